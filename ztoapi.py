@@ -73,7 +73,6 @@ import threading
 import time
 import urllib.parse
 import urllib.request
-import uuid
 import zlib
 from http import HTTPStatus
 from typing import Callable, Dict, Iterable, List, NamedTuple, Optional, Tuple
@@ -100,7 +99,7 @@ def boolean(text):
 
 def whole(low, high=10**9):
     def parse(text):
-        if not (text.isascii() and text.isdigit() and low <= int(text[:12]) <= high):
+        if not (re.fullmatch("[0-9]{1,12}", text) and low <= int(text) <= high):
             raise ValueError(text)
         return int(text)
     return parse
@@ -132,10 +131,9 @@ def secrets(text):
 def base_url(text):
     url = re.sub(r"(/+chat/completions)?/*$", "", text)
     parts = urllib.parse.urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment or not re.fullmatch("[!-~]+", url):
+    if parts.scheme not in ("http", "https") or not parts.hostname or not re.fullmatch("[!-~]+", url) or re.search("[?#]", url):
         raise ValueError(text)
-    parts.port  # raises ValueError when it is no number
-    return url
+    return url if parts.port != 0 and parts.hostname.encode("idna") else None  # both raise ValueError themselves
 
 
 def aliases(text):
@@ -178,9 +176,9 @@ class Settings:
 
     def __post_init__(self):
         if not self.default_key:
-            raise SettingsError("DEFAULT_KEY is empty: allowed is " + "one or more keys of printable ASCII")
+            raise SettingsError("DEFAULT_KEY=: allowed is one or more keys of printable ASCII")
         if self.well_known and not is_loopback(self.host):
-            raise SettingsError("HOST=%s: beyond this computer the well-known DEFAULT_KEY is not allowed; set a key of your own" % self.host)
+            raise SettingsError("HOST=%s: beyond this computer the well-known DEFAULT_KEY is not allowed; set a key of your own" % ascii(self.host)[1:-1])
 
     @classmethod
     def from_environ(cls, environ):
@@ -307,7 +305,8 @@ ZAI_ERRORS = {
         ("1120", OVERLOADED._replace(advice="")),
         ("1210 1212 1213 1214 1215 1231", INVALID),
         ("1211 1221 1222", NO_MODEL),
-        ("1261", INVALID._replace(code="context_length_exceeded", advice="Shorten the conversation, or use a model with a longer context.")),
+        ("1261", INVALID._replace(code="context_length_exceeded", advice=  # clients that shorten by themselves look for these words
+            "This model's maximum context length is exceeded (context_length_exceeded): shorten the conversation, or use a model with a longer one.")),
         ("1301", INVALID._replace(code="content_filter")),
         ("1100 1220 1300", FORBIDDEN),
         ("1311", FORBIDDEN._replace(advice="Your plan does not include this model.")),
@@ -319,8 +318,9 @@ ZAI_ERRORS = {
 }
 HTTP_ERRORS = {  # for codes Z.ai has not told us of, and for answers without a code
     200: BROKEN, 400: INVALID, 401: OUR_KEY, 403: FORBIDDEN, 404: WRONG_PATH, 405: WRONG_PATH, 408: BROKEN, 413: INVALID._replace(status=413),
-    422: INVALID, 429: RATE, 434: FORBIDDEN, 435: INVALID._replace(status=413), 503: OVERLOADED._replace(status=502, code="upstream_error"),
+    422: INVALID, 429: RATE, 434: FORBIDDEN, 435: INVALID._replace(status=413),
 }
+BARE_HTTP_ERRORS = {200: BROKEN, 401: OUR_KEY, 408: BROKEN, 429: RATE}  # for pages of whoever stands in between
 
 
 def zai_error(value, status=200, now=None, model="", retry_after=None):
@@ -330,9 +330,8 @@ def zai_error(value, status=200, now=None, model="", retry_after=None):
     a quota stays exhausted; `model`: the id asked for, for advice; `retry_after`: Z.ai's own header in seconds.
     """
     code, message = zai_code_and_message(value)
-    row = ZAI_ERRORS.get(code) or HTTP_ERRORS.get(status) or (BROKEN if status >= 500 else WRONG_PATH)
-    if code == "404":
-        row = WRONG_PATH
+    by_status = HTTP_ERRORS if code or message else BARE_HTTP_ERRORS
+    row = WRONG_PATH if code == "404" else ZAI_ERRORS.get(code) or by_status.get(status) or (BROKEN if status >= 500 else WRONG_PATH)
     advice = row.advice
     if row is NO_MODEL:
         close = difflib.get_close_matches(model, MODELS, 3, 0.5)
@@ -502,7 +501,6 @@ def read_json_object(data):
         return value if abs(value) != float("inf") else refuse(text)
     try:
         value = json.loads(data.decode("utf-8-sig"), parse_constant=refuse, parse_int=whole_number, parse_float=decimal_number)
-        encode_json(value)  # can be as deep as what can be read, and must not fail later
     except RecursionError:
         raise RequestError("The body is nested too deeply.") from None
     except UnicodeDecodeError:
@@ -533,6 +531,8 @@ def to_zai_request(request, settings):
     check_fields(request)
     changed = []
     id = zai_model_id(request["model"], settings.model_aliases)
+    if not id:
+        raise RequestError("'model' must not be empty.", "model")
     model = MODELS.get(id)
     zai_request = {name: value for name, value in request.items() if name not in FIELDS or FIELDS[name].goes}
     zai_request.update(model=id, stream=True, messages=to_zai_messages(request["messages"], model, changed))
@@ -553,16 +553,16 @@ def check_fields(request):
         if name not in request:
             raise RequestError("Missing required parameter: '%s'." % name, name, code="missing_required_parameter")
     expect(request["model"], str, "model")
-    if not request["model"].strip():
-        raise RequestError("'model' must not be empty.", "model")
-    for name, field in FIELDS.items():
-        if name in request:
-            value = expect(request[name], field.kind, name)
-            if field.low is not None and value < field.low or field.high is not None and value > field.high:
-                raise RequestError("'%s' must be %s." % (name, "at least %s" % field.low if field.high is None else
-                                                         "from %s to %s" % (field.low, field.high) if field.low != field.high else field.low), name)
-            if field.words and value not in field.words:
-                raise RequestError("'%s' must be one of %s." % (name, ", ".join(field.words)), name)
+    for name, value in request.items():
+        field = FIELDS.get(name)
+        if field is None:
+            continue
+        expect(value, field.kind, name)
+        if field.low is not None and value < field.low or field.high is not None and value > field.high:
+            raise RequestError("'%s' must be %s." % (name, "at least %s" % field.low if field.high is None else
+                                                     "from %s to %s" % (field.low, field.high) if field.low != field.high else field.low), name)
+        if field.words and value not in field.words:
+            raise RequestError("'%s' must be one of %s." % (name, ", ".join(field.words)), name)
     for name in ("functions", "function_call"):
         if name in request:
             raise RequestError("'%s' is no longer supported: use 'tools' and 'tool_choice'." % name, name)
@@ -580,6 +580,7 @@ def expect(value, kind, param):
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 TEXT_PARTS = {"text": "text", "refusal": "refusal"}           # part type -> where its text is
 MEDIA_PARTS = ("image_url", "video_url", "file_url")          # what Z.ai's seeing models take
+KNOWN_MESSAGE_KEYS = {"name", "refusal", "audio", "annotations", "function_call"}  # OpenAI's; Z.ai has no use for them
 MESSAGE_KEYS = {"role", "content", "tool_calls", "tool_call_id", "reasoning_content"}
 
 
@@ -602,8 +603,7 @@ def to_zai_message(message, param, model, changed):
         raise RequestError("'%s.role' must be one of %s." % (param, ", ".join(ROLES)), param + ".role")
     if role == "developer":
         changed.append("developer")
-    if "name" in message:
-        changed.append("name")
+    changed += [name if name in KNOWN_MESSAGE_KEYS else "message_fields" for name in message if name not in MESSAGE_KEYS]
     result = {"role": ROLES[role], "content": to_zai_content(message, role, param + ".content", model, changed)}
     if role == "assistant":
         if "reasoning_content" in message:
@@ -655,7 +655,8 @@ def to_zai_part(part, role, param, model):
 def to_zai_call(call, param):
     """A tool call of an earlier answer, sent back; an object as its arguments becomes the string it should be."""
     function = expect(expect(call, dict, param).get("function"), dict, param + ".function")
-    arguments = expect(function.get("arguments", ""), (str, dict), param + ".function.arguments")
+    arguments = function.get("arguments")
+    arguments = expect("" if arguments is None else arguments, (str, dict), param + ".function.arguments")
     return {"id": expect(call.get("id"), str, param + ".id"), "type": "function",
             "function": {"name": expect(function.get("name"), str, param + ".function.name"),
                          "arguments": arguments if isinstance(arguments, str) else encode_json(arguments).decode()}}
@@ -755,7 +756,7 @@ GRADES = {"none": "low", "minimal": "low", "low": "low", "medium": "high", "high
 
 def to_zai_thinking(request, model, default, changed):
     """thinking and reasoning_effort as the model's family takes them; an id the table does not know gets what was sent."""
-    thinking = dict(request.get("thinking", {}))
+    thinking = {name: value for name, value in request.get("thinking", {}).items() if value is not None}
     kind = expect(thinking.get("type", ""), str, "thinking.type")
     if kind and kind not in ("enabled", "disabled"):
         raise RequestError("'thinking.type' must be enabled or disabled.", "thinking.type")
@@ -798,12 +799,20 @@ def to_zai_format(request, changed):
             "format_instruction": "Answer with one JSON value that matches this JSON Schema, and nothing else:\n" + encode_json(schema or {}).decode()}
 
 
+def encode_request(zai_request):
+    """Its bytes. What was not too deep to be read may be too deep to be written."""
+    try:
+        return encode_json(zai_request)
+    except RecursionError:
+        raise RequestError("The body is nested too deeply.") from None
+
+
 # Bytes ################################################################################################################
 #
 # Push parsers: feed() takes what has arrived and gives what is complete. Every buffer has a bound.
 
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode  # made once: json.dumps costs twice that
-_decode = json.JSONDecoder().raw_decode
+_decode = json.JSONDecoder(parse_constant=lambda name: None).raw_decode  # Python would read NaN, and then not write it
 
 
 def encode_json(value):
@@ -816,61 +825,79 @@ def encode_event(value):
     return b"data: " + encode_json(value) + b"\n\n"
 
 
+@functools.lru_cache(maxsize=1024)  # the sizes repeat
+def chunk_size(line):
+    """The size in a chunk's first line (without its CRLF). int() alone would take signs, blanks and underscores."""
+    found = re.fullmatch(rb"([0-9a-fA-F]{1,15})(?:[ \t]*;[\t -~\x80-\xff]*)?", line)
+    if not found:
+        raise ValueError("broken chunk size")
+    return int(found.group(1), 16)
+
+
 class Dechunker:
     """HTTP's chunked coding, taken strictly. feed(data) -> body bytes; afterwards `done` and `rest`, the bytes behind the end.
 
     ValueError for a broken coding; OverflowError as soon as the body passes `limit` bytes or announces a chunk that would.
     """
 
-    SIZE = re.compile(rb"([0-9a-fA-F]{1,15})(?:[ \t]*;[\t -~\x80-\xff]*)?")
-    LONGEST_LINE = 4096  # a chunk extension or a trailer; nobody is known to send any
+    LONGEST_LINE = 4096  # a chunk's extension or a trailer; nobody is known to send any
 
-    def __init__(self, limit=None):
-        self.limit, self.total, self.left, self.trailers, self.rest = limit, 0, 0, 0, b""
-        self.state, self.done = "size", False
+    def __init__(self, limit=float("inf")):
+        self.limit, self.total, self.rest, self.done = limit, 0, b"", False
+        self.left = 0           # of the current chunk and the CRLF behind it
+        self.trailers = None    # bytes of them, once the last chunk is there
 
     def feed(self, data):
         data = self.rest + data if self.rest else data
         body, at, end = [], 0, len(data)
-        while at < end and not self.done:
+        while at < end:
             if self.left:
-                piece = data[at:at + self.left]
-                body.append(piece)
-                at += len(piece)
-                self.left -= len(piece)
+                at = self._inside(data, at, body)
+                if self.left:
+                    break
                 continue
             line_end = data.find(b"\r\n", at, at + self.LONGEST_LINE)
             if line_end < 0:
-                if end - at >= self.LONGEST_LINE:
-                    raise ValueError("chunk line too long")
-                if b"\n" in data[at:]:
-                    raise ValueError("chunk line ends without CR")
+                if end - at >= self.LONGEST_LINE or b"\n" in data[at:]:
+                    raise ValueError("chunk line without an end")
                 break
-            self._line(data[at:line_end])
-            at = line_end + 2
+            if self.trailers is not None:
+                self._trailer(data[at:line_end])
+                at = line_end + 2
+                if self.done:
+                    break
+                continue
+            size, start = chunk_size(data[at:line_end]), line_end + 2
+            self.total += size
+            if self.total > self.limit:
+                raise OverflowError("body too large")
+            at = start + size + 2
+            if size == 0:
+                self.trailers, at = 0, start
+            elif at <= end and data[at - 2:at] == b"\r\n":  # nearly always
+                body.append(data[start:at - 2])
+            else:
+                self.left, at = size + 2, start
         self.rest = data[at:]
         return body[0] if len(body) == 1 else b"".join(body)
 
-    def _line(self, line):
-        if self.state == "size":
-            found = self.SIZE.fullmatch(line)
-            if not found:
-                raise ValueError("broken chunk size")
-            self.left = int(found.group(1), 16)
-            self.total += self.left
-            if self.limit is not None and self.total > self.limit:
-                raise OverflowError("body too large")
-            self.state = "end of chunk" if self.left else "trailer"
-        elif self.state == "end of chunk":
-            if line:
+    def _inside(self, data, at, body):
+        """Take what there is of a chunk that is not there whole; the new position."""
+        piece = data[at:at + max(0, self.left - 2)]
+        body.append(piece)
+        at += len(piece)
+        self.left -= len(piece)
+        if self.left == 2 and len(data) - at >= 2:
+            if data[at:at + 2] != b"\r\n":
                 raise ValueError("chunk longer than announced")
-            self.state = "size"
-        elif line:
-            self.trailers += len(line)
-            if self.trailers > 65536:
-                raise ValueError("trailers too large")
-        else:
-            self.done = True
+            self.left, at = 0, at + 2
+        return at
+
+    def _trailer(self, line):
+        self.trailers += len(line)
+        if self.trailers > 65536 or b"\n" in line:
+            raise ValueError("broken trailers")
+        self.done = not line
 
 
 class Counted:
@@ -895,47 +922,42 @@ class SSEDecoder:
     """
 
     def __init__(self, limit=16 << 20):  # bytes of one event
-        self.limit, self.line, self.data, self.size, self.started = limit, bytearray(), [], 0, False
+        self.limit, self.rest = limit, bytearray()
 
     def feed(self, data):
-        if b"\n" not in data and b"\r" not in data:
-            self.line += data
-            self._bound()
+        if b"\n" not in data and b"\r" not in data:  # the inside of a long event: join it once, when it ends
+            self.rest += data
+            self._bound(0)
             return []
-        if self.line:
-            data = bytes(self.line) + data
+        data = bytes(self.rest) + data
+        held = b""
         if b"\r" in data:
             held = b"\r" if data.endswith(b"\r") else b""  # an LF may follow
-            data = data[:len(data) - len(held)].replace(b"\r\n", b"\n").replace(b"\r", b"\n") + held
-        lines = data.split(b"\n")
-        self.line = bytearray(lines.pop())
+            data = data[:len(data) - len(held)].replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        end = data.rfind(b"\n\n") + 2 if b"\n\n" in data else 0
+        self.rest = bytearray(data[end:] + held)
+        blocks = data[:end].decode("utf-8", "replace").split("\n\n")
+        self._bound(max(map(len, blocks)) if end > self.limit else 0)
         events = []
-        for line in lines:
-            if line.startswith(b"data:"):
-                line = line[6:] if line[5:6] == b" " else line[5:]
-                self.data.append(line)
-                self.size += len(line)
-            elif not line:
-                if self.data:
-                    events.append(self._event())
-            elif line.startswith(b"{"):
-                events.append(line.decode("utf-8", "replace"))
-            elif not self.started and line.startswith(b"\xef\xbb\xbfdata:"):
-                self.data.append(line[8:].lstrip(b" "))
-            self.started = True
-        self._bound()
+        for block in blocks:
+            if block.startswith("data: ") and "\n" not in block:  # nearly always
+                events.append(block[6:])
+            elif block:
+                events += self._event(block)
         return events
 
     def close(self):
-        return self.feed(b"\n\n") if not self.line.endswith(b"\r") else self.feed(b"\n")
+        return self.feed(b"\n\n\n")
 
-    def _event(self):
-        data = self.data[0] if len(self.data) == 1 else b"\n".join(self.data)
-        self.data, self.size = [], 0
-        return data.decode("utf-8", "replace")
+    @staticmethod
+    def _event(block):
+        """The events in the lines between two blank ones: one of `data` lines, and each bare JSON line."""
+        lines = block.lstrip("\ufeff").split("\n")
+        data = [line[6:] if line.startswith("data: ") else line[5:] for line in lines if line.startswith("data:") or line == "data"]
+        return (["\n".join(data)] if data else []) + [line for line in lines if line.startswith("{")]
 
-    def _bound(self):
-        if self.size + len(self.line) > self.limit:
+    def _bound(self, size):
+        if max(size, len(self.rest)) > self.limit:
             raise UpstreamError("Z.ai sent an event of more than %d bytes." % self.limit, GIVE_UP)
 
 
@@ -1009,14 +1031,16 @@ class FenceStripper:
 
     def close(self):
         held, self.held = self.held, ""
+        if self.state == "start":  # a fence on the same line as the text
+            return re.sub(r"^```\w*\s*|\s*```\s*$", "", held)
         return "" if "```" in held else held
 
 
 class ToolCall:
-    """One tool call under way: what the client has been told of it."""
+    """One tool call under way. `index` is ours, given when the client is told of it; `zai_index` and `zai_id` are Z.ai's, if any."""
 
-    def __init__(self, index, id, zai_id):
-        self.index, self.id, self.zai_id, self.name, self.arguments, self.announced = index, id, zai_id, "", "", False
+    def __init__(self, id, zai_id, zai_index):
+        self.id, self.zai_id, self.zai_index, self.index, self.name, self.arguments = id, zai_id, zai_index, None, "", ""
 
 
 class ChunkTranslator:
@@ -1034,7 +1058,7 @@ class ChunkTranslator:
     def __init__(self, reasoning="parsed", tools=None, one_call=False, unfence=False, restartable=False, describe=zai_error, new_id=None):
         self.reasoning, self.tools, self.one_call, self.unfence, self.restartable = reasoning, tools or {}, one_call, unfence, restartable
         self.describe = describe
-        self.new_id = new_id or (lambda: "call_" + uuid.uuid4().hex[:24])
+        self.new_id = new_id or (lambda: "call_" + os.urandom(12).hex())
         self.complete = False   # the last chunk has been given
         self.repaired = 0       # events skipped or mended
         self._start()
@@ -1043,7 +1067,9 @@ class ChunkTranslator:
         self.finish, self.usage, self.calls, self.leaked = None, None, [], []
         self.thinking = False   # between <think> and </think>
         self.raw_open = False   # a <think> of ours is open
-        self.begun = set()      # which of content and reasoning have had text that shows
+        self.begun = set()      # which of content and reasoning have had text
+        self.spoken = False     # answer text or a tool call has been given
+        self.announced = 0      # tool calls given
         self.splitters = {"content": TagSplitter(), "reasoning": TagSplitter()}
         self.leak = None        # the text of a leaking <tool_call>, and where it leaks
         self.fence = FenceStripper() if self.unfence else None
@@ -1052,6 +1078,8 @@ class ChunkTranslator:
     # What comes in
 
     def feed(self, event):
+        if self.complete:
+            return ()
         try:
             value, end = _decode(event)
             if end != len(event) and event[end:].strip():
@@ -1062,7 +1090,8 @@ class ChunkTranslator:
             choice = value["choices"][0]
             delta = choice["delta"]
             text = delta["content"]
-            if self.plain and text and "<" not in text and len(delta) <= 2 and "finish_reason" not in choice:
+            if (self.plain and type(text) is str and text and "<" not in text and "finish_reason" not in choice
+                    and (len(delta) == 1 or len(delta) == 2 and "role" in delta)):
                 return (Chunk({"content": text}),)  # nine of ten events
         except (KeyError, IndexError, TypeError):
             pass
@@ -1076,16 +1105,15 @@ class ChunkTranslator:
         if event.startswith("[DONE]"):
             return self._complete() if self.finish else ()
         self.repaired += 1
-        inner = event.rfind("data: ")
-        if inner < 0:
+        value, inner = None, event.rfind("data: ")
+        while value is None and inner >= 0:  # the last that parses: the text of the new frame may hold the mark as well
+            with contextlib.suppress(ValueError, RecursionError):
+                value = _decode(event, inner + len("data: "))[0]
+                value = value if isinstance(value, dict) and ("choices" in value or "error" in value) else None
+            inner = event.rfind("data: ", 0, inner)
+        if value is None:
             return ()
-        try:
-            value = _decode(event, inner + len("data: "))[0]
-        except (ValueError, RecursionError):
-            return ()
-        if not isinstance(value, dict) or "choices" not in value:
-            return ()
-        if not self.restartable and ("content" in self.begun or any(call.announced for call in self.calls)):
+        if self.spoken and not self.restartable and "error" not in value:
             raise UpstreamError("Z.ai lost its place and started the answer again after part of it had been sent.", GIVE_UP,
                                 code="upstream_stream_restarted")
         chunks = self._close_raw()
@@ -1108,7 +1136,7 @@ class ChunkTranslator:
         if reason:
             if "error" in str(reason):
                 raise UpstreamError("Z.ai broke off the answer: %s." % reason)
-            self.finish = FINISHES.get(reason, "stop")
+            self.finish = FINISHES.get(str(reason), "stop")
         if self.finish and self.usage:
             chunks += self._complete()
         return chunks
@@ -1150,10 +1178,11 @@ class ChunkTranslator:
             chunks += self._emit("content", self.fence.close())
         chunks += self._close_raw()
         for call in self.calls:
-            if call.announced and not call.arguments.strip():
+            if call.index is not None and not call.arguments.strip():
                 chunks.append(self._call_chunk(call, "{}"))
-        called = any(call.announced for call in self.calls)
-        finish = "tool_calls" if called and self.finish == "stop" else "stop" if self.finish == "tool_calls" and not called else self.finish
+        finish = self.finish
+        if finish in ("stop", "tool_calls"):
+            finish = "tool_calls" if self.announced else "stop"
         chunks.append(Chunk({}, finish, self.usage))
         return chunks
 
@@ -1198,6 +1227,7 @@ class ChunkTranslator:
         if not text:
             return []
         if lane == "content":
+            self.spoken = True
             return self._close_raw() + [Chunk({"content": text})]
         if self.reasoning == "hidden":
             return []
@@ -1217,19 +1247,18 @@ class ChunkTranslator:
     def _call(self, delta, touched):
         """Chunks for one item of delta.tool_calls, a fragment or a whole call; `touched`: calls seen in this same delta."""
         function = delta.get("function") if isinstance(delta.get("function"), dict) else {}
-        name, arguments = function.get("name") or "", function.get("arguments")
+        name, arguments = function.get("name"), function.get("arguments")
+        name = name if isinstance(name, str) else ""
         arguments = arguments if isinstance(arguments, str) else "" if arguments is None else encode_json(arguments).decode()
         if "<arg_key>" in name:  # the name with the arguments in XML behind it
             name, leaked = parse_leaked_call(name, self.tools)
             arguments = arguments if arguments.strip() not in ("", "{}") else leaked
         call = self._find_call(delta, name, touched)
         touched.add(call)
-        if call.index and self.one_call:
-            return []
         call.name = call.name or name
-        if call.announced:
+        if call.index is not None:
             return [self._call_chunk(call, arguments)] if arguments else []
-        if not call.name:
+        if not call.name or self.one_call and self.announced:
             call.arguments += arguments
             return []
         arguments, call.arguments = call.arguments + arguments, ""
@@ -1238,29 +1267,27 @@ class ChunkTranslator:
     def _find_call(self, delta, name, touched):
         """The call an item belongs to. Z.ai's index may be -1, 0 for all, or missing; its id a number, missing, or repeated."""
         index, id = delta.get("index"), delta.get("id")
+        index = index if type(index) is int and index >= 0 else None
         zai_id = "" if id in (None, "") else str(id)
         if zai_id:
-            for call in self.calls:
-                if call.zai_id == zai_id and call not in touched:
-                    return call
-        elif self.calls:
-            placed = isinstance(index, int) and index >= 0
-            call = next((call for call in self.calls if call.index == index), None) if placed else self.calls[-1]
-            if call and not name or call and placed and call not in touched and call.name in ("", name) and not is_json(call.arguments):
-                return call
-        call = ToolCall(len(self.calls), zai_id or self.new_id(), zai_id)
-        if any(other.id == call.id for other in self.calls):
-            call.id = self.new_id()
-        self.calls.append(call)
-        return call
+            known = [call for call in self.calls if call.zai_id == zai_id and call not in touched]
+        elif not name:
+            known = [call for call in self.calls if index in (None, call.zai_index)][-1:]
+        else:  # a name again: the same call as long as its arguments are not whole
+            known = [call for call in self.calls if index is not None and index == call.zai_index and call not in touched
+                     and call.name in ("", name) and not is_json(call.arguments)]
+        if known:
+            return known[0]
+        taken = any(call.id == zai_id for call in self.calls)
+        self.calls.append(ToolCall(self.new_id() if taken or not zai_id else zai_id, zai_id, index))
+        return self.calls[-1]
 
     def _call_chunk(self, call, arguments):
         call.arguments += arguments
-        item = {"index": call.index, "function": {"arguments": arguments}}
-        if not call.announced:
-            call.announced = True
-            item = {"index": call.index, "id": call.id, "type": "function", "function": {"name": call.name, "arguments": arguments}}
-        return Chunk({"tool_calls": [item]})
+        if call.index is not None:
+            return Chunk({"tool_calls": [{"index": call.index, "function": {"arguments": arguments}}]})
+        call.index, self.announced, self.spoken = self.announced, self.announced + 1, True
+        return Chunk({"tool_calls": [{"index": call.index, "id": call.id, "type": "function", "function": {"name": call.name, "arguments": arguments}}]})
 
     def _end_leak(self, closing):
         """A <tool_call> in the text has ended: kept as a call if it names a tool that was sent, else shown as the text it was."""
@@ -1275,8 +1302,8 @@ class ChunkTranslator:
 
 def is_json(text):
     try:
-        return isinstance(_decode(text.strip())[0], dict)
-    except ValueError:
+        return isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
         return False
 
 
@@ -1288,8 +1315,9 @@ def parse_leaked_call(text, tools):
     for key, value in re.findall(r"<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)(?:</arg_value>|\Z)", text, re.DOTALL):
         schema = properties.get(key.strip())
         try:
-            typed = json.loads(value) if not (isinstance(schema, dict) and schema.get("type") == "string") else value
-        except ValueError:
+            typed, end = (value, 0) if isinstance(schema, dict) and schema.get("type") == "string" else _decode(value.strip())
+            typed = value if typed is None or end not in (0, len(value.strip())) else typed
+        except (ValueError, RecursionError):
             typed = value
         arguments[key.strip()] = typed
     return name, encode_json(arguments).decode()
@@ -1334,8 +1362,10 @@ class Envelope:
                         for chunk in chunks if chunk.delta is not None])
 
     def _text(self, delta, finish_reason):
+        text = delta.get("content") if len(delta) == 1 else None
+        delta = _encode(delta) if text is None else '{"content":%s}' % _encode(text)  # a string alone is encoded four times as fast
         return 'data: %s{"index":0,"delta":%s,"logprobs":null,"finish_reason":%s}%s\n\n' % (
-            self._head, _encode(delta), '"%s"' % finish_reason if finish_reason else "null", self._tail)
+            self._head, delta, '"%s"' % finish_reason if finish_reason else "null", self._tail)
 
     def _end(self, chunk):
         usage = 'data: %s],"usage":%s}\n\n' % (self._head, _encode(chunk.usage)) if self.include_usage and chunk.usage else ""
@@ -1349,7 +1379,7 @@ class Envelope:
 
 
 def collect_completion(chunks, limit=64 << 20):
-    """(message, finish_reason, usage): the fold of an answer's chunks. UpstreamError beyond `limit` characters of text."""
+    """(message, finish_reason, usage): the fold of an answer's chunks. UpstreamError beyond `limit` bytes of text."""
     texts, calls, size, finish_reason, usage = {}, {}, 0, None, None
     for chunk in chunks:
         if chunk.delta is None:
@@ -1358,14 +1388,14 @@ def collect_completion(chunks, limit=64 << 20):
         for name in ("reasoning_content", "content"):
             if name in chunk.delta:
                 texts.setdefault(name, []).append(chunk.delta[name])
-                size += len(chunk.delta[name])
+                size += len(chunk.delta[name].encode("utf-8", "replace"))
         for item in chunk.delta.get("tool_calls", ()):
             call = calls.setdefault(item["index"], {"id": item.get("id"), "type": "function",
                                                     "function": {"name": item["function"].get("name"), "arguments": []}})
             call["function"]["arguments"].append(item["function"]["arguments"])
             size += len(item["function"]["arguments"])
         if size > limit:
-            raise UpstreamError("The answer is longer than %d characters." % limit, GIVE_UP)
+            raise UpstreamError("The answer is longer than %d bytes." % limit, GIVE_UP)
         finish_reason, usage = chunk.finish_reason or finish_reason, chunk.usage or usage
     for call in calls.values():
         call["function"]["arguments"] = "".join(call["function"]["arguments"])
@@ -1383,27 +1413,39 @@ def collect_completion(chunks, limit=64 << 20):
 #
 # A handler thread waits in plain blocking calls: a time-out on a socket would cost a second system call, and a hand-over
 # of the interpreter, for every chunk. Instead one watch looks at all clients some times a second. It notices who has
-# left, who is silent for too long and who is due a heartbeat; and it wakes a blocked thread by shutting a socket down.
+# left, who is silent for too long and who is due a heartbeat; and it wakes a blocked thread by shutting its socket down.
 
 WATCH_INTERVAL = 0.25  # seconds; a client's leaving must be noticed within one
 
 
+def polled(socks, events):
+    """Those of `socks` on which one of `events`, or an error, has happened; without waiting. Any number, any descriptor."""
+    poll, by_fileno = select.poll(), {}
+    for sock in socks:
+        fileno = sock.fileno()  # -1 once closed, which a handler thread may do at any time
+        if fileno >= 0:
+            by_fileno[fileno] = sock
+            poll.register(fileno, events)
+    return [by_fileno[fileno] for fileno, _ in poll.poll(0)]
+
+
 def readable(socks):
-    """Those of `socks` that have bytes to read or have ended, without waiting. Any number, any descriptor."""
+    """Those of `socks` that have bytes to read or have ended."""
     if hasattr(select, "poll"):
-        poll, by_fileno = select.poll(), {}
-        for sock in socks:
-            if sock.fileno() >= 0:
-                by_fileno[sock.fileno()] = sock
-                poll.register(sock.fileno(), select.POLLIN)
-        return [by_fileno[fileno] for fileno, _ in poll.poll(0)]
-    socks = [sock for sock in socks if sock.fileno() >= 0]
+        return polled(socks, select.POLLIN)
     return [sock for i in range(0, len(socks), 500) for sock in select.select(socks[i:i + 500], [], [], 0)[0]]  # Windows takes 512
 
 
-def has_ended(sock):
-    """Whether a readable socket is at its end. TCP cannot tell a client that only stopped sending from one that left, before
+def ended(socks):
+    """Those of `socks` whose other side has closed. TCP cannot tell a client that only stopped sending from one that left, before
     something is written to it; clients do not half-close, so an end means gone (nginx holds the same)."""
+    if hasattr(select, "POLLRDHUP"):
+        return polled(socks, select.POLLRDHUP)
+    return [sock for sock in readable(socks) if at_end(sock)]
+
+
+def at_end(sock):
+    """Whether the next thing to read is the end. Elsewhere than on Linux bytes sent ahead hide it."""
     try:
         return sock.recv(1, socket.MSG_PEEK) == b""
     except OSError:
@@ -1426,6 +1468,7 @@ class Client:
     def __init__(self, connection, settings, head=None, envelope=None, chunked=True, clock=time.monotonic):
         self.connection, self.settings, self.clock = connection, settings, clock
         self.head, self.envelope, self.chunked = head, envelope, chunked
+        self.beats = head is not None and settings.heartbeat > 0
         self.started = False         # the head is out: no status is left to give
         self.gone = False
         self.alarm = threading.Event()      # wakes wait()
@@ -1494,9 +1537,9 @@ class Client:
 
     # What the watch calls
 
-    def look(self, now, has_input):
+    def look(self, now):
         writing_since, silent_since = self.writing_since, self.silent_since
-        if has_input and has_ended(self.connection):
+        if self.gone:
             self.hang_up()
         elif writing_since is not None and now - writing_since > self.settings.client_timeout:
             self.hang_up()
@@ -1504,7 +1547,7 @@ class Client:
         elif silent_since is not None and now - silent_since > self.settings.upstream_timeout:
             self.silent = True
             self._cut()
-        elif self.head and self.settings.heartbeat and now - self.wrote_at >= self.settings.heartbeat:
+        elif self.beats and now - self.wrote_at >= self.settings.heartbeat:
             self._beat(now)
 
     def _beat(self, now):
@@ -1512,6 +1555,8 @@ class Client:
         if not self.write_lock.acquire(False):
             return
         try:
+            if not self.beats:
+                return
             data = self.owed or self._bytes(self.envelope.heartbeat() if self.started else "")
             self.owed, self.wrote_at = data, now
             self.owed = data[self._send_now(data):]
@@ -1545,15 +1590,18 @@ class Watch:
         finally:
             with self.lock:
                 self.clients.discard(client)
+            with client.write_lock:
+                client.beats = False
 
     def tick(self):
         now = self.clock()
         with self.lock:
             clients = list(self.clients)
-        if clients:
-            ended = set(readable([client.connection for client in clients]))
-            for client in clients:
-                client.look(now, client.connection in ended)
+        left = set(ended([client.connection for client in clients])) if clients else ()
+        for client in clients:  # all of them before any is acted on: a slot that one frees must not go to another that has left
+            client.gone = client.gone or client.connection in left
+        for client in clients:
+            client.look(now)
 
 
 # Gates ################################################################################################################
@@ -1607,7 +1655,8 @@ class Ticket:
 
     def __init__(self, model, client):
         self.model, self.client, self.number = model, client, next(self.numbers)
-        self.gate, self.waited, self.refusals, self.spent, self.refusal = None, 0.0, 0, set(), None
+        self.gate, self.despite = None, False  # admitted though the key was set aside: an answer then clears it
+        self.waited, self.refusals, self.refusal, self.spent = 0.0, 0, None, set()
 
     def __lt__(self, other):
         return self.number < other.number
@@ -1635,11 +1684,13 @@ class Gates:
                     now = self.clock()
                     self._admit(ticket.model, now)
                     if ticket.gate:
-                        return
+                        break
                     wake_at = min(self._next_chance(ticket, now), deadline)
                 if now >= deadline:
                     raise self._timeout(ticket)
                 ticket.client.wait(wake_at - now)
+            if ticket.client.gone:
+                raise ClientGone
         except BaseException:
             self.leave(ticket)
             raise
@@ -1653,18 +1704,20 @@ class Gates:
             if gate:
                 ticket.gate = None
                 gate.in_flight -= 1
-                if error and error.verdict == SLOW_DOWN:
+                if served:
+                    gate.key.aside_until = 0.0 if ticket.despite else gate.key.aside_until
+                elif error and error.verdict == SLOW_DOWN:
                     pause = max(min(8.0, backoff(ticket.refusals) * (1 + 0.5 * self.rand())), error.pause or 0)
                     ticket.refusals, ticket.refusal = ticket.refusals + 1, error
                     gate.refuse(now, pause, error.learn)
                 elif error and error.verdict == NEXT_KEY:
                     gate.key.aside_until = now + (error.retry_after or self.ASIDE)
                     ticket.spent.add(gate.key)
-                elif served:
-                    gate.key.aside_until = 0.0
             elif ticket in line:
                 line.remove(ticket)
             self._admit(ticket.model, now)
+            if line:
+                line[0].client.alarm.set()  # whoever is the head now keeps the time
             if not self.lines.get(ticket.model):
                 self.lines.pop(ticket.model, None)
                 for key in self.keys:  # model names come from clients: keep only gates that know something
@@ -1692,9 +1745,10 @@ class Gates:
             ticket = line.pop(0)
             ticket.gate = gate
             gate.in_flight += 1
+            ticket.despite = gate.key.aside_until > now
             ticket.client.alarm.set()
             if line:
-                line[0].client.alarm.set()  # the new head keeps the time
+                line[0].client.alarm.set()
 
     def _usable(self, ticket, now):
         """The gates the ticket may use: of keys not set aside, else of the one whose turn comes first, rather than failing unasked."""
@@ -1718,6 +1772,7 @@ class Gates:
 # urllib.request with connections that stay open, and the one rule of retrying: as long as nothing of the answer has been
 # sent to the client, and only for what can heal.
 
+NO_KEY = "ZAI_API_KEY is not set where the proxy runs. Get a key (free models need one too) at https://z.ai/manage-apikey/apikey-list."
 CONNECT_TIMEOUT = 10.0  # seconds, for all addresses of a host together
 KEEP_IDLE = 60.0        # seconds; the usual keep-alive of a front end is 60 to 75
 LONGEST_ANSWER = 64 << 20
@@ -1770,7 +1825,7 @@ class KeepAliveConnection(http.client.HTTPConnection):
     def __init__(self, host, timeout, request, pool, context):
         self.default_port = 443 if context else 80
         super().__init__(host, timeout=timeout)
-        self.zai_request, self.pool, self.context = request, pool, context
+        self.zai_request, self.pool, self.context, self.unsent = request, pool, context, None
         self._create_connection = self._dial  # what connect() opens a socket with; it must be seen by the watch before it blocks
 
     def _dial(self, address, timeout, source_address):
@@ -1807,8 +1862,18 @@ class KeepAliveConnection(http.client.HTTPConnection):
         client.attach(self.sock)
         client.silent_since = client.clock()
 
-    def request(self, method, url, body=None, headers={}, **kwargs):
+    def request(self, method, url, body=None, headers=None, **kwargs):
+        self.unsent = []
         super().request(method, url, body, dict(headers, Connection="keep-alive"), **kwargs)
+        data, self.unsent = b"".join(self.unsent), None
+        super().send(data)  # connects first
+
+    def send(self, data):
+        """Head and body come in two calls and leave in one; a proxy's CONNECT, sent while connecting, leaves at once."""
+        if self.unsent is None:
+            super().send(data)
+        else:
+            self.unsent.append(data)
 
     def getresponse(self):
         sock = self.sock
@@ -1856,44 +1921,31 @@ class Body:
         self.kind = response.headers.get("Content-Type", "").lower()
         self.coding = response.headers.get("Content-Encoding", "identity").lower()
         self.inflater = zlib.decompressobj(self.WBITS[self.coding]) if self.coding in self.WBITS else None  # sent all the same by some gateways
-        self.sock.settimeout(0)
-        try:
-            self.first = response.fp.peek(1)  # what came along with the head
-        except (BlockingIOError, ssl.SSLWantReadError):
-            self.first = b""
-        self.sock.settimeout(None)
+        self.recv = response.fp.read1  # first what came along with the head
 
     def read(self):
-        if not self.inflater and self.coding != "identity":
+        if self.coding != "identity" and not self.inflater:
             raise UpstreamError("Z.ai's answer is compressed with %s, which cannot be read here." % ascii(self.coding), GIVE_UP)
-        while not (self.framing and self.framing.done):
-            data, self.first = self.first or self._recv(), b""
+        client, framing = self.client, self.framing
+        while not (framing and framing.done):
+            client.silent_since = client.clock()
+            try:
+                data = self.recv(65536)
+            except OSError as error:
+                raise road_failure(error, client) from None
+            client.silent_since, self.recv = None, self.sock.recv
             if not data:
-                if self.framing:
-                    raise UpstreamError("The connection to Z.ai was cut in the middle of its answer.")
+                if framing or client.gone or client.silent:
+                    raise road_failure(None, client)
                 return b""
             try:
-                if self.framing:
-                    data = self.framing.feed(data)
-                if self.inflater:
-                    data = self.inflater.decompress(data)
+                data = framing.feed(data) if framing else data
+                data = self.inflater.decompress(data) if self.inflater else data
             except (ValueError, zlib.error) as error:
                 raise UpstreamError("Z.ai's answer is broken: %s." % error) from None
             if data:
                 return data
         return b""
-
-    def _recv(self):
-        client = self.client
-        client.silent_since = client.clock()
-        try:
-            data = self.sock.recv(65536)
-        except OSError as error:
-            raise road_failure(error, client) from None
-        client.silent_since = None
-        if not data and (client.gone or client.silent):
-            raise road_failure(None, client)
-        return data
 
     def read_all(self, limit):
         parts, size = [], 0
@@ -1904,18 +1956,22 @@ class Body:
                 raise UpstreamError("Z.ai's answer is larger than %d bytes." % limit, GIVE_UP)
         return b"".join(parts)
 
-    def drain(self):
+    def drain(self, patience=0.1):
         """The answer is complete: wait a moment for the end of the body, as only then the connection can serve again."""
-        with contextlib.suppress(OSError, UpstreamError, ClientGone):
-            if self.framing and not self.framing.done:
-                self.sock.settimeout(1)
-                self.read_all(65536)
-                self.sock.settimeout(None)
+        deadline = time.monotonic() + patience
+        with contextlib.suppress(OSError, ValueError):
+            while self.framing and not self.framing.done and time.monotonic() < deadline:
+                self.sock.settimeout(patience)
+                data = self.recv(65536)
+                if not data:
+                    break
+                self.framing.feed(data)
+            self.sock.settimeout(None)
 
     def close(self):
         self.client.detach()
         self.response.close()
-        if self.framing and self.framing.done and not self.framing.rest and not self.response.will_close and self.sock.gettimeout() is None:
+        if self.framing and self.framing.done and not self.framing.rest and not self.response.will_close:
             self.pool.put(self.response.pool_key, self.sock)
         else:
             self.sock.close()
@@ -1938,7 +1994,7 @@ def road_failure(error, client):
         return UpstreamError("Z.ai's address could not be found: %s." % reason.strerror)
     if isinstance(reason, socket.timeout):
         return UpstreamError("No connection to Z.ai within %g s." % CONNECT_TIMEOUT)
-    return UpstreamError("The connection to Z.ai failed: %s." % (getattr(reason, "strerror", None) or reason or "closed"))
+    return UpstreamError("The connection to Z.ai failed: %s." % (getattr(reason, "strerror", None) or reason or "cut in the middle of an answer"))
 
 
 class Job(NamedTuple):
@@ -1967,8 +2023,10 @@ class Upstream:
         """
         ticket, sent, tries, silences = Ticket(job.model, client), False, 0, 0
         while True:
-            self.gates.enter(ticket)
-            record.queued_s = ticket.waited
+            try:
+                self.gates.enter(ticket)
+            finally:
+                record.queued_s = ticket.waited
             error = None
             try:
                 with contextlib.closing(self._attempt(job, ticket.gate.key, client, record)) as batches:
@@ -2009,9 +2067,13 @@ class Upstream:
         with contextlib.closing(self._open(job, key, client, record)) as body:
             try:
                 for events in self._events(body):
-                    chunks = [chunk for event in events for chunk in translator.feed(event)]
-                    if chunks:
-                        yield chunks
+                    chunks = []
+                    try:
+                        for event in events:
+                            chunks += translator.feed(event)
+                    finally:  # what came before an error in the same read is not lost
+                        if chunks:
+                            yield chunks
                     if translator.complete:
                         break
                 else:
@@ -2033,7 +2095,7 @@ class Upstream:
     def _open(self, job, key, client, record):
         """The Body of a response with status 200; UpstreamError otherwise."""
         response = self._send("/chat/completions", key, client, job.data)
-        record.zai_log_id = response.headers.get("X-Log-Id", "")[:64]
+        record.zai_log_id = re.sub("[^0-9A-Za-z_-]", "", redact(response.headers.get("X-Log-Id", ""), self.settings.zai_api_key))[:64]
         log.debug("%s Z.ai answered %d, log id %s", record.id, response.status, ascii(record.zai_log_id))
         body = Body(response, client, self.pool)
         if response.status == 200 and "html" not in body.kind:
@@ -2124,16 +2186,15 @@ class Record:
         return self.usage[kind + "_tokens"] if self.usage else None
 
     def line(self):
-        """The log line: printable ASCII, whatever the client sent."""
-        parts = [self.id, self.client, self.method, ascii(self.path[:200])[1:-1], str(self.status)]
+        """The log line: one line of printable ASCII, and no blanks but its own, whatever the client sent."""
+        facts = {}
         if self.chat:
-            seconds = ["%s=%s" % (name, "-" if value is None else "%.3f" % value) for name, value in (
-                ("ttft", self.ttft_s), ("total", self.total_s), ("queue", self.queued_s))]
-            parts += ["model=" + ascii(self.model[:100])[1:-1], "stream=" + str(self.stream).lower(), *seconds,
-                      "in=%s" % self.tokens("prompt"), "out=%s" % self.tokens("completion"), "retries=%d" % self.retries]
-        parts += ["%s=%s" % (name, value) for name, value in (
-            ("changed", ",".join(self.changed)), ("repaired", self.repaired), ("zai", ascii(self.zai_log_id)[1:-1]), ("error", ascii(self.error[:300]))) if value not in ("", 0, "''")]
-        return " ".join(parts)
+            facts = {"model": self.model, "stream": str(self.stream).lower(), "ttft": self.ttft_s, "total": self.total_s, "queue": self.queued_s,
+                     "in": self.tokens("prompt"), "out": self.tokens("completion"), "retries": self.retries, "changed": ",".join(self.changed),
+                     "repaired": self.repaired or None, "zai": self.zai_log_id}
+        facts = {name: "%.3f" % value if isinstance(value, float) else str(value) for name, value in facts.items() if value not in (None, "")}
+        words = [self.id, self.client, self.method, self.path, str(self.status)] + ["=".join(fact) for fact in facts.items()]
+        return " ".join([re.sub("[^!-~]", "?", word[:200]) for word in words] + (["error=" + ascii(self.error[:300])] if self.error else []))
 
 
 class Histogram:
@@ -2563,54 +2624,41 @@ def page_policy():
 KEEP_ALIVE = 75.0  # seconds an idle connection is kept
 LINGER = 1.0       # seconds a client gets to read an answer that came before all of its request was taken
 
-REQUEST_LINE = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+ [!-~\x80-\xff]+ HTTP/[0-9]\.[0-9]\r?\n")
+REQUEST_LINE = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+ [!-~\x80-\xff]+ HTTP/[1-9]\.[0-9]\r?\n")
 HEADER_LINE = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\0\r\n]*\r?\n|\r?\n")
 
 
-class DeadlineReader(io.RawIOBase):
-    """A socket's bytes up to a deadline for all of them together: one byte a second does not keep a thread."""
+class RequestReader(io.BufferedReader):
+    """A connection's rfile, whose readline() lets only whole, plain lines pass: first one of `pattern`, then headers. The email
+    parser behind http.server would take a bare CR for a line's end, a folded line for a value, and all that follows a line it
+    does not understand for the body."""
 
-    def __init__(self, sock, clock):
-        self.sock, self.clock, self.deadline = sock, clock, 0.0
+    pattern = REQUEST_LINE
 
-    def readable(self):
-        return True
-
-    def readinto(self, buffer):
-        self.sock.settimeout(max(0.001, self.deadline - self.clock()))
-        return self.sock.recv_into(buffer)
-
-
-class HeaderLines:
-    """What http.client.parse_headers() reads from, if only whole, plain lines may pass. The email parser behind it would take a
-    bare CR for a line's end, a folded line for a value, and all that follows a line it does not understand for the body."""
-
-    def __init__(self, rfile):
-        self.rfile = rfile
-
-    def readline(self, limit):
-        line = self.rfile.readline(limit)
+    def readline(self, limit=-1):
+        line = super().readline(limit)
         if not line:
             raise ClientGone
-        if len(line) < limit and not HEADER_LINE.fullmatch(line):
-            raise RequestError("Malformed header line.")
+        if len(line) != limit and not self.pattern.fullmatch(line):  # of that length it is too long, which the base class says
+            raise RequestError("Malformed request line." if self.pattern is REQUEST_LINE else "Malformed header line.")
+        self.pattern = HEADER_LINE
         return line
 
 
 class Route(NamedTuple):
-    pattern: str
+    pattern: "re.Pattern"
     methods: Dict[str, str]  # HTTP method -> Handler's
     needs_key: bool = True
 
 
 ROUTES = (
-    Route(r"/(?:docs|dashboard)?", {"GET": "get_page"}, needs_key=False),
-    Route(r"/health", {"GET": "get_health"}, needs_key=False),
-    Route(r"/models", {"GET": "get_models"}),
-    Route(r"/models/(?P<id>.+)", {"GET": "get_model"}),
-    Route(r"/chat/completions", {"POST": "post_chat"}),
-    Route(r"/metrics", {"GET": "get_metrics"}),
-    Route(r"/stats", {"GET": "get_stats"}),
+    Route(re.compile("(?:/v1)?/chat/completions"), {"POST": "post_chat"}),
+    Route(re.compile("(?:/v1)?/models"), {"GET": "get_models"}),
+    Route(re.compile("(?:/v1)?/models/(?P<id>.+)"), {"GET": "get_model"}),
+    Route(re.compile("/metrics"), {"GET": "get_metrics"}),
+    Route(re.compile("/stats"), {"GET": "get_stats"}),
+    Route(re.compile("/health"), {"GET": "get_health"}, needs_key=False),
+    Route(re.compile("/(?:docs|dashboard)?"), {"GET": "get_page"}, needs_key=False),
 )
 
 
@@ -2625,55 +2673,48 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     # Life of a connection
 
+    disable_nagle_algorithm = True  # else a kept-alive request takes 44 ms
+
     def setup(self):
-        self.connection = self.request
-        self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)  # else 44 ms a kept-alive request
+        super().setup()
+        self.rfile, self.wfile = RequestReader(self.rfile.detach()), io.BytesIO()
         self.settings, self.clock = self.server.settings, time.monotonic
-        self.reader = DeadlineReader(self.connection, self.clock)
-        self.rfile, self.wfile = io.BufferedReader(self.reader), io.BytesIO()
-        self.patience = self.settings.client_timeout
 
     def handle_one_request(self):
-        self.reader.deadline = self.clock() + self.patience
-        try:
-            first = self.rfile.peek(1)
-        except OSError:
-            first = b""
+        first = self.rfile.peek(1)
         if not first or self.server.draining:
             self.close_connection = True
             return
-        self.reader.deadline, self.patience = self.clock() + self.settings.client_timeout, KEEP_ALIVE
-        self.began, self.headers, self.client, self.body_size, self.requestline = self.clock(), self.MessageClass(), None, 0, ""
+        self.expect(self.settings.client_timeout)
+        self.began, self.fields, self.client, self.body_size, self.requestline = self.clock(), {}, None, 0, ""
         self.request_version, self.command = self.default_request_version, None
-        self.record = Record("req_" + uuid.uuid4().hex, self.client_address[0], time.time())
-        with self.server.busy_with(self.connection):
-            if first.startswith(b"\x16"):
-                self.refuse(RequestError("This port speaks HTTP, not HTTPS."))
-            else:
-                super().handle_one_request()
-
-    def parse_request(self):
-        """The base class's, for requests whose every line is as RFC 9112 has it."""
-        if self.raw_requestline in (b"\r\n", b"\n"):  # left behind by an old client
-            self.close_connection = False
-            return False
-        rfile, self.rfile = self.rfile, HeaderLines(self.rfile)
+        self.record = Record("req_" + os.urandom(12).hex(), self.client_address[0], time.time())
         try:
-            if not REQUEST_LINE.fullmatch(self.raw_requestline):
-                raise RequestError("Malformed request line.")
-            if not super().parse_request():
-                return False
-            self.record.method, self.record.path = self.command, self.path.partition("?")[0]
-            self.close_connection = self.close_connection or self.request_version == "HTTP/1.0"
-            self.body_size = self.framing()
-            return True
+            if first.startswith(b"\x16"):
+                raise RequestError("This port speaks HTTP, not HTTPS.")
+            if first.startswith(b"\r\n"):
+                self.rfile.read(2)  # left behind by an old client
+            self.rfile.pattern = REQUEST_LINE
+            super().handle_one_request()
         except ApiError as error:
             self.refuse(error)
         except ClientGone:
             self.close_connection = True
-        finally:
-            self.rfile = rfile
-        return False
+        self.expect(KEEP_ALIVE)
+
+    def expect(self, seconds):
+        """The connection is shut unless it gets on within so many seconds; None: the watch looks after it as a Client."""
+        self.server.deadlines[self.connection] = self.clock() + seconds if seconds else float("inf")
+
+    def parse_request(self):
+        if not super().parse_request():
+            return False
+        self.record.method, self.record.path = self.command, self.path.partition("?")[0]
+        self.fields = {name.lower(): value for name, value in reversed(self.headers.items())}  # the first of each name
+        options = [option.strip().lower() for option in ",".join(self.headers.get_all("Connection", [])).split(",")]
+        self.close_connection = self.close_connection or "close" in options or self.request_version == "HTTP/1.0"
+        self.body_size = self.framing()
+        return True
 
     def handle_expect_100(self):
         return True  # said when the body is about to be read, once key and size are known to be good
@@ -2696,20 +2737,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def dispatch(self):
         """Find the route, call it, and turn what it raises into an answer."""
         record = self.record
-        try:
-            getattr(self, self.find_route())()
-        except ApiError as error:
-            self.answer_error(error)
-        except (ClientGone, OSError):
-            record.status, record.error, self.close_connection = 499, "the client left", True
-        except Exception:
-            log.exception("%s failed; this is a bug", record.id)
-            self.answer_error(ApiError("Internal error; the log says more under the id %s." % record.id))
-        finally:
-            record.total_s = self.clock() - self.began
-            log.info("%s", redact(record.line(), self.settings.zai_api_key))
-            if record.chat:
-                self.server.metrics.finish(record)
+        with self.server.busy_with(self.connection):
+            try:
+                getattr(self, self.find_route())()
+            except ApiError as error:
+                self.answer_error(error)
+            except (ClientGone, OSError):
+                record.status, record.error, self.close_connection = 499, "the client left", True
+            except Exception:
+                log.exception("%s failed; this is a bug", record.id)
+                self.answer_error(ApiError("Internal error; the log says more under the id %s." % record.id))
+            finally:
+                record.total_s = self.clock() - self.began
+                log.info("%s", redact(record.line(), self.server.secrets))
+                if record.chat:
+                    self.server.metrics.finish(record)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = dispatch
 
@@ -2717,10 +2759,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.check_host()
         if self.command == "OPTIONS":
             return "answer_options"
-        target = urllib.parse.urlsplit("/" + self.path.lstrip("/") if not self.path.lower().startswith(("http://", "https://")) else self.path)
-        path = "/" + urllib.parse.unquote(target.path, errors="replace").strip("/")
+        target = re.sub("^https?://[^/]*", "", self.path, flags=re.IGNORECASE)  # a proxy's absolute form
+        path = "/" + urllib.parse.unquote(re.split("[?#]", target)[0], errors="replace").strip("/")
         for route in ROUTES:
-            self.match = re.fullmatch("(?:/v1(?=/))?" + route.pattern, path)
+            self.match = route.pattern.fullmatch(path)
             if self.match:
                 if route.needs_key:
                     self.check_key()
@@ -2729,37 +2771,38 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     raise RequestError("%s is not a method of %s." % (self.command, ascii(path)), status=405, code="method_not_allowed")
                 return route.methods[method]
         self.check_key()
-        raise RequestError("There is nothing at %s. The base URL ends in /v1." % ascii(path), status=404, code="not_found")
+        raise RequestError("There is nothing at %s: ZtoApi speaks /v1/chat/completions (not the Responses API) and /v1/models." % ascii(path),
+                           status=404, code="not_found")
 
     def check_host(self):
         """With the well-known key only pages of this computer may reach us: the name in Host tells DNS rebinding."""
-        if self.settings.well_known and "Host" in self.headers:
+        if self.settings.well_known and "host" in self.fields:
             try:
-                host = urllib.parse.urlsplit("//" + self.headers["Host"]).hostname or ""
+                host = urllib.parse.urlsplit("//" + self.fields["host"]).hostname or ""
             except ValueError:
                 host = ""
             if not is_loopback(host):
                 raise RequestError("With the well-known DEFAULT_KEY only this computer is served; set a key of your own.", status=403, code="host_not_allowed")
 
     def check_key(self):
-        scheme, _, bearer = self.headers.get("Authorization", "").partition(" ")
-        given = [bearer.strip() if scheme.lower() == "bearer" else "", self.headers.get("x-api-key", ""), self.headers.get("api-key", "")]
+        scheme, _, bearer = self.fields.get("authorization", "").partition(" ")
+        given = [bearer.strip() if scheme.lower() == "bearer" else "", self.fields.get("x-api-key", ""), self.fields.get("api-key", "")]
         matches = [hmac.compare_digest(key.encode(), text.encode("utf-8", "replace")) for key in self.settings.default_key for text in given]
         if not any(matches):
             raise RequestError("Incorrect API key: send the proxy's DEFAULT_KEY as Authorization: Bearer KEY." if any(given) else
                                "No API key: send the proxy's DEFAULT_KEY as Authorization: Bearer KEY.", status=401, code="invalid_api_key")
 
     def read_body(self):
-        kind = self.headers.get("Content-Type", "").lower()
-        if "form" in kind or kind.startswith("multipart/"):
+        kind = self.fields.get("content-type", "").lower()
+        if "x-www-form-urlencoded" in kind or kind.startswith("multipart/"):
             raise RequestError("The body must be JSON: send Content-Type: application/json.", status=415, code="unsupported_media_type")
-        if self.headers.get("Content-Encoding", "identity").lower() != "identity":
+        if self.fields.get("content-encoding", "identity").lower() != "identity":
             raise RequestError("Compressed bodies are not understood.", status=415, code="unsupported_media_type")
         limit = self.settings.max_body_mb << 20
         too_large = RequestError("The body is larger than MAX_BODY_MB (%d)." % self.settings.max_body_mb, status=413, code="request_too_large")
         if self.body_size is not None and self.body_size > limit:
             raise too_large
-        if self.body_size != 0 and self.headers.get("Expect", "").lower() == "100-continue" and self.request_version != "HTTP/1.0":
+        if self.body_size != 0 and self.fields.get("expect", "").lower() == "100-continue" and self.request_version != "HTTP/1.0":
             self.send_response_only(HTTPStatus.CONTINUE)
             self.end_headers()
             self.push()
@@ -2811,12 +2854,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def answer_error(self, error):
         """An error in the regime that is left: a status, or, once a stream has begun, an event that ends it without its end marks."""
-        error.message = redact(error.message, self.settings.zai_api_key)
+        error.message = redact(error.message, self.server.secrets)
         body, self.record.error = error.body(), error.message
         try:
             if self.client and self.client.started:
                 self.record.status, self.close_connection = error.status, True
-                self.client.write((encode_event(body)).decode())
+                # No closing chunk, so that the end shows as the cut it is; the AI SDK alone would lose the error over it.
+                self.client.write(encode_event(body).decode(), last="ai-sdk/" in self.fields.get("user-agent", ""))
             else:
                 headers = dict(error.headers(), **self.outcome_headers())
                 if error.status == 405:
@@ -2830,7 +2874,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.close_connection = True
         self.body_size = None  # whatever follows is not to be understood
         self.answer_error(error)
-        log.info("%s", self.record.line())
+        log.info("%s", redact(self.record.line(), self.server.secrets))
 
     def send_error(self, code, message=None, explain=None):
         """The base class's complaints, as JSON."""
@@ -2844,7 +2888,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def cors_headers(self):
         """None with the well-known key: then no web page may read what we answer."""
-        origins, origin = self.settings.cors_origin, self.headers.get("Origin")
+        origins, origin = self.settings.cors_origin, self.fields.get("origin")
         if self.settings.well_known or not origins:
             return []
         headers = [("Access-Control-Expose-Headers", "x-request-id, retry-after, x-should-retry, x-ztoapi-changed, x-ztoapi-queue-ms, x-zai-log-id")]
@@ -2856,12 +2900,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """What happened to a chat request, for whoever wants to know."""
         if not self.record.chat:
             return {}
-        log_id = re.sub("[^0-9A-Za-z_-]", "", self.record.zai_log_id)
-        headers = {"x-ztoapi-queue-ms": "%d" % (self.record.queued_s * 1000), "x-ztoapi-changed": ",".join(self.record.changed), "x-zai-log-id": log_id}
+        headers = {"x-ztoapi-queue-ms": "%d" % (self.record.queued_s * 1000), "x-ztoapi-changed": ",".join(self.record.changed),
+                   "x-zai-log-id": self.record.zai_log_id}
         return {name: value for name, value in headers.items() if value}
 
     def allowed(self):
-        methods = [method for route in ROUTES if self.match and self.match.re.pattern.endswith(route.pattern) for method in route.methods]
+        methods = [method for route in ROUTES if self.match and self.match.re is route.pattern for method in route.methods]
         return ", ".join(methods + ["HEAD"] * ("GET" in methods))
 
     def push(self):
@@ -2869,16 +2913,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
         data = self.wfile.getvalue()
         self.wfile.seek(0)
         self.wfile.truncate()
-        self.connection.settimeout(self.settings.client_timeout)
+        self.expect(self.settings.client_timeout)
         self.connection.sendall(data)
 
     def linger(self):
         """Take what the client is still sending, for a moment: closing on it would reset the connection before the answer is read."""
         self.connection.shutdown(socket.SHUT_WR)
-        self.reader.deadline = self.clock() + LINGER
+        self.expect(LINGER)
         with contextlib.suppress(OSError):
-            while self.rfile.read1(65536):
-                pass
+            for _ in range(256):  # 16 MiB
+                if not self.rfile.read1(65536):
+                    break
 
     def log_request(self, code="-", size="-"):
         pass  # dispatch() writes one line a request
@@ -2893,7 +2938,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         headers = [("Allow", "GET, HEAD, POST, OPTIONS")]
         if self.cors_headers():
             headers += [("Access-Control-Allow-Methods", "GET, POST, OPTIONS"), ("Access-Control-Max-Age", "86400"),
-                        ("Access-Control-Allow-Headers", self.headers.get("Access-Control-Request-Headers", "authorization, content-type")),
+                        ("Access-Control-Allow-Headers", self.fields.get("access-control-request-headers", "authorization, content-type")),
                         ("Vary", "Access-Control-Request-Headers")]  # echoed: SDKs send x-stainless-*, and * does not cover Authorization
         self.answer(204, b"", headers=headers)
 
@@ -2929,18 +2974,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
         record.chat = True
         self.server.metrics.begin()
         request = read_json_object(self.read_body())
-        request["stream"] = wants_stream(request, self.headers.get("Accept", ""), self.headers.get("User-Agent", ""), settings.default_stream)
+        request["stream"] = wants_stream(request, self.fields.get("accept", ""), self.fields.get("user-agent", ""), settings.default_stream)
         record.model = str(request.get("model", ""))
         zai_request, record.changed = to_zai_request(request, settings)
         record.model_id, record.stream = zai_request["model"], request["stream"]
-        log.debug("%s to Z.ai: %s", record.id, shape(zai_request))
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("%s to Z.ai: %s", record.id, shape(zai_request))
         if not settings.zai_api_key:
-            raise UpstreamError("ZAI_API_KEY is not set where the proxy runs. Get a key (free models need one too) at https://z.ai/manage-apikey/apikey-list.",
-                                code="upstream_auth_error", heals=False)
+            raise UpstreamError(NO_KEY, code="upstream_auth_error", heals=False)
         include_usage = (request.get("stream_options") or {}).get("include_usage", False)
-        envelope = Envelope("chatcmpl-" + uuid.uuid4().hex, int(record.began), request["model"], include_usage)
-        job = Job(encode_json(zai_request), record.model_id, functools.partial(self.translator, request, zai_request))
-        self.connection.settimeout(None)  # from here on the watch keeps the time
+        envelope = Envelope("chatcmpl-" + os.urandom(12).hex(), int(record.began), request["model"], include_usage)
+        job = Job(encode_request(zai_request), record.model_id, functools.partial(self.translator, request, zai_request))
+        self.expect(None)
         self.client = Client(self.connection, settings, self.stream_head if record.stream else None, envelope, self.request_version != "HTTP/1.0")
         with self.server.watch.over(self.client), contextlib.closing(self.server.upstream.relay(job, self.client, record)) as answer:
             if record.stream:
@@ -3002,7 +3047,8 @@ class Server(http.server.ThreadingHTTPServer):
     daemon_threads, block_on_close = True, False  # stop() counts what runs; joining would hang on one idle client
     allow_reuse_address = os.name != "nt"  # there it would let a second process take a port in use
 
-    GRACE = 30.0  # seconds for running answers to finish
+    GRACE = 30.0        # seconds for running answers to finish
+    MOST_REFUSED = 128  # connections kept for a moment beyond MAX_CONNECTIONS, until their 503 has been read
 
     def __init__(self, settings):
         self.demo = DemoZai() if settings.demo_mode else None
@@ -3011,9 +3057,10 @@ class Server(http.server.ThreadingHTTPServer):
         self.settings, self.metrics, self.watch = settings, Metrics(), Watch()
         self.upstream = Upstream(settings, proxies={} if self.demo else None)
         self.page_policy = page_policy()
-        self.lock, self.draining, self.next_service = threading.Lock(), False, 0.0
-        self.sockets, self.busy = set(), set()  # connections; those of them with a request under way
-        self.refused = collections.deque()      # (until, socket) of those beyond MAX_CONNECTIONS, to be closed when their 503 has been read
+        self.secrets = settings.zai_api_key + tuple(key for key in settings.default_key if len(key) >= 8 and key != WELL_KNOWN_KEY)
+        self.lock, self.served, self.draining, self.next_service = threading.Lock(), False, False, 0.0
+        self.deadlines, self.busy = {}, set()   # of all connections; those of them with a request under way
+        self.refused = collections.deque()      # (until, socket) of those beyond MAX_CONNECTIONS
         host = settings.host.strip("[]")
         self.address_family, _, _, _, address = socket.getaddrinfo(host, settings.port, 0, socket.SOCK_STREAM, 0, socket.AI_PASSIVE)[0]
         try:
@@ -3040,6 +3087,7 @@ class Server(http.server.ThreadingHTTPServer):
     # The accept loop
 
     def serve_forever(self, poll_interval=WATCH_INTERVAL):
+        self.served = True
         super().serve_forever(poll_interval)
 
     def service_actions(self):
@@ -3048,9 +3096,16 @@ class Server(http.server.ThreadingHTTPServer):
         if now < self.next_service:
             return
         self.next_service = now + WATCH_INTERVAL
-        self.watch.tick()
-        self.upstream.pool.expire()
-        while self.refused and (self.refused[0][0] < now or len(self.refused) > 128):
+        try:
+            self.watch.tick()
+            with self.lock:
+                late = [sock for sock, deadline in self.deadlines.items() if deadline < now]
+            for sock in late:
+                shut(sock)
+            self.upstream.pool.expire()
+        except Exception:
+            log.exception("The watch failed; this is a bug")  # but no reason for the accept loop to end
+        while self.refused and self.refused[0][0] < now:
             self.refused.popleft()[1].close()
 
     def get_request(self):
@@ -3064,21 +3119,23 @@ class Server(http.server.ThreadingHTTPServer):
     def verify_request(self, request, client_address):
         """Take the connection, or refuse it cheaply: a 503 from here, no thread."""
         with self.lock:
-            if len(self.sockets) < self.settings.max_connections:
-                self.sockets.add(request)
+            if len(self.deadlines) < self.settings.max_connections:
+                self.deadlines[request] = time.monotonic() + self.settings.client_timeout
                 return True
         body = encode_json(ApiError("Too many connections.", code="too_many_connections").body())
         with contextlib.suppress(OSError):
             request.setblocking(False)
             request.send(b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 5\r\nConnection: close\r\n"
-                         b"x-request-id: req_%b\r\nContent-Length: %d\r\n\r\n%b" % (uuid.uuid4().hex.encode(), len(body), body))
+                         b"x-request-id: req_%b\r\nContent-Length: %d\r\n\r\n%b" % (os.urandom(12).hex().encode(), len(body), body))
             request.shutdown(socket.SHUT_WR)
             self.refused.append((time.monotonic() + LINGER, socket.socket(fileno=request.detach())))
+            if len(self.refused) > self.MOST_REFUSED:
+                self.refused.popleft()[1].close()
         return False
 
     def shutdown_request(self, request):
         with self.lock:
-            self.sockets.discard(request)
+            self.deadlines.pop(request, None)
         super().shutdown_request(request)
 
     @contextlib.contextmanager
@@ -3100,8 +3157,9 @@ class Server(http.server.ThreadingHTTPServer):
     def stop(self, grace=GRACE):
         """Stop accepting, let running answers finish for `grace` seconds, close everything."""
         self.draining = True
-        self.shutdown()
-        self.drain(grace)
+        if self.served:
+            self.shutdown()  # would wait for ever for a loop that never ran
+        return self.drain(grace)
 
     def drain(self, grace=GRACE):
         """What stop() does once serve_forever() has ended. True if nothing was cut."""
@@ -3110,13 +3168,17 @@ class Server(http.server.ThreadingHTTPServer):
         deadline = time.monotonic() + grace
         while True:
             with self.lock:
-                idle, busy = self.sockets - self.busy, bool(self.busy)
+                idle, busy = set(self.deadlines) - self.busy, bool(self.busy)
             for sock in idle:
                 shut(sock)
             if not busy or time.monotonic() > deadline:
                 break
             self.watch.tick()
             time.sleep(0.02)
+        with self.lock:
+            late = list(self.deadlines)
+        for sock in late:
+            shut(sock)
         self.server_close()
         self.close_parts()
         return not busy
@@ -3140,7 +3202,7 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])).decode())
-        id = time.strftime("%Y%m%d%H%M%S", time.gmtime(time.time() + 8 * 3600)) + uuid.uuid4().hex[:16]
+        id = time.strftime("%Y%m%d%H%M%S", time.gmtime(time.time() + 8 * 3600)) + os.urandom(8).hex()
         self.send_response(200)
         for name, value in (("Content-Type", "text/event-stream;charset=UTF-8"), ("Transfer-Encoding", "chunked"), ("X-Log-Id", id)):
             self.send_header(name, value)
@@ -3166,19 +3228,34 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
             for word in "This is a demo, so there is nothing to think about.".split(" "):
                 yield {"role": "assistant", "reasoning_content": word + " "}
         if functions and last["role"] != "tool":
-            arguments = {name: self.example(schema, text) for name, schema in functions[0]["parameters"].get("properties", {}).items()}
-            yield {"tool_calls": [{"id": "call_" + uuid.uuid4().hex[:24], "index": 0, "type": "function", "function": {
+            arguments = self.example(dict(functions[0]["parameters"], type="object"), functions[0]["parameters"], text)
+            yield {"tool_calls": [{"id": "call_" + os.urandom(12).hex(), "index": 0, "type": "function", "function": {
                 "name": functions[0]["name"], "arguments": encode_json(arguments).decode()}}]}
         elif request.get("response_format", {}).get("type") == "json_object":
-            yield {"role": "assistant", "content": encode_json({"demo": True, "echo": text}).decode()}
+            schemas = [message["content"].partition("JSON Schema")[2].partition("\n")[2] for message in request["messages"] if message["role"] == "system"]
+            schema = next((json.loads(schema) for schema in schemas if schema), {})
+            yield {"role": "assistant", "content": encode_json(self.example(schema, schema, text) if schema else {"demo": True, "echo": text}).decode()}
         else:
             for word in re.findall(r"\S+\s*|\s+", "Demo of ZtoApi. You said: " + text):
                 yield {"role": "assistant", "content": word}
 
-    @staticmethod
-    def example(schema, text):
-        kind = schema.get("type") if isinstance(schema, dict) else None
-        return {"integer": 1, "number": 1, "boolean": True, "array": [], "object": {}}.get(kind, text[:40])
+    def example(self, schema, root, text, depth=0):
+        """A value that fits a JSON schema, with `text` for its strings."""
+        schema = schema if isinstance(schema, dict) else {}
+        if "$ref" in schema:
+            schema = root.get("$defs", {}).get(str(schema["$ref"]).rsplit("/", 1)[-1], {})
+        for choice in ("anyOf", "oneOf", "allOf"):
+            if schema.get(choice):
+                return self.example(schema[choice][0], root, text, depth + 1)
+        if "const" in schema or schema.get("enum"):
+            return schema["const"] if "const" in schema else schema["enum"][0]
+        kind = schema.get("type")
+        kind = kind[0] if isinstance(kind, list) else kind
+        if depth > 8 or kind not in ("object", "array"):
+            return {"integer": 1, "number": 1, "boolean": True, "null": None, "object": {}, "array": []}.get(kind, text[:40])
+        if kind == "array":
+            return [self.example(schema.get("items"), root, text, depth + 1)]
+        return {name: self.example(part, root, text, depth + 1) for name, part in schema.get("properties", {}).items()}
 
     def _reply(self, body, kind):
         self.send_response(200)
@@ -3226,28 +3303,22 @@ def check(settings, environ, say=print):
     say("Python %s on %s, %s, ztoapi %s" % (sys.version.split()[0], sys.platform, ssl.OPENSSL_VERSION, __version__))
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
-        if value != Settings.__dataclass_fields__[field.name].default and value:
+        if value != getattr(Settings(), field.name):
             say("  %s=%s" % (field.name.upper(), ", ".join(map(mask, value)) if field.metadata["secret"] else value))
-    demo = DemoZai() if settings.demo_mode else None
-    if demo:
-        settings = dataclasses.replace(settings, zai_api_key=("demo",), zai_base_url=demo.base_url)
-    upstream = Upstream(settings, proxies={} if demo else None)
-    try:
-        for step in (check_network, check_keys, check_chat):
-            if not step(settings, upstream, say):
-                return False
-        return True
-    finally:
-        upstream.close()
-        if demo:
-            demo.close()
+    with Server(dataclasses.replace(settings, port=0, host="127.0.0.1")) as server:  # never reached: it brings the demo and the watch
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        ours, theirs = socket.socketpair()
+        with ours, theirs, server.watch.over(Client(ours, settings)) as client:
+            good = all(step(server, client, say) for step in (check_network, check_keys, check_chat))
+        server.stop(0)
+        return good
 
 
-def check_network(settings, upstream, say):
+def check_network(server, client, say):
     """DNS, TCP and TLS on the way to ZAI_BASE_URL, or to the proxy that is in force for it."""
-    base = urllib.parse.urlsplit(settings.zai_base_url)
+    base = urllib.parse.urlsplit(server.settings.zai_base_url)
     host, port, proxy = base.hostname, base.port or (443 if base.scheme == "https" else 80), None
-    if not settings.demo_mode and not urllib.request.proxy_bypass(host):
+    if not server.demo and not urllib.request.proxy_bypass(host):
         proxy = urllib.request.getproxies().get(base.scheme)
     if proxy:
         parts = urllib.parse.urlsplit(proxy if "//" in proxy else "//" + proxy)
@@ -3262,7 +3333,7 @@ def check_network(settings, upstream, say):
             say("ok    TCP: connected to port %d" % port)
             if base.scheme == "https" and not proxy:
                 step, advice = "TLS", "set SSL_CERT_FILE to the certificates to trust, or check the clock"
-                with KeepAliveHandler(upstream.pool).tls().wrap_socket(sock, server_hostname=host) as tls:
+                with KeepAliveHandler(server.upstream.pool).tls().wrap_socket(sock, server_hostname=host) as tls:
                     say("ok    TLS: certificate verified, %s" % tls.version())
         return True
     except OSError as error:
@@ -3270,33 +3341,31 @@ def check_network(settings, upstream, say):
         return False
 
 
-def check_keys(settings, upstream, say):
+def check_keys(server, client, say):
     """Each key against GET {base}/models. True if there is one that Z.ai takes."""
-    if not upstream.gates.keys:
-        say("FAIL  key: ZAI_API_KEY is not set: get one (free models need one too) at https://z.ai/manage-apikey/apikey-list")
-    errors = []
-    for key in upstream.gates.keys:
-        errors.append(upstream.check_key(key, Client(None, settings)))
-        say("FAIL  key %s: %s" % (key.name, redact(errors[-1].message, settings.zai_api_key)) if errors[-1] else "ok    key %s: accepted" % key.name)
+    keys = server.upstream.gates.keys
+    if not keys:
+        say("FAIL  key: " + NO_KEY)
+    errors = [server.upstream.check_key(key, client) for key in keys]
+    for key, error in zip(keys, errors):
+        say("FAIL  key %s: %s" % (key.name, redact(error.message, server.settings.zai_api_key)) if error else "ok    key %s: accepted" % key.name)
     return None in errors
 
 
-def check_chat(settings, upstream, say):
+def check_chat(server, client, say):
     """One tiny streamed completion."""
-    for model in CHECK_MODELS["/coding/" in settings.zai_base_url]:
+    for model in CHECK_MODELS["/coding/" in server.settings.zai_base_url]:
         request = {"model": model, "messages": [{"role": "user", "content": "Say OK."}], "max_tokens": 16, "stream": True, "enable_thinking": False}
-        zai_request, _ = to_zai_request(request, settings)
-        record, began = Record("check", "", time.time()), time.monotonic()
+        job, began = Job(encode_json(to_zai_request(request, server.settings)[0]), model, ChunkTranslator), time.monotonic()
         try:
-            with contextlib.closing(upstream.relay(Job(encode_json(zai_request), model, ChunkTranslator), Client(None, settings), record)) as answer:
+            with contextlib.closing(server.upstream.relay(job, client, Record("check", "", time.time()))) as answer:
                 next(answer)
                 ttft_s = time.monotonic() - began
-                for _ in answer:
-                    pass
+                collections.deque(answer, 0)
             say("ok    chat: %s answered, first token after %.0f ms" % (model, ttft_s * 1000))
             return True
         except ApiError as error:
-            say("FAIL  chat with %s: %s" % (model, redact(error.message, settings.zai_api_key)))
+            say("FAIL  chat with %s: %s" % (model, redact(error.message, server.settings.zai_api_key)))
     return False
 
 
@@ -3340,13 +3409,15 @@ def serve(settings):
         settings = dataclasses.replace(settings, max_connections=allowed)
     try:
         server = Server(settings)
-    except OSError as error:
-        print("Cannot listen on HOST=%s PORT=%d: %s" % (settings.host, settings.port, error.strerror or error), file=sys.stderr)
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        print("Cannot listen on HOST=%s PORT=%d: %s" % (ascii(settings.host)[1:-1], settings.port, reason), file=sys.stderr)
         return 1
-    announce(server)
     with contextlib.suppress(ValueError):  # not the main thread: then somebody else minds the signals
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.default_int_handler)
     try:
+        announce(server)
         server.serve_forever()
     except KeyboardInterrupt:
         pass
@@ -3359,6 +3430,9 @@ def serve(settings):
 def main(environ=os.environ, argv=()):
     """Run the program; the exit status: 0, 1 for what the machine refuses, 2 for what was asked wrongly."""
     argv = list(argv)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):  # None without a console, or somebody's own
+            stream.reconfigure(errors="backslashreplace")  # Z.ai's words may be Chinese, and the console may not be
     if argv in (["--help"], ["-h"]):
         print(__doc__.strip())
         return 0
