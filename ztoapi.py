@@ -1826,13 +1826,12 @@ class KeepAliveConnection(http.client.HTTPConnection):
         self.default_port = 443 if context else 80
         super().__init__(host, timeout=timeout)
         self.zai_request, self.pool, self.context, self.unsent = request, pool, context, None
-        self._create_connection = self._dial  # what connect() opens a socket with; it must be seen by the watch before it blocks
 
     def _dial(self, address, timeout, source_address):
-        """socket.create_connection, with the time shared out: a dead IPv6 route must not use up IPv4's."""
+        """socket.create_connection, with the time shared out, as a dead IPv6 route must not use up IPv4's; and with the socket
+        shown to the watch before it blocks."""
         addresses = socket.getaddrinfo(address[0], address[1], 0, socket.SOCK_STREAM)
-        error = None
-        for family, kind, proto, _, place in addresses:
+        for left, (family, kind, proto, _, place) in zip(range(len(addresses) - 1, -1, -1), addresses):
             sock = socket.socket(family, kind, proto)
             try:
                 sock.settimeout(timeout / len(addresses))
@@ -1842,10 +1841,9 @@ class KeepAliveConnection(http.client.HTTPConnection):
                 return sock
             except BaseException as failure:
                 sock.close()
-                if not isinstance(failure, OSError) or self.zai_request.client.gone:
+                if not left or self.zai_request.client.gone or not isinstance(failure, OSError):
                     raise
-                error = failure
-        raise error or OSError("no address for " + address[0])
+        raise OSError("no address for " + address[0])
 
     def connect(self):
         client = self.zai_request.client
@@ -1853,7 +1851,9 @@ class KeepAliveConnection(http.client.HTTPConnection):
         self.sock = self.pool.take(self.pool_key)
         self.zai_request.reused = self.sock is not None
         if self.sock is None:
+            self._create_connection = self._dial
             super().connect()  # TCP, and a proxy's CONNECT
+            del self._create_connection  # a reference to itself would keep the request until the garbage collector comes
             if self.context:
                 self.sock = self.context.wrap_socket(self.sock, server_hostname=self._tunnel_host or self.host, do_handshake_on_connect=False)
                 client.attach(self.sock)
@@ -2035,19 +2035,22 @@ class Upstream:
                         yield chunks
                 return
             except UpstreamError as failure:
-                error = failure
+                error = failure.with_traceback(None)  # which holds this frame, which holds the error
                 log.debug("%s attempt failed with key %s: %s", record.id, ticket.gate.key.name, redact(error.message, self.settings.zai_api_key))
             finally:
                 self.gates.leave(ticket, error, sent)
             pause = self._pause(error, tries, silences)
-            if sent or pause is None or error.verdict == NEXT_KEY and self.gates.all_spent(ticket):
-                raise error
+            if (sent or pause is None or error.verdict == NEXT_KEY and self.gates.all_spent(ticket)
+                    or ticket.waited + pause > self.settings.queue_timeout):
+                try:
+                    raise error
+                finally:
+                    del error
             record.retries += 1
             tries += error.verdict == TRY_AGAIN
             silences += error.silence
-            if ticket.waited + pause > self.settings.queue_timeout:
-                raise error
             ticket.waited += pause
+            record.queued_s = ticket.waited
             self._sleep(client, pause)
 
     def _pause(self, error, tries, silences):
@@ -2127,8 +2130,8 @@ class Upstream:
                 return response
             except (OSError, http.client.HTTPException) as error:
                 client.detach()
-                reason = getattr(error, "reason", error)
-                if not (request.reused and isinstance(reason, ConnectionError) and not client.gone and not client.silent):
+                died = isinstance(getattr(error, "reason", error), ConnectionError) and not client.gone and not client.silent
+                if not (request.reused and died):
                     raise road_failure(error, client) from None
 
     def check_key(self, key, client):
@@ -2748,7 +2751,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 log.exception("%s failed; this is a bug", record.id)
                 self.answer_error(ApiError("Internal error; the log says more under the id %s." % record.id))
             finally:
-                record.total_s = self.clock() - self.began
+                record.total_s, self.client = self.clock() - self.began, None
                 log.info("%s", redact(record.line(), self.server.secrets))
                 if record.chat:
                     self.server.metrics.finish(record)
@@ -2859,6 +2862,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         try:
             if self.client and self.client.started:
                 self.record.status, self.close_connection = error.status, True
+                self.expect(self.settings.client_timeout)  # the watch has let go of the client
                 # No closing chunk, so that the end shows as the cut it is; the AI SDK alone would lose the error over it.
                 self.client.write(encode_event(body).decode(), last="ai-sdk/" in self.fields.get("user-agent", ""))
             else:
@@ -2975,11 +2979,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.server.metrics.begin()
         request = read_json_object(self.read_body())
         request["stream"] = wants_stream(request, self.fields.get("accept", ""), self.fields.get("user-agent", ""), settings.default_stream)
-        record.model = str(request.get("model", ""))
+        record.model = str(request.get("model", ""))[:100]
         zai_request, record.changed = to_zai_request(request, settings)
         record.model_id, record.stream = zai_request["model"], request["stream"]
         if log.isEnabledFor(logging.DEBUG):
-            log.debug("%s to Z.ai: %s", record.id, shape(zai_request))
+            log.debug("%s to Z.ai: %s", record.id, redact(shape(zai_request), self.server.secrets))
         if not settings.zai_api_key:
             raise UpstreamError(NO_KEY, code="upstream_auth_error", heals=False)
         include_usage = (request.get("stream_options") or {}).get("include_usage", False)
@@ -3098,13 +3102,13 @@ class Server(http.server.ThreadingHTTPServer):
         self.next_service = now + WATCH_INTERVAL
         try:
             self.watch.tick()
-            with self.lock:
-                late = [sock for sock, deadline in self.deadlines.items() if deadline < now]
-            for sock in late:
-                shut(sock)
-            self.upstream.pool.expire()
         except Exception:
             log.exception("The watch failed; this is a bug")  # but no reason for the accept loop to end
+        with self.lock:
+            late = [sock for sock, deadline in self.deadlines.items() if deadline < now]
+        for sock in late:
+            shut(sock)
+        self.upstream.pool.expire()
         while self.refused and self.refused[0][0] < now:
             self.refused.popleft()[1].close()
 
@@ -3173,12 +3177,13 @@ class Server(http.server.ThreadingHTTPServer):
                 shut(sock)
             if not busy or time.monotonic() > deadline:
                 break
-            self.watch.tick()
+            self.service_actions()
             time.sleep(0.02)
         with self.lock:
             late = list(self.deadlines)
         for sock in late:
             shut(sock)
+        self.watch.tick()  # sees that they have ended, and cuts what runs for them at Z.ai
         self.server_close()
         self.close_parts()
         return not busy
