@@ -3829,7 +3829,7 @@ def test_odd_bodies_have_a_defined_answer(proxy, zai, door_log):
 
 def test_nesting_around_the_recursion_limit_is_an_answer_or_a_400(proxy, door_log):
     """Reading, writing and translating recurse at different depths; no depth may fall between two of them."""
-    for depth in list(range(sys.getrecursionlimit() - 80, sys.getrecursionlimit() + 10)) + [10, 500, 3000, 9000, 20000]:
+    for depth in list(range(sys.getrecursionlimit() - 60, sys.getrecursionlimit() + 5)) + [10, 500, 3000, 9000, 20000]:
         deep = b"[" * depth + b"]" * depth
         for place in (b'"x":%b' % deep, b'"tools":[{"type":"function","function":{"name":"f","parameters":{"a":%b}}}]' % deep):
             assert door_statuses(proxy, door_post(DOOR_CHAT.replace(b'"stream"', place + b',"stream"')))[0] in (200, 400), depth
@@ -4120,7 +4120,7 @@ def test_a_full_descriptor_table_does_not_spin_and_heals(zai, monkeypatch):
             sock.settimeout(5)
             sock.connect(("127.0.0.1", proxy.port))
             assert eventually(lambda: accepts, 2)
-            time.sleep(0.4)
+            time.sleep(0.25)
             tries = len(accepts)
         finally:
             for fileno in spare:
@@ -4218,7 +4218,7 @@ def test_a_bug_is_one_500_and_one_traceback_and_the_server_lives_on(proxy, zai, 
     assert proxy.call("GET", "/stats")[2]["failed"] == 2
 
 
-def test_a_bug_during_a_stream_is_the_in_stream_error(proxy, door_log, monkeypatch, caplog):
+def test_a_bug_during_a_stream_is_the_in_stream_error(zai, proxy, door_log, monkeypatch, caplog):
     encode, calls = ztoapi.Envelope.encode, []
 
     def boom(self, chunks):
@@ -4227,9 +4227,7 @@ def test_a_bug_during_a_stream_is_the_in_stream_error(proxy, door_log, monkeypat
             raise RuntimeError("boom")
         return encode(self, chunks)
     monkeypatch.setattr(ztoapi.Envelope, "encode", boom)
-    monkeypatch.setattr(ztoapi.Upstream, "_events", lambda self,
-                        body: ([text] for text in (event({"content": "ab"})[6:].decode(), event({"content": "cd"})[6:].decode(),
-                                                   event({"content": "ef"})[6:].decode())))
+    zai.default = stream(say("ab"), 0.05, say("cd"), 0.05, say("ef"), FINISH, DONE)
     status, headers, events, clean = proxy.stream()
     assert status == 200 and said(events) == "abcd" and not clean and "[DONE]" not in events and not finish_of(events)
     assert (list(events[-1]) == ["error"] and events[-1]["error"]["code"] == "internal_error"
@@ -4315,7 +4313,10 @@ def test_the_metrics_are_prometheus_text_with_the_promised_names(zai):
         buckets = list(samples[name + "_bucket"].items())
         assert buckets[-1] == ((("le", "+Inf"),), samples[name + "_count"][()]) and [value for _, value in buckets] == sorted(value
                 for _, value in buckets)
-    parser = pytest.importorskip("prometheus_client.parser")
+    try:
+        from prometheus_client import parser
+    except ImportError:  # the grammar above has to do
+        return
     families = {family.name for family in parser.text_string_to_metric_families(text)}
     assert families == {name[:-6] if name.endswith("_total") else name for name in METRICS}
 
@@ -4448,7 +4449,7 @@ def door_refused_url():
 def test_the_check_fails_with_one_sentence_on_what_to_do(zai, capsys, name, scripts, advice):
     zai.scripts.extend(scripts or [])
     status, out = door_check(capsys, ZAI_API_KEY=ZAI_KEY, ZAI_BASE_URL=zai.url if scripts else door_refused_url(), MAX_RETRIES="0",
-                             UPSTREAM_TIMEOUT="0.3")
+                             UPSTREAM_TIMEOUT="0.1")
     failures = [line for line in out.splitlines() if line.startswith("FAIL")]
     assert status == 1 and failures and re.search(advice, failures[0]) and "ZaiSecret" not in out, out
 
@@ -4587,7 +4588,7 @@ def test_a_second_signal_ends_at_once(zai):
             assert eventually(lambda: door_readable([sock]))
             process.send_signal(signal.SIGINT)
             with pytest.raises(subprocess.TimeoutExpired):
-                process.wait(0.5)
+                process.wait(0.2)
             status, err = door_end(process, [signal.SIGTERM])
             assert "Traceback" not in err, err
 
@@ -4759,7 +4760,7 @@ def door_odd_request(rand):
             if not isinstance(place[key], (dict, list)) or not place[key] or rand.random() < 0.4:
                 break
             place = place[key]
-        place[key] = rand.choice(ODD_VALUES)
+        place[key] = json.loads(json.dumps(rand.choice(ODD_VALUES)))  # a copy: the next may go inside it
     data = json.dumps(body).encode()
     return door_post(data) if rand.random() < 0.5 else door_chunked(chunked(data[:40]), chunked(data[40:]), END)
 
@@ -4831,7 +4832,7 @@ def test_attack_a_flood_of_connections_beyond_the_limit_costs_no_threads_and_few
 
 def test_attack_a_deaf_client_that_pipelines_is_dropped(zai):
     """It sends requests for ever and reads nothing: the answers fill the buffers, and then CLIENT_TIMEOUT is over."""
-    with proxying(zai, CLIENT_TIMEOUT="0.5") as proxy, proxy.connect(5) as sock:
+    with proxying(zai, CLIENT_TIMEOUT="0.2") as proxy, proxy.connect(5) as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         began, data = time.monotonic(), door_get("/") * 50
         with pytest.raises(OSError):
@@ -4843,7 +4844,7 @@ def test_attack_a_deaf_client_that_pipelines_is_dropped(zai):
 def test_attack_a_large_error_does_not_keep_the_thread_of_a_deaf_client(zai):
     """The error of a stream that has begun is a write like any other: CLIENT_TIMEOUT bounds it."""
     zai.default = stream(say("Hi"), 0.1, b'data: {"error":{"code":"1234","message":"%b"}}\n\n' % (b"x" * 12000000))
-    with proxying(zai, CLIENT_TIMEOUT="0.4") as proxy, socket.socket() as sock:
+    with proxying(zai, CLIENT_TIMEOUT="0.2") as proxy, socket.socket() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         sock.connect(("127.0.0.1", proxy.port))
         sock.sendall(raw_chat(chat_body(stream=True)))
@@ -4852,7 +4853,7 @@ def test_attack_a_large_error_does_not_keep_the_thread_of_a_deaf_client(zai):
 
 
 def test_attack_a_continue_that_is_never_followed_is_dropped(zai):
-    with proxying(zai, CLIENT_TIMEOUT="0.3") as proxy, proxy.connect(5) as sock:
+    with proxying(zai, CLIENT_TIMEOUT="0.1") as proxy, proxy.connect(5) as sock:
         sock.sendall(door_get("/v1/chat/completions", "Content-Length: 5", "Expect: 100-continue", method="POST"))
         assert door_rest(sock) == b"HTTP/1.1 100 Continue\r\n\r\n"
         assert not zai.requests

@@ -49,7 +49,6 @@ import contextlib
 import dataclasses
 import datetime
 import difflib
-import email.utils
 import errno
 import functools
 import hashlib
@@ -75,7 +74,7 @@ import urllib.parse
 import urllib.request
 import zlib
 from http import HTTPStatus
-from typing import Callable, Dict, Iterable, List, NamedTuple, Optional, Tuple
+from typing import Callable, Dict, NamedTuple, Optional, Tuple
 
 __version__ = "1.0.0"
 
@@ -178,7 +177,7 @@ class Settings:
         if not self.default_key:
             raise SettingsError("DEFAULT_KEY=: allowed is one or more keys of printable ASCII")
         if self.well_known and not is_loopback(self.host):
-            raise SettingsError("HOST=%s: beyond this computer the well-known DEFAULT_KEY is not allowed; set a key of your own" % ascii(self.host)[1:-1])
+            raise SettingsError(f"HOST={ascii(self.host)[1:-1]}: beyond this computer the well-known DEFAULT_KEY is not allowed; set a key of your own")
 
     @classmethod
     def from_environ(cls, environ):
@@ -193,7 +192,7 @@ class Settings:
                 values[field.name] = field.metadata["parse"](text)
             except (ValueError, KeyError):
                 shown = "..." if field.metadata["secret"] else ascii(text)[1:-1]
-                raise SettingsError("%s=%s: allowed is %s" % (variable, shown, field.metadata["allowed"])) from None
+                raise SettingsError("{}={}: allowed is {}".format(variable, shown, field.metadata["allowed"])) from None
         return cls(**values)
 
     @property
@@ -335,11 +334,11 @@ def zai_error(value, status=200, now=None, model="", retry_after=None):
     advice = row.advice
     if row is NO_MODEL:
         close = difflib.get_close_matches(model, MODELS, 3, 0.5)
-        advice = "Known models near it: %s." % ", ".join(MODELS[id].name for id in close) if close else "GET /v1/models lists the known ones."
+        advice = "Known models near it: {}.".format(", ".join(MODELS[id].name for id in close)) if close else "GET /v1/models lists the known ones."
     words = "Z.ai: " + (message or "HTTP status %d without a reason" % status)
     reset = seconds_until_reset(message, now) if now is not None else None
     return UpstreamError(
-        " ".join(filter(None, (words + (" (code %s)." % code if code else "."), advice))), row.verdict, zai_code=code, learn=code == "1302", pause=retry_after,
+        " ".join(filter(None, (words + (f" (code {code})." if code else "."), advice))), row.verdict, zai_code=code, learn=code == "1302", pause=retry_after,
         status=row.status, type=row.type, code=row.code, heals=False if row.verdict in (GIVE_UP, NEXT_KEY) else None,
         retry_after=next((s for s in (reset, retry_after, row.retry_after) if s is not None), None))
 
@@ -491,7 +490,7 @@ TRANSLATED = {"stream", "stream_options", "temperature", "top_p", "stop", "max_t
 def read_json_object(data):
     """The dict in a request body (bytes). RequestError for anything else, and for numbers no JSON reader agrees on."""
     def refuse(text):
-        raise ValueError("%.20s is no JSON number" % text)
+        raise ValueError(f"{text:.20} is no JSON number")
 
     def whole_number(text):
         return int(text) if len(text) <= 100 else refuse(text)  # int() takes quadratic time before Python 3.11
@@ -506,7 +505,7 @@ def read_json_object(data):
     except UnicodeDecodeError:
         raise RequestError("The body is not UTF-8 text.") from None
     except ValueError as error:
-        raise RequestError("The body is not valid JSON: %s." % error) from None
+        raise RequestError(f"The body is not valid JSON: {error}.") from None
     if not isinstance(value, dict):
         raise RequestError("The body must be a JSON object.")
     return value
@@ -551,7 +550,7 @@ def to_zai_request(request, settings):
 def check_fields(request):
     for name in ("model", "messages"):
         if name not in request:
-            raise RequestError("Missing required parameter: '%s'." % name, name, code="missing_required_parameter")
+            raise RequestError(f"Missing required parameter: '{name}'.", name, code="missing_required_parameter")
     expect(request["model"], str, "model")
     for name, value in request.items():
         field = FIELDS.get(name)
@@ -559,19 +558,19 @@ def check_fields(request):
             continue
         expect(value, field.kind, name)
         if field.low is not None and value < field.low or field.high is not None and value > field.high:
-            raise RequestError("'%s' must be %s." % (name, "at least %s" % field.low if field.high is None else
-                                                     "from %s to %s" % (field.low, field.high) if field.low != field.high else field.low), name)
+            raise RequestError("'{}' must be {}.".format(name, f"at least {field.low}" if field.high is None else
+                                                     f"from {field.low} to {field.high}" if field.low != field.high else field.low), name)
         if field.words and value not in field.words:
-            raise RequestError("'%s' must be one of %s." % (name, ", ".join(field.words)), name)
+            raise RequestError("'{}' must be one of {}.".format(name, ", ".join(field.words)), name)
     for name in ("functions", "function_call"):
         if name in request:
-            raise RequestError("'%s' is no longer supported: use 'tools' and 'tool_choice'." % name, name)
+            raise RequestError(f"'{name}' is no longer supported: use 'tools' and 'tool_choice'.", name)
 
 
 def expect(value, kind, param):
     """`value`, if it is of that kind (a type or a tuple of them); true and false are no numbers."""
     if not isinstance(value, kind) or isinstance(value, bool) and kind is not bool:
-        raise RequestError("'%s' must be %s." % (param, KINDS[kind]), param, code="invalid_type")
+        raise RequestError(f"'{param}' must be {KINDS[kind]}.", param, code="invalid_type")
     return value
 
 
@@ -600,7 +599,7 @@ def to_zai_message(message, param, model, changed):
     message = {name: value for name, value in expect(message, dict, param).items() if value is not None}
     role = expect(message.get("role", ""), str, param + ".role")
     if role not in ROLES:
-        raise RequestError("'%s.role' must be one of %s." % (param, ", ".join(ROLES)), param + ".role")
+        raise RequestError("'{}.role' must be one of {}.".format(param, ", ".join(ROLES)), param + ".role")
     if role == "developer":
         changed.append("developer")
     changed += [name if name in KNOWN_MESSAGE_KEYS else "message_fields" for name in message if name not in MESSAGE_KEYS]
@@ -620,7 +619,7 @@ def to_zai_content(message, role, param, model, changed):
     """A string, or an array of parts where something is to be seen. Z.ai refuses empty user texts and empty parts."""
     content = message.get("content", "" if role == "assistant" else None)
     if content is None:
-        raise RequestError("'%s' is missing." % param, param, code="missing_required_parameter")
+        raise RequestError(f"'{param}' is missing.", param, code="missing_required_parameter")
     if isinstance(content, list):
         parts = [part for part in (to_zai_part(part, role, "%s[%d]" % (param, i), model) for i, part in enumerate(content)) if part]
         texts = [part["text"] for part in parts if part["type"] == "text"]
@@ -638,17 +637,17 @@ def to_zai_part(part, role, param, model):
     """One content part; None for an empty text."""
     kind = expect(expect(part, dict, param).get("type"), str, param + ".type")
     if kind in TEXT_PARTS:
-        text = expect(part.get(TEXT_PARTS[kind]), str, "%s.%s" % (param, TEXT_PARTS[kind]))
+        text = expect(part.get(TEXT_PARTS[kind]), str, f"{param}.{TEXT_PARTS[kind]}")
         return {"type": "text", "text": text} if text else None
     if role != "user":
-        raise RequestError("'%s': a %s message takes text only." % (param, role), param)
+        raise RequestError(f"'{param}': a {role} message takes text only.", param)
     if kind not in MEDIA_PARTS:
-        raise RequestError("'%s.type' must be one of text, %s." % (param, ", ".join(MEDIA_PARTS)), param + ".type")
+        raise RequestError("'{}.type' must be one of text, {}.".format(param, ", ".join(MEDIA_PARTS)), param + ".type")
     if model and not model.sees:
-        raise RequestError("%s takes text only; models that see: %s." % (model.name, SEEING), param)
-    place = expect(part.get(kind), (str, dict), "%s.%s" % (param, kind))
+        raise RequestError(f"{model.name} takes text only; models that see: {SEEING}.", param)
+    place = expect(part.get(kind), (str, dict), f"{param}.{kind}")
     if isinstance(place, dict):
-        expect(place.get("url"), str, "%s.%s.url" % (param, kind))
+        expect(place.get("url"), str, f"{param}.{kind}.url")
     return {"type": kind, kind: place if isinstance(place, dict) else {"url": place}}
 
 
@@ -726,7 +725,7 @@ def to_zai_tool(tool, param, changed):
     function = {name: value for name, value in expect(tool.get("function"), dict, param + ".function").items() if value is not None}
     name = expect(function.get("name"), str, param + ".function.name")
     if not re.fullmatch("[a-zA-Z0-9_-]{1,64}", name):
-        raise RequestError("'%s.function.name' must be 1 to 64 letters, digits, _ or -." % param, param + ".function.name")
+        raise RequestError(f"'{param}.function.name' must be 1 to 64 letters, digits, _ or -.", param + ".function.name")
     if "strict" in function:
         changed.append("strict")
     return {"type": "function", "function": {
@@ -746,7 +745,7 @@ def read_tool_choice(choice, names):
                      "tool_choice.function.name") for tool in tools]
     for name in wanted:
         if name not in names:
-            raise RequestError("'tool_choice' names the tool %s, which is not in 'tools'." % ascii(name), "tool_choice")
+            raise RequestError(f"'tool_choice' names the tool {ascii(name)}, which is not in 'tools'.", "tool_choice")
     return wanted, allowed.get("mode") == "required"
 
 
@@ -812,7 +811,9 @@ def encode_request(zai_request):
 # Push parsers: feed() takes what has arrived and gives what is complete. Every buffer has a bound.
 
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode  # made once: json.dumps costs twice that
-_decode = json.JSONDecoder(parse_constant=lambda name: None).raw_decode  # Python would read NaN, and then not write it
+_quote = json.encoder.encode_basestring
+_decoder = json.JSONDecoder(parse_constant=lambda name: None)  # Python would read NaN, and then not write it
+_decode, _scan = _decoder.raw_decode, _decoder.scan_once  # the second is the C function itself: StopIteration where there is no value
 
 
 def encode_json(value):
@@ -929,15 +930,17 @@ class SSEDecoder:
             self.rest += data
             self._bound(0)
             return []
-        data = bytes(self.rest) + data
-        held = b""
+        if self.rest:
+            data = bytes(self.rest) + data
+        held = b"\r" if data.endswith(b"\r") else b""  # an LF may follow
         if b"\r" in data:
-            held = b"\r" if data.endswith(b"\r") else b""  # an LF may follow
             data = data[:len(data) - len(held)].replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         end = data.rfind(b"\n\n") + 2 if b"\n\n" in data else 0
-        self.rest = bytearray(data[end:] + held)
+        if self.rest or held or end < len(data):
+            self.rest = bytearray(data[end:] + held)
         blocks = data[:end].decode("utf-8", "replace").split("\n\n")
-        self._bound(max(map(len, blocks)) if end > self.limit else 0)
+        if len(data) > self.limit:
+            self._bound(max(map(len, blocks)))
         events = []
         for block in blocks:
             if block.startswith("data: ") and "\n" not in block:  # nearly always
@@ -984,7 +987,7 @@ TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<|begin_of_box|>"
 class TagSplitter:
     """Cuts a text that comes in pieces at TAGS: feed(text) -> tags and texts between them; what may become a tag is held back."""
 
-    PATTERN = re.compile("(%s)" % "|".join(map(re.escape, TAGS)))
+    PATTERN = re.compile("({})".format("|".join(map(re.escape, TAGS))))
 
     def __init__(self):
         self.held = ""
@@ -1081,10 +1084,10 @@ class ChunkTranslator:
         if self.complete:
             return ()
         try:
-            value, end = _decode(event)
+            value, end = _scan(event, 0)
             if end != len(event) and event[end:].strip():
                 raise ValueError
-        except (ValueError, RecursionError):
+        except (ValueError, RecursionError, StopIteration):
             return self._torn(event)
         try:
             choice = value["choices"][0]
@@ -1104,6 +1107,8 @@ class ChunkTranslator:
         """What is no JSON: the end mark, garbage, or a frame cut short with a new one inside, whose answer starts afresh."""
         if event.startswith("[DONE]"):
             return self._complete() if self.finish else ()
+        if event[:1].isspace():
+            return self.feed(event.strip())
         self.repaired += 1
         value, inner = None, event.rfind("data: ")
         while value is None and inner >= 0:  # the last that parses: the text of the new frame may hold the mark as well
@@ -1135,7 +1140,7 @@ class ChunkTranslator:
         reason = choice.get("finish_reason")
         if reason:
             if "error" in str(reason):
-                raise UpstreamError("Z.ai broke off the answer: %s." % reason)
+                raise UpstreamError(f"Z.ai broke off the answer: {reason}.")
             self.finish = FINISHES.get(str(reason), "stop")
         if self.finish and self.usage:
             chunks += self._complete()
@@ -1350,26 +1355,28 @@ class Envelope:
 
     def opening(self):
         """The chunk before all others; it also serves as the first sign of life."""
-        return self._text({"role": "assistant", "content": ""}, None)
+        return self._text('{"role":"assistant","content":""}')
 
     def heartbeat(self):
         """An empty delta. SSE comments would break clients that parse each line as JSON."""
-        return self._text({}, None)
+        return self._text("{}")
 
     def encode(self, chunks):
         """The SSE text of `chunks`; the chunk with the finish reason brings the usage, if it was asked for, and the end mark along."""
-        return "".join([self._text(chunk.delta, chunk.finish_reason) if chunk.finish_reason is None else self._end(chunk)
-                        for chunk in chunks if chunk.delta is not None])
+        texts = []
+        for delta, finish_reason, usage in chunks:
+            if finish_reason:
+                texts.append(self._text(_encode(delta), '"' + finish_reason + '"'))
+                if self.include_usage and usage:
+                    texts.append("data: " + self._head + '],"usage":' + _encode(usage) + "}\n\n")
+                texts.append("data: [DONE]\n\n")
+            elif delta is not None:
+                text = delta.get("content") if len(delta) == 1 else None  # a string alone is quoted much faster than an object is encoded
+                texts.append(self._text(_encode(delta) if text is None else '{"content":' + _quote(text) + "}"))
+        return "".join(texts)
 
-    def _text(self, delta, finish_reason):
-        text = delta.get("content") if len(delta) == 1 else None
-        delta = _encode(delta) if text is None else '{"content":%s}' % _encode(text)  # a string alone is encoded four times as fast
-        return 'data: %s{"index":0,"delta":%s,"logprobs":null,"finish_reason":%s}%s\n\n' % (
-            self._head, delta, '"%s"' % finish_reason if finish_reason else "null", self._tail)
-
-    def _end(self, chunk):
-        usage = 'data: %s],"usage":%s}\n\n' % (self._head, _encode(chunk.usage)) if self.include_usage and chunk.usage else ""
-        return self._text(chunk.delta, chunk.finish_reason) + usage + "data: [DONE]\n\n"
+    def _text(self, delta, finish_reason="null"):
+        return "data: " + self._head + '{"index":0,"delta":' + delta + ',"logprobs":null,"finish_reason":' + finish_reason + "}" + self._tail + "\n\n"
 
     def completion(self, message, finish_reason, usage):
         """The JSON answer, a chat.completion."""
@@ -1484,7 +1491,11 @@ class Client:
     def write(self, text, last=False):
         """Send SSE text, with everything that must come before it, in one call. ClientGone if it cannot be taken in time."""
         with self.write_lock:
-            data = self._bytes(text, last)
+            if last or self.owed or not (self.started and self.chunked):
+                data = self._bytes(text, last)
+            else:
+                data = text.encode("utf-8", "replace")
+                data = b"%x\r\n%b\r\n" % (len(data), data)
             self.wrote_at = self.writing_since = self.clock()
             try:
                 if self.gone:
@@ -1497,14 +1508,15 @@ class Client:
                 self.writing_since = None
 
     def _bytes(self, text, last=False):
+        """The bytes of `text`, with what must come before and behind it."""
         head, opening = b"", ""
         if not self.started:
             self.started, head, opening = True, self.head(), self.envelope.opening()
-        data = (opening + text).encode("utf-8", "replace")
-        if self.chunked:
-            data = b"%x\r\n%b\r\n%b" % (len(data), data, b"0\r\n\r\n" if last else b"")
         owed, self.owed = self.owed, b""
-        return owed + head + data
+        return owed + head + self._frame((opening + text).encode("utf-8", "replace")) + (b"0\r\n\r\n" if last and self.chunked else b"")
+
+    def _frame(self, data):
+        return b"%x\r\n%b\r\n" % (len(data), data) if self.chunked else data
 
     def wait(self, seconds):
         """Sleep that long, or less when somebody sets the alarm. ClientGone as soon as the client has left."""
@@ -1761,7 +1773,7 @@ class Gates:
         return min(gate.opens_at(now) for gate in self._usable(ticket, now)) if at_head else float("inf")
 
     def _timeout(self, ticket):
-        words = "No slot at Z.ai came free within QUEUE_TIMEOUT (%g s)." % self.queue_timeout
+        words = f"No slot at Z.ai came free within QUEUE_TIMEOUT ({self.queue_timeout:g} s)."
         if ticket.refusal:
             words += " Its last word: " + ticket.refusal.message
         return ApiError(words, status=429, type=RATE.type, code=RATE.code, retry_after=RATE.retry_after)
@@ -1925,7 +1937,7 @@ class Body:
 
     def read(self):
         if self.coding != "identity" and not self.inflater:
-            raise UpstreamError("Z.ai's answer is compressed with %s, which cannot be read here." % ascii(self.coding), GIVE_UP)
+            raise UpstreamError(f"Z.ai's answer is compressed with {ascii(self.coding)}, which cannot be read here.", GIVE_UP)
         client, framing = self.client, self.framing
         while not (framing and framing.done):
             client.silent_since = client.clock()
@@ -1942,7 +1954,7 @@ class Body:
                 data = framing.feed(data) if framing else data
                 data = self.inflater.decompress(data) if self.inflater else data
             except (ValueError, zlib.error) as error:
-                raise UpstreamError("Z.ai's answer is broken: %s." % error) from None
+                raise UpstreamError(f"Z.ai's answer is broken: {error}.") from None
             if data:
                 return data
         return b""
@@ -1982,18 +1994,18 @@ def road_failure(error, client):
     if client.gone:
         return ClientGone()
     if client.silent:
-        return UpstreamError("Z.ai was silent for %g s (UPSTREAM_TIMEOUT)." % client.settings.upstream_timeout, silence=True)
+        return UpstreamError(f"Z.ai was silent for {client.settings.upstream_timeout:g} s (UPSTREAM_TIMEOUT).", silence=True)
     reason = getattr(error, "reason", error)  # URLError wraps what happened before the head
     if isinstance(reason, ssl.SSLCertVerificationError):
-        return UpstreamError("Z.ai's TLS certificate could not be verified: %s. Set SSL_CERT_FILE to a file with the certificates to trust, "
-                             "or check the clock." % reason.verify_message, GIVE_UP)
+        return UpstreamError(f"Z.ai's TLS certificate could not be verified: {reason.verify_message}. Set SSL_CERT_FILE to a file with the certificates to trust, "
+                             "or check the clock.", GIVE_UP)
     if isinstance(reason, ssl.SSLError):
         return UpstreamError("TLS with Z.ai failed: %s. A proxy or firewall may be in between; SSL_CERT_FILE names the certificates to trust."
                              % (reason.reason or reason))
     if isinstance(reason, socket.gaierror):
-        return UpstreamError("Z.ai's address could not be found: %s." % reason.strerror)
+        return UpstreamError(f"Z.ai's address could not be found: {reason.strerror}.")
     if isinstance(reason, socket.timeout):
-        return UpstreamError("No connection to Z.ai within %g s." % CONNECT_TIMEOUT)
+        return UpstreamError(f"No connection to Z.ai within {CONNECT_TIMEOUT:g} s.")
     return UpstreamError("The connection to Z.ai failed: %s." % (getattr(reason, "strerror", None) or reason or "cut in the middle of an answer"))
 
 
@@ -2021,7 +2033,7 @@ class Upstream:
         Closing the generator gives slot and connection back. ApiError or ClientGone if there is no answer, or no rest of it.
         `record` is told what happened on the way.
         """
-        ticket, sent, tries, silences = Ticket(job.model, client), False, 0, 0
+        ticket, tries, silences = Ticket(job.model, client), 0, 0
         while True:
             try:
                 self.gates.enter(ticket)
@@ -2029,18 +2041,15 @@ class Upstream:
                 record.queued_s = ticket.waited
             error = None
             try:
-                with contextlib.closing(self._attempt(job, ticket.gate.key, client, record)) as batches:
-                    for chunks in batches:
-                        sent = True
-                        yield chunks
+                yield from self._attempt(job, ticket.gate.key, client, record)
                 return
             except UpstreamError as failure:
                 error = failure.with_traceback(None)  # which holds this frame, which holds the error
                 log.debug("%s attempt failed with key %s: %s", record.id, ticket.gate.key.name, redact(error.message, self.settings.zai_api_key))
             finally:
-                self.gates.leave(ticket, error, sent)
+                self.gates.leave(ticket, error, record.ttft_s is not None)
             pause = self._pause(error, tries, silences)
-            if (sent or pause is None or error.verdict == NEXT_KEY and self.gates.all_spent(ticket)
+            if (record.ttft_s is not None or pause is None or error.verdict == NEXT_KEY and self.gates.all_spent(ticket)
                     or ticket.waited + pause > self.settings.queue_timeout):
                 try:
                     raise error
@@ -2066,34 +2075,29 @@ class Upstream:
 
     def _attempt(self, job, key, client, record):
         """Yield the chunks of one attempt."""
-        translator = job.translator()
+        translator, decoder = job.translator(), SSEDecoder()
         with contextlib.closing(self._open(job, key, client, record)) as body:
             try:
-                for events in self._events(body):
+                while not translator.complete:
+                    data = body.read()
+                    if data and "json" in body.kind:  # one JSON body where a stream was asked for is one event
+                        events, data = [(data + body.read_all(LONGEST_ANSWER)).decode("utf-8", "replace")], b""
+                    else:
+                        events = decoder.feed(data) if data else decoder.close()
                     chunks = []
                     try:
                         for event in events:
                             chunks += translator.feed(event)
+                        if not data:
+                            chunks += translator.close()
                     finally:  # what came before an error in the same read is not lost
                         if chunks:
+                            if record.ttft_s is None:
+                                record.ttft_s = client.clock() - record.started
                             yield chunks
-                    if translator.complete:
-                        break
-                else:
-                    yield translator.close()
+                body.drain()
             finally:
                 record.repaired += translator.repaired
-            body.drain()
-
-    def _events(self, body):
-        """Yield the events of each read, in lists. One JSON body where a stream was asked for is one event."""
-        if "json" in body.kind:
-            yield [body.read_all(LONGEST_ANSWER).decode("utf-8", "replace")]
-            return
-        decoder = SSEDecoder()
-        for data in iter(body.read, b""):
-            yield decoder.feed(data)
-        yield decoder.close()
 
     def _open(self, job, key, client, record):
         """The Body of a response with status 200; UpstreamError otherwise."""
@@ -2163,6 +2167,7 @@ class Record:
     id: str
     client: str
     began: float               # Unix
+    started: float = 0.0       # the same moment on the clock that durations are measured with
     method: str = "-"
     path: str = "-"
     status: int = 0            # 499: the client left
@@ -2170,7 +2175,7 @@ class Record:
     model: str = ""            # as the client named it
     model_id: str = ""         # as Z.ai does
     stream: bool = False
-    ttft_s: Optional[float] = None
+    ttft_s: Optional[float] = None  # None as long as nothing of an answer has been passed on
     total_s: float = 0.0
     queued_s: float = 0.0
     usage: Optional[dict] = None
@@ -2195,7 +2200,7 @@ class Record:
             facts = {"model": self.model, "stream": str(self.stream).lower(), "ttft": self.ttft_s, "total": self.total_s, "queue": self.queued_s,
                      "in": self.tokens("prompt"), "out": self.tokens("completion"), "retries": self.retries, "changed": ",".join(self.changed),
                      "repaired": self.repaired or None, "zai": self.zai_log_id}
-        facts = {name: "%.3f" % value if isinstance(value, float) else str(value) for name, value in facts.items() if value not in (None, "")}
+        facts = {name: f"{value:.3f}" if isinstance(value, float) else str(value) for name, value in facts.items() if value not in (None, "")}
         words = [self.id, self.client, self.method, self.path, str(self.status)] + ["=".join(fact) for fact in facts.items()]
         return " ".join([re.sub("[^!-~]", "?", word[:200]) for word in words] + (["error=" + ascii(self.error[:300])] if self.error else []))
 
@@ -2214,7 +2219,7 @@ class Histogram:
         cumulative = list(itertools.accumulate(self.counts))
         bounds = [str(bound) for bound in self.BOUNDS] + ["+Inf"]
         return ['%s_bucket{le="%s"} %d' % (name, bound, count) for bound, count in zip(bounds, cumulative)] + [
-            "%s_sum %.6f" % (name, self.sum), "%s_count %d" % (name, cumulative[-1])]
+            f"{name}_sum {self.sum:.6f}", "%s_count %d" % (name, cumulative[-1])]
 
 
 class Metrics:
@@ -2281,7 +2286,7 @@ class Metrics:
     def prometheus(self, gates, queued):
         """Prometheus's text format 0.0.4. `gates`, `queued`: Gates.state()."""
         def labelled(name, **labels):
-            return "%s{%s}" % (name, ",".join('%s="%s"' % pair for pair in labels.items()))
+            return "{}{{{}}}".format(name, ",".join('{}="{}"'.format(*pair) for pair in labels.items()))
 
         def label(model):
             return model if model in MODELS else "other"
@@ -2307,9 +2312,9 @@ class Metrics:
                 ("ztoapi_retries_total", "counter", "Further attempts at Z.ai.", ["ztoapi_retries_total %d" % self.retries]),
                 ("ztoapi_repaired_frames_total", "counter", "Events of Z.ai that were skipped or mended.", ["ztoapi_repaired_frames_total %d" % self.repaired]),
                 ("ztoapi_cancelled_total", "counter", "Requests whose client left.", ["ztoapi_cancelled_total %d" % self.cancelled]),
-                ("ztoapi_process_start_time_seconds", "gauge", "Start of the process, Unix time.", ["ztoapi_process_start_time_seconds %.3f" % self.started]),
+                ("ztoapi_process_start_time_seconds", "gauge", "Start of the process, Unix time.", [f"ztoapi_process_start_time_seconds {self.started:.3f}"]),
             )
-        return "".join("# HELP %s %s\n# TYPE %s %s\n%s" % (name, text, name, kind, "".join(line + "\n" for line in lines)) for name, kind, text, lines in families if lines)
+        return "".join("# HELP {} {}\n# TYPE {} {}\n{}".format(name, text, name, kind, "".join(line + "\n" for line in lines)) for name, kind, text, lines in families if lines)
 
 
 # Page #################################################################################################################
@@ -2614,10 +2619,10 @@ setInterval(refresh, 2000);
 def page_policy():
     """The Content-Security-Policy that lets the page's own script and style run, and nothing else."""
     def source(tag):
-        text = PAGE.split("<%s>" % tag, 1)[1].split("</%s>" % tag, 1)[0]
-        return "'sha256-%s'" % base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-    return ("default-src 'none'; script-src %s; style-src %s; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
-            "frame-ancestors 'none'" % (source("script"), source("style")))
+        text = PAGE.split(f"<{tag}>", 1)[1].split(f"</{tag}>", 1)[0]
+        return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+    return ("default-src 'none'; script-src {}; style-src {}; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
+            "frame-ancestors 'none'".format(source("script"), source("style")))
 
 
 # HTTP handler #########################################################################################################
@@ -2689,9 +2694,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
             return
         self.expect(self.settings.client_timeout)
-        self.began, self.fields, self.client, self.body_size, self.requestline = self.clock(), {}, None, 0, ""
+        self.fields, self.client, self.body_size, self.requestline = {}, None, 0, ""
         self.request_version, self.command = self.default_request_version, None
-        self.record = Record("req_" + os.urandom(12).hex(), self.client_address[0], time.time())
+        self.record = Record("req_" + os.urandom(12).hex(), self.client_address[0], time.time(), self.clock())
         try:
             if first.startswith(b"\x16"):
                 raise RequestError("This port speaks HTTP, not HTTPS.")
@@ -2749,9 +2754,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 record.status, record.error, self.close_connection = 499, "the client left", True
             except Exception:
                 log.exception("%s failed; this is a bug", record.id)
-                self.answer_error(ApiError("Internal error; the log says more under the id %s." % record.id))
+                self.answer_error(ApiError(f"Internal error; the log says more under the id {record.id}."))
             finally:
-                record.total_s, self.client = self.clock() - self.began, None
+                record.total_s, self.client = self.clock() - record.started, None
                 log.info("%s", redact(record.line(), self.server.secrets))
                 if record.chat:
                     self.server.metrics.finish(record)
@@ -2771,10 +2776,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     self.check_key()
                 method = "GET" if self.command == "HEAD" else self.command
                 if method not in route.methods:
-                    raise RequestError("%s is not a method of %s." % (self.command, ascii(path)), status=405, code="method_not_allowed")
+                    raise RequestError(f"{self.command} is not a method of {ascii(path)}.", status=405, code="method_not_allowed")
                 return route.methods[method]
         self.check_key()
-        raise RequestError("There is nothing at %s: ZtoApi speaks /v1/chat/completions (not the Responses API) and /v1/models." % ascii(path),
+        raise RequestError(f"There is nothing at {ascii(path)}: ZtoApi speaks /v1/chat/completions (not the Responses API) and /v1/models.",
                            status=404, code="not_found")
 
     def check_host(self):
@@ -2830,7 +2835,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except OverflowError:
             raise too_large from None
         except ValueError as error:
-            raise RequestError("Malformed chunked body: %s." % error) from None
+            raise RequestError(f"Malformed chunked body: {error}.") from None
         return b"".join(body)
 
     # Answers
@@ -2960,7 +2965,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         for name, created in listed_models(self.settings).items():
             if name.lower() == self.match.group("id").lower():
                 return self.answer_json(self.model(name, created))
-        raise RequestError("The model %s is not listed; GET /v1/models lists the known ones." % ascii(self.match.group("id")[:100]), "model", status=404, code="model_not_found")
+        raise RequestError("The model {} is not listed; GET /v1/models lists the known ones.".format(ascii(self.match.group("id")[:100])), "model", status=404, code="model_not_found")
 
     @staticmethod
     def model(name, created):
@@ -2995,9 +3000,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if record.stream:
                 self.stream(answer, envelope)
             else:
-                message, finish_reason, usage = collect_completion(itertools.chain.from_iterable(self.noted(answer)))
+                completion = self.collect(answer, envelope)
         if not record.stream:
-            self.answer_json(envelope.completion(message, finish_reason, usage), self.outcome_headers().items())
+            self.answer_json(completion, self.outcome_headers().items())
 
     def translator(self, request, zai_request):
         tools = {tool["function"]["name"]: tool["function"]["parameters"] for tool in zai_request.get("tools", ()) if "function" in tool}
@@ -3007,17 +3012,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
             describe=lambda value: zai_error(value, 200, time.time(), zai_request["model"]))
 
     def stream(self, answer, envelope):
-        self.record.status = 200
-        for chunks in self.noted(answer):
-            self.client.write(envelope.encode(chunks), last=chunks[-1].finish_reason is not None)
-
-    def noted(self, answer):
-        """The same lists of chunks; the record learns when the first came and what the last said."""
+        write, encode, record = self.client.write, envelope.encode, self.record
+        record.status = 200
         for chunks in answer:
-            if self.record.ttft_s is None:
-                self.record.ttft_s = self.clock() - self.began
-            self.record.usage = chunks[-1].usage
-            yield chunks
+            last = chunks[-1]
+            write(encode(chunks), last.finish_reason is not None)
+        record.usage = last.usage
+
+    def collect(self, answer, envelope):
+        message, finish_reason, usage = collect_completion(itertools.chain.from_iterable(answer))
+        self.record.usage = usage
+        return envelope.completion(message, finish_reason, usage)
 
     def stream_head(self):
         """The head of a streamed answer; asked for when the first bytes go out, so that it can tell how it came about."""
@@ -3037,7 +3042,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 def shape(zai_request):
     """A request as a log may show it: roles and lengths, never texts."""
-    messages = ["%s:%s" % (message["role"], len(message["content"])) for message in zai_request["messages"]]
+    messages = ["{}:{}".format(message["role"], len(message["content"])) for message in zai_request["messages"]]
     return "%s messages=[%s] tools=%d fields=%s" % (
         ascii(zai_request["model"]), " ".join(messages), len(zai_request.get("tools", ())), ",".join(sorted(map(ascii, zai_request))))
 
@@ -3086,7 +3091,7 @@ class Server(http.server.ThreadingHTTPServer):
     def url(self):
         host = self.server_address[0]
         host = "localhost" if is_loopback(host) or host in ("0.0.0.0", "::") else host
-        return "http://%s:%d" % ("[%s]" % host if ":" in host else host, self.server_port)
+        return "http://%s:%d" % (f"[{host}]" if ":" in host else host, self.server_port)
 
     # The accept loop
 
@@ -3305,11 +3310,11 @@ CHECK_MODELS = {True: ("glm-4.7", "glm-4.5-air"), False: ("glm-4.7-flash", "glm-
 
 def check(settings, environ, say=print):
     """Try the road to Z.ai step by step, telling say() of each step. True if a chat would work."""
-    say("Python %s on %s, %s, ztoapi %s" % (sys.version.split()[0], sys.platform, ssl.OPENSSL_VERSION, __version__))
+    say(f"Python {sys.version.split()[0]} on {sys.platform}, {ssl.OPENSSL_VERSION}, ztoapi {__version__}")
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
         if value != getattr(Settings(), field.name):
-            say("  %s=%s" % (field.name.upper(), ", ".join(map(mask, value)) if field.metadata["secret"] else value))
+            say("  {}={}".format(field.name.upper(), ", ".join(map(mask, value)) if field.metadata["secret"] else value))
     with Server(dataclasses.replace(settings, port=0, host="127.0.0.1")) as server:  # never reached: it brings the demo and the watch
         threading.Thread(target=server.serve_forever, daemon=True).start()
         ours, theirs = socket.socketpair()
@@ -3328,21 +3333,21 @@ def check_network(server, client, say):
     if proxy:
         parts = urllib.parse.urlsplit(proxy if "//" in proxy else "//" + proxy)
         host, port = parts.hostname, parts.port or 80
-        say("ok    proxy for %s: %s:%s (NO_PROXY=%s goes around it)" % (base.scheme, host, port, base.hostname))
+        say(f"ok    proxy for {base.scheme}: {host}:{port} (NO_PROXY={base.hostname} goes around it)")
     step, advice = "DNS", "check the name, the network and the resolver"
     try:
         addresses = sorted({info[4][0] for info in socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)})
-        say("ok    DNS: %s is %s" % (host, ", ".join(addresses)))
+        say("ok    DNS: {} is {}".format(host, ", ".join(addresses)))
         step, advice = "TCP", "a firewall may be in between; if there is a proxy to use, set HTTPS_PROXY"
         with socket.create_connection((host, port), CONNECT_TIMEOUT) as sock:
             say("ok    TCP: connected to port %d" % port)
             if base.scheme == "https" and not proxy:
                 step, advice = "TLS", "set SSL_CERT_FILE to the certificates to trust, or check the clock"
                 with KeepAliveHandler(server.upstream.pool).tls().wrap_socket(sock, server_hostname=host) as tls:
-                    say("ok    TLS: certificate verified, %s" % tls.version())
+                    say(f"ok    TLS: certificate verified, {tls.version()}")
         return True
     except OSError as error:
-        say("FAIL  %s: %s: %s" % (step, error, advice))
+        say(f"FAIL  {step}: {error}: {advice}")
         return False
 
 
@@ -3353,7 +3358,7 @@ def check_keys(server, client, say):
         say("FAIL  key: " + NO_KEY)
     errors = [server.upstream.check_key(key, client) for key in keys]
     for key, error in zip(keys, errors):
-        say("FAIL  key %s: %s" % (key.name, redact(error.message, server.settings.zai_api_key)) if error else "ok    key %s: accepted" % key.name)
+        say(f"FAIL  key {key.name}: {redact(error.message, server.settings.zai_api_key)}" if error else f"ok    key {key.name}: accepted")
     return None in errors
 
 
@@ -3363,14 +3368,14 @@ def check_chat(server, client, say):
         request = {"model": model, "messages": [{"role": "user", "content": "Say OK."}], "max_tokens": 16, "stream": True, "enable_thinking": False}
         job, began = Job(encode_json(to_zai_request(request, server.settings)[0]), model, ChunkTranslator), time.monotonic()
         try:
-            with contextlib.closing(server.upstream.relay(job, client, Record("check", "", time.time()))) as answer:
+            with contextlib.closing(server.upstream.relay(job, client, Record("check", "", time.time(), began))) as answer:
                 next(answer)
                 ttft_s = time.monotonic() - began
                 collections.deque(answer, 0)
-            say("ok    chat: %s answered, first token after %.0f ms" % (model, ttft_s * 1000))
+            say(f"ok    chat: {model} answered, first token after {ttft_s * 1000:.0f} ms")
             return True
         except ApiError as error:
-            say("FAIL  chat with %s: %s" % (model, redact(error.message, server.settings.zai_api_key)))
+            say(f"FAIL  chat with {model}: {redact(error.message, server.settings.zai_api_key)}")
     return False
 
 
@@ -3396,14 +3401,14 @@ def announce(server):
     """Three lines: where it listens, what it speaks to, where the page is."""
     settings = server.settings
     keys = WELL_KNOWN_KEY if settings.well_known else ", ".join(map(mask, settings.default_key))
-    print("ZtoApi %s listens on %s/v1 (HOST=%s), key %s" % (__version__, server.url, settings.host, keys))
+    print(f"ZtoApi {__version__} listens on {server.url}/v1 (HOST={settings.host}), key {keys}")
     if server.demo:
         print("DEMO: answers come from a stand-in inside this program, not from Z.ai")
     elif not settings.zai_api_key:
         print("WARNING: ZAI_API_KEY is not set, so chat will answer 502; get a key at https://z.ai/manage-apikey/apikey-list")
     else:
         print("Z.ai: %s, key %s, %d models" % (settings.zai_base_url, ", ".join(key.name for key in server.upstream.gates.keys), len(listed_models(settings))))
-    print("Page: %s/   Ctrl-C stops" % server.url, flush=True)
+    print(f"Page: {server.url}/   Ctrl-C stops", flush=True)
 
 
 def serve(settings):
@@ -3445,14 +3450,15 @@ def main(environ=os.environ, argv=()):
         print("ztoapi " + __version__)
         return 0
     if argv not in ([], ["--check"]):
-        print("ztoapi: unknown argument %s; --help tells what there is" % ascii(argv[0]), file=sys.stderr)
+        print(f"ztoapi: unknown argument {ascii(argv[0])}; --help tells what there is", file=sys.stderr)
         return 2
     try:
         settings = Settings.from_environ(environ)
     except SettingsError as error:
-        print("ztoapi: %s" % error, file=sys.stderr)
+        print(f"ztoapi: {error}", file=sys.stderr)
         return 2
     logging.basicConfig(level=logging.DEBUG if settings.debug_mode else logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    logging._srcfile, logging.logThreads, logging.logProcesses, logging.logMultiprocessing = None, False, False, False  # as logging's HOWTO advises
     if argv:
         return 0 if check(settings, environ) else 1
     return serve(settings)
