@@ -42,6 +42,8 @@ All configuration comes from the environment. Durations are seconds; booleans ar
     DEMO_MODE         false                         answer from a stand-in for Z.ai inside this file
 """
 
+from __future__ import annotations
+
 import base64
 import bisect
 import collections
@@ -74,7 +76,7 @@ import urllib.parse
 import urllib.request
 import zlib
 from http import HTTPStatus
-from typing import Callable, Dict, NamedTuple, Optional, Tuple
+from typing import Callable, NamedTuple
 
 __version__ = "1.0.0"
 
@@ -154,13 +156,13 @@ class Settings:
 
     port: int = setting(9090, whole(0, 65535), "a port from 0 to 65535")
     host: str = setting("127.0.0.1", str, "an address of this machine")
-    default_key: Tuple[str, ...] = setting((WELL_KNOWN_KEY,), secrets, "one or more keys of printable ASCII", secret=True)
-    zai_api_key: Tuple[str, ...] = setting((), secrets, "one or more keys of printable ASCII", secret=True)
+    default_key: tuple[str, ...] = setting((WELL_KNOWN_KEY,), secrets, "one or more keys of printable ASCII", secret=True)
+    zai_api_key: tuple[str, ...] = setting((), secrets, "one or more keys of printable ASCII", secret=True)
     zai_base_url: str = setting("https://api.z.ai/api/paas/v4", base_url, "an http or https URL")
     default_stream: bool = setting(True, boolean, "true or false")
-    enable_thinking: Optional[bool] = setting(None, boolean, "true or false")  # None: the model decides
+    enable_thinking: bool | None = setting(None, boolean, "true or false")  # None: the model decides
     reasoning_format: str = setting("parsed", one_of("parsed", "raw", "hidden"), "parsed, raw or hidden")
-    model_aliases: Dict[str, str] = setting(dict, aliases, "pairs like gpt-4o=glm-4.6")
+    model_aliases: dict[str, str] = setting(dict, aliases, "pairs like gpt-4o=glm-4.6")
     max_concurrency: int = setting(0, whole(0), "a whole number")
     queue_timeout: float = setting(120.0, seconds(0), "seconds")
     max_retries: int = setting(2, whole(0, 100), "a whole number up to 100")
@@ -169,7 +171,7 @@ class Settings:
     client_timeout: float = setting(60.0, seconds(0.001), "seconds above 0")
     max_body_mb: int = setting(64, whole(1, 2048), "a whole number from 1 to 2048")  # some twelve of Z.ai's largest images
     max_connections: int = setting(1024, whole(1, 100000), "a whole number from 1 to 100000")
-    cors_origin: Tuple[str, ...] = setting(("*",), items, "* or a list of origins")
+    cors_origin: tuple[str, ...] = setting(("*",), items, "* or a list of origins")
     debug_mode: bool = setting(False, boolean, "true or false")
     demo_mode: bool = setting(False, boolean, "true or false")
 
@@ -192,7 +194,7 @@ class Settings:
                 values[field.name] = field.metadata["parse"](text)
             except (ValueError, KeyError):
                 shown = "..." if field.metadata["secret"] else ascii(text)[1:-1]
-                raise SettingsError("{}={}: allowed is {}".format(variable, shown, field.metadata["allowed"])) from None
+                raise SettingsError(f"{variable}={shown}: allowed is {field.metadata['allowed']}") from None
         return cls(**values)
 
     @property
@@ -282,7 +284,7 @@ class ErrorRow(NamedTuple):
     code: str
     verdict: str
     advice: str = ""
-    retry_after: Optional[float] = None  # seconds, for the client, unless Z.ai says better
+    retry_after: float | None = None  # seconds, for the client, unless Z.ai says better
 
 
 QUOTA = ErrorRow(429, "insufficient_quota", "insufficient_quota", NEXT_KEY)
@@ -334,8 +336,9 @@ def zai_error(value, status=200, now=None, model="", retry_after=None):
     advice = row.advice
     if row is NO_MODEL:
         close = difflib.get_close_matches(model, MODELS, 3, 0.5)
-        advice = "Known models near it: {}.".format(", ".join(MODELS[id].name for id in close)) if close else "GET /v1/models lists the known ones."
-    words = "Z.ai: " + (message or "HTTP status %d without a reason" % status)
+        names = ", ".join(MODELS[id].name for id in close)
+        advice = f"Known models near it: {names}." if names else "GET /v1/models lists the known ones."
+    words = "Z.ai: " + (message[:2000] or f"HTTP status {status} without a reason")
     reset = seconds_until_reset(message, now) if now is not None else None
     return UpstreamError(
         " ".join(filter(None, (words + (f" (code {code})." if code else "."), advice))), row.verdict, zai_code=code, learn=code == "1302", pause=retry_after,
@@ -380,7 +383,7 @@ NO_THINKING, SWITCH, GRADED, ALWAYS = "none", "on or off", "graded", "always"  #
 class Model(NamedTuple):
     name: str            # the brand's spelling, which clients see; Z.ai takes it in lower case
     created: int         # Unix seconds, from Z.ai's own list; for models it does not list, the day of release or first sighting
-    max_tokens: Optional[int]  # more is a 400 there
+    max_tokens: int | None  # more is a 400 there
     sees: bool           # takes images
     thinking: str
     tool_stream: bool    # streams the arguments of tool calls; without, a long call is a long silence
@@ -558,10 +561,10 @@ def check_fields(request):
             continue
         expect(value, field.kind, name)
         if field.low is not None and value < field.low or field.high is not None and value > field.high:
-            raise RequestError("'{}' must be {}.".format(name, f"at least {field.low}" if field.high is None else
-                                                     f"from {field.low} to {field.high}" if field.low != field.high else field.low), name)
+            span = f"at least {field.low}" if field.high is None else field.low if field.low == field.high else f"from {field.low} to {field.high}"
+            raise RequestError(f"'{name}' must be {span}.", name)
         if field.words and value not in field.words:
-            raise RequestError("'{}' must be one of {}.".format(name, ", ".join(field.words)), name)
+            raise RequestError(f"'{name}' must be one of {', '.join(field.words)}.", name)
     for name in ("functions", "function_call"):
         if name in request:
             raise RequestError(f"'{name}' is no longer supported: use 'tools' and 'tool_choice'.", name)
@@ -588,7 +591,7 @@ def to_zai_messages(messages, model, changed):
     expect(messages, list, "messages")
     if not messages:
         raise RequestError("'messages' must not be empty.", "messages")
-    result = [to_zai_message(message, "messages[%d]" % i, model, changed) for i, message in enumerate(messages)]
+    result = [to_zai_message(message, f"messages[{i}]", model, changed) for i, message in enumerate(messages)]
     if not any(message["role"] == "user" for message in result):
         result.append({"role": "user", "content": "."})
         changed.append("user_message")
@@ -599,7 +602,7 @@ def to_zai_message(message, param, model, changed):
     message = {name: value for name, value in expect(message, dict, param).items() if value is not None}
     role = expect(message.get("role", ""), str, param + ".role")
     if role not in ROLES:
-        raise RequestError("'{}.role' must be one of {}.".format(param, ", ".join(ROLES)), param + ".role")
+        raise RequestError(f"'{param}.role' must be one of {', '.join(ROLES)}.", param + ".role")
     if role == "developer":
         changed.append("developer")
     changed += [name if name in KNOWN_MESSAGE_KEYS else "message_fields" for name in message if name not in MESSAGE_KEYS]
@@ -609,7 +612,7 @@ def to_zai_message(message, param, model, changed):
             result["reasoning_content"] = expect(message["reasoning_content"], str, param + ".reasoning_content")
         if message.get("tool_calls"):
             calls = expect(message["tool_calls"], list, param + ".tool_calls")
-            result["tool_calls"] = [to_zai_call(call, "%s.tool_calls[%d]" % (param, i)) for i, call in enumerate(calls)]
+            result["tool_calls"] = [to_zai_call(call, f"{param}.tool_calls[{i}]") for i, call in enumerate(calls)]
     if role == "tool":
         result["tool_call_id"] = expect(message.get("tool_call_id"), str, param + ".tool_call_id")
     return result
@@ -621,7 +624,7 @@ def to_zai_content(message, role, param, model, changed):
     if content is None:
         raise RequestError(f"'{param}' is missing.", param, code="missing_required_parameter")
     if isinstance(content, list):
-        parts = [part for part in (to_zai_part(part, role, "%s[%d]" % (param, i), model) for i, part in enumerate(content)) if part]
+        parts = [part for part in (to_zai_part(part, role, f"{param}[{i}]", model) for i, part in enumerate(content)) if part]
         texts = [part["text"] for part in parts if part["type"] == "text"]
         if len(texts) < len(parts):
             return parts if texts else parts + [{"type": "text", "text": "."}]  # "cannot be empty": it wants a text beside an image
@@ -642,7 +645,7 @@ def to_zai_part(part, role, param, model):
     if role != "user":
         raise RequestError(f"'{param}': a {role} message takes text only.", param)
     if kind not in MEDIA_PARTS:
-        raise RequestError("'{}.type' must be one of text, {}.".format(param, ", ".join(MEDIA_PARTS)), param + ".type")
+        raise RequestError(f"'{param}.type' must be one of text, {', '.join(MEDIA_PARTS)}.", param + ".type")
     if model and not model.sees:
         raise RequestError(f"{model.name} takes text only; models that see: {SEEING}.", param)
     place = expect(part.get(kind), (str, dict), f"{param}.{kind}")
@@ -687,7 +690,7 @@ def to_zai_sampling(request, model, changed):
         stop = request["stop"] if isinstance(request["stop"], list) else [request["stop"]]
         if len(stop) > 4:
             raise RequestError("'stop' must have at most 4 items.", "stop")
-        stop = [word for i, word in enumerate(stop) if expect(word, str, "stop[%d]" % i)]
+        stop = [word for i, word in enumerate(stop) if expect(word, str, f"stop[{i}]")]
         fields.update({"stop": stop} if stop else {})
     if "user" in request and "user_id" not in request:
         if 6 <= len(request["user"]) <= 128:
@@ -704,15 +707,15 @@ def to_zai_tools(request, changed):
     """Tools with the fields Z.ai requires. It knows tool_choice "auto" only, and hangs on others: they become a system line."""
     if len(request.get("tools", ())) > 128:
         raise RequestError("'tools' must have at most 128 items.", "tools")
-    tools = [to_zai_tool(tool, "tools[%d]" % i, changed) for i, tool in enumerate(request.get("tools", ()))]
-    wanted, must = read_tool_choice(request.get("tool_choice", "auto"), {tool["function"]["name"] for tool in tools if "function" in tool})
+    tools = [to_zai_tool(tool, f"tools[{i}]", changed) for i, tool in enumerate(request.get("tools", ()))]
+    wanted, must = read_tool_choice(request.get("tool_choice", "auto"), {tool["function"]["name"] for tool in tools if tool["type"] == "function"})
     if request.get("tool_choice", "auto") != "auto":
         changed.append("tool_choice")
     if wanted is not None:
-        tools = [tool for tool in tools if tool.get("function", {}).get("name") in wanted]
+        tools = [tool for tool in tools if tool["type"] == "function" and tool["function"]["name"] in wanted]
     if not tools:
         return {}
-    names = [tool["function"]["name"] for tool in tools if "function" in tool]
+    names = [tool["function"]["name"] for tool in tools if tool["type"] == "function"]
     instruction = {"tool_instruction": "You must answer by calling %s. Do not answer in text." % (
         "the tool " + names[0] if len(names) == 1 else "one or more of the tools")} if must and names else {}
     return dict(tools=tools, tool_choice="auto", **instruction)
@@ -745,7 +748,7 @@ def read_tool_choice(choice, names):
                      "tool_choice.function.name") for tool in tools]
     for name in wanted:
         if name not in names:
-            raise RequestError(f"'tool_choice' names the tool {ascii(name)}, which is not in 'tools'.", "tool_choice")
+            raise RequestError(f"'tool_choice' names the tool {name!a}, which is not in 'tools'.", "tool_choice")
     return wanted, allowed.get("mode") == "required"
 
 
@@ -961,7 +964,7 @@ class SSEDecoder:
 
     def _bound(self, size):
         if max(size, len(self.rest)) > self.limit:
-            raise UpstreamError("Z.ai sent an event of more than %d bytes." % self.limit, GIVE_UP)
+            raise UpstreamError(f"Z.ai sent an event of more than {self.limit} bytes.", GIVE_UP)
 
 
 # Z.ai response -> OpenAI response #####################################################################################
@@ -974,9 +977,9 @@ class Chunk(NamedTuple):
 
     `delta` None means that Z.ai has started the answer afresh: what came before is void.
     """
-    delta: Optional[dict]
-    finish_reason: Optional[str] = None
-    usage: Optional[dict] = None
+    delta: dict | None
+    finish_reason: str | None = None
+    usage: dict | None = None
 
 
 FINISHES = {"stop": "stop", "tool_calls": "tool_calls", "length": "length", "function_call": "tool_calls", "sensitive": "content_filter",
@@ -987,7 +990,7 @@ TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<|begin_of_box|>"
 class TagSplitter:
     """Cuts a text that comes in pieces at TAGS: feed(text) -> tags and texts between them; what may become a tag is held back."""
 
-    PATTERN = re.compile("({})".format("|".join(map(re.escape, TAGS))))
+    PATTERN = re.compile(f"({'|'.join(map(re.escape, TAGS))})")
 
     def __init__(self):
         self.held = ""
@@ -1128,7 +1131,7 @@ class ChunkTranslator:
     def _event(self, value):
         choices = value.get("choices")
         if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
-            if "error" in value and value["error"] or "code" in value and "choices" not in value:
+            if value.get("error") or "code" in value and "choices" not in value:
                 raise self.describe(value)
             self.usage = to_openai_usage(value.get("usage")) or self.usage
             self.repaired += choices is None and "usage" not in value
@@ -1350,7 +1353,7 @@ class Envelope:
     def __init__(self, id, created, model, include_usage=False):
         self.id, self.created, self.model, self.include_usage = id, created, model, include_usage
         # Templates: encoding the constant part anew would double the cost of a chunk.
-        self._head = '{"id":%s,"object":"chat.completion.chunk","created":%d,"model":%s,"choices":[' % (_encode(id), created, _encode(model))
+        self._head = f'{{"id":{_encode(id)},"object":"chat.completion.chunk","created":{created},"model":{_encode(model)},"choices":['
         self._tail = '],"usage":null}' if include_usage else "]}"
 
     def opening(self):
@@ -1402,7 +1405,7 @@ def collect_completion(chunks, limit=64 << 20):
             call["function"]["arguments"].append(item["function"]["arguments"])
             size += len(item["function"]["arguments"])
         if size > limit:
-            raise UpstreamError("The answer is longer than %d bytes." % limit, GIVE_UP)
+            raise UpstreamError(f"The answer is longer than {limit} bytes.", GIVE_UP)
         finish_reason, usage = chunk.finish_reason or finish_reason, chunk.usage or usage
     for call in calls.values():
         call["function"]["arguments"] = "".join(call["function"]["arguments"])
@@ -1628,7 +1631,7 @@ def backoff(attempt):
 
 class ZaiKey:
     def __init__(self, position, text):
-        self.text, self.name, self.aside_until = text, "#%d (%s)" % (position, mask(text)), 0.0
+        self.text, self.name, self.aside_until = text, f"#{position} ({mask(text)})", 0.0
 
 
 class Gate:
@@ -1788,6 +1791,7 @@ NO_KEY = "ZAI_API_KEY is not set where the proxy runs. Get a key (free models ne
 CONNECT_TIMEOUT = 10.0  # seconds, for all addresses of a host together
 KEEP_IDLE = 60.0        # seconds; the usual keep-alive of a front end is 60 to 75
 LONGEST_ANSWER = 64 << 20
+WBITS = {"gzip": 31, "deflate": 15}  # codings, as zlib numbers them
 
 
 class Pool:
@@ -1902,7 +1906,7 @@ class KeepAliveHandler(urllib.request.AbstractHTTPHandler):
         super().__init__()
         self.pool = pool
 
-    @functools.lru_cache(maxsize=None)
+    @functools.cached_property
     def tls(self):
         """Made when first needed: loading the system's certificates takes longer than all the rest of the start."""
         context = ssl.create_default_context()
@@ -1913,7 +1917,7 @@ class KeepAliveHandler(urllib.request.AbstractHTTPHandler):
         return self.do_open(functools.partial(KeepAliveConnection, request=request, pool=self.pool, context=None), request)
 
     def https_open(self, request):
-        return self.do_open(functools.partial(KeepAliveConnection, request=request, pool=self.pool, context=self.tls()), request)
+        return self.do_open(functools.partial(KeepAliveConnection, request=request, pool=self.pool, context=self.tls), request)
 
     http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
 
@@ -1925,19 +1929,17 @@ class Body:
     it has read the head: recv() brings everything that has arrived.
     """
 
-    WBITS = {"gzip": 31, "deflate": 15}  # zlib's names for the two
-
     def __init__(self, response, client, pool):
         self.response, self.sock, self.client, self.pool = response, response.sock, client, pool
         self.framing = Dechunker() if response.chunked else Counted(response.length) if response.length is not None else None
         self.kind = response.headers.get("Content-Type", "").lower()
         self.coding = response.headers.get("Content-Encoding", "identity").lower()
-        self.inflater = zlib.decompressobj(self.WBITS[self.coding]) if self.coding in self.WBITS else None  # sent all the same by some gateways
+        self.inflater = zlib.decompressobj(WBITS[self.coding]) if self.coding in WBITS else None  # sent all the same by some gateways
         self.recv = response.fp.read1  # first what came along with the head
 
     def read(self):
         if self.coding != "identity" and not self.inflater:
-            raise UpstreamError(f"Z.ai's answer is compressed with {ascii(self.coding)}, which cannot be read here.", GIVE_UP)
+            raise UpstreamError(f"Z.ai's answer is compressed with {self.coding!a}, which cannot be read here.", GIVE_UP)
         client, framing = self.client, self.framing
         while not (framing and framing.done):
             client.silent_since = client.clock()
@@ -1965,7 +1967,7 @@ class Body:
             parts.append(data)
             size += len(data)
             if size > limit:
-                raise UpstreamError("Z.ai's answer is larger than %d bytes." % limit, GIVE_UP)
+                raise UpstreamError(f"Z.ai's answer is larger than {limit} bytes.", GIVE_UP)
         return b"".join(parts)
 
     def drain(self, patience=0.1):
@@ -2175,13 +2177,13 @@ class Record:
     model: str = ""            # as the client named it
     model_id: str = ""         # as Z.ai does
     stream: bool = False
-    ttft_s: Optional[float] = None  # None as long as nothing of an answer has been passed on
+    ttft_s: float | None = None  # None as long as nothing of an answer has been passed on
     total_s: float = 0.0
     queued_s: float = 0.0
-    usage: Optional[dict] = None
+    usage: dict | None = None
     retries: int = 0
     repaired: int = 0
-    changed: Tuple[str, ...] = ()
+    changed: tuple[str, ...] = ()
     zai_log_id: str = ""
     error: str = ""
 
@@ -2215,11 +2217,12 @@ class Histogram:
         self.counts[bisect.bisect_left(self.BOUNDS, value)] += 1
         self.sum += value
 
-    def lines(self, name):
+    def samples(self):
+        """(suffix, labels, value) of each line of a Prometheus histogram."""
         cumulative = list(itertools.accumulate(self.counts))
-        bounds = [str(bound) for bound in self.BOUNDS] + ["+Inf"]
-        return ['%s_bucket{le="%s"} %d' % (name, bound, count) for bound, count in zip(bounds, cumulative)] + [
-            f"{name}_sum {self.sum:.6f}", "%s_count %d" % (name, cumulative[-1])]
+        bounds = [*map(str, self.BOUNDS), "+Inf"]
+        return [("_bucket", {"le": bound}, count) for bound, count in zip(bounds, cumulative)] + [
+            ("_sum", {}, round(self.sum, 6)), ("_count", {}, cumulative[-1])]
 
 
 class Metrics:
@@ -2285,36 +2288,38 @@ class Metrics:
 
     def prometheus(self, gates, queued):
         """Prometheus's text format 0.0.4. `gates`, `queued`: Gates.state()."""
-        def labelled(name, **labels):
-            return "{}{{{}}}".format(name, ",".join('{}="{}"'.format(*pair) for pair in labels.items()))
-
         def label(model):
             return model if model in MODELS else "other"
-        ceilings, waiting = {}, collections.Counter()
+        ceilings, waiting = {}, collections.Counter({"other": 0})
         for key, model, ceiling, _ in gates:
             if ceiling is not None:
-                ceilings[key, label(model)] = ceiling
+                ceilings[key, label(model)] = min(ceiling, ceilings.get((key, label(model)), ceiling))
         for model, count in queued.items():
             waiting[label(model)] += count
         with self.lock:
             families = (
-                ("ztoapi_requests_total", "counter", "Chat requests answered, by model and HTTP status; 499: the client left.",
-                 ["%s %d" % (labelled("ztoapi_requests_total", model=model, status=status), count) for (model, status), count in self.requests.items()]),
-                ("ztoapi_tokens_total", "counter", "Tokens as Z.ai counts them.",
-                 ["%s %d" % (labelled("ztoapi_tokens_total", model=model, kind=kind), count) for (model, kind), count in self.tokens.items()]),
-                ("ztoapi_time_to_first_token_seconds", "histogram", "From the request to the first delta.", self.ttft.lines("ztoapi_time_to_first_token_seconds")),
-                ("ztoapi_request_duration_seconds", "histogram", "From the request to the end of the answer.", self.duration.lines("ztoapi_request_duration_seconds")),
-                ("ztoapi_requests_in_flight", "gauge", "Chat requests being answered.", ["ztoapi_requests_in_flight %d" % self.in_flight]),
-                ("ztoapi_requests_queued", "gauge", "Requests waiting for a slot at Z.ai.",
-                 ["%s %d" % (labelled("ztoapi_requests_queued", model=model), count) for model, count in waiting.items()] or ['ztoapi_requests_queued{model="other"} 0']),
-                ("ztoapi_concurrency_ceiling", "gauge", "Requests in flight that Z.ai allows, as set or learned.",
-                 ["%s %d" % (labelled("ztoapi_concurrency_ceiling", key=key, model=model), ceiling) for (key, model), ceiling in ceilings.items()]),
-                ("ztoapi_retries_total", "counter", "Further attempts at Z.ai.", ["ztoapi_retries_total %d" % self.retries]),
-                ("ztoapi_repaired_frames_total", "counter", "Events of Z.ai that were skipped or mended.", ["ztoapi_repaired_frames_total %d" % self.repaired]),
-                ("ztoapi_cancelled_total", "counter", "Requests whose client left.", ["ztoapi_cancelled_total %d" % self.cancelled]),
-                ("ztoapi_process_start_time_seconds", "gauge", "Start of the process, Unix time.", [f"ztoapi_process_start_time_seconds {self.started:.3f}"]),
+                ("requests_total", "counter", "Chat requests answered, by model and HTTP status; 499: the client left.",
+                 [("", {"model": model, "status": status}, count) for (model, status), count in self.requests.items()]),
+                ("tokens_total", "counter", "Tokens as Z.ai counts them.",
+                 [("", {"model": model, "kind": kind}, count) for (model, kind), count in self.tokens.items()]),
+                ("time_to_first_token_seconds", "histogram", "From the request to the first delta.", self.ttft.samples()),
+                ("request_duration_seconds", "histogram", "From the request to the end of the answer.", self.duration.samples()),
+                ("requests_in_flight", "gauge", "Chat requests being answered.", [("", {}, self.in_flight)]),
+                ("requests_queued", "gauge", "Requests waiting for a slot at Z.ai.", [("", {"model": model}, count) for model, count in waiting.items()]),
+                ("concurrency_ceiling", "gauge", "Requests in flight that Z.ai allows, as set or learned.",
+                 [("", {"key": key, "model": model}, ceiling) for (key, model), ceiling in ceilings.items()]),
+                ("retries_total", "counter", "Further attempts at Z.ai.", [("", {}, self.retries)]),
+                ("repaired_frames_total", "counter", "Events of Z.ai that were skipped or mended.", [("", {}, self.repaired)]),
+                ("cancelled_total", "counter", "Requests whose client left.", [("", {}, self.cancelled)]),
+                ("process_start_time_seconds", "gauge", "Start of the process, Unix time.", [("", {}, round(self.started, 3))]),
             )
-        return "".join("# HELP {} {}\n# TYPE {} {}\n{}".format(name, text, name, kind, "".join(line + "\n" for line in lines)) for name, kind, text, lines in families if lines)
+        lines = []
+        for name, kind, text, samples in families:
+            lines += [f"# HELP ztoapi_{name} {text}", f"# TYPE ztoapi_{name} {kind}"]
+            for suffix, labels, value in samples:
+                pairs = ",".join(f'{name}="{value}"' for name, value in labels.items())
+                lines.append(f"ztoapi_{name}{suffix}{'{%s}' % pairs if pairs else ''} {value}")
+        return "\n".join(lines) + "\n"
 
 
 # Page #################################################################################################################
@@ -2621,8 +2626,8 @@ def page_policy():
     def source(tag):
         text = PAGE.split(f"<{tag}>", 1)[1].split(f"</{tag}>", 1)[0]
         return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-    return ("default-src 'none'; script-src {}; style-src {}; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
-            "frame-ancestors 'none'".format(source("script"), source("style")))
+    return (f"default-src 'none'; script-src {source('script')}; style-src {source('style')}; connect-src 'self'; img-src data:; "
+            "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
 
 
 # HTTP handler #########################################################################################################
@@ -2654,8 +2659,8 @@ class RequestReader(io.BufferedReader):
 
 
 class Route(NamedTuple):
-    pattern: "re.Pattern"
-    methods: Dict[str, str]  # HTTP method -> Handler's
+    pattern: re.Pattern
+    methods: dict[str, str]  # HTTP method -> Handler's
     needs_key: bool = True
 
 
@@ -2769,17 +2774,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return "answer_options"
         target = re.sub("^https?://[^/]*", "", self.path, flags=re.IGNORECASE)  # a proxy's absolute form
         path = "/" + urllib.parse.unquote(re.split("[?#]", target)[0], errors="replace").strip("/")
-        for route in ROUTES:
+        for self.route in ROUTES:
+            route = self.route
             self.match = route.pattern.fullmatch(path)
             if self.match:
                 if route.needs_key:
                     self.check_key()
                 method = "GET" if self.command == "HEAD" else self.command
                 if method not in route.methods:
-                    raise RequestError(f"{self.command} is not a method of {ascii(path)}.", status=405, code="method_not_allowed")
+                    raise RequestError(f"{self.command} is not a method of {path!a}.", status=405, code="method_not_allowed")
                 return route.methods[method]
         self.check_key()
-        raise RequestError(f"There is nothing at {ascii(path)}: ZtoApi speaks /v1/chat/completions (not the Responses API) and /v1/models.",
+        raise RequestError(f"There is nothing at {path!a}: ZtoApi speaks /v1/chat/completions (not the Responses API) and /v1/models.",
                            status=404, code="not_found")
 
     def check_host(self):
@@ -2807,7 +2813,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.fields.get("content-encoding", "identity").lower() != "identity":
             raise RequestError("Compressed bodies are not understood.", status=415, code="unsupported_media_type")
         limit = self.settings.max_body_mb << 20
-        too_large = RequestError("The body is larger than MAX_BODY_MB (%d)." % self.settings.max_body_mb, status=413, code="request_too_large")
+        too_large = RequestError(f"The body is larger than MAX_BODY_MB ({self.settings.max_body_mb}).", status=413, code="request_too_large")
         if self.body_size is not None and self.body_size > limit:
             raise too_large
         if self.body_size != 0 and self.fields.get("expect", "").lower() == "100-continue" and self.request_version != "HTTP/1.0":
@@ -2873,7 +2879,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             else:
                 headers = dict(error.headers(), **self.outcome_headers())
                 if error.status == 405:
-                    headers["Allow"] = "OPTIONS, " + self.allowed()
+                    headers["Allow"] = ", ".join(["OPTIONS", *self.route.methods, *(["HEAD"] if "GET" in self.route.methods else [])])
                 self.answer(error.status, encode_json(body), headers=headers.items())
         except (ClientGone, OSError):
             self.record.status, self.close_connection = 499, True
@@ -2909,21 +2915,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """What happened to a chat request, for whoever wants to know."""
         if not self.record.chat:
             return {}
-        headers = {"x-ztoapi-queue-ms": "%d" % (self.record.queued_s * 1000), "x-ztoapi-changed": ",".join(self.record.changed),
+        headers = {"x-ztoapi-queue-ms": str(int(self.record.queued_s * 1000)), "x-ztoapi-changed": ",".join(self.record.changed),
                    "x-zai-log-id": self.record.zai_log_id}
         return {name: value for name, value in headers.items() if value}
 
-    def allowed(self):
-        methods = [method for route in ROUTES if self.match and self.match.re is route.pattern for method in route.methods]
-        return ", ".join(methods + ["HEAD"] * ("GET" in methods))
-
     def push(self):
         """Send what has been collected, in one call."""
-        data = self.wfile.getvalue()
-        self.wfile.seek(0)
-        self.wfile.truncate()
         self.expect(self.settings.client_timeout)
-        self.connection.sendall(data)
+        self.connection.sendall(self.collected())
+
+    def collected(self):
+        data, self.wfile = self.wfile.getvalue(), io.BytesIO()
+        return data
 
     def linger(self):
         """Take what the client is still sending, for a moment: closing on it would reset the connection before the answer is read."""
@@ -2965,7 +2968,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         for name, created in listed_models(self.settings).items():
             if name.lower() == self.match.group("id").lower():
                 return self.answer_json(self.model(name, created))
-        raise RequestError("The model {} is not listed; GET /v1/models lists the known ones.".format(ascii(self.match.group("id")[:100])), "model", status=404, code="model_not_found")
+        raise RequestError(f"The model {self.match.group('id')[:100]!a} is not listed; GET /v1/models lists the known ones.", "model",
+                           status=404, code="model_not_found")
 
     @staticmethod
     def model(name, created):
@@ -3005,7 +3009,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.answer_json(completion, self.outcome_headers().items())
 
     def translator(self, request, zai_request):
-        tools = {tool["function"]["name"]: tool["function"]["parameters"] for tool in zai_request.get("tools", ()) if "function" in tool}
+        tools = {tool["function"]["name"]: tool["function"]["parameters"] for tool in zai_request.get("tools", ()) if tool["type"] == "function"}
         return ChunkTranslator(
             reasoning=request.get("reasoning_format") or self.settings.reasoning_format, tools=tools, one_call=request.get("parallel_tool_calls") is False,
             unfence="response_format" in zai_request, restartable=not self.record.stream,
@@ -3034,17 +3038,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         else:
             self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
-        head = self.wfile.getvalue()
-        self.wfile.seek(0)
-        self.wfile.truncate()
-        return head
+        return self.collected()
 
 
 def shape(zai_request):
     """A request as a log may show it: roles and lengths, never texts."""
-    messages = ["{}:{}".format(message["role"], len(message["content"])) for message in zai_request["messages"]]
-    return "%s messages=[%s] tools=%d fields=%s" % (
-        ascii(zai_request["model"]), " ".join(messages), len(zai_request.get("tools", ())), ",".join(sorted(map(ascii, zai_request))))
+    messages = " ".join(f"{message['role']}:{len(message['content'])}" for message in zai_request["messages"])
+    return f"{zai_request['model']!a} messages=[{messages}] tools={len(zai_request.get('tools', ()))} fields={','.join(sorted(map(ascii, zai_request)))}"
 
 
 # Server ###############################################################################################################
@@ -3091,7 +3091,7 @@ class Server(http.server.ThreadingHTTPServer):
     def url(self):
         host = self.server_address[0]
         host = "localhost" if is_loopback(host) or host in ("0.0.0.0", "::") else host
-        return "http://%s:%d" % (f"[{host}]" if ":" in host else host, self.server_port)
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.server_port}"
 
     # The accept loop
 
@@ -3235,7 +3235,7 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
         text = last["content"] if isinstance(last["content"], str) else " ".join(part.get("text", "") for part in last["content"])
         functions = [tool["function"] for tool in request.get("tools", ()) if tool["type"] == "function"]
         if request.get("thinking", {}).get("type") != "disabled":
-            for word in "This is a demo, so there is nothing to think about.".split(" "):
+            for word in ("This", "is", "a", "demo,", "so", "there", "is", "nothing", "to", "think", "about."):
                 yield {"role": "assistant", "reasoning_content": word + " "}
         if functions and last["role"] != "tool":
             arguments = self.example(dict(functions[0]["parameters"], type="object"), functions[0]["parameters"], text)
@@ -3288,7 +3288,7 @@ class DemoZai(http.server.ThreadingHTTPServer):
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), DemoHandler)
-        self.base_url = "http://127.0.0.1:%d/api/paas/v4" % self.server_port
+        self.base_url = f"http://127.0.0.1:{self.server_port}/api/paas/v4"
         threading.Thread(target=self.serve_forever, args=(0.1,), daemon=True).start()
 
     def server_bind(self):
@@ -3314,14 +3314,15 @@ def check(settings, environ, say=print):
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
         if value != getattr(Settings(), field.name):
-            say("  {}={}".format(field.name.upper(), ", ".join(map(mask, value)) if field.metadata["secret"] else value))
+            say(f"  {field.name.upper()}={', '.join(map(mask, value)) if field.metadata['secret'] else value}")
     with Server(dataclasses.replace(settings, port=0, host="127.0.0.1")) as server:  # never reached: it brings the demo and the watch
         threading.Thread(target=server.serve_forever, daemon=True).start()
         ours, theirs = socket.socketpair()
         with ours, theirs, server.watch.over(Client(ours, settings)) as client:
-            good = all(step(server, client, say) for step in (check_network, check_keys, check_chat))
-        server.stop(0)
-        return good
+            try:
+                return all(step(server, client, say) for step in (check_network, check_keys, check_chat))
+            finally:
+                server.stop(0)
 
 
 def check_network(server, client, say):
@@ -3337,13 +3338,13 @@ def check_network(server, client, say):
     step, advice = "DNS", "check the name, the network and the resolver"
     try:
         addresses = sorted({info[4][0] for info in socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)})
-        say("ok    DNS: {} is {}".format(host, ", ".join(addresses)))
+        say(f"ok    DNS: {host} is {', '.join(addresses)}")
         step, advice = "TCP", "a firewall may be in between; if there is a proxy to use, set HTTPS_PROXY"
         with socket.create_connection((host, port), CONNECT_TIMEOUT) as sock:
-            say("ok    TCP: connected to port %d" % port)
+            say(f"ok    TCP: connected to port {port}")
             if base.scheme == "https" and not proxy:
                 step, advice = "TLS", "set SSL_CERT_FILE to the certificates to trust, or check the clock"
-                with KeepAliveHandler(server.upstream.pool).tls().wrap_socket(sock, server_hostname=host) as tls:
+                with KeepAliveHandler(server.upstream.pool).tls.wrap_socket(sock, server_hostname=host) as tls:
                     say(f"ok    TLS: certificate verified, {tls.version()}")
         return True
     except OSError as error:
@@ -3407,7 +3408,8 @@ def announce(server):
     elif not settings.zai_api_key:
         print("WARNING: ZAI_API_KEY is not set, so chat will answer 502; get a key at https://z.ai/manage-apikey/apikey-list")
     else:
-        print("Z.ai: %s, key %s, %d models" % (settings.zai_base_url, ", ".join(key.name for key in server.upstream.gates.keys), len(listed_models(settings))))
+        zai_keys = ", ".join(key.name for key in server.upstream.gates.keys)
+        print(f"Z.ai: {settings.zai_base_url}, key {zai_keys}, {len(listed_models(settings))} models")
     print(f"Page: {server.url}/   Ctrl-C stops", flush=True)
 
 
@@ -3421,7 +3423,7 @@ def serve(settings):
         server = Server(settings)
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
-        print("Cannot listen on HOST=%s PORT=%d: %s" % (ascii(settings.host)[1:-1], settings.port, reason), file=sys.stderr)
+        print(f"Cannot listen on HOST={ascii(settings.host)[1:-1]} PORT={settings.port}: {reason}", file=sys.stderr)
         return 1
     with contextlib.suppress(ValueError):  # not the main thread: then somebody else minds the signals
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -3450,7 +3452,7 @@ def main(environ=os.environ, argv=()):
         print("ztoapi " + __version__)
         return 0
     if argv not in ([], ["--check"]):
-        print(f"ztoapi: unknown argument {ascii(argv[0])}; --help tells what there is", file=sys.stderr)
+        print(f"ztoapi: unknown argument {argv[0]!a}; --help tells what there is", file=sys.stderr)
         return 2
     try:
         settings = Settings.from_environ(environ)
