@@ -3413,6 +3413,15 @@ class SoakZai(FakeZai):
         return [HEAD, chunked(say("Hel")), lambda *_: time.sleep(0.05), end, chunked(say("lo")), chunked(FINISH), chunked(DONE), END]
 
 
+def test_a_restart_that_says_nothing_yet_does_not_end_the_stream(zai):
+    torn = b'data: {"id":"2026data: {"id":"2027","created":1,"choices":[{"index":0,"delta":{"role":"assistant"}}]}\n\n'
+    zai.default = stream(think("x"), 0.05, torn, 0.05, say("y"), FINISH, DONE)
+    with proxying(zai) as proxy:
+        status, headers, events, clean = proxy.stream()
+        assert clean and events[-1] == "[DONE]" and said(events) == "y" and finish_of(events) == ["stop"]
+        assert proxy.chat()[2]["choices"][0]["message"]["content"] == "y"
+
+
 def soak_client(proxies, chance, until, outcomes):
     """One client after the other, of every kind, until then."""
     while time.monotonic() < until:

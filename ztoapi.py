@@ -975,7 +975,7 @@ class SSEDecoder:
 class Chunk(NamedTuple):
     """One step of an answer: a delta; or, last and once, the finish reason with the usage, if Z.ai gave any.
 
-    `delta` None means that Z.ai has started the answer afresh: what came before is void.
+    `delta` None, which only a JSON answer meets, means that Z.ai has started afresh: what came before is void.
     """
     delta: dict | None
     finish_reason: str | None = None
@@ -1126,7 +1126,7 @@ class ChunkTranslator:
                                 code="upstream_stream_restarted")
         chunks = self._close_raw()
         self._start()
-        return chunks + [Chunk(None)] + list(self._event(value))
+        return chunks + ([Chunk(None)] if self.restartable else []) + list(self._event(value))
 
     def _event(self, value):
         choices = value.get("choices")
@@ -1373,7 +1373,7 @@ class Envelope:
                 if self.include_usage and usage:
                     texts.append("data: " + self._head + '],"usage":' + _encode(usage) + "}\n\n")
                 texts.append("data: [DONE]\n\n")
-            elif delta is not None:
+            else:
                 text = delta.get("content") if len(delta) == 1 else None  # a string alone is quoted much faster than an object is encoded
                 texts.append(self._text(_encode(delta) if text is None else '{"content":' + _quote(text) + "}"))
         return "".join(texts)
@@ -1443,6 +1443,7 @@ def readable(socks):
     """Those of `socks` that have bytes to read or have ended."""
     if hasattr(select, "poll"):
         return polled(socks, select.POLLIN)
+    socks = [sock for sock in socks if sock.fileno() >= 0]
     return [sock for i in range(0, len(socks), 500) for sock in select.select(socks[i:i + 500], [], [], 0)[0]]  # Windows takes 512
 
 
@@ -3020,7 +3021,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         record.status = 200
         for chunks in answer:
             last = chunks[-1]
-            write(encode(chunks), last.finish_reason is not None)
+            write(encode(chunks), last.finish_reason is not None)  # never an empty text, which would be the chunked coding's end
         record.usage = last.usage
 
     def collect(self, answer, envelope):
