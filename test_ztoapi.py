@@ -1070,7 +1070,8 @@ def dechunk(decoder, pieces):
     (b"15\r\n012345678901234567890\r\n0\r\n\r\n", OverflowError), (b"a\r\n0123456789\r\nb\r\n", OverflowError),
     (b"fffffffffffffff\r\n", OverflowError),
     *((data, ValueError) for data in (
-        b"\r\n", b"x\r\n", b"-5\r\n", b"+5\r\n", b"0x5\r\n", b"5_0\r\n", b" 5\r\n", b"5 5\r\n", b"\xd9\xa5\r\n", b"5\nhello\r\n", b"5\r\nhelloX\r\n",
+        b"\r\n", b"x\r\n", b"-5\r\n", b"+5\r\n", b"0x5\r\n", b"5_0\r\n", b" 5\r\n", b"5 5\r\n", b"\xd9\xa5\r\n", b"5\n", b"5\nhello\r\n",
+        b"5\r\nhelloX\r\n",
         b"5\r\nhello0\r\n\r\n", b"5\r\nhello\n0\r\n\r\n", b"fffffffffffffffff\r\n", b"5;a\x00b\r\nhello\r\n", b"5;a\nb\r\nhello\r\n", b"5\rhello\r\n",
         b"0\r\nX: a\nb\r\n\r\n", b"5;" + b"x" * 5000 + b"\r\nhello\r\n0\r\n\r\n")),
 ])
@@ -1150,7 +1151,10 @@ def test_events_are_the_same_however_they_arrive(data, events):
 def test_an_event_may_have_16_mib():
     text = b"x" * (1 << 20)
     assert decode_events([b"data: "] + [text] * 15 + [b"\n\n"]) == ["x" * (15 << 20)]
-    assert decode_events([b"data: "] + [text] * 17 + [b"\n\n"]) is UpstreamError
+    decoder = SSEDecoder()
+    with pytest.raises(UpstreamError):  # as soon as it is known, not at its end
+        for piece in [b"data: "] + [text] * 17:
+            decoder.feed(piece)
 
 
 def test_events_are_encoded_as_one_line_of_utf_8():
@@ -1434,6 +1438,10 @@ ANSWERS = [  # what is special, what Z.ai sent, what it says
     ("two calls in the content",
      say("<tool_call>get_time</tool_call><tool_call>get_time<arg_key>n</arg_key><arg_value>5</arg_value>"
          '<arg_key>o</arg_key><arg_value>{"a":1}</arg_value></tool_call>') + ENDED, called(TIME, ("get_time", '{"n":5,"o":{"a":1}}'))),
+    ("strings and what is no JSON in a call in the content",
+     say("<tool_call>get_weather<arg_key>city</arg_key><arg_value>5</arg_value><arg_key>a</arg_key><arg_value>5 apples</arg_value></tool_call>")
+     + ENDED,
+     called(("get_weather", '{"city":"5","a":"5 apples"}'))),
     ("a call in the content with NaN", say("<tool_call>get_time<arg_key>n</arg_key><arg_value>NaN</arg_value></tool_call>") + ENDED,
      called(("get_time", '{"n":"NaN"}'))),
     ("a call in the content that names no tool", say("Write <tool_call>name</tool_call> so.") + ENDED, says("Write <tool_call>name</tool_call> so.")),
@@ -1856,25 +1864,20 @@ LATE = {
 
 
 @pytest.mark.parametrize("fault", EARLY)
-def test_a_fault_before_the_first_delta_is_tried_again_unseen(zai, fault):
+def test_a_fault_before_the_first_delta_is_tried_again_unseen_and_an_error_after_max_retries(zai, fault):
     with road(zai, MAX_RETRIES="2") as proxy:
         for streamed in (True, False):
             zai.scripts.extend([EARLY[fault], EARLY[fault]])
             assert ask(proxy, streamed) == (200, "Hello", None, True)
             proxy.idle()
             proxy.server.upstream.pool.expire(0)  # a dead pooled connection would be no retry
-        assert len(zai.requests) == 6 and proxy.server.metrics.retries == 4
-
-
-@pytest.mark.parametrize("fault", EARLY)
-def test_a_fault_that_stays_is_an_error_after_max_retries(zai, fault):
-    zai.default = EARLY[fault]
-    with road(zai, MAX_RETRIES="1") as proxy:
+        assert len(zai.requests) == 6 and proxy.server.metrics.retries == 4 and proxy.server.metrics.failed == 0
+        zai.default = EARLY[fault]
         for streamed in (True, False):
             status, text, error, _ = ask(proxy, streamed)
             assert status == (503 if fault.startswith(("1305", "1312", "1120")) else 502) and not text and error["type"] in ("upstream_error", "server_error")
         proxy.idle()
-        assert len(zai.requests) == 4 and proxy.server.metrics.failed == 2
+        assert len(zai.requests) == 12 and proxy.server.metrics.retries == 8 and proxy.server.metrics.failed == 2
 
 
 @pytest.mark.parametrize("first, fault", [(say("Hel"), fault) for fault in LATE] + [
@@ -1990,7 +1993,7 @@ def test_a_silence_is_tried_again_once(zai, brisk, script, streamed):
 
 def test_a_silence_mid_stream_ends_the_answer(zai, brisk):
     zai.default = stream(say("Hel"), 30)
-    with road(zai, UPSTREAM_TIMEOUT="0.15") as proxy:
+    with road(zai, UPSTREAM_TIMEOUT="0.1") as proxy:
         assert "UPSTREAM_TIMEOUT" in assert_in_stream_error(proxy)[-1]["error"]["message"]
         assert ask(proxy, False)[0] == 502 and len(zai.requests) == 2
         assert eventually(lambda: zai.cut_by_client == 2)
@@ -2053,7 +2056,7 @@ def shut_down(sock):
 
 def test_connecting_takes_ten_seconds_at_most(monkeypatch):
     assert ztoapi.CONNECT_TIMEOUT == 10
-    monkeypatch.setattr(ztoapi, "CONNECT_TIMEOUT", 0.2)
+    monkeypatch.setattr(ztoapi, "CONNECT_TIMEOUT", 0.1)
     with stuck_listener() as port, road(ZAI_BASE_URL="http://127.0.0.1:%d" % port, MAX_RETRIES="1") as proxy:
         status, _, error, _ = ask(proxy, True)
         proxy.idle()
@@ -2061,7 +2064,7 @@ def test_connecting_takes_ten_seconds_at_most(monkeypatch):
 
 
 def test_a_tls_handshake_that_never_comes_takes_ten_seconds_at_most(monkeypatch):
-    monkeypatch.setattr(ztoapi, "CONNECT_TIMEOUT", 0.2)
+    monkeypatch.setattr(ztoapi, "CONNECT_TIMEOUT", 0.1)
     with MuteListener() as mute, road(ZAI_BASE_URL="https://127.0.0.1:%d" % mute.port, MAX_RETRIES="0") as proxy:
         assert ask(proxy, True)[0] == 502 and mute.ended.wait(5)
 
@@ -2514,12 +2517,12 @@ def test_a_burst_of_12_against_a_limit_of_2_succeeds_and_teaches(zai, how):
         zai.default = limited
     with road(zai) as proxy:
         counts = []
-        for _ in range(2):
+        for _ in range(2 if how == "429" else 1):
             before = zai.refused + len(refused)
             results = together(*[lambda i=i: ask(proxy, i % 3) for i in range(12)])
             assert results == [(200, "ab", None, True)] * 12
             counts.append(zai.refused + len(refused) - before)
-        assert counts[0] > 0 and counts[1] <= 3, counts
+        assert counts[0] > 0 and sum(counts[1:]) <= 3, counts
         assert all(ceiling in (1, 2, 3) for _, _, ceiling, _ in proxy.server.upstream.gates.state()[0])
 
 
@@ -2637,6 +2640,14 @@ def test_with_all_keys_aside_the_one_whose_turn_comes_first_is_tried(zai):
     assert (text, error) == ("Hello", None) and road.keys()[3:] == [KEYS[1]]
 
 
+@BOTH
+def test_the_client_sees_nothing_of_a_key_that_fails(zai, streamed):
+    zai.scripts.extend([refusal(401, "401"), stream(sse({"error": {"code": "1113", "message": "no"}}))])
+    with road(zai, ZAI_API_KEY=",".join(KEYS), MAX_RETRIES="0") as proxy:
+        assert ask(proxy, streamed) == (200, "Hello", None, True)
+        assert [request["headers"]["Authorization"].split()[1] for request in zai.requests] == KEYS
+
+
 def test_an_empty_purse_at_every_key_is_told_with_no_second_try(zai):
     zai.default = refusal(429, "1113")
     with road(zai, ZAI_API_KEY=",".join(KEYS)) as proxy:
@@ -2728,8 +2739,7 @@ def test_the_clients_leaving_is_noticed(zai, brisk, caplog, phase, streamed):
         assert eventually(lambda: zai.cut_by_client == connected, 1) and len(zai.requests) == 1
 
 
-@pytest.mark.parametrize("how", ("reset", "end of file"))
-@BOTH
+@pytest.mark.parametrize("how, streamed", (("reset", True), ("end of file", False)))
 def test_every_way_of_leaving_is_noticed(zai, caplog, how, streamed):
     zai.default = stream(say("Hel"), 30)
     with road(zai) as proxy:
@@ -2769,7 +2779,7 @@ def test_the_clients_leaving_in_a_handshake_is_noticed(brisk, caplog, monkeypatc
             assert mute.ended.wait(1)
 
 
-def test_the_leaving_of_a_client_that_had_sent_more_is_noticed(zai, caplog):
+def test_the_leaving_of_a_client_that_had_sent_more_is_noticed(zai, brisk):
     zai.default = stream(say("Hel"), 30)
     with road(zai) as proxy:
         with contextlib.closing(proxy.connect()) as sock:
@@ -2925,16 +2935,15 @@ class Torrent:
 
 
 def test_a_slow_reader_slows_zai_down_and_costs_no_memory(zai):
-    torrent = Torrent(1000, 1 << 16)
+    torrent = Torrent(600, 1 << 16)
     zai.default = torrent.script
     with road(zai) as proxy, proxy.open_stream() as sock:
         before, sent = rss(), -1
         while sent != torrent.sent:  # until Z.ai is held up
             sent = torrent.sent
             time.sleep(0.2)
-        print("SENT", sent)
-        assert sent < 700 and rss() - before < 16 << 20
-        assert count_text(sock, b"Q") == (1000 << 16, True) and torrent.sent == 1000
+        assert sent < 500 and rss() - before < 16 << 20
+        assert count_text(sock, b"Q") == (600 << 16, True) and torrent.sent == 600
 
 
 def test_a_client_that_takes_no_write_within_client_timeout_is_dropped(zai, brisk):
@@ -2974,9 +2983,9 @@ def test_heartbeats_into_a_full_window_wait_for_room_and_come_whole():
             assert clean and events[-1] == "[DONE]" and deltas[0]["role"] == "assistant" and 5 < len(deltas) < 1000 and not any(deltas[1:])
 
 
-@pytest.mark.parametrize("script", (stream(*HEALTHY), EARLY["reset before headers"], EARLY["error as first event"], EARLY["HTML 502"], [HEAD, chunked(say("Hel")), CLOSE]),
-                         ids=("well", "reset", "first event", "HTML 502", "cut"))
-@BOTH
+@pytest.mark.parametrize("script, streamed", (
+    (stream(*HEALTHY), True), (stream(*HEALTHY), False), (EARLY["reset before headers"], True), (EARLY["error as first event"], False), (EARLY["HTML 502"], True),
+    ([HEAD, chunked(say("Hel")), CLOSE], True)), ids=("well", "well, json", "reset", "first event, json", "HTML 502", "cut"))
 def test_a_request_leaves_nothing_for_the_garbage_collector(zai, script, streamed):
     """What it leaves, it leaves with its body and its buffers, for as long as the collector likes."""
     kinds = (ztoapi.Handler, ztoapi.Client, ztoapi.ZaiRequest, ztoapi.KeepAliveConnection, ztoapi.Body, ztoapi.SSEDecoder, ztoapi.ChunkTranslator)
@@ -3017,9 +3026,8 @@ def test_an_event_of_almost_16_mib_passes(zai):
         assert len(ask(proxy, True)[1]) == 15 << 20
 
 
-@pytest.mark.parametrize("letter", ("x", "\u4e2d"), ids=("ascii", "chinese"))
-def test_a_json_answer_of_more_than_64_mib_is_an_error(zai, letter):
-    one = chunked(say(letter * ((1 << 20) // len(letter.encode()))))
+def test_a_json_answer_of_more_than_64_mib_is_an_error(zai):
+    one = chunked(say("\u4e2d" * ((1 << 20) // 3)))  # a mebibyte, whatever the count of characters
     zai.default = [HEAD] + [one] * 66 + [chunked(FINISH), END]
     with road(zai) as proxy:
         status, _, error, _ = ask(proxy, False)
@@ -3046,7 +3054,7 @@ def test_compressed_answers_are_understood_all_the_same(zai, coding, wbits, stre
         assert zai.requests[0]["headers"]["Accept-Encoding"] == "identity"
 
 
-def test_compressed_events_pass_as_they_come(zai):
+def test_compressed_events_pass_as_they_come(zai, brisk):
     pieces = [chunked(piece) for piece in packed(31, *HEALTHY)]
     zai.default = [HEAD.replace(b"\r\n\r\n", b"\r\nContent-Encoding: gzip\r\n\r\n")] + pieces[:3] + [30]
     with road(zai) as proxy, proxy.open_stream() as sock, sock.makefile("rb") as file:
@@ -3318,7 +3326,7 @@ def test_the_clients_leaving_is_noticed_over_tls(trusted, brisk, caplog, script)
 
 def test_a_silence_over_tls_is_tried_again_once(trusted, brisk):
     trusted.default = [HEAD, 30]
-    with road(trusted, UPSTREAM_TIMEOUT="0.15") as proxy:
+    with road(trusted, UPSTREAM_TIMEOUT="0.1") as proxy:
         assert ask(proxy, True)[0] == 502 and len(trusted.requests) == 2
 
 

@@ -134,7 +134,9 @@ def base_url(text):
     parts = urllib.parse.urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname or not re.fullmatch("[!-~]+", url) or re.search("[?#]", url):
         raise ValueError(text)
-    return url if parts.port != 0 and parts.hostname.encode("idna") else None  # both raise ValueError themselves
+    if parts.port == 0 or not parts.hostname.encode("idna"):  # both raise ValueError themselves
+        raise ValueError(text)
+    return url
 
 
 def aliases(text):
