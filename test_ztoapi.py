@@ -1966,6 +1966,7 @@ def test_bytes_that_come_one_at_a_time_are_an_answer_like_any_other(zai, streame
     zai.default = [whole[i:i + 1] for i in range(len(whole))]
     with road(zai) as proxy:
         assert ask(proxy, streamed) == (200, "Hello", None, True)
+        proxy.idle()
         assert ask(proxy, streamed) == (200, "Hello", None, True) and zai.connections == 1
 
 

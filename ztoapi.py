@@ -928,24 +928,24 @@ class SSEDecoder:
     """
 
     def __init__(self, limit=16 << 20):  # bytes of one event
-        self.limit, self.rest = limit, bytearray()
+        self.limit, self.parts, self.size = limit, [], 0
 
     def feed(self, data):
-        if b"\n" not in data and b"\r" not in data:  # the inside of a long event: join it once, when it ends
-            self.rest += data
-            self._bound(0)
+        if b"\n" not in data and b"\r" not in data:  # the inside of a long event
+            self._hold(data)
             return []
-        if self.rest:
-            data = bytes(self.rest) + data
+        if self.parts:
+            data = b"".join(self.parts) + data
+            self.parts, self.size = [], 0
         held = b"\r" if data.endswith(b"\r") else b""  # an LF may follow
         if b"\r" in data:
             data = data[:len(data) - len(held)].replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         end = data.rfind(b"\n\n") + 2 if b"\n\n" in data else 0
-        if self.rest or held or end < len(data):
-            self.rest = bytearray(data[end:] + held)
+        if held or end < len(data):
+            self._hold(data[end:] + held)
         blocks = data[:end].decode("utf-8", "replace").split("\n\n")
-        if len(data) > self.limit:
-            self._bound(max(map(len, blocks)))
+        if len(data) > self.limit and max(map(len, blocks)) > self.limit:
+            raise self._too_large()
         events = []
         for block in blocks:
             if block.startswith("data: ") and "\n" not in block:  # nearly always
@@ -964,9 +964,17 @@ class SSEDecoder:
         data = [line[6:] if line.startswith("data: ") else line[5:] for line in lines if line.startswith("data:") or line == "data"]
         return (["\n".join(data)] if data else []) + [line for line in lines if line.startswith("{")]
 
-    def _bound(self, size):
-        if max(size, len(self.rest)) > self.limit:
-            raise UpstreamError(f"Z.ai sent an event of more than {self.limit} bytes.", GIVE_UP)
+    def _hold(self, data):
+        """Keep what is not yet an event, in the pieces it came in: one growing buffer leaves holes in the heap that stay for good."""
+        self.size += len(data)
+        if self.size > self.limit:
+            raise self._too_large()
+        if self.parts and len(self.parts[-1]) < 4096:
+            data = self.parts.pop() + data
+        self.parts.append(data)
+
+    def _too_large(self):
+        return UpstreamError(f"Z.ai sent an event of more than {self.limit} bytes.", GIVE_UP)
 
 
 # Z.ai response -> OpenAI response #####################################################################################
