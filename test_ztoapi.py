@@ -1906,6 +1906,14 @@ def test_connect_refused_is_an_error_after_max_retries():
         assert proxy.server.metrics.retries == 4
 
 
+@pytest.mark.parametrize("name", ("a..b", "a" * 64 + ".example"), ids=("empty label", "long label"))
+def test_a_proxy_of_an_impossible_name_is_a_502(monkeypatch, name):
+    through(monkeypatch, "https", "http://%s:80" % name)
+    with road(ZAI_BASE_URL="https://localhost/api", MAX_RETRIES="0") as proxy:
+        status, _, error, _ = ask(proxy, True)
+        assert status == 502 and error["code"] == "upstream_error"
+
+
 def test_connect_refused_then_a_listener_is_an_answer(zai):
     with socket.create_server(("127.0.0.1", 0)) as closed:
         place = closed.getsockname()

@@ -1116,6 +1116,18 @@ class ChunkTranslator:
             return ()
         return self._event(value)
 
+    def feed_all(self, events, end=False):
+        """(chunks, failure): the chunks of all events, and of close() if that is the end, up to the UpstreamError there may be."""
+        chunks = []
+        try:
+            for event in events:
+                chunks += self.feed(event)
+            if end:
+                chunks += self.close()
+        except UpstreamError as failure:
+            return chunks, failure  # what came before it in the same read is not lost
+        return chunks, None
+
     def _torn(self, event):
         """What is no JSON: the end mark, garbage, or a frame cut short with a new one inside, whose answer starts afresh."""
         if event.startswith("[DONE]"):
@@ -2097,17 +2109,13 @@ class Upstream:
                         events, data = [(data + body.read_all(LONGEST_ANSWER)).decode("utf-8", "replace")], b""
                     else:
                         events = decoder.feed(data) if data else decoder.close()
-                    chunks = []
-                    try:
-                        for event in events:
-                            chunks += translator.feed(event)
-                        if not data:
-                            chunks += translator.close()
-                    finally:  # what came before an error in the same read is not lost
-                        if chunks:
-                            if record.ttft_s is None:
-                                record.ttft_s = client.clock() - record.started
-                            yield chunks
+                    chunks, failure = translator.feed_all(events, end=not data)
+                    if chunks:
+                        if record.ttft_s is None:
+                            record.ttft_s = client.clock() - record.started
+                        yield chunks
+                    if failure:
+                        raise failure
                 body.drain()
             finally:
                 record.repaired += translator.repaired
@@ -2145,7 +2153,7 @@ class Upstream:
                 response = self.opener.open(request, timeout=CONNECT_TIMEOUT)
                 client.silent_since = None
                 return response
-            except (OSError, http.client.HTTPException) as error:
+            except (OSError, http.client.HTTPException, UnicodeError) as error:  # the last: a proxy's name that is none
                 client.detach()
                 died = isinstance(getattr(error, "reason", error), ConnectionError) and not client.gone and not client.silent
                 if not (request.reused and died):
