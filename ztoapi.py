@@ -1839,10 +1839,10 @@ class Pool:
             self.idle[key].append((sock, self.clock()))
         self.expire()
 
-    def expire(self, keep=KEEP_IDLE):
-        """Close what has been idle for `keep` seconds."""
+    def expire(self, keep=None):
+        """Close what has been idle for `keep` seconds, by default KEEP_IDLE."""
         with self.lock:
-            limit = self.clock() - keep
+            limit = self.clock() - (KEEP_IDLE if keep is None else keep)
             old = [sock for socks in self.idle.values() for sock, since in socks if since <= limit]
             self.idle = collections.defaultdict(list, {
                 key: [pair for pair in socks if pair[1] > limit] for key, socks in self.idle.items() if socks and socks[-1][1] > limit})
