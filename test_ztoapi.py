@@ -3001,7 +3001,7 @@ def test_heartbeats_into_a_full_window_wait_for_room_and_come_whole():
                          ids=("well", "well, json", "reset", "first event, json", "HTML 502", "cut"))
 def test_a_request_leaves_nothing_for_the_garbage_collector(zai, script, streamed):
     """What it leaves, it leaves with its body and its buffers, for as long as the collector likes."""
-    kinds = (ztoapi.Handler, ztoapi.Client, ztoapi.ZaiRequest, ztoapi.KeepAliveConnection, ztoapi.Body, ztoapi.SSEDecoder, ztoapi.ChunkTranslator)
+    kinds = (ztoapi.Handler, ztoapi.Client, ztoapi.ZaiRequest, ztoapi.KeepAliveConnection, ztoapi.Response, ztoapi.SSEDecoder, ztoapi.ChunkTranslator)
 
     def left():
         return {id(thing): type(thing).__name__ for thing in gc.get_objects() if isinstance(thing, kinds)}

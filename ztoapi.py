@@ -51,6 +51,7 @@ import contextlib
 import dataclasses
 import datetime
 import difflib
+import email.utils
 import errno
 import functools
 import hashlib
@@ -330,7 +331,7 @@ def zai_error(value, status=200, now=None, model="", retry_after=None):
     """The UpstreamError for an error body of Z.ai.
 
     `value`: the parsed body, None if it was no JSON; `status`: its HTTP status; `now`: Unix seconds, to compute how long
-    a quota stays exhausted; `model`: the id asked for, for advice; `retry_after`: Z.ai's own header in seconds.
+    a quota stays exhausted; `model`: the id asked for, for advice; `retry_after`: the seconds that Z.ai asked to wait.
     """
     code, message = zai_code_and_message(value)
     by_status = HTTP_ERRORS if code or message else BARE_HTTP_ERRORS
@@ -360,6 +361,16 @@ def zai_code_and_message(value):
         message = str(value.get("msg") or value.get("message") or "")
         return "404" if str(value["code"]) == "500" else str(value["code"]), message
     return "", ""
+
+
+def seconds_to_wait(text, now):
+    """Seconds from `now` (Unix) that a Retry-After header asks for, as a number or as a date; None if it is neither."""
+    if re.fullmatch("[0-9]{1,6}", text):
+        return float(text)
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - now)
+    except (TypeError, ValueError, IndexError):
+        return None
 
 
 BEIJING = datetime.timezone(datetime.timedelta(hours=8))
@@ -829,6 +840,22 @@ def encode_json(value):
 def encode_event(value):
     """One server-sent event. The value's first key stays first: some clients look for {"error" at the start."""
     return b"data: " + encode_json(value) + b"\n\n"
+
+
+TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+REQUEST_LINE = re.compile(rb"(%b) ([!-~\x80-\xff]+) (HTTP/[1-9]\.[0-9])\r?\n" % TOKEN)
+STATUS_LINE = re.compile(rb"HTTP/(1\.[0-9]) ([1-9][0-9][0-9])(?: [^\r\n]*)?\r?\n")
+FIELD_LINE = re.compile(rb"^(%b):([^\0\r\n]*)\r?\n" % TOKEN, re.MULTILINE)  # no folding, no CR but the line's own
+HEAD_END = re.compile(rb"\r?\n\r?\n")
+
+
+def read_fields(pairs):
+    """{name in lower case: value} of HTTP's fields, given as pairs of bytes; of one that comes twice the values are joined (RFC 9110, 5.3)."""
+    fields = {}
+    for name, value in pairs:
+        name, value = name.decode("latin-1").lower(), value.strip(b" \t").decode("latin-1")
+        fields[name] = f"{fields[name]}, {value}" if name in fields else value
+    return fields
 
 
 @functools.lru_cache(maxsize=1024)  # the sizes repeat
@@ -1915,10 +1942,8 @@ class KeepAliveConnection(http.client.HTTPConnection):
             self.unsent.append(data)
 
     def getresponse(self):
-        sock = self.sock
-        response = super().getresponse()
+        response = Response(self.sock, self.zai_request.client, self.pool, self.pool_key)
         self.sock = None  # do_open() would close it
-        response.sock, response.pool_key = sock, self.pool_key
         return response
 
 
@@ -1945,40 +1970,83 @@ class KeepAliveHandler(urllib.request.AbstractHTTPHandler):
     http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
 
 
-class Body:
-    """The body of one response of Z.ai: read() -> bytes, b"" at the end; UpstreamError where it was cut.
+class Response:
+    """One response of Z.ai: `status` and `fields`, for which the constructor waits; then read() -> bytes of its body, b"" at the end.
 
-    http.client takes a connection cut between two chunks for an end, and gives one chunk a call, so it is left behind once
-    it has read the head: recv() brings everything that has arrived.
+    Not http.client's own, which takes a connection cut between two chunks for an end, gives one chunk a call, and has its head read
+    by an email parser. Here recv() brings all that has arrived. Raises what http.client would for a head that is none, and
+    UpstreamError where the body is cut or broken.
     """
 
-    def __init__(self, response, client, pool):
-        self.response, self.sock, self.client, self.pool = response, response.sock, client, pool
-        self.framing = Dechunker() if response.chunked else Counted(response.length) if response.length is not None else None
-        self.kind = response.headers.get("Content-Type", "").lower()
-        self.coding = response.headers.get("Content-Encoding", "identity").lower()
+    LONGEST_HEAD = 65536
+    LONG, SHORT = 65536, 2048  # bytes to ask for, after a read that was as long as SHORT, and else: a buffer is held while waiting
+
+    def __init__(self, sock, client, pool, pool_key):
+        self.sock, self.client, self.pool, self.pool_key = sock, client, pool, pool_key
+        self.status, head, self.received = 100, b"", b""  # received: and not yet read
+        while self.status < 200:  # 100 and 103 come before the real one
+            version, status, head = self._read_head()
+            self.status = int(status)
+        self.fields = fields = read_fields(FIELD_LINE.findall(head))
+        self.kind = fields.get("content-type", "").lower()
+        self.coding = fields.get("content-encoding", "identity").lower()
         self.inflater = zlib.decompressobj(WBITS[self.coding]) if self.coding in WBITS else None  # sent all the same by some gateways
-        self.recv = response.fp.read1  # first what came along with the head
+        self.reason = http.client.responses.get(self.status, "")  # urllib wants one
+        self.lasting = version == b"1.1" and "close" not in fields.get("connection", "").lower()
+        length = re.match("[0-9]{1,15}", fields.get("content-length", "0" if self.status in (204, 304) else ""))
+        chunked = "chunked" in fields.get("transfer-encoding", "").lower()
+        self.framing = Dechunker() if chunked else Counted(int(length.group())) if length else None  # None: to the connection's end
+        self.size = self.LONG
+
+    def _read_head(self):
+        """(version, status, the lines behind the first) of a head; what came behind it is in `received`."""
+        data = self.received
+        while not HEAD_END.search(data):
+            if not b"HTTP/".startswith(data[:5]) or len(data) > self.LONGEST_HEAD:
+                raise http.client.BadStatusLine(repr(data[:60]))
+            more = self.sock.recv(8192)
+            if not more:
+                raise http.client.RemoteDisconnected("closed without an answer") if not data else http.client.IncompleteRead(data)
+            data += more
+        found, end = STATUS_LINE.match(data), HEAD_END.search(data).end()
+        if not found:
+            raise http.client.BadStatusLine(repr(data[:60]))
+        self.received = data[end:]
+        return (*found.groups(), data[found.end():end])
 
     def read(self):
-        if self.coding != "identity" and not self.inflater:
-            raise UpstreamError(f"Z.ai's answer is compressed with {self.coding!a}, which cannot be read here.", GIVE_UP)
+        if self.inflater is None:
+            if self.coding != "identity":
+                raise UpstreamError(f"Z.ai's answer is compressed with {self.coding!a}, which cannot be read here.", GIVE_UP)
+            return self._read()
+        while True:
+            packed = self.inflater.unconsumed_tail or self._read()
+            try:
+                data = self.inflater.decompress(packed, self.LONG)
+            except zlib.error as error:
+                raise UpstreamError(f"Z.ai's answer is broken: {error}.") from None
+            if data or not packed:
+                return data
+
+    def _read(self):
         client, framing = self.client, self.framing
         while not (framing and framing.done):
-            client.silent_since = client.clock()
-            try:
-                data = self.recv(65536)
-            except OSError as error:
-                raise road_failure(error, client) from None
-            client.silent_since, self.recv = None, self.sock.recv
+            data, self.received = self.received, b""
+            if not data:
+                client.silent_since = client.clock()
+                try:
+                    data = self.sock.recv(self.size)
+                except OSError as error:
+                    raise road_failure(error, client) from None
+                client.silent_since = None
+                self.size = self.LONG if len(data) >= self.SHORT else self.SHORT
             if not data:
                 if framing or client.gone or client.silent:
                     raise road_failure(None, client)
                 return b""
             try:
                 data = framing.feed(data) if framing else data
-                data = self.inflater.decompress(data) if self.inflater else data
-            except (ValueError, zlib.error) as error:
+            except ValueError as error:
                 raise UpstreamError(f"Z.ai's answer is broken: {error}.") from None
             if data:
                 return data
@@ -1995,11 +2063,13 @@ class Body:
 
     def drain(self, patience=0.1):
         """The answer is complete: wait a moment for the end of the body, as only then the connection can serve again."""
+        if not self.framing or self.framing.done:
+            return
         deadline = time.monotonic() + patience
         with contextlib.suppress(OSError, ValueError):
-            while self.framing and not self.framing.done and time.monotonic() < deadline:
-                self.sock.settimeout(patience)
-                data = self.recv(65536)
+            self.sock.settimeout(patience)
+            while not self.framing.done and time.monotonic() < deadline:
+                data = self.sock.recv(self.LONG)
                 if not data:
                     break
                 self.framing.feed(data)
@@ -2007,9 +2077,8 @@ class Body:
 
     def close(self):
         self.client.detach()
-        self.response.close()
-        if self.framing and self.framing.done and not self.framing.rest and not self.response.will_close:
-            self.pool.put(self.response.pool_key, self.sock)
+        if self.lasting and self.framing and self.framing.done and not self.framing.rest and not self.received:
+            self.pool.put(self.pool_key, self.sock)
         else:
             self.sock.close()
 
@@ -2101,12 +2170,12 @@ class Upstream:
     def _attempt(self, job, key, client, record):
         """Yield the chunks of one attempt."""
         translator, decoder = job.translator(), SSEDecoder()
-        with contextlib.closing(self._open(job, key, client, record)) as body:
+        with contextlib.closing(self._open(job, key, client, record)) as response:
             try:
                 while not translator.complete:
-                    data = body.read()
-                    if data and "json" in body.kind:  # one JSON body where a stream was asked for is one event
-                        events, data = [(data + body.read_all(LONGEST_ANSWER)).decode("utf-8", "replace")], b""
+                    data = response.read()
+                    if data and "json" in response.kind:  # one JSON body where a stream was asked for is one event
+                        events, data = [(data + response.read_all(LONGEST_ANSWER)).decode("utf-8", "replace")], b""
                     else:
                         events = decoder.feed(data) if data else decoder.close()
                     chunks, failure = translator.feed_all(events, end=not data)
@@ -2116,30 +2185,29 @@ class Upstream:
                         yield chunks
                     if failure:
                         raise failure
-                body.drain()
+                response.drain()
             finally:
                 record.repaired += translator.repaired
 
     def _open(self, job, key, client, record):
-        """The Body of a response with status 200; UpstreamError otherwise."""
+        """The Response, if its status is 200; UpstreamError otherwise."""
         response = self._send("/chat/completions", key, client, job.data)
-        record.zai_log_id = re.sub("[^0-9A-Za-z_-]", "", redact(response.headers.get("X-Log-Id", ""), self.settings.zai_api_key))[:64]
+        record.zai_log_id = re.sub("[^0-9A-Za-z_-]", "", redact(response.fields.get("x-log-id", ""), self.settings.zai_api_key))[:64]
         log.debug("%s Z.ai answered %d, log id %s", record.id, response.status, ascii(record.zai_log_id))
-        body = Body(response, client, self.pool)
-        if response.status == 200 and "html" not in body.kind:
-            return body
-        with contextlib.closing(body):
-            raise self._refusal(response, body, job.model)
+        if response.status == 200 and "html" not in response.kind:
+            return response
+        with contextlib.closing(response):
+            raise self._refusal(response, job.model)
 
-    def _refusal(self, response, body, model):
-        text = body.read_all(1 << 20)
+    def _refusal(self, response, model):
+        text = response.read_all(1 << 20)
         try:
             value = json.loads(text.decode("utf-8", "replace"))
         except (ValueError, RecursionError):
             value = None
         status = 404 if response.status == 200 else response.status  # 200: a page where the API should be
-        asked = response.headers.get("Retry-After", "")
-        return zai_error(value, status, self.now(), model, float(asked) if asked.isdigit() else None)
+        now = self.now()
+        return zai_error(value, status, now, model, seconds_to_wait(response.fields.get("retry-after", ""), now))
 
     def _send(self, path, key, client, data=None):
         """The response to one request, its head read. A used connection that turns out dead is replaced unseen."""
@@ -2162,11 +2230,10 @@ class Upstream:
     def check_key(self, key, client):
         """GET {base}/models with one key: None if it was accepted, else the UpstreamError."""
         try:
-            response = self._send("/models", key, client)
-            with contextlib.closing(Body(response, client, self.pool)) as body:
+            with contextlib.closing(self._send("/models", key, client)) as response:
                 if response.status != 200:
-                    return self._refusal(response, body, "")
-                value = json.loads(body.read_all(1 << 20).decode("utf-8", "replace") or "null")
+                    return self._refusal(response, "")
+                value = json.loads(response.read_all(1 << 20).decode("utf-8", "replace") or "null")
                 return None if isinstance(value, dict) and "data" in value else zai_error(value, 404)
         except ValueError:
             return zai_error(None, 404)
@@ -2653,29 +2720,11 @@ def page_policy():
 #
 # http.server's own, made strict. One table of routes, one place where an exception becomes an answer.
 
-KEEP_ALIVE = 75.0  # seconds an idle connection is kept
-LINGER = 1.0       # seconds a client gets to read an answer that came before all of its request was taken
-
-REQUEST_LINE = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+ [!-~\x80-\xff]+ HTTP/[1-9]\.[0-9]\r?\n")
-HEADER_LINE = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\0\r\n]*\r?\n|\r?\n")
-
-
-class RequestReader(io.BufferedReader):
-    """A connection's rfile, whose readline() lets only whole, plain lines pass: first one of `pattern`, then headers. The email
-    parser behind http.server would take a bare CR for a line's end, a folded line for a value, and all that follows a line it
-    does not understand for the body."""
-
-    pattern = REQUEST_LINE
-
-    def readline(self, limit=-1):
-        line = super().readline(limit)
-        if not line:
-            raise ClientGone
-        if len(line) != limit and not self.pattern.fullmatch(line):  # of that length it is too long, which the base class says
-            raise RequestError("Malformed request line." if self.pattern is REQUEST_LINE else "Malformed header line.")
-        self.pattern = HEADER_LINE
-        return line
-
+KEEP_ALIVE = 75.0     # seconds an idle connection is kept
+LINGER = 1.0          # seconds a client gets to read an answer that came before all of its request was taken
+MOST_FIELDS = 100     # in a request's head, as http.client has it
+LONGEST_HEAD = 65536  # bytes of all its fields
+ONCE = ("host", "content-length", "transfer-encoding")  # fields of which two readers could take different ones
 
 class Route(NamedTuple):
     pattern: re.Pattern
@@ -2706,10 +2755,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
     # Life of a connection
 
     disable_nagle_algorithm = True  # else a kept-alive request takes 44 ms
+    rbufsize = 2048                 # kept as long as the connection is; a longer body is read past it
 
     def setup(self):
         super().setup()
-        self.rfile, self.wfile = RequestReader(self.rfile.detach()), io.BytesIO()
+        self.wfile = io.BytesIO()
         self.settings, self.clock = self.server.settings, time.monotonic
 
     def handle_one_request(self):
@@ -2726,7 +2776,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 raise RequestError("This port speaks HTTP, not HTTPS.")
             if first.startswith(b"\r\n"):
                 self.rfile.read(2)  # left behind by an old client
-            self.rfile.pattern = REQUEST_LINE
             super().handle_one_request()
         except ApiError as error:
             self.refuse(error)
@@ -2739,30 +2788,52 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.server.deadlines[self.connection] = self.clock() + seconds if seconds else float("inf")
 
     def parse_request(self):
-        if not super().parse_request():
-            return False
+        """The head, to the letter. The base class's email parser would take a bare CR for a line's end, a folded line for a value, and all
+        behind a line that it does not understand for the body."""
+        found = REQUEST_LINE.fullmatch(self.raw_requestline)
+        if not found:
+            raise RequestError("Malformed request line.")
+        self.command, self.path, self.request_version = (part.decode("latin-1") for part in found.groups())
         self.record.method, self.record.path = self.command, self.path.partition("?")[0]
-        self.fields = {name.lower(): value for name, value in reversed(self.headers.items())}  # the first of each name
-        options = [option.strip().lower() for option in ",".join(self.headers.get_all("Connection", [])).split(",")]
-        self.close_connection = self.close_connection or "close" in options or self.request_version == "HTTP/1.0"
+        if not self.request_version.startswith("HTTP/1."):
+            raise RequestError("The only HTTP versions spoken here are 1.0 and 1.1.", status=505, code="http_version_not_supported")
+        self.fields = read_fields(self.field_lines())
         self.body_size = self.framing()
+        options = [option.strip() for option in self.fields.get("connection", "").lower().split(",")]
+        self.close_connection = "close" in options or self.request_version == "HTTP/1.0"
         return True
 
-    def handle_expect_100(self):
-        return True  # said when the body is about to be read, once key and size are known to be good
+    def field_lines(self):
+        """(name, value) of each field, as bytes."""
+        names, left = [], LONGEST_HEAD
+        while True:
+            line = self.rfile.readline(left + 1)
+            left -= len(line)
+            if left < 0 or len(names) > MOST_FIELDS:
+                raise RequestError("The request's head is too large.", status=431, code="request_header_fields_too_large")
+            if line in (b"\r\n", b"\n"):
+                return
+            found = FIELD_LINE.fullmatch(line)
+            if not found:
+                raise RequestError("Malformed header line.") if line.endswith(b"\n") else ClientGone
+            name = found.group(1).decode().lower()
+            if name in ONCE and name in names:
+                raise RequestError(f"More than one {name} header.")
+            names.append(name)
+            yield found.groups()
 
     def framing(self):
         """The body's size in bytes: None if it is chunked. Whatever two readers might understand differently is refused."""
-        lengths, codings = self.headers.get_all("Content-Length", []), self.headers.get_all("Transfer-Encoding", [])
-        if len(self.headers.get_all("Host", [])) != 1 and self.request_version != "HTTP/1.0":
-            raise RequestError("Exactly one Host header is needed.")
-        if len(lengths) + len(codings) > 1 or codings and self.request_version == "HTTP/1.0":
+        length, coding, old = self.fields.get("content-length"), self.fields.get("transfer-encoding"), self.request_version == "HTTP/1.0"
+        if "host" not in self.fields and not old:
+            raise RequestError("A Host header is needed.")
+        if coding is not None and (length is not None or old):
             raise RequestError("Ambiguous length of the body.")
-        if codings and codings[0].strip(" \t").lower() != "chunked":
+        if coding is not None and coding.lower() != "chunked":
             raise RequestError("The only Transfer-Encoding understood is chunked.", status=501)
-        if lengths and not re.fullmatch("[0-9]{1,15}", lengths[0].strip(" \t")):
+        if length is not None and not re.fullmatch("[0-9]{1,15}", length):
             raise RequestError("Malformed Content-Length.")
-        return None if codings else int(lengths[0]) if lengths else 0
+        return None if coding else int(length or 0)
 
     # One request
 
