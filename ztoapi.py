@@ -503,19 +503,26 @@ TRANSLATED = {"stream", "stream_options", "temperature", "top_p", "stop", "max_t
               "tool_choice", "reasoning_effort", "thinking", "enable_thinking", "reasoning_format", "user", "n", "parallel_tool_calls"}
 
 
+def no_number(text):
+    raise ValueError(f"{text:.20} is no JSON number")
+
+
+def whole_number(text):
+    return int(text) if len(text) <= 100 else no_number(text)  # int() takes quadratic time before Python 3.11
+
+
+def decimal_number(text):
+    value = float(text)
+    return value if abs(value) != float("inf") else no_number(text)
+
+
+_decode_strictly = json.JSONDecoder(parse_constant=no_number, parse_int=whole_number, parse_float=decimal_number).decode
+
+
 def read_json_object(data):
     """The dict in a request body (bytes). RequestError for anything else, and for numbers no JSON reader agrees on."""
-    def refuse(text):
-        raise ValueError(f"{text:.20} is no JSON number")
-
-    def whole_number(text):
-        return int(text) if len(text) <= 100 else refuse(text)  # int() takes quadratic time before Python 3.11
-
-    def decimal_number(text):
-        value = float(text)
-        return value if abs(value) != float("inf") else refuse(text)
     try:
-        value = json.loads(data.decode("utf-8-sig"), parse_constant=refuse, parse_int=whole_number, parse_float=decimal_number)
+        value = _decode_strictly(data.decode("utf-8-sig"))
     except RecursionError:
         raise RequestError("The body is nested too deeply.") from None
     except UnicodeDecodeError:
@@ -832,6 +839,11 @@ _decoder = json.JSONDecoder(parse_constant=lambda name: None)  # Python would re
 _decode, _scan = _decoder.raw_decode, _decoder.scan_once  # the second is the C function itself: StopIteration where there is no value
 
 
+def new_id(prefix, rand=random.getrandbits):
+    """An id as OpenAI's look. Not os.urandom's: it is no secret, and a system call gives the interpreter away."""
+    return f"{prefix}{rand(96):024x}"
+
+
 def encode_json(value):
     """UTF-8 bytes; a lone surrogate, which JSON can spell and UTF-8 cannot, becomes a question mark."""
     return _encode(value).encode("utf-8", "replace")
@@ -846,14 +858,16 @@ TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 REQUEST_LINE = re.compile(rb"(%b) ([!-~\x80-\xff]+) (HTTP/[1-9]\.[0-9])\r?\n" % TOKEN)
 STATUS_LINE = re.compile(rb"HTTP/(1\.[0-9]) ([1-9][0-9][0-9])(?: [^\r\n]*)?\r?\n")
 FIELD_LINE = re.compile(rb"^(%b):([^\0\r\n]*)\r?\n" % TOKEN, re.MULTILINE)  # no folding, no CR but the line's own
+FRAMING = re.compile(rb"^(host|content-length|transfer-encoding):", re.MULTILINE | re.IGNORECASE)  # of two, readers could take different ones
 HEAD_END = re.compile(rb"\r?\n\r?\n")
 
 
-def read_fields(pairs):
-    """{name in lower case: value} of HTTP's fields, given as pairs of bytes; of one that comes twice the values are joined (RFC 9110, 5.3)."""
+def read_fields(lines):
+    """{name in lower case: value} of HTTP's fields, given as bytes; of one that comes twice the values are joined (RFC 9110, 5.3).
+    What is no field line is passed over."""
     fields = {}
-    for name, value in pairs:
-        name, value = name.decode("latin-1").lower(), value.strip(b" \t").decode("latin-1")
+    for name, value in FIELD_LINE.findall(lines):
+        name, value = name.decode().lower(), value.strip(b" \t").decode("latin-1")
         fields[name] = f"{fields[name]}, {value}" if name in fields else value
     return fields
 
@@ -1098,10 +1112,11 @@ class ChunkTranslator:
     error event. new_id() names calls that have no id.
     """
 
-    def __init__(self, reasoning="parsed", tools=None, one_call=False, unfence=False, restartable=False, describe=zai_error, new_id=None):
+    def __init__(self, reasoning="parsed", tools=None, one_call=False, unfence=False, restartable=False, describe=zai_error,
+                 new_id=functools.partial(new_id, "call_")):
         self.reasoning, self.tools, self.one_call, self.unfence, self.restartable = reasoning, tools or {}, one_call, unfence, restartable
         self.describe = describe
-        self.new_id = new_id or (lambda: "call_" + os.urandom(12).hex())
+        self.new_id = new_id
         self.complete = False   # the last chunk has been given
         self.repaired = 0       # events skipped or mended
         self._start()
@@ -1518,47 +1533,33 @@ def shut(sock):
         socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
 
-class Client:
-    """The client of one answer: who writes to it, what it is waiting for, and whether it is still there.
+class EventSink:
+    """The streamed answer to one client: its head along with the first bytes, then events, each batch in one call.
 
-    `head`: gives the bytes of the response's head, asked for when the first bytes go out; None for a JSON answer, which
-    nothing is written to here. `envelope` has the opening chunk and the heartbeat. `chunked`: HTTP/1.1's coding is used.
+    `head()` gives the bytes of the response's head; `envelope` has the opening chunk and the heartbeat, which goes out after
+    `heartbeat_s` seconds without a byte (0: never); `chunked`: HTTP/1.1's coding is used.
     """
 
-    def __init__(self, connection, settings, head=None, envelope=None, chunked=True, clock=time.monotonic):
-        self.connection, self.settings, self.clock = connection, settings, clock
-        self.head, self.envelope, self.chunked = head, envelope, chunked
-        self.beats = head is not None and settings.heartbeat > 0
-        self.started = False         # the head is out: no status is left to give
-        self.gone = False
-        self.alarm = threading.Event()      # wakes wait()
-        self.write_lock = threading.Lock()  # held while bytes go out
-        self.lock = threading.Lock()        # guards `upstream`
-        self.upstream = None         # the socket to Z.ai, while there is one
-        self.silent = False          # the watch has cut it for being silent
-        self.silent_since = None     # when the current wait for Z.ai's bytes began
-        self.writing_since = None
+    def __init__(self, connection, head, envelope, chunked=True, heartbeat_s=0.0, clock=time.monotonic):
+        self.connection, self.head, self.envelope, self.chunked, self.clock = connection, head, envelope, chunked, clock
+        self.heartbeat_s = heartbeat_s or float("inf")
+        self.lock = threading.Lock()  # held while bytes go out
+        self.started = False          # the head is out: no status is left to give
+        self.owed = b""               # what was left of a heartbeat when the socket was full
         self.wrote_at = clock()
-        self.owed = b""              # what was left of a heartbeat when the socket was full
+        self.writing_since = None
 
     def write(self, text, last=False):
-        """Send SSE text, with everything that must come before it, in one call. ClientGone if it cannot be taken in time."""
-        with self.write_lock:
+        """Send SSE text, with everything that must come before it. OSError if the client does not take it."""
+        with self.lock:
             if last or self.owed or not (self.started and self.chunked):
                 data = self._bytes(text, last)
             else:
                 data = text.encode("utf-8", "replace")
                 data = b"%x\r\n%b\r\n" % (len(data), data)
             self.wrote_at = self.writing_since = self.clock()
-            try:
-                if self.gone:
-                    raise ClientGone
-                self.connection.sendall(data)
-            except OSError:
-                self.hang_up()
-                raise ClientGone from None
-            finally:
-                self.writing_since = None
+            self.connection.sendall(data)
+            self.writing_since = None
 
     def _bytes(self, text, last=False):
         """The bytes of `text`, with what must come before and behind it."""
@@ -1570,6 +1571,45 @@ class Client:
 
     def _frame(self, data):
         return b"%x\r\n%b\r\n" % (len(data), data) if self.chunked else data
+
+    def beat(self, now):
+        """Send a heartbeat if one is due, unless that would have to wait: then bytes are still on their way to the client anyway."""
+        if now - self.wrote_at < self.heartbeat_s or not self.lock.acquire(False):
+            return
+        try:
+            if now - self.wrote_at >= self.heartbeat_s:
+                data = self.owed or self._bytes(self.envelope.heartbeat() if self.started else "")
+                self.owed, self.wrote_at = data, now
+                self.owed = data[self._send_now(data):]
+        finally:
+            self.lock.release()
+
+    def _send_now(self, data):
+        """How many bytes of `data` the socket took without waiting."""
+        if not hasattr(socket, "MSG_DONTWAIT"):  # Windows
+            return self.connection.send(data) if select.select([], [self.connection], [], 0)[1] else 0
+        try:
+            return self.connection.send(data, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return 0
+
+    def hush(self):
+        """No heartbeat from now on."""
+        with self.lock:
+            self.heartbeat_s = float("inf")
+
+
+class Client:
+    """Whoever waits for one answer, streamed into `sink` or not: is it still there, and what is to be cut when it is not."""
+
+    def __init__(self, connection, settings, sink=None, clock=time.monotonic):
+        self.connection, self.settings, self.sink, self.clock = connection, settings, sink, clock
+        self.gone = False
+        self.alarm = threading.Event()  # wakes wait()
+        self.lock = threading.Lock()    # guards `upstream`
+        self.upstream = None            # the socket to Z.ai, while there is one
+        self.silent = False             # the watch has cut it for being silent
+        self.silent_since = None        # when the current wait for Z.ai's bytes began
 
     def wait(self, seconds):
         """Sleep that long, or less when somebody sets the alarm. ClientGone as soon as the client has left."""
@@ -1600,10 +1640,9 @@ class Client:
         self.alarm.set()
         self._cut()
 
-    # What the watch calls
-
     def look(self, now):
-        writing_since, silent_since = self.writing_since, self.silent_since
+        """What the watch does for this client."""
+        silent_since, writing_since = self.silent_since, self.sink and self.sink.writing_since
         if self.gone:
             self.hang_up()
         elif writing_since is not None and now - writing_since > self.settings.client_timeout:
@@ -1612,32 +1651,11 @@ class Client:
         elif silent_since is not None and now - silent_since > self.settings.upstream_timeout:
             self.silent = True
             self._cut()
-        elif self.beats and now - self.wrote_at >= self.settings.heartbeat:
-            self._beat(now)
-
-    def _beat(self, now):
-        """Send a heartbeat, unless that would have to wait: then bytes are still on their way to the client anyway."""
-        if not self.write_lock.acquire(False):
-            return
-        try:
-            if not self.beats:
-                return
-            data = self.owed or self._bytes(self.envelope.heartbeat() if self.started else "")
-            self.owed, self.wrote_at = data, now
-            self.owed = data[self._send_now(data):]
-        except OSError:
-            self.hang_up()
-        finally:
-            self.write_lock.release()
-
-    def _send_now(self, data):
-        """How many bytes of `data` the socket took without waiting."""
-        if not hasattr(socket, "MSG_DONTWAIT"):  # Windows
-            return self.connection.send(data) if select.select([], [self.connection], [], 0)[1] else 0
-        try:
-            return self.connection.send(data, socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            return 0
+        elif self.sink:
+            try:
+                self.sink.beat(now)
+            except OSError:
+                self.hang_up()
 
 
 class Watch:
@@ -1655,8 +1673,8 @@ class Watch:
         finally:
             with self.lock:
                 self.clients.discard(client)
-            with client.write_lock:
-                client.beats = False
+            if client.sink:
+                client.sink.hush()
 
     def tick(self):
         now = self.clock()
@@ -1864,7 +1882,6 @@ class Pool:
     def put(self, key, sock):
         with self.lock:
             self.idle[key].append((sock, self.clock()))
-        self.expire()
 
     def expire(self, keep=None):
         """Close what has been idle for `keep` seconds, by default KEEP_IDLE."""
@@ -1891,7 +1908,7 @@ class KeepAliveConnection(http.client.HTTPConnection):
     def __init__(self, host, timeout, request, pool, context):
         self.default_port = 443 if context else 80
         super().__init__(host, timeout=timeout)
-        self.zai_request, self.pool, self.context, self.unsent = request, pool, context, None
+        self.zai_request, self.pool, self.context = request, pool, context
 
     def _dial(self, address, timeout, source_address):
         """socket.create_connection, with the time shared out, as a dead IPv6 route must not use up IPv4's; and with the socket
@@ -1929,17 +1946,11 @@ class KeepAliveConnection(http.client.HTTPConnection):
         client.silent_since = client.clock()
 
     def request(self, method, url, body=None, headers=None, **kwargs):
-        self.unsent = []
-        super().request(method, url, body, dict(headers, Connection="keep-alive"), **kwargs)
-        data, self.unsent = b"".join(self.unsent), None
-        super().send(data)  # connects first
-
-    def send(self, data):
-        """Head and body come in two calls and leave in one; a proxy's CONNECT, sent while connecting, leaves at once."""
-        if self.unsent is None:
-            super().send(data)
-        else:
-            self.unsent.append(data)
+        """Head and body in one call. No value can break out of its line: they are ours, urllib's, and the settings', which hold printable ASCII."""
+        self.connect()
+        headers["Connection"] = "keep-alive"  # urllib says close
+        lines = [f"{method} {url} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items()), "\r\n"]
+        self.sock.sendall("\r\n".join(lines).encode("latin-1") + (body or b""))
 
     def getresponse(self):
         response = Response(self.sock, self.zai_request.client, self.pool, self.pool_key)
@@ -1987,7 +1998,7 @@ class Response:
         while self.status < 200:  # 100 and 103 come before the real one
             version, status, head = self._read_head()
             self.status = int(status)
-        self.fields = fields = read_fields(FIELD_LINE.findall(head))
+        self.fields = fields = read_fields(head)
         self.kind = fields.get("content-type", "").lower()
         self.coding = fields.get("content-encoding", "identity").lower()
         self.inflater = zlib.decompressobj(WBITS[self.coding]) if self.coding in WBITS else None  # sent all the same by some gateways
@@ -2285,12 +2296,17 @@ class Record:
         """The log line: one line of printable ASCII, and no blanks but its own, whatever the client sent."""
         facts = {}
         if self.chat:
-            facts = {"model": self.model, "stream": str(self.stream).lower(), "ttft": self.ttft_s, "total": self.total_s, "queue": self.queued_s,
-                     "in": self.tokens("prompt"), "out": self.tokens("completion"), "retries": self.retries, "changed": ",".join(self.changed),
+            facts = {"model": plain(self.model), "stream": str(self.stream).lower(), "ttft": self.ttft_s, "total": self.total_s, "queue": self.queued_s,
+                     "in": self.tokens("prompt"), "out": self.tokens("completion"), "retries": self.retries, "changed": plain(",".join(self.changed)),
                      "repaired": self.repaired or None, "zai": self.zai_log_id}
-        facts = {name: f"{value:.3f}" if isinstance(value, float) else str(value) for name, value in facts.items() if value not in (None, "")}
-        words = [self.id, self.client, self.method, self.path, str(self.status)] + ["=".join(fact) for fact in facts.items()]
-        return " ".join([re.sub("[^!-~]", "?", word[:200]) for word in words] + (["error=" + ascii(self.error[:300])] if self.error else []))
+        words = [self.id, self.client, self.method, plain(self.path), str(self.status)]
+        words += [f"{name}={value:.3f}" if isinstance(value, float) else f"{name}={value}" for name, value in facts.items() if value not in (None, "")]
+        return " ".join(words + (["error=" + ascii(self.error[:300])] if self.error else []))
+
+
+def plain(text, replace=re.compile("[^!-~]").sub):
+    """What a client sent as one word of a log line."""
+    return replace("?", text[:200])
 
 
 class Histogram:
@@ -2724,7 +2740,9 @@ KEEP_ALIVE = 75.0     # seconds an idle connection is kept
 LINGER = 1.0          # seconds a client gets to read an answer that came before all of its request was taken
 MOST_FIELDS = 100     # in a request's head, as http.client has it
 LONGEST_HEAD = 65536  # bytes of all its fields
-ONCE = ("host", "content-length", "transfer-encoding")  # fields of which two readers could take different ones
+
+TARGET = re.compile("(?:https?://[^/?#]*)?([^?#]*)", re.IGNORECASE)  # a proxy's absolute form has the host in it
+
 
 class Route(NamedTuple):
     pattern: re.Pattern
@@ -2743,6 +2761,11 @@ ROUTES = (
 )
 
 
+@functools.lru_cache(maxsize=2)
+def http_date(timestamp):
+    return email.utils.formatdate(timestamp, usegmt=True)
+
+
 class Handler(http.server.BaseHTTPRequestHandler):
     """One connection. What is to be sent is collected in `wfile` and goes out in one call."""
 
@@ -2751,6 +2774,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def version_string(self):
         return "ztoapi"
+
+    def date_time_string(self, timestamp=None):
+        return http_date(int(time.time() if timestamp is None else timestamp))
 
     # Life of a connection
 
@@ -2768,9 +2794,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
             return
         self.expect(self.settings.client_timeout)
-        self.fields, self.client, self.body_size, self.requestline = {}, None, 0, ""
+        self.fields, self.sink, self.body_size, self.requestline = {}, None, 0, ""
         self.request_version, self.command = self.default_request_version, None
-        self.record = Record("req_" + os.urandom(12).hex(), self.client_address[0], time.time(), self.clock())
+        self.record = Record(new_id("req_"), self.client_address[0], time.time(), self.clock())
         try:
             if first.startswith(b"\x16"):
                 raise RequestError("This port speaks HTTP, not HTTPS.")
@@ -2797,30 +2823,31 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.record.method, self.record.path = self.command, self.path.partition("?")[0]
         if not self.request_version.startswith("HTTP/1."):
             raise RequestError("The only HTTP versions spoken here are 1.0 and 1.1.", status=505, code="http_version_not_supported")
-        self.fields = read_fields(self.field_lines())
+        self.fields = read_fields(self.read_field_lines())
         self.body_size = self.framing()
         options = [option.strip() for option in self.fields.get("connection", "").lower().split(",")]
         self.close_connection = "close" in options or self.request_version == "HTTP/1.0"
         return True
 
-    def field_lines(self):
-        """(name, value) of each field, as bytes."""
-        names, left = [], LONGEST_HEAD
+    def read_field_lines(self):
+        lines, left = [], LONGEST_HEAD
         while True:
             line = self.rfile.readline(left + 1)
             left -= len(line)
-            if left < 0 or len(names) > MOST_FIELDS:
+            if left < 0 or len(lines) > MOST_FIELDS:
                 raise RequestError("The request's head is too large.", status=431, code="request_header_fields_too_large")
+            if not line.endswith(b"\n"):
+                raise ClientGone
             if line in (b"\r\n", b"\n"):
-                return
-            found = FIELD_LINE.fullmatch(line)
-            if not found:
-                raise RequestError("Malformed header line.") if line.endswith(b"\n") else ClientGone
-            name = found.group(1).decode().lower()
-            if name in ONCE and name in names:
-                raise RequestError(f"More than one {name} header.")
-            names.append(name)
-            yield found.groups()
+                break
+            lines.append(line)
+        text = b"".join(lines)
+        if len(FIELD_LINE.findall(text)) < len(lines):
+            raise RequestError("Malformed header line.")
+        once = [name.lower() for name in FRAMING.findall(text)]
+        if len(set(once)) < len(once):
+            raise RequestError("Two headers that frame the request say the same thing twice: one Host and one length are needed.")
+        return text
 
     def framing(self):
         """The body's size in bytes: None if it is chunked. Whatever two readers might understand differently is refused."""
@@ -2851,7 +2878,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 log.exception("%s failed; this is a bug", record.id)
                 self.answer_error(ApiError(f"Internal error; the log says more under the id {record.id}."))
             finally:
-                record.total_s, self.client = self.clock() - record.started, None
+                record.total_s, self.sink = self.clock() - record.started, None
                 log.info("%s", redact(record.line(), self.server.secrets))
                 if record.chat:
                     self.server.metrics.finish(record)
@@ -2862,8 +2889,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.check_host()
         if self.command == "OPTIONS":
             return "answer_options"
-        target = re.sub("^https?://[^/]*", "", self.path, flags=re.IGNORECASE)  # a proxy's absolute form
-        path = "/" + urllib.parse.unquote(re.split("[?#]", target)[0], errors="replace").strip("/")
+        path = "/" + urllib.parse.unquote(TARGET.match(self.path).group(1), errors="replace").strip("/")
         for self.route in ROUTES:
             route = self.route
             self.match = route.pattern.fullmatch(path)
@@ -2961,11 +2987,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         error.message = redact(error.message, self.server.secrets)
         body, self.record.error = error.body(), error.message
         try:
-            if self.client and self.client.started:
+            if self.sink and self.sink.started:
                 self.record.status, self.close_connection = error.status, True
                 self.expect(self.settings.client_timeout)  # the watch has let go of the client
                 # No closing chunk, so that the end shows as the cut it is; the AI SDK alone would lose the error over it.
-                self.client.write(encode_event(body).decode(), last="ai-sdk/" in self.fields.get("user-agent", ""))
+                self.sink.write(encode_event(body).decode(), last="ai-sdk/" in self.fields.get("user-agent", ""))
             else:
                 headers = dict(error.headers(), **self.outcome_headers())
                 if error.status == 405:
@@ -3086,11 +3112,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not settings.zai_api_key:
             raise UpstreamError(NO_KEY, code="upstream_auth_error", heals=False)
         include_usage = (request.get("stream_options") or {}).get("include_usage", False)
-        envelope = Envelope("chatcmpl-" + os.urandom(12).hex(), int(record.began), request["model"], include_usage)
+        envelope = Envelope(new_id("chatcmpl-"), int(record.began), request["model"], include_usage)
         job = Job(encode_request(zai_request), record.model_id, functools.partial(self.translator, request, zai_request))
         self.expect(None)
-        self.client = Client(self.connection, settings, self.stream_head if record.stream else None, envelope, self.request_version != "HTTP/1.0")
-        with self.server.watch.over(self.client), contextlib.closing(self.server.upstream.relay(job, self.client, record)) as answer:
+        if record.stream:
+            self.sink = EventSink(self.connection, self.stream_head, envelope, self.request_version != "HTTP/1.0", settings.heartbeat)
+        client = Client(self.connection, settings, self.sink)
+        with self.server.watch.over(client), contextlib.closing(self.server.upstream.relay(job, client, record)) as answer:
             if record.stream:
                 self.stream(answer, envelope)
             else:
@@ -3106,7 +3134,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             describe=lambda value: zai_error(value, 200, time.time(), zai_request["model"]))
 
     def stream(self, answer, envelope):
-        write, encode, record = self.client.write, envelope.encode, self.record
+        write, encode, record = self.sink.write, envelope.encode, self.record
         record.status = 200
         for chunks in answer:
             last = chunks[-1]
@@ -3225,7 +3253,7 @@ class Server(http.server.ThreadingHTTPServer):
         with contextlib.suppress(OSError):
             request.setblocking(False)
             request.send(b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 5\r\nConnection: close\r\n"
-                         b"x-request-id: req_%b\r\nContent-Length: %d\r\n\r\n%b" % (os.urandom(12).hex().encode(), len(body), body))
+                         b"x-request-id: %b\r\nContent-Length: %d\r\n\r\n%b" % (new_id("req_").encode(), len(body), body))
             request.shutdown(socket.SHUT_WR)
             self.refused.append((time.monotonic() + LINGER, socket.socket(fileno=request.detach())))
             if len(self.refused) > self.MOST_REFUSED:
@@ -3302,7 +3330,7 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])).decode())
-        id = time.strftime("%Y%m%d%H%M%S", time.gmtime(time.time() + 8 * 3600)) + os.urandom(8).hex()
+        id = time.strftime("%Y%m%d%H%M%S", time.gmtime(time.time() + 8 * 3600)) + new_id("")[:16]
         self.send_response(200)
         for name, value in (("Content-Type", "text/event-stream;charset=UTF-8"), ("Transfer-Encoding", "chunked"), ("X-Log-Id", id)):
             self.send_header(name, value)
@@ -3329,7 +3357,7 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
                 yield {"role": "assistant", "reasoning_content": word + " "}
         if functions and last["role"] != "tool":
             arguments = self.example(dict(functions[0]["parameters"], type="object"), functions[0]["parameters"], text)
-            yield {"tool_calls": [{"id": "call_" + os.urandom(12).hex(), "index": 0, "type": "function", "function": {
+            yield {"tool_calls": [{"id": new_id("call_"), "index": 0, "type": "function", "function": {
                 "name": functions[0]["name"], "arguments": encode_json(arguments).decode()}}]}
         elif request.get("response_format", {}).get("type") == "json_object":
             schemas = [message["content"].partition("JSON Schema")[2].partition("\n")[2] for message in request["messages"] if message["role"] == "system"]
