@@ -205,6 +205,18 @@ class Settings:
         """True while anybody who has read the README knows a key that works here."""
         return WELL_KNOWN_KEY in self.default_key
 
+    @functools.cached_property
+    def secrets(self):
+        """The keys, and the halves of a Z.ai key (id.secret), which Z.ai may quote on their own."""
+        keys = self.zai_api_key + tuple(key for key in self.default_key if len(key) >= 8 and key != WELL_KNOWN_KEY)
+        return tuple(part for key in keys for part in [key, *(half for half in key.split(".") if len(half) >= 8)])
+
+    def redact(self, text):
+        """`text` without any secret: what is logged, and what Z.ai said, passes through here."""
+        for secret in self.secrets:
+            text = text.replace(secret, "[redacted]")
+        return text
+
 
 def is_loopback(host):
     return host.lower() in ("localhost", "::1") or re.fullmatch(r"127(\.\d{1,3}){3}", host) is not None
@@ -213,14 +225,6 @@ def is_loopback(host):
 def mask(key):
     """A key as a log may show it: its last four characters, and none of a short one."""
     return "..." + key[-4:] if len(key) >= 12 else "..."
-
-
-def redact(text, keys):
-    """`text` without any of `keys`, nor the halves of a Z.ai key (id.secret), which Z.ai may quote on their own."""
-    for key in keys:
-        for part in [key] + [part for part in key.split(".") if len(part) >= 8]:
-            text = text.replace(part, "[redacted]")
-    return text
 
 
 # Errors ###############################################################################################################
@@ -457,7 +461,7 @@ def zai_model_id(name, model_aliases):
     folded = {alias.lower(): target for alias, target in model_aliases.items()}
 
     def bare(text):
-        return re.sub(r"\[[^\]]*\]$", "", text.strip().lower())
+        return text.partition("[")[0].strip().lower()
     id = bare(name)
     if id in folded:
         return bare(folded[id])
@@ -858,15 +862,14 @@ TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 REQUEST_LINE = re.compile(rb"(%b) ([!-~\x80-\xff]+) (HTTP/[1-9]\.[0-9])\r?\n" % TOKEN)
 STATUS_LINE = re.compile(rb"HTTP/(1\.[0-9]) ([1-9][0-9][0-9])(?: [^\r\n]*)?\r?\n")
 FIELD_LINE = re.compile(rb"^(%b):([^\0\r\n]*)\r?\n" % TOKEN, re.MULTILINE)  # no folding, no CR but the line's own
-FRAMING = re.compile(rb"^(host|content-length|transfer-encoding):", re.MULTILINE | re.IGNORECASE)  # of two, readers could take different ones
+ONCE = {b"host", b"content-length", b"transfer-encoding"}  # fields of which two readers could take different ones
 HEAD_END = re.compile(rb"\r?\n\r?\n")
 
 
-def read_fields(lines):
-    """{name in lower case: value} of HTTP's fields, given as bytes; of one that comes twice the values are joined (RFC 9110, 5.3).
-    What is no field line is passed over."""
+def join_fields(pairs):
+    """{name in lower case: value} of FIELD_LINE's matches; of a name that comes twice the values are joined (RFC 9110, 5.3)."""
     fields = {}
-    for name, value in FIELD_LINE.findall(lines):
+    for name, value in pairs:
         name, value = name.decode().lower(), value.strip(b" \t").decode("latin-1")
         fields[name] = f"{fields[name]}, {value}" if name in fields else value
     return fields
@@ -1203,7 +1206,8 @@ class ChunkTranslator:
         choice = choices[0]
         delta = choice.get("delta") or choice.get("message")
         chunks = self._delta(delta) if isinstance(delta, dict) else []
-        self.usage = to_openai_usage(value.get("usage")) or self.usage
+        if "usage" in value:
+            self.usage = to_openai_usage(value["usage"]) or self.usage
         reason = choice.get("finish_reason")
         if reason:
             if "error" in str(reason):
@@ -1432,8 +1436,8 @@ class Envelope:
         """The SSE text of `chunks`; the chunk with the finish reason brings the usage, if it was asked for, and the end mark along."""
         texts = []
         for delta, finish_reason, usage in chunks:
-            if finish_reason:
-                texts.append(self._text(_encode(delta), '"' + finish_reason + '"'))
+            if finish_reason:  # its delta is empty
+                texts.append(self._text("{}", '"' + finish_reason + '"'))
                 if self.include_usage and usage:
                     texts.append("data: " + self._head + '],"usage":' + _encode(usage) + "}\n\n")
                 texts.append("data: [DONE]\n\n")
@@ -1605,18 +1609,22 @@ class Client:
     def __init__(self, connection, settings, sink=None, clock=time.monotonic):
         self.connection, self.settings, self.sink, self.clock = connection, settings, sink, clock
         self.gone = False
-        self.alarm = threading.Event()  # wakes wait()
+        self.alarm = threading.Lock()   # held; who releases it ends a wait. An Event costs forty times as much to make
+        self.alarm.acquire()
         self.lock = threading.Lock()    # guards `upstream`
         self.upstream = None            # the socket to Z.ai, while there is one
         self.silent = False             # the watch has cut it for being silent
         self.silent_since = None        # when the current wait for Z.ai's bytes began
 
     def wait(self, seconds):
-        """Sleep that long, or less when somebody sets the alarm. ClientGone as soon as the client has left."""
-        self.alarm.wait(min(seconds, threading.TIMEOUT_MAX))
-        self.alarm.clear()
+        """Sleep that long, or until somebody calls wake(). ClientGone as soon as the client has left."""
+        self.alarm.acquire(timeout=max(0.0, min(seconds, threading.TIMEOUT_MAX)))
         if self.gone:
             raise ClientGone
+
+    def wake(self):
+        with contextlib.suppress(RuntimeError):  # has been woken already
+            self.alarm.release()
 
     def attach(self, sock):
         """From here on `sock` is the one to shut when the client leaves or Z.ai is silent."""
@@ -1637,7 +1645,7 @@ class Client:
     def hang_up(self):
         """The client has left: whatever is done for it ends now."""
         self.gone = True
-        self.alarm.set()
+        self.wake()
         self._cut()
 
     def look(self, now):
@@ -1712,17 +1720,18 @@ class Gate:
         self.in_flight, self.closed_until, self.quiet_since = 0, 0.0, 0.0
 
     def room(self, now):
-        if now < self.closed_until:
-            return 0
-        if self.ceiling <= self.in_flight and self.ceiling < self.limit and now >= self.quiet_since + self.PROBE:
-            self.ceiling, self.quiet_since = self.ceiling + 1, now
-        return self.ceiling - self.in_flight
+        return 0 if now < self.closed_until else self.ceiling - self.in_flight
 
     def opens_at(self, now):
         """When there may be room though nothing ends."""
         if now < self.closed_until:
             return self.closed_until
         return self.quiet_since + self.PROBE if self.ceiling < self.limit else float("inf")
+
+    def probe(self, now):
+        """Raise a learned ceiling that has been reached by one, if the time for it has come."""
+        if self.ceiling <= self.in_flight and now >= self.opens_at(now):
+            self.ceiling, self.quiet_since = self.ceiling + 1, now
 
     def refuse(self, now, pause, learn):
         """Z.ai has refused a request, already taken out of `in_flight`. The pause keeps the queue's head, and all behind it, waiting."""
@@ -1800,7 +1809,7 @@ class Gates:
                 line.remove(ticket)
             self._admit(ticket.model, now)
             if line:
-                line[0].client.alarm.set()  # whoever is the head now keeps the time
+                line[0].client.wake()  # whoever is the head now keeps the time
             if not self.lines.get(ticket.model):
                 self.lines.pop(ticket.model, None)
                 for key in self.keys:  # model names come from clients: keep only gates that know something
@@ -1822,22 +1831,30 @@ class Gates:
         """Let the head of the queue go while it can. Call with the lock held."""
         line = self.lines.get(model, [])
         while line:
-            gate = max(self._usable(line[0], now), key=lambda gate: (gate.room(now), -gate.in_flight))
+            gates = self._usable(line[0], now)
+            for gate in gates:
+                gate.probe(now)
+            gate = max(gates, key=lambda gate: (gate.room(now), -gate.in_flight))
             if gate.room(now) <= 0:
                 break
             ticket = line.pop(0)
             ticket.gate = gate
             gate.in_flight += 1
             ticket.despite = gate.key.aside_until > now
-            ticket.client.alarm.set()
+            ticket.client.wake()
             if line:
-                line[0].client.alarm.set()
+                line[0].client.wake()
 
     def _usable(self, ticket, now):
         """The gates the ticket may use: of keys not set aside, else of the one whose turn comes first, rather than failing unasked."""
         keys = [key for key in self.keys if key not in ticket.spent]
         keys = [key for key in keys if key.aside_until <= now] or [min(keys, key=lambda key: key.aside_until)]
-        return [self.gates.setdefault((key, ticket.model), Gate(key, self.limit)) for key in keys]
+        return [self._gate(key, ticket.model) for key in keys]
+
+    def _gate(self, key, model):
+        if (key, model) not in self.gates:
+            self.gates[key, model] = Gate(key, self.limit)
+        return self.gates[key, model]
 
     def _next_chance(self, ticket, now):
         at_head = self.lines[ticket.model][0] is ticket
@@ -1897,8 +1914,12 @@ class Pool:
 class ZaiRequest(urllib.request.Request):
     """A request that knows its client, and whether it went over a connection that had been used before."""
 
-    def __init__(self, *args, client, **kwargs):
-        super().__init__(*args, **kwargs)
+    HEAD = ("Accept: text/event-stream, application/json", "Accept-Encoding: identity", "Accept-Language: en-US,en",  # English errors
+            "Content-Type: application/json", "User-Agent: ztoapi/" + __version__, "Connection: keep-alive")
+
+    def __init__(self, url, data, key, client):
+        super().__init__(url, data, {"Authorization": "Bearer " + key})
+        self.add_header("Host", self.host)  # before a proxy takes the place of it
         self.client, self.reused = client, False
 
 
@@ -1948,9 +1969,11 @@ class KeepAliveConnection(http.client.HTTPConnection):
     def request(self, method, url, body=None, headers=None, **kwargs):
         """Head and body in one call. No value can break out of its line: they are ours, urllib's, and the settings', which hold printable ASCII."""
         self.connect()
-        headers["Connection"] = "keep-alive"  # urllib says close
-        lines = [f"{method} {url} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items()), "\r\n"]
-        self.sock.sendall("\r\n".join(lines).encode("latin-1") + (body or b""))
+        del headers["Connection"]  # urllib says close
+        lines = [f"{method} {url} HTTP/1.1", *ZaiRequest.HEAD, *(f"{name}: {value}" for name, value in headers.items())]
+        if body:
+            lines.append(f"Content-Length: {len(body)}")
+        self.sock.sendall("\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + (body or b""))
 
     def getresponse(self):
         response = Response(self.sock, self.zai_request.client, self.pool, self.pool_key)
@@ -1978,8 +2001,6 @@ class KeepAliveHandler(urllib.request.AbstractHTTPHandler):
     def https_open(self, request):
         return self.do_open(functools.partial(KeepAliveConnection, request=request, pool=self.pool, context=self.tls), request)
 
-    http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
-
 
 class Response:
     """One response of Z.ai: `status` and `fields`, for which the constructor waits; then read() -> bytes of its body, b"" at the end.
@@ -1998,7 +2019,7 @@ class Response:
         while self.status < 200:  # 100 and 103 come before the real one
             version, status, head = self._read_head()
             self.status = int(status)
-        self.fields = fields = read_fields(head)
+        self.fields = fields = join_fields(FIELD_LINE.findall(head))  # what is none is passed over
         self.kind = fields.get("content-type", "").lower()
         self.coding = fields.get("content-encoding", "identity").lower()
         self.inflater = zlib.decompressobj(WBITS[self.coding]) if self.coding in WBITS else None  # sent all the same by some gateways
@@ -2150,7 +2171,7 @@ class Upstream:
                 return
             except UpstreamError as failure:
                 error = failure.with_traceback(None)  # which holds this frame, which holds the error
-                log.debug("%s attempt failed with key %s: %s", record.id, ticket.gate.key.name, redact(error.message, self.settings.zai_api_key))
+                log.debug("%s attempt failed with key %s: %s", record.id, ticket.gate.key.name, self.settings.redact(error.message))
             finally:
                 self.gates.leave(ticket, error, record.ttft_s is not None)
             pause = self._pause(error, tries, silences)
@@ -2203,7 +2224,7 @@ class Upstream:
     def _open(self, job, key, client, record):
         """The Response, if its status is 200; UpstreamError otherwise."""
         response = self._send("/chat/completions", key, client, job.data)
-        record.zai_log_id = re.sub("[^0-9A-Za-z_-]", "", redact(response.fields.get("x-log-id", ""), self.settings.zai_api_key))[:64]
+        record.zai_log_id = plain(self.settings.redact(response.fields.get("x-log-id", "")), 64)
         log.debug("%s Z.ai answered %d, log id %s", record.id, response.status, ascii(record.zai_log_id))
         if response.status == 200 and "html" not in response.kind:
             return response
@@ -2222,12 +2243,8 @@ class Upstream:
 
     def _send(self, path, key, client, data=None):
         """The response to one request, its head read. A used connection that turns out dead is replaced unseen."""
-        headers = {"Authorization": "Bearer " + key.text, "Accept": "text/event-stream" if data else "application/json", "Accept-Language": "en-US,en",
-                   "Accept-Encoding": "identity", "User-Agent": "ztoapi/" + __version__}
-        if data:
-            headers["Content-Type"] = "application/json"
         while True:
-            request = ZaiRequest(self.settings.zai_base_url + path, data, headers, client=client)
+            request = ZaiRequest(self.settings.zai_base_url + path, data, key.text, client)
             try:
                 response = self.opener.open(request, timeout=CONNECT_TIMEOUT)
                 client.silent_since = None
@@ -2294,19 +2311,20 @@ class Record:
 
     def line(self):
         """The log line: one line of printable ASCII, and no blanks but its own, whatever the client sent."""
-        facts = {}
-        if self.chat:
-            facts = {"model": plain(self.model), "stream": str(self.stream).lower(), "ttft": self.ttft_s, "total": self.total_s, "queue": self.queued_s,
-                     "in": self.tokens("prompt"), "out": self.tokens("completion"), "retries": self.retries, "changed": plain(",".join(self.changed)),
-                     "repaired": self.repaired or None, "zai": self.zai_log_id}
         words = [self.id, self.client, self.method, plain(self.path), str(self.status)]
-        words += [f"{name}={value:.3f}" if isinstance(value, float) else f"{name}={value}" for name, value in facts.items() if value not in (None, "")]
-        return " ".join(words + (["error=" + ascii(self.error[:300])] if self.error else []))
+        if self.chat:
+            facts = {"model": plain(self.model), "stream": "true" if self.stream else "false", "ttft": self.ttft_s, "total": self.total_s,
+                     "queue": self.queued_s, "in": self.tokens("prompt"), "out": self.tokens("completion"), "retries": self.retries,
+                     "changed": plain(",".join(self.changed)), "repaired": self.repaired or None, "zai": self.zai_log_id}
+            words += [f"{name}={value:.3f}" if type(value) is float else f"{name}={value}" for name, value in facts.items() if value not in (None, "")]
+        if self.error:
+            words.append("error=" + ascii(self.error[:300]))
+        return " ".join(words)
 
 
-def plain(text, replace=re.compile("[^!-~]").sub):
-    """What a client sent as one word of a log line."""
-    return replace("?", text[:200])
+def plain(text, longest=200, replace=re.compile("[^!-~]").sub):
+    """Somebody else's text as one word of a log line or of a header."""
+    return replace("?", text[:longest])
 
 
 class Histogram:
@@ -2823,13 +2841,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.record.method, self.record.path = self.command, self.path.partition("?")[0]
         if not self.request_version.startswith("HTTP/1."):
             raise RequestError("The only HTTP versions spoken here are 1.0 and 1.1.", status=505, code="http_version_not_supported")
-        self.fields = read_fields(self.read_field_lines())
+        self.fields = join_fields(self.read_fields())
         self.body_size = self.framing()
         options = [option.strip() for option in self.fields.get("connection", "").lower().split(",")]
         self.close_connection = "close" in options or self.request_version == "HTTP/1.0"
         return True
 
-    def read_field_lines(self):
+    def read_fields(self):
+        """The head's fields as FIELD_LINE's matches."""
         lines, left = [], LONGEST_HEAD
         while True:
             line = self.rfile.readline(left + 1)
@@ -2841,13 +2860,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if line in (b"\r\n", b"\n"):
                 break
             lines.append(line)
-        text = b"".join(lines)
-        if len(FIELD_LINE.findall(text)) < len(lines):
+        pairs = FIELD_LINE.findall(b"".join(lines))
+        if len(pairs) < len(lines):
             raise RequestError("Malformed header line.")
-        once = [name.lower() for name in FRAMING.findall(text)]
-        if len(set(once)) < len(once):
-            raise RequestError("Two headers that frame the request say the same thing twice: one Host and one length are needed.")
-        return text
+        names = [name.lower() for name, _ in pairs]
+        if any(names.count(name) > 1 for name in ONCE):
+            raise RequestError("More than one Host, Content-Length or Transfer-Encoding header.")
+        return pairs
 
     def framing(self):
         """The body's size in bytes: None if it is chunked. Whatever two readers might understand differently is refused."""
@@ -2879,7 +2898,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.answer_error(ApiError(f"Internal error; the log says more under the id {record.id}."))
             finally:
                 record.total_s, self.sink = self.clock() - record.started, None
-                log.info("%s", redact(record.line(), self.server.secrets))
+                log.info("%s", self.settings.redact(record.line()))
                 if record.chat:
                     self.server.metrics.finish(record)
 
@@ -2984,7 +3003,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def answer_error(self, error):
         """An error in the regime that is left: a status, or, once a stream has begun, an event that ends it without its end marks."""
-        error.message = redact(error.message, self.server.secrets)
+        error.message = self.settings.redact(error.message)
         body, self.record.error = error.body(), error.message
         try:
             if self.sink and self.sink.started:
@@ -3005,7 +3024,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.close_connection = True
         self.body_size = None  # whatever follows is not to be understood
         self.answer_error(error)
-        log.info("%s", redact(self.record.line(), self.server.secrets))
+        log.info("%s", self.settings.redact(self.record.line()))
 
     def send_error(self, code, message=None, explain=None):
         """The base class's complaints, as JSON."""
@@ -3108,7 +3127,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         zai_request, record.changed = to_zai_request(request, settings)
         record.model_id, record.stream = zai_request["model"], request["stream"]
         if log.isEnabledFor(logging.DEBUG):
-            log.debug("%s to Z.ai: %s", record.id, redact(shape(zai_request), self.server.secrets))
+            log.debug("%s to Z.ai: %s", record.id, settings.redact(shape(zai_request)))
         if not settings.zai_api_key:
             raise UpstreamError(NO_KEY, code="upstream_auth_error", heals=False)
         include_usage = (request.get("stream_options") or {}).get("include_usage", False)
@@ -3184,7 +3203,6 @@ class Server(http.server.ThreadingHTTPServer):
         self.settings, self.metrics, self.watch = settings, Metrics(), Watch()
         self.upstream = Upstream(settings, proxies={} if self.demo else None)
         self.page_policy = page_policy()
-        self.secrets = settings.zai_api_key + tuple(key for key in settings.default_key if len(key) >= 8 and key != WELL_KNOWN_KEY)
         self.lock, self.served, self.draining, self.next_service = threading.Lock(), False, False, 0.0
         self.deadlines, self.busy = {}, set()   # of all connections; those of them with a request under way
         self.refused = collections.deque()      # (until, socket) of those beyond MAX_CONNECTIONS
@@ -3477,7 +3495,7 @@ def check_keys(server, client, say):
         say("FAIL  key: " + NO_KEY)
     errors = [server.upstream.check_key(key, client) for key in keys]
     for key, error in zip(keys, errors):
-        say(f"FAIL  key {key.name}: {redact(error.message, server.settings.zai_api_key)}" if error else f"ok    key {key.name}: accepted")
+        say(f"FAIL  key {key.name}: {server.settings.redact(error.message)}" if error else f"ok    key {key.name}: accepted")
     return None in errors
 
 
@@ -3494,7 +3512,7 @@ def check_chat(server, client, say):
             say(f"ok    chat: {model} answered, first token after {ttft_s * 1000:.0f} ms")
             return True
         except ApiError as error:
-            say(f"FAIL  chat with {model}: {redact(error.message, server.settings.zai_api_key)}")
+            say(f"FAIL  chat with {model}: {server.settings.redact(error.message)}")
     return False
 
 
