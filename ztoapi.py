@@ -858,21 +858,44 @@ def encode_event(value):
     return b"data: " + encode_json(value) + b"\n\n"
 
 
-TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-REQUEST_LINE = re.compile(rb"(%b) ([!-~\x80-\xff]+) (HTTP/[1-9]\.[0-9])\r?\n" % TOKEN)
-STATUS_LINE = re.compile(rb"HTTP/(1\.[0-9]) ([1-9][0-9][0-9])(?: [^\r\n]*)?\r?\n")
-FIELD_LINE = re.compile(rb"^(%b):([^\0\r\n]*)\r?\n" % TOKEN, re.MULTILINE)  # no folding, no CR but the line's own
-ONCE = {b"host", b"content-length", b"transfer-encoding"}  # fields of which two readers could take different ones
+# Heads of HTTP, as text in latin-1, with the line ends they came with. No folding, and no CR but the line's own.
+TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+REQUEST_LINE = re.compile(rf"({TOKEN}) ([!-~\x80-\xff]+) (HTTP/[1-9]\.[0-9])\r?\n")
+STATUS_LINE = re.compile(r"(HTTP/1\.[0-9]) ([1-9][0-9][0-9])(?: [^\r\n]*)?\r?\n")
+FIELD_LINE = re.compile(rf"^({TOKEN}):([^\0\r\n]*)\r?\n", re.MULTILINE)
+LENGTH = re.compile("[0-9]{1,15}")
+LONGEST_HEAD = 65536  # bytes
 HEAD_END = re.compile(rb"\r?\n\r?\n")
+ONCE = ("host", "content-length", "transfer-encoding")  # fields of which two readers could take different ones
 
 
 def join_fields(pairs):
     """{name in lower case: value} of FIELD_LINE's matches; of a name that comes twice the values are joined (RFC 9110, 5.3)."""
     fields = {}
     for name, value in pairs:
-        name, value = name.decode().lower(), value.strip(b" \t").decode("latin-1")
+        name, value = name.lower(), value.strip(" \t")
         fields[name] = f"{fields[name]}, {value}" if name in fields else value
     return fields
+
+
+def parse_request_fields(text):
+    """The fields of a request's head, whose lines `text` has behind the first, taken to the letter; RequestError if one is none."""
+    pairs = FIELD_LINE.findall(text)
+    if len(pairs) < text.count("\n"):
+        raise RequestError("Malformed header line.")
+    fields = join_fields(pairs)
+    if len(fields) < len(pairs) and any(sum(name.lower() == once for name, _ in pairs) > 1 for once in ONCE):
+        raise RequestError("More than one Host, Content-Length or Transfer-Encoding header.")
+    return fields
+
+
+def parse_response_head(head):
+    """(version, status, fields) of a response's head in bytes; lines that are no fields are passed over. ValueError if it is no head."""
+    text = head.decode("latin-1")
+    found = STATUS_LINE.match(text)
+    if not found:
+        raise ValueError(f"{text[:60]!a} is no status line")
+    return found.group(1), int(found.group(2)), join_fields(FIELD_LINE.findall(text, found.end()))
 
 
 @functools.lru_cache(maxsize=1024)  # the sizes repeat
@@ -1266,6 +1289,8 @@ class ChunkTranslator:
 
     def _flush(self, lane):
         """What is held back in a lane, once the answer goes on elsewhere."""
+        if not self.splitters[lane].held and self.leak is None:
+            return []
         chunks = self._text(lane, self.splitters[lane].close())
         return chunks + self._end_leak("") if self.leak is not None and self.leak[0] == lane else chunks
 
@@ -2010,41 +2035,38 @@ class Response:
     UpstreamError where the body is cut or broken.
     """
 
-    LONGEST_HEAD = 65536
     LONG, SHORT = 65536, 2048  # bytes to ask for, after a read that was as long as SHORT, and else: a buffer is held while waiting
 
     def __init__(self, sock, client, pool, pool_key):
         self.sock, self.client, self.pool, self.pool_key = sock, client, pool, pool_key
-        self.status, head, self.received = 100, b"", b""  # received: and not yet read
+        self.received, self.status = b"", 100  # received: and not yet read
         while self.status < 200:  # 100 and 103 come before the real one
-            version, status, head = self._read_head()
-            self.status = int(status)
-        self.fields = fields = join_fields(FIELD_LINE.findall(head))  # what is none is passed over
+            version, self.status, self.fields = parse_response_head(self._read_head())
+        self.reason = http.client.responses.get(self.status, "")  # urllib wants one
+        fields = self.fields
         self.kind = fields.get("content-type", "").lower()
         self.coding = fields.get("content-encoding", "identity").lower()
         self.inflater = zlib.decompressobj(WBITS[self.coding]) if self.coding in WBITS else None  # sent all the same by some gateways
-        self.reason = http.client.responses.get(self.status, "")  # urllib wants one
-        self.lasting = version == b"1.1" and "close" not in fields.get("connection", "").lower()
-        length = re.match("[0-9]{1,15}", fields.get("content-length", "0" if self.status in (204, 304) else ""))
+        self.lasting = version != "HTTP/1.0" and "close" not in fields.get("connection", "").lower()
+        length = LENGTH.match(fields.get("content-length", "0" if self.status in (204, 304) else ""))
         chunked = "chunked" in fields.get("transfer-encoding", "").lower()
         self.framing = Dechunker() if chunked else Counted(int(length.group())) if length else None  # None: to the connection's end
         self.size = self.LONG
 
     def _read_head(self):
-        """(version, status, the lines behind the first) of a head; what came behind it is in `received`."""
+        """The bytes of a head; what came behind it is in `received`."""
         data = self.received
-        while not HEAD_END.search(data):
-            if not b"HTTP/".startswith(data[:5]) or len(data) > self.LONGEST_HEAD:
-                raise http.client.BadStatusLine(repr(data[:60]))
+        while True:
+            end = HEAD_END.search(data)
+            if end:
+                self.received = data[end.end():]
+                return data[:end.end()]
+            if not b"HTTP/".startswith(data[:5]) or len(data) > LONGEST_HEAD:
+                raise ValueError(f"{data[:60]!a} is no status line")
             more = self.sock.recv(8192)
             if not more:
-                raise http.client.RemoteDisconnected("closed without an answer") if not data else http.client.IncompleteRead(data)
+                raise http.client.RemoteDisconnected("closed without an answer") if not data else ValueError("cut in the middle of its head")
             data += more
-        found, end = STATUS_LINE.match(data), HEAD_END.search(data).end()
-        if not found:
-            raise http.client.BadStatusLine(repr(data[:60]))
-        self.received = data[end:]
-        return (*found.groups(), data[found.end():end])
 
     def read(self):
         if self.inflater is None:
@@ -2249,7 +2271,7 @@ class Upstream:
                 response = self.opener.open(request, timeout=CONNECT_TIMEOUT)
                 client.silent_since = None
                 return response
-            except (OSError, http.client.HTTPException, UnicodeError) as error:  # the last: a proxy's name that is none
+            except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: a head or a proxy's name that is none
                 client.detach()
                 died = isinstance(getattr(error, "reason", error), ConnectionError) and not client.gone and not client.silent
                 if not (request.reused and died):
@@ -2757,7 +2779,6 @@ def page_policy():
 KEEP_ALIVE = 75.0     # seconds an idle connection is kept
 LINGER = 1.0          # seconds a client gets to read an answer that came before all of its request was taken
 MOST_FIELDS = 100     # in a request's head, as http.client has it
-LONGEST_HEAD = 65536  # bytes of all its fields
 
 TARGET = re.compile("(?:https?://[^/?#]*)?([^?#]*)", re.IGNORECASE)  # a proxy's absolute form has the host in it
 
@@ -2834,39 +2855,31 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def parse_request(self):
         """The head, to the letter. The base class's email parser would take a bare CR for a line's end, a folded line for a value, and all
         behind a line that it does not understand for the body."""
-        found = REQUEST_LINE.fullmatch(self.raw_requestline)
+        found = REQUEST_LINE.fullmatch(self.raw_requestline.decode("latin-1"))
         if not found:
             raise RequestError("Malformed request line.")
-        self.command, self.path, self.request_version = (part.decode("latin-1") for part in found.groups())
+        self.command, self.path, self.request_version = found.groups()
         self.record.method, self.record.path = self.command, self.path.partition("?")[0]
         if not self.request_version.startswith("HTTP/1."):
             raise RequestError("The only HTTP versions spoken here are 1.0 and 1.1.", status=505, code="http_version_not_supported")
-        self.fields = join_fields(self.read_fields())
+        self.fields = parse_request_fields(self.read_field_lines())
         self.body_size = self.framing()
         options = [option.strip() for option in self.fields.get("connection", "").lower().split(",")]
         self.close_connection = "close" in options or self.request_version == "HTTP/1.0"
         return True
 
-    def read_fields(self):
-        """The head's fields as FIELD_LINE's matches."""
+    def read_field_lines(self):
         lines, left = [], LONGEST_HEAD
         while True:
-            line = self.rfile.readline(left + 1)
+            line = self.rfile.readline(left)
             left -= len(line)
-            if left < 0 or len(lines) > MOST_FIELDS:
+            if not left or len(lines) > MOST_FIELDS:
                 raise RequestError("The request's head is too large.", status=431, code="request_header_fields_too_large")
             if not line.endswith(b"\n"):
                 raise ClientGone
             if line in (b"\r\n", b"\n"):
-                break
+                return b"".join(lines).decode("latin-1")
             lines.append(line)
-        pairs = FIELD_LINE.findall(b"".join(lines))
-        if len(pairs) < len(lines):
-            raise RequestError("Malformed header line.")
-        names = [name.lower() for name, _ in pairs]
-        if any(names.count(name) > 1 for name in ONCE):
-            raise RequestError("More than one Host, Content-Length or Transfer-Encoding header.")
-        return pairs
 
     def framing(self):
         """The body's size in bytes: None if it is chunked. Whatever two readers might understand differently is refused."""
@@ -2877,7 +2890,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise RequestError("Ambiguous length of the body.")
         if coding is not None and coding.lower() != "chunked":
             raise RequestError("The only Transfer-Encoding understood is chunked.", status=501)
-        if length is not None and not re.fullmatch("[0-9]{1,15}", length):
+        if length is not None and not LENGTH.fullmatch(length):
             raise RequestError("Malformed Content-Length.")
         return None if coding else int(length or 0)
 
