@@ -567,7 +567,8 @@ def to_zai_request(request, settings):
     zai_request.update(to_zai_thinking(request, model, settings.enable_thinking, changed))
     zai_request.update(to_zai_format(request, changed))
     instructions = [zai_request.pop(name) for name in ("tool_instruction", "format_instruction") if name in zai_request]
-    insert_instructions(zai_request["messages"], instructions)
+    if instructions:
+        insert_instructions(zai_request["messages"], instructions)
     if request.get("stream", settings.default_stream) and zai_request.get("tools") and model and model.tool_stream:
         zai_request.setdefault("tool_stream", True)
     changed += [name for name in request if name in FIELDS and not FIELDS[name].goes and name not in TRANSLATED]
@@ -2247,7 +2248,7 @@ class Upstream:
         """The Response, if its status is 200; UpstreamError otherwise."""
         response = self._send("/chat/completions", key, client, job.data)
         record.zai_log_id = plain(self.settings.redact(response.fields.get("x-log-id", "")), 64)
-        log.debug("%s Z.ai answered %d, log id %s", record.id, response.status, ascii(record.zai_log_id))
+        log.debug("%s Z.ai answered %d, log id %s", record.id, response.status, record.zai_log_id)
         if response.status == 200 and "html" not in response.kind:
             return response
         with contextlib.closing(response):
@@ -2899,21 +2900,22 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def dispatch(self):
         """Find the route, call it, and turn what it raises into an answer."""
         record = self.record
-        with self.server.busy_with(self.connection):
-            try:
-                getattr(self, self.find_route())()
-            except ApiError as error:
-                self.answer_error(error)
-            except (ClientGone, OSError):
-                record.status, record.error, self.close_connection = 499, "the client left", True
-            except Exception:
-                log.exception("%s failed; this is a bug", record.id)
-                self.answer_error(ApiError(f"Internal error; the log says more under the id {record.id}."))
-            finally:
-                record.total_s, self.sink = self.clock() - record.started, None
-                log.info("%s", self.settings.redact(record.line()))
-                if record.chat:
-                    self.server.metrics.finish(record)
+        self.server.busy.add(self.connection)
+        try:
+            getattr(self, self.find_route())()
+        except ApiError as error:
+            self.answer_error(error)
+        except (ClientGone, OSError):
+            record.status, record.error, self.close_connection = 499, "the client left", True
+        except Exception:
+            log.exception("%s failed; this is a bug", record.id)
+            self.answer_error(ApiError(f"Internal error; the log says more under the id {record.id}."))
+        finally:
+            record.total_s, self.sink = self.clock() - record.started, None
+            log.info("%s", self.settings.redact(record.line()))
+            if record.chat:
+                self.server.metrics.finish(record)
+            self.server.busy.discard(self.connection)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = dispatch
 
@@ -3295,16 +3297,6 @@ class Server(http.server.ThreadingHTTPServer):
         with self.lock:
             self.deadlines.pop(request, None)
         super().shutdown_request(request)
-
-    @contextlib.contextmanager
-    def busy_with(self, sock):
-        with self.lock:
-            self.busy.add(sock)
-        try:
-            yield
-        finally:
-            with self.lock:
-                self.busy.discard(sock)
 
     def handle_error(self, request, client_address):
         if not isinstance(sys.exc_info()[1], (OSError, ClientGone)):  # a hang-up is none
