@@ -1152,7 +1152,7 @@ class ChunkTranslator:
         self.finish, self.usage, self.calls, self.leaked = None, None, [], []
         self.thinking = False   # between <think> and </think>
         self.raw_open = False   # a <think> of ours is open
-        self.begun = set()      # which of content and reasoning have had text
+        self.begun = set()      # which of content, reasoning and tool calls have come
         self.spoken = False     # answer text or a tool call has been given
         self.announced = 0      # tool calls given
         self.splitters = {"content": TagSplitter(), "reasoning": TagSplitter()}
@@ -1389,6 +1389,7 @@ class ChunkTranslator:
         if call.index is not None:
             return Chunk({"tool_calls": [{"index": call.index, "function": {"arguments": arguments}}]})
         call.index, self.announced, self.spoken = self.announced, self.announced + 1, True
+        self.begun.add("tool_calls")
         return Chunk({"tool_calls": [{"index": call.index, "id": call.id, "type": "function", "function": {"name": call.name, "arguments": arguments}}]})
 
     def _end_leak(self, closing):
@@ -2234,9 +2235,9 @@ class Upstream:
                     else:
                         events = decoder.feed(data) if data else decoder.close()
                     chunks, failure = translator.feed_all(events, end=not data)
+                    if record.ttft_s is None and (translator.begun or translator.complete):  # hidden thinking has been paid for, too
+                        record.ttft_s = client.clock() - record.started
                     if chunks:
-                        if record.ttft_s is None:
-                            record.ttft_s = client.clock() - record.started
                         yield chunks
                     if failure:
                         raise failure
@@ -2314,7 +2315,7 @@ class Record:
     model: str = ""            # as the client named it
     model_id: str = ""         # as Z.ai does
     stream: bool = False
-    ttft_s: float | None = None  # None as long as nothing of an answer has been passed on
+    ttft_s: float | None = None  # None as long as nothing of an answer has come
     total_s: float = 0.0
     queued_s: float = 0.0
     usage: dict | None = None
