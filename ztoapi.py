@@ -1140,7 +1140,7 @@ class ChunkTranslator:
     """
 
     def __init__(self, reasoning="parsed", tools=None, one_call=False, unfence=False, restartable=False, describe=zai_error,
-                 new_id=functools.partial(new_id, "call_")):
+                 new_id=lambda: new_id("call_")):
         self.reasoning, self.tools, self.one_call, self.unfence, self.restartable = reasoning, tools or {}, one_call, unfence, restartable
         self.describe = describe
         self.new_id = new_id
@@ -2198,9 +2198,8 @@ class Upstream:
                 log.debug("%s attempt failed with key %s: %s", record.id, ticket.gate.key.name, self.settings.redact(error.message))
             finally:
                 self.gates.leave(ticket, error, record.ttft_s is not None)
-            pause = self._pause(error, tries, silences)
-            if (record.ttft_s is not None or pause is None or error.verdict == NEXT_KEY and self.gates.all_spent(ticket)
-                    or ticket.waited + pause > self.settings.queue_timeout):
+            pause = self._pause(error, ticket, tries, silences)
+            if pause is None or record.ttft_s is not None:
                 try:
                     raise error
                 finally:
@@ -2212,11 +2211,16 @@ class Upstream:
             record.queued_s = ticket.waited
             self._sleep(client, pause)
 
-    def _pause(self, error, tries, silences):
-        """Seconds to wait before the next attempt, None if there is none. What is slowed down waits at the gate instead."""
-        if error.verdict == TRY_AGAIN and tries < self.settings.max_retries and not (error.silence and silences):
-            return max(backoff(tries) * self.rand(), error.pause or 0)  # full jitter
-        return 0 if error.verdict in (SLOW_DOWN, NEXT_KEY) else None
+    def _pause(self, error, ticket, tries, silences):
+        """Seconds to wait before the next attempt; None if there is to be none."""
+        if error.verdict == SLOW_DOWN:
+            return 0  # it waits at the gate
+        if error.verdict == NEXT_KEY:
+            return None if self.gates.all_spent(ticket) else 0
+        if error.verdict == GIVE_UP or tries >= self.settings.max_retries or error.silence and silences:
+            return None
+        pause = max(backoff(tries) * self.rand(), error.pause or 0)  # full jitter
+        return pause if ticket.waited + pause <= self.settings.queue_timeout else None
 
     def _sleep(self, client, pause):
         deadline = client.clock() + pause
