@@ -575,6 +575,14 @@ def test_retry_after_is_computed_from_the_reset_time_which_is_beijings(message, 
         assert error.headers().get("Retry-After") == expected and error.headers()["x-should-retry"] == "false"
 
 
+@pytest.mark.parametrize("text, seconds", [
+    ("7", 7.0), ("0", 0.0), ("Wed, 09 Sep 2026 05:38:28 GMT", 28800.0), ("Tue, 08 Sep 2026 21:38:28 GMT", 0.0), ("Mon, 07 Sep 2026 21:38:28 GMT", 0.0),
+    ("", None), ("soon", None), ("-1", None), ("1.5", None), ("9999999", None), ("Wed, 99 Sep 2026 05:38:28 GMT", None), ("\u0667", None),
+])
+def test_retry_after_is_a_number_or_a_date(text, seconds):
+    assert ztoapi.seconds_to_wait(text, RESET_AT) == seconds
+
+
 def test_zais_own_retry_after_is_passed_on():
     error = zai_error({"error": {"code": "1302", "message": "x"}}, 429, now=0, retry_after=17)
     assert error.headers()["Retry-After"] == "17" and error.pause == 17
@@ -1044,6 +1052,36 @@ def pieces_of(data):
     yield [data[i:i + 1] for i in range(len(data))]
     for i in range(1, len(data)):
         yield [data[:i], data[i:]]
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("", {}), ("Host: a\r\n", {"host": "a"}), ("HOST:a\nX-Y_z:\t b c \t\r\n", {"host": "a", "x-y_z": "b c"}), ("X:\r\n", {"x": ""}),
+    ("X: \xff\x01\r\n", {"x": "\xff\x01"}), ("X: a: b\r\n", {"x": "a: b"}),
+    ("X: 1\r\nY: 2\r\nx: 3\r\nX: 4\r\n", {"x": "1, 3, 4", "y": "2"}), ("Connection: TE\r\nConnection: close\r\n", {"connection": "TE, close"}),
+    *((text, 400) for text in (
+        "X\r\n", "X : y\r\n", ": y\r\n", " X: y\r\n", "X: a\r\n b\r\n", "X: a\r\n\tb: c\r\n", "X: a\rb\r\n", "X: a\r\r\n", "X: a\0\r\n", "X(: y\r\n",
+        "X\xc4: y\r\n", "\r\n", "X: a\r\n\r\nY: b\r\n", "Host: a\r\nHost: a\r\n", "host: a\r\nX: y\r\nHOST: b\r\n",
+        "Content-Length: 5\r\ncontent-length: 5\r\n", "Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n")),
+])
+def test_the_fields_of_a_request_are_taken_to_the_letter(text, expected):
+    try:
+        assert ztoapi.parse_request_fields(text) == expected
+    except ztoapi.RequestError as error:
+        assert error.status == expected
+
+
+@pytest.mark.parametrize("head, expected", [
+    (b"HTTP/1.1 200 OK\r\n\r\n", ("HTTP/1.1", 200, {})), (b"HTTP/1.1 200\r\nA: b\r\n\r\n", ("HTTP/1.1", 200, {"a": "b"})),
+    (b"HTTP/1.0 404 Not \xe4 Found\nA: b\nB:c\n\n", ("HTTP/1.0", 404, {"a": "b", "b": "c"})),
+    (b"HTTP/1.1 200 OK\r\nA: 1\r\nno field\r\n folded: line\r\nA: 2\r\n\r\n", ("HTTP/1.1", 200, {"a": "1, 2"})),
+    *((head, ValueError) for head in (b"\r\n\r\n", b"HTTP/2 200 OK\r\n\r\n", b"HTTP/1.1 20 OK\r\n\r\n", b"HTTP/1.1 200OK\r\n\r\n", b"HTTP/1.1  200 OK\r\n\r\n",
+                                      b"SSH-2.0-OpenSSH_9.2\r\n\r\n", b" HTTP/1.1 200 OK\r\n\r\n", b"HTTP/1.1 000 OK\r\n\r\n")),
+])
+def test_the_head_of_a_response_is_read_kindly(head, expected):
+    try:
+        assert ztoapi.parse_response_head(head) == expected
+    except ValueError as error:
+        assert type(error) is expected
 
 
 def dechunk(decoder, pieces):
@@ -1817,6 +1855,10 @@ EARLY = {
     "reset before headers": [RESET],
     "closed before headers": [CLOSE],
     "garbage for a head": [b"SSH-2.0-OpenSSH_9.2\r\n\r\n", CLOSE],
+    "a greeting for a head": [b"220 mail.example.com ESMTP\r\n", 30],
+    "a head without an end": [b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 12000, 30],
+    "cut in its head": [HEAD[:60], CLOSE],
+    "reset in its head": [HEAD[:60], 0.02, RESET],
     "reset after headers": [HEAD, 0.02, RESET],
     "closed after headers": [HEAD, CLOSE],
     "reset mid-event": [HEAD, chunked(say("Hel")[:40]), 0.02, RESET],
@@ -1895,6 +1937,15 @@ def test_nothing_is_tried_again_after_the_first_delta(zai, fault, first):
         assert status in ((429, 502) if "1302" in fault else (502,)) and error["message"]
         proxy.idle()
         assert len(zai.requests) == 2 and proxy.server.metrics.retries == 0
+
+
+@pytest.mark.parametrize("fault", LATE)
+@BOTH
+def test_thinking_that_is_hidden_is_not_paid_for_twice(zai, fault, streamed):
+    zai.default = [HEAD, chunked(think("Hm")), *LATE[fault]]
+    with road(zai, REASONING_FORMAT="hidden") as proxy:
+        status, text, error, _ = ask(proxy, streamed)
+        assert status >= 429 and not text and error["code"] and len(zai.requests) == 1
 
 
 def test_connect_refused_is_an_error_after_max_retries():
@@ -1978,6 +2029,21 @@ def test_bytes_that_come_one_at_a_time_are_an_answer_like_any_other(zai, streame
         assert ask(proxy, streamed) == (200, "Hello", None, True)
         proxy.idle()
         assert ask(proxy, streamed) == (200, "Hello", None, True) and zai.connections == 1
+
+
+@pytest.mark.parametrize("head", (
+    b"HTTP/1.1 100 Continue\r\n\r\n" + HEAD, b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\nContent-Length: 7\r\n\r\n" + HEAD, HEAD.replace(b"\r\n", b"\n"),
+    HEAD.replace(b"\r\n\r\n", b"\r\nno field\r\n folded\r\nContent-Length: 7\r\n\r\n"), HEAD.replace(b"Transfer-Encoding", b"TRANSFER-ENCODING"),
+    HEAD.replace(b"\r\n\r\n", b"\r\nSet-Cookie: acw_tc=1;path=/\r\nSet-Cookie: b=2\r\nVary: Origin\r\nVary: X\r\n\r\n")),
+                         ids=("100", "103", "bare line feeds", "lines that are none", "capitals", "fields twice"))
+@BOTH
+def test_odd_heads_are_understood(zai, head, streamed):
+    zai.default = [head] + stream(*HEALTHY)[1:]
+    with road(zai) as proxy:
+        for _ in range(2):
+            assert ask(proxy, streamed) == (200, "Hello", None, True)
+            proxy.idle()
+        assert zai.connections == 1
 
 
 @BOTH
@@ -2281,7 +2347,7 @@ def test_backoff_between_retries_doubles_with_full_jitter(zai, rand, gaps):
 
 @pytest.mark.parametrize("code, header, seconds", (
     ("1305", "Retry-After: 7", 7), ("1234", "Retry-After: 7", 7), ("1302", "Retry-After: 7", 7), ("1302", "retry-after: 20", 20),
-    ("1305", "Retry-After: 0", 0)))
+    ("1305", "Retry-After: 0", 0), ("1305", "Retry-After: " + email.utils.formatdate(1780001024 + 7, usegmt=True), 7)))
 def test_retry_after_of_zai_is_honoured(zai, code, header, seconds):
     road = Road(zai)
     road.answers.append(answer(429, {"error": {"code": code, "message": "no"}}, header))
@@ -2439,6 +2505,19 @@ def test_the_ceiling_is_probed_up_to_max_concurrency_and_no_further():
     with pytest.raises(ztoapi.ApiError):
         line.enter()
     assert line.clock.now - began == 240 and line.ceiling() == [3]
+
+
+def test_looking_for_room_changes_nothing():
+    """The metrics, the queue and other models may look as often as they like."""
+    line = Line()
+    ticket = line.enter()
+    line.gates.leave(line.enter(), REFUSED)
+    gate = ticket.gate
+    line.clock.now += 1000
+    assert [gate.room(line.clock.now), gate.room(line.clock.now), gate.ceiling] == [0, 0, 1]
+    gate.probe(line.clock.now)
+    gate.probe(line.clock.now)
+    assert [gate.room(line.clock.now), gate.ceiling] == [1, 2]
 
 
 @pytest.mark.parametrize("slot_frees_after, goes_after", ((0.25, 0.5), (0.5, 0.5), (5, 5)))
@@ -3079,6 +3158,26 @@ def test_compressed_events_pass_as_they_come(zai, brisk):
     zai.default = [GZIP_HEAD] + pieces[:3] + [30]
     with road(zai) as proxy, proxy.open_stream() as sock, sock.makefile("rb") as file:
         assert any(b'"Hel"' in line for line in iter(file.readline, b""))
+
+
+def test_a_compressed_answer_is_unpacked_a_piece_at_a_time():
+    """A thousandth of its size comes over the wire: unpacked at once, one read would be 64 MiB."""
+    packer = zlib.compressobj(wbits=31)
+    data = b"".join(packer.compress(b"x" * (1 << 20)) for _ in range(100)) + packer.flush()
+
+    class Wire(io.BytesIO):
+        recv = io.BytesIO.read
+    wire = Wire(GZIP_HEAD + chunked(data) + END)
+    response = ztoapi.Response(wire, ztoapi.Client(None, ztoapi.Settings()), ztoapi.Pool(), "key")
+    sizes = [len(piece) for piece in iter(response.read, b"")]
+    assert sum(sizes) == 100 << 20 and max(sizes) <= 1 << 16
+
+
+def test_a_compressed_event_has_the_same_bound_as_any(zai):
+    zai.default = [GZIP_HEAD] + [chunked(piece) for piece in packed(31, say("x" * (17 << 20)), FINISH) if piece] + [END]
+    with road(zai) as proxy:
+        status, text, error, _ = ask(proxy, True)
+        assert status == 502 and not text and error["code"] == "upstream_error" and len(zai.requests) == 1
 
 
 @pytest.mark.parametrize("coding", ("br", "zstd"))
