@@ -1959,12 +1959,22 @@ def test_connect_refused_is_an_error_after_max_retries():
         assert proxy.server.metrics.retries == 4
 
 
-@pytest.mark.parametrize("name", ("a..b", "a" * 64 + ".example"), ids=("empty label", "long label"))
+@pytest.mark.parametrize("name", ("a..b:80", "a" * 64 + ".example:80", "user:secretpassword"), ids=("empty label", "long label", "no host"))
 def test_a_proxy_of_an_impossible_name_is_a_502(monkeypatch, name):
-    through(monkeypatch, "https", "http://%s:80" % name)
+    through(monkeypatch, "https", "http://" + name)
     with road(ZAI_BASE_URL="https://localhost/api", MAX_RETRIES="0") as proxy:
         status, _, error, _ = ask(proxy, True)
         assert status == 502 and error["code"] == "upstream_error"
+
+
+@pytest.mark.parametrize("fault", ("error event", "reset", "network_error"))
+def test_who_loses_an_error_over_a_cut_gets_the_closing_chunk_behind_it(zai, fault):
+    zai.default = [HEAD, chunked(say("Hel"))] + LATE[fault]
+    with road(zai) as proxy:
+        for name, value, closed in (("Origin", "https://app.example", True), ("User-Agent", "ai/6.0 ai-sdk/openai/3.0", True),
+                                    ("User-Agent", "OpenAI/Python 3.57", False)):
+            status, _, events, clean = proxy.stream([name + ": " + value])
+            assert (status, said(events), list(events[-1]), clean) == (200, "Hel", ["error"], closed) and finish_of(events) == []
 
 
 def test_connect_refused_then_a_listener_is_an_answer(zai):
@@ -2044,6 +2054,49 @@ def test_odd_heads_are_understood(zai, head, streamed):
             assert ask(proxy, streamed) == (200, "Hello", None, True)
             proxy.idle()
         assert zai.connections == 1
+
+
+@pytest.mark.parametrize("kind", (b"application/json", b"application/json;charset=UTF-8", b"application/x-ndjson", b"text/plain"))
+@BOTH
+def test_a_stream_is_one_whatever_it_is_called(zai, kind, streamed):
+    zai.default = [HEAD.replace(b"text/event-stream;charset=UTF-8", kind)] + stream(*HEALTHY)[1:]
+    with road(zai) as proxy:
+        assert ask(proxy, streamed) == (200, "Hello", None, True)
+
+
+@pytest.mark.parametrize("end", ([CLOSE], [0.02, RESET], [0.02, b"zz\r\n", CLOSE], [b"f\r\ndata: ", CLOSE]), ids=("end", "reset", "broken chunk", "mid-chunk"))
+@BOTH
+def test_a_cut_behind_the_finish_is_no_failure(zai, end, streamed):
+    zai.default = [HEAD, chunked(say("Hello")), chunked(event(finish="stop"))] + end
+    with road(zai) as proxy:
+        assert ask(proxy, streamed) == (200, "Hello", None, True) and len(zai.requests) == 1
+
+
+@pytest.mark.parametrize("status", (204, 304))
+@pytest.mark.parametrize("line", ("Content-Length: 5", "Transfer-Encoding: chunked", "X: y"))
+def test_an_answer_that_has_no_body_is_not_waited_for(zai, status, line):
+    zai.default = [("HTTP/1.1 %d X\r\n%s\r\n\r\n" % (status, line)).encode(), 30]
+    with road(zai, MAX_RETRIES="0") as proxy:
+        assert ask(proxy, True)[0] == 502
+
+
+@BOTH
+def test_an_answer_that_comes_before_all_was_sent_is_read(zai, streamed):
+    """A front end that refuses a large body closes without reading it."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        def refuse():
+            for _ in range(2):
+                with listener.accept()[0] as sock:
+                    sock.recv(1024)
+                    sock.sendall(b"".join(answer(413, {"error": {"code": "1210", "message": "too long for me"}})))
+                    sock.shutdown(socket.SHUT_WR)
+                    time.sleep(0.05)
+        threading.Thread(target=refuse, daemon=True).start()
+        with road(ZAI_BASE_URL="http://127.0.0.1:%d/api" % listener.getsockname()[1]) as proxy:
+            _, _, error, _ = ask(proxy, streamed, messages=[{"role": "user", "content": "x" * (8 << 20)}])
+            assert "too long for me" in error["message"]
+            proxy.idle()
+            assert proxy.server.metrics.retries == 0
 
 
 @BOTH
@@ -2267,6 +2320,17 @@ def test_a_pooled_connection_that_dies_when_used_is_replaced_unseen(zai, death):
         assert proxy.server.metrics.retries == 0
 
 
+def test_a_pooled_connection_that_ends_after_a_while_was_not_dead(zai, monkeypatch):
+    """Z.ai has worked on the request, which is billed: it is tried again MAX_RETRIES times, and counted."""
+    monkeypatch.setattr(ztoapi, "AT_ONCE", 0.05)
+    zai.default = stream(say("Hello"), 0.1, FINISH, DONE)
+    with road(zai, MAX_RETRIES="0") as proxy:
+        assert all(whole for *_, whole in together(*[lambda: ask(proxy, True)] * 3)) and zai.connections == 3
+        proxy.idle()
+        zai.default = [0.2, CLOSE]
+        assert ask(proxy, True)[0] == 502 and len(zai.requests) == 4
+
+
 # Time that takes no time
 
 class RoadClock:
@@ -2408,6 +2472,8 @@ def test_retries_and_requeuing_are_counted_apart(zai):
 # Gates
 
 REFUSED = ztoapi.zai_error(ERROR_1302, 429)
+NOBODY = socket.socket()  # a connection that never ends
+NOBODY.close()
 
 
 class Line:
@@ -2425,7 +2491,7 @@ class Line:
 
     def queue(self, client=None, model="glm-4.6"):
         """A ticket that waits in the queue, in its thread."""
-        ticket, queued = ztoapi.Ticket(model, client or ztoapi.Client(None, ztoapi.Settings(), clock=self.clock)), self.queued(model)
+        ticket, queued = ztoapi.Ticket(model, client or ztoapi.Client(NOBODY, ztoapi.Settings(), clock=self.clock)), self.queued(model)
 
         def wait():
             with contextlib.suppress(ztoapi.ClientGone):
@@ -2566,6 +2632,19 @@ def test_the_ceiling_is_probed_upward_by_one_after_60_seconds_without_a_refusal(
     assert line.clock.now - began == 210  # 60 s after the last refusal
 
 
+def test_the_head_of_the_queue_goes_when_a_key_comes_back():
+    line = Line(keys=2, limit=1)
+    busy, other = line.enter(), line.enter()
+    line.gates.leave(other, ztoapi.UpstreamError("exhausted", ztoapi.NEXT_KEY, retry_after=10.0))
+    began = line.clock.now
+    ticket = line.enter()
+    assert line.clock.now - began == 10 and ticket.gate.key is other_key(line, busy)
+
+
+def other_key(line, ticket):
+    return next(key for key in line.gates.keys if key is not ticket.gate.key)
+
+
 def test_the_next_in_the_queue_goes_on_when_the_head_leaves_it():
     class Noting(ztoapi.Client):
         waits = ()
@@ -2576,7 +2655,7 @@ def test_the_next_in_the_queue_goes_on_when_the_head_leaves_it():
     line = Line()
     refused = line.enter()
     line.gates.leave(refused, ztoapi.zai_error(ERROR_1302, 429, retry_after=30.0))
-    head, behind = (Noting(None, ztoapi.Settings(), clock=line.clock) for _ in range(2))
+    head, behind = (Noting(NOBODY, ztoapi.Settings(), clock=line.clock) for _ in range(2))
     line.queue(head)
     line.queue(behind)
     head.hang_up()
@@ -2853,6 +2932,17 @@ def test_the_clients_leaving_the_queue_is_noticed(zai, brisk, caplog, streamed):
         assert len(zai.requests) == 1 and proxy.server.metrics.cancelled == 2 and not [r for r in caplog.records if r.levelno > logging.INFO]
 
 
+def test_a_slot_never_goes_to_one_who_has_left(zai):
+    """Not even when a write that fails leaves it, before the watch looks."""
+    zai.default = stream(*[say("Hel"), 0.01] * 500)
+    with road(zai, MAX_CONCURRENCY="1") as proxy:
+        socks = [proxy.open_stream() for _ in range(6)]
+        assert eventually(lambda: zai.in_flight == 1 and proxy.server.upstream.gates.state()[1] == {"glm-4.6": 5})
+        for sock in socks:
+            sock.close()
+        assert eventually(lambda: vacant(proxy)) and len(zai.requests) == 1
+
+
 @BOTH
 def test_the_clients_leaving_while_connecting_is_noticed(zai, brisk, caplog, streamed):
     with stuck_listener() as port, road(ZAI_BASE_URL="http://127.0.0.1:%d" % port) as proxy, leaving(proxy, caplog, streamed):
@@ -3079,8 +3169,8 @@ def test_heartbeats_into_a_full_window_wait_for_room_and_come_whole():
 
 @pytest.mark.parametrize("script, streamed", (
     (stream(*HEALTHY), True), (stream(*HEALTHY), False), (EARLY["reset before headers"], True), (EARLY["error as first event"], False),
-    (EARLY["HTML 502"], True), ([HEAD, chunked(say("Hel")), CLOSE], True)),
-                         ids=("well", "well, json", "reset", "first event, json", "HTML 502", "cut"))
+    (EARLY["HTML 502"], True), ([HEAD, chunked(say("Hel")), CLOSE], True), (None, True)),
+                         ids=("well", "well, json", "reset", "first event, json", "HTML 502", "cut", "refused"))
 def test_a_request_leaves_nothing_for_the_garbage_collector(zai, script, streamed):
     """What it leaves, it leaves with its body and its buffers, for as long as the collector likes."""
     kinds = (ztoapi.Handler, ztoapi.Client, ztoapi.EventSink, ztoapi.ZaiRequest, ztoapi.KeepAliveConnection, ztoapi.Response, ztoapi.SSEDecoder, ztoapi.ChunkTranslator)
@@ -3088,6 +3178,8 @@ def test_a_request_leaves_nothing_for_the_garbage_collector(zai, script, streame
     def left():
         return {id(thing): type(thing).__name__ for thing in gc.get_objects() if isinstance(thing, kinds)}
     zai.default = script
+    if script is None:
+        zai.close()
     gc.collect()
     before = left()
     gc.disable()
@@ -3140,7 +3232,7 @@ def packed(wbits, *pieces):
     return [packer.compress(piece) + packer.flush(zlib.Z_SYNC_FLUSH) for piece in pieces] + [packer.flush()]
 
 
-@pytest.mark.parametrize("coding, wbits", (("gzip", 31), ("GZIP", 31), ("deflate", 15)))
+@pytest.mark.parametrize("coding, wbits", (("gzip", 31), ("GZIP", 31), ("x-gzip", 31), ("deflate", 15)))
 @BOTH
 def test_compressed_answers_are_understood_all_the_same(zai, coding, wbits, streamed):
     head = HEAD.replace(b"\r\n\r\n", b"\r\nContent-Encoding: %b\r\n\r\n" % coding.encode())
@@ -3151,6 +3243,15 @@ def test_compressed_answers_are_understood_all_the_same(zai, coding, wbits, stre
         zai.scripts.append(answer(400, body, "Content-Encoding: " + coding))
         assert ask(proxy, streamed)[2]["code"] == "model_not_found"
         assert zai.requests[0]["headers"]["Accept-Encoding"] == "identity"
+
+
+@BOTH
+def test_a_text_may_be_packed_in_several_packets(zai, streamed):
+    zai.default = [GZIP_HEAD] + [chunked(b"".join(packed(31, piece))) for piece in HEALTHY] + [END]
+    with road(zai) as proxy:
+        assert ask(proxy, streamed) == (200, "Hello", None, True)
+        zai.scripts.append([GZIP_HEAD.replace(b"gzip", b""), *stream(*HEALTHY)[1:]])
+        assert ask(proxy, streamed) == (200, "Hello", None, True)
 
 
 def test_compressed_events_pass_as_they_come(zai, brisk):
@@ -3422,6 +3523,19 @@ def test_cuts_over_tls_are_cuts(trusted, fault):
     trusted.default = [HEAD, chunked(say("Hel")), *LATE[fault]]
     with road(trusted) as proxy:
         assert said(assert_in_stream_error(proxy)) == "Hel" and ask(proxy, False)[0] == 502 and len(trusted.requests) == 2
+
+
+def test_what_stands_behind_an_answer_over_tls_never_becomes_the_next(trusted):
+    """Bytes that TLS has decrypted and nobody has read are seen by no poll()."""
+    good, other = (b"".join((say(text), FINISH, DONE)) for text in ("Hello", "somebody else's"))
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Length: %d\r\nX: %b\r\n\r\n"
+    pad = b"a" * (8192 - len(head % (len(good), b"") + good))  # the answer ends where the first read does
+    trusted.scripts.append([head % (len(good), pad) + good + head % (len(other), b"") + other])
+    with road(trusted) as proxy:
+        for _ in range(3):
+            assert ask(proxy, False) == (200, "Hello", None, True)
+            proxy.idle()
+        assert trusted.connections == 2
 
 
 def test_a_dead_pooled_tls_connection_is_replaced_unseen(trusted):

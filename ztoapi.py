@@ -1542,6 +1542,11 @@ def readable(socks):
     return [sock for i in range(0, len(socks), 500) for sock in select.select(socks[i:i + 500], [], [], 0)[0]]  # Windows takes 512
 
 
+def writable(sock):
+    """Whether the socket takes some bytes at once."""
+    return bool(polled([sock], select.POLLOUT) if hasattr(select, "poll") else select.select([], [sock], [], 0)[1])
+
+
 def ended(socks):
     """Those of `socks` whose other side has closed. TCP cannot tell a client that only stopped sending from one that left, before
     something is written to it; clients do not half-close, so an end means gone (nginx holds the same)."""
@@ -1617,8 +1622,8 @@ class EventSink:
 
     def _send_now(self, data):
         """How many bytes of `data` the socket took without waiting."""
-        if not hasattr(socket, "MSG_DONTWAIT"):  # Windows
-            return self.connection.send(data) if select.select([], [self.connection], [], 0)[1] else 0
+        if sys.platform == "darwin" or not hasattr(socket, "MSG_DONTWAIT"):  # macOS heeds it when receiving only, Windows has none
+            return self.connection.send(data[:2048]) if writable(self.connection) else 0
         try:
             return self.connection.send(data, socket.MSG_DONTWAIT)
         except BlockingIOError:
@@ -1646,7 +1651,7 @@ class Client:
     def wait(self, seconds):
         """Sleep that long, or until somebody calls wake(). ClientGone as soon as the client has left."""
         self.alarm.acquire(timeout=max(0.0, min(seconds, threading.TIMEOUT_MAX)))
-        if self.gone:
+        if self.gone or ended([self.connection]):  # a slot that one leaves must not go to the next that has left, before the watch looks
             raise ClientGone
 
     def wake(self):
@@ -1884,8 +1889,11 @@ class Gates:
         return self.gates[key, model]
 
     def _next_chance(self, ticket, now):
-        at_head = self.lines[ticket.model][0] is ticket
-        return min(gate.opens_at(now) for gate in self._usable(ticket, now)) if at_head else float("inf")
+        """When the ticket may get a slot though nobody leaves one."""
+        if self.lines[ticket.model][0] is not ticket:
+            return float("inf")
+        return min([gate.opens_at(now) for gate in self._usable(ticket, now)]
+                   + [key.aside_until for key in self.keys if key not in ticket.spent and key.aside_until > now])
 
     def _timeout(self, ticket):
         words = f"No slot at Z.ai came free within QUEUE_TIMEOUT ({self.queue_timeout:g} s)."
@@ -1902,8 +1910,9 @@ class Gates:
 NO_KEY = "ZAI_API_KEY is not set where the proxy runs. Get a key (free models need one too) at https://z.ai/manage-apikey/apikey-list."
 CONNECT_TIMEOUT = 10.0  # seconds, for all addresses of a host together
 KEEP_IDLE = 60.0        # seconds; the usual keep-alive of a front end is 60 to 75
+AT_ONCE = 1.0           # seconds; a used connection that ends later than that was not dead: Z.ai has worked on the request
 LONGEST_ANSWER = 64 << 20
-WBITS = {"gzip": 31, "deflate": 15}  # codings, as zlib numbers them
+WBITS = {"gzip": 31, "x-gzip": 31, "deflate": 15}  # codings, as zlib numbers them
 
 
 class Pool:
@@ -1983,8 +1992,10 @@ class KeepAliveConnection(http.client.HTTPConnection):
         self.zai_request.reused = self.sock is not None
         if self.sock is None:
             self._create_connection = self._dial
-            super().connect()  # TCP, and a proxy's CONNECT
-            del self._create_connection  # a reference to itself would keep the request until the garbage collector comes
+            try:
+                super().connect()  # TCP, and a proxy's CONNECT
+            finally:
+                del self._create_connection  # a reference to itself would keep the request until the garbage collector comes
             if self.context:
                 self.sock = self.context.wrap_socket(self.sock, server_hostname=self._tunnel_host or self.host, do_handshake_on_connect=False)
                 client.attach(self.sock)
@@ -2000,7 +2011,8 @@ class KeepAliveConnection(http.client.HTTPConnection):
         lines = [f"{method} {url} HTTP/1.1", *ZaiRequest.HEAD, *(f"{name}: {value}" for name, value in headers.items())]
         if body:
             lines.append(f"Content-Length: {len(body)}")
-        self.sock.sendall("\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + (body or b""))
+        with contextlib.suppress(ConnectionError):  # it may have answered before it closed: whoever reads finds out
+            self.sock.sendall("\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + (body or b""))
 
     def getresponse(self):
         response = Response(self.sock, self.zai_request.client, self.pool, self.pool_key)
@@ -2047,25 +2059,32 @@ class Response:
         self.reason = http.client.responses.get(self.status, "")  # urllib wants one
         fields = self.fields
         self.kind = fields.get("content-type", "").lower()
-        self.coding = fields.get("content-encoding", "identity").lower()
+        self.coding = fields.get("content-encoding", "").lower() or "identity"
         self.inflater = zlib.decompressobj(WBITS[self.coding]) if self.coding in WBITS else None  # sent all the same by some gateways
         self.lasting = version != "HTTP/1.0" and "close" not in fields.get("connection", "").lower()
-        length = LENGTH.match(fields.get("content-length", "0" if self.status in (204, 304) else ""))
-        chunked = "chunked" in fields.get("transfer-encoding", "").lower()
-        self.framing = Dechunker() if chunked else Counted(int(length.group())) if length else None  # None: to the connection's end
-        self.size = self.LONG
+        self.framing = self._framing()
+        self.packed, self.size = b"", self.LONG
+
+    def _framing(self):
+        """What finds the end of the body; None if that is the connection's."""
+        if self.status in (204, 304):  # whatever their fields say
+            return Counted(0)
+        if "chunked" in self.fields.get("transfer-encoding", "").lower():
+            return Dechunker()
+        length = LENGTH.match(self.fields.get("content-length", ""))
+        return Counted(int(length.group())) if length else None
 
     def _read_head(self):
         """The bytes of a head; what came behind it is in `received`."""
-        data = self.received
+        data, seen = self.received, 0
         while True:
-            end = HEAD_END.search(data)
+            end = HEAD_END.search(data, max(0, seen - 3))
             if end:
                 self.received = data[end.end():]
                 return data[:end.end()]
             if not b"HTTP/".startswith(data[:5]) or len(data) > LONGEST_HEAD:
                 raise ValueError(f"{data[:60]!a} is no status line")
-            more = self.sock.recv(8192)
+            seen, more = len(data), self.sock.recv(8192)
             if not more:
                 raise http.client.RemoteDisconnected("closed without an answer") if not data else ValueError("cut in the middle of its head")
             data += more
@@ -2076,11 +2095,14 @@ class Response:
                 raise UpstreamError(f"Z.ai's answer is compressed with {self.coding!a}, which cannot be read here.", GIVE_UP)
             return self._read()
         while True:
-            packed = self.inflater.unconsumed_tail or self._read()
+            packed = self.packed or self._read()
             try:
                 data = self.inflater.decompress(packed, self.LONG)
             except zlib.error as error:
                 raise UpstreamError(f"Z.ai's answer is broken: {error}.") from None
+            self.packed = self.inflater.unconsumed_tail
+            if self.inflater.eof:  # a text may come in several packets
+                self.packed, self.inflater = self.inflater.unused_data, zlib.decompressobj(WBITS[self.coding])
             if data or not packed:
                 return data
 
@@ -2133,7 +2155,9 @@ class Response:
 
     def close(self):
         self.client.detach()
-        if self.lasting and self.framing and self.framing.done and not self.framing.rest and not self.received:
+        complete = self.framing and self.framing.done
+        unread = self.received or complete and self.framing.rest or isinstance(self.sock, ssl.SSLSocket) and self.sock.pending()
+        if self.lasting and complete and not unread:
             self.pool.put(self.pool_key, self.sock)
         else:
             self.sock.close()
@@ -2146,6 +2170,8 @@ def road_failure(error, client):
     if client.silent:
         return UpstreamError(f"Z.ai was silent for {client.settings.upstream_timeout:g} s (UPSTREAM_TIMEOUT).", silence=True)
     reason = getattr(error, "reason", error)  # URLError wraps what happened before the head
+    if isinstance(reason, (http.client.InvalidURL, UnicodeError)):  # whose text may hold a password
+        return UpstreamError("The address of the proxy to use (HTTPS_PROXY, HTTP_PROXY) is none.", GIVE_UP)
     if isinstance(reason, ssl.SSLCertVerificationError):
         return UpstreamError(f"Z.ai's TLS certificate could not be verified: {reason.verify_message}. Set SSL_CERT_FILE to a file with the certificates to trust, "
                              "or check the clock.", GIVE_UP)
@@ -2233,8 +2259,13 @@ class Upstream:
         with contextlib.closing(self._open(job, key, client, record)) as response:
             try:
                 while not translator.complete:
-                    data = response.read()
-                    if data and "json" in response.kind:  # one JSON body where a stream was asked for is one event
+                    try:
+                        data = response.read()
+                    except UpstreamError:
+                        if not translator.finish:
+                            raise
+                        data = b""  # a cut behind the finish: the answer is whole
+                    if data.lstrip().startswith(b"{") and "json" in response.kind:  # one JSON body where a stream was asked for is one event
                         events, data = [(data + response.read_all(LONGEST_ANSWER)).decode("utf-8", "replace")], b""
                     else:
                         events = decoder.feed(data) if data else decoder.close()
@@ -2278,9 +2309,10 @@ class Upstream:
                 client.silent_since = None
                 return response
             except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: a head or a proxy's name that is none
+                began = client.silent_since
                 client.detach()
-                died = isinstance(getattr(error, "reason", error), ConnectionError) and not client.gone and not client.silent
-                if not (request.reused and died):
+                died = isinstance(getattr(error, "reason", error), (ConnectionError, ssl.SSLEOFError)) and not client.gone and not client.silent
+                if not (request.reused and died and client.clock() - began < AT_ONCE):
                     raise road_failure(error, client) from None
 
     def check_key(self, key, client):
@@ -3029,8 +3061,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if self.sink and self.sink.started:
                 self.record.status, self.close_connection = error.status, True
                 self.expect(self.settings.client_timeout)  # the watch has let go of the client
-                # No closing chunk, so that the end shows as the cut it is; the AI SDK alone would lose the error over it.
-                self.sink.write(encode_event(body).decode(), last="ai-sdk/" in self.fields.get("user-agent", ""))
+                # No closing chunk, so that the end shows as the cut it is; but browsers, which send an Origin, and the AI SDK lose what
+                # they have not yet read over a cut, and with it the error.
+                self.sink.write(encode_event(body).decode(), last="origin" in self.fields or "ai-sdk/" in self.fields.get("user-agent", ""))
             else:
                 headers = dict(error.headers(), **self.outcome_headers())
                 if error.status == 405:
