@@ -481,30 +481,32 @@ REASONING_FORMATS = ("parsed", "raw", "hidden")
 
 
 class Field(NamedTuple):
-    """One optional field of a request: its type, its range or its words, and whether Z.ai is shown it."""
+    """One optional field of a request: its type, its range or its words."""
     kind: object
     low: object = None
     high: object = None
     words: tuple = ()
-    goes: bool = False  # to Z.ai as it is; the others are translated below, or dropped as Z.ai has no use for them
 
 
-FIELDS = {
+PASSED = {  # as they are; so is every field that is in none of these tables
+    "seed": Field(int), "user_id": Field(str), "request_id": Field(str), "do_sample": Field(bool), "tool_stream": Field(bool),
+}
+TRANSLATED = {
     "stream": Field(bool), "stream_options": Field(dict), "n": Field(int, 1, 1),
-    "temperature": Field(NUMBER, 0, 2), "top_p": Field(NUMBER, 0, 1), "stop": Field((str, list)), "seed": Field(int, goes=True),
-    "max_tokens": Field(int, 1), "max_completion_tokens": Field(int, 1),
-    "presence_penalty": Field(NUMBER, -2, 2), "frequency_penalty": Field(NUMBER, -2, 2), "logit_bias": Field(dict),
-    "logprobs": Field(bool), "top_logprobs": Field(int, 0, 20), "response_format": Field(dict),
+    "temperature": Field(NUMBER, 0, 2), "top_p": Field(NUMBER, 0, 1), "stop": Field((str, list)), "user": Field(str),
+    "max_tokens": Field(int, 1), "max_completion_tokens": Field(int, 1), "response_format": Field(dict),
     "tools": Field(list), "tool_choice": Field((str, dict)), "parallel_tool_calls": Field(bool),
     "reasoning_effort": Field(str, words=EFFORTS), "thinking": Field(dict), "enable_thinking": Field(bool),
-    "reasoning_format": Field(str, words=REASONING_FORMATS), "user": Field(str), "user_id": Field(str, goes=True),
-    "request_id": Field(str, goes=True), "do_sample": Field(bool, goes=True), "tool_stream": Field(bool, goes=True),
+    "reasoning_format": Field(str, words=REASONING_FORMATS),
+}
+DROPPED = {  # Z.ai has no use for them
+    "presence_penalty": Field(NUMBER, -2, 2), "frequency_penalty": Field(NUMBER, -2, 2), "logit_bias": Field(dict),
+    "logprobs": Field(bool), "top_logprobs": Field(int, 0, 20),
     "metadata": Field(dict), "store": Field(bool), "service_tier": Field(str), "modalities": Field(list), "audio": Field(dict),
     "prediction": Field(dict), "verbosity": Field(str), "web_search_options": Field(dict), "safety_identifier": Field(str),
     "prompt_cache_key": Field(str), "prompt_cache_retention": Field(str), "prompt_cache_options": Field(dict), "moderation": Field(dict),
 }
-TRANSLATED = {"stream", "stream_options", "temperature", "top_p", "stop", "max_tokens", "max_completion_tokens", "response_format", "tools",
-              "tool_choice", "reasoning_effort", "thinking", "enable_thinking", "reasoning_format", "user", "n", "parallel_tool_calls"}
+FIELDS = {**PASSED, **TRANSLATED, **DROPPED}
 
 
 def no_number(text):
@@ -560,7 +562,7 @@ def to_zai_request(request, settings):
     if not id:
         raise RequestError("'model' must not be empty.", "model")
     model = MODELS.get(id)
-    zai_request = {name: value for name, value in request.items() if name not in FIELDS or FIELDS[name].goes}
+    zai_request = {name: value for name, value in request.items() if name not in TRANSLATED and name not in DROPPED}
     zai_request.update(model=id, stream=True, messages=to_zai_messages(request["messages"], model, changed))
     zai_request.update(to_zai_sampling(request, model, changed))
     zai_request.update(to_zai_tools(request, changed))
@@ -571,7 +573,7 @@ def to_zai_request(request, settings):
         insert_instructions(zai_request["messages"], instructions)
     if request.get("stream", settings.default_stream) and zai_request.get("tools") and model and model.tool_stream:
         zai_request.setdefault("tool_stream", True)
-    changed += [name for name in request if name in FIELDS and not FIELDS[name].goes and name not in TRANSLATED]
+    changed += [name for name in request if name in DROPPED]
     return zai_request, tuple(dict.fromkeys(changed))
 
 
@@ -607,7 +609,7 @@ def expect(value, kind, param):
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 TEXT_PARTS = {"text": "text", "refusal": "refusal"}           # part type -> where its text is
 MEDIA_PARTS = ("image_url", "video_url", "file_url")          # what Z.ai's seeing models take
-KNOWN_MESSAGE_KEYS = {"name", "refusal", "audio", "annotations", "function_call"}  # OpenAI's; Z.ai has no use for them
+DROPPED_MESSAGE_KEYS = {"name", "refusal", "audio", "annotations", "function_call"}  # OpenAI's; Z.ai has no use for them
 MESSAGE_KEYS = {"role", "content", "tool_calls", "tool_call_id", "reasoning_content"}
 
 
@@ -630,7 +632,7 @@ def to_zai_message(message, param, model, changed):
         raise RequestError(f"'{param}.role' must be one of {', '.join(ROLES)}.", param + ".role")
     if role == "developer":
         changed.append("developer")
-    changed += [name if name in KNOWN_MESSAGE_KEYS else "message_fields" for name in message if name not in MESSAGE_KEYS]
+    changed += [name if name in DROPPED_MESSAGE_KEYS else "message_fields" for name in message if name not in MESSAGE_KEYS]
     result = {"role": ROLES[role], "content": to_zai_content(message, role, param + ".content", model, changed)}
     if role == "assistant":
         if "reasoning_content" in message:
