@@ -565,12 +565,11 @@ def to_zai_request(request, settings):
     zai_request = {name: value for name, value in request.items() if name not in TRANSLATED and name not in DROPPED}
     zai_request.update(model=id, stream=True, messages=to_zai_messages(request["messages"], model, changed))
     zai_request.update(to_zai_sampling(request, model, changed))
-    zai_request.update(to_zai_tools(request, changed))
+    instructions = []  # what Z.ai has no field for, as system lines
+    zai_request.update(to_zai_tools(request, instructions, changed))
     zai_request.update(to_zai_thinking(request, model, settings.enable_thinking, changed))
-    zai_request.update(to_zai_format(request, changed))
-    instructions = [zai_request.pop(name) for name in ("tool_instruction", "format_instruction") if name in zai_request]
-    if instructions:
-        insert_instructions(zai_request["messages"], instructions)
+    zai_request.update(to_zai_format(request, instructions, changed))
+    insert_instructions(zai_request["messages"], instructions)
     if request.get("stream", settings.default_stream) and zai_request.get("tools") and model and model.tool_stream:
         zai_request.setdefault("tool_stream", True)
     changed += [name for name in request if name in DROPPED]
@@ -730,7 +729,7 @@ def to_zai_sampling(request, model, changed):
     return fields
 
 
-def to_zai_tools(request, changed):
+def to_zai_tools(request, instructions, changed):
     """Tools with the fields Z.ai requires. It knows tool_choice "auto" only, and hangs on others: they become a system line."""
     if len(request.get("tools", ())) > 128:
         raise RequestError("'tools' must have at most 128 items.", "tools")
@@ -743,9 +742,10 @@ def to_zai_tools(request, changed):
     if not tools:
         return {}
     names = [tool["function"]["name"] for tool in tools if tool["type"] == "function"]
-    instruction = {"tool_instruction": "You must answer by calling %s. Do not answer in text." % (
-        "the tool " + names[0] if len(names) == 1 else "one or more of the tools")} if must and names else {}
-    return dict(tools=tools, tool_choice="auto", **instruction)
+    if must and names:
+        wish = "the tool " + names[0] if len(names) == 1 else "one or more of the tools"
+        instructions.append(f"You must answer by calling {wish}. Do not answer in text.")
+    return {"tools": tools, "tool_choice": "auto"}
 
 
 def to_zai_tool(tool, param, changed):
@@ -811,7 +811,7 @@ def to_zai_thinking(request, model, default, changed):
     return fields
 
 
-def to_zai_format(request, changed):
+def to_zai_format(request, instructions, changed):
     """Z.ai ignores a json_schema: it becomes json_object, with the schema in a system line."""
     form = request.get("response_format", {"type": "text"})
     kind = expect(form.get("type"), str, "response_format.type")
@@ -824,8 +824,8 @@ def to_zai_format(request, changed):
     schema = expect(form.get("json_schema"), dict, "response_format.json_schema").get("schema")
     expect({} if schema is None else schema, dict, "response_format.json_schema.schema")
     changed.append("response_format")
-    return {"response_format": {"type": "json_object"},
-            "format_instruction": "Answer with one JSON value that matches this JSON Schema, and nothing else:\n" + encode_json(schema or {}).decode()}
+    instructions.append("Answer with one JSON value that matches this JSON Schema, and nothing else:\n" + encode_json(schema or {}).decode())
+    return {"response_format": {"type": "json_object"}}
 
 
 def encode_request(zai_request):
