@@ -709,7 +709,7 @@ def to_zai_sampling(request, model, changed):
         del fields["top_p"]  # Z.ai's interval was an open one for years; 1 is no restriction anyway
     limit = request.get("max_completion_tokens", request.get("max_tokens"))
     if limit is not None:
-        fields["max_tokens"] = min(limit, model.max_tokens if model and model.max_tokens else limit)
+        fields["max_tokens"] = min(limit, model and model.max_tokens or limit)
         if fields["max_tokens"] != limit:
             changed.append("max_tokens")
     if "stop" in request:
@@ -717,7 +717,8 @@ def to_zai_sampling(request, model, changed):
         if len(stop) > 4:
             raise RequestError("'stop' must have at most 4 items.", "stop")
         stop = [word for i, word in enumerate(stop) if expect(word, str, f"stop[{i}]")]
-        fields.update({"stop": stop} if stop else {})
+        if stop:
+            fields["stop"] = stop
     if "user" in request and "user_id" not in request:
         if 6 <= len(request["user"]) <= 128:
             fields["user_id"] = request["user"]
@@ -789,15 +790,18 @@ def to_zai_thinking(request, model, default, changed):
     kind = expect(thinking.get("type", ""), str, "thinking.type")
     if kind and kind not in ("enabled", "disabled"):
         raise RequestError("'thinking.type' must be enabled or disabled.", "thinking.type")
-    effort = request.get("reasoning_effort")
-    wish = next((wish for wish in (kind and kind == "enabled", request.get("enable_thinking"),
-                                   effort and effort not in ("none", "minimal"), default) if wish not in (None, "")), None)
+    effort, wish = request.get("reasoning_effort"), default
+    if kind:
+        wish = kind == "enabled"
+    elif "enable_thinking" in request:
+        wish = request["enable_thinking"]
+    elif effort:
+        wish = effort not in ("none", "minimal")
     if wish is not None:
         thinking["type"] = "enabled" if wish else "disabled"
     fields = {"thinking": thinking} if thinking else {}
     if model is None:
-        fields.update({"reasoning_effort": effort} if effort else {})
-        return fields
+        return dict(fields, reasoning_effort=effort) if effort else fields
     if model.thinking == NO_THINKING:
         changed += [name for name in ("thinking", "enable_thinking", "reasoning_effort") if name in request]
         return {}
@@ -806,7 +810,7 @@ def to_zai_thinking(request, model, default, changed):
         thinking["type"], effort = "enabled", "low"
     if model.thinking in (GRADED, ALWAYS) and effort and thinking["type"] == "enabled":
         fields["reasoning_effort"] = GRADES[effort]
-    if effort and fields.get("reasoning_effort") != effort and request.get("reasoning_effort"):
+    if effort and fields.get("reasoning_effort") != effort:
         changed.append("reasoning_effort")
     return fields
 
