@@ -847,7 +847,7 @@ def encode_request(zai_request):
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode  # made once: json.dumps costs twice that
 _quote = json.encoder.encode_basestring
 _decoder = json.JSONDecoder(parse_constant=lambda name: None)  # Python would read NaN, and then not write it
-_decode, _scan = _decoder.raw_decode, _decoder.scan_once  # the second is the C function itself: StopIteration where there is no value
+_scan = _decoder.scan_once  # the C function itself: StopIteration where there is no value
 
 
 def new_id(prefix, rand=random.getrandbits):
@@ -1213,7 +1213,7 @@ class ChunkTranslator:
         value, inner = None, event.rfind("data: ")
         while value is None and inner >= 0:  # the last that parses: the text of the new frame may hold the mark as well
             with contextlib.suppress(ValueError, RecursionError):
-                value = _decode(event, inner + len("data: "))[0]
+                value = _decoder.raw_decode(event, inner + len("data: "))[0]
                 value = value if isinstance(value, dict) and ("choices" in value or "error" in value) else None
             inner = event.rfind("data: ", 0, inner)
         if value is None:
@@ -1272,11 +1272,8 @@ class ChunkTranslator:
         return self._complete()
 
     def _complete(self):
-        if self.complete:
-            return []
         self.complete = True
-        chunks = []
-        chunks += self._flush("reasoning") + self._flush("content")
+        chunks = self._flush("reasoning") + self._flush("content")
         if not self.calls:
             for name, arguments in self.leaked:
                 chunks += self._call({"function": {"name": name, "arguments": arguments}}, set())
@@ -1422,13 +1419,12 @@ def parse_leaked_call(text, tools):
     properties = (tools.get(name) or {}).get("properties") or {}
     arguments = {}
     for key, value in re.findall(r"<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)(?:</arg_value>|\Z)", text, re.DOTALL):
-        schema = properties.get(key.strip())
-        try:
-            typed, end = (value, 0) if isinstance(schema, dict) and schema.get("type") == "string" else _decode(value.strip())
-            typed = value if typed is None or end not in (0, len(value.strip())) else typed
-        except (ValueError, RecursionError):
-            typed = value
-        arguments[key.strip()] = typed
+        key, typed = key.strip(), None
+        schema = properties.get(key)
+        if not isinstance(schema, dict) or schema.get("type") != "string":
+            with contextlib.suppress(ValueError, RecursionError):
+                typed = _decoder.decode(value.strip())
+        arguments[key] = value if typed is None else typed
     return name, encode_json(arguments).decode()
 
 
