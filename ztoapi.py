@@ -2363,11 +2363,6 @@ class Record:
     zai_log_id: str = ""
     error: str = ""
 
-    @property
-    def label(self):
-        """The model as a metric's label, of which there must not be endlessly many."""
-        return self.model_id if self.model_id in MODELS else "other"
-
     def tokens(self, kind):
         return self.usage[kind + "_tokens"] if self.usage else None
 
@@ -2407,6 +2402,11 @@ class Histogram:
             ("_sum", {}, round(self.sum, 6)), ("_count", {}, cumulative[-1])]
 
 
+def label(model):
+    """A model id as a metric's label, of which there must not be endlessly many."""
+    return model if model in MODELS else "other"
+
+
 class Metrics:
     """All that /metrics and /stats tell, from one source."""
 
@@ -2426,7 +2426,7 @@ class Metrics:
             self.in_flight += 1
 
     def finish(self, record):
-        out = record.tokens("completion") or 0
+        model, out = label(record.model_id), record.tokens("completion") or 0
         with self.lock:
             self.in_flight -= 1
             self.cancelled += record.status == 499
@@ -2434,9 +2434,9 @@ class Metrics:
             self.served += record.status < 400
             self.retries += record.retries
             self.repaired += record.repaired
-            self.requests[record.label, record.status] += 1
-            self.tokens[record.label, "prompt"] += record.tokens("prompt") or 0
-            self.tokens[record.label, "completion"] += out
+            self.requests[model, record.status] += 1
+            self.tokens[model, "prompt"] += record.tokens("prompt") or 0
+            self.tokens[model, "completion"] += out
             self.duration.add(record.total_s)
             if record.ttft_s is not None:
                 self.ttft.add(record.ttft_s)
@@ -2470,8 +2470,6 @@ class Metrics:
 
     def prometheus(self, gates, queued):
         """Prometheus's text format 0.0.4. `gates`, `queued`: Gates.state()."""
-        def label(model):
-            return model if model in MODELS else "other"
         ceilings, waiting = {}, collections.Counter({"other": 0})
         for key, model, ceiling, _ in gates:
             if ceiling is not None:
