@@ -227,6 +227,11 @@ def mask(key):
     return "..." + key[-4:] if len(key) >= 12 else "..."
 
 
+def plain(text, longest=200, replace=re.compile("[^!-~]").sub):
+    """Somebody else's text as one word of a log line or of a header."""
+    return replace("?", text[:longest])
+
+
 # Errors ###############################################################################################################
 #
 # Few, and split by whose fault it is. Each knows the HTTP status and the OpenAI error object it becomes. What Z.ai's
@@ -2377,11 +2382,6 @@ class Record:
         if self.error:
             words.append("error=" + ascii(self.error[:300]))
         return " ".join(words)
-
-
-def plain(text, longest=200, replace=re.compile("[^!-~]").sub):
-    """Somebody else's text as one word of a log line or of a header."""
-    return replace("?", text[:longest])
 
 
 class Histogram:
