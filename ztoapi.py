@@ -2146,6 +2146,14 @@ class Response:
                 raise UpstreamError(f"Z.ai's answer is larger than {limit} bytes.", GIVE_UP)
         return b"".join(parts)
 
+    def read_json(self):
+        """The value that the rest of the body is; None if it is no JSON."""
+        text = self.read_all(1 << 20).decode("utf-8", "replace")
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError):
+            return None
+
     def drain(self, patience=0.1):
         """The answer is complete: wait a moment for the end of the body, as only then the connection can serve again."""
         if not self.framing or self.framing.done:
@@ -2298,14 +2306,9 @@ class Upstream:
             raise self._refusal(response, job.model)
 
     def _refusal(self, response, model):
-        text = response.read_all(1 << 20)
-        try:
-            value = json.loads(text.decode("utf-8", "replace"))
-        except (ValueError, RecursionError):
-            value = None
         status = 404 if response.status == 200 else response.status  # 200: a page where the API should be
         now = self.now()
-        return zai_error(value, status, now, model, seconds_to_wait(response.fields.get("retry-after", ""), now))
+        return zai_error(response.read_json(), status, now, model, seconds_to_wait(response.fields.get("retry-after", ""), now))
 
     def _send(self, path, key, client, data=None):
         """The response to one request, its head read. A used connection that turns out dead is replaced unseen."""
@@ -2328,10 +2331,8 @@ class Upstream:
             with contextlib.closing(self._send("/models", key, client)) as response:
                 if response.status != 200:
                     return self._refusal(response, "")
-                value = json.loads(response.read_all(1 << 20).decode("utf-8", "replace") or "null")
+                value = response.read_json()
                 return None if isinstance(value, dict) and "data" in value else zai_error(value, 404)
-        except ValueError:
-            return zai_error(None, 404)
         except UpstreamError as error:
             return error
 
