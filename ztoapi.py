@@ -1849,7 +1849,7 @@ class Gates:
             self._admit(ticket.model, now)
             if line:
                 line[0].client.wake()  # whoever is the head now keeps the time
-            if not self.lines.get(ticket.model):
+            else:
                 self.lines.pop(ticket.model, None)
                 for key in self.keys:  # model names come from clients: keep only gates that know something
                     gate = self.gates.get((key, ticket.model))
@@ -1888,12 +1888,7 @@ class Gates:
         """The gates the ticket may use: of keys not set aside, else of the one whose turn comes first, rather than failing unasked."""
         keys = [key for key in self.keys if key not in ticket.spent]
         keys = [key for key in keys if key.aside_until <= now] or [min(keys, key=lambda key: key.aside_until)]
-        return [self._gate(key, ticket.model) for key in keys]
-
-    def _gate(self, key, model):
-        if (key, model) not in self.gates:
-            self.gates[key, model] = Gate(key, self.limit)
-        return self.gates[key, model]
+        return [self.gates.setdefault((key, ticket.model), Gate(key, self.limit)) for key in keys]
 
     def _next_chance(self, ticket, now):
         """When the ticket may get a slot though nobody leaves one."""
