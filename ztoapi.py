@@ -3383,17 +3383,15 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
     PACE = 0.02  # seconds between events
 
     def do_GET(self):
-        self._reply(b'{"object":"list","data":[{"id":"glm-4.6","object":"model","created":1759276800,"owned_by":"z-ai"}]}', "application/json")
+        body = b'{"object":"list","data":[{"id":"glm-4.6","object":"model","created":1759276800,"owned_by":"z-ai"}]}'
+        self._head({"Content-Type": "application/json", "Content-Length": len(body)})
+        self.wfile.write(body)
 
     def do_POST(self):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])).decode())
         id = time.strftime("%Y%m%d%H%M%S", time.gmtime(time.time() + 8 * 3600)) + new_id("")[:16]
-        self.send_response(200)
-        for name, value in (("Content-Type", "text/event-stream;charset=UTF-8"), ("Transfer-Encoding", "chunked"), ("X-Log-Id", id)):
-            self.send_header(name, value)
-        self.end_headers()
+        self._head({"Content-Type": "text/event-stream;charset=UTF-8", "Transfer-Encoding": "chunked", "X-Log-Id": id})
         base = {"id": id, "created": int(time.time()), "object": "chat.completion.chunk", "model": request["model"]}
-        count = 0
         for count, delta in enumerate(self.deltas(request), 1):
             self._chunk(encode_event(dict(base, choices=[{"index": 0, "delta": delta}])))
             time.sleep(self.PACE)
@@ -3442,12 +3440,11 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
             return [self.example(schema.get("items"), root, text, depth + 1)]
         return {name: self.example(part, root, text, depth + 1) for name, part in schema.get("properties", {}).items()}
 
-    def _reply(self, body, kind):
+    def _head(self, fields):
         self.send_response(200)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(body)))
+        for name, value in fields.items():
+            self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(body)
 
     def _chunk(self, data):
         self.wfile.write(b"%x\r\n%b\r\n" % (len(data), data))
@@ -3456,19 +3453,15 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
         pass
 
 
-class DemoZai(http.server.ThreadingHTTPServer):
+class DemoZai(socketserver.ThreadingTCPServer):
     """The stand-in, in a thread of its own on a free loopback port."""
 
     daemon_threads, block_on_close = True, False
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), DemoHandler)
-        self.base_url = f"http://127.0.0.1:{self.server_port}/api/paas/v4"
+        self.base_url = f"http://127.0.0.1:{self.server_address[1]}/api/paas/v4"
         threading.Thread(target=self.serve_forever, args=(0.1,), daemon=True).start()
-
-    def server_bind(self):
-        socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = self.server_address
 
     def handle_error(self, request, client_address):
         pass  # the proxy hangs up on us whenever its own client does
