@@ -3476,24 +3476,24 @@ class DemoZai(socketserver.ThreadingTCPServer):
 CHECK_MODELS = {True: ("glm-4.7", "glm-4.5-air"), False: ("glm-4.7-flash", "glm-4.6")}  # of the Coding Plan, or not; the free one first
 
 
-def check(settings, environ, say=print):
-    """Try the road to Z.ai step by step, telling say() of each step. True if a chat would work."""
-    say(f"Python {sys.version.split()[0]} on {sys.platform}, {ssl.OPENSSL_VERSION}, ztoapi {__version__}")
+def check(settings):
+    """Try the road to Z.ai step by step, telling of each step. True if a chat would work."""
+    print(f"Python {sys.version.split()[0]} on {sys.platform}, {ssl.OPENSSL_VERSION}, ztoapi {__version__}")
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
         if value != getattr(Settings(), field.name):
-            say(f"  {field.name.upper()}={', '.join(map(mask, value)) if field.metadata['secret'] else value}")
+            print(f"  {field.name.upper()}={', '.join(map(mask, value)) if field.metadata['secret'] else value}")
     with Server(dataclasses.replace(settings, port=0, host="127.0.0.1")) as server:  # never reached: it brings the demo and the watch
         threading.Thread(target=server.serve_forever, daemon=True).start()
         ours, theirs = socket.socketpair()
         with ours, theirs, server.watch.over(Client(ours, settings)) as client:
             try:
-                return all(step(server, client, say) for step in (check_network, check_keys, check_chat))
+                return all(step(server, client) for step in (check_network, check_keys, check_chat))
             finally:
                 server.stop(0)
 
 
-def check_network(server, client, say):
+def check_network(server, client):
     """DNS, TCP and TLS on the way to ZAI_BASE_URL, or to the proxy that is in force for it."""
     base = urllib.parse.urlsplit(server.settings.zai_base_url)
     host, port, proxy = base.hostname, base.port or (443 if base.scheme == "https" else 80), None
@@ -3502,36 +3502,36 @@ def check_network(server, client, say):
     if proxy:
         parts = urllib.parse.urlsplit(proxy if "//" in proxy else "//" + proxy)
         host, port = parts.hostname, parts.port or 80
-        say(f"ok    proxy for {base.scheme}: {host}:{port} (NO_PROXY={base.hostname} goes around it)")
+        print(f"ok    proxy for {base.scheme}: {host}:{port} (NO_PROXY={base.hostname} goes around it)")
     step, advice = "DNS", "check the name, the network and the resolver"
     try:
         addresses = sorted({info[4][0] for info in socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)})
-        say(f"ok    DNS: {host} is {', '.join(addresses)}")
+        print(f"ok    DNS: {host} is {', '.join(addresses)}")
         step, advice = "TCP", "a firewall may be in between; if there is a proxy to use, set HTTPS_PROXY"
         with socket.create_connection((host, port), CONNECT_TIMEOUT) as sock:
-            say(f"ok    TCP: connected to port {port}")
+            print(f"ok    TCP: connected to port {port}")
             if base.scheme == "https" and not proxy:
                 step, advice = "TLS", "set SSL_CERT_FILE to the certificates to trust, or check the clock"
                 with KeepAliveHandler(server.upstream.pool).tls.wrap_socket(sock, server_hostname=host) as tls:
-                    say(f"ok    TLS: certificate verified, {tls.version()}")
+                    print(f"ok    TLS: certificate verified, {tls.version()}")
         return True
     except OSError as error:
-        say(f"FAIL  {step}: {error}: {advice}")
+        print(f"FAIL  {step}: {error}: {advice}")
         return False
 
 
-def check_keys(server, client, say):
+def check_keys(server, client):
     """Each key against GET {base}/models. True if there is one that Z.ai takes."""
     keys = server.upstream.gates.keys
     if not keys:
-        say("FAIL  key: " + NO_KEY)
+        print("FAIL  key: " + NO_KEY)
     errors = [server.upstream.check_key(key, client) for key in keys]
     for key, error in zip(keys, errors):
-        say(f"FAIL  key {key.name}: {server.settings.redact(error.message)}" if error else f"ok    key {key.name}: accepted")
+        print(f"FAIL  key {key.name}: {server.settings.redact(error.message)}" if error else f"ok    key {key.name}: accepted")
     return None in errors
 
 
-def check_chat(server, client, say):
+def check_chat(server, client):
     """One tiny streamed completion."""
     for model in CHECK_MODELS["/coding/" in server.settings.zai_base_url]:
         request = {"model": model, "messages": [{"role": "user", "content": "Say OK."}], "max_tokens": 16, "stream": True, "enable_thinking": False}
@@ -3541,10 +3541,10 @@ def check_chat(server, client, say):
                 next(answer)
                 ttft_s = time.monotonic() - began
                 collections.deque(answer, 0)
-            say(f"ok    chat: {model} answered, first token after {ttft_s * 1000:.0f} ms")
+            print(f"ok    chat: {model} answered, first token after {ttft_s * 1000:.0f} ms")
             return True
         except ApiError as error:
-            say(f"FAIL  chat with {model}: {server.settings.redact(error.message)}")
+            print(f"FAIL  chat with {model}: {server.settings.redact(error.message)}")
     return False
 
 
@@ -3630,7 +3630,7 @@ def main(environ=os.environ, argv=()):
     logging.basicConfig(level=logging.DEBUG if settings.debug_mode else logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     logging._srcfile, logging.logThreads, logging.logProcesses, logging.logMultiprocessing = None, False, False, False  # as logging's HOWTO advises
     if argv:
-        return 0 if check(settings, environ) else 1
+        return 0 if check(settings) else 1
     return serve(settings)
 
 
