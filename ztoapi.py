@@ -2843,7 +2843,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
     """One connection. What is to be sent is collected in `wfile` and goes out in one call."""
 
     protocol_version = "HTTP/1.1"
-    default_request_version = "HTTP/1.0"  # not 0.9: even the answer to garbage has a head
 
     def version_string(self):
         return "ztoapi"
@@ -2867,8 +2866,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
             return
         self.expect(self.settings.client_timeout)
-        self.fields, self.sink, self.body_size, self.requestline = {}, None, 0, ""
-        self.request_version, self.command = self.default_request_version, None
+        self.fields, self.sink, self.body_size = {}, None, 0
+        self.request_version, self.command = "HTTP/1.0", None  # not 0.9: even the answer to garbage has a head
         self.record = Record(new_id("req_"), self.client_address[0], time.time(), self.clock())
         try:
             if first.startswith(b"\x16"):
@@ -3188,11 +3187,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         client = Client(self.connection, settings, self.sink)
         with self.server.watch.over(client), contextlib.closing(self.server.upstream.relay(job, client, record)) as answer:
             if record.stream:
-                self.stream(answer, envelope)
-            else:
-                completion = self.collect(answer, envelope)
-        if not record.stream:
-            self.answer_json(completion, self.outcome_headers().items())
+                return self.stream(answer, envelope)
+            message, finish_reason, record.usage = collect_completion(itertools.chain.from_iterable(answer))
+        self.answer_json(envelope.completion(message, finish_reason, record.usage), self.outcome_headers().items())
 
     def translator(self, request, zai_request):
         tools = {tool["function"]["name"]: tool["function"]["parameters"] for tool in zai_request.get("tools", ()) if tool["type"] == "function"}
@@ -3208,11 +3205,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             last = chunks[-1]
             write(encode(chunks), last.finish_reason is not None)  # never an empty text, which would be the chunked coding's end
         record.usage = last.usage
-
-    def collect(self, answer, envelope):
-        message, finish_reason, usage = collect_completion(itertools.chain.from_iterable(answer))
-        self.record.usage = usage
-        return envelope.completion(message, finish_reason, usage)
 
     def stream_head(self):
         """The head of a streamed answer; asked for when the first bytes go out, so that it can tell how it came about."""
