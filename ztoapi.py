@@ -2952,23 +2952,22 @@ class Handler(http.server.BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = dispatch
 
     def find_route(self):
+        """The name of the method that answers; the key is checked on the way."""
         self.check_host()
         if self.command == "OPTIONS":
             return "answer_options"
         path = "/" + urllib.parse.unquote(TARGET.match(self.path).group(1), errors="replace").strip("/")
-        for self.route in ROUTES:
-            route = self.route
-            self.match = route.pattern.fullmatch(path)
-            if self.match:
-                if route.needs_key:
-                    self.check_key()
-                method = "GET" if self.command == "HEAD" else self.command
-                if method not in route.methods:
-                    raise RequestError(f"{self.command} is not a method of {path!a}.", status=405, code="method_not_allowed")
-                return route.methods[method]
-        self.check_key()
-        raise RequestError(f"There is nothing at {path!a}: ZtoApi speaks /v1/chat/completions (not the Responses API) and /v1/models.",
-                           status=404, code="not_found")
+        matches = ((route, route.pattern.fullmatch(path)) for route in ROUTES)
+        self.route, self.match = next((pair for pair in matches if pair[1]), (None, None))
+        if self.route is None or self.route.needs_key:
+            self.check_key()
+        if self.route is None:
+            raise RequestError(f"There is nothing at {path!a}: ZtoApi speaks /v1/chat/completions (not the Responses API) and /v1/models.",
+                               status=404, code="not_found")
+        method = "GET" if self.command == "HEAD" else self.command
+        if method not in self.route.methods:
+            raise RequestError(f"{self.command} is not a method of {path!a}.", status=405, code="method_not_allowed")
+        return self.route.methods[method]
 
     def check_host(self):
         """With the well-known key only pages of this computer may reach us: the name in Host tells DNS rebinding."""
