@@ -1805,7 +1805,7 @@ class Gates:
 
     def enter(self, ticket):
         """Wait for a slot; then ticket.gate is it. ClientGone, or a 429 once the ticket has waited QUEUE_TIMEOUT in all."""
-        began = now = self.clock()
+        began = self.clock()
         deadline = began + self.queue_timeout - ticket.waited
         with self.lock:
             bisect.insort(self.lines.setdefault(ticket.model, []), ticket)
@@ -2858,17 +2858,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def setup(self):
         super().setup()
         self.wfile = io.BytesIO()
-        self.settings, self.clock = self.server.settings, time.monotonic
+        self.settings = self.server.settings
 
     def handle_one_request(self):
         first = self.rfile.peek(1)
         if not first or self.server.draining:
             self.close_connection = True
             return
-        self.expect(self.settings.client_timeout)
+        self.set_deadline(self.settings.client_timeout)
         self.fields, self.sink, self.body_size = {}, None, 0
         self.request_version, self.command = "HTTP/1.0", None  # not 0.9: even the answer to garbage has a head
-        self.record = Record(new_id("req_"), self.client_address[0], time.time(), self.clock())
+        self.record = Record(new_id("req_"), self.client_address[0], time.time(), time.monotonic())
         try:
             if first.startswith(b"\x16"):
                 raise RequestError("This port speaks HTTP, not HTTPS.")
@@ -2879,11 +2879,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.refuse(error)
         except ClientGone:
             self.close_connection = True
-        self.expect(KEEP_ALIVE)
+        self.set_deadline(KEEP_ALIVE)
 
-    def expect(self, seconds):
+    def set_deadline(self, seconds):
         """The connection is shut unless it gets on within so many seconds; None: the watch looks after it as a Client."""
-        self.server.deadlines[self.connection] = self.clock() + seconds if seconds else float("inf")
+        self.server.deadlines[self.connection] = time.monotonic() + seconds if seconds else float("inf")
 
     def parse_request(self):
         """The head, to the letter. The base class's email parser would take a bare CR for a line's end, a folded line for a value, and all
@@ -2943,7 +2943,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             log.exception("%s failed; this is a bug", record.id)
             self.answer_error(ApiError(f"Internal error; the log says more under the id {record.id}."))
         finally:
-            record.total_s, self.sink = self.clock() - record.started, None
+            record.total_s, self.sink = time.monotonic() - record.started, None
             log.info("%s", self.settings.redact(record.line()))
             if record.chat:
                 self.server.metrics.finish(record)
@@ -3054,7 +3054,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         try:
             if self.sink and self.sink.started:
                 self.record.status, self.close_connection = error.status, True
-                self.expect(self.settings.client_timeout)  # the watch has let go of the client
+                self.set_deadline(self.settings.client_timeout)  # the watch has let go of the client
                 # No closing chunk, so that the end shows as the cut it is; but browsers, which send an Origin, and the AI SDK lose what
                 # they have not yet read over a cut, and with it the error.
                 self.sink.write(encode_event(body).decode(), last="origin" in self.fields or "ai-sdk/" in self.fields.get("user-agent", ""))
@@ -3103,7 +3103,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def push(self):
         """Send what has been collected, in one call."""
-        self.expect(self.settings.client_timeout)
+        self.set_deadline(self.settings.client_timeout)
         self.connection.sendall(self.collected())
 
     def collected(self):
@@ -3113,7 +3113,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def linger(self):
         """Take what the client is still sending, for a moment: closing on it would reset the connection before the answer is read."""
         self.connection.shutdown(socket.SHUT_WR)
-        self.expect(LINGER)
+        self.set_deadline(LINGER)
         with contextlib.suppress(OSError):
             for _ in range(256):  # 16 MiB
                 if not self.rfile.read1(65536):
@@ -3180,7 +3180,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         include_usage = (request.get("stream_options") or {}).get("include_usage", False)
         envelope = Envelope(new_id("chatcmpl-"), int(record.began), request["model"], include_usage)
         job = Job(encode_request(zai_request), record.model_id, functools.partial(self.translator, request, zai_request))
-        self.expect(None)
+        self.set_deadline(None)
         if record.stream:
             self.sink = EventSink(self.connection, self.stream_head, envelope, self.request_version != "HTTP/1.0", settings.heartbeat)
         client = Client(self.connection, settings, self.sink)
