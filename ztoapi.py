@@ -89,6 +89,7 @@ log = logging.getLogger("ztoapi")
 # One frozen dataclass, one field a variable: its name in capitals is the variable's. To add a setting, add a line.
 
 WELL_KNOWN_KEY = "sk-your-key"  # in the README, hence in every port scanner's list
+REASONING_FORMATS = ("parsed", "raw", "hidden")
 
 
 class SettingsError(ValueError):
@@ -141,10 +142,10 @@ def base_url(text):
 
 
 def aliases(text):
-    pairs = dict(item.split("=", 1) for item in items(text))
-    if not all(alias.strip() and model.strip() for alias, model in pairs.items()):
+    pairs = dict(map(str.strip, item.split("=", 1)) for item in items(text))
+    if not all(pairs) or not all(pairs.values()):
         raise ValueError(text)
-    return {alias.strip(): model.strip() for alias, model in pairs.items()}
+    return pairs
 
 
 def setting(default, parse, allowed, secret=False):
@@ -164,7 +165,7 @@ class Settings:
     zai_base_url: str = setting("https://api.z.ai/api/paas/v4", base_url, "an http or https URL")
     default_stream: bool = setting(True, boolean, "true or false")
     enable_thinking: bool | None = setting(None, boolean, "true or false")  # None: the model decides
-    reasoning_format: str = setting("parsed", one_of("parsed", "raw", "hidden"), "parsed, raw or hidden")
+    reasoning_format: str = setting("parsed", one_of(*REASONING_FORMATS), "parsed, raw or hidden")
     model_aliases: dict[str, str] = setting(dict, aliases, "pairs like gpt-4o=glm-4.6")
     max_concurrency: int = setting(0, whole(0), "a whole number")
     queue_timeout: float = setting(120.0, seconds(0), "seconds")
@@ -482,7 +483,6 @@ NUMBER = (int, float)
 KINDS = {bool: "true or false", str: "a string", dict: "an object", list: "an array", int: "a whole number", NUMBER: "a number",
          (str, list): "a string or an array", (str, dict): "a string or an object"}
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
-REASONING_FORMATS = ("parsed", "raw", "hidden")
 
 
 class Field(NamedTuple):
