@@ -599,6 +599,9 @@ def check_fields(request):
     for name in ("functions", "function_call"):
         if name in request:
             raise RequestError(f"'{name}' is no longer supported: use 'tools' and 'tool_choice'.", name)
+    include_usage = request.get("stream_options", {}).get("include_usage")
+    if include_usage is not None:
+        expect(include_usage, bool, "stream_options.include_usage")
 
 
 def expect(value, kind, param):
@@ -611,8 +614,8 @@ def expect(value, kind, param):
 # Messages
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
-TEXT_PARTS = {"text": "text", "refusal": "refusal"}           # part type -> where its text is
-MEDIA_PARTS = ("image_url", "video_url", "file_url")          # what Z.ai's seeing models take
+TEXT_PARTS = ("text", "refusal")
+MEDIA_PARTS = ("image_url", "video_url", "file_url")  # what Z.ai's seeing models take
 DROPPED_MESSAGE_KEYS = {"name", "refusal", "audio", "annotations", "function_call"}  # OpenAI's; Z.ai has no use for them
 MESSAGE_KEYS = {"role", "content", "tool_calls", "tool_call_id", "reasoning_content"}
 
@@ -671,7 +674,7 @@ def to_zai_part(part, role, param, model):
     """One content part; None for an empty text."""
     kind = expect(expect(part, dict, param).get("type"), str, param + ".type")
     if kind in TEXT_PARTS:
-        text = expect(part.get(TEXT_PARTS[kind]), str, f"{param}.{TEXT_PARTS[kind]}")
+        text = expect(part.get(kind), str, f"{param}.{kind}")
         return {"type": "text", "text": text} if text else None
     if role != "user":
         raise RequestError(f"'{param}': a {role} message takes text only.", param)
@@ -729,9 +732,6 @@ def to_zai_sampling(request, model, changed):
             fields["user_id"] = request["user"]
         else:
             changed.append("user")
-    include_usage = request.get("stream_options", {}).get("include_usage")
-    if include_usage is not None:
-        expect(include_usage, bool, "stream_options.include_usage")
     return fields
 
 
