@@ -1073,6 +1073,7 @@ class Chunk(NamedTuple):
 
 FINISHES = {"stop": "stop", "tool_calls": "tool_calls", "length": "length", "function_call": "tool_calls", "sensitive": "content_filter",
             "content_filter": "content_filter", "model_context_window_exceeded": "length"}
+LONGEST_ANSWER = 64 << 20  # bytes, of one that is held as a whole
 TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<|begin_of_box|>", "<|end_of_box|>")
 
 
@@ -1490,7 +1491,7 @@ class Envelope:
         return dict(answer, usage=usage) if usage else answer
 
 
-def collect_completion(chunks, limit=64 << 20):
+def collect_completion(chunks, limit=LONGEST_ANSWER):
     """(message, finish_reason, usage): the fold of an answer's chunks. UpstreamError beyond `limit` bytes of text."""
     texts, calls, size, finish_reason, usage = {}, {}, 0, None, None
     for chunk in chunks:
@@ -1913,7 +1914,6 @@ NO_KEY = "ZAI_API_KEY is not set where the proxy runs. Get a key (free models ne
 CONNECT_TIMEOUT = 10.0  # seconds, for all addresses of a host together
 KEEP_IDLE = 60.0        # seconds; the usual keep-alive of a front end is 60 to 75
 AT_ONCE = 1.0           # seconds; a used connection that ends later than that was not dead: Z.ai has worked on the request
-LONGEST_ANSWER = 64 << 20
 WBITS = {"gzip": 31, "x-gzip": 31, "deflate": 15}  # codings, as zlib numbers them
 
 
