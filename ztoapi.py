@@ -2051,6 +2051,7 @@ class Response:
     UpstreamError where the body is cut or broken.
     """
 
+    reason = ""  # urllib wants one
     LONG, SHORT = 65536, 2048  # bytes to ask for, after a read that was as long as SHORT, and else: a buffer is held while waiting
 
     def __init__(self, sock, client, pool, pool_key):
@@ -2058,7 +2059,6 @@ class Response:
         self.received, self.status = b"", 100  # received: and not yet read
         while self.status < 200:  # 100 and 103 come before the real one
             version, self.status, self.fields = parse_response_head(self._read_head())
-        self.reason = http.client.responses.get(self.status, "")  # urllib wants one
         fields = self.fields
         self.kind = fields.get("content-type", "").lower()
         self.coding = fields.get("content-encoding", "").lower() or "identity"
@@ -2847,8 +2847,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def version_string(self):
         return "ztoapi"
 
-    def date_time_string(self, timestamp=None):
-        return http_date(int(time.time() if timestamp is None else timestamp))
+    def date_time_string(self):
+        return http_date(int(time.time()))
 
     # Life of a connection
 
