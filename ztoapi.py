@@ -929,7 +929,7 @@ class Dechunker:
 
     def __init__(self, limit=float("inf")):
         self.limit, self.total, self.rest, self.done = limit, 0, b"", False
-        self.left = 0           # of the current chunk and the CRLF behind it
+        self.left = 0           # of a chunk that has not come whole, and the CRLF behind it
         self.trailers = None    # bytes of them, once the last chunk is there
 
     def feed(self, data):
@@ -937,52 +937,45 @@ class Dechunker:
         body, at, end = [], 0, len(data)
         while at < end:
             if self.left:
-                at = self._inside(data, at, body)
-                if self.left:
+                if self.left > 2:
+                    piece = data[at:at + self.left - 2]
+                    body.append(piece)
+                    at, self.left = at + len(piece), self.left - len(piece)
+                elif end - at < 2:
                     break
+                elif data[at:at + 2] == b"\r\n":
+                    at, self.left = at + 2, 0
+                else:
+                    raise ValueError("chunk longer than announced")
                 continue
             line_end = data.find(b"\r\n", at, at + self.LONGEST_LINE)
             if line_end < 0:
                 if end - at >= self.LONGEST_LINE or b"\n" in data[at:]:
                     raise ValueError("chunk line without an end")
                 break
+            line, at = data[at:line_end], line_end + 2
             if self.trailers is not None:
-                self._trailer(data[at:line_end])
-                at = line_end + 2
+                self.trailers += len(line)
+                if self.trailers > 65536 or b"\n" in line:
+                    raise ValueError("broken trailers")
+                self.done = not line
                 if self.done:
                     break
                 continue
-            size, start = chunk_size(data[at:line_end]), line_end + 2
+            size = chunk_size(line)
+            stop = at + size
             self.total += size
             if self.total > self.limit:
                 raise OverflowError("body too large")
-            at = start + size + 2
             if size == 0:
-                self.trailers, at = 0, start
-            elif at <= end and data[at - 2:at] == b"\r\n":  # nearly always
-                body.append(data[start:at - 2])
+                self.trailers = 0
+            elif data[stop:stop + 2] == b"\r\n":  # nearly always
+                body.append(data[at:stop])
+                at = stop + 2
             else:
-                self.left, at = size + 2, start
+                self.left = size + 2
         self.rest = data[at:]
         return body[0] if len(body) == 1 else b"".join(body)
-
-    def _inside(self, data, at, body):
-        """Take what there is of a chunk that is not there whole; the new position."""
-        piece = data[at:at + max(0, self.left - 2)]
-        body.append(piece)
-        at += len(piece)
-        self.left -= len(piece)
-        if self.left == 2 and len(data) - at >= 2:
-            if data[at:at + 2] != b"\r\n":
-                raise ValueError("chunk longer than announced")
-            self.left, at = 0, at + 2
-        return at
-
-    def _trailer(self, line):
-        self.trailers += len(line)
-        if self.trailers > 65536 or b"\n" in line:
-            raise ValueError("broken trailers")
-        self.done = not line
 
 
 class Counted:
