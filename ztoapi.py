@@ -210,7 +210,9 @@ class Settings:
     def secrets(self):
         """The keys, and the halves of a Z.ai key (id.secret), which Z.ai may quote on their own."""
         keys = self.zai_api_key + tuple(key for key in self.default_key if len(key) >= 8 and key != WELL_KNOWN_KEY)
-        return tuple(part for key in keys for part in [key, *(half for half in key.split(".") if len(half) >= 8)])
+        parts = [part for key in keys for part in [key, *(half for half in key.split(".") if len(half) >= 8)]]
+        parts += [ascii(part)[1:-1] for part in parts]  # as a message quotes it
+        return tuple(sorted(set(parts), key=len, reverse=True))  # the longest first: one may begin like another
 
     def redact(self, text):
         """`text` without any secret: what is logged, and what Z.ai said, passes through here."""
@@ -523,8 +525,14 @@ def whole_number(text):
 
 
 def decimal_number(text):
+    value = finite(text)
+    return no_number(text) if value is None else value
+
+
+def finite(text):
+    """The number, unless it is too large to be one: JSON has no word for infinity."""
     value = float(text)
-    return value if abs(value) != float("inf") else no_number(text)
+    return None if abs(value) == float("inf") else value
 
 
 _decode_strictly = json.JSONDecoder(parse_constant=no_number, parse_int=whole_number, parse_float=decimal_number).decode
@@ -795,13 +803,13 @@ def to_zai_thinking(request, model, default, changed):
     kind = expect(thinking.get("type", ""), str, "thinking.type")
     if kind and kind not in ("enabled", "disabled"):
         raise RequestError("'thinking.type' must be enabled or disabled.", "thinking.type")
-    effort, wish = request.get("reasoning_effort"), default
+    effort, wish, asked = request.get("reasoning_effort"), default, "thinking"
     if kind:
         wish = kind == "enabled"
     elif "enable_thinking" in request:
-        wish = request["enable_thinking"]
+        wish, asked = request["enable_thinking"], "enable_thinking"
     elif effort:
-        wish = effort not in ("none", "minimal")
+        wish, asked = effort not in ("none", "minimal"), "reasoning_effort"
     if wish is not None:
         thinking["type"] = "enabled" if wish else "disabled"
     fields = {"thinking": thinking} if thinking else {}
@@ -811,11 +819,11 @@ def to_zai_thinking(request, model, default, changed):
         changed += [name for name in ("thinking", "enable_thinking", "reasoning_effort") if name in request]
         return {}
     if model.thinking == ALWAYS and wish is False:  # disabled is a 400 there; the least it takes is low
-        changed.append("thinking")
+        changed.append(asked)
         thinking["type"], effort = "enabled", "low"
     if model.thinking in (GRADED, ALWAYS) and effort and thinking["type"] == "enabled":
         fields["reasoning_effort"] = GRADES[effort]
-    if effort and fields.get("reasoning_effort") != effort:
+    if fields.get("reasoning_effort") != request.get("reasoning_effort") and "reasoning_effort" in request:
         changed.append("reasoning_effort")
     return fields
 
@@ -851,7 +859,7 @@ def encode_request(zai_request):
 
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode  # made once: json.dumps costs twice that
 _quote = json.encoder.encode_basestring
-_decoder = json.JSONDecoder(parse_constant=lambda name: None)  # Python would read NaN, and then not write it
+_decoder = json.JSONDecoder(parse_constant=lambda name: None, parse_float=finite)  # what it could not write
 _scan = _decoder.scan_once  # the C function itself: StopIteration where there is no value
 
 
@@ -872,9 +880,10 @@ def encode_event(value):
 
 # Heads of HTTP, as text in latin-1, with the line ends they came with. No folding, and no CR but the line's own.
 TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-REQUEST_LINE = re.compile(rf"({TOKEN}) ([!-~\x80-\xff]+) (HTTP/[1-9]\.[0-9])\r?\n")
+REQUEST_LINE = re.compile(rf"(?=[^ ]{{1,20}} )({TOKEN}) ([!-~\x80-\xff]+) (HTTP/[1-9]\.[0-9])\r?\n")
 STATUS_LINE = re.compile(r"(HTTP/1\.[0-9]) ([1-9][0-9][0-9])(?: [^\r\n]*)?\r?\n")
 FIELD_LINE = re.compile(rf"^({TOKEN}):([^\0\r\n]*)\r?\n", re.MULTILINE)
+TRAILER = re.compile(rf"{TOKEN}:[^\0\r\n]*".encode())
 LENGTH = re.compile("[0-9]{1,15}")
 LONGEST_HEAD = 65536  # bytes
 HEAD_END = re.compile(rb"\r?\n\r?\n")
@@ -956,7 +965,7 @@ class Dechunker:
             line, at = data[at:line_end], line_end + 2
             if self.trailers is not None:
                 self.trailers += len(line)
-                if self.trailers > 65536 or b"\n" in line:
+                if self.trailers > 65536 or line and not TRAILER.fullmatch(line):
                     raise ValueError("broken trailers")
                 self.done = not line
                 if self.done:
@@ -1163,7 +1172,7 @@ class ChunkTranslator:
         self.splitters = {"content": TagSplitter(), "reasoning": TagSplitter()}
         self.leak = None        # the text of a leaking <tool_call>, and where it leaks
         self.fence = FenceStripper() if self.unfence else None
-        self.plain = False      # content passes as it is: nothing is held back and nothing is open
+        self.plain = None       # the field whose text passes as it is, while nothing is held back and nothing is open
 
     # What comes in
 
@@ -1179,10 +1188,10 @@ class ChunkTranslator:
         try:
             choice = value["choices"][0]
             delta = choice["delta"]
-            text = delta["content"]
-            if (self.plain and type(text) is str and text and "<" not in text and "finish_reason" not in choice
+            text = delta[self.plain]
+            if (type(text) is str and text and "<" not in text and "finish_reason" not in choice and "usage" not in value
                     and (len(delta) == 1 or len(delta) == 2 and "role" in delta)):
-                return (Chunk({"content": text}),)  # nine of ten events
+                return (Chunk({self.plain: text}),)  # nine of ten events
         except (KeyError, IndexError, TypeError):
             pass
         if not isinstance(value, dict):
@@ -1247,10 +1256,11 @@ class ChunkTranslator:
         return chunks
 
     def _delta(self, delta):
-        chunks = []
+        chunks, self.plain = [], None
         for name, lane, other in (("reasoning_content", "reasoning", "content"), ("content", "content", "reasoning")):
             text = delta.get(name)
             if text and isinstance(text, str):
+                self.plain = name if lane in self.begun and (lane == "content" or self.reasoning == "parsed") else None
                 chunks += self._flush(other) + self._text(lane, self.splitters[lane].feed(text))
         calls = delta.get("tool_calls")
         if isinstance(calls, list) and calls:
@@ -1259,8 +1269,8 @@ class ChunkTranslator:
             for call in calls:
                 if isinstance(call, dict):
                     chunks += self._call(call, touched)
-        self.plain = ("content" in self.begun and not (self.thinking or self.raw_open or self.fence or self.splitters["content"].held)
-                      and self.leak is None)
+        if self.thinking or self.raw_open or self.fence or self.leak is not None or any(splitter.held for splitter in self.splitters.values()):
+            self.plain = None
         return chunks
 
     def close(self):
@@ -1470,8 +1480,8 @@ class Envelope:
                     texts.append("data: " + self._head + '],"usage":' + _encode(usage) + "}\n\n")
                 texts.append("data: [DONE]\n\n")
             else:
-                text = delta.get("content") if len(delta) == 1 else None  # a string alone is quoted much faster than an object is encoded
-                texts.append(self._text(_encode(delta) if text is None else '{"content":' + _quote(text) + "}"))
+                (name, text), = delta.items()  # a string alone is quoted much faster than an object is encoded
+                texts.append(self._text('{"' + name + '":' + _quote(text) + "}" if type(text) is str else _encode(delta)))
         return "".join(texts)
 
     def _text(self, delta, finish_reason="null"):
@@ -2855,6 +2865,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def handle_one_request(self):
         first = self.rfile.peek(1)
+        blank = self.rfile.read(2) if first.startswith(b"\r") else b""
+        if blank == b"\r\n":  # left behind by an old client: no request has begun yet
+            first = self.rfile.peek(1)
         if not first or self.server.draining:
             self.close_connection = True
             return
@@ -2865,8 +2878,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         try:
             if first.startswith(b"\x16"):
                 raise RequestError("This port speaks HTTP, not HTTPS.")
-            if first.startswith(b"\r\n"):
-                self.rfile.read(2)  # left behind by an old client
+            if blank not in (b"", b"\r\n"):
+                raise RequestError("Malformed request line.")
             super().handle_one_request()
         except ApiError as error:
             self.refuse(error)
@@ -2885,12 +2898,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not found:
             raise RequestError("Malformed request line.")
         self.command, self.path, self.request_version = found.groups()
-        self.record.method, self.record.path = self.command, self.path.partition("?")[0]
+        self.record.method, self.record.path = self.command, self.settings.redact(self.path.partition("?")[0])  # before it is cut
         if not self.request_version.startswith("HTTP/1."):
             raise RequestError("The only HTTP versions spoken here are 1.0 and 1.1.", status=505, code="http_version_not_supported")
         self.fields = parse_request_fields(self.read_field_lines())
         self.body_size = self.framing()
-        options = [option.strip() for option in self.fields.get("connection", "").lower().split(",")]
+        options = [option.strip(" \t") for option in self.fields.get("connection", "").lower().split(",")]
         self.close_connection = "close" in options or self.request_version == "HTTP/1.0"
         return True
 
@@ -2974,7 +2987,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def check_key(self):
         scheme, _, bearer = self.fields.get("authorization", "").partition(" ")
-        given = [bearer.strip() if scheme.lower() == "bearer" else "", self.fields.get("x-api-key", ""), self.fields.get("api-key", "")]
+        given = [bearer.strip(" \t") if scheme.lower() == "bearer" else "", self.fields.get("x-api-key", ""), self.fields.get("api-key", "")]
         matches = [hmac.compare_digest(key.encode(), text.encode("utf-8", "replace")) for key in self.settings.default_key for text in given]
         if not any(matches):
             raise RequestError("Incorrect API key: send the proxy's DEFAULT_KEY as Authorization: Bearer KEY." if any(given) else
@@ -3069,7 +3082,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def send_error(self, code, message=None, explain=None):
         """The base class's complaints, as JSON."""
         status = HTTPStatus(code)
-        self.refuse(RequestError(message or status.phrase, status=code, code=status.name.lower()))
+        name = "uri_too_long" if code == 414 else status.name.lower()  # which Python 3.13 has renamed
+        self.refuse(RequestError(message or name.replace("_", " ").capitalize() + ".", status=code, code=name))
 
     def send_common_headers(self, kind, headers):
         for name, value in itertools.chain((("Content-Type", kind), ("x-request-id", self.record.id), ("X-Content-Type-Options", "nosniff")),
@@ -3163,7 +3177,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.server.metrics.begin()
         request = read_json_object(self.read_body())
         request["stream"] = wants_stream(request, self.fields.get("accept", ""), self.fields.get("user-agent", ""), settings.default_stream)
-        record.model = str(request.get("model", ""))[:100]
+        record.model = settings.redact(str(request.get("model", "")))[:100]
         zai_request, record.changed = to_zai_request(request, settings)
         record.model_id, record.stream = zai_request["model"], request["stream"]
         if log.isEnabledFor(logging.DEBUG):
