@@ -582,7 +582,8 @@ def to_zai_request(request, settings):
     zai_request.update(to_zai_tools(request, instructions, changed))
     zai_request.update(to_zai_thinking(request, model, settings.enable_thinking, changed))
     zai_request.update(to_zai_format(request, instructions, changed))
-    insert_instructions(zai_request["messages"], instructions)
+    if instructions:
+        insert_instructions(zai_request["messages"], instructions)
     if request.get("stream", settings.default_stream) and zai_request.get("tools") and model and model.tool_stream:
         zai_request.setdefault("tool_stream", True)
     changed += [name for name in request if name in DROPPED]
@@ -2016,8 +2017,10 @@ class KeepAliveConnection(http.client.HTTPConnection):
         lines = [f"{method} {url} HTTP/1.1", *ZaiRequest.HEAD, *(f"{name}: {value}" for name, value in headers.items())]
         if body:
             lines.append(f"Content-Length: {len(body)}")
-        with contextlib.suppress(ConnectionError):  # it may have answered before it closed: whoever reads finds out
+        try:
             self.sock.sendall("\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + (body or b""))
+        except ConnectionError:
+            pass  # it may have answered before it closed: whoever reads finds out
 
     def getresponse(self):
         response = Response(self.sock, self.zai_request.client, self.pool, self.pool_key)
