@@ -1270,7 +1270,8 @@ class ChunkTranslator:
             for call in calls:
                 if isinstance(call, dict):
                     chunks += self._call(call, touched)
-        if self.thinking or self.raw_open or self.fence or self.leak is not None or any(splitter.held for splitter in self.splitters.values()):
+        held = self.splitters["content"].held or self.splitters["reasoning"].held
+        if held or self.thinking or self.raw_open or self.fence or self.leak is not None:
             self.plain = None
         return chunks
 
@@ -2281,7 +2282,7 @@ class Upstream:
                         if not translator.finish:
                             raise
                         data = b""  # a cut behind the finish: the answer is whole
-                    if data.lstrip().startswith(b"{") and "json" in response.kind:  # one JSON body where a stream was asked for is one event
+                    if "json" in response.kind and data.lstrip().startswith(b"{"):  # one JSON body where a stream was asked for is one event
                         events, data = [(data + response.read_all(LONGEST_ANSWER)).decode("utf-8", "replace")], b""
                     else:
                         events = decoder.feed(data) if data else decoder.close()
