@@ -272,7 +272,7 @@ class RequestError(ApiError):
     status, type, code = 400, "invalid_request_error", "invalid_value"
 
 
-# What to do after a failure, while nothing of the answer has been sent.
+# What to do after a failure, while nothing of the answer has come.
 GIVE_UP = "give up"        # it cannot heal
 TRY_AGAIN = "try again"    # after a backoff, MAX_RETRIES times
 SLOW_DOWN = "slow down"    # back to the head of the queue, as often as QUEUE_TIMEOUT allows
@@ -1912,8 +1912,8 @@ class Gates:
 
 # Upstream #############################################################################################################
 #
-# urllib.request with connections that stay open, and the one rule of retrying: as long as nothing of the answer has been
-# sent to the client, and only for what can heal.
+# urllib.request with connections that stay open, and the one rule of retrying: as long as nothing of the answer has come,
+# and only for what can heal.
 
 NO_KEY = "ZAI_API_KEY is not set where the proxy runs. Get a key (free models need one too) at https://z.ai/manage-apikey/apikey-list."
 CONNECT_TIMEOUT = 10.0  # seconds, for all addresses of a host together
@@ -2750,6 +2750,7 @@ function setRunning(isRunning, outcome, failed = false) {
 
 async function chat(event) {
   event.preventDefault();
+  if (!key) return $("key-form").reportValidity();
   const messages = [{ role: "user", content: $("message").value }];
   const body = JSON.stringify({ model: $("model").value, messages, stream: true, enable_thinking: $("thinking").checked });
   running = new AbortController();
