@@ -2276,12 +2276,7 @@ class Upstream:
         with contextlib.closing(self._open(job, key, client, record)) as response:
             try:
                 while not translator.complete:
-                    try:
-                        data = response.read()
-                    except UpstreamError:
-                        if not translator.finish:
-                            raise
-                        data = b""  # a cut behind the finish: the answer is whole
+                    data = self._read_on(response, translator)
                     if "json" in response.kind and data.lstrip().startswith(b"{"):  # one JSON body where a stream was asked for is one event
                         events, data = [(data + response.read_all(LONGEST_ANSWER)).decode("utf-8", "replace")], b""
                     else:
@@ -2296,6 +2291,16 @@ class Upstream:
                 response.drain()
             finally:
                 record.repaired += translator.repaired
+
+    @staticmethod
+    def _read_on(response, translator):
+        """What comes next; b"" at the end, and at a cut behind the finish: the answer is whole then."""
+        try:
+            return response.read()
+        except UpstreamError:
+            if translator.finish:
+                return b""
+            raise
 
     def _open(self, job, key, client, record):
         """The Response, if its status is 200; UpstreamError otherwise."""
