@@ -125,7 +125,7 @@ def items(text):
     return tuple(item.strip() for item in text.split(",") if item.strip())
 
 
-def secrets(text):
+def keys(text):
     if not all(re.fullmatch("[!-~]+", key) for key in items(text)):  # they travel in a header
         raise ValueError(text)
     return items(text)
@@ -160,8 +160,8 @@ class Settings:
 
     port: int = setting(9090, whole(0, 65535), "a port from 0 to 65535")
     host: str = setting("127.0.0.1", str, "an address of this machine")
-    default_key: tuple[str, ...] = setting((WELL_KNOWN_KEY,), secrets, "one or more keys of printable ASCII", secret=True)
-    zai_api_key: tuple[str, ...] = setting((), secrets, "one or more keys of printable ASCII", secret=True)
+    default_key: tuple[str, ...] = setting((WELL_KNOWN_KEY,), keys, "one or more keys of printable ASCII", secret=True)
+    zai_api_key: tuple[str, ...] = setting((), keys, "one or more keys of printable ASCII", secret=True)
     zai_base_url: str = setting("https://api.z.ai/api/paas/v4", base_url, "an http or https URL")
     default_stream: bool = setting(True, boolean, "true or false")
     enable_thinking: bool | None = setting(None, boolean, "true or false")  # None: the model decides
@@ -860,7 +860,7 @@ def encode_request(zai_request):
 
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode  # made once: json.dumps costs twice that
 _quote = json.encoder.encode_basestring
-_decoder = json.JSONDecoder(parse_constant=lambda name: None, parse_float=finite)  # what it could not write
+_decoder = json.JSONDecoder(parse_constant=lambda name: None, parse_float=finite)  # NaN and 1e999 can be read and not be written
 _scan = _decoder.scan_once  # the C function itself: StopIteration where there is no value
 
 
@@ -879,12 +879,13 @@ def encode_event(value):
     return b"data: " + encode_json(value) + b"\n\n"
 
 
-# Heads of HTTP, as text in latin-1, with the line ends they came with. No folding, and no CR but the line's own.
+# Heads of HTTP, as text in latin-1, with the line ends they came with. No folding, and no CR but the line's own. A method has at most 20
+# letters: it is logged and quoted before any key is checked.
 TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 REQUEST_LINE = re.compile(rf"(?=[^ ]{{1,20}} )({TOKEN}) ([!-~\x80-\xff]+) (HTTP/[1-9]\.[0-9])\r?\n")
 STATUS_LINE = re.compile(r"(HTTP/1\.[0-9]) ([1-9][0-9][0-9])(?: [^\r\n]*)?\r?\n")
 FIELD_LINE = re.compile(rf"^({TOKEN}):([^\0\r\n]*)\r?\n", re.MULTILINE)
-TRAILER = re.compile(rf"{TOKEN}:[^\0\r\n]*".encode())
+TRAILER = re.compile(rf"{TOKEN}:[^\0\r\n]*".encode())  # a field line behind a chunked body, without its end
 LENGTH = re.compile("[0-9]{1,15}")
 LONGEST_HEAD = 65536  # bytes
 HEAD_END = re.compile(rb"\r?\n\r?\n")
