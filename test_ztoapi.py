@@ -1,11 +1,10 @@
-"""Tests of ztoapi: `python -m pytest`. Also `python3 test_ztoapi.py bench` and `python3 test_ztoapi.py soak 120`.
+"""Tests of ztoapi: `python -m pytest`. `.ci/` holds the benchmark and the soak test.
 
-The pure parts are tested by tables; the rest through real sockets, against a fake Z.ai whose every answer is a script: a list
-of what it sends, sleeps and does. Z.ai's bytes are as they were captured (see each case).
+The pure parts are tested by tables; the rest through real sockets, against a fake Z.ai whose every answer is a script:
+a list of what it sends, sleeps and does. Z.ai's bytes are as they were captured (see each case).
 """
 
 import ast
-import asyncio
 import collections
 import contextlib
 import copy
@@ -25,39 +24,66 @@ import select
 import signal
 import socket
 import ssl
-import statistics
 import struct
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import types
 import urllib.parse
-import zlib
+from typing import NamedTuple
 
 import pytest
 
 import ztoapi
-from ztoapi import GIVE_UP, NEXT_KEY, SLOW_DOWN, TRY_AGAIN, ChunkTranslator, Settings, SSEDecoder, UpstreamError, zai_error
+from ztoapi import (
+    GIVE_UP,
+    KEY_RESTS,
+    MODEL_RESTS,
+    OVERLOAD,
+    TOO_FAST,
+    TOO_MANY,
+    TRY_AGAIN,
+    ApiError,
+    RequestError,
+    Settings,
+    SSEDecoder,
+    UpstreamError,
+    zai_error,
+)
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 KEY = "sk-test-0123456789"
 ZAI_KEY = "0123456789abcdef0123.ZaiSecretZaiSecret"
+CHAT = "/v1/chat/completions"
 
 
 # The fake Z.ai ########################################################################################################
+#
+# A script is a list: bytes are sent, numbers are seconds slept, callables are called with the fake and the request, and
+# two words end the connection.
 
-RESET, CLOSE = "reset", "close"  # script steps; bytes are sent, numbers slept, callables called with the fake and the request
-USAGE = {"prompt_tokens": 28, "completion_tokens": 185, "total_tokens": 213, "prompt_tokens_details": {"cached_tokens": 0},
-         "completion_tokens_details": {"reasoning_tokens": 182}}
+RESET, CLOSE = "reset", "close"
+USAGE = {
+    "prompt_tokens": 28,
+    "completion_tokens": 185,
+    "total_tokens": 213,
+    "prompt_tokens_details": {"cached_tokens": 0},
+    "completion_tokens_details": {"reasoning_tokens": 182},
+}
+LOG_ID = "20260711073209851e7f8c12c44579"
 
 
 def event(delta=None, finish=None, usage=None, id="202607311536357f405a2f5c6b495d", **more):
     """One SSE event in Z.ai's dialect: no finish_reason until the end, no object key order of OpenAI's."""
     choice = {"index": 0, "delta": delta}
     if finish:
-        choice = {"index": 0, "finish_reason": finish, "delta": delta if delta is not None else {"role": "assistant", "content": ""}}
-    value = dict({"id": id, "created": 1785483395, "object": "chat.completion.chunk", "model": "glm-5.2", "choices": [choice]}, **more)
+        choice = {"index": 0, "finish_reason": finish, "delta": delta}
+        if delta is None:
+            choice["delta"] = {"role": "assistant", "content": ""}
+    value = {"id": id, "created": 1785483395, "object": "chat.completion.chunk", "model": "glm-5.2"}
+    value.update({"choices": [choice]}, **more)
     if usage:
         value["usage"] = usage
     return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
@@ -72,14 +98,15 @@ def think(text):
 
 
 def call(name="get_weather", arguments='{"city":"Paris"}', id="call_438b313737df40b7b2972a81", index=0):
-    return event({"tool_calls": [{"id": id, "index": index, "type": "function", "function": {"name": name, "arguments": arguments}}]})
+    function = {"name": name, "arguments": arguments}
+    return event({"tool_calls": [{"id": id, "index": index, "type": "function", "function": function}]})
 
 
 FINISH = event(finish="stop", usage=USAGE)
 DONE = b"data: [DONE]\n\n"
 HEALTHY = (think("The"), think(" user"), say("Hel"), say("lo"), FINISH, DONE)
-HEAD = (b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream;charset=UTF-8\r\nX-Log-Id: 20260711073209851e7f8c12c44579\r\n"
-        b"Transfer-Encoding: chunked\r\n\r\n")
+HEAD = (b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream;charset=UTF-8\r\nX-Log-Id: %b\r\n"
+        b"Transfer-Encoding: chunked\r\n\r\n" % LOG_ID.encode())
 END = b"0\r\n\r\n"
 
 
@@ -89,14 +116,21 @@ def chunked(data):
 
 def stream(*events, end=True):
     """A script: a streamed answer, an event a chunk, as Z.ai sends it."""
-    return [HEAD] + [chunked(e) if isinstance(e, bytes) else e for e in events] + ([END] if end else [])
+    steps = [chunked(step) if isinstance(step, bytes) else step for step in events]
+    return [HEAD, *steps] + ([END] if end else [])
 
 
 def answer(status, value, *headers):
     """A script: a whole answer."""
     body = value if isinstance(value, bytes) else json.dumps(value, ensure_ascii=False).encode()
     kind = "text/html" if body.startswith(b"<") else "application/json; charset=UTF-8"
-    lines = ["HTTP/1.1 %d X" % status, "Content-Type: " + kind, "Content-Length: %d" % len(body), "X-Log-Id: 20260711073209851e7f8c12c44579", *headers]
+    lines = [
+        f"HTTP/1.1 {status} X",
+        f"Content-Type: {kind}",
+        f"Content-Length: {len(body)}",
+        f"X-Log-Id: {LOG_ID}",
+        *headers,
+    ]
     return [("\r\n".join(lines) + "\r\n\r\n").encode() + body]
 
 
@@ -108,13 +142,22 @@ class FakeZai:
     """Plays `scripts`, one a request, then `default` for ever. `limit`: more requests in flight get a 1302."""
 
     def __init__(self, tls=None):
-        self.scripts, self.default = collections.deque(), stream(*HEALTHY)
-        self.requests, self.connections, self.cut_by_client, self.limit, self.refused = [], 0, 0, None, 0
-        self.in_flight, self.most_in_flight, self.lock, self.tls = 0, 0, threading.Lock(), tls
+        self.tls = tls
+        self.scripts = collections.deque()
+        self.default = stream(*HEALTHY)
+        self.limit = None
+        self.lock = threading.Lock()
+        self.requests = []
+        self.connections = 0
+        self.cut_by_client = 0
+        self.in_flight = 0
+        self.most_in_flight = 0
+        self.refused = 0
+        self.open = set()
         self.socket = socket.create_server(("127.0.0.1", 0), backlog=512)
         self.port = self.socket.getsockname()[1]
-        self.url = "http%s://%s:%d/api/paas/v4" % ("s" if tls else "", "localhost" if tls else "127.0.0.1", self.port)
-        self.open = set()
+        origin = f"https://localhost:{self.port}" if tls else f"http://127.0.0.1:{self.port}"
+        self.url = origin + "/api/paas/v4"
         threading.Thread(target=self.accept, daemon=True).start()
 
     def accept(self):
@@ -138,26 +181,31 @@ class FakeZai:
         self.open.discard(sock)
 
     def one(self, sock, file):
+        """Answer one request; true if another may come."""
         line = file.readline()
         if not line:
             return False
         headers = http.client.parse_headers(file)
         body = file.read(int(headers.get("Content-Length", 0)))
         method, path, _ = line.decode().split()
-        request = {"method": method, "path": path, "headers": headers, "body": json.loads(body) if body else None}
-        with self.lock:
-            self.requests.append(request)
-            self.in_flight += 1
-            over = self.limit is not None and self.in_flight > self.limit
-            self.refused += over
-            if not over:
-                self.most_in_flight = max(self.most_in_flight, self.in_flight)
-            script = refusal(429, "1302", "Rate limit reached for requests") if over else self.scripts.popleft() if self.scripts else self.default
+        value = json.loads(body) if body else None
+        request = {"method": method, "path": path, "headers": headers, "body": value}
+        script = self.script_for(request)
         try:
             return self.play(sock, script(request) if callable(script) else script, request)
         finally:
             with self.lock:
                 self.in_flight -= 1
+
+    def script_for(self, request):
+        with self.lock:
+            self.requests.append(request)
+            self.in_flight += 1
+            if self.limit is not None and self.in_flight > self.limit:
+                self.refused += 1
+                return refusal(429, "1302", "Rate limit reached for requests")
+            self.most_in_flight = max(self.most_in_flight, self.in_flight)
+            return self.scripts.popleft() if self.scripts else self.default
 
     def play(self, sock, script, request):
         for step in script:
@@ -206,13 +254,162 @@ def zai():
     fake.close()
 
 
+# The raw client #######################################################################################################
+#
+# Bytes in, replies out. exchange() sends one request more behind what it is given, the sentinel: a good request must
+# leave it to be answered, a broken one must never let it be.
+
+SENTINEL = b"GET /health?last HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+
+
+class Reply(NamedTuple):
+    status: int
+    headers: http.client.HTTPMessage
+    body: bytes
+    clean: bool = True  # the body came to its end
+
+    def json(self):
+        return json.loads(self.body.decode())
+
+    def error(self):
+        return self.json()["error"]
+
+
+def raw_request(method, path, *lines, body=b"", auth=True, version="HTTP/1.1"):
+    """The bytes of a request. `lines` are further header lines; one that tells the host or the body's length replaces
+    ours. `auth`: True, another key, or False."""
+    head = [f"{method} {path} {version}"]
+    names = [line.partition(":")[0].lower() for line in lines]
+    if "host" not in names:
+        head.append("Host: localhost")
+    if auth:
+        head.append(f"Authorization: Bearer {KEY if auth is True else auth}")
+    if body and not {"content-length", "transfer-encoding"} & set(names):
+        head.append(f"Content-Length: {len(body)}")
+    return "\r\n".join([*head, *lines, "", ""]).encode("latin-1") + body
+
+
+def raw_chat(body, lines=(), key=KEY):
+    data = json.dumps(body).encode()
+    return raw_request("POST", CHAT, "Content-Type: application/json", *lines, body=data, auth=key)
+
+
+def read_reply(file, to_head=False):
+    """One response from a file, None at its end. `to_head`: it answers a HEAD request, so it has no body."""
+    line = file.readline()
+    if not line:
+        return None
+    assert line.startswith(b"HTTP/1.1 "), line
+    status = int(line.split()[1])
+    headers = http.client.parse_headers(file)
+    if to_head or status in (100, 204):
+        return Reply(status, headers, b"")
+    if headers.get("Transfer-Encoding") == "chunked":
+        return Reply(status, headers, *read_chunked(file))
+    if "Content-Length" not in headers:
+        return Reply(status, headers, file.read())
+    size = int(headers["Content-Length"])
+    body = file.read(size)
+    return Reply(status, headers, body, len(body) == size)
+
+
+def read_chunked(file):
+    """(body, whether its end came)."""
+    decoder = ztoapi.Dechunker()
+    body = b""
+    with contextlib.suppress(OSError):
+        while not decoder.done:
+            data = file.readline()
+            if not data:
+                break
+            body += decoder.feed(data)
+    return body, decoder.done
+
+
+def read_to_end(sock):
+    """All bytes until the other side closes. A socket.timeout is a hang and fails the test, as does a reset."""
+    return b"".join(iter(lambda: sock.recv(65536), b""))
+
+
+def replies_in(data, *heads):
+    """All responses in `data`; `heads`: the positions of those that answer HEAD requests."""
+    file = io.BytesIO(data)
+    found = []
+    while True:
+        reply = read_reply(file, len(found) in heads)
+        if reply is None:
+            return found
+        found.append(reply)
+
+
+def talk(proxy, data):
+    """All bytes that come back for `data`."""
+    with socket.create_connection(("127.0.0.1", proxy.port), 5) as sock:
+        sock.sendall(data)
+        return read_to_end(sock)
+
+
+def exchange(proxy, data, *heads):
+    """The replies to `data` and to the sentinel behind it."""
+    return replies_in(talk(proxy, data + SENTINEL), *heads)
+
+
+def statuses(proxy, data, *heads):
+    return [reply.status for reply in exchange(proxy, data, *heads)]
+
+
+def read_stream(sock):
+    """(status, headers, events, clean) of the answer on a raw socket, which may be an error with a JSON body."""
+    with sock.makefile("rb") as file:
+        reply = read_reply(file)
+    if "event-stream" not in reply.headers["Content-Type"]:
+        return reply.status, reply.headers, [reply.json()], reply.clean
+    return reply.status, reply.headers, events_in(reply.body), reply.clean
+
+
+def events_in(body):
+    """The events of a chat stream, parsed, "[DONE]" and all."""
+    blocks = [block for block in body.decode().split("\n\n") if block]
+    assert [block for block in blocks if not block.startswith("data: ") or "\n" in block] == []
+    return [block[6:] if block == "data: [DONE]" else json.loads(block[6:]) for block in blocks]
+
+
+def choices_of(events):
+    return [event["choices"][0] for event in events if isinstance(event, dict) and event.get("choices")]
+
+
+def said(events, field="content"):
+    """The text of a stream's deltas."""
+    return "".join(choice["delta"].get(field) or "" for choice in choices_of(events))
+
+
+def finish_of(events):
+    return [choice["finish_reason"] for choice in choices_of(events) if choice["finish_reason"]]
+
+
 # The proxy under test #################################################################################################
+
+def chat_body(**fields):
+    return dict({"model": "GLM-4.6", "messages": [{"role": "user", "content": "Hi"}]}, **fields)
+
+
+JSON_CHAT = json.dumps(chat_body(stream=False)).encode()
+
+
+def eventually(condition, seconds=5):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
+
 
 class Proxy:
     """A ztoapi.Server in a thread, and the calls tests make to it."""
 
     def __init__(self, environ):
-        self.settings = ztoapi.Settings.from_environ(environ)
+        self.settings = Settings.from_environ(environ)
         self.server = ztoapi.Server(self.settings)
         self.port = self.server.server_port
         self.thread = threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True)
@@ -226,98 +423,52 @@ class Proxy:
     def call(self, method, path, body=None, headers=(), key=KEY):
         """(status, headers, parsed JSON or text) over a connection of its own."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
-        headers = dict({"Authorization": "Bearer " + key} if key else {}, **dict(headers))
+        fields = {"Authorization": f"Bearer {key}"} if key else {}
+        fields.update(headers)
         data = json.dumps(body).encode() if isinstance(body, (dict, list)) else body
         try:
-            connection.request(method, path, data, headers)
+            connection.request(method, path, data, fields)
             response = connection.getresponse()
             text = response.read().decode()
         finally:
             connection.close()
-        return response.status, response.headers, json.loads(text) if "json" in response.headers.get("Content-Type", "") and text else text
+        if text and "json" in response.headers.get("Content-Type", ""):
+            return response.status, response.headers, json.loads(text)
+        return response.status, response.headers, text
 
     def chat(self, headers=(), **fields):
         """A JSON answer: (status, headers, body)."""
-        return self.call("POST", "/v1/chat/completions", chat_body(stream=False, **fields), headers)
+        return self.call("POST", CHAT, chat_body(stream=False, **fields), headers)
 
     def open_stream(self, headers=(), **fields):
-        """A raw socket with a streamed request sent; read it with read_stream() or recv()."""
+        """A raw socket with a streamed request sent; read it with read_stream() or recv(). `headers`: lines."""
         sock = self.connect()
-        sock.sendall(raw_chat(dict(chat_body(stream=True, **fields)), headers))
+        sock.sendall(raw_chat(chat_body(stream=True, **fields), headers))
         return sock
 
     def stream(self, headers=(), **fields):
-        """A whole streamed answer: (status, headers, events, clean). Events are parsed, "[DONE]" and all; clean: the last chunk came."""
+        """A whole streamed answer: (status, headers, events, clean). clean: the last chunk came."""
         with self.open_stream(headers, **fields) as sock:
             return read_stream(sock)
 
     def idle(self):
         """Nothing is in use any more: waits for it, as handler threads end a moment after their answers."""
-        def busy():
-            gates, queued = self.server.upstream.gates.state()
-            return [gate for gate in gates if gate[3]], queued, self.server.watch.clients, self.server.busy, self.server.metrics.in_flight
-        return eventually(lambda: not any(busy())) or pytest.fail("still in use: %r" % (busy(),))
+        return eventually(self.server.idle) or pytest.fail("still in use")
 
     def stop(self):
         self.server.stop(2)
         self.thread.join(5)
 
 
-def eventually(condition, seconds=5):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.01)
-    return True
-
-
-def chat_body(**fields):
-    return dict({"model": "GLM-4.6", "messages": [{"role": "user", "content": "Hi"}]}, **fields)
-
-
-def raw_chat(body, headers=(), key=KEY):
-    data = json.dumps(body).encode()
-    lines = ["POST /v1/chat/completions HTTP/1.1", "Host: localhost", "Authorization: Bearer " + key, "Content-Type: application/json",
-             "Content-Length: %d" % len(data), *headers]
-    return ("\r\n".join(lines) + "\r\n\r\n").encode() + data
-
-
-def read_stream(sock):
-    """(status, headers, events, clean) of the answer on a raw socket, which may be an error with a JSON body."""
-    with sock.makefile("rb") as file:
-        status = int(file.readline().split()[1])
-        headers = http.client.parse_headers(file)
-        if headers.get("Transfer-Encoding") != "chunked":
-            return status, headers, [json.loads(file.read(int(headers["Content-Length"])))], True
-        decoder, text, clean = ztoapi.Dechunker(), b"", False
-        while not clean:
-            try:
-                data = file.read1(65536)
-            except OSError:
-                break
-            if not data:
-                break
-            text += decoder.feed(data)
-            clean = decoder.done
-    blocks = [block for block in text.decode().split("\n\n") if block]
-    assert all(block.startswith("data: ") and "\n" not in block for block in blocks), blocks
-    return status, headers, [block[6:] if block == "data: [DONE]" else json.loads(block[6:]) for block in blocks], clean
-
-
-def said(events, field="content"):
-    """The text of a stream's deltas."""
-    return "".join(e["choices"][0]["delta"].get(field) or "" for e in events if isinstance(e, dict) and e.get("choices"))
-
-
-def finish_of(events):
-    return [e["choices"][0]["finish_reason"] for e in events if isinstance(e, dict) and e.get("choices") and e["choices"][0]["finish_reason"]]
-
-
 @contextlib.contextmanager
 def proxying(zai=None, **environ):
     """A proxy in front of `zai`; afterwards it must be idle. Environment variables as keywords."""
-    base = {"PORT": "0", "DEFAULT_KEY": KEY, "ZAI_API_KEY": ZAI_KEY, "ZAI_BASE_URL": zai.url if zai else "http://127.0.0.1:9/api/paas/v4"}
+    base = {
+        "PORT": "0",
+        "DEFAULT_KEY": KEY,
+        "ZAI_API_KEY": ZAI_KEY,
+        "ZAI_BASE_URL": zai.url if zai else "http://127.0.0.1:9/api/paas/v4",
+    }
     proxy = Proxy(dict(base, **environ))
     try:
         yield proxy
@@ -332,82 +483,166 @@ def proxy(zai):
         yield proxy
 
 
+@pytest.fixture
+def log_lines(caplog):
+    """log_lines(): the messages of the log so far; with a level, only those of it."""
+    caplog.set_level(logging.INFO, "ztoapi")
+    caplog.clear()
+
+    def lines(level=None):
+        ours = [record for record in caplog.records if record.name == "ztoapi"]
+        return [record.getMessage() for record in ours if level in (None, record.levelno)]
+    return lines
+
+
+def table(names, rows):
+    """Parametrize by rows, which may be very long, so that their names are cut."""
+    return pytest.mark.parametrize(names, rows, ids=lambda value: ascii(value)[:50])
+
+
+def names_bound_in(path):
+    """The names that the top level of a file binds, each as often as it does."""
+    with open(path, encoding="utf-8") as file:
+        parts = ast.parse(file.read()).body
+    for part in parts:
+        if isinstance(part, (ast.FunctionDef, ast.ClassDef)):
+            yield part.name
+        elif isinstance(part, ast.Assign):
+            names = [node for target in part.targets for node in ast.walk(target) if isinstance(node, ast.Name)]
+            yield from (name.id for name in names)
+
+
+@pytest.mark.parametrize("path", [ztoapi.__file__, __file__])
+def test_no_name_is_bound_twice(path):
+    """In files of this length a second table, or test, of the same name would quietly replace the first."""
+    counts = collections.Counter(names_bound_in(path))
+    assert [name for name, count in counts.items() if count > 1] == []
+
+
 def test_what_stands_above_the_line_is_pure():
     """No socket, no clock, no environment, no logging before "I/O starts here"."""
     with open(ztoapi.__file__, encoding="utf-8") as file:
         source = file.read()
-    pure = [node for node in ast.parse(source.split("I/O starts here")[0]).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+    parts = ast.parse(source.split("I/O starts here")[0]).body
+    pure = [part for part in parts if isinstance(part, (ast.FunctionDef, ast.ClassDef))]
     nodes = [node for part in pure for node in ast.walk(part)]
-    names = {node.id for node in nodes if isinstance(node, ast.Name)} | {
-        node.value.id + "." + node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)}
-    assert {"json", "json.loads", "re.fullmatch"} <= names  # the walk does see what is used
-    assert not names & {"socket", "select", "ssl", "time", "datetime.datetime.now", "os.environ", "os.getenv", "sys", "threading", "signal",
-                        "log", "logging", "open", "print"}
+    names = {node.id for node in nodes if isinstance(node, ast.Name)}
+    for node in nodes:
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            names.add(f"{node.value.id}.{node.attr}")
+    assert {"random.getrandbits", "re.fullmatch"} <= names, "the walk does see what is used"
+    impure = {"socket", "select", "ssl", "time", "datetime.datetime.now", "os.environ", "os.getenv", "sys", "signal",
+              "threading.Thread", "log", "logging", "open", "print"}
+    assert not names & impure
 
 
-# Settings #############################################################################################################
+# Settings #############################################################################
 
-DEFAULTS = {"PORT": 9090, "HOST": "127.0.0.1", "DEFAULT_KEY": ("sk-your-key",), "ZAI_API_KEY": (), "ZAI_BASE_URL": "https://api.z.ai/api/paas/v4",
-            "DEFAULT_STREAM": True, "ENABLE_THINKING": None, "REASONING_FORMAT": "parsed", "MODEL_ALIASES": {}, "MAX_CONCURRENCY": 0,
-            "QUEUE_TIMEOUT": 120, "MAX_RETRIES": 2, "HEARTBEAT": 10, "UPSTREAM_TIMEOUT": 300, "CLIENT_TIMEOUT": 60, "MAX_BODY_MB": 64,
-            "MAX_CONNECTIONS": 1024, "CORS_ORIGIN": ("*",), "DEBUG_MODE": False, "DEMO_MODE": False}
-BOOLEANS = ([(word, True) for word in ("true", "TRUE", "True", "1", "yes", "Yes", "on", "ON", " true ")]
-            + [(word, False) for word in ("false", "FALSE", "0", "no", "No", "off", "Off")])
-PAAS, CODING, BIG = "https://api.z.ai/api/paas/v4", "https://api.z.ai/api/coding/paas/v4", "https://open.bigmodel.cn/api/paas/v4"
-GOOD_SETTINGS = [  # variable, text, what it means
-    *((variable, text, value) for variable in ("DEFAULT_STREAM", "ENABLE_THINKING", "DEBUG_MODE", "DEMO_MODE") for text, value in BOOLEANS),
-    ("PORT", "0", 0), ("PORT", "65535", 65535), ("PORT", " 8080 ", 8080),
-    ("HOST", "0.0.0.0", "0.0.0.0"), ("HOST", "::", "::"), ("HOST", "localhost", "localhost"), ("HOST", "192.168.1.2", "192.168.1.2"),
-    ("DEFAULT_KEY", "a", ("a",)), ("DEFAULT_KEY", " a , ,b,", ("a", "b")),
-    ("ZAI_API_KEY", "id.secret", ("id.secret",)), ("ZAI_API_KEY", "id1.s1, id2.s2 ,", ("id1.s1", "id2.s2")),
-    *(("ZAI_BASE_URL", base + end, base) for base in (PAAS, CODING, BIG, "http://127.0.0.1:8000", "http://[::1]:8000/v4")
-      for end in ("", "/", "//", "/chat/completions", "/chat/completions/", " ")),
+DEFAULTS = {
+    "PORT": 9090, "HOST": "127.0.0.1", "DEFAULT_KEY": ("sk-your-key",), "ZAI_API_KEY": (),
+    "ZAI_BASE_URL": "https://api.z.ai/api/paas/v4", "DEFAULT_STREAM": True, "ENABLE_THINKING": None,
+    "REASONING_FORMAT": "parsed", "MODEL_ALIASES": {}, "MAX_CONCURRENCY": 0, "QUEUE_TIMEOUT": 120,
+    "MAX_RETRIES": 2, "HEARTBEAT": 10, "UPSTREAM_TIMEOUT": 300, "CLIENT_TIMEOUT": 60, "MAX_BODY_MB": 64,
+    "MAX_CONNECTIONS": 1024, "CORS_ORIGIN": ("*",), "DEBUG_MODE": False, "DEMO_MODE": False,
+}
+FLAGS = ("DEFAULT_STREAM", "ENABLE_THINKING", "DEBUG_MODE", "DEMO_MODE")
+COUNTS = ("MAX_CONCURRENCY", "MAX_RETRIES", "MAX_BODY_MB", "MAX_CONNECTIONS")
+DURATIONS = ("QUEUE_TIMEOUT", "HEARTBEAT", "UPSTREAM_TIMEOUT", "CLIENT_TIMEOUT")
+TRUE = ("true", "TRUE", "True", "1", "yes", "Yes", "on", "ON", " true ")
+FALSE = ("false", "FALSE", "0", "no", "No", "off", "Off")
+PAAS = "https://api.z.ai/api/paas/v4"
+CODING = "https://api.z.ai/api/coding/paas/v4"
+BIG = "https://open.bigmodel.cn/api/paas/v4"
+BASES = (PAAS, CODING, BIG, "http://127.0.0.1:8000", "http://[::1]:8000/v4")
+BASE_ENDS = ("", "/", "//", "/chat/completions", "/chat/completions/", " ")
+# To add a case, add a row: variable, text, what it means.
+GOOD_SETTINGS = [
+    *((variable, text, True) for variable in FLAGS for text in TRUE),
+    *((variable, text, False) for variable in FLAGS for text in FALSE),
+    *((variable, text, float(text)) for variable in DURATIONS for text in ("0.5", "7", " 2.5 ")),
+    *(("ZAI_BASE_URL", base + end, base) for base in BASES for end in BASE_ENDS),
     *(("REASONING_FORMAT", text, text.lower()) for text in ("parsed", "raw", "hidden", "Raw", "HIDDEN")),
+    *(("ZAI_API_KEY", text, ()) for text in ("", "-", "none", "unset", "None", " - ")),
+    *(("ENABLE_THINKING", text, None) for text in ("", "-", "unset", "none")),
+    *(("MODEL_ALIASES", text, {}) for text in ("", "-", "none", "UNSET")),
+    ("PORT", "0", 0),
+    ("PORT", "65535", 65535),
+    ("PORT", " 8080 ", 8080),
+    ("HOST", "0.0.0.0", "0.0.0.0"),
+    ("HOST", "::", "::"),
+    ("HOST", "localhost", "localhost"),
+    ("HOST", "192.168.1.2", "192.168.1.2"),
+    ("DEFAULT_KEY", "a", ("a",)),
+    ("DEFAULT_KEY", " a , ,b,", ("a", "b")),
+    ("ZAI_API_KEY", "id.secret", ("id.secret",)),
+    ("ZAI_API_KEY", "id1.s1, id2.s2 ,", ("id1.s1", "id2.s2")),
+    ("ZAI_API_KEY", "nonesuch-key", ("nonesuch-key",)),
     ("MODEL_ALIASES", "gpt-4o=glm-4.6,gpt-4o-mini=glm-4.5-air", {"gpt-4o": "glm-4.6", "gpt-4o-mini": "glm-4.5-air"}),
     ("MODEL_ALIASES", " a = glm-4.6 , , *=GLM-4.5,", {"a": "glm-4.6", "*": "GLM-4.5"}),
-    ("MAX_CONCURRENCY", "0", 0), ("MAX_CONCURRENCY", "7", 7), ("MAX_RETRIES", "0", 0), ("MAX_RETRIES", "5", 5),
-    ("MAX_BODY_MB", "1", 1), ("MAX_CONNECTIONS", "1", 1),
-    *((variable, text, value) for variable in ("QUEUE_TIMEOUT", "HEARTBEAT", "UPSTREAM_TIMEOUT", "CLIENT_TIMEOUT")
-      for text, value in (("0.5", 0.5), ("7", 7), (" 2.5 ", 2.5))),
-    ("QUEUE_TIMEOUT", "0", 0), ("HEARTBEAT", "0", 0),
-    ("CORS_ORIGIN", "*", ("*",)), ("CORS_ORIGIN", "https://a.example, ,http://b.example:8080", ("https://a.example", "http://b.example:8080")),
+    ("MAX_CONCURRENCY", "0", 0),
+    ("MAX_CONCURRENCY", "7", 7),
+    ("MAX_RETRIES", "0", 0),
+    ("MAX_RETRIES", "5", 5),
+    ("MAX_BODY_MB", "1", 1),
+    ("MAX_CONNECTIONS", "1", 1),
+    ("QUEUE_TIMEOUT", "0", 0),
+    ("HEARTBEAT", "0", 0),
+    ("CORS_ORIGIN", "*", ("*",)),
+    ("CORS_ORIGIN", "", ()),
+    ("CORS_ORIGIN", "https://a.example, ,http://b.example:8080", ("https://a.example", "http://b.example:8080")),
 ]
+# To add a case, add a row: variable, a text that is refused.
 BAD_SETTINGS = [
-    *((variable, text) for variable in ("DEFAULT_STREAM", "ENABLE_THINKING", "DEBUG_MODE", "DEMO_MODE") for text in ("maybe", "2", "truely", "-1")),
-    *(("PORT", text) for text in ("x", "-1", "65536", "80.0", "0x50", "8_0", "\u0668\u0660", "000000000000999999", "1" * 5000)),
-    *((variable, text) for variable in ("MAX_CONCURRENCY", "MAX_RETRIES", "MAX_BODY_MB", "MAX_CONNECTIONS")
-      for text in ("x", "-1", "1.5", "1e3", "+1")),
-    ("MAX_BODY_MB", "0"), ("MAX_CONNECTIONS", "0"),
-    *((variable, text) for variable in ("QUEUE_TIMEOUT", "HEARTBEAT", "UPSTREAM_TIMEOUT", "CLIENT_TIMEOUT")
-      for text in ("x", "-1", "nan", "inf", "10s", "1,5", "1e400")),
-    ("UPSTREAM_TIMEOUT", "0"), ("CLIENT_TIMEOUT", "0"),
-    ("REASONING_FORMAT", "think"), ("REASONING_FORMAT", "parsed,raw"),
+    *((variable, text) for variable in FLAGS for text in ("maybe", "2", "truely", "-1")),
+    *((variable, text) for variable in COUNTS for text in ("x", "-1", "1.5", "1e3", "+1")),
+    *((variable, text) for variable in DURATIONS for text in ("x", "-1", "nan", "inf", "10s", "1,5", "1e400")),
+    *(("PORT", text) for text in ("x", "-1", "65536", "80.0", "0x50", "8_0", "\u0668\u0660", "0" * 9 + "999999")),
     *(("MODEL_ALIASES", text) for text in ("gpt-4o", "gpt-4o=", "=glm-4.6", "a=b,c")),
-    *(("ZAI_BASE_URL", text) for text in ("api.z.ai", "ftp://api.z.ai", "file:///etc/passwd", "https://", "https:///v4", "https://api.z.ai:port",
-                                          "https://api.z.ai:99999", "https://api.z.ai:0", "https://[::1", "https://a b", "https://api..z.ai",
-                                          "https://api.z.ai/v4?x=1", "https://api.z.ai/v4#x",
-                                          "https://api.z.ai/v4?", "https://api.z.ai/v4#", "https://api.z.ai/\u00e9",
-                                          "https://api.z.ai/v4\nX: y")),
-    ("HOST", "0.0.0.0\nPORT=1"), ("PORT", "90\r\n90"), ("REASONING_FORMAT", "ra\x1b[31mw"),
+    *(("ZAI_BASE_URL", text) for text in (
+        "api.z.ai", "ftp://api.z.ai", "file:///etc/passwd", "https://", "https:///v4", "https://api.z.ai:port",
+        "https://api.z.ai:99999", "https://api.z.ai:0", "https://[::1", "https://a b", "https://api..z.ai",
+        "https://api.z.ai/v4?x=1", "https://api.z.ai/v4#x", "https://api.z.ai/v4?", "https://api.z.ai/v4#",
+        "https://api.z.ai/\u00e9", "https://api.z.ai/v4\nX: y")),
+    ("MAX_BODY_MB", "0"),
+    ("MAX_CONNECTIONS", "0"),
+    ("UPSTREAM_TIMEOUT", "0"),
+    ("CLIENT_TIMEOUT", "0"),
+    ("REASONING_FORMAT", "think"),
+    ("REASONING_FORMAT", "parsed,raw"),
+    ("REASONING_FORMAT", "none"),
+    ("HOST", "0.0.0.0\nPORT=1"),
+    ("PORT", "90\r\n90"),
+    ("PORT", "1" * 5000),
+    ("REASONING_FORMAT", "ra\x1b[31mw"),
 ]
 
 
 @pytest.mark.parametrize("variable, text, value", GOOD_SETTINGS)
 def test_a_variable_means_what_the_table_says(variable, text, value):
-    settings = Settings.from_environ(dict({"DEFAULT_KEY": KEY}, **{variable: text}))
+    settings = Settings.from_environ({"DEFAULT_KEY": KEY, variable: text})
     assert getattr(settings, variable.lower()) == value
 
 
-def test_every_variable_has_its_default_and_an_empty_one_counts_as_unset():
-    assert dataclasses.asdict(Settings.from_environ({})) == {variable.lower(): value for variable, value in DEFAULTS.items()}
+def test_every_variable_has_its_default():
+    settings = Settings.from_environ({"UNHEARD_OF": "x", "PATH": "/bin"})
+    assert {field.name.upper(): getattr(settings, field.name) for field in dataclasses.fields(settings)} == DEFAULTS
     assert {row[0] for row in GOOD_SETTINGS} == set(DEFAULTS)
-    for variable in set(DEFAULTS) - {"DEFAULT_KEY", "CORS_ORIGIN"}:
-        for text in ("", "  "):
-            assert Settings.from_environ({variable: text}) == Settings(), variable
-    assert Settings.from_environ({"CORS_ORIGIN": ""}).cors_origin == ()
-    assert Settings.from_environ({"UNHEARD_OF": "x", "PATH": "/bin"}) == Settings()
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        Settings().port = 1
+
+
+@pytest.mark.parametrize("variable", sorted(set(DEFAULTS) - {"DEFAULT_KEY", "CORS_ORIGIN"}))
+@pytest.mark.parametrize("text", ["", "  "])
+def test_an_empty_variable_counts_as_unset(variable, text):
+    assert Settings.from_environ({variable: text}) == Settings()
+
+
+@pytest.mark.parametrize("variable", sorted(DEFAULTS))
+def test_the_help_text_has_a_row_for_each_variable_and_its_default_can_be_copied(variable):
+    row = re.search(rf"^    {variable} +(\S+)  ", ztoapi.__doc__, re.MULTILINE)
+    assert getattr(Settings.from_environ({variable: row.group(1)}), variable.lower()) == DEFAULTS[variable]
+
+
+def test_the_help_text_fits_a_screen():
+    assert max(map(len, ztoapi.__doc__.splitlines())) <= 120
 
 
 @pytest.mark.parametrize("variable, text", BAD_SETTINGS)
@@ -415,20 +650,30 @@ def test_a_bad_value_gives_one_line_with_the_variable_the_value_and_what_is_allo
     with pytest.raises(ztoapi.SettingsError) as caught:
         Settings.from_environ({variable: text})
     line = str(caught.value)
-    assert line.startswith(variable) and ascii(text)[1:-1] in line and "allowed" in line and line.isprintable(), line
+    assert line.startswith(f"{variable}={ascii(text)[1:-1]}: ")
+    assert "allowed" in line
+    assert line.isprintable()
 
 
-@pytest.mark.parametrize("text", ["", " ", ",", " , ,"])
+@pytest.mark.parametrize("text", ["", " ", ",", " , ,", "-", "none", "a,unset"])
 def test_an_empty_default_key_is_refused(text):
     with pytest.raises(ztoapi.SettingsError, match="^DEFAULT_KEY.*allowed"):
         Settings.from_environ({"DEFAULT_KEY": text})
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.2", "example.org", "127.0.0.1.example.org", "localhost.example.org", "1127.0.0.1"])
-def test_the_well_known_key_stays_on_this_computer(host):
-    for key in (None, "sk-your-key", "my-own-key,sk-your-key"):
-        with pytest.raises(ztoapi.SettingsError, match="^HOST=.*DEFAULT_KEY"):
-            Settings.from_environ(dict({"HOST": host}, **({"DEFAULT_KEY": key} if key else {})))
+FAR_HOSTS = [
+    "0.0.0.0", "::", "192.168.1.2", "example.org", "127.0.0.1.example.org", "localhost.example.org", "1127.0.0.1"]
+
+
+@pytest.mark.parametrize("host", FAR_HOSTS)
+@pytest.mark.parametrize("keys", [{}, {"DEFAULT_KEY": "sk-your-key"}, {"DEFAULT_KEY": "my-own-key,sk-your-key"}])
+def test_the_well_known_key_stays_on_this_computer(host, keys):
+    with pytest.raises(ztoapi.SettingsError, match="^HOST=.*DEFAULT_KEY"):
+        Settings.from_environ({"HOST": host, **keys})
+
+
+@pytest.mark.parametrize("host", FAR_HOSTS)
+def test_a_key_of_ones_own_may_go_anywhere(host):
     assert Settings.from_environ({"HOST": host, "DEFAULT_KEY": "my-own-key"}).host == host
 
 
@@ -437,34 +682,75 @@ def test_loopback_takes_the_well_known_key(host):
     assert Settings.from_environ({"HOST": host}).well_known
 
 
-def test_keys_show_neither_in_repr_nor_in_complaints():
-    secret = "Geheim1234567890"
-    settings = Settings.from_environ({"DEFAULT_KEY": "sk-" + secret, "ZAI_API_KEY": "id.%s,id2.%s" % (secret, secret)})
-    assert secret not in repr(settings) + str(settings)
-    for environ in ({"DEFAULT_KEY": secret + "\u00e9"}, {"ZAI_API_KEY": "id.%s\x01" % secret}, {"ZAI_API_KEY": secret + " " + secret},
-                    {"ZAI_API_KEY": secret, "PORT": "x"}, {"DEFAULT_KEY": "sk-your-key," + secret, "HOST": "0.0.0.0"}):
-        with pytest.raises(ztoapi.SettingsError) as caught:
-            Settings.from_environ(environ)
-        assert secret not in str(caught.value) + repr(caught.value) and caught.value.__cause__ is None
+SECRET = "Geheim1234567890"
 
 
-# Errors ###############################################################################################################
+# To add a case, add a row: an environment that is refused, for whatever reason.
+@pytest.mark.parametrize("environ", [
+    {"DEFAULT_KEY": SECRET + "\u00e9"},
+    {"ZAI_API_KEY": f"id.{SECRET}\x01"},
+    {"ZAI_API_KEY": SECRET + " " + SECRET},
+    {"ZAI_API_KEY": SECRET, "PORT": "x"},
+    {"DEFAULT_KEY": "sk-your-key," + SECRET, "HOST": "0.0.0.0"},
+    {"ZAI_BASE_URL": f"https://user:{SECRET}@api.z.ai/v4"},
+    {"ZAI_BASE_URL": f"https://{SECRET}@api.z.ai"},
+    {"ZAI_BASE_URL": f"https:/user:{SECRET}@api.z.ai"},
+])
+def test_secrets_do_not_show_in_complaints(environ):
+    with pytest.raises(ztoapi.SettingsError) as caught:
+        Settings.from_environ(environ)
+    assert SECRET not in str(caught.value) + repr(caught.value)
+    assert caught.value.__cause__ is None
 
-CODES = [  # Z.ai's codes, the status and code of ours, what is done about it; issue 2's list first, the dialect sheet's table for the rest
-    ("1113 1304 1308 1309 1310", 429, "insufficient_quota", {NEXT_KEY}),
-    ("1314 1315 1316 1317 1318 1319 1320 1321", 429, "insufficient_quota", {NEXT_KEY, GIVE_UP}),
-    ("1302", 429, "rate_limit_exceeded", {SLOW_DOWN}),
-    ("1303", 429, "rate_limit_exceeded", {SLOW_DOWN, TRY_AGAIN}),
-    ("1305 1312", 503, "overloaded", {TRY_AGAIN}),
-    ("1120", 503, None, {TRY_AGAIN, GIVE_UP}),
-    ("1210 1212 1213 1214 1215 1231", 400, None, {GIVE_UP}),
-    ("1211 1221 1222", 404, "model_not_found", {GIVE_UP}),
-    ("1261", 400, "context_length_exceeded", {GIVE_UP}),
-    ("1301", 400, "content_filter", {GIVE_UP}),
-    ("1220 1311 1313 1100 1300", 403, None, {GIVE_UP}),
-    ("401 1000 1001 1002 1003 1004 1110 1111 1112 1121", 502, "upstream_auth_error", {NEXT_KEY}),
-    ("500 1200 1230 1234", 502, "upstream_error", {TRY_AGAIN}),
-    ("-1", 500, None, {TRY_AGAIN}),
+
+def test_keys_do_not_show_in_repr():
+    settings = Settings.from_environ({"DEFAULT_KEY": "sk-" + SECRET, "ZAI_API_KEY": f"id.{SECRET},id2.{SECRET}"})
+    assert SECRET not in repr(settings) + str(settings)
+
+
+ODD_KEYS = ("abcdefgh", "abcdefghijklmnop", "abc\\def'ghi\\jkl")
+
+
+# To add a case, add a row: Z.ai's keys, the clients', a text, what is left of it.
+@pytest.mark.parametrize("zai_keys, client_keys, text, clean", [
+    (("0123456789abcdef.SecretSecret",), ("k",), "key 0123456789abcdef.SecretSecret no", "key [redacted] no"),
+    (("0123456789abcdef.SecretSecret",), ("k",), "id 0123456789abcdef no", "id [redacted] no"),
+    (("0123456789abcdef.SecretSecret",), ("k",), "SecretSecretSecretSecret", "[redacted][redacted]"),
+    ((), ("plain-key-without-a-dot",), "plain-key-without-a-dot", "[redacted]"),
+    ((), ("sk-your-key",), "sk-your-key", "sk-your-key"),
+    ((), ODD_KEYS, "abcdefghijklmnop abcdefgh", "[redacted] [redacted]"),
+    ((), ODD_KEYS, ODD_KEYS[2], "[redacted]"),
+    ((), ODD_KEYS, ascii(ODD_KEYS[2]), '"[redacted]"'),
+    ((), ODD_KEYS, "nothing to hide", "nothing to hide"),
+])
+def test_no_key_survives_redaction(zai_keys, client_keys, text, clean):
+    assert Settings(zai_api_key=zai_keys, default_key=client_keys).redact(text) == clean
+
+
+@pytest.mark.parametrize("key, shown", [("0123456789abcdef.SecretSecret", "...cret"), ("short", "..."), ("", "...")])
+def test_a_masked_key_shows_its_end_if_it_is_long(key, shown):
+    assert ztoapi.mask(key) == shown
+
+
+# Errors ###############################################################################
+
+# To add a code of Z.ai's, add it to a row: codes, the status and code of ours, the verdict.
+CODES = [
+    ("1113", 402, "insufficient_quota", MODEL_RESTS),
+    ("1304 1308 1309 1310 1314 1316 1317 1318 1319 1320 1321", 402, "insufficient_quota", KEY_RESTS),
+    ("1302", 429, "rate_limit_exceeded", TOO_MANY),
+    ("1303", 429, "rate_limit_exceeded", TOO_FAST),
+    ("1305 1312", 503, "overloaded", OVERLOAD),
+    ("1120", 503, "overloaded", TRY_AGAIN),
+    ("1210 1212 1213 1214 1215 1231", 400, "invalid_value", GIVE_UP),
+    ("1211 1221 1222", 404, "model_not_found", GIVE_UP),
+    ("1261", 400, "context_length_exceeded", GIVE_UP),
+    ("1301", 400, "content_filter", GIVE_UP),
+    ("1220 1313 1100 1300", 403, "permission_denied", GIVE_UP),
+    ("1311", 403, "permission_denied", MODEL_RESTS),
+    ("401 1000 1001 1002 1003 1004 1005 1110 1111 1112 1121 1315", 403, "upstream_auth_error", KEY_RESTS),
+    ("500 1200 1230 1234", 502, "upstream_error", TRY_AGAIN),
+    ("-1", 500, "server_error", TRY_AGAIN),
 ]
 CODE_ROWS = [(code, *rest) for codes, *rest in CODES for code in codes.split()]
 
@@ -473,205 +759,439 @@ def test_every_code_of_the_sheet_has_a_row():
     assert set(ztoapi.ZAI_ERRORS) == {row[0] for row in CODE_ROWS}
 
 
-@pytest.mark.parametrize("code, status, our_code, verdicts", CODE_ROWS)
-def test_the_business_code_decides_and_not_the_http_status(code, status, our_code, verdicts):
-    for http_status, shown in itertools.product((200, 400, 401, 403, 429, 500, 503), (code, int(code))):
-        error = zai_error({"error": {"code": shown, "message": "Z.ai's words."}}, http_status, now=0)
-        assert (error.status, error.code if our_code else None) == (status, our_code) and error.verdict in verdicts
-        assert "Z.ai's words." in error.message and code in error.message and error.zai_code == code
-        assert isinstance(error.type, str) and isinstance(error.code, str) and set(error.body()["error"]) == {"message", "type", "param", "code"}
-        headers = error.headers()
-        if our_code in ("rate_limit_exceeded", "overloaded"):
-            assert int(headers["Retry-After"]) >= 1 and "x-should-retry" not in headers
-        if our_code == "insufficient_quota":
-            assert headers["x-should-retry"] == "false"
-        assert error.learn == (code == "1302")
+@pytest.mark.parametrize("code, status, our_code, verdict", CODE_ROWS)
+@pytest.mark.parametrize("shape", [
+    lambda code: {"error": {"code": code, "message": "Z.ai's words."}},
+    lambda code: {"error": {"code": int(code), "message": "Z.ai's words."}},
+    lambda code: {"code": int(code), "msg": "Z.ai's words.", "success": False},
+    lambda code: {"type": "error", "error": {"type": "api_error", "message": f"[{code}][Z.ai's words.][2026]"}},
+])
+def test_the_business_code_decides_and_not_the_http_status(code, status, our_code, verdict, shape):
+    for http_status in (200, 400, 401, 403, 429, 500, 503):
+        error = zai_error(shape(code), http_status, now=0)
+        assert (error.status, error.code, error.verdict, error.zai_code) == (status, our_code, verdict, code)
+        assert "Z.ai's words." in error.message
+        assert code in error.message
+
+
+@pytest.mark.parametrize("code, status, our_code, verdict", CODE_ROWS)
+def test_the_head_tells_sdks_whether_to_try_again(code, status, our_code, verdict):
+    headers = zai_error({"error": {"code": code, "message": "x"}}, 429, now=0).headers()
+    heals = verdict in (TOO_MANY, TOO_FAST, OVERLOAD, TRY_AGAIN)
+    assert headers.get("x-should-retry") == (None if heals else "false")
+    assert our_code not in ("rate_limit_exceeded", "overloaded") or int(headers["Retry-After"]) >= 1
 
 
 def complaint(code, message="new", **more):
-    return dict({"error": {"code": code, "message": message}}, **more)
+    return {"error": {"code": code, "message": message}, **more}
 
 
-AUTH, BROKEN, BAD_REQUEST = (502, "upstream_auth_error"), (502, "upstream_error"), (400, "invalid_value")
-NO_MONEY, NO_MODEL, NO_ROOM = (429, "insufficient_quota"), (404, "model_not_found"), (429, "rate_limit_exceeded")
-CAPTURED = [  # dialect 3.2: HTTP status, body, the status and code of ours, words that help
+AUTH, BROKEN, BAD_REQUEST = (403, "upstream_auth_error"), (502, "upstream_error"), (400, "invalid_value")
+NO_MONEY, NO_MODEL, NO_ROOM = (402, "insufficient_quota"), (404, "model_not_found"), (429, "rate_limit_exceeded")
+TOO_LONG, DENIED = (400, "context_length_exceeded"), (403, "permission_denied")
+FULL, FILTERED = (503, "overloaded"), (400, "content_filter")
+# To add an answer of Z.ai's, add a row: HTTP status, body, the status and code of ours, words that help.
+CAPTURED = [
     (401, complaint("401", "令牌已过期或验证不正确"), AUTH, "ZAI_API_KEY"),
     (401, complaint("401", "token expired or incorrect"), AUTH, "ZAI_API_KEY"),
     (429, complaint("1113", "Insufficient balance or no resource package. Please recharge."), NO_MONEY, "Coding Plan"),
     (400, complaint("1211", "Unknown Model, please check the model code."), NO_MODEL, "GLM-4.6"),
     (400, complaint("1211", "模型不存在，请检查模型代码。"), NO_MODEL, "GLM-4.6"),
-    (400, complaint("1214", "modelCode：不存在"), (400, None), ""),
+    (400, complaint("1214", "modelCode：不存在"), NO_MODEL, "GLM-4.6"),
+    (400, complaint("1214", "modelCode: does not exist"), NO_MODEL, "GLM-4.6"),
+    (400, complaint("1210", "The model `glm-4.66` was not found"), NO_MODEL, "GLM-4.6"),
+    (400, complaint("1999", "Unknown model"), NO_MODEL, "GLM-4.6"),
     (400, complaint("1210", "Invalid API parameter, please check the documentation."), BAD_REQUEST, ""),
     (400, complaint("1210", "max_tokens参数非法：限制数值范围[1,131072]"), BAD_REQUEST, "[1,131072]"),
+    (400, complaint("1210", "max_tokens exceeds the maximum of 131072"), BAD_REQUEST, ""),
     (400, complaint("1210", "The temperature parameter is illegal.：限制数值范围[0,1]"), BAD_REQUEST, ""),
     (400, complaint("1210", "该模型始终思考，不支持关闭思考；请使用 low、high 或 max。"), BAD_REQUEST, ""),
     (400, complaint("1210", "messages.content.type 参数非法，取值范围 ['text']"), BAD_REQUEST, ""),
+    (400, complaint("1210", "The input image exceeds the limit of 5 MB"), BAD_REQUEST, ""),
     (400, complaint("1213", "未正常接收到prompt参数。"), BAD_REQUEST, ""),
     (400, complaint("1214", "Incorrect role information"), BAD_REQUEST, ""),
     (400, complaint("1214", "messages 参数非法。请检查文档。"), BAD_REQUEST, ""),
-    (400, complaint("1261", "Prompt exceeds max length"), (400, "context_length_exceeded"), ""),
-    (400, complaint("1301", "System detected potentially unsafe or sensitive content", contentFilter=[{"level": 1, "role": "user"}]),
-     (400, "content_filter"), ""),
-    (429, complaint("1302", "High concurrency usage of this API, please reduce concurrency or contact customer service to increase limits"),
-     NO_ROOM, ""),
-    (429, complaint("1302", "Rate limit reached for requests", request_id="20260212064144579f5b8f457f4e06"), NO_ROOM, ""),
-    (429, complaint("1305", "该模型当前访问量过大，请您稍后再试"), (503, "overloaded"), ""),
-    (429, complaint("1308", "Usage limit reached for 5 hour. Your limit will reset at 2026-09-09 05:38:28"), NO_MONEY, ""),
-    (429, complaint("1310", "Weekly/Monthly Limit Exhausted. Your limit will reset at 2026-05-11 21:02:26"), NO_MONEY, ""),
-    (429, complaint("1311", "当前订阅套餐暂未开放GLM-5.2-Highspeed权限"), (403, None), ""),
+    (400, complaint("1261", "Prompt exceeds max length"), TOO_LONG, "maximum context length"),
+    (400, complaint("1210", "tokens in request more than max tokens allowed"), TOO_LONG, "maximum context length"),
+    (400, complaint("1214", "This model's maximum context length is 131072 tokens"), TOO_LONG, "context_length"),
+    (400, complaint("1210", "Your prompt is too long"), TOO_LONG, "maximum context length"),
+    (400, complaint("1999", "total tokens exceeded the limit"), TOO_LONG, "maximum context length"),
+    (400, complaint("1210", "输入内容超过模型最大上下文长度"), TOO_LONG, "maximum context length"),
+    (500, complaint("500", "Input length exceeds the context window"), TOO_LONG, "maximum context length"),
+    (400, complaint("1301", "unsafe or sensitive content", contentFilter=[{"level": 1, "role": "user"}]), FILTERED, ""),
+    (429, complaint("1302", "High concurrency usage of this API, please reduce concurrency"), NO_ROOM, ""),
+    (429, complaint("1302", "Rate limit reached for requests", request_id="20260212064144579f5b8f"), NO_ROOM, ""),
+    (429, complaint("1305", "该模型当前访问量过大，请您稍后再试"), FULL, ""),
+    (429, complaint("1308", "Usage limit reached for 5 hour. Your limit will reset at 2026-09-09 05:38:28"),
+     NO_MONEY, ""),
+    (429, complaint("1310", "Weekly/Monthly Limit Exhausted. Your limit will reset at 2026-05-11 21:02:26"),
+     NO_MONEY, ""),
+    (429, complaint("1309", "Your GLM Coding Plan package has expired"), NO_MONEY, ""),
+    (429, complaint("1311", "当前订阅套餐暂未开放GLM-5.2-Highspeed权限"), DENIED, "plan"),
+    (429, complaint("1313", "fair use"), DENIED, "Coding Plan"),
+    (429, complaint("1315", "This key is for the enterprise plan only"), AUTH, "ZAI_API_KEY"),
+    (401, complaint("1005", "Two-factor authentication required"), AUTH, "ZAI_API_KEY"),
     (500, complaint("1234", "网络错误，错误id：202602261029392bc0093d0e944297，请联系客服。"), BROKEN, ""),
-    # Section 8, the Anthropic path's brackets
-    (400, complaint("1211", "[1211][模型不存在，请检查模型代码。][20261009015533c889cdea19ff404c]"), NO_MODEL, ""),
-    # Paths that are not there, and keys refused in HTTP 200
-    (404, {"timestamp": "2026-08-13T04:35:22.960+00:00", "status": 404, "error": "Not Found", "path": "/v4/v1/chat/completions"},
+    (429, complaint("1999", "Usage limit reached. Your limit will reset at 2027-01-01 00:00:00"), NO_MONEY, "1999"),
+    (429, complaint("1999", "余额不足"), NO_MONEY, "1999"),
+    # The code in the text: Z.ai's Messages API, and gateways
+    (400, complaint("1211", "[1211][模型不存在，请检查模型代码。][20261009015533c889cd]"), NO_MODEL, ""),
+    (429, {"error": {"message": "[1302][Rate limit reached for requests][2026]"}}, NO_ROOM, "1302"),
+    (529, {"error": {"code": "", "message": "529 [1305][The service may be overloaded][2026]"}}, FULL, "1305"),
+    (403, {"type": "error", "error": {"type": "api_error", "message": "[1311][no GLM-5.3-FlashX][2026]"}}, DENIED,
+     "1311"),
+    # Paths that are not there
+    (404, {"timestamp": "2026-08-13T04:35:22.960+00:00", "status": 404, "error": "Not Found", "path": "/v4/v1"},
      BROKEN, "ZAI_BASE_URL"),
     (200, {"code": 500, "msg": "404 NOT_FOUND", "success": False}, BROKEN, "ZAI_BASE_URL"),
+    (500, complaint("500", "404 NOT_FOUND"), BROKEN, "ZAI_BASE_URL"),
+    (500, {"error": {"message": "404 Not Found"}}, BROKEN, "ZAI_BASE_URL"),
+    (500, {"message": "404 NOT_FOUND"}, BROKEN, "ZAI_BASE_URL"),
+    (200, {"code": 404, "msg": "no such thing"}, BROKEN, "ZAI_BASE_URL"),
+    # A plain 500 is quoted as it is
+    (200, {"code": 500, "msg": "Internal Server Error"}, BROKEN, "(code 500)"),
+    (500, {"status": 500, "error": "Internal Server Error", "path": "/v4/chat"}, BROKEN, "(code 500)"),
+    # Keys refused in HTTP 200
     (200, {"code": 1000, "msg": "身份验证失败。", "success": False}, AUTH, "ZAI_API_KEY"),
     (200, {"code": 1001, "msg": "Header中未收到Authorization参数，无法进行身份验证。", "success": False}, AUTH, "ZAI_API_KEY"),
     (200, {"code": 401, "msg": "token expired or incorrect", "success": False}, AUTH, "ZAI_API_KEY"),
     # No JSON at all: an HTML page, a redirect
-    *((status, None, BROKEN, str(status)) for status in (301, 302, 307, 308, 400, 403, 404, 405, 500, 502, 503, 504, 529)),
+    *((status, None, BROKEN, str(status)) for status in (
+        301, 302, 307, 308, 400, 403, 404, 405, 500, 502, 503, 504, 529)),
     *((status, None, BROKEN, "ZAI_BASE_URL") for status in (301, 302, 404, 405)),
     (401, None, AUTH, "ZAI_API_KEY"),
     # Unknown codes go by HTTP status
     *((status, complaint("1999"), expected, "1999") for status, expected in (
-        (400, (400, None)), (401, AUTH), (403, (403, None)), (434, (403, None)), (429, NO_ROOM), (500, BROKEN), (200, BROKEN))),
+        (400, BAD_REQUEST), (401, AUTH), (402, NO_MONEY), (403, DENIED), (434, DENIED), (429, NO_ROOM), (500, BROKEN),
+        (200, BROKEN))),
     # Unknown shapes
-    *((200, value, BROKEN, "") for value in ([], "x", 5, {}, {"detail": "x"}, {"error": None}, {"error": []}, {"error": {}},
-                                             complaint(None, None), complaint([1], {"a": 1}))),
+    *((200, value, BROKEN, "") for value in (
+        [], "x", 5, {}, {"detail": "x"}, {"error": None}, {"error": []}, {"error": {}}, complaint(None, None),
+        complaint([1], {"a": 1}), complaint(float("nan"), 5), complaint(10**5000), complaint(True),
+        {"error": {"code": {}}})),
 ]
 
 
 @pytest.mark.parametrize("status, body, expected, help", CAPTURED)
 def test_what_zai_answered_becomes(status, body, expected, help):
     error = zai_error(body, status, now=1.7e9, model="glm-4.66")
-    assert (error.status, error.code if expected[1] else None) == expected and help in error.message, error.message
-    if isinstance(body, dict) and isinstance(body.get("error"), dict) and isinstance(body["error"].get("message"), str):
-        assert body["error"]["message"] in error.message and body["error"]["code"] in error.message
+    assert (error.status, error.code) == expected, error.message
+    assert help in error.message
 
 
-def test_a_wrong_path_is_never_tried_again():
-    for status, body in ((200, {"code": 500, "msg": "404 NOT_FOUND", "success": False}), (404, {"status": 404, "error": "Not Found"}), (404, None),
-                         (301, None)):
-        assert zai_error(body, status).verdict == GIVE_UP
-    for status in (500, 502, 503, 504):
-        assert zai_error(None, status).verdict == TRY_AGAIN
+@pytest.mark.parametrize("status, body, expected, help", [row for row in CAPTURED if isinstance(row[1], dict)])
+def test_zais_own_words_are_quoted(status, body, expected, help):
+    error = body["error"] if isinstance(body.get("error"), dict) else body
+    words = error.get("message", error.get("msg", error.get("error")))
+    assert not isinstance(words, str) or words in zai_error(body, status, now=1.7e9).message
 
 
-RESET_AT = 1788903508  # 2026-09-09 05:38:28 in Beijing
-
-
-@pytest.mark.parametrize("message, now, asked, expected", [
-    ("Usage limit reached for 5 hour. Your limit will reset at 2026-09-09 05:38:28", RESET_AT - 100, None, "100"),
-    ("Usage limit reached for 5 hour. Your limit will reset at 2026-09-09 05:38:28", RESET_AT - 99.5, 7, "100"),
-    ("Weekly/Monthly Limit Exhausted. Your limit will reset at 2026-09-09 05:38:28", RESET_AT + 5, None, "1"),
-    ("Your limit will reset at 2026-13-45 05:38:28", RESET_AT, None, None),
-    ("Your limit will reset at 2026-13-45 05:38:28", RESET_AT, 7, "7"),
-    ("Usage limit reached", RESET_AT, None, None),
+# To add a case, add a row: HTTP status, body, what the retry engine does.
+@pytest.mark.parametrize("status, body, verdict", [
+    (200, {"code": 500, "msg": "404 NOT_FOUND", "success": False}, GIVE_UP),
+    (500, complaint("500", "404 NOT_FOUND"), GIVE_UP),
+    (404, {"status": 404, "error": "Not Found"}, GIVE_UP),
+    *((status, None, GIVE_UP) for status in (301, 404, 405)),
+    (200, {"code": 500, "msg": "Internal Server Error"}, TRY_AGAIN),
+    *((status, None, TRY_AGAIN) for status in (500, 502, 503, 504)),
+    (429, None, TOO_FAST),
+    (429, complaint("1999"), TOO_FAST),
 ])
-def test_retry_after_is_computed_from_the_reset_time_which_is_beijings(message, now, asked, expected):
-    for code in ("1308", "1310"):
-        error = zai_error({"error": {"code": code, "message": message}}, 429, now=now, retry_after=asked)
-        assert error.headers().get("Retry-After") == expected and error.headers()["x-should-retry"] == "false"
+def test_the_verdict_on(status, body, verdict):
+    assert zai_error(body, status).verdict == verdict
 
 
+def nested(depth):
+    value = "x"
+    for _ in range(depth):
+        value = {"error": value, "code": [value], "message": {"a": value}}
+    return value
+
+
+def test_a_deeply_nested_error_is_an_error_all_the_same():
+    assert zai_error(nested(5000), 500).code == "upstream_error"
+    assert zai_error({"error": {"code": nested(5000), "message": nested(5000)}}, 429).code == "rate_limit_exceeded"
+
+
+def test_what_zai_says_is_quoted_with_a_bound():
+    error = zai_error({"error": {"code": "9" * 10**6, "message": "x" * 10**7}}, 400)
+    assert len(error.message) < 3000
+    assert len(error.zai_code) <= 200
+
+
+def test_too_long_a_prompt_names_the_max_tokens_that_may_be_to_blame():
+    too_long = complaint("1261", "Prompt exceeds max length")
+    assert "max_tokens" not in zai_error(too_long, 400).message
+    assert re.search("max_tokens.*98304", zai_error(too_long, 400, max_tokens=98304).message)
+
+
+# To add a case, add a row: the id that was asked for, words that help, words that would not.
+@pytest.mark.parametrize("model, help, absent", [
+    ("glm-4.66", "GLM-4.6", "MODEL_ALIASES"),
+    ("gpt-4o", "or set MODEL_ALIASES=gpt-4o=glm-4.6", "?"),
+    ("claude-sonnet-4-5", "or set MODEL_ALIASES=claude-sonnet-4-5=glm-4.6", "?"),
+    ("o3", "or set MODEL_ALIASES=o3=glm-4.6", "?"),
+    ("google/gemini-3-pro", "or set MODEL_ALIASES=google/gemini-3-pro=glm-4.6", "?"),
+    ("zzz", "/v1/models", "MODEL_ALIASES"),
+    ("x" * 10**7, "/v1/models", "xx"),
+])
+def test_an_unknown_model_gets_advice(model, help, absent):
+    message = zai_error(complaint("1211", "Unknown Model"), 400, model=model).message
+    assert help in message
+    assert absent not in message
+
+
+RESET_AT = 1788903508  # 2026-09-09 05:38:28 in Beijing, 2026-09-08 21:38:28 in UTC
+
+
+# To add a spelling of the time, add a row. Each means RESET_AT.
+@pytest.mark.parametrize("message", [
+    "Usage limit reached for 5 hour. Your limit will reset at 2026-09-09 05:38:28",
+    "Limit reached. Resets at 2026-09-09 05:38:28",
+    "LIMIT RESET AT 2026-09-09 05:38:28.",
+    "will be reset on 2026-09-09T05:38:28",
+    "resets at 2026-09-08T21:38:28Z",
+    "resets at 2026-09-08T21:38:28.000Z",
+    "resets at 2026-09-08 21:38:28 UTC",
+    "reset time: 2026-09-09T05:38:28+08:00",
+    "reset time: 2026-09-08T17:38:28-0400",
+    "resets at 2026-09-09T03:08:28+05:30",
+    "Limit reached at 2026-09-09 00:00:00, resets at 2026-09-09 05:38:28",
+    "您的限额将在 2026-09-09 05:38:28 重置。",
+    "已达到使用上限，将于2026年9月9日 05:38:28重置",
+])
+def test_the_time_of_a_reset_is_read(message):
+    error = zai_error(complaint("1308", message), 429, now=RESET_AT - 3600)
+    assert error.headers() == {"Retry-After": "3600", "x-should-retry": "false"}
+    assert error.pause == 3600
+    assert "(in 60 min)" in error.message
+
+
+# To add a case, add a row: Z.ai's words, seconds behind RESET_AT, Z.ai's Retry-After, ours.
+@pytest.mark.parametrize("message, late, asked, expected", [
+    ("Your limit will reset at 2026-09-09 05:38:28", -99.5, 7, "100"),
+    ("Your limit will reset at 2026-09-09 05:38:28", 5, None, "1"),
+    ("Your limit will reset at 2026-13-45 05:38:28", 0, None, None),
+    ("Your limit will reset at 2026-13-45 05:38:28", 0, 7, "7"),
+    ("Your limit will reset at 0000-01-01 00:00:00", 0, 7, "7"),
+    ("Your plan expired at 2026-09-09 05:38:28", -100, None, None),
+    ("Usage limit reached", 0, None, None),
+])
+def test_retry_after_comes_from_the_reset_or_else_from_zai(message, late, asked, expected):
+    error = zai_error(complaint("1310", message), 429, now=RESET_AT + late, retry_after=asked)
+    assert error.headers().get("Retry-After") == expected
+
+
+# To add a case, add a row: seconds to the reset, QUEUE_TIMEOUT, the status and code of ours, whether it heals.
+@pytest.mark.parametrize("seconds, patience, expected, retryable", [
+    (100, 120, NO_ROOM, None),
+    (120, 120, NO_ROOM, None),
+    (121, 120, NO_MONEY, False),
+    (100, 0, NO_MONEY, False),
+])
+def test_a_limit_that_ends_soon_is_a_429(seconds, patience, expected, retryable):
+    body = complaint("1308", "Your limit will reset at 2026-09-09 05:38:28")
+    error = zai_error(body, 429, now=RESET_AT - seconds, patience_s=patience)
+    assert (error.status, error.code) == expected
+    assert error.retryable is retryable
+    assert error.verdict == KEY_RESTS
+    assert error.retry_after == seconds
+
+
+def test_no_money_does_not_heal_however_patient_one_is():
+    assert zai_error(complaint("1113", "no"), 429, now=0, patience_s=1e9).status == 402
+    assert zai_error(complaint("1308", "no"), 429, now=0, patience_s=1e9).status == 402
+
+
+@pytest.mark.parametrize("seconds, words", [
+    (1, "1 s"), (119, "119 s"), (120, "2 min"), (3600, "60 min"), (7200, "2 h"), (18000, "5 h"), (604800, "7 days"),
+])
+def test_a_duration_in_words(seconds, words):
+    assert ztoapi.duration(seconds) == words
+
+
+# To add a case, add a row: a Retry-After, the seconds it means at RESET_AT.
 @pytest.mark.parametrize("text, seconds", [
-    ("7", 7.0), ("0", 0.0), ("Wed, 09 Sep 2026 05:38:28 GMT", 28800.0), ("Tue, 08 Sep 2026 21:38:28 GMT", 0.0), ("Mon, 07 Sep 2026 21:38:28 GMT", 0.0),
-    ("", None), ("soon", None), ("-1", None), ("1.5", None), ("9999999", None), ("Wed, 99 Sep 2026 05:38:28 GMT", None), ("\u0667", None),
+    ("7", 7.0), ("0", 0.0),
+    ("Wed, 09 Sep 2026 05:38:28 GMT", 28800.0), ("Tue, 08 Sep 2026 21:38:28 GMT", 0.0),
+    ("Mon, 07 Sep 2026 21:38:28 GMT", 0.0),
+    ("", None), ("soon", None), ("-1", None), ("1.5", None), ("9999999", None), ("Wed, 99 Sep 2026 05:38:28 GMT", None),
+    ("\u0667", None), ("Wed, 09 Sep 99999999999999999999 05:38:28 GMT", None), ("1 Jan 1 00:00:00 +9999999999", None),
 ])
 def test_retry_after_is_a_number_or_a_date(text, seconds):
     assert ztoapi.seconds_to_wait(text, RESET_AT) == seconds
 
 
 def test_zais_own_retry_after_is_passed_on():
-    error = zai_error({"error": {"code": "1302", "message": "x"}}, 429, now=0, retry_after=17)
-    assert error.headers()["Retry-After"] == "17" and error.pause == 17
+    error = zai_error(complaint("1302", "x"), 429, now=0, retry_after=17)
+    assert error.headers()["Retry-After"] == "17"
+    assert error.pause == 17
 
 
-def test_an_error_is_openais_object():
+def test_an_error_knows_what_a_front_has_to_tell():
     error = ztoapi.RequestError("No.", "messages[0].role")
-    assert error.status == 400 and error.headers() == {}
-    assert error.body() == {"error": {"message": "No.", "type": "invalid_request_error", "param": "messages[0].role", "code": "invalid_value"}}
-    assert UpstreamError("x").body()["error"] == {"message": "x", "type": "upstream_error", "param": None, "code": "upstream_error"}
+    assert (error.status, error.type, error.code) == (400, "invalid_request_error", "invalid_value")
+    assert (error.message, error.param) == ("No.", "messages[0].role")
+    assert error.headers() == {"x-should-retry": "false"}
 
 
-def test_no_key_survives_redaction():
-    keys = ("0123456789abcdef.SecretSecret", "plain-key-without-a-dot")
-    redact = ztoapi.Settings(zai_api_key=keys[:1], default_key=keys[1:]).redact
-    for text in ("key 0123456789abcdef.SecretSecret refused", "id 0123456789abcdef", "secret SecretSecret",
-                 "plain-key-without-a-dotplain-key-without-a-dot"):
-        clean = redact(text)
-        assert not any(part in clean for part in ("0123456789abcdef", "SecretSecret", "plain-key")), clean
-    assert redact("nothing to hide") == "nothing to hide"
-    odd = ("abcdefgh", "abcdefghijklmnop", "abc\\def'ghi\\jkl")
-    redact = ztoapi.Settings(default_key=odd).redact
-    assert redact("abcdefghijklmnop abcdefgh %s %a" % (odd[2], odd[2])) == '[redacted] [redacted] [redacted] "[redacted]"'
-    assert ztoapi.mask(keys[0])[-4:] == "cret" and keys[0][:-4] not in ztoapi.mask(keys[0]) and "hor" not in ztoapi.mask("short")
+def test_without_a_key_of_zais_the_error_says_where_to_get_one():
+    error = ztoapi.missing_key()
+    assert (error.status, error.code, error.retryable) == (403, "upstream_auth_error", False)
+    assert "https://z.ai/" in error.message
 
 
-# Models ###############################################################################################################
+# Models ###############################################################################
 
-CATALOGUE = {  # dialect 6.2: id -> caps that are right, sees
-    "glm-5.3": ({131072}, False), "glm-5.3-flash": ({131072}, True), "glm-5.3-flashx": ({131072}, True), "glm-5.2": ({131072}, False),
-    "glm-5.1": ({131072}, False), "glm-5": ({131072}, False), "glm-5-turbo": ({131072}, False), "glm-5v-turbo": ({131072}, True),
-    "glm-4.7": ({131072}, False), "glm-4.7-flashx": ({131072}, False), "glm-4.7-flash": ({131072}, False), "glm-4.6": ({131072}, False),
-    "glm-4.5": ({98304, 131072}, False), "glm-4.5-x": ({98304, 131072}, False), "glm-4.5-air": ({98304}, False), "glm-4.5-airx": ({98304}, False),
-    "glm-4.5-flash": ({98304}, False), "glm-4.6v": ({32768}, True), "glm-4.6v-flashx": ({32768}, True), "glm-4.6v-flash": ({32768}, True),
-    "glm-4.5v": ({16384}, True), "glm-4.1v-thinking-flash": ({16384}, True), "glm-4.1v-thinking-flashx": ({16384}, True),
-    "glm-4-flash-250414": ({16384}, False), "glm-4-flashx-250414": ({16384}, False), "glm-4v-flash": ({1024}, True), "glm-4-long": ({4095}, False),
-    "glm-4-32b-0414-128k": ({16384}, False), "autoglm-phone-multilingual": ({None}, True),
+# To add a model, add a row: id -> context, max_tokens, abilities (sees, tools: streams arguments, free).
+CATALOGUE = {
+    "glm-5.3": (1048576, 131072, "tools"),
+    "glm-5.3-flash": (1048576, 131072, "sees tools"),
+    "glm-5.3-flashx": (1048576, 131072, "sees tools"),
+    "glm-5.2": (1048576, 131072, "tools"),
+    "glm-5.1": (204800, 131072, "tools"),
+    "glm-5": (204800, 131072, "tools"),
+    "glm-5-turbo": (204800, 131072, "tools"),
+    "glm-5v-turbo": (204800, 131072, "sees"),
+    "glm-4.7": (204800, 131072, "tools"),
+    "glm-4.7-flashx": (204800, 131072, "tools"),
+    "glm-4.7-flash": (204800, 131072, "tools free"),
+    "glm-4.6": (204800, 131072, "tools"),
+    "glm-4.5": (131072, 98304, ""),
+    "glm-4.5-x": (131072, 98304, ""),
+    "glm-4.5-air": (131072, 98304, ""),
+    "glm-4.5-airx": (131072, 98304, ""),
+    "glm-4.5-flash": (131072, 98304, "free"),
+    "glm-4.6v": (131072, 32768, "sees"),
+    "glm-4.6v-flashx": (131072, 32768, "sees"),
+    "glm-4.6v-flash": (131072, 32768, "sees free"),
+    "glm-4.5v": (65536, 16384, "sees"),
+    "glm-4.1v-thinking-flash": (65536, 16384, "sees free"),
+    "glm-4.1v-thinking-flashx": (65536, 16384, "sees"),
+    "glm-4-flash-250414": (131072, 16384, "free"),
+    "glm-4-flashx-250414": (131072, 16384, ""),
+    "glm-4v-flash": (None, 1024, "sees free"),
+    "glm-4-long": (1000000, 4095, ""),
+    "glm-4-32b-0414-128k": (131072, 16384, ""),
+    "autoglm-phone-multilingual": (None, 4096, "sees"),
 }
-STREAMS_TOOLS = {"glm-4.6", "glm-4.7", "glm-4.7-flash", "glm-4.7-flashx", "glm-5", "glm-5-turbo", "glm-5.1", "glm-5.2", "glm-5.3", "glm-5.3-flash",
-                 "glm-5.3-flashx"}
 
 
-def test_the_model_table_is_the_catalogue():
+def test_the_model_table_has_the_catalogues_models():
     assert set(ztoapi.MODELS) == set(CATALOGUE)
-    for id, (caps, sees) in CATALOGUE.items():
-        model = ztoapi.MODELS[id]
-        assert model.id == id and model.max_tokens in caps and model.sees == sees and type(model.created) is int and model.created > 1.7e9, id
-        assert model.tool_stream == (id in STREAMS_TOOLS), id
-    for name in ("GLM-4.6", "GLM-4.5", "GLM-4.5-Air", "GLM-4.5V", "GLM-5.3-FlashX", "GLM-4.1V-Thinking-Flash"):
-        assert ztoapi.MODELS[name.lower()].name == name
+
+
+@pytest.mark.parametrize("id", CATALOGUE)
+def test_the_model_table_says_what_the_catalogue_says(id):
+    model = ztoapi.MODELS[id]
+    context, max_tokens, abilities = CATALOGUE[id]
+    assert (model.id, model.context, model.max_tokens) == (id, context, max_tokens)
+    assert (model.sees, model.tool_stream, model.free) == tuple(word in abilities for word in ("sees", "tools", "free"))
+    assert model.thinking in ztoapi.FAMILIES
+    assert model.created > 1.7e9
+
+
+@pytest.mark.parametrize("name", ["GLM-4.6", "GLM-4.5-Air", "GLM-4.5V", "GLM-5.3-FlashX", "GLM-4.1V-Thinking-Flash"])
+def test_models_are_spelled_as_the_brand_does(name):
+    assert ztoapi.MODELS[name.lower()].name == name
+
+
+ALIASES = {"gpt-4o": "zai/glm-4.6v-flash", "mine": "glm-9", "*": "glm-4.6"}
+LISTED = ztoapi.listed_models(Settings(model_aliases=ALIASES))
 
 
 def test_aliases_are_listed_and_the_catch_all_is_not():
-    listed = ztoapi.listed_models(Settings.from_environ({"MODEL_ALIASES": "gpt-4o=glm-4.6,mine=glm-9,*=glm-4.6"}))
-    assert set(listed) == {model.name for model in ztoapi.MODELS.values()} | {"gpt-4o", "mine"}
-    assert all(type(created) is int for created in listed.values())
+    assert set(LISTED) == {model.name for model in ztoapi.MODELS.values()} | {"gpt-4o", "mine"}
 
 
+# To add a case, add a row: a name that is listed, its entry.
+@pytest.mark.parametrize("name, entry", [
+    ("GLM-4.6", {
+        "id": "GLM-4.6", "object": "model", "created": 1759276800, "owned_by": "z.ai", "type": "model",
+        "display_name": "GLM-4.6", "created_at": "2025-10-01T00:00:00Z", "context_length": 204800,
+        "max_model_len": 204800, "max_output_tokens": 131072, "input_modalities": ["text"]}),
+    ("gpt-4o", {
+        "id": "gpt-4o", "object": "model", "created": 1765152000, "owned_by": "z.ai", "type": "model",
+        "display_name": "gpt-4o", "created_at": "2025-12-08T00:00:00Z", "context_length": 131072,
+        "max_model_len": 131072, "max_output_tokens": 32768, "input_modalities": ["text", "image"], "free": True}),
+    ("mine", {
+        "id": "mine", "object": "model", "created": 0, "owned_by": "z.ai", "type": "model", "display_name": "mine",
+        "created_at": "1970-01-01T00:00:00Z"}),
+])
+def test_a_listed_model_says_what_is_known_of_it(name, entry):
+    assert LISTED[name] == entry
+
+
+# To add a case, add a row: the client's name, MODEL_ALIASES, Z.ai's id.
 @pytest.mark.parametrize("name, aliases, id", [
-    ("GLM-4.6", "", "glm-4.6"), ("glm-4.6", "", "glm-4.6"), ("gLm-5.2[1m]", "", "glm-5.2"), (" GLM-4.5-Air ", "", "glm-4.5-air"),
+    ("GLM-4.6", "", "glm-4.6"),
+    ("glm-4.6", "", "glm-4.6"),
+    ("gLm-5.2[1m]", "", "glm-5.2"),
+    (" GLM-4.5-Air ", "", "glm-4.5-air"),
     ("GLM-9-New", "", "glm-9-new"),
-    ("gpt-4o", "gpt-4o=GLM-4.6", "glm-4.6"), ("GPT-4o", "gpt-4o=glm-4.6", "glm-4.6"), ("gpt-4o", "GPT-4O=glm-4.6", "glm-4.6"),
-    ("gpt-4o[1m]", "gpt-4o=glm-5.2[1m]", "glm-5.2"), ("gpt-4", "gpt-4o=glm-4.6", "gpt-4"), ("glm-4.6", "glm-4.6=glm-5.2", "glm-5.2"),
-    ("o1", "*=GLM-4.6", "glm-4.6"), ("GLM-4.5", "*=glm-4.6", "glm-4.5"), ("gpt-4o", "*=glm-4.6,gpt-4o=glm-4.5", "glm-4.5"),
+    ("GLM-5.3-Highspeed", "", "glm-5.3-highspeed"),
+    ("glm-5.2-highspeed[1m]", "", "glm-5.2-highspeed"),
+    ("zai/glm-4.6", "", "glm-4.6"),
+    ("z-ai/GLM-5.1-highspeed", "", "glm-5.1-highspeed"),
+    ("openrouter/z-ai/glm-4.6", "", "glm-4.6"),
+    ("somebody/glm-9", "", "somebody/glm-9"),
+    ("gpt-4o", "gpt-4o=GLM-4.6", "glm-4.6"),
+    ("GPT-4o", "gpt-4o=glm-4.6", "glm-4.6"),
+    ("gpt-4o", "GPT-4O=glm-4.6", "glm-4.6"),
+    ("gpt-4o", "gpt-4o=z-ai/glm-4.6", "glm-4.6"),
+    ("openai/gpt-4o", "openai/gpt-4o=glm-4.6", "glm-4.6"),
+    ("gpt-4o[1m]", "gpt-4o=glm-5.2[1m]", "glm-5.2"),
+    ("gpt-4", "gpt-4o=glm-4.6", "gpt-4"),
+    ("glm-4.6", "glm-4.6=glm-5.2", "glm-5.2"),
+    ("o1", "*=GLM-4.6", "glm-4.6"),
+    ("GLM-4.5", "*=glm-4.6", "glm-4.5"),
+    ("glm-5.2-highspeed", "*=glm-4.6", "glm-5.2-highspeed"),
+    ("openai/glm-4.5", "*=glm-4.6", "glm-4.5"),
+    ("gpt-4o", "*=glm-4.6,gpt-4o=glm-4.5", "glm-4.5"),
     ("glm-9", "*=glm-4.6", "glm-4.6"),
 ])
 def test_a_models_name_becomes_zais_id(name, aliases, id):
     settings = Settings.from_environ({"MODEL_ALIASES": aliases})
     assert ztoapi.zai_model_id(name, settings.model_aliases) == id
-    assert ztoapi.to_zai_request(chat_body(model=name), settings)[0]["model"] == id
+    assert ztoapi.to_zai_request(chat_body(model=name), settings).body["model"] == id
 
 
-# OpenAI request -> Z.ai request #######################################################################################
+def test_a_highspeed_model_has_the_row_of_its_model():
+    assert to_zai(chat_body(model="glm-5.3-highspeed", max_tokens=10**6))[0]["max_tokens"] == 131072
 
-TOOL = {"type": "function", "function": {"name": "get_weather", "description": "Weather of a city",
-                                         "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}}
-TOOL2 = {"type": "function", "function": {"name": "get_time", "description": "Time", "parameters": {"type": "object", "properties": {}}}}
+
+# To Z.ai ##############################################################################
+
+TOOL = {"type": "function", "function": {
+    "name": "get_weather", "description": "Weather of a city",
+    "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}}
+TOOL2 = {"type": "function", "function": {
+    "name": "get_time", "description": "Time", "parameters": {"type": "object", "properties": {}}}}
 CALL = {"id": "c1", "type": "function", "function": {"name": "get_weather", "arguments": "{\"city\":\"Paris\"}"}}
 PICTURE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA", "detail": "low"}}
 TEXT = {"type": "text", "text": "What is it?"}
+NO_TEXT = {"type": "text", "text": ""}
+FILE = {"type": "file", "file": {"file_id": "f1", "filename": "a.pdf"}}
+FILE_URL = {"type": "file", "file": {"file_url": "https://a.example/a.pdf"}}
+AUDIO = {"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}}
+
+
+def asked(request, **environ):
+    """What becomes of a request, which is left as it was, and whose translation can be sent."""
+    before = copy.deepcopy(request)
+    result = ztoapi.to_zai_request(request, Settings.from_environ(environ))
+    assert request == before
+    assert json.loads(ztoapi.encode_request(result.body)) == result.body
+    assert result.body["stream"] is True
+    assert all(re.fullmatch("[a-zA-Z0-9_.-]+", name) for name in result.changed)
+    assert len(set(result.changed)) == len(result.changed)
+    return result
 
 
 def to_zai(request, **environ):
-    """(zai_request, changed), where the request is left as it was and the answer can be sent."""
-    before = copy.deepcopy(request)
-    zai_request, changed = ztoapi.to_zai_request(request, Settings.from_environ(environ))
-    assert request == before and json.loads(ztoapi.encode_json(zai_request)) == zai_request
-    assert zai_request["stream"] is True and all(isinstance(name, str) and "," not in name for name in changed) and len(set(changed)) == len(changed)
-    return zai_request, set(changed)
+    """(Z.ai's body, the set of what was changed)."""
+    result = asked(request, **environ)
+    return result.body, set(result.changed)
 
 
 def user(content):
@@ -679,50 +1199,73 @@ def user(content):
 
 
 def said_by(role, **fields):
-    return {"messages": [dict({"role": role}, **fields), {"role": "user", "content": "Hi"}]}
+    return {"messages": [{"role": role, **fields}, {"role": "user", "content": "Hi"}]}
 
 
-BAD_REQUESTS = [  # the fields that are wrong, the param of the 400
-    *(({"model": value}, "model") for value in (None, "", "  ", 5, ["glm-4.6"], {}, True, "[1m]")),
+def seeing(fields):
+    return {**fields, "model": "glm-4.5v"}
+
+
+def image_of(value):
+    return seeing(user([TEXT, {"type": "image_url", "image_url": value}]))
+
+
+def function(**fields):
+    return {"tools": [{"type": "function", "function": fields}]}
+
+
+def schema(value):
+    return {"response_format": {"type": "json_schema", "json_schema": value}}
+
+
+# To add a request that is refused, add a row: the fields that are wrong, the param of the 400.
+BAD_REQUESTS = [
+    *(({"model": value}, "model") for value in (None, "", "  ", 5, ["glm-4.6"], {}, True, "[1m]", "x" * 257)),
     *(({"messages": value}, "messages") for value in (None, [], "Hi", {}, 5)),
     *(({"messages": [value]}, "messages[0]") for value in (None, "Hi", 5, [])),
-    *(({"messages": [{"role": value, "content": "x"}]}, "messages[0].role") for value in (None, "", 5, "robot", "function", "User", ["user"])),
+    *(({"messages": [{"role": value, "content": "x"}]}, "messages[0].role")
+      for value in (None, "", 5, "robot", "function", "User", ["user"])),
     ({"messages": [{"content": "x"}]}, "messages[0].role"),
-    *((said_by(role, content=value), "messages[0].content") for role in ("user", "system", "developer") for value in (None, 5, {}, True)),
-    (said_by("tool", content=None, tool_call_id="c1"), "messages[0].content"),
-    ({"messages": [{"role": "user"}]}, "messages[0].content"), ({"messages": [{"role": "system"}]}, "messages[0].content"),
-    (said_by("assistant", content=5), "messages[0].content"), (said_by("assistant", reasoning_content=5), "messages[0].reasoning_content"),
-    (said_by("tool", content="x"), "messages[0].tool_call_id"), (said_by("tool", content="x", tool_call_id=5), "messages[0].tool_call_id"),
+    *((said_by(role, content=value), "messages[0].content")
+      for role in ("user", "system", "developer") for value in (None, 5, {}, True)),
+    ({"messages": [{"role": "user"}]}, "messages[0].content"),
+    ({"messages": [{"role": "system"}]}, "messages[0].content"),
+    (said_by("assistant", content=5), "messages[0].content"),
+    (said_by("assistant", reasoning_content=5), "messages[0].reasoning_content"),
+    (said_by("tool", content="x"), "messages[0].tool_call_id"),
+    (said_by("tool", content="x", tool_call_id=5), "messages[0].tool_call_id"),
     *((user([part]), "messages[0].content[0]") for part in (None, "x", 5, [])),
-    *((user([TEXT, part]), "messages[0].content[1].type") for part in ({}, {"type": None}, {"type": 5}, {"type": "input_audio"}, {"type": "file"})),
+    *((user([TEXT, part]), "messages[0].content[1].type")
+      for part in ({}, {"type": None}, {"type": 5}, AUDIO, {"type": "x"})),
     *((user([{"type": "text", "text": value}]), "messages[0].content[0].text") for value in (None, 5, [])),
     (user([{"type": "text"}]), "messages[0].content[0].text"),
-    *((dict(user([TEXT, {"type": "image_url", "image_url": value}]), model="glm-4.5v"), "messages[0].content[1].image_url")
-      for value in (None, 5, [])),
-    *((dict(user([TEXT, {"type": "image_url", "image_url": value}]), model="glm-4.5v"), "messages[0].content[1].image_url.url")
-      for value in ({}, {"url": 5})),
-    (dict(said_by("system", content=[PICTURE]), model="glm-4.5v"), "messages[0].content[0]"),
-    (user([TEXT, PICTURE]), "messages[0].content[1]"), (dict(user([PICTURE]), model="glm-5.2"), "messages[0].content[0]"),
+    *((image_of(value), "messages[0].content[1].image_url") for value in (None, 5, [])),
+    *((image_of(value), "messages[0].content[1].image_url.url") for value in ({}, {"url": 5})),
+    (user([TEXT, PICTURE]), "messages[0].content[1]"),
+    ({**user([PICTURE]), "model": "glm-5.2"}, "messages[0].content[0]"),
+    (user([TEXT, FILE]), "messages[0].content[1]"),
+    (seeing(user([FILE])), "messages[0].content[0]"),
     *((said_by("assistant", tool_calls=value), "messages[0].tool_calls") for value in ("x", {"a": 1}, 5)),
     (said_by("assistant", tool_calls=["x"]), "messages[0].tool_calls[0]"),
-    (said_by("assistant", tool_calls=[dict(CALL, id=None)]), "messages[0].tool_calls[0].id"),
-    (said_by("assistant", tool_calls=[CALL, dict(CALL, function=None)]), "messages[0].tool_calls[1].function"),
-    (said_by("assistant", tool_calls=[dict(CALL, function={"arguments": "{}"})]), "messages[0].tool_calls[0].function.name"),
-    (said_by("assistant", tool_calls=[dict(CALL, function={"name": "f", "arguments": 5})]), "messages[0].tool_calls[0].function.arguments"),
-    *(({name: value}, name) for name in ("stream", "logprobs", "parallel_tool_calls", "enable_thinking", "do_sample", "tool_stream", "store")
+    (said_by("assistant", tool_calls=[{**CALL, "id": None}]), "messages[0].tool_calls[0].id"),
+    (said_by("assistant", tool_calls=[CALL, {**CALL, "function": None}]), "messages[0].tool_calls[1].function"),
+    (said_by("assistant", tool_calls=[{**CALL, "function": {"arguments": "{}"}}]),
+     "messages[0].tool_calls[0].function.name"),
+    *(({name: value}, name) for name in ("stream", "parallel_tool_calls", "enable_thinking")
       for value in ("true", 1, 0, [], {})),
-    *(({name: value}, name) for name in ("temperature", "top_p", "presence_penalty", "frequency_penalty") for value in ("1", True, [], {})),
-    *(({name: value}, name) for name in ("n", "max_tokens", "max_completion_tokens", "top_logprobs", "seed") for value in ("1", True, 1.5, [], {})),
-    *(({name: value}, name) for name in ("user", "user_id", "request_id") for value in (5, True, [], {})),
-    *(({name: value}, name) for name in ("stream_options", "logit_bias", "response_format", "thinking", "metadata") for value in ("x", 5, True, [])),
-    ({"n": 0}, "n"), ({"n": 2}, "n"), ({"n": 128}, "n"),
-    ({"temperature": -0.1}, "temperature"), ({"temperature": 2.01}, "temperature"), ({"top_p": -0.01}, "top_p"), ({"top_p": 1.01}, "top_p"),
-    ({"presence_penalty": 2.1}, "presence_penalty"), ({"presence_penalty": -2.1}, "presence_penalty"),
-    ({"frequency_penalty": 3}, "frequency_penalty"),
-    ({"top_logprobs": 21}, "top_logprobs"), ({"top_logprobs": -1}, "top_logprobs"),
-    ({"max_tokens": 0}, "max_tokens"), ({"max_tokens": -5}, "max_tokens"), ({"max_completion_tokens": 0}, "max_completion_tokens"),
-    ({"stop": 5}, "stop"), ({"stop": {}}, "stop"), ({"stop": ["a", 5]}, "stop[1]"), ({"stop": ["a", None]}, "stop[1]"),
-    ({"stop": list("abcde")}, "stop"),
+    *(({name: value}, name) for name in ("temperature", "top_p") for value in ("1", True, [], {})),
+    *(({name: value}, name) for name in ("n", "max_tokens", "max_completion_tokens")
+      for value in ("1", True, 1.5, [], {})),
+    *(({"user": value}, "user") for value in (5, True, [], {})),
+    *(({name: value}, name) for name in ("stream_options", "response_format", "thinking")
+      for value in ("x", 5, True, [])),
+    *(({"n": value}, "n") for value in (0, 2, 128)),
+    *(({"temperature": value}, "temperature") for value in (-0.1, 2.01)),
+    *(({"top_p": value}, "top_p") for value in (-0.01, 1.01)),
+    *(({"max_tokens": value}, "max_tokens") for value in (0, -5)),
+    ({"max_completion_tokens": 0}, "max_completion_tokens"),
+    *(({"stop": value}, "stop") for value in (5, {}, list("abcde"))),
+    *(({"stop": ["a", value]}, "stop[1]") for value in (5, None)),
     ({"stream_options": {"include_usage": "yes"}}, "stream_options.include_usage"),
     *(({"reasoning_effort": value}, "reasoning_effort") for value in ("", "very", 5, True, "High")),
     *(({"reasoning_format": value}, "reasoning_format") for value in ("", "think", 5)),
@@ -730,166 +1273,334 @@ BAD_REQUESTS = [  # the fields that are wrong, the param of the 400
     *(({"response_format": {"type": value}}, "response_format.type") for value in ("xml", 5, None)),
     ({"response_format": {}}, "response_format.type"),
     ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
-    ({"response_format": {"type": "json_schema", "json_schema": "x"}}, "response_format.json_schema"),
-    ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": []}}}, "response_format.json_schema.schema"),
+    (schema("x"), "response_format.json_schema"),
+    (schema({"name": "a", "schema": []}), "response_format.json_schema.schema"),
     *(({"tools": value}, "tools") for value in ("x", {}, 5, [TOOL] * 129)),
     *(({"tools": [value]}, "tools[0]") for value in ("x", None, 5)),
-    ({"tools": [{}]}, "tools[0].type"), ({"tools": [{"type": 5}]}, "tools[0].type"), ({"tools": [TOOL, {"type": "function"}]}, "tools[1].function"),
-    *(({"tools": [{"type": "function", "function": {"name": value}}]}, "tools[0].function.name")
+    ({"tools": [{}]}, "tools[0].type"),
+    ({"tools": [{"type": 5}]}, "tools[0].type"),
+    ({"tools": [TOOL, {"type": "function"}]}, "tools[1].function"),
+    *((function(name=value), "tools[0].function.name")
       for value in (None, "", 5, "get weather", "x" * 65, "wetter_für")),
-    ({"tools": [{"type": "function", "function": {"name": "f", "description": 5}}]}, "tools[0].function.description"),
-    ({"tools": [{"type": "function", "function": {"name": "f", "parameters": "x"}}]}, "tools[0].function.parameters"),
+    (function(name="f", description=5), "tools[0].function.description"),
+    (function(name="f", parameters="x"), "tools[0].function.parameters"),
     *(({"tools": [TOOL], "tool_choice": value}, "tool_choice") for value in ("sometimes", "get_weather", 5, True, [])),
     ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "other"}}}, "tool_choice"),
+    ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "x" * 10**6}}}, "tool_choice"),
     ({"tools": [TOOL], "tool_choice": {"type": "function"}}, "tool_choice.function"),
     ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": 5}}}, "tool_choice.function.name"),
     ({"functions": [{"name": "f"}]}, "functions"),
+    ({"function_call": "auto"}, "function_call"),
+    ({"extra_body": {"temperature": 5}}, "temperature"),
 ]
 
 
 @pytest.mark.parametrize("fields, param", BAD_REQUESTS)
 def test_a_bad_request_is_a_400_that_names_the_parameter(fields, param):
-    with pytest.raises(ztoapi.ApiError) as caught:
+    with pytest.raises(ztoapi.RequestError) as caught:
         to_zai(chat_body(**fields))
     error = caught.value
     assert (error.status, error.type, error.param) == (400, "invalid_request_error", param), error.message
-    assert isinstance(error.code, str) and error.message and len(error.message) < 500
+    assert isinstance(error.code, str)
+    assert 0 < len(error.message) < 500
 
 
-def test_images_to_a_model_that_sees_none_are_refused_with_the_names_of_models_that_do():
-    with pytest.raises(ztoapi.RequestError, match=r"GLM-4\.6 .*GLM-4\.6V"):
-        to_zai(chat_body(**user([TEXT, PICTURE])))
+# To add a case, add a row: model, part of the current turn, what the error must say.
+@pytest.mark.parametrize("model, part, words", [
+    ("GLM-4.6", PICTURE, r"GLM-4\.6 takes text only.*GLM-4\.6V"),
+    ("GLM-4.6", FILE, r"GLM-4\.6 takes text only.*GLM-4\.6V"),
+    ("glm-4.5v", FILE, r"GLM-4\.5V takes no .*file.*GLM-5\.3-Flash"),
+    ("glm-5v-turbo", FILE_URL, r"GLM-5V-Turbo takes no .*file.*GLM-5\.3-Flash"),
+    ("glm-4.5v", AUDIO, r"takes no input_audio"),
+])
+def test_media_that_a_model_does_not_take_are_refused_with_the_names_of_models_that_do(model, part, words):
+    with pytest.raises(ztoapi.RequestError, match=words):
+        to_zai(chat_body(model=model, **user([TEXT, part])))
 
 
-def test_null_in_an_optional_field_counts_as_absent():
-    plain = to_zai(chat_body())
-    for name in list(ztoapi.FIELDS) + ["functions", "top_k", "web_search"]:
-        assert to_zai(chat_body(**{name: None})) == plain, name
-    nothing = {"tools": [dict(TOOL, function=dict(TOOL["function"], strict=None))], "stream_options": {"include_usage": None},
-               "thinking": {"type": None}}
-    assert to_zai(chat_body(**nothing)) == to_zai(chat_body(tools=[TOOL]))
-    form = {"type": "json_schema", "json_schema": {"name": "a", "schema": None}}
-    assert to_zai(chat_body(response_format=form))[0]["response_format"] == {"type": "json_object"}
-    nothing = dict.fromkeys(("tool_calls", "reasoning_content", "name", "refusal", "audio", "function_call"))
-    assert to_zai(chat_body(**said_by("assistant", content="x", **nothing))) == to_zai(chat_body(**said_by("assistant", content="x")))
-    made = {"id": "c1", "type": None, "function": {"name": "get_weather", "arguments": None}}
-    message = to_zai(chat_body(**said_by("assistant", tool_calls=[made])))[0]["messages"][0]
-    assert message["tool_calls"][0]["function"] == {"name": "get_weather", "arguments": ""}
+@pytest.mark.parametrize("name", [
+    *ztoapi.FIELDS, *ztoapi.DROPPED, *ztoapi.FOREIGN_WISHES, "extra_body", "functions", "top_k"])
+def test_null_in_an_optional_field_counts_as_absent(name):
+    if name not in ("model", "messages"):
+        assert to_zai(chat_body(**{name: None})) == to_zai(chat_body())
 
 
+# To add a case, add a row: fields with a null in them, the same without it.
+@pytest.mark.parametrize("fields, same", [
+    (function(name="f", strict=None, description=None, parameters=None), function(name="f")),
+    ({"stream_options": {"include_usage": None}}, {}),
+    ({"thinking": {"type": None}}, {}),
+    (schema({"name": "a", "schema": None}), schema({"name": "a"})),
+    (said_by("assistant", content="x", tool_calls=None, reasoning_content=None, name=None, audio=None),
+     said_by("assistant", content="x")),
+    ({"temperature": None, "extra_body": {"temperature": 0.5}}, {"extra_body": {"temperature": 0.5}}),
+])
+def test_null_inside_a_field_counts_as_absent(fields, same):
+    assert to_zai(chat_body(**fields)) == to_zai(chat_body(**same))
+
+
+# To add a body that is read, add a row: bytes, the object.
 @pytest.mark.parametrize("data, expected", [
-    (b'{"a": 1}', {"a": 1}), (b'\xef\xbb\xbf{"a": 1}', {"a": 1}), (b' \r\n{"a":"\\u0000\\ud800\xe2\x80\xa8"}\n', {"a": "\0\ud800\u2028"}),
+    (b'{"a": 1}', {"a": 1}),
+    (b'\xef\xbb\xbf{"a": 1}', {"a": 1}),
+    (b' \r\n{"a":"\\u0000\\ud800\xe2\x80\xa8"}\n', {"a": "\0\ud800\u2028"}),
     (b'{"a": [1.5, -2e3, 12345678901234567890]}', {"a": [1.5, -2000.0, 12345678901234567890]}),
-    *((data, ztoapi.RequestError) for data in (
-        b"", b" ", b"null", b"[]", b"5", b'"x"', b"true", b"{", b"{'a': 1}", b'{"a": 1} x', b'{"a": 1}{"a": 1}', b'{"a": 01}', b"\xff\xfe{\0}\0",
-        '{"a": "é"}'.encode("latin-1"), b'{"a": "\xed\xa0\x80"}', b"\x1f\x8b\x08\0", b"model=glm-4.6", b'{"a": NaN}', b'{"a": Infinity}',
-        b'{"a": -Infinity}', b'{"a": 1e999}', b'{"a": -1e999}', b'{"a": ' + b"1" * 5000 + b"}", b'{"a": -' + b"1" * 5000 + b"}",
-        b'{"a": ' + b"9" * 1000000 + b"}",
-        b'{"a": ' + b"[" * 200000 + b"]" * 200000 + b"}", b'{"a":' * 200000 + b"1" + b"}" * 200000, b"[" * 200000)),
 ])
-def test_a_body_is_a_json_object_or_a_400(data, expected):
-    if isinstance(expected, dict):
-        assert ztoapi.read_json_object(data) == expected
-    else:
-        with pytest.raises(expected) as caught:
-            ztoapi.read_json_object(data)
-        assert caught.value.status == 400 and caught.value.type == "invalid_request_error" and len(caught.value.message) < 300
+def test_a_body_is_a_json_object(data, expected):
+    assert ztoapi.read_json_object(data) == expected
 
 
-@pytest.mark.parametrize("request_stream, accept, agent, default, expected", [
-    (True, "application/json", "ai-sdk/6", False, True), (False, "text/event-stream", "curl/8", True, False),
-    ("absent", "*/*", "curl/8.5.0", True, True), ("absent", "*/*", "curl/8.5.0", False, False), ("absent", "", "", True, True),
-    ("absent", "application/json", "OpenAI/Python 3.54.0", True, False), ("absent", "Application/JSON", "OpenAI/JS 6.49.0", True, False),
-    ("absent", "application/json, text/plain, */*", "axios/1.7", True, False), ("absent", "text/event-stream", "x", False, False),
-    ("absent", "*/*", "ai/6.0.0 ai-sdk/provider-utils/4.0.0 runtime/node.js/22", True, False), ("absent", "*/*", "async-openai", True, False),
-    (None, "*/*", "curl/8", True, True), (None, "application/json", "x", True, False), (None, "*/*", "curl/8", False, False),
-])
-def test_who_gets_a_stream(request_stream, accept, agent, default, expected):
-    request = {} if request_stream == "absent" else {"stream": request_stream}
-    assert ztoapi.wants_stream(request, accept, agent, default) is expected
+# To add a body that is refused, add a row.
+@pytest.mark.parametrize("data", [
+    b"", b" ", b"null", b"[]", b"5", b'"x"', b"true", b"{", b"{'a': 1}", b'{"a": 1} x', b'{"a": 1}{"a": 1}',
+    b'{"a": 01}',
+    b"\xff\xfe{\0}\0", '{"a": "é"}'.encode("latin-1"), b'{"a": "\xed\xa0\x80"}', b"\x1f\x8b\x08\0", b"model=glm-4.6",
+    b'{"a": NaN}', b'{"a": Infinity}', b'{"a": -Infinity}', b'{"a": 1e999}', b'{"a": -1e999}',
+    b'{"a": ' + b"1" * 5000 + b"}", b'{"a": -' + b"1" * 5000 + b"}", b'{"a": ' + b"9" * 1000000 + b"}",
+    b'{"a": ' + b"[" * 200000 + b"]" * 200000 + b"}", b'{"a":' * 200000 + b"1" + b"}" * 200000, b"[" * 200000,
+    b'{"a": [' + b"[]," * 1000001 + b"[]]}", b'{"a": [' + b"{}," * 1000001 + b"{}]}",
+], ids=lambda data: repr(data[:20]))
+def test_a_body_that_is_none_is_a_400(data):
+    with pytest.raises(ztoapi.RequestError) as caught:
+        ztoapi.read_json_object(data)
+    assert caught.value.status == 400
+    assert len(caught.value.message) < 300
+
+
+def test_a_schema_too_deep_to_be_written_is_a_400():
+    deep = {}
+    for _ in range(100000):
+        deep = {"a": deep}
+    with pytest.raises(ztoapi.RequestError):
+        ztoapi.to_zai_request(chat_body(**schema({"schema": deep})), Settings())
+    while deep:  # or the interpreter itself recurses when it frees it
+        deep = deep.pop("a")
 
 
 S, U, DOT = {"role": "system", "content": "S"}, {"role": "user", "content": "U"}, {"role": "user", "content": "."}
+A = {"role": "assistant", "content": "A"}
 RESULT = {"role": "tool", "tool_call_id": "c1", "content": "20"}
-PARTS = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-MESSAGES = [  # OpenAI's messages, Z.ai's, what was changed
+PARTS = [{"type": "text", "text": "a"}, NO_TEXT, {"type": "text", "text": "b"}]
+
+
+def calling(arguments='{"city":"Paris"}', **fields):
+    function = {"name": "get_weather", "arguments": arguments}
+    return {"role": "assistant", "content": "", "tool_calls": [{**CALL, "function": function}], **fields}
+
+
+# To add a case, add a row: OpenAI's messages, Z.ai's, what was changed.
+MESSAGES = [
     ([S, U], [S, U], set()),
     ([{"role": "developer", "content": "S"}, U], [S, U], {"developer"}),
-    ([{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": ""}, {"type": "text", "text": "b"}]}],
-     [{"role": "user", "content": "a\nb"}], set()),
-    *(([{"role": role, "content": PARTS, "tool_call_id": "c1"}, U],
-       [dict({"role": role, "content": "a\nb"}, **({"tool_call_id": "c1"} if role == "tool" else {})), U], set())
-      for role in ("system", "assistant", "tool")),
-    *(([{"role": "user", "content": content}], [DOT], {"empty_message"})
-      for content in ("", [], [{"type": "text", "text": ""}])),
-    *(([dict({"role": "assistant", "tool_calls": [CALL]}, **content), RESULT, U],
-       [{"role": "assistant", "content": "", "tool_calls": [CALL]}, RESULT, U], set())
+    ([{"role": "user", "content": PARTS}], [{"role": "user", "content": "a\nb"}], set()),
+    *(([{"role": role, "content": PARTS}, U], [{"role": role, "content": "a\nb"}, U], set())
+      for role in ("system", "assistant")),
+    ([{**RESULT, "content": PARTS}, U], [{**RESULT, "content": "a\nb"}, U], set()),
+    *(([{"role": "user", "content": content}], [DOT], {"empty_message"}) for content in ("", [], [NO_TEXT])),
+    *(([{"role": "assistant", "tool_calls": [CALL], **content}, RESULT, U], [calling(), RESULT, U], set())
       for content in ({}, {"content": None}, {"content": ""}, {"content": []})),
-    ([{"role": "assistant", "content": "a", "reasoning_content": "because"}, U],
-     [{"role": "assistant", "content": "a", "reasoning_content": "because"}, U], set()),
-    ([{"role": "assistant", "content": "a", "tool_calls": []}, U],
-     [{"role": "assistant", "content": "a"}, U], set()),
-    ([{"role": "assistant", "tool_calls": [dict(CALL, function={"name": "get_weather", "arguments": {"city": "Paris"}})]}, U],
-     [{"role": "assistant", "content": "", "tool_calls": [CALL]}, U], set()),
+    ([{**A, "reasoning_content": "because"}, U], [{**A, "reasoning_content": "because"}, U], set()),
+    ([{**A, "reasoning": "because"}, U], [{**A, "reasoning_content": "because"}, U], set()),
+    ([{**A, "reasoning": "no", "reasoning_content": "yes"}, U], [{**A, "reasoning_content": "yes"}, U], set()),
+    ([{**A, "reasoning": {"a": 1}, "reasoning_details": [{"type": "x"}]}, U], [A, U], {"reasoning_details"}),
+    ([{**A, "tool_calls": []}, U], [A, U], set()),
+    ([calling({"city": "Paris"}), U], [calling(), U], set()),
+    ([{"role": "assistant", "tool_calls": [{"id": "c1", "type": "custom",
+     "custom": {"name": "get_weather", "input": "x"}}]}, U],
+     [calling('{"input":"x"}'), U], set()),
     ([{"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]}, U],
      [{"role": "assistant", "content": "No."}, U], set()),
-    ([{"role": "user", "content": "U", "name": "bob"}], [U], {"name"}),
+    ([{**U, "name": "bob"}], [U], {"name"}),
+    ([{**A, "refusal": "No."}, U], [A, U], {"refusal"}),
+    ([{**A, "audio": {"id": "a"}}, U], [A, U], {"audio"}),
+    ([{**A, "function_call": {"name": "f"}}, U], [A, U], {"function_call"}),
+    ([{**U, "cache_control": {}, "x,\r\ny": 1}], [U], {"message_fields"}),
     ([S], [S, DOT], {"user_message"}),
-    ([{"role": "assistant", "content": "A"}], [{"role": "assistant", "content": "A"}, DOT], {"user_message"}),
-    ([U, {"role": "system", "content": "late"}, {"role": "system", "content": "later"}],
-     [U, {"role": "system", "content": "late"}, {"role": "system", "content": "later"}], set()),
-    ([{"role": "user", "content": "a\u2028b\0\U0001f600"}], [{"role": "user", "content": "a\u2028b\0\U0001f600"}], set()),
+    ([A], [A, DOT], {"user_message"}),
+    ([U, {**S, "content": "late"}, {**S, "content": "later"}],
+     [U, {**S, "content": "late"}, {**S, "content": "later"}], set()),
+    ([{"role": "user", "content": "a\u2028b\0\U0001f600"}], [{"role": "user", "content": "a\u2028b\0\U0001f600"}],
+     set()),
+    # What is empty
+    *(([calling(), {**RESULT, "content": content}], [calling(), {**RESULT, "content": "(no output)"}, DOT],
+       {"empty_message", "user_message"}) for content in ("", None, [], [NO_TEXT, NO_TEXT])),
+    *(([U, {"role": "assistant", **fields}, U], [U, U], {"empty_message"}) for fields in (
+        {}, {"content": None}, {"content": ""}, {"content": [NO_TEXT]}, {"reasoning_content": "hm"},
+        {"tool_calls": []})),
+    ([{**S, "content": ""}, U], [U], {"empty_message"}),
 ]
 
 
 @pytest.mark.parametrize("messages, expected, changed", MESSAGES)
 def test_messages_become(messages, expected, changed):
-    zai_request, really = to_zai(chat_body(messages=messages))
-    assert zai_request["messages"] == expected and really == changed
+    body, really = to_zai(chat_body(messages=messages))
+    assert body["messages"] == expected
+    assert really == changed
 
 
-def test_images_reach_a_model_that_sees_and_always_with_a_text_beside_them():
-    for model in ("GLM-4.5V", "glm-5.3-flash", "glm-unheard-of"):
-        assert to_zai(dict(chat_body(model=model), **user([TEXT, PICTURE])))[0]["messages"] == [{"role": "user", "content": [TEXT, PICTURE]}]
-        for parts in ([PICTURE], [PICTURE, {"type": "text", "text": ""}]):
-            content = to_zai(dict(chat_body(model=model), **user(parts)))[0]["messages"][0]["content"]
-            assert PICTURE in content and [part["text"] != "" for part in content if part["type"] == "text"] == [True]
+# To add a case, add a row: the arguments of an earlier call, the text Z.ai gets; None: as they are.
+ARGUMENTS = [
+    ('{"path": "a"}', None),
+    (' {"path": "a"}\n', None),
+    ("{}", None),
+    ('{"a": "{}{}"}', None),
+    ("", "{}"),
+    (" \n", "{}"),
+    (None, "{}"),
+    ('{"path": "a"}{"path": "a"}', '{"path": "a"}'),
+    ('{"path": "a"}\n{"path": "a"}', '{"path": "a"}'),
+    ("{}{}", "{}"),
+    ('"{\\"path\\": \\"a\\"}"', '{"path": "a"}'),
+    ('{"path": "a', '{"arguments":"{\\"path\\": \\"a"}'),
+    ('{"a": 1}{"b": 2}', '{"arguments":"{\\"a\\": 1}{\\"b\\": 2}"}'),
+    ("aa", '{"arguments":"aa"}'),
+    ("[1]", '{"arguments":"[1]"}'),
+    ("5", '{"arguments":"5"}'),
+    (5, '{"arguments":"5"}'),
+    ([1], '{"arguments":"[1]"}'),
+    ('"x"', '{"arguments":"\\"x\\""}'),
+    ('{"a": NaN}', '{"arguments":"{\\"a\\": NaN}"}'),
+    ("[" * 100000, json.dumps({"arguments": "[" * 100000}, separators=(",", ":"))),
+]
 
 
-def test_what_a_message_loses_is_listed():
-    for name, value in (("refusal", "No."), ("audio", {"id": "a"}), ("function_call", {"name": "f", "arguments": "{}"})):
-        zai_request, changed = to_zai(chat_body(**said_by("assistant", content="x", **{name: value})))
-        assert name not in zai_request["messages"][0] and name in changed
+@pytest.mark.parametrize("arguments, expected", ARGUMENTS, ids=[repr(row[0])[:30] for row in ARGUMENTS])
+def test_arguments_are_mended(arguments, expected):
+    body, changed = to_zai(chat_body(messages=[U, calling(arguments), RESULT, U]))
+    text = body["messages"][1]["tool_calls"][0]["function"]["arguments"]
+    assert text == (arguments if expected is None else expected)
+    assert isinstance(json.loads(text), dict)
+    assert changed == (set() if expected is None else {"arguments"})
+
+
+FROM_TOOLS = {"type": "text", "text": "From the tool results:"}
+NO_PICTURE = {"type": "text", "text": "[image left out: GLM-4.6 takes text only]"}
+
+
+def spoken(*parts):
+    return {"role": "user", "content": list(parts)}
+
+
+def result(*parts):
+    return {**RESULT, "content": list(parts)}
+
+
+# To add a case, add a row: a model that sees, OpenAI's messages, Z.ai's.
+@pytest.mark.parametrize("model", ["GLM-4.5V", "glm-5.3-flash", "glm-unheard-of"])
+@pytest.mark.parametrize("messages, expected", [
+    ([spoken(TEXT, PICTURE)], [spoken(TEXT, PICTURE)]),
+    ([spoken(PICTURE)], [spoken(PICTURE, {"type": "text", "text": "."})]),
+    ([spoken(PICTURE, NO_TEXT)], [spoken(PICTURE, {"type": "text", "text": "."})]),
+    ([spoken(TEXT, PICTURE), A, U], [spoken(TEXT, PICTURE), A, U]),
+    ([calling(), result(TEXT, PICTURE), RESULT, U],
+     [calling(), {**RESULT, "content": TEXT["text"]}, RESULT, spoken(FROM_TOOLS, PICTURE), U]),
+    ([calling(), result(PICTURE)], [calling(), {**RESULT, "content": "(an image)"}, spoken(FROM_TOOLS, PICTURE)]),
+    ([calling(), result(PICTURE), S, result(PICTURE), A, U, calling(), result(PICTURE), U],
+     [calling(), {**RESULT, "content": "(an image)"}, S, {**RESULT, "content": "(an image)"},
+      spoken(FROM_TOOLS, PICTURE, PICTURE), A, U, calling(), {**RESULT, "content": "(an image)"},
+      spoken(FROM_TOOLS, PICTURE), U]),
+])
+def test_a_model_that_sees_gets_the_pictures(model, messages, expected):
+    body, _ = to_zai(chat_body(model=model, messages=messages))
+    assert body["messages"] == expected
+
+
+# To add a case, add a row: OpenAI's messages, Z.ai's, for GLM-4.6, which sees nothing.
+@pytest.mark.parametrize("messages, expected", [
+    ([spoken(TEXT, PICTURE), A, U], [{**U, "content": "What is it?\n" + NO_PICTURE["text"]}, A, U]),
+    ([spoken(PICTURE), calling(), RESULT], [{**U, "content": NO_PICTURE["text"]}, calling(), RESULT]),
+    ([U, calling(), result(TEXT, PICTURE)],
+     [U, calling(), {**RESULT, "content": "What is it?\n" + NO_PICTURE["text"]}]),
+    ([U, calling(), result({"type": "image_url"})], [U, calling(), {**RESULT, "content": NO_PICTURE["text"]}]),
+])
+def test_a_model_that_sees_nothing_gets_a_word_for_pictures_of_the_past(messages, expected):
+    body, changed = to_zai(chat_body(messages=messages))
+    assert body["messages"] == expected
+    assert changed == {"image"}
+
+
+@pytest.mark.parametrize("model", ["glm-4.6", "glm-4.5v", "glm-unheard-of"])
+@pytest.mark.parametrize("role", ["system", "developer", "assistant"])
+@pytest.mark.parametrize("part", [PICTURE, FILE, AUDIO, {"type": "thinking", "thinking": "hm"}])
+def test_who_is_no_user_shows_nothing(model, role, part):
+    body, _ = to_zai(chat_body(model=model, **said_by(role, content=[TEXT, part])))
+    assert re.fullmatch(r"What is it\?\n\[\w+ left out: .*\]", body["messages"][0]["content"])
+
+
+@pytest.mark.parametrize("model", ["glm-4.6", "glm-4.5v"])
+@pytest.mark.parametrize("part", [FILE, AUDIO, {"type": "x,y\r\n"}, {"type": "image_url", "image_url": 5}])
+@pytest.mark.parametrize("before", [lambda part: [spoken(TEXT, part), A], lambda part: [calling(), result(part)]])
+def test_what_stands_in_the_past_is_never_refused(model, part, before):
+    body, _ = to_zai(chat_body(model=model, messages=[*before(part), U]))
+    assert "left out" in json.dumps(body)
+
+
+# To add a case, add a row: model, a part that it takes.
+@pytest.mark.parametrize("model, part", [
+    *((model, part) for model in ("glm-5.3-flash", "GLM-5.3-FlashX", "glm-9") for part in (FILE, FILE_URL)),
+    ("glm-4.6v", FILE_URL),
+    ("glm-4.5v", FILE_URL),
+])
+def test_a_file_goes_to_models_that_take_files(model, part):
+    assert to_zai(chat_body(model=model, **user([TEXT, part])))[0]["messages"] == [spoken(TEXT, part)]
 
 
 ABSENT = "absent"
-CHANGES = [  # OpenAI's fields, Z.ai's, what was changed
-    ({"temperature": 0}, {"temperature": 0}, set()), ({"temperature": 1}, {"temperature": 1}, set()),
+ON, OFF = {"type": "enabled"}, {"type": "disabled"}
+SEARCH = {"type": "web_search", "web_search": {"enable": True}}
+RETRIEVAL = {"type": "retrieval", "retrieval": {"knowledge_id": "1"}}
+BARE_TOOL = {"type": "function", "function": {
+    "name": "f", "description": "f", "parameters": {"type": "object", "properties": {}}}}
+FOREIGN_TOOLS = [
+    {"type": "web_search"}, {"type": "web_search", "web_search": None}, {"type": "custom", "custom": {"name": "c"}},
+    {"type": "mcp", "server_url": "x"}, {"type": "local_shell"}, {"type": "namespace", "tools": [TOOL]},
+    {"type": "retrieval"},
+]
+# To add a case, add a row: OpenAI's fields, Z.ai's, what was changed.
+CHANGES = [
+    ({"temperature": 0}, {"temperature": 0}, set()),
+    ({"temperature": 1}, {"temperature": 1}, set()),
     ({"temperature": 0.7}, {"temperature": 0.7}, set()),
-    ({"temperature": 1.01}, {"temperature": 1}, {"temperature"}), ({"temperature": 2}, {"temperature": 1}, {"temperature"}),
+    ({"temperature": 1.01}, {"temperature": 1}, {"temperature"}),
+    ({"temperature": 2}, {"temperature": 1}, {"temperature"}),
     ({"temperature": 0.333}, {"temperature": 0.33}, {"temperature"}),
-    ({"top_p": 0.95}, {"top_p": 0.95}, set()), ({"top_p": 0}, {"top_p": 0.01}, {"top_p"}), ({"top_p": 0.005}, {"top_p": 0.01}, {"top_p"}),
-    ({"top_p": 1}, {"top_p": ABSENT}, set()), ({"top_p": 0.999}, {"top_p": ABSENT}, {"top_p"}), ({"top_p": 0.123}, {"top_p": 0.12}, {"top_p"}),
-    ({"max_tokens": 1}, {"max_tokens": 1}, set()), ({"max_tokens": 131072}, {"max_tokens": 131072}, set()),
-    ({"max_tokens": 131073}, {"max_tokens": 131072}, {"max_tokens"}), ({"max_tokens": 10**30}, {"max_tokens": 131072}, {"max_tokens"}),
+    ({"top_p": 0.95}, {"top_p": 0.95}, set()),
+    ({"top_p": 0}, {"top_p": 0.01}, {"top_p"}),
+    ({"top_p": 0.005}, {"top_p": 0.01}, {"top_p"}),
+    ({"top_p": 1}, {"top_p": ABSENT}, set()),
+    ({"top_p": 0.999}, {"top_p": ABSENT}, {"top_p"}),
+    ({"top_p": 0.123}, {"top_p": 0.12}, {"top_p"}),
+    ({"max_tokens": 1}, {"max_tokens": 1}, set()),
+    ({"max_tokens": 131072}, {"max_tokens": 131072}, set()),
+    ({"max_tokens": 131073}, {"max_tokens": 131072}, {"max_tokens"}),
+    ({"max_tokens": 10**30}, {"max_tokens": 131072}, {"max_tokens"}),
     ({"model": "glm-4.5-air", "max_tokens": 131072}, {"max_tokens": 98304}, {"max_tokens"}),
     ({"model": "glm-4v-flash", "max_tokens": 2000}, {"max_tokens": 1024}, {"max_tokens"}),
+    ({"model": "autoglm-phone-multilingual", "max_tokens": 5000}, {"max_tokens": 4096}, {"max_tokens"}),
     ({"model": "glm-unheard-of", "max_tokens": 500000}, {"max_tokens": 500000}, set()),
     ({"max_completion_tokens": 100}, {"max_tokens": 100, "max_completion_tokens": ABSENT}, set()),
+    ({"max_completion_tokens": 100, "max_tokens": 200}, {"max_tokens": 100}, set()),
     ({"max_completion_tokens": 200000}, {"max_tokens": 131072}, {"max_tokens"}),
-    ({"stop": "a"}, {"stop": ["a"]}, set()), ({"stop": ["a"]}, {"stop": ["a"]}, set()), ({"stop": list("abcd")}, {"stop": list("abcd")}, set()),
-    ({"stop": []}, {"stop": ABSENT}, set()), ({"stop": ""}, {"stop": ABSENT}, set()),
-    ({"user": "user-1"}, {"user_id": "user-1", "user": ABSENT}, set()), ({"user": "x" * 128}, {"user_id": "x" * 128}, set()),
-    ({"user": "bob"}, {"user_id": ABSENT, "user": ABSENT}, {"user"}), ({"user": "x" * 129}, {"user_id": ABSENT, "user": ABSENT}, {"user"}),
-    ({"n": 1}, {"n": ABSENT}, set()), ({"stream_options": {"include_usage": True}}, {"stream_options": ABSENT}, set()),
-    ({"reasoning_format": "raw"}, {"reasoning_format": ABSENT}, set()), ({"parallel_tool_calls": False}, {"parallel_tool_calls": ABSENT}, set()),
-    *(({name: value}, {name: ABSENT}, {name}) for name, value in (
-        ("presence_penalty", 1), ("frequency_penalty", 0.5), ("logit_bias", {"1": 5}), ("logprobs", True), ("top_logprobs", 0),
-        ("metadata", {"a": "b"}), ("store", True), ("service_tier", "auto"), ("prompt_cache_key", "x"), ("prompt_cache_retention", "24h"),
-        ("safety_identifier", "x"),
-        ("verbosity", "low"), ("prediction", {"type": "content", "content": "x"}), ("modalities", ["text"]))),
+    ({"stop": "a"}, {"stop": ["a"]}, set()),
+    ({"stop": ["a"]}, {"stop": ["a"]}, set()),
+    ({"stop": ["", "b", "c", "d"]}, {"stop": ["b"]}, set()),
+    ({"stop": []}, {"stop": ABSENT}, set()),
+    ({"stop": ""}, {"stop": ABSENT}, set()),
+    ({"user": "user-1"}, {"user_id": "user-1", "user": ABSENT}, set()),
+    ({"user": "x" * 128}, {"user_id": "x" * 128}, set()),
+    ({"user": "user-1", "user_id": "user-2"}, {"user_id": "user-2", "user": ABSENT}, set()),
+    ({"user": "bob"}, {"user_id": ABSENT, "user": ABSENT}, {"user"}),
+    ({"user": "x" * 129}, {"user_id": ABSENT, "user": ABSENT}, {"user"}),
+    ({"n": 1}, {"n": ABSENT}, set()),
+    ({"stream_options": {"include_usage": True}}, {"stream_options": ABSENT}, set()),
+    ({"reasoning_format": "raw"}, {"reasoning_format": ABSENT}, set()),
+    ({"parallel_tool_calls": False}, {"parallel_tool_calls": ABSENT}, set()),
+    # Dropped, whatever they hold
+    *(({name: value}, {name: ABSENT}, {name}) for name in sorted(ztoapi.DROPPED) for value in (1, "x", [], {"a": "b"})),
+    # Passed
     *(({name: value}, {name: value}, set()) for name, value in (
-        ("do_sample", False), ("request_id", "req-12345"), ("user_id", "user-1"), ("thinking", {"type": "enabled", "clear_thinking": False}),
+        ("do_sample", False), ("request_id", "req-12345"), ("user_id", "user-1"), ("seed", 5),
+        ("thinking", {**ON, "clear_thinking": False}),
         ("thinking", {"clear_thinking": False}), ("tool_stream", False), ("a_field_of_tomorrow", [1, {"a": None}]))),
     ({"response_format": {"type": "text"}}, {"response_format": ABSENT}, set()),
     ({"response_format": {"type": "json_object"}}, {"response_format": {"type": "json_object"}}, set()),
@@ -897,115 +1608,243 @@ CHANGES = [  # OpenAI's fields, Z.ai's, what was changed
     ({"tools": [TOOL]}, {"tools": [TOOL]}, set()),
     ({"tools": [TOOL, TOOL2], "tool_choice": "auto"}, {"tools": [TOOL, TOOL2], "tool_choice": "auto"}, set()),
     ({"tools": [TOOL], "tool_choice": "none"}, {"tools": ABSENT, "tool_choice": ABSENT}, {"tool_choice"}),
-    ({"tools": [{"type": "function", "function": {"name": "f"}}]},
-     {"tools": [{"type": "function", "function": {"name": "f", "description": "f", "parameters": {"type": "object", "properties": {}}}}]}, set()),
-    ({"tools": [{"type": "function", "function": {"name": "f", "description": None, "parameters": None}}]},
-     {"tools": [{"type": "function", "function": {"name": "f", "description": "f", "parameters": {"type": "object", "properties": {}}}}]}, set()),
-    ({"tools": [dict(TOOL, function=dict(TOOL["function"], strict=True))]}, {"tools": [TOOL]}, {"strict"}),
-    ({"tools": [{"type": "web_search", "web_search": {"enable": True}}]}, {"tools": [{"type": "web_search", "web_search": {"enable": True}}]}, set()),
+    (function(name="f"), {"tools": [BARE_TOOL]}, set()),
+    (function(name="f", description="", parameters={}), {"tools": [BARE_TOOL]}, set()),
+    (function(strict=True, **TOOL["function"]), {"tools": [TOOL]}, {"strict"}),
+    ({"tools": [SEARCH, RETRIEVAL, TOOL]}, {"tools": [SEARCH, RETRIEVAL, TOOL]}, set()),
+    *(({"tools": [TOOL, tool]}, {"tools": [TOOL]}, {tool["type"]}) for tool in FOREIGN_TOOLS),
+    *(({"tools": [tool]}, {"tools": ABSENT, "tool_choice": ABSENT}, {tool["type"]}) for tool in FOREIGN_TOOLS),
+    ({"tools": [{"type": "a,b\r\n" + "x" * 1000}]}, {"tools": ABSENT}, {"a_b__" + "x" * 35}),
     ({"tools": [TOOL], "stream": True}, {"tool_stream": True}, set()),
     ({"tools": [TOOL], "stream": True, "tool_stream": False}, {"tool_stream": False}, set()),
-    ({"tools": [TOOL], "stream": True, "model": "glm-4.5"}, {"tool_stream": ABSENT}, set()), ({"stream": True}, {"tool_stream": ABSENT}, set()),
+    ({"tools": [TOOL], "stream": True, "model": "glm-4.5"}, {"tool_stream": ABSENT}, set()),
+    ({"stream": True}, {"tool_stream": ABSENT}, set()),
     ({"tools": [TOOL], "stream": True, "tool_choice": "none"}, {"tool_stream": ABSENT}, {"tool_choice"}),
     ({"tools": [TOOL], "stream": False}, {"tool_stream": ABSENT}, set()),
+    # What users of OpenAI's SDK wrap by mistake
+    ({"extra_body": {"temperature": 0.5}}, {"temperature": 0.5, "extra_body": ABSENT}, {"extra_body"}),
+    ({"extra_body": {"temperature": 0.5}, "temperature": 0.2}, {"temperature": 0.2}, {"extra_body"}),
+    ({"extra_body": {"a_field_of_tomorrow": 1, "extra_body": {"b": 1}}}, {"a_field_of_tomorrow": 1, "b": ABSENT},
+     {"extra_body"}),
+    ({"extra_body": "x"}, {"extra_body": ABSENT}, {"extra_body"}),
+    ({"extra_body": {"thinking": OFF}}, {"thinking": OFF}, {"extra_body"}),
 ]
 
 
 @pytest.mark.parametrize("fields, expected, changed", CHANGES)
 def test_fields_become(fields, expected, changed):
-    zai_request, really = to_zai(chat_body(**fields))
-    assert {name: zai_request.get(name, ABSENT) for name in expected} == expected and really == changed
+    body, really = to_zai(chat_body(**fields))
+    assert {name: body.get(name, ABSENT) for name in expected} == expected
+    assert really == changed
+
+
+ZAI_FIELDS = {
+    "model", "messages", "stream", "thinking", "reasoning_effort", "do_sample", "temperature", "top_p", "max_tokens",
+    "tool_stream", "tools", "tool_choice", "stop", "response_format", "request_id", "user_id", "seed",
+}
 
 
 def test_nothing_of_openais_that_zai_does_not_know_goes_out():
-    everything = dict(chat_body(), **{name: value for fields, _, _ in CHANGES for name, value in fields.items() if name != "a_field_of_tomorrow"})
-    assert set(to_zai(dict(everything, tools=[TOOL], tool_choice="auto"))[0]) <= {
-        "model", "messages", "stream", "thinking", "reasoning_effort", "do_sample", "temperature", "top_p", "max_tokens", "tool_stream", "tools",
-        "tool_choice", "stop", "response_format", "request_id", "user_id", "seed"}
+    everything = chat_body()
+    for fields, _, _ in CHANGES:
+        everything.update(fields)
+    everything.update(tools=[TOOL], tool_choice="auto", extra_body={})
+    del everything["a_field_of_tomorrow"]
+    assert set(to_zai(everything)[0]) <= ZAI_FIELDS
 
 
+# To add a case, add a row: fields, what reading the answer needs to know of them.
+@pytest.mark.parametrize("fields, facts", [
+    ({}, {"tools": {}, "one_call": False, "unfence": False, "stop": ()}),
+    ({"stop": ["a", "", "b"]}, {"stop": ("a", "b")}),
+    ({"stop": "a"}, {"stop": ("a",)}),
+    ({"tools": [TOOL, SEARCH, {"type": "mcp"}]}, {"tools": {"get_weather": TOOL["function"]["parameters"]}}),
+    ({"tools": [TOOL], "tool_choice": "none"}, {"tools": {}}),
+    ({"tools": [TOOL, TOOL2], "tool_choice": {"type": "function", "function": {"name": "get_time"}}},
+     {"tools": {"get_time": TOOL2["function"]["parameters"]}}),
+    ({"parallel_tool_calls": False}, {"one_call": True}),
+    ({"parallel_tool_calls": True}, {"one_call": False}),
+    ({"response_format": {"type": "json_object"}}, {"unfence": True}),
+    (schema({"schema": {}}), {"unfence": True}),
+    ({"response_format": {"type": "text"}}, {"unfence": False}),
+])
+def test_what_reading_the_answer_needs_to_know(fields, facts):
+    result = asked(chat_body(**fields))
+    assert {name: getattr(result, name) for name in facts} == facts
+
+
+def named(name):
+    return {"type": "function", "function": {"name": name}}
+
+
+def allowed(mode, *names):
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": list(map(named, names))}}
+
+
+# To add a case, add a row: tool_choice, the tools that are left, whether the model is told to call one.
 @pytest.mark.parametrize("choice, left, told", [
-    ("required", [TOOL, TOOL2], True), ({"type": "function", "function": {"name": "get_time"}}, [TOOL2], True),
-    ({"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [{"type": "function", "function": {"name": "get_time"}}]}}, [TOOL2], False),
-    ({"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [{"type": "function", "function": {"name": "get_weather"}}]}}, [TOOL],
-     True),
+    ("required", [TOOL, TOOL2], True),
+    (named("get_time"), [TOOL2], True),
+    (allowed("auto", "get_time"), [TOOL2], False),
+    (allowed("required", "get_weather"), [TOOL], True),
+    ({"type": "web_search"}, [TOOL, TOOL2], False),
+    ({"type": "custom", "custom": {"name": "x"}}, [TOOL, TOOL2], False),
 ])
 def test_a_forced_tool_choice_becomes_auto_with_fewer_tools_and_a_system_line(choice, left, told):
     messages = [S, U, {"role": "system", "content": "late"}]
-    zai_request, changed = to_zai(chat_body(messages=messages, tools=[TOOL, TOOL2], tool_choice=choice))
-    assert zai_request["tools"] == left and zai_request["tool_choice"] == "auto" and changed == {"tool_choice"}
-    added = [message for message in zai_request["messages"] if message not in messages]
+    body, changed = to_zai(chat_body(messages=messages, tools=[TOOL, TOOL2], tool_choice=choice))
+    added = [message for message in body["messages"] if message not in messages]
+    assert body["tools"] == left
+    assert body["tool_choice"] == "auto"
+    assert changed == {"tool_choice"}
     assert [message["role"] for message in added] == ["system"] * told
-    assert [message for message in zai_request["messages"] if message in messages] == messages
+    assert [message for message in body["messages"] if message in messages] == messages
     assert not told or len(left) > 1 or left[0]["function"]["name"] in added[0]["content"]
-    assert zai_request["messages"][0] == messages[0]  # the client's own prefix stays the prefix, for Z.ai's cache
+    # The client's own prefix stays the prefix, for Z.ai's cache.
+    assert body["messages"][0] == messages[0]
+
+
+# To add a case, add a row: a choice that names the tool "gone", which was left out; the tools that are left.
+@pytest.mark.parametrize("choice, left", [
+    (named("gone"), [TOOL]),
+    (allowed("required", "gone"), [TOOL]),
+    (allowed("required", "gone", "get_weather"), [TOOL]),
+    (allowed("auto", "gone"), ABSENT),
+    ({"type": "custom", "custom": {"name": "gone"}}, [TOOL]),
+])
+def test_a_choice_of_a_tool_that_was_left_out_fails_nothing(choice, left):
+    tools = [TOOL, {"type": "custom", "custom": {"name": "gone"}}]
+    body, changed = to_zai(chat_body(tools=tools, tool_choice=choice))
+    assert body.get("tools", ABSENT) == left
+    assert changed == {"custom", "tool_choice"}
 
 
 def test_a_json_schema_becomes_json_object_with_the_schema_in_a_system_line():
-    schema = {"type": "object", "properties": {"größe": {"type": "number"}}, "required": ["größe"]}
-    zai_request, changed = to_zai(chat_body(response_format={"type": "json_schema", "json_schema": {"name": "a", "strict": True, "schema": schema}}))
-    assert zai_request["response_format"] == {"type": "json_object"} and changed == {"response_format"}
-    line = zai_request["messages"][0]
-    assert line["role"] == "system" and json.loads(line["content"][line["content"].index("{"):]) == schema and "größe" in line["content"]
-    assert zai_request["messages"][1:] == [{"role": "user", "content": "Hi"}]
+    wanted = {"type": "object", "properties": {"größe": {"type": "number"}}, "required": ["größe"]}
+    body, changed = to_zai(chat_body(**schema({"name": "a", "strict": True, "schema": wanted})))
+    line = body["messages"][0]
+    assert body["response_format"] == {"type": "json_object"}
+    assert changed == {"response_format"}
+    assert line["role"] == "system"
+    assert json.loads(line["content"][line["content"].index("{"):]) == wanted
+    assert "größe" in line["content"]
+    assert body["messages"][1:] == [{"role": "user", "content": "Hi"}]
 
 
 ALL_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
-ON, OFF = {"type": "enabled"}, {"type": "disabled"}
 GRADES = dict(zip(ALL_EFFORTS, ("low", "low", "low", "high", "high", "max", "max")))
-FAMILIES = {  # models, what becomes of (on or off, effort): thinking, reasoning_effort
-    "always": (["glm-5.3", "glm-5.3-flash", "GLM-5.3-FlashX"], lambda on, effort: (ON, GRADES.get(effort) if on else "low")),
-    "graded": (["glm-5.2", "glm-5.2[1m]"], lambda on, effort: (ON, GRADES.get(effort)) if on else (OFF, None)),
-    "switch": (["glm-5.1", "glm-5", "glm-5-turbo", "glm-4.7-flash", "glm-4.6", "glm-4.5", "glm-4.5-air", "glm-4.5v", "glm-4.6v", "glm-5v-turbo"],
-               lambda on, effort: (ON if on else OFF, None)),
-    "none": (["glm-4-flash-250414", "glm-4.1v-thinking-flash"], lambda on, effort: (None, None)),
+SWITCHED = (
+    "glm-5.1", "glm-5", "glm-5-turbo", "glm-4.7-flash", "glm-4.6", "glm-4.5", "glm-4.5-air", "glm-4.5v", "glm-4.6v",
+    "glm-5v-turbo",
+    "glm-5.1-highspeed")
+# To add a family, add a row: its models, and what (on or off, effort) becomes: thinking, reasoning_effort.
+FAMILIES = {
+    "always": (("glm-5.3", "glm-5.3-flash", "GLM-5.3-FlashX", "glm-5.3-highspeed"), lambda on, effort: (
+        ON, GRADES.get(effort) if on else "low")),
+    "graded": (("glm-5.2", "glm-5.2[1m]"), lambda on, effort: (ON, GRADES.get(effort)) if on else (OFF, None)),
+    "switch": (SWITCHED, lambda on, effort: (ON if on else OFF, None)),
+    "none": (("glm-4-flash-250414", "glm-4.1v-thinking-flash"), lambda on, effort: (None, None)),
 }
-WISHES = [  # what the request says, ENABLE_THINKING, the wish that wins (None: none was uttered), the effort that counts
-    ({}, "", None, None), ({}, "true", True, None), ({}, "false", False, None),
-    *(({"reasoning_effort": effort}, default, effort not in ("none", "minimal"), effort) for effort in ALL_EFFORTS
-      for default in ("", "true", "false")),
-    ({"thinking": ON}, "false", True, None), ({"thinking": OFF}, "true", False, None),
-    ({"enable_thinking": True}, "false", True, None), ({"enable_thinking": False}, "true", False, None),
-    ({"thinking": OFF, "reasoning_effort": "high"}, "", False, "high"), ({"thinking": ON, "reasoning_effort": "max"}, "", True, "max"),
+# To add a wish, add a row: the fields, ENABLE_THINKING, the wish that wins (None: there is none), the effort
+# that counts.
+WISHES = [
+    ({}, "", None, None),
+    ({}, "true", True, None),
+    ({}, "false", False, None),
+    *(({"reasoning_effort": effort}, default, effort not in ("none", "minimal"), effort)
+      for effort in ALL_EFFORTS for default in ("", "true", "false")),
+    ({"thinking": ON}, "false", True, None),
+    ({"thinking": OFF}, "true", False, None),
+    ({"enable_thinking": True}, "false", True, None),
+    ({"enable_thinking": False}, "true", False, None),
+    ({"thinking": OFF, "reasoning_effort": "high"}, "", False, "high"),
+    ({"thinking": ON, "reasoning_effort": "max"}, "", True, "max"),
     ({"enable_thinking": False, "reasoning_effort": "max"}, "", False, "max"),
     ({"enable_thinking": True, "reasoning_effort": "low"}, "", True, "low"),
-    ({"thinking": ON, "enable_thinking": False}, "", True, None), ({"thinking": OFF, "enable_thinking": True}, "", False, None),
+    ({"thinking": ON, "enable_thinking": False}, "", True, None),
+    ({"thinking": OFF, "enable_thinking": True}, "", False, None),
 ]
+WISH_CASES = [(family, model, *wish) for family in FAMILIES for model in FAMILIES[family][0] for wish in WISHES]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_thinking_is_asked_for_as_each_family_takes_it(family):
-    models, rule = FAMILIES[family]
-    for model, (fields, default, on, effort) in itertools.product(models, WISHES):
-        zai_request, changed = to_zai(chat_body(model=model, **fields), ENABLE_THINKING=default)
-        thinking, grade = rule(on, effort) if on is not None else (None, None)
-        case = model, fields, default, zai_request, changed
-        assert zai_request.get("thinking") == thinking and zai_request.get("reasoning_effort") == grade and "enable_thinking" not in zai_request, case
-        if family == "always" and on is False:
-            assert changed and changed <= (set(fields) or {"thinking"}), case  # it thinks all the same: somebody should know
-        elif not fields or family == "graded" and set(fields) == {"reasoning_effort"} and GRADES[effort] == effort and on:
-            assert not changed, case
-        elif family == "none":
-            assert changed == set(fields), case
-        elif family == "switch" and on and effort:
-            assert "reasoning_effort" in changed, case
+@pytest.mark.parametrize("family, model, fields, default, on, effort", WISH_CASES)
+def test_thinking_is_asked_for_as_each_family_takes_it(family, model, fields, default, on, effort):
+    body, changed = to_zai(chat_body(model=model, **fields), ENABLE_THINKING=default)
+    thinking, grade = (None, None) if on is None else FAMILIES[family][1](on, effort)
+    assert (body.get("thinking"), body.get("reasoning_effort")) == (thinking, grade)
+    assert "enable_thinking" not in body
+    assert changed <= (set(fields) or {"thinking"})
+
+
+@pytest.mark.parametrize("family, model, fields, default, on, effort", WISH_CASES)
+def test_a_wish_for_thinking_that_is_not_met_is_listed(family, model, fields, default, on, effort):
+    changed = to_zai(chat_body(model=model, **fields), ENABLE_THINKING=default)[1]
+    graded = family in ("graded", "always") and on and GRADES.get(effort) == effort
+    if family == "none":
+        assert changed == set(fields)
+    elif family == "always" and on is False:
+        assert changed
+    else:
+        assert ("reasoning_effort" in changed) == (effort is not None and not graded)
+
+
+# To add a dialect, add a row: the fields, the same in ours, the names of what was changed.
+@pytest.mark.parametrize("fields, ours", [
+    ({"reasoning": {"effort": "high"}}, {"reasoning_effort": "high"}),
+    ({"reasoning": {"effort": "none"}}, {"reasoning_effort": "none"}),
+    ({"reasoning": {"enabled": True}}, {"enable_thinking": True}),
+    ({"reasoning": {"enabled": False, "exclude": True}}, {"enable_thinking": False}),
+    ({"reasoning": {"enabled": True, "effort": "low"}}, {"enable_thinking": True, "reasoning_effort": "low"}),
+    ({"reasoning": {"max_tokens": 0}}, {"reasoning_effort": "none"}),
+    ({"reasoning": {"max_tokens": 1024}}, {"reasoning_effort": "low"}),
+    ({"reasoning": {"max_tokens": 2000}}, {"reasoning_effort": "medium"}),
+    ({"reasoning": {"max_tokens": 20000}}, {"reasoning_effort": "high"}),
+    ({"reasoning": {"max_tokens": 200000}}, {"reasoning_effort": "max"}),
+    ({"chat_template_kwargs": {"enable_thinking": False}}, {"enable_thinking": False}),
+    ({"chat_template_kwargs": {"thinking": True}}, {"enable_thinking": True}),
+    ({"chat_template_kwargs": {"reasoning_effort": "max"}}, {"reasoning_effort": "max"}),
+    ({"extra_body": {"chat_template_kwargs": {"enable_thinking": False}}}, {"enable_thinking": False}),
+    ({"extra_body": {"reasoning": {"effort": "high"}}}, {"reasoning_effort": "high"}),
+    # Our own field wins
+    ({"reasoning": {"effort": "high"}, "thinking": OFF}, {"thinking": OFF}),
+    ({"chat_template_kwargs": {"enable_thinking": False}, "reasoning_effort": "high"}, {"reasoning_effort": "high"}),
+    # What cannot be read is no wish
+    *(({"reasoning": value}, {}) for value in (
+        {}, [], "x", 5, True, {"effort": "very"}, {"effort": ["high"]}, {"enabled": "high"}, {"max_tokens": "high"},
+        {"max_tokens": True})),
+    *(({"chat_template_kwargs": value}, {}) for value in ({}, [], {"enable_thinking": "low"}, {"thinking": ON})),
+])
+@pytest.mark.parametrize("model", ["glm-4.6", "glm-5.2", "glm-5.3", "glm-9"])
+def test_thinking_in_other_dialects_means_the_same(model, fields, ours):
+    body, changed = to_zai(chat_body(model=model, **fields))
+    same, also = to_zai(chat_body(model=model, **ours))
+    assert body == same
+    assert changed == also | (fields.keys() | fields.get("extra_body", {}).keys()) - ours.keys()
 
 
 def test_an_unknown_model_gets_the_thinking_that_was_asked_for():
+    body, changed = to_zai(chat_body(model="glm-9", reasoning_effort="medium"))
+    assert (body["thinking"], body["reasoning_effort"], changed) == (ON, "medium", set())
     assert to_zai(chat_body(model="glm-9", thinking=OFF))[0]["thinking"] == OFF
-    zai_request, changed = to_zai(chat_body(model="glm-9", reasoning_effort="medium"))
-    assert (zai_request["thinking"], zai_request["reasoning_effort"], changed) == (ON, "medium", set())
-    assert "thinking" not in to_zai(chat_body(model="glm-9"))[0] and to_zai(chat_body(model="glm-9"), ENABLE_THINKING="false")[0]["thinking"] == OFF
+    assert "thinking" not in to_zai(chat_body(model="glm-9"))[0]
+    assert to_zai(chat_body(model="glm-9"), ENABLE_THINKING="false")[0]["thinking"] == OFF
 
 
-def test_clear_thinking_survives_whatever_else_is_said_about_thinking():
-    for model, fields, expected in (("glm-4.6", {}, {}), ("glm-4.6", {"reasoning_effort": "high"}, ON),
-                                    ("glm-5.2", {"reasoning_effort": "none"}, OFF), ("glm-4.7", {"enable_thinking": True}, ON)):
-        zai_request, _ = to_zai(chat_body(model=model, thinking={"clear_thinking": False}, **fields))
-        assert zai_request["thinking"] == dict(expected, clear_thinking=False)
+# To add a case, add a row: model, what else is said about thinking, thinking.type.
+@pytest.mark.parametrize("model, fields, expected", [
+    ("glm-4.6", {}, {}),
+    ("glm-4.6", {"reasoning_effort": "high"}, ON),
+    ("glm-5.2", {"reasoning_effort": "none"}, OFF),
+    ("glm-4.7", {"enable_thinking": True}, ON),
+])
+def test_clear_thinking_survives_whatever_else_is_said_about_thinking(model, fields, expected):
+    body = to_zai(chat_body(model=model, thinking={"clear_thinking": False}, **fields))[0]
+    assert body["thinking"] == {**expected, "clear_thinking": False}
 
 
-ODD = (None, True, False, 0, -1, 1.5, 10**40, "", "x", "none", "\ud800\0", [], ["x"], [None], [[]], {}, {"type": "text"}, {"x": None})
+ODD = (
+    None, True, False, 0, -1, 1.5, 10**40, "", "x", "none", "\ud800\0", [], ["x"], [None], [[]], {}, {"type": "text"},
+    {"x": None})
 
 
 def mutated(value, rng):
@@ -1025,66 +1864,197 @@ def mutated(value, rng):
     return value
 
 
+WHOLE = chat_body(
+    model="glm-4.5v", tools=[TOOL, SEARCH, {"type": "mcp"}], tool_choice=allowed("required", "get_weather"),
+    response_format={"type": "json_schema", "json_schema": {"schema": {"a": 1}}}, thinking={"type": "enabled"},
+    reasoning_effort="high", reasoning={"effort": "low"}, chat_template_kwargs={"thinking": True},
+    extra_body={"top_p": 0.5}, stop=["a"], user="somebody", stream_options={"include_usage": True}, temperature=1,
+    max_tokens=5, stream=True, messages=[
+        {"role": "system", "content": [TEXT]},
+        {"role": "user", "content": [TEXT, PICTURE, FILE_URL]},
+        {"role": "assistant", "content": None, "reasoning": "r", "tool_calls": [CALL]},
+        {"role": "tool", "tool_call_id": "c1", "content": [TEXT, PICTURE]},
+        {"role": "assistant", "content": "x", "reasoning_content": "r"},
+        {"role": "user", "content": [PICTURE]},
+    ])
+
+
 def test_no_request_is_odd_enough_for_anything_but_a_400():
     rng = random.Random(5)
-    whole = dict(chat_body(model="glm-4.5v"), tools=[TOOL, {"type": "web_search", "web_search": {}}],
-                 tool_choice={"type": "function", "function": {"name": "get_weather"}},
-                 response_format={"type": "json_schema", "json_schema": {"schema": {"a": 1}}}, thinking={"type": "enabled"}, reasoning_effort="high",
-                 stop=["a"], user="somebody", stream_options={"include_usage": True}, temperature=1, top_p=0.5, max_tokens=5, stream=True, messages=[
-                     {"role": "system", "content": [TEXT]}, {"role": "user", "content": [TEXT, PICTURE]},
-                     {"role": "tool", "tool_call_id": "c1", "content": "x"},
-                     {"role": "assistant", "content": None, "reasoning_content": "r", "tool_calls": [CALL]}])
     passed = 0
-    for _ in range(3000):
-        request = mutated(whole, rng)
+    for _ in range(4000):
+        request = mutated(WHOLE, rng)
         try:
-            ztoapi.encode_json(ztoapi.to_zai_request(request, Settings())[0])
+            ztoapi.encode_request(ztoapi.to_zai_request(request, Settings()).body)
             passed += 1
-        except ztoapi.ApiError as error:
-            assert error.status == 400 and error.param, request
+        except ztoapi.RequestError as error:
+            assert error.param, request
         except Exception as error:
             raise AssertionError(request) from error
-    assert 300 < passed < 2700
+    assert 500 < passed < 3900
 
 
 # Bytes ################################################################################################################
 
 def pieces_of(data):
-    """Three ways to feed it: whole, byte by byte, and cut in two at every place."""
+    """The ways to feed it: whole, byte by byte, and cut in two at every place."""
     yield [data]
     yield [data[i:i + 1] for i in range(len(data))]
     for i in range(1, len(data)):
         yield [data[:i], data[i:]]
 
 
-@pytest.mark.parametrize("text, expected", [
-    ("", {}), ("Host: a\r\n", {"host": "a"}), ("HOST:a\nX-Y_z:\t b c \t\r\n", {"host": "a", "x-y_z": "b c"}), ("X:\r\n", {"x": ""}),
-    ("X: \xff\x01\r\n", {"x": "\xff\x01"}), ("X: a: b\r\n", {"x": "a: b"}),
-    ("X: 1\r\nY: 2\r\nx: 3\r\nX: 4\r\n", {"x": "1, 3, 4", "y": "2"}), ("Connection: TE\r\nConnection: close\r\n", {"connection": "TE, close"}),
+@contextlib.contextmanager
+def under_a_second():
+    """What is in it takes less than a second of this process's time, however busy the machine is."""
+    began = time.process_time()
+    yield
+    assert time.process_time() - began < 1
+
+
+# The JSON of clients is taken strictly. To add a case, add a row: the text, its value or ValueError.
+STRICT_JSON = [
+    ('{"a":[1,-2.5e3,"\\u00e9"]}', {"a": [1, -2500.0, "\u00e9"]}), ("null", None), (" 1\n", 1),
+    ("9" * 100, int("9" * 100)),
+    *((text, ValueError) for text in (
+        "", "nul", "{", '{"a":1}x', "NaN", "Infinity", "-Infinity", "1e999", "-1e999", "9" * 101, "01", "'a'", '"\n"')),
+]
+
+
+@pytest.mark.parametrize("text, expected", STRICT_JSON, ids=lambda value: str(value)[:20])
+def test_the_json_of_clients_is_taken_strictly(text, expected):
+    if expected is ValueError:
+        with pytest.raises(ValueError):
+            ztoapi.decode_strictly(text)
+    else:
+        assert ztoapi.decode_strictly(text) == expected
+
+
+# The JSON of others is taken kindly. To add a case, add a row: the text, its value (None where it is none).
+LENIENT_JSON = [
+    ('{"a":1}', {"a": 1}), ('{"a":NaN,"b":-Infinity}', {"a": None, "b": None}), ('{"a":1e999}', {"a": None}),
+    ("9" * 400, int("9" * 400)), ("9" * 5000, None), ("", None), ("nul", None), ('{"a":1}x', None),
+    ("[" * 100000, None),
+]
+
+
+@pytest.mark.parametrize("text, expected", LENIENT_JSON, ids=lambda value: str(value)[:20])
+def test_the_json_of_others_is_taken_kindly(text, expected):
+    assert ztoapi.decode_leniently(text) == expected
+
+
+def test_a_lone_surrogate_does_not_break_the_json_we_write():
+    assert ztoapi.encode_json({"a": "\u597d \ud800"}) == '{"a":"\u597d ?"}'.encode()
+    ztoapi.encode_event({"a": "\ud800 \udfff"}).encode("utf-8", "replace")
+
+
+def test_an_event_is_one_line():
+    value = {"error": {"message": "\u597d\u2028\n"}, "b": 1}
+    assert ztoapi.encode_event(value) == 'data: {"error":{"message":"\u597d\u2028\\n"},"b":1}\n\n'
+
+
+def test_ids_look_like_openais():
+    assert re.fullmatch("call_[0-9a-f]{24}", ztoapi.new_id("call_"))
+    assert ztoapi.new_id("req_", lambda bits: 5) == "req_000000000000000000000005"
+    assert ztoapi.new_id("") != ztoapi.new_id("")
+
+
+# Where a JSON object or array ends. To add a case, add a row: the text, how many characters of it belong to the value
+# (-1 while it goes on).
+PROGRESS = [
+    ("{}", 2), ("{} x", 2), ("[]]", 2), ('{"a":"}"}}', 9), ('{"a":"\\"}"} {', 11), ('{"a":"\\\\"}"', 10), ("", -1),
+    ("{", -1), ('{"a":"}', -1), ('{"a":"\\', -1), ('{"a":[{}]', -1), ('[1,[2],"]"]]', 11), ("\n {\"a\":1}\n", 9),
+    ('"{" {}', 6),
+]
+
+
+@pytest.mark.parametrize("text, end", PROGRESS)
+def test_the_end_of_a_json_value_is_found_however_it_arrives(text, end):
+    for pieces in pieces_of(text):
+        progress = ztoapi.JsonProgress()
+        found = -1
+        passed = 0
+        for piece in pieces:
+            found = progress.feed(piece)
+            if found >= 0:
+                break
+            passed += len(piece)
+        assert (found + passed if found >= 0 else -1) == end, pieces[:3]
+
+
+# The fields of a request's head. To add a case, add a row: the lines, the fields or the status of the refusal.
+REQUEST_FIELDS = [
+    ("", {}),
+    ("Host: a\r\n", {"host": "a"}),
+    ("HOST:a\nX-Y_z:\t b c \t\r\n", {"host": "a", "x-y_z": "b c"}),
+    ("X:\r\n", {"x": ""}),
+    ("X: \xff\x01\r\n", {"x": "\xff\x01"}),
+    ("X: a: b\r\n", {"x": "a: b"}),
+    ("X: 1\r\nY: 2\r\nx: 3\r\nX: 4\r\n", {"x": "1, 3, 4", "y": "2"}),
+    ("Connection: TE\r\nConnection: close\r\n", {"connection": "TE, close"}),
     *((text, 400) for text in (
-        "X\r\n", "X : y\r\n", ": y\r\n", " X: y\r\n", "X: a\r\n b\r\n", "X: a\r\n\tb: c\r\n", "X: a\rb\r\n", "X: a\r\r\n", "X: a\0\r\n", "X(: y\r\n",
-        "X\xc4: y\r\n", "\r\n", "X: a\r\n\r\nY: b\r\n", "Host: a\r\nHost: a\r\n", "host: a\r\nX: y\r\nHOST: b\r\n",
-        "Content-Length: 5\r\ncontent-length: 5\r\n", "Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n")),
-])
+        "X\r\n", "X : y\r\n", ": y\r\n", " X: y\r\n", "X: a\r\n b\r\n", "X: a\r\n\tb: c\r\n", "X: a\rb\r\n",
+        "X: a\r\r\n", "X: a\0\r\n", "X(: y\r\n", "X\xc4: y\r\n", "\r\n", "X: a\r\n\r\nY: b\r\n",
+        "Host: a\r\nHost: a\r\n", "host: a\r\nX: y\r\nHOST: b\r\n", "Content-Length: 5\r\ncontent-length: 5\r\n",
+        "Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n")),
+]
+
+
+@pytest.mark.parametrize("text, expected", REQUEST_FIELDS)
 def test_the_fields_of_a_request_are_taken_to_the_letter(text, expected):
     try:
         assert ztoapi.parse_request_fields(text) == expected
-    except ztoapi.RequestError as error:
+    except RequestError as error:
         assert error.status == expected
 
 
-@pytest.mark.parametrize("head, expected", [
-    (b"HTTP/1.1 200 OK\r\n\r\n", ("HTTP/1.1", 200, {})), (b"HTTP/1.1 200\r\nA: b\r\n\r\n", ("HTTP/1.1", 200, {"a": "b"})),
-    (b"HTTP/1.0 404 Not \xe4 Found\nA: b\nB:c\n\n", ("HTTP/1.0", 404, {"a": "b", "b": "c"})),
-    (b"HTTP/1.1 200 OK\r\nA: 1\r\nno field\r\n folded: line\r\nA: 2\r\n\r\n", ("HTTP/1.1", 200, {"a": "1, 2"})),
-    *((head, ValueError) for head in (b"\r\n\r\n", b"HTTP/2 200 OK\r\n\r\n", b"HTTP/1.1 20 OK\r\n\r\n", b"HTTP/1.1 200OK\r\n\r\n", b"HTTP/1.1  200 OK\r\n\r\n",
-                                      b"SSH-2.0-OpenSSH_9.2\r\n\r\n", b" HTTP/1.1 200 OK\r\n\r\n", b"HTTP/1.1 000 OK\r\n\r\n")),
-])
+# The head of a response. To add a case, add a row: the head, what it says or ValueError.
+RESPONSE_HEADS = [
+    ("HTTP/1.1 200 OK\r\n\r\n", ("HTTP/1.1", 200, {})),
+    ("HTTP/1.1 200\r\nA: b\r\n\r\n", ("HTTP/1.1", 200, {"a": "b"})),
+    ("HTTP/1.0 404 Not \xe4 Found\nA: b\nB:c\n\n", ("HTTP/1.0", 404, {"a": "b", "b": "c"})),
+    ("HTTP/1.1 200 OK\r\nA: 1\r\nno field\r\n folded: line\r\nA: 2\r\n\r\n", ("HTTP/1.1", 200, {"a": "1, 2"})),
+    *((head, ValueError) for head in (
+        "\r\n\r\n", "HTTP/2 200 OK\r\n\r\n", "HTTP/1.1 20 OK\r\n\r\n", "HTTP/1.1 200OK\r\n\r\n",
+        "HTTP/1.1  200 OK\r\n\r\n", "SSH-2.0-OpenSSH_9.2\r\n\r\n", " HTTP/1.1 200 OK\r\n\r\n",
+        "HTTP/1.1 000 OK\r\n\r\n")),
+]
+
+
+@pytest.mark.parametrize("head, expected", RESPONSE_HEADS)
 def test_the_head_of_a_response_is_read_kindly(head, expected):
     try:
         assert ztoapi.parse_response_head(head) == expected
     except ValueError as error:
         assert type(error) is expected
+
+
+# Where a head ends. To add a case, add a row: the bytes, the head (None if it goes on), what is behind it.
+HEAD_ENDS = [
+    (b"GET / HTTP/1.1\r\nA: b\r\n\r\nrest", "GET / HTTP/1.1\r\nA: b\r\n\r\n", b"rest"),
+    (b"GET / HTTP/1.1\nA: b\n\nrest", "GET / HTTP/1.1\nA: b\n\n", b"rest"),
+    (b"GET / HTTP/1.1\r\nA: b\n\r\n\r\n", "GET / HTTP/1.1\r\nA: b\n\r\n", b"\r\n"),
+    (b"A\xff\r\n\r\n", "A\xff\r\n\r\n", b""),
+    (b"GET / HTTP/1.1\r\nA: b\r\n", None, b""),
+]
+
+
+@pytest.mark.parametrize("data, head, rest", HEAD_ENDS)
+def test_a_head_ends_at_its_blank_line_however_it_arrives(data, head, rest):
+    for pieces in pieces_of(data):
+        reader = ztoapi.HeadReader()
+        found = None
+        while pieces and found is None:
+            found = reader.feed(pieces.pop(0))
+        assert found == head
+        assert reader.rest + b"".join(pieces) == rest
+
+
+def test_a_head_has_a_bound():
+    reader = ztoapi.HeadReader()
+    with pytest.raises(OverflowError):
+        for _ in range(20):
+            reader.feed(b"X: " + b"y" * 4000 + b"\r\n")
 
 
 def dechunk(decoder, pieces):
@@ -1100,23 +2070,33 @@ def dechunk(decoder, pieces):
     return body, decoder.done, decoder.rest if decoder.done else None
 
 
-@pytest.mark.parametrize("data, expected", [
+# Chunked bodies, here of at most 20 bytes. To add a case, add a row: the bytes; (body, whether it ended, what is
+# behind), or the error.
+CHUNKED = [
     (b"0\r\n\r\n", (b"", True, b"")),
     (b"5\r\nhello\r\n0\r\n\r\n", (b"hello", True, b"")),
     (b"5\r\nhello\r\n6\r\n world\r\n0\r\n\r\nGET /", (b"hello world", True, b"GET /")),
     (b"A\r\n0123456789\r\n00a\r\n\r\n\r\n\r\n\r\nab\r\n0000\r\n\r\n", (b"0123456789\r\n\r\n\r\n\r\nab", True, b"")),
     (b"5;name=value\r\nhello\r\n5 ; a=\"b\"\r\nworld\r\n0;x\r\n\r\n", (b"helloworld", True, b"")),
     (b"5\r\nhello\r\n0\r\nX-A: b\r\nX-C: d\r\n\r\nrest", (b"hello", True, b"rest")),
-    (b"5\r\nhel", (b"hel", False, None)), (b"5\r\nhello\r\n", (b"hello", False, None)), (b"5\r\nhello\r\n0\r\n", (b"hello", False, None)),
+    (b"5\r\nhel", (b"hel", False, None)),
+    (b"5\r\nhello\r\n", (b"hello", False, None)),
+    (b"5\r\nhello\r\n0\r\n", (b"hello", False, None)),
     (b"14\r\n01234567890123456789\r\n0\r\n\r\n", (b"01234567890123456789", True, b"")),
-    (b"15\r\n012345678901234567890\r\n0\r\n\r\n", OverflowError), (b"a\r\n0123456789\r\nb\r\n", OverflowError),
+    (b"15\r\n012345678901234567890\r\n0\r\n\r\n", OverflowError),
+    (b"a\r\n0123456789\r\nb\r\n", OverflowError),
     (b"fffffffffffffff\r\n", OverflowError),
     *((data, ValueError) for data in (
-        b"\r\n", b"x\r\n", b"-5\r\n", b"+5\r\n", b"0x5\r\n", b"5_0\r\n", b" 5\r\n", b"5 5\r\n", b"\xd9\xa5\r\n", b"5\n", b"5\nhello\r\n",
-        b"5\r\nhelloX\r\n",
-        b"5\r\nhello0\r\n\r\n", b"5\r\nhello\n0\r\n\r\n", b"fffffffffffffffff\r\n", b"5;a\x00b\r\nhello\r\n", b"5;a\nb\r\nhello\r\n", b"5\rhello\r\n",
-        b"0\r\nX: a\nb\r\n\r\n", b"0\r\nno field\r\n\r\n", b"0\r\n X: y\r\n\r\n", b"5;" + b"x" * 5000 + b"\r\nhello\r\n0\r\n\r\n")),
-])
+        b"\r\n", b"x\r\n", b"-5\r\n", b"+5\r\n", b"0x5\r\n", b"5_0\r\n", b" 5\r\n", b"5 5\r\n", b"\xd9\xa5\r\n",
+        b"5\n", b"5\nhello\r\n", b"5\r\nhelloX\r\n", b"5\r\nhello0\r\n\r\n", b"5\r\nhello\n0\r\n\r\n",
+        b"5\r\nhello\rX\r\n", b"fffffffffffffffff\r\n", b"5;a\x00b\r\nhello\r\n", b"5;a\nb\r\nhello\r\n",
+        b"5\rhello\r\n",
+        b"0\r\nX: a\nb\r\n\r\n", b"0\r\nno field\r\n\r\n", b"0\r\n X: y\r\n\r\n",
+        b"5;" + b"x" * 5000 + b"\r\nhello\r\n0\r\n\r\n")),
+]
+
+
+@pytest.mark.parametrize("data, expected", CHUNKED, ids=lambda value: repr(value)[:40])
 def test_chunked_coding_is_taken_strictly_however_it_arrives(data, expected):
     for pieces in pieces_of(data):
         assert dechunk(ztoapi.Dechunker(limit=20), pieces) == expected, pieces[:3]
@@ -1130,9 +2110,19 @@ def test_trailers_without_end_are_refused():
             decoder.feed(b"X-Trailer: " + b"y" * 1000 + b"\r\n")
 
 
+def test_what_stands_before_a_broken_chunk_is_not_lost():
+    decoder = ztoapi.Dechunker()
+    with pytest.raises(ValueError):
+        decoder.feed(b"5\r\nhello\r\n1\r\n!\r\nzz\r\n")
+    assert decoder.take() == b"hello!"
+
+
 @pytest.mark.parametrize("length, data, expected", [
-    (0, b"", (b"", True, b"")), (5, b"hello", (b"hello", True, b"")), (5, b"helloGET /", (b"hello", True, b"GET /")),
-    (5, b"hel", (b"hel", False, None))])
+    (0, b"", (b"", True, b"")),
+    (5, b"hello", (b"hello", True, b"")),
+    (5, b"helloGET /", (b"hello", True, b"GET /")),
+    (5, b"hel", (b"hel", False, None)),
+])
 def test_a_body_of_known_length_ends_there(length, data, expected):
     for pieces in pieces_of(data):
         assert dechunk(ztoapi.Counted(length), pieces) == expected
@@ -1147,8 +2137,12 @@ def decode_events(pieces, **options):
         return type(error)
 
 
-SSE = [  # bytes, events
-    (b"", []), (b"\n\n\n", []), (b"data: a\n\n", ["a"]), (b"data: a\n\ndata: b\n\n", ["a", "b"]),
+# Server-sent events, here of at most 100 bytes. To add a case, add a row: the bytes; the events, or the error.
+SSE = [
+    (b"", []),
+    (b"\n\n\n", []),
+    (b"data: a\n\n", ["a"]),
+    (b"data: a\n\ndata: b\n\n", ["a", "b"]),
     # The standard's own examples
     (b"data: YHOO\ndata: +2\ndata: 10\n\n", ["YHOO\n+2\n10"]),
     (b": test stream\n\ndata: first event\nid: 1\n\ndata:second event\nid\n\ndata:  third event\n\n",
@@ -1156,35 +2150,47 @@ SSE = [  # bytes, events
     (b"data\n\ndata\ndata\n\n", ["", "\n"]),
     (b"data:test\n\ndata: test\n\n", ["test", "test"]),
     # Line ends of all kinds, and those that are none
-    (b"data: a\r\n\r\ndata: b\r\n\r\n", ["a", "b"]), (b"data: a\r\rdata: b\r\r", ["a", "b"]),
+    (b"data: a\r\n\r\ndata: b\r\n\r\n", ["a", "b"]),
+    (b"data: a\r\rdata: b\r\r", ["a", "b"]),
     (b"data: a\n\r\ndata: b\r\n\rdata: c\r\n\n", ["a", "b", "c"]),
     (b"data: a\r\ndata: b\rdata: c\n\r", ["a\nb\nc"]),
     ("data: a\u2028b\u2029c\u0085d\x0b\x0c\x1c\x1de\n\n".encode(), ["a\u2028b\u2029c\u0085d\x0b\x0c\x1c\x1de"]),
     # A last event without its blank line
-    (b"data: a\n\ndata: b", ["a", "b"]), (b"data: a\n\ndata: b\n", ["a", "b"]), (b"data: a\r\n\r\ndata: b\r\n", ["a", "b"]),
+    (b"data: a\n\ndata: b", ["a", "b"]),
+    (b"data: a\n\ndata: b\n", ["a", "b"]),
+    (b"data: a\r\n\r\ndata: b\r\n", ["a", "b"]),
     (b"data: a\r\rdata: b\r", ["a", "b"]),
     (b"data: a\n\ndata: [DONE]", ["a", "[DONE]"]),
     # Names, ids, comments and unknown fields are dropped
-    (b"event: error\ndata: a\n\n", ["a"]), (b"id: 5\nretry: 10\ndata: a\nfoo: bar\n\n", ["a"]), (b": ping\n\n:\n\ndata: a\n\n: b", ["a"]),
+    (b"event: error\ndata: a\n\n", ["a"]),
+    (b"id: 5\nretry: 10\ndata: a\nfoo: bar\n\n", ["a"]),
+    (b": ping\n\n:\n\ndata: a\n\n: b", ["a"]),
     (b"event: ping\n\n", []),
     (b"datax: a\n\ndat: b\n\n data: c\n\n", []),
     # A byte order mark at the start
-    (b"\xef\xbb\xbfdata: a\n\n", ["a"]), (b"\xef\xbb\xbfdata:  a\n\n", [" a"]),
+    (b"\xef\xbb\xbfdata: a\n\n", ["a"]),
+    (b"\xef\xbb\xbfdata:  a\n\n", [" a"]),
     # A bare line that is JSON
     (b'data: a\n\n{"error":{"code":"500"}}\n', ["a", '{"error":{"code":"500"}}']),
     (b'data: a\n\n{"error":{"code":"500"}}', ["a", '{"error":{"code":"500"}}']),
-    (b'{"error":1}\r\n\r\n', ['{"error":1}']), (b"<html>\n<body>502</body>\n", []),
+    (b'data: a\n{"error":1}\n\n', ["a", '{"error":1}']),
+    (b'{"error":1}\r\n\r\n', ['{"error":1}']),
+    (b"<html>\n<body>502</body>\n", []),
     # Text is UTF-8; what is not becomes U+FFFD
-    ("data: 好\U0001f600é\n\n".encode(), ["好\U0001f600é"]), (b"data: a\xffb\n\n", ["a\ufffdb"]),
-    # Bounds: here 100 bytes
-    (b"data: " + b"x" * 90 + b"\n\n", ["x" * 90]), (b"data: " + b"x" * 200 + b"\n\n", UpstreamError), (b"data: " + b"x" * 200, UpstreamError),
-    (b"data: 123456789\n" * 20 + b"\n", UpstreamError), (b": " + b"x" * 200, UpstreamError),
+    ("data: \u597d\U0001f600\u00e9\n\n".encode(), ["\u597d\U0001f600\u00e9"]),
+    (b"data: a\xffb\n\n", ["a\ufffdb"]),
+    # The bound
+    (b"data: " + b"x" * 90 + b"\n\n", ["x" * 90]),
+    (b"data: " + b"x" * 200 + b"\n\n", UpstreamError),
+    (b"data: " + b"x" * 200, UpstreamError),
+    (b"data: 123456789\n" * 20 + b"\n", UpstreamError),
+    (b": " + b"x" * 200, UpstreamError),
     (b"data: " + b"x" * 90 + b"\n\ndata: " + b"y" * 90 + b"\n\n", ["x" * 90, "y" * 90]),
     (b"{" + b"x" * 200 + b"\n", UpstreamError),
 ]
 
 
-@pytest.mark.parametrize("data, events", SSE)
+@pytest.mark.parametrize("data, events", SSE, ids=lambda value: repr(value)[:40])
 def test_events_are_the_same_however_they_arrive(data, events):
     for pieces in pieces_of(data):
         assert decode_events(pieces, limit=100) == events, pieces[:3]
@@ -1199,100 +2205,223 @@ def test_an_event_may_have_16_mib():
             decoder.feed(piece)
 
 
-def test_events_are_encoded_as_one_line_of_utf_8():
-    assert ztoapi.encode_event({"error": {"message": "好\u2028\n"}, "b": 1}) == 'data: {"error":{"message":"好\u2028\\n"},"b":1}\n\n'.encode()
-    ztoapi.encode_event({"a": "\ud800 \udfff"}).decode("utf-8")  # a lone surrogate must not break the stream
+READERS = {"sse": SSEDecoder, "chunks": ztoapi.Dechunker, "head": ztoapi.HeadReader, "json": ztoapi.JsonProgress}
+
+# Bytes that could take more than linear time. To add a case, add a row: the reader, the pieces it is fed.
+LONG_INPUTS = {
+    "events": ("sse", [b"data: x\n\n" * 10] * 10000),
+    "lines of data without a blank line": ("sse", [b"data: x\n" * 256] * 2000),
+    "comments": ("sse", [b":\n"] * 100000),
+    "carriage returns": ("sse", [b"\r"] * 100000),
+    "one line in tiny pieces": ("sse", [b"data: "] + [b"x" * 8] * 100000),
+    "blank lines": ("sse", [b"\n" * 65536] * 30),
+    "chunks of a byte": ("chunks", [b"1\r\nx\r\n" * 10000] * 8),
+    "chunks of a byte, byte by byte": ("chunks", [b"1", b"\r", b"\n", b"x", b"\r", b"\n"] * 20000),
+    "a long chunk in tiny pieces": ("chunks", [b"fffffff\r\n"] + [b"x" * 8] * 100000),
+    "a chunk's line in single bytes": ("chunks", [b"5;"] + [b"x"] * 4000),
+    "a head in single bytes": ("head", [b"X"] * 60000),
+    "a JSON value in single characters": ("json", ["["] * 100000),
+    "a JSON string of backslashes": ("json", ['["'] + ["\\"] * 100000),
+}
 
 
-# Z.ai response -> OpenAI response #####################################################################################
-
-WEATHER = {"get_weather": TOOL["function"]["parameters"], "get_time": {"type": "object", "properties": {}}}
-DETAILS = {"prompt_tokens": 28, "completion_tokens": 185, "total_tokens": 213, "prompt_tokens_details": {"cached_tokens": 0},
-           "completion_tokens_details": {"reasoning_tokens": 182}}
-
-
-def says(content="", reasoning="", calls=(), finish="stop", usage=DETAILS):
-    return {"content": content, "reasoning": reasoning, "calls": [(name, arguments) for name, arguments in calls], "finish": finish, "usage": usage}
+@pytest.mark.parametrize("case", LONG_INPUTS)
+def test_bytes_take_linear_time(case):
+    kind, pieces = LONG_INPUTS[case]
+    decoder = READERS[kind]()
+    with under_a_second():
+        for piece in pieces:
+            decoder.feed(piece)
 
 
-def translator(**options):
-    counter = itertools.count(1)
-    return ChunkTranslator(new_id=lambda: "call_new%d" % next(counter), **options)
+# From Z.ai, and the chat front ########################################################################################
+#
+# Z.ai's bytes go through an Answer, its steps through a Chat, streamed and folded: both must say the same, and every
+# rule of the wire is checked on the way.
+
+WEATHER = {
+    "get_weather": {"type": "object", "properties": {"city": {"type": "string"}}},
+    "get_time": {"type": "object", "properties": {}},
+}
+NEW_CHAT = {"id": "chatcmpl-1", "created": 1790000000, "model": "GLM-4.6"}
 
 
-def events_of(data):
-    """The events in an answer's bytes; a whole JSON body counts as one, as it does for the proxy."""
-    return [data.decode()] if data.startswith(b'{"c') or data == b"{}" else decode_events([data])
+def describe(value, status=200, retry_after=""):
+    return zai_error(value, status)
 
 
-def translated(data, **options):
-    """The chunks of an answer that came as these bytes."""
-    this = translator(**options)
-    return [chunk for text in events_of(data) for chunk in this.feed(text)] + list(this.close())
+def new_answer(**options):
+    """An Answer whose calls without an id get "call_new1", "call_new2" and so on."""
+    numbers = itertools.count(1)
+    translator = ztoapi.Translator(make_id=lambda: f"call_new{next(numbers)}", describe=describe, **options)
+    return ztoapi.Answer(translator, describe)
 
 
-def folded_stream(chunks):
-    """What a client makes of the SSE text of these chunks; on the way every rule of the wire is checked."""
-    envelope = ztoapi.Envelope("chatcmpl-1", 1790000000, "GLM-4.6", include_usage=True)
-    blocks = (envelope.opening() + envelope.heartbeat() + envelope.encode(chunks)).split("\n\n")
-    assert blocks.pop() == "" and blocks.pop() == "data: [DONE]" and all(block.startswith("data: ") and "\n" not in block for block in blocks)
-    values = [json.loads(block[6:]) for block in blocks]
-    assert {(v["id"], v["created"], v["model"], v["object"]) for v in values} == {("chatcmpl-1", 1790000000, "GLM-4.6", "chat.completion.chunk")}
-    usage = values.pop()["usage"] if values[-1]["choices"] == [] else None
-    assert all(v["usage"] is None and len(v["choices"]) == 1 and v["choices"][0]["index"] == 0 for v in values)
-    finishes = [v["choices"][0]["finish_reason"] for v in values]
-    assert finishes[-1] in ("stop", "length", "tool_calls",
-                            "content_filter") and not any(finishes[:-1]) and "finish_reason" in values[0]["choices"][0]
-    deltas = [v["choices"][0]["delta"] for v in values]
-    assert deltas[0] == {"role": "assistant", "content": ""} and not any("role" in delta for delta in deltas[1:]) and deltas[-1] == {}
-    texts, calls = {"content": "", "reasoning_content": ""}, []
-    for delta in deltas:
-        assert set(delta) <= {"role", "content", "reasoning_content", "tool_calls"} and len(delta) == 1 or delta in (deltas[0], {}), delta
-        for name in texts:
-            texts[name] += delta.get(name, "")
-        for item in delta.get("tool_calls", ()):
-            function = item["function"]
-            assert isinstance(function["arguments"], str)
-            if item["index"] == len(calls):
-                assert set(item) == {"index", "id", "type", "function"} and set(function) == {"name", "arguments"} and item["type"] == "function"
-                assert isinstance(item["id"], str) and item["id"] and isinstance(function["name"], str) and function["name"]
-                calls.append({"id": item["id"], "name": function["name"], "arguments": ""})
-            else:
-                assert set(item) == {"index", "function"} and set(function) == {"arguments"} and 0 <= item["index"] < len(calls)
-            calls[item["index"]]["arguments"] += function["arguments"]
-    return texts["content"], texts["reasoning_content"], calls, finishes[-1], usage
+def feed_answer(this, pieces):
+    """(steps, failure): what the pump would tell of an Answer that these bytes come to."""
+    steps = []
+    for piece in pieces:
+        if this.complete:
+            break
+        new, failure = this.feed(piece)
+        steps += new
+        if failure:
+            assert this.complete
+            return steps, failure
+    return steps, None
 
 
-def folded_json(chunks):
-    """The same of the JSON answer, whose shape is checked to the letter."""
-    answer = ztoapi.Envelope("chatcmpl-1", 1790000000, "GLM-4.6").completion(*ztoapi.collect_completion(chunks))
-    assert {name: answer[name] for name in ("id", "object", "created", "model")} == {
-        "id": "chatcmpl-1", "object": "chat.completion", "created": 1790000000, "model": "GLM-4.6"} and set(answer) <= {"id", "object", "created",
-                                                                                                                        "model", "choices", "usage"}
-    (choice,) = answer["choices"]
-    message = choice["message"]
-    assert set(choice) == {"index", "message", "logprobs", "finish_reason"} and choice["index"] == 0 and choice["logprobs"] is None
-    assert message["role"] == "assistant" and message["refusal"] is None and set(message) <= {"role", "content", "refusal", "reasoning_content",
-                                                                                              "tool_calls"}
-    assert isinstance(message["content"], str) or message["tool_calls"]
-    calls = message.get("tool_calls", [])
-    assert all(set(call) == {"id", "type", "function"} and call["type"] == "function" and set(call["function"]) == {"name", "arguments"}
-               for call in calls)
-    return (message["content"] or "", message.get("reasoning_content", ""), [dict(id=call["id"], **call["function"]) for call in calls],
-            choice["finish_reason"], answer.get("usage"))
-
-
-def check_answer(data, expected, **options):
-    """The answer is as expected, and the streamed and the JSON one agree; gives its calls."""
-    content, reasoning, calls, finish, usage = folded = folded_stream(translated(data, **options))
-    assert folded_json(translated(data, restartable=True, **options)) == folded
-    assert len({call["id"] for call in calls}) == len(calls)
-    assert says(content, reasoning, [(call["name"], call["arguments"]) for call in calls], finish, usage) == expected
-    return calls
+def receive(pieces, **options):
+    """(steps, failure) of these bytes; behind them the connection ends."""
+    this = new_answer(**options)
+    steps, failure = feed_answer(this, [*pieces, b""])
+    assert this.complete
+    return steps, failure
 
 
 def as_events(*values):
-    return b"".join(value if isinstance(value, bytes) else b"data: " + json.dumps(value).encode() + b"\n\n" for value in values)
+    return b"".join(
+        value if isinstance(value, bytes) else b"data: " + json.dumps(value).encode() + b"\n\n" for value in values)
+
+
+def wire(data):
+    """The bytes of the whole response for a body: of one JSON value, or of events, each in a chunk of its own."""
+    if data.startswith(b"{"):
+        return answer(200, data)[0]
+    chunks = re.findall(rb"(?s).+?\n\n|.+", data)
+    return b"".join(stream(*chunks))
+
+
+def some_pieces_of(data):
+    """pieces_of(), but of long data not every place is tried: some 50 that lie apart, and move with its length."""
+    stride = len(data) // 50 + 1
+    yield [data]
+    yield [data[i:i + 1] for i in range(len(data))]
+    for i in range(len(data) % stride + 1, len(data), stride):
+        yield [data[:i], data[i:]]
+
+
+def translated(data, **options):
+    """The steps of an answer whose body this is; it must be a good one, the same however it arrives."""
+    response = wire(data)
+    steps, failure = receive([response], **options)
+    if failure:
+        raise failure
+    for pieces in some_pieces_of(response):
+        assert receive(pieces, **options) == (steps, None), pieces[:3]
+    return steps
+
+
+def folded_stream(steps, reasoning="parsed"):
+    """What a client makes of a stream; on the way every rule of the wire is checked."""
+    chat = ztoapi.Chat(**NEW_CHAT, include_usage=True, reasoning=reasoning)
+    blocks = (chat.opening() + chat.heartbeat() + chat.tell(steps)).split("\n\n")
+    assert blocks.pop() == ""
+    assert blocks.pop() == "data: [DONE]"
+    values = [parse_chunk(block) for block in blocks]
+    usage = values.pop()["usage"] if values[-1]["choices"] == [] else None
+    assert [value["usage"] for value in values] == [None] * len(values)
+    choices = [value["choices"][0] for value in values]
+    assert [sorted(choice) for choice in choices] == [["delta", "finish_reason", "index", "logprobs"]] * len(choices)
+    assert [choice["index"] for choice in choices] == [0] * len(choices)
+    *before, finish = [choice["finish_reason"] for choice in choices]
+    assert finish in ("stop", "length", "tool_calls", "content_filter")
+    assert before == [None] * len(before)
+    first, *deltas, last = [choice["delta"] for choice in choices]
+    assert first == {"role": "assistant", "content": ""}
+    assert last == {}
+    return *fold_deltas(deltas), finish, usage
+
+
+def parse_chunk(block):
+    assert block.startswith("data: {")
+    assert "\n" not in block
+    value = json.loads(block[6:])
+    envelope = {name: value[name] for name in ("id", "object", "created", "model")}
+    assert envelope == dict(NEW_CHAT, object="chat.completion.chunk")
+    assert len(value["choices"]) <= 1
+    return value
+
+
+def fold_deltas(deltas):
+    texts = {"content": "", "reasoning_content": ""}
+    calls = []
+    for delta in deltas:
+        assert set(delta) in ({"content"}, {"reasoning_content"}, {"tool_calls"}, set())
+        for name in set(texts) & set(delta):
+            assert delta[name] != ""
+            texts[name] += delta[name]
+        for piece in delta.get("tool_calls", ()):
+            fold_call(calls, piece)
+    return texts["content"], texts["reasoning_content"], calls
+
+
+def fold_call(calls, piece):
+    function = piece["function"]
+    assert isinstance(function["arguments"], str)
+    if piece["index"] == len(calls):
+        assert list(piece) == ["index", "id", "type", "function"]
+        assert piece["type"] == "function"
+        assert isinstance(piece["id"], str) and piece["id"]
+        assert isinstance(function["name"], str) and function["name"]
+        calls.append({"id": piece["id"], "name": function["name"], "arguments": ""})
+    else:
+        assert list(piece) == ["index", "function"]
+        assert list(function) == ["arguments"]
+        assert 0 <= piece["index"] < len(calls)
+    calls[piece["index"]]["arguments"] += function["arguments"]
+
+
+def folded_json(steps, reasoning="parsed"):
+    """The same of the JSON answer, whose shape is checked to the letter."""
+    fold = ztoapi.Fold()
+    for step in steps:
+        fold.add([step])
+    chat = ztoapi.Chat(**NEW_CHAT, stream=False, reasoning=reasoning)
+    whole = json.loads(ztoapi.encode_json(chat.whole(fold)).decode("utf-8"))
+    (choice,) = whole.pop("choices")
+    usage = whole.pop("usage", None)
+    assert whole == dict(NEW_CHAT, object="chat.completion")
+    message = choice["message"]
+    assert set(choice) == {"index", "message", "logprobs", "finish_reason"}
+    assert (choice["index"], choice["logprobs"]) == (0, None)
+    assert (message.pop("role"), message.pop("refusal")) == ("assistant", None)
+    assert set(message) <= {"content", "reasoning_content", "tool_calls"}
+    calls = message.get("tool_calls", [])
+    assert isinstance(message["content"], str) or calls
+    assert [set(call) for call in calls] == [{"id", "type", "function"}] * len(calls)
+    assert [call["type"] for call in calls] == ["function"] * len(calls)
+    assert [set(call["function"]) for call in calls] == [{"name", "arguments"}] * len(calls)
+    calls = [dict(id=call["id"], **call["function"]) for call in calls]
+    return message["content"] or "", message.get("reasoning_content", ""), calls, choice["finish_reason"], usage
+
+
+def without_surrogates(folded):
+    """As it reaches a client: what UTF-8 cannot spell is a question mark."""
+    return json.loads(ztoapi.encode_json(list(folded)).decode("utf-8"))
+
+
+def says(content="", reasoning="", calls=(), finish="stop", usage=USAGE):
+    """What an answer must come to."""
+    return {"content": content, "reasoning": reasoning, "calls": list(calls), "finish": finish, "usage": usage}
+
+
+def asks(*calls, finish="tool_calls", **more):
+    """The same of an answer that asks for these calls."""
+    return says(calls=calls, finish=finish, **more)
+
+
+def check_answer(data, expected, reasoning="parsed", **options):
+    """The answer is as expected, and the streamed and the JSON one agree; gives its calls."""
+    folded = folded_stream(translated(data, **options), reasoning)
+    steps, failure = receive([wire(data)], restartable=True, **options)
+    assert failure is None
+    assert list(folded_json(steps, reasoning)) == without_surrogates(folded)
+    content, thinking, calls, finish, usage = folded
+    assert len({call["id"] for call in calls}) == len(calls)
+    pairs = [(call["name"], call["arguments"]) for call in calls]
+    assert says(content, thinking, pairs, finish, usage) == expected
+    return calls
 
 
 def calls_in(*items, finish=None, **delta):
@@ -1301,364 +2430,781 @@ def calls_in(*items, finish=None, **delta):
 
 
 def item(name=None, arguments=None, **more):
-    function = dict({} if name is None else {"name": name}, **({} if arguments is None else {"arguments": arguments}))
-    return dict(more, function=function)
+    function = {"name": name, "arguments": arguments}
+    return dict(more, function={key: value for key, value in function.items() if value is not None})
 
 
 def finished(finish, usage=USAGE):
     return event(finish=finish, usage=usage) + DONE
 
 
-def called(*calls, **more):
-    return says(**dict({"calls": calls, "finish": "tool_calls"}, **more))
-
-
 def counts(prompt, completion, total, cached=None, reasoning=None):
     """A usage object."""
     usage = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": total}
-    usage.update({} if cached is None else {"prompt_tokens_details": {"cached_tokens": cached}})
-    return dict(usage, **({} if reasoning is None else {"completion_tokens_details": {"reasoning_tokens": reasoning}}))
+    if cached is not None:
+        usage["prompt_tokens_details"] = {"cached_tokens": cached}
+    if reasoning is not None:
+        usage["completion_tokens_details"] = {"reasoning_tokens": reasoning}
+    return usage
 
 
-ENDED, TOOLS_END = finished("stop"), finished("tool_calls")
+ENDED = finished("stop")
+TOOLS_END = finished("tool_calls")
 PARIS = '{"city":"Paris"}'
-WHOLE, TIME = ("get_weather", PARIS), ("get_time", "{}")
+RAIN = ("get_weather", PARIS)
+TIME = ("get_time", "{}")
+CITY = "<arg_key>city</arg_key><arg_value>Paris</arg_value>"  # PARIS as GLM itself writes it
 
-# Verbatim from the dialect sheet, sections 1 and 2
-GLM_52_TOOLS = rb"""data: {"id":"20260813125025af371d7f88184d47","created":1786596625,"object":"chat.completion.chunk","model":"glm-5.2",
-"choices":[{"index":0,"delta":{"role":"assistant","reasoning_content":"The"}}]}
 
-data: {"id":"20260813125025af371d7f88184d47","created":1786596625,"object":"chat.completion.chunk","model":"glm-5.2","choices":[{"index":0,
-"delta":{"role":"assistant","reasoning_content":" user"}}]}
+def leak(text):
+    return f"<tool_call>{text}</tool_call>"
 
-data: {"id":"20260813125025af371d7f88184d47","created":1786596625,"object":"chat.completion.chunk","model":"glm-5.2","choices":[{"index":0,
-"delta":{"tool_calls":[{"id":"call_438b313737df40b7b2972a81","index":0,"type":"function","function":{"name":"get_weather",
-"arguments":"{\"city\":\"Paris\"}"}}]}}]}
 
-data: {"id":"20260813125025af371d7f88184d47","created":1786596625,"object":"chat.completion.chunk","model":"glm-5.2","choices":[{"index":0,
-"finish_reason":"tool_calls","delta":{"role":"assistant","content":""}}],"usage":{"prompt_tokens":178,"completion_tokens":37,"total_tokens":215,
-"prompt_tokens_details":{"cached_tokens":0},"completion_tokens_details":{"reasoning_tokens":25}}}
+# Verbatim from the dialect sheet, sections 1 and 2; only the line ends inside an event are ours.
+GLM_52_TOOLS = rb"""data: {"id":"20260813125025af371d7f88184d47","created":1786596625,"object":"chat.completion.chunk",
+"model":"glm-5.2","choices":[{"index":0,"delta":{"role":"assistant","reasoning_content":"The"}}]}
 
-data: [DONE]
+data: {"id":"20260813125025af371d7f88184d47","created":1786596625,"object":"chat.completion.chunk","model":"glm-5.2",
+"choices":[{"index":0,"delta":{"role":"assistant","reasoning_content":" user"}}]}
 
-""".replace(b',\n', b',')  # only the line ends inside an event are ours
-GLM_45_TOOLS = rb"""data: {"id":"2025091420174501de064dedfa4b68","created":1757852265,"model":"glm-4.5-flash","choices":[{"index":0,
-"delta":{"role":"assistant","content":"\n"}}]}
+data: {"id":"20260813125025af371d7f88184d47","created":1786596625,"object":"chat.completion.chunk","model":"glm-5.2",
+"choices":[{"index":0,"delta":{"tool_calls":[{"id":"call_438b313737df40b7b2972a81","index":0,"type":"function",
+"function":{"name":"get_weather","arguments":"{\"city\":\"Paris\"}"}}]}}]}
 
-data: {"id":"2025091420174501de064dedfa4b68","created":1757852265,"model":"glm-4.5-flash","choices":[{"index":0,"finish_reason":"tool_calls",
-"delta":{"tool_calls":[{"id":"call_4BgN84hpTbmswCBFSC9ggw","index":-1,"type":"function","function":{"name":"add",
-"arguments":"{\"a\": 365, \"b\": 96}"}}]}}]}
-
-data: {"id":"2025091420174501de064dedfa4b68","created":1757852265,"model":"glm-4.5-flash","choices":[{"index":0,"finish_reason":"tool_calls",
-"delta":{"role":"assistant","content":""}}],"usage":{"prompt_tokens":170,"completion_tokens":72,"total_tokens":242,
-"prompt_tokens_details":{"cached_tokens":43}}}
+data: {"id":"20260813125025af371d7f88184d47","created":1786596625,"object":"chat.completion.chunk","model":"glm-5.2",
+"choices":[{"index":0,"finish_reason":"tool_calls","delta":{"role":"assistant","content":""}}],
+"usage":{"prompt_tokens":178,"completion_tokens":37,"total_tokens":215,"prompt_tokens_details":{"cached_tokens":0},
+"completion_tokens_details":{"reasoning_tokens":25}}}
 
 data: [DONE]
 
-""".replace(b',\n', b',')
-GLM_46_JSON = r"""{"choices":[{"finish_reason":"stop","index":0,"message":{"content":"\n您好！","reasoning_content":"\n用户","role":"assistant"}}],
-"created":1770631146,"id":"2026020917585695a7e8be40254c7c","model":"glm-4.6","object":"chat.completion","request_id":"2026020917585695a7e8be40254c7c",
-"usage":{"completion_tokens":329,"completion_tokens_details":{"reasoning_tokens":253},"prompt_tokens":9,"prompt_tokens_details":{"cached_tokens":4},
-"total_tokens":338}}""".encode()
-GLM_52_JSON = r"""{"choices":[{"finish_reason":"tool_calls","index":0,"message":{"content":"好的","reasoning_content":"The user wants",
-"role":"assistant","tool_calls":[
-{"function":{"arguments":"{\"city\":\"北京\"}","name":"get_weather"},"id":"call_-7391102189101383143","index":0,"type":"function"},
-{"function":{"arguments":"{\"city\":\"上海\"}","name":"get_time"},"id":"call_-7391102189101383142","index":1,"type":"function"}]}}],
-"id":"1"}""".encode()
+""".replace(b",\n", b",")
+GLM_45_TOOLS = rb"""data: {"id":"2025091420174501de064dedfa4b68","created":1757852265,"model":"glm-4.5-flash",
+"choices":[{"index":0,"delta":{"role":"assistant","content":"\n"}}]}
 
-ANSWERS = [  # what is special, what Z.ai sent, what it says
-    ("glm-5.2, tools", GLM_52_TOOLS, called(WHOLE, reasoning="The user", usage=counts(178, 37, 215, 0, 25))),
+data: {"id":"2025091420174501de064dedfa4b68","created":1757852265,"model":"glm-4.5-flash","choices":[{"index":0,
+"finish_reason":"tool_calls","delta":{"tool_calls":[{"id":"call_4BgN84hpTbmswCBFSC9ggw","index":-1,"type":"function",
+"function":{"name":"add","arguments":"{\"a\": 365, \"b\": 96}"}}]}}]}
+
+data: {"id":"2025091420174501de064dedfa4b68","created":1757852265,"model":"glm-4.5-flash","choices":[{"index":0,
+"finish_reason":"tool_calls","delta":{"role":"assistant","content":""}}],"usage":{"prompt_tokens":170,
+"completion_tokens":72,"total_tokens":242,"prompt_tokens_details":{"cached_tokens":43}}}
+
+data: [DONE]
+
+""".replace(b",\n", b",")
+GLM_46_JSON = r"""{"choices":[{"finish_reason":"stop","index":0,"message":{"content":"\n您好！",
+"reasoning_content":"\n用户","role":"assistant"}}],"created":1770631146,"id":"2026020917585695a7e8be40254c7c",
+"model":"glm-4.6","object":"chat.completion","request_id":"2026020917585695a7e8be40254c7c",
+"usage":{"completion_tokens":329,"completion_tokens_details":{"reasoning_tokens":253},"prompt_tokens":9,
+"prompt_tokens_details":{"cached_tokens":4},"total_tokens":338}}""".encode()
+GLM_52_JSON = r"""{"choices":[{"finish_reason":"tool_calls","index":0,"message":{"content":"好的",
+"reasoning_content":"The user wants","role":"assistant","tool_calls":[
+{"function":{"arguments":"{\"city\":\"北京\"}","name":"get_weather"},"id":"call_-7391102189101383143","index":0,
+"type":"function"},
+{"function":{"arguments":"{\"city\":\"上海\"}","name":"get_time"},"id":"call_-7391102189101383142","index":1,
+"type":"function"}]}}],"id":"1"}""".encode()
+MINIMAL = {"id": "", "object": "", "created": 0, "model": "", "system_fingerprint": None}
+
+# Good answers. To add a case, add a row: what is special, what Z.ai sends, what it says.
+GOOD_ANSWERS = [
+    ("glm-5.2, tools", GLM_52_TOOLS, asks(RAIN, reasoning="The user", usage=counts(178, 37, 215, 0, 25))),
     ("glm-5.2, text", think(" 好") + say("好") + ENDED, says("好", " 好")),
-    ("glm-4.5, index -1, double finish", GLM_45_TOOLS, called(("add", '{"a": 365, "b": 96}'), usage=counts(170, 72, 242, 43))),
+    ("glm-4.5, index -1, double finish", GLM_45_TOOLS,
+     asks(("add", '{"a": 365, "b": 96}'), usage=counts(170, 72, 242, 43))),
     ("glm-4.5, max_tokens 1", think("\n") + finished("length"), says(finish="length")),
     ("glm-4.6, one JSON body", GLM_46_JSON, says("您好！", "用户", usage=counts(9, 329, 338, 4, 253))),
     ("glm-5.2, one JSON body, parallel calls", GLM_52_JSON,
-     called(("get_weather", '{"city":"北京"}'), ("get_time", '{"city":"上海"}'), content="好的", reasoning="The user wants", usage=None)),
+     asks(("get_weather", '{"city":"北京"}'), ("get_time", '{"city":"上海"}'), content="好的",
+            reasoning="The user wants", usage=None)),
     # Events of many kinds
-    ("OpenAI's own chunks", as_events({"choices": [{"index": 0, "delta": {"role": "assistant", "content": "a"}, "finish_reason": None}],
-                                       "usage": None},
-                                {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}, {"choices": [], "usage": USAGE}) + DONE,
+    ("OpenAI's own chunks",
+     as_events({"choices": [{"index": 0, "delta": {"role": "assistant", "content": "a"}, "finish_reason": None}],
+                "usage": None},
+               {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]},
+               {"choices": [], "usage": USAGE}) + DONE,
      says("a")),
     ("no [DONE]", say("a") + FINISH, says("a")),
     ("no [DONE], no usage", say("a") + event(finish="stop"), says("a", usage=None)),
+    ("usage behind the finish, no [DONE]", say("a") + event(finish="stop") + as_events({"usage": USAGE}), says("a")),
     ("no last blank line", say("a") + FINISH.rstrip(b"\n"), says("a")),
-    ("CRLF, comments, names and ids", b": hi\r\n\r\nevent: message\r\nid: 1\r\n" + (say("a") + ENDED).replace(b"\n", b"\r\n"), says("a")),
-    ("choices null", as_events({"id": "", "object": "", "created": 0, "model": "", "system_fingerprint": None, "choices": None, "usage": None})
-     + say("a") + as_events({"choices": None}) + say("b") + ENDED, says("ab")),
-    ("choices of other kinds", say("a") + as_events(*({"choices": choices} for choices in ([], [None], {}, "x", [{}], [{"delta": None}])), {})
-     + say("b")
-     + ENDED, says("ab")),
-    ("events that are no objects", say("a") + b'data: 42\n\ndata: [1]\n\ndata: null\n\ndata: "x"\n\ndata: true\n\n' + say("b") + ENDED, says("ab")),
-    ("lines that are no JSON", say("a") + b'data: garbage\n\ndata: {"id\n\ndata:\n\n' + say("b") + b"junk\n" + ENDED, says("ab")),
-    ("another model, another id", event({"content": "a"}, model="glm-5.3") + event({"content": "b"}, id="x", created=1) + ENDED, says("ab")),
-    ("fields of the wrong kind", as_events({"choices": [{"delta": {"content": 5, "reasoning_content": {}, "tool_calls": "x"}}]},
-                                     {"choices": [{"delta": {"tool_calls": [5, None]}}]}) + say("a")
-     + as_events({"choices": [{"delta": {"content": ["b"]}}]}, {"choices": [{"delta": {"content": {"b": 1}}}]}) + ENDED, says("a")),
+    ("CRLF, comments, names and ids",
+     b": hi\r\n\r\nevent: message\r\nid: 1\r\n" + (say("a") + ENDED).replace(b"\n", b"\r\n"), says("a")),
+    ("choices null",
+     as_events(dict(MINIMAL, choices=None, usage=None)) + say("a") + as_events({"choices": None}) + say("b") + ENDED,
+     says("ab")),
+    ("choices of other kinds",
+     say("a") + as_events(*({"choices": choices} for choices in ([], [None], {}, "x", [{}], [{"delta": None}])), {})
+     + say("b") + ENDED, says("ab")),
+    ("events that are no objects",
+     say("a") + b'data: 42\n\ndata: [1]\n\ndata: null\n\ndata: "x"\n\ndata: true\n\n' + say("b") + ENDED, says("ab")),
+    ("lines that are no JSON",
+     say("a") + b'data: garbage\n\ndata: {"id\n\ndata:\n\n' + say("b") + b"junk\n" + ENDED, says("ab")),
+    ("blanks around the JSON",
+     say("a").replace(b"data: ", b"data:   \t").replace(b"\n\n", b"  \n\n") + ENDED, says("a")),
+    ("another model, another id",
+     event({"content": "a"}, model="glm-5.3") + event({"content": "b"}, id="x", created=1) + ENDED, says("ab")),
+    ("fields of the wrong kind",
+     as_events({"choices": [{"delta": {"content": 5, "reasoning_content": {}, "tool_calls": "x"}}]},
+               {"choices": [{"delta": {"tool_calls": [5, None]}}]})
+     + say("a")
+     + as_events({"choices": [{"delta": {"content": ["b"]}}]}, {"choices": [{"delta": {"content": {"b": 1}}}]})
+     + ENDED, says("a")),
     ("text after the finish", say("a") + FINISH + say("b") + ENDED, says("a")),
     ("an error after the finish", say("a") + FINISH + as_events({"error": {"code": "500", "message": "x"}}), says("a")),
     ("content and reasoning in turn", say("a") + think("r") + say("b") + think("s") + ENDED, says("ab", "rs")),
-    ("content and reasoning in one event", say("a") + event({"reasoning_content": "r", "content": "b"})
-     + event({"content": "c", "reasoning_content": "s"}) + ENDED, says("abc", "rs")),
-    ("an empty answer that is finished", ENDED, says()),
-    ("nothing but thinking", think("hm") + finished("length"), says("", "hm", finish="length")),
-    ("line ends first", think("\n") + think("\r\n\n hm\n") + say("\n\n") + say("\na\n") + say("\n") + ENDED, says("a\n\n", " hm\n")),
+    ("content and reasoning in one event",
+     say("a") + event({"reasoning_content": "r", "content": "b"}) + event({"content": "c", "reasoning_content": "s"})
+     + ENDED, says("abc", "rs")),
+    ("nothing but a finish, but tokens", ENDED, says()),
+    ("nothing but thinking", think("hm") + ENDED, says("", "hm")),
+    ("nothing but thinking, cut", think("hm") + finished("length"), says("", "hm", finish="length")),
+    ("nothing but a filter", finished("sensitive", None), says(finish="content_filter", usage=None)),
+    ("line ends first",
+     think("\n") + think("\r\n\n hm\n") + say("\n\n") + say("\na\n") + say("\n") + ENDED, says("a\n\n", " hm\n")),
     # Finish reasons
-    *(("finish " + given, say("a") + finished(given), says("a", finish=ours)) for given, ours in (
+    *((f"finish {given}", say("a") + finished(given), says("a", finish=ours)) for given, ours in (
         ("stop", "stop"), ("length", "length"), ("sensitive", "content_filter"), ("content_filter", "content_filter"),
-        ("model_context_window_exceeded", "length"), ("unheard_of", "stop"))),
+        ("model_context_window_exceeded", "length"))),
+    ("finish function_call, as gateways say", call() + finished("function_call"), asks(RAIN)),
     ("finish sensitive, as documented",
-     say("a") + event({"role": "user", "content": ""}, "sensitive", USAGE, content_filter=[{"role": "user", "level": 0}]) + DONE,
-     says("a", finish="content_filter")),
-    ("a finish that is no string", say("a") + as_events({"choices": [{"delta": {}, "finish_reason": ["stop"]}], "usage": USAGE}) + DONE, says("a")),
-    ("stop after a call", call() + ENDED, called(WHOLE)),
+     say("a")
+     + event({"role": "user", "content": ""}, "sensitive", USAGE, content_filter=[{"role": "user", "level": 0}])
+     + DONE, says("a", finish="content_filter")),
+    ("finish empty, then real", as_events({"choices": [{"delta": {"content": "a"}, "finish_reason": ""}]}) + ENDED,
+     says("a")),
+    ("stop after a call", call() + ENDED, asks(RAIN)),
     ("length within a call", calls_in(item("get_weather", '{"ci', id="c", index=0)) + finished("length"),
-     called(("get_weather", '{"ci'), finish="length")),
+     asks(("get_weather", '{"ci'), finish="length")),
+    ("length before a call's name", say("a") + calls_in(item(None, "", id="c", index=0)) + finished("length"),
+     says("a", finish="length")),
     # Usage
     ("usage without details", say("a") + finished("stop", counts(1, 2, 3)), says("a", usage=counts(1, 2, 3))),
     ("usage with one detail", say("a") + finished("stop", counts(1, 2, 3, 4)), says("a", usage=counts(1, 2, 3, 4))),
-    ("usage with holes", say("a") + finished("stop", dict(counts(1, None, None), prompt_tokens_details=None, completion_tokens_details={})),
+    ("usage with holes",
+     say("a") + finished("stop", dict(counts(1, None, None), prompt_tokens_details=None, completion_tokens_details={})),
      says("a", usage=counts(1, 0, 1, reasoning=0))),
     ("usage on every event", event({"content": "a"}, usage=counts(1, 1, 2)) + ENDED, says("a")),
-    ("usage null", say("a") + as_events({"choices": [{"delta": {}, "finish_reason": "stop"}], "usage": None}) + DONE, says("a", usage=None)),
+    ("usage before the finish only", event({"content": "a"}, usage=USAGE) + event(finish="stop") + DONE, says("a")),
+    ("usage null", say("a") + as_events({"choices": [{"delta": {}, "finish_reason": "stop"}], "usage": None}) + DONE,
+     says("a", usage=None)),
+    *((f"usage of {str(odd):.12}", say("a") + finished("stop", counts(1, odd, 5)), says("a", usage=counts(1, 0, 5)))
+      for odd in (-1, 10**12, 10**400, 1.5, "7", True, None, [7], float("nan"), float("inf"))),
+    ("usage of a million million less one", say("a") + finished("stop", counts(1, 10**12 - 1, 10**12 - 1)),
+     says("a", usage=counts(1, 10**12 - 1, 10**12 - 1))),
     # Tool calls, whole
-    ("two calls, one id on the first", calls_in(item(*WHOLE, id="c", index=0, type="function"), item(*TIME, index=1, type="function")) + TOOLS_END,
-     called(WHOLE, TIME)),
-    ("two calls, the same id", calls_in(item(*WHOLE, id="c", index=0), item(*TIME, id="c", index=1)) + TOOLS_END, called(WHOLE, TIME)),
-    *(("two calls of one tool, no id, %r" % (where,),
+    ("two calls, one id on the first",
+     calls_in(item(*RAIN, id="c", index=0, type="function"), item(*TIME, index=1, type="function")) + TOOLS_END,
+     asks(RAIN, TIME)),
+    ("two calls, the same id", calls_in(item(*RAIN, id="c", index=0), item(*TIME, id="c", index=1)) + TOOLS_END,
+     asks(RAIN, TIME)),
+    *((f"two calls of one tool, no id, {where}",
        calls_in(item("get_time", '{"a":1}', **where), item("get_time", '{"a":2}', **where)) + TOOLS_END,
-       called(("get_time", '{"a":1}'), ("get_time", '{"a":2}'))) for where in ({"index": 0}, {"index": -1}, {})),
-    *(("two calls, an event each, no id, %r" % (where,), calls_in(item(*TIME, **where)) + calls_in(item(*TIME, **where)) + TOOLS_END,
-       called(TIME, TIME)) for where in ({"index": 0}, {"index": -1}, {})),
-    ("numeric, empty and null ids", calls_in(item(*WHOLE, id=-73911021), item(*TIME, id=""), item(*TIME, id=None), item(*TIME, id=0)) + TOOLS_END,
-     called(WHOLE, TIME, TIME, TIME)),
-    ("arguments an object", calls_in(item("get_weather", {"city": "北京"}, id="c", index=0)) + TOOLS_END, called(("get_weather", '{"city":"北京"}'))),
-    ("arguments an object with NaN",
-     as_events(b'data: {"choices":[{"delta":{"tool_calls":[{"id":"c","function":{"name":"f","arguments":{"a":NaN}}}]}}]}\n\n') + TOOLS_END,
-     called(("f", '{"a":null}'))),
-    *(("arguments %r" % (arguments,), calls_in({"id": "c", "function": {"name": "get_time", "arguments": arguments}}) + TOOLS_END, called(TIME))
+       asks(("get_time", '{"a":1}'), ("get_time", '{"a":2}'))) for where in ({"index": 0}, {"index": -1}, {})),
+    *((f"two calls, an event each, no id, {where}",
+       calls_in(item(*TIME, **where)) + calls_in(item(*TIME, **where)) + TOOLS_END,
+       asks(TIME, TIME)) for where in ({"index": 0}, {"index": -1}, {})),
+    ("numeric, empty and null ids",
+     calls_in(item(*RAIN, id=-73911021), item(*TIME, id=""), item(*TIME, id=None), item(*TIME, id=0)) + TOOLS_END,
+     asks(RAIN, TIME, TIME, TIME)),
+    ("arguments an object", calls_in(item("get_weather", {"city": "北京"}, id="c", index=0)) + TOOLS_END,
+     asks(("get_weather", '{"city":"北京"}'))),
+    *((f"arguments an object with {number}",
+       b'data: {"choices":[{"delta":{"tool_calls":[{"id":"c","function":{"name":"f","arguments":{"a":%b}}}]}}]}\n\n'
+       % number.encode() + TOOLS_END,
+       asks(("f", '{"a":null}'))) for number in ("NaN", "-Infinity", "1e999")),
+    *((f"arguments {arguments}",
+       calls_in({"id": "c", "function": {"name": "get_time", "arguments": arguments}}) + TOOLS_END, asks(TIME))
       for arguments in ("", "{}", None, {})),
-    ("arguments missing", calls_in(item("get_time", id="c")) + TOOLS_END, called(TIME)),
+    ("arguments missing", calls_in(item("get_time", id="c")) + TOOLS_END, asks(TIME)),
+    ("arguments missing, then blanks", calls_in(item("get_time", id="c", index=0)) + calls_in(item(None, " ", index=0))
+     + TOOLS_END, asks(("get_time", " {}"))),
     ("content, reasoning and a call in one event",
-     say("a") + calls_in(item(*WHOLE, id="c"), content="b", reasoning_content="r") + TOOLS_END, called(WHOLE, content="ab", reasoning="r")),
-    ("content and a call in one event", say("a") + calls_in(item(*WHOLE, id="c"), content="b") + TOOLS_END, called(WHOLE, content="ab")),
-    ("a call between texts", say("a") + call() + say("b") + ENDED, called(WHOLE, content="ab")),
-    ("a call and its finish in one event", calls_in(item(*WHOLE, id="c"), finish="tool_calls") + DONE, called(WHOLE, usage=None)),
+     say("a") + calls_in(item(*RAIN, id="c"), content="b", reasoning_content="r") + TOOLS_END,
+     asks(RAIN, content="ab", reasoning="r")),
+    ("content and a call in one event", say("a") + calls_in(item(*RAIN, id="c"), content="b") + TOOLS_END,
+     asks(RAIN, content="ab")),
+    ("a call between texts", say("a") + call() + say("b") + ENDED, asks(RAIN, content="ab")),
+    ("a call and its finish in one event", calls_in(item(*RAIN, id="c"), finish="tool_calls") + DONE,
+     asks(RAIN, usage=None)),
     # Tool calls in fragments
-    *(("fragments, " + kind, calls_in(dict(item("get_weather", '{"', **first), type="function"))
-       + b"".join(calls_in(item(name, part, **later)) for part in ('city":', "", '"Paris', '"}')) + TOOLS_END, called(WHOLE))
-      for kind, first, name, later in (
+    *((f"fragments, {kind}",
+       calls_in(dict(item("get_weather", '{"', **first), type="function"))
+       + b"".join(calls_in(item(name, part, **later)) for part in ('city":', "", '"Paris', '"}')) + TOOLS_END,
+       asks(RAIN)) for kind, first, name, later in (
           ("id and name once", {"id": "call_1", "index": 0}, None, {"index": 0, "type": "function"}),
           ("nothing but the index", {"id": "call_1", "index": 0}, None, {"index": 0}),
           ("nothing at all", {"id": "call_1"}, None, {}),
           ("index -1", {"id": "call_1", "index": -1}, None, {"index": -1}),
-          ("everything repeated", {"id": "call_1", "index": 0}, "get_weather", {"id": "call_1", "index": 0, "type": "function"}),
+          ("everything repeated", {"id": "call_1", "index": 0}, "get_weather",
+           {"id": "call_1", "index": 0, "type": "function"}),
           ("id repeated", {"id": "call_1", "index": 0}, None, {"id": "call_1", "index": 0}),
           ("id empty afterwards", {"id": "call_1", "index": 0}, "", {"id": "", "index": 0}),
           ("no id, name repeated", {"index": 0}, "get_weather", {"index": 0}))),
-    *(("fragments of two calls in turn, from index %d" % first,
-       calls_in(item("get_weather", '{"city"', id="a", index=first)) + calls_in(item("get_time", "{", id="b", index=first + 1))
-       + calls_in(item(None, ':"Paris"', index=first)) + calls_in(item(None, "}", index=first + 1), item(None, "}", index=first)) + TOOLS_END,
-       called(WHOLE, TIME)) for first in (0, 1)),
-    ("fragments that begin with nothing", calls_in(item("get_weather", "", id="a", index=0)) + calls_in(item(index=0))
-     + calls_in(item(None, PARIS, index=0)) + TOOLS_END, called(WHOLE)),
-    ("arguments before the name", calls_in(item(None, '{"city":', id="a", index=0)) + calls_in(item("get_weather", '"Paris"}', index=0)) + TOOLS_END,
-     called(WHOLE)),
-    ("a call without a name", calls_in(item(None, "{}", id="a", index=0)) + calls_in(item(*WHOLE, id="b", index=1)) + TOOLS_END, called(WHOLE)),
-    ("a name that is no string",
-     calls_in(item(True, "{}", id="a", index=0), item(["f"], "{}", id="b", index=1), item(*WHOLE, id="c", index=2)) + TOOLS_END, called(WHOLE)),
+    *((f"fragments of two calls in turn, from index {first}",
+       calls_in(item("get_weather", '{"city"', id="a", index=first))
+       + calls_in(item("get_time", "{", id="b", index=first + 1))
+       + calls_in(item(None, ':"Paris"', index=first))
+       + calls_in(item(None, "}", index=first + 1), item(None, "}", index=first)) + TOOLS_END,
+       asks(RAIN, TIME)) for first in (0, 1)),
+    ("fragments that begin with nothing",
+     calls_in(item("get_weather", "", id="a", index=0)) + calls_in(item(index=0))
+     + calls_in(item(None, PARIS, index=0)) + TOOLS_END, asks(RAIN)),
+    ("arguments before the name",
+     calls_in(item(None, '{"city":', id="a", index=0)) + calls_in(item("get_weather", '"Paris"}', index=0)) + TOOLS_END,
+     asks(RAIN)),
+    ("a call without name and arguments",
+     calls_in(item(None, "{}", id="a", index=0)) + calls_in(item(*RAIN, id="b", index=1)) + TOOLS_END, asks(RAIN)),
+    ("names that are no strings",
+     calls_in(item(True, "{}", id="a", index=0), item(["f"], "{}", id="b", index=1), item(*RAIN, id="c", index=2))
+     + TOOLS_END, asks(RAIN)),
+    # Markup in names and keys
+    *((f"the name {name!r}", calls_in(item(name, PARIS, id="c", index=0)) + TOOLS_END, asks(RAIN)) for name in (
+        " get_weather", "get_weather\n", "get_weather</arg_value>", "get_weather</tool_call>",
+        "get_weather <arg_key>")),
+    ("a name with markup that is no tool's", calls_in(item("x</arg_value>", PARIS, id="c", index=0)) + TOOLS_END,
+     asks(("x</arg_value>", PARIS))),
+    *((f"the key {key!r}", calls_in(item("get_weather", {key: "Paris"}, id="c", index=0)) + TOOLS_END, asks(RAIN))
+      for key in ("city</arg_key>", "city<arg_key>", "city</arg_value>")),
+    ("markup in a value is a text", calls_in(item("get_time", {"a": "x</arg_key>"}, id="c", index=0)) + TOOLS_END,
+     asks(("get_time", '{"a":"x</arg_key>"}'))),
+    *((f"arguments in the name, {arguments}",
+       calls_in(item("get_weather" + CITY, arguments, id="c", index=0)) + TOOLS_END, asks(RAIN))
+      for arguments in ("", "{}", " {} ", None, {})),
     # Leaks into the wrong field
     ("thinking in the content", say("<think>Got it\n") + say("</think>\n\nYes") + ENDED, says("Yes", "Got it\n")),
-    ("thinking in the content, never closed", say("<think>Got it") + finished("length"), says("", "Got it", finish="length")),
-    ("thinking in the content, after a line end", say("\n") + say("<think>") + say("a") + say("</think>") + say("b") + ENDED, says("b", "a")),
-    ("boxes", think("<|begin_of_box|>a<|end_of_box|>") + say("It is <|begin_of_box|>42<|end_of_box|>.") + ENDED, says("It is 42.", "a")),
-    ("what only looks like a tag", say("a < b, <th") + say("in>, <|begin_of") + say("_bag|> <") + ENDED, says("a < b, <thin>, <|begin_of_bag|> <")),
+    ("thinking in the content, never closed", say("<think>Got it") + finished("length"),
+     says("", "Got it", finish="length")),
+    ("thinking in the content, after a line end",
+     say("\n") + say("<think>") + say("a") + say("</think>") + say("b") + ENDED, says("b", "a")),
+    ("boxes", think("<|begin_of_box|>a<|end_of_box|>") + say("It is <|begin_of_box|>42<|end_of_box|>.") + ENDED,
+     says("It is 42.", "a")),
+    ("what only looks like a tag", say("a < b, <th") + say("in>, <|begin_of") + say("_bag|> <") + ENDED,
+     says("a < b, <thin>, <|begin_of_bag|> <")),
     ("a call in the content",
-     say("Let me see. <tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>Paris</arg_value>\n</tool_call>") + ENDED,
-     called(WHOLE, content="Let me see. ")),
-    ("a call in the reasoning", think("I call <tool_call>get_weather<arg_key>city</arg_key><arg_value>Paris</arg_value></tool_call>") + ENDED,
-     called(WHOLE, reasoning="I call ")),
+     say("Let me see. <tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>Paris</arg_value>\n</tool_call>")
+     + ENDED, asks(RAIN, content="Let me see. ")),
+    ("a call in the reasoning", think("I call " + leak("get_weather" + CITY)) + ENDED,
+     asks(RAIN, reasoning="I call ")),
+    ("a call in thinking in the content", say("<think>I call " + leak("get_weather" + CITY) + "</think>") + ENDED,
+     asks(RAIN, reasoning="I call ")),
     ("two calls in the content",
-     say("<tool_call>get_time</tool_call><tool_call>get_time<arg_key>n</arg_key><arg_value>5</arg_value>"
-         '<arg_key>o</arg_key><arg_value>{"a":1}</arg_value></tool_call>') + ENDED, called(TIME, ("get_time", '{"n":5,"o":{"a":1}}'))),
+     say(leak("get_time") + leak("get_time<arg_key>n</arg_key><arg_value>5</arg_value><arg_key>o</arg_key>"
+                                 '<arg_value>{"a":1}</arg_value>')) + ENDED,
+     asks(TIME, ("get_time", '{"n":5,"o":{"a":1}}'))),
     ("strings and what is no JSON in a call in the content",
-     say("<tool_call>get_weather<arg_key>city</arg_key><arg_value>5</arg_value><arg_key>a</arg_key><arg_value>5 apples</arg_value></tool_call>")
-     + ENDED,
-     called(("get_weather", '{"city":"5","a":"5 apples"}'))),
-    ("a call in the content with NaN", say("<tool_call>get_time<arg_key>n</arg_key><arg_value>NaN</arg_value></tool_call>") + ENDED,
-     called(("get_time", '{"n":"NaN"}'))),
-    ("a call in the content that names no tool", say("Write <tool_call>name</tool_call> so.") + ENDED, says("Write <tool_call>name</tool_call> so.")),
-    ("a call in the content and the real one", say("<tool_call>get_time</tool_call>") + call() + TOOLS_END, called(WHOLE)),
-    ("arguments in the name",
-     calls_in(item("get_weather<arg_key>city</arg_key><arg_value>Paris</arg_value>", "{}", id="c", index=0)) + TOOLS_END, called(WHOLE)),
+     say(leak("get_weather<arg_key>city</arg_key><arg_value>5</arg_value>"
+              "<arg_key>a</arg_key><arg_value>5 apples</arg_value>")) + ENDED,
+     asks(("get_weather", '{"city":"5","a":"5 apples"}'))),
+    ("a call in the content with NaN", say(leak("get_time<arg_key>n</arg_key><arg_value>NaN</arg_value>")) + ENDED,
+     asks(("get_time", '{"n":"NaN"}'))),
+    ("a call in the content that names no tool", say(f"Write {leak('name')} so.") + ENDED,
+     says(f"Write {leak('name')} so.")),
+    ("a call in the content and the real one", say(leak("get_time")) + call() + TOOLS_END, asks(RAIN)),
+    ("a call in the content, cut behind its arguments", say("<tool_call>get_weather" + CITY) + ENDED, asks(RAIN)),
+    ("a call in the content, cut in the next tag", say("<tool_call>get_weather" + CITY + "</tool_") + ENDED,
+     says("<tool_call>get_weather" + CITY + "</tool_")),
+    ("a tool's name behind the tag, at the end", say("So <tool_call>get_time") + ENDED, says("So <tool_call>get_time")),
+    # A tag of a leaked call doubled does no harm; one that is missing may have taken an argument with it
+    *((f"a leaked call, {text}", say(leak(text)) + ENDED, asks(RAIN)) for text in (
+        "get_weather" + CITY + "</arg_value>", " get_weather\n" + CITY, "get_weather</arg_value>" + CITY,
+        "get_weather<arg_key>city</arg_key></arg_key><arg_value>Paris</arg_value>",
+        "get_weather<arg_key>city</arg_key><arg_value>Paris</arg_value></arg_value>",
+        "get_weather<arg_key>city<arg_value>Paris</arg_value>",
+        "get_weather<arg_key> city </arg_key>\n<arg_value>Paris</arg_value>\n")),
+    *((f"no call, {text}", say(leak(text)) + ENDED, says(leak(text))) for text in (
+        "get_weather<arg_key>city</arg_key>Paris</arg_value>", "get_weather<arg_key>city</arg_key><arg_value>Paris",
+        "get_weather city</arg_key><arg_value>Paris</arg_value>", "get_weather<arg_key>city</arg_key>",
+        "get_weather<arg_key></arg_key><arg_value>Paris</arg_value>", 'get_weather{"city": "Paris"}',
+        "get_weather<arg_value>Paris</arg_value>", CITY, "", "get_weather" + CITY + "and so on",
+        "get_weather<arg_key><arg_key>city</arg_key><arg_value>Paris</arg_value>")),
+    ("a call inside a call", say("<tool_call>" + leak("get_time")) + ENDED, says("<tool_call>" + leak("get_time"))),
     # Texts that must arrive as they are
-    ("U+2028, NUL and astral", say("a\u2028b\u2029\u0085\0") + say("\U0001f600 \"\\\n") + ENDED, says("a\u2028b\u2029\u0085\0\U0001f600 \"\\\n")),
-    ("lone surrogates", as_events(b'data: {"choices":[{"delta":{"content":"\\ud83d \\udfff"}}]}\n\n') + ENDED, says("\ud83d \udfff")),
+    ("U+2028, NUL and astral", say("a\u2028b\u2029\u0085\0") + say("\U0001f600 \"\\\n") + ENDED,
+     says("a\u2028b\u2029\u0085\0\U0001f600 \"\\\n")),
+    ("lone surrogates", as_events(b'data: {"choices":[{"delta":{"content":"\\ud83d \\udfff"}}]}\n\n') + ENDED,
+     says("\ud83d \udfff")),
     ("data: in the text", say("the line\ndata: {\"a\":1}\n\ndata: [DONE]\n\n") + say(" data: x") + ENDED,
      says("the line\ndata: {\"a\":1}\n\ndata: [DONE]\n\n data: x")),
 ]
 
 
-@pytest.mark.parametrize("data, expected", [pytest.param(*row[1:], id=row[0]) for row in ANSWERS])
+@pytest.mark.parametrize("data, expected", [pytest.param(*row[1:], id=row[0][:60]) for row in GOOD_ANSWERS])
 def test_an_answer_is_understood_and_streamed_and_json_agree(data, expected):
     check_answer(data, expected, tools=WEATHER)
-    if data.startswith(b"data:"):
-        assert decode_events([data[i:i + 1] for i in range(len(data))]) == decode_events([data])
 
 
 def test_tool_ids_are_zais_own_where_they_are_usable():
-    assert [call["id"] for call in check_answer(GLM_52_TOOLS, called(WHOLE, reasoning="The user", usage=counts(178, 37, 215, 0, 25)))] == [
-        "call_438b313737df40b7b2972a81"]
-    odd = calls_in(item(*WHOLE, id=-73911021), item(*TIME, id=""), item(*TIME, id=None), item(*TIME, id=0)) + TOOLS_END
-    assert [call["id"] for call in check_answer(odd, called(WHOLE, TIME, TIME, TIME))] == ["-73911021", "call_new1", "call_new2", "0"]
-    assert ChunkTranslator().new_id() != ChunkTranslator().new_id()
+    expected = asks(RAIN, reasoning="The user", usage=counts(178, 37, 215, 0, 25))
+    calls = check_answer(GLM_52_TOOLS, expected)
+    assert [call["id"] for call in calls] == ["call_438b313737df40b7b2972a81"]
+    odd = calls_in(item(*RAIN, id=-73911021), item(*TIME, id=""), item(*TIME, id=None), item(*TIME, id=0)) + TOOLS_END
+    calls = check_answer(odd, asks(RAIN, TIME, TIME, TIME))
+    assert [call["id"] for call in calls] == ["-73911021", "call_new1", "call_new2", "0"]
+    assert ztoapi.Translator().make_id() != ztoapi.Translator().make_id()
 
 
-def broken(data, **options):
-    """The UpstreamError this ends with, and the content before it, which must not hold a finish."""
-    this, chunks = translator(**options), []
-    with pytest.raises(UpstreamError) as caught:
-        for text in events_of(data):
-            chunks += this.feed(text)
-        chunks += this.close()
-    assert not any(chunk.finish_reason for chunk in chunks)
-    return caught.value, "".join((chunk.delta or {}).get("content", "") for chunk in chunks)
+# Failures
+
+def broken(response, **options):
+    """(failure, steps before it) of a response, the same however it arrives."""
+    steps, failure = receive([response], **options)
+    assert failure is not None
+    assert [step for step in steps if step.kind == ztoapi.FINISH] == []
+    for pieces in some_pieces_of(response):
+        again, other = receive(pieces, **options)
+        assert (again, other.message, other.verdict) == (steps, failure.message, failure.verdict), pieces[:3]
+    return failure, steps
 
 
-NETWORK_ERROR = rb"""data: {"id":"202603151451299c7a89c25180405d","created":1773557520,"model":"glm-5","choices":[{"index":0,
-"finish_reason":"network_error","delta":{"role":"assistant","content":""}}]}
+NETWORK_ERROR = rb"""data: {"id":"202603151451299c7a89c25180405d","created":1773557520,"model":"glm-5","choices":[
+{"index":0,"finish_reason":"network_error","delta":{"role":"assistant","content":""}}]}
 
 data: [DONE]
 
-""".replace(b',\n', b',')
+""".replace(b"[\n", b"[")
+ABORT = event({"role": "assistant", "content": ""}, "abort", counts(12, 7, 19)) + DONE
+PLAN_AT_ITS_LIMIT = event({"role": "assistant", "content": None}, "stop", counts(0, 0, 0)) + DONE
 RATE_LIMITED = rb"""event: error
 data: {"error":{"code":"1302",
-"message":"High concurrency usage of this API, please reduce concurrency or contact customer service to increase limits"},
+"message":"High concurrency usage of this API,
+ please reduce concurrency or contact customer service to increase limits"},
 "request_id":"2026012315301053eda1059a6e4f85"}
 
 data: [DONE]
 
-""".replace(b',\n', b',')
+""".replace(b",\n", b",")
 BARE_LINE = '{"error":{"code":"500","message":"内部错误"}}'.encode()
 WRONG_PATH = b'{"code":500,"msg":"404 NOT_FOUND","success":false}'
 KEY_REFUSED = '{"code":1000,"msg":"身份验证失败。","success":false}'.encode()
 
 
-def failure(code, **more):
-    return as_events(complaint(code, **more))
+def error_event(code, **more):
+    return as_events(dict({"error": {"code": code, "message": "new"}}, **more))
 
 
-FAILURES = [  # what is wrong, what Z.ai sent, the code of the error, what is to be done (while nothing has been sent)
+# Failures in an answer with status 200. To add a case, add a row: what is wrong, what Z.ai sends, the code of the
+# error, what is to be done while nothing has been sent.
+FAILURES = [
     ("network_error", NETWORK_ERROR, "upstream_error", TRY_AGAIN),
     ("network_error in mid-stream", say("a") + finished("network_error"), "upstream_error", TRY_AGAIN),
     ("network_error after a call", call() + finished("network_error", None), "upstream_error", TRY_AGAIN),
-    ("an error event", RATE_LIMITED, "rate_limit_exceeded", SLOW_DOWN),
-    ("an error without an event's name", RATE_LIMITED[len("event: error\n"):], "rate_limit_exceeded", SLOW_DOWN),
-    ("an error in mid-stream", say("a") + failure("1234") + ENDED, "upstream_error", TRY_AGAIN),
-    ("an error with choices null", say("a") + failure("1305", choices=None), "overloaded", TRY_AGAIN),
+    ("abort at once", ABORT, "upstream_error", TRY_AGAIN),
+    ("abort after half a text", say("a") + ABORT, "upstream_error", TRY_AGAIN),
+    *((f"finish {str(reason):.20}", say("a") + finished(reason), "upstream_error", TRY_AGAIN) for reason in (
+        "unheard_of", "STOP", " stop", "error", "end_turn", ["stop"], {"stop": 1}, 1, True, "x" * 5000)),
+    ("a plan at its limit", PLAN_AT_ITS_LIMIT, "upstream_error", TRY_AGAIN),
+    ("stop, no usage", event(finish="stop") + DONE, "upstream_error", TRY_AGAIN),
+    ("nothing but line ends", say("\n") + think("\n") + PLAN_AT_ITS_LIMIT, "upstream_error", TRY_AGAIN),
+    ("an empty JSON answer", as_events({"choices": [{"message": {"content": ""}, "finish_reason": "stop"}]})[6:-2],
+     "upstream_error", TRY_AGAIN),
+    ("tool_calls without a call", say("a") + TOOLS_END, "upstream_error", TRY_AGAIN),
+    ("tool_calls without a call at all", TOOLS_END, "upstream_error", TRY_AGAIN),
+    *((f"arguments cut in the middle, {finish}", calls_in(item("get_weather", text, id="a", index=0)) + finished(finish),
+       "upstream_error", TRY_AGAIN) for finish in ("stop", "tool_calls") for text in ('{"ci', '{"city":"Par', '{"a":[1')),
+    ("a call without a name", calls_in(item(None, PARIS, id="a", index=0)) + TOOLS_END, "upstream_error", TRY_AGAIN),
+    ("a call without a name beside a good one", call() + calls_in(item(None, PARIS, id="a", index=1)) + TOOLS_END,
+     "upstream_error", TRY_AGAIN),
+    ("a fragment without a home", call() + calls_in(item(None, "x", index=7)) + TOOLS_END, "upstream_error", TRY_AGAIN),
+    ("arguments in the name that cannot be read",
+     calls_in(item("get_weather<arg_key>city</arg_key>Paris", "{}", id="c", index=0)) + TOOLS_END,
+     "upstream_error", TRY_AGAIN),
+    ("arguments without a name without end", calls_in(item(None, "x" * 70000, id="a", index=0)) + TOOLS_END,
+     "upstream_error", TRY_AGAIN),
+    ("more calls than there can be tools", calls_in(*[item(*TIME)] * 129) + TOOLS_END, "upstream_error", GIVE_UP),
+    ("an error event", RATE_LIMITED, "rate_limit_exceeded", TOO_MANY),
+    ("an error without an event's name", RATE_LIMITED[len("event: error\n"):], "rate_limit_exceeded", TOO_MANY),
+    ("an error in mid-stream", say("a") + error_event("1234") + ENDED, "upstream_error", TRY_AGAIN),
+    ("an error with choices null", say("a") + error_event("1305", choices=None), "overloaded", OVERLOAD),
+    ("an error with choices empty", say("a") + error_event("1305", choices=[]), "overloaded", OVERLOAD),
     ("a bare error line", think("a") + say("b") + BARE_LINE, "upstream_error", TRY_AGAIN),
-    ("a bare error line first", BARE_LINE + b"\n", "upstream_error", TRY_AGAIN),
-    ("no money, in HTTP 200", failure(1113), "insufficient_quota", NEXT_KEY),
-    ("a wrong path, in HTTP 200", WRONG_PATH, "upstream_error", GIVE_UP),
-    ("a refused key, in HTTP 200", KEY_REFUSED, "upstream_auth_error", NEXT_KEY),
+    ("a bare error line first", b"\n" + BARE_LINE + b"\n", "upstream_error", TRY_AGAIN),
+    ("an error as a JSON body", BARE_LINE, "upstream_error", TRY_AGAIN),
+    ("no money", error_event(1113), "insufficient_quota", MODEL_RESTS),
+    ("an exhausted key", error_event("1308"), "insufficient_quota", KEY_RESTS),
+    ("a wrong path", WRONG_PATH, "upstream_error", GIVE_UP),
+    ("a refused key", KEY_REFUSED, "upstream_auth_error", KEY_RESTS),
     ("no finish", think("a") + say("b"), "upstream_error", TRY_AGAIN),
     ("no finish but [DONE]", say("b") + DONE, "upstream_error", TRY_AGAIN),
     ("no finish after a call", call() + DONE, "upstream_error", TRY_AGAIN),
     ("no finish but usage", say("a") + as_events({"choices": [], "usage": USAGE}) + DONE, "upstream_error", TRY_AGAIN),
     ("cut in the finish", say("b") + FINISH[:-30], "upstream_error", TRY_AGAIN),
-    ("nothing", b"", "upstream_error", TRY_AGAIN), ("nothing but [DONE]", DONE, "upstream_error", TRY_AGAIN),
+    ("nothing", b"", "upstream_error", TRY_AGAIN),
+    ("nothing but [DONE]", DONE, "upstream_error", TRY_AGAIN),
     ("nothing but comments", b": hi\n\n: hi\n\n", "upstream_error", TRY_AGAIN),
+    ("nothing but an empty delta", event({"role": "assistant", "content": ""}), "upstream_error", TRY_AGAIN),
     ("garbage to the end", say("a") + b"data: \xff\xfe\n\n\0\0\0" * 50, "upstream_error", TRY_AGAIN),
-    ("HTML", b"<html>\n<h1>502 Bad Gateway</h1>\n</html>\n", "upstream_error", TRY_AGAIN),
-    ("an empty object", b"{}", "upstream_error", TRY_AGAIN), ("JSON cut short", GLM_46_JSON[:-30], "upstream_error", TRY_AGAIN),
+    ("HTML in a stream", b"<html>\n<h1>502 Bad Gateway</h1>\n</html>\n", "upstream_error", TRY_AGAIN),
+    ("an empty object", b"{}", "upstream_error", TRY_AGAIN),
+    ("JSON cut short", GLM_46_JSON[:-30], "upstream_error", TRY_AGAIN),
     ("JSON without a finish", b'{"choices":[{"message":{"content":"a"}}]}', "upstream_error", TRY_AGAIN),
-    ("absurd depth", b"data: " + b"[" * 100000 + b"\n\n", "upstream_error", TRY_AGAIN),
 ]
 
 
 @pytest.mark.parametrize("data, code, verdict", [pytest.param(*row[1:], id=row[0]) for row in FAILURES])
 def test_a_failure_is_an_error_and_never_an_answer(data, code, verdict):
-    for options in ({}, {"restartable": True}, {"unfence": True}, {"reasoning": "raw"}):
-        error, _ = broken(data, **options)
-        assert error.code == code and error.status >= 400 and error.verdict == verdict and error.learn == (code == "rate_limit_exceeded")
+    for options in ({}, {"restartable": True}, {"unfence": True}, {"stop": ("never",)}):
+        error, _ = broken(wire(data), tools=WEATHER, **options)
+        assert (error.code, error.verdict) == (code, verdict)
+        assert error.status >= 400
+        assert len(error.message) < 400
+
+
+def test_what_came_before_a_failure_is_told():
+    _, steps = broken(wire(think("a") + say("b") + BARE_LINE))
+    assert [(step.kind, step.text) for step in steps] == [("thinking", "a"), ("text", "b")]
 
 
 def test_what_is_no_event_is_counted():
-    this = translator()
-    for text in ("42", "[]", "null", '"x"', "garbage", '{"id', '{"iddata: ["choices"]', '{"iddata: 5'):
-        assert list(this.feed(text)) == []
-    assert this.repaired == 8
-    for text in events_of(say("a") + ENDED):
-        this.feed(text)
-    assert this.repaired == 8
+    translator = ztoapi.Translator()
+    odd = ("42", "[]", "null", '"x"', "garbage", '{"id', '{"iddata: ["choices"]', '{"iddata: 5')
+    assert translator.feed(odd) == ([], None)
+    assert translator.repaired == 8
+    translator.feed(decode_events([say("a") + ENDED]))
+    assert translator.repaired == 8
 
 
-def test_no_event_is_odd_enough_to_break_the_wire():
-    """Whatever Z.ai may send: an error of ours, or an answer that keeps every rule."""
-    rng, answers = random.Random(7), 0
-    good = [json.loads(text) for text in events_of(GLM_52_TOOLS + call("get_time", "", 5, -1) + think("a") + say("b") + failure("1"))
-            if text != "[DONE]"]
-    for _ in range(3000):
-        data = as_events(*(mutated(value, rng) if rng.random() < 0.5 else value for value in rng.sample(good, 6))) + (ENDED
-                                                                                                                      if rng.random() < 0.8 else b"")
-        try:
-            folded = folded_stream(translated(data, tools=WEATHER))
-            answers += 1
-        except UpstreamError:
-            continue
-        except Exception as error:
-            raise AssertionError(data) from error
-        assert folded_json(translated(data, tools=WEATHER, restartable=True)) == folded, data
-    assert answers > 300
+# Responses as a whole: heads, framings, kinds, codings. Behind the bytes the connection ends.
+
+HELLO = b"".join(HEALTHY)
+UNFINISHED = chunked(say("Hello")) + chunked(event(finish="stop"))  # no usage, no end mark
+
+
+def with_fields(*lines):
+    return HEAD[:-2] + b"".join(line + b"\r\n" for line in lines) + b"\r\n"
+
+
+def with_kind(kind):
+    return HEAD.replace(b"text/event-stream;charset=UTF-8", kind)
+
+
+OK = b"HTTP/1.1 200 OK\r\n"
+BODY = b"".join(chunked(piece) for piece in HEALTHY) + END
+JSON_ANSWER = json.dumps({"choices": [{"message": {"content": "Hello"}, "finish_reason": "stop"}]}).encode()
+
+# Responses that say "Hello". To add a case, add a row: what is special, the bytes.
+RESPONSES = [
+    ("as usual", HEAD + BODY),
+    ("one chunk", HEAD + chunked(HELLO) + END),
+    ("chunks that end anywhere", HEAD + b"".join(chunked(HELLO[i:i + 7]) for i in range(0, len(HELLO), 7)) + END),
+    ("100 first", b"HTTP/1.1 100 Continue\r\n\r\n" + HEAD + BODY),
+    ("103 first", b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\nContent-Length: 7\r\n\r\n" + HEAD + BODY),
+    ("many first", b"HTTP/1.1 100 Continue\r\n\r\n" * 3 + HEAD + BODY),
+    ("bare line feeds", HEAD.replace(b"\r\n", b"\n") + BODY),
+    ("lines that are none", with_fields(b"no field", b" folded", b"Content-Length: 7") + BODY),
+    ("capitals", HEAD.replace(b"Transfer-Encoding: chunked", b"TRANSFER-ENCODING: CHUNKED") + BODY),
+    ("fields twice",
+     with_fields(b"Set-Cookie: acw_tc=1;path=/", b"Set-Cookie: b=2", b"Vary: Origin", b"Vary: X") + BODY),
+    ("an empty coding", with_fields(b"Content-Encoding:") + BODY),
+    ("the coding identity", with_fields(b"Content-Encoding: Identity") + BODY),
+    *((f"a stream called {kind.decode()}", with_kind(kind) + BODY) for kind in (
+        b"application/json", b"application/json;charset=UTF-8", b"application/x-ndjson", b"text/plain", b"")),
+    ("a stream called JSON that begins late", with_kind(b"application/json") + chunked(b"\n\n ") + BODY),
+    ("a JSON body", answer(200, JSON_ANSWER)[0]),
+    ("a JSON body, blanks around it", answer(200, b"\n " + JSON_ANSWER + b"\n")[0]),
+    ("a JSON body, chunked", with_kind(b"application/json") + chunked(JSON_ANSWER) + END),
+    ("a JSON body called a stream", HEAD + chunked(JSON_ANSWER) + END),
+    ("a JSON body without length", OK + b"Content-Type: application/json\r\n\r\n" + JSON_ANSWER),
+    ("no length", OK + b"Content-Type: text/event-stream\r\nConnection: close\r\n\r\n" + HELLO),
+    ("a length", OK + b"Content-Length: %d\r\n\r\n" % len(HELLO) + HELLO),
+    ("a length twice", OK + b"Content-Length: %d\r\nContent-Length: %d\r\n\r\n" % ((len(HELLO),) * 2) + HELLO),
+    ("HTTP/1.0", b"HTTP/1.0 200 OK\r\n\r\n" + HELLO),
+    ("no last chunk", HEAD + BODY[:-len(END)]),
+    ("a cut behind the finish", HEAD + UNFINISHED),
+    ("a broken chunk behind the finish", HEAD + UNFINISHED + b"zz\r\n"),
+    ("a chunk cut behind the finish", HEAD + UNFINISHED + b"f\r\ndata: "),
+    ("garbage behind the end", HEAD + BODY + b"\0\xff" * 20),
+]
+
+
+@pytest.mark.parametrize("data", [pytest.param(data, id=name) for name, data in RESPONSES])
+def test_a_response_is_understood_however_it_arrives(data):
+    for pieces in pieces_of(data):
+        steps, failure = receive(pieces)
+        assert failure is None, pieces[:3]
+        assert "".join(step.text for step in steps if step.kind == ztoapi.TEXT) == "Hello"
+        assert steps[-1].kind == ztoapi.FINISH
+
+
+def status_line(status, *lines):
+    return b"".join(line + b"\r\n" for line in (b"HTTP/1.1 %d X" % status, *lines, b""))
+
+
+CUT_REFUSAL = answer(401, {"error": {"code": "1113", "message": "no"}})[0][:-20]
+SPRING = {"timestamp": "2026-08-13T04:35:22.960+00:00", "status": 404, "error": "Not Found", "path": "/v4/v1"}
+
+# Responses that fail before a word. To add a case, add a row: what is wrong, the bytes, the status and code of the
+# error, what is to be done.
+BROKEN_RESPONSES = [
+    ("nothing", b"", (502, "upstream_error"), TRY_AGAIN),
+    ("SSH for a head", b"SSH-2.0-OpenSSH_9.2\r\n\r\n", (502, "upstream_error"), TRY_AGAIN),
+    ("SMTP for a head", b"220 mail.example.com ESMTP\r\n", (502, "upstream_error"), TRY_AGAIN),
+    ("TLS for a head", b"\x15\x03\x01\x00\x02\x02\x46", (502, "upstream_error"), TRY_AGAIN),
+    ("HTTP/2 for a head", b"HTTP/2 200 OK\r\n\r\n", (502, "upstream_error"), TRY_AGAIN),
+    ("a head cut", HEAD[:60], (502, "upstream_error"), TRY_AGAIN),
+    ("a head cut behind a 100", b"HTTP/1.1 100 Continue\r\n\r\n" + HEAD[:60], (502, "upstream_error"), TRY_AGAIN),
+    ("cut behind the head", HEAD, (502, "upstream_error"), TRY_AGAIN),
+    ("cut in an event", HEAD + chunked(say("Hel")[:40]), (502, "upstream_error"), TRY_AGAIN),
+    ("cut in a chunk", HEAD + b"ff\r\ndata: {", (502, "upstream_error"), TRY_AGAIN),
+    ("a broken chunk", HEAD + b"zz\r\n", (502, "upstream_error"), TRY_AGAIN),
+    ("an empty stream", HEAD + END, (502, "upstream_error"), TRY_AGAIN),
+    ("an empty body", answer(200, b"")[0], (502, "upstream_error"), TRY_AGAIN),
+    ("an empty body without a length", OK + b"Connection: close\r\n\r\n", (502, "upstream_error"), TRY_AGAIN),
+    ("a JSON body cut", answer(200, JSON_ANSWER)[0][:-20], (502, "upstream_error"), TRY_AGAIN),
+    ("a cut behind the finish, before its call", HEAD + chunked(event(finish="tool_calls")), (502, "upstream_error"),
+     TRY_AGAIN),
+    *((f"status {status}, {line.decode()}", status_line(status, line), (502, "upstream_error"), GIVE_UP)
+      for status in (204, 304) for line in (b"Content-Length: 5", b"Transfer-Encoding: chunked", b"X: y")),
+    *((f"status {status}", status_line(status, b"Location: http://x/", b"Content-Length: 0"), (502, "upstream_error"),
+       GIVE_UP) for status in (301, 302, 303, 307, 308)),
+    ("HTML 404", answer(404, b"<html>404</html>")[0], (502, "upstream_error"), GIVE_UP),
+    ("HTML 200", answer(200, b"<html>hello</html>")[0], (502, "upstream_error"), GIVE_UP),
+    ("HTML 502", answer(502, b"<html><h1>502 Bad Gateway</h1></html>")[0], (502, "upstream_error"), TRY_AGAIN),
+    ("Spring 404", answer(404, SPRING)[0], (502, "upstream_error"), GIVE_UP),
+    ("503 without a word", answer(503, b"")[0], (502, "upstream_error"), TRY_AGAIN),
+    ("429 without a word", answer(429, b"")[0], (429, "rate_limit_exceeded"), TOO_FAST),
+    ("1302", refusal(429, "1302")[0], (429, "rate_limit_exceeded"), TOO_MANY),
+    ("1305", refusal(429, "1305")[0], (503, "overloaded"), OVERLOAD),
+    ("1234 as 400", refusal(400, "1234")[0], (502, "upstream_error"), TRY_AGAIN),
+    ("a refusal without a length", b"HTTP/1.0 400 X\r\n\r\n" + json.dumps({"error": {"code": "1261"}}).encode(),
+     (400, "context_length_exceeded"), GIVE_UP),
+    # An error of Z.ai's counts more than the cut behind it
+    ("1302, then a cut", HEAD + chunked(error_event("1302")), (429, "rate_limit_exceeded"), TOO_MANY),
+    ("1302, then a broken chunk", HEAD + chunked(error_event("1302")) + b"zz\r\n", (429, "rate_limit_exceeded"),
+     TOO_MANY),
+    ("1302 as a bare line, then a cut", HEAD + chunked(b'{"error":{"code":"1302"}}'), (429, "rate_limit_exceeded"),
+     TOO_MANY),
+    # A body that cannot be read is no body, but the status still counts
+    ("401, its body cut", CUT_REFUSAL, (403, "upstream_auth_error"), KEY_RESTS),
+    ("401, its chunks broken", b"HTTP/1.1 401 X\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+     (403, "upstream_auth_error"), KEY_RESTS),
+    ("401, no body at all", b"HTTP/1.1 401 X\r\nContent-Length: 5\r\n\r\n", (403, "upstream_auth_error"), KEY_RESTS),
+    ("401, nested too deeply", answer(401, b"[" * 100000)[0], (403, "upstream_auth_error"), KEY_RESTS),
+    *((f"{status}, coding {coding}", answer(status, b"\x8b\x00\x80hello\x03", f"Content-Encoding: {coding}")[0],
+       (502, "upstream_error"), GIVE_UP) for coding in ("gzip", "GZIP", "br", "zstd") for status in (200, 400)),
+]
+
+
+@pytest.mark.parametrize("data, expected, verdict", [pytest.param(*row[1:], id=row[0]) for row in BROKEN_RESPONSES])
+def test_a_response_that_is_none_is_an_error_however_it_arrives(data, expected, verdict):
+    for pieces in pieces_of(data) if len(data) < 2000 else some_pieces_of(data):
+        steps, error = receive(pieces)
+        assert steps == []
+        assert (error.status, error.code) == expected, pieces[:3]
+        assert error.verdict == verdict
+
+
+@pytest.mark.parametrize("status", (200, 400, 401))
+def test_a_coding_that_was_not_asked_for_is_named(status):
+    _, error = receive(answer(status, b"\x8b", "Content-Encoding: br"))
+    assert "br" in error.message
+
+
+def test_a_greeting_of_something_else_is_known_before_it_ends():
+    _, failure = new_answer().feed(b"220 mail.example.com ESMTP\r\n")
+    assert "is no HTTP" in failure.message
+
+
+def test_a_head_without_end_is_refused():
+    this = new_answer()
+    _, failure = feed_answer(this, [OK] + [b"X: y\r\n" * 1000] * 12)
+    assert failure.verdict == TRY_AGAIN
+
+
+def test_retry_after_reaches_who_describes_an_error():
+    seen = []
+    translator = ztoapi.Translator()
+    this = ztoapi.Answer(translator, lambda *facts: seen.append(facts) or UpstreamError("no"))
+    this.feed(answer(429, b"null", "Retry-After: 7")[0])
+    assert seen == [(None, 429, "7")]
+
+
+# Faults behind a first step. To add a case, add a row: what happens then, the bytes.
+LATE_FAULTS = [
+    ("the connection ends", b""),
+    ("the body ends", END),
+    ("the end mark", chunked(DONE) + END),
+    ("the connection ends in an event", chunked(say("lo")[:40])),
+    ("the connection ends in a chunk", b"ff\r\ndata: {"),
+    ("the body ends in an event", chunked(say("lo")[:40]) + END),
+    ("a broken chunk", b"zz\r\n"),
+    ("an error event", chunked(error_event("1234")) + chunked(DONE) + END),
+    ("1302", chunked(error_event("1302")) + END),
+    ("an error as a bare line", chunked(BARE_LINE + b"\n") + END),
+    ("an error as a bare line without an end", chunked(BARE_LINE)),
+    ("network_error", chunked(NETWORK_ERROR) + END),
+    ("abort", chunked(ABORT) + END),
+    ("garbage", chunked(b"data: oops\n\n") + END),
+]
+
+
+@pytest.mark.parametrize("first", (say("Hel"), think("Hel"), call()), ids=("text", "thinking", "call"))
+@pytest.mark.parametrize("rest", [pytest.param(rest, id=name) for name, rest in LATE_FAULTS])
+def test_a_fault_behind_the_first_step_leaves_it_told(first, rest):
+    this = new_answer()
+    steps, failure = feed_answer(this, [HEAD + chunked(first) + rest, b""])
+    assert len(steps) == 1
+    assert failure is not None
+    assert this.begun  # so that no further attempt is made
+    broken(HEAD + chunked(first) + rest)
+
+
+# Whether a connection serves again. To add a case, add a row: what is special, the bytes.
+REUSABLE = [
+    ("a stream read to its end", HEAD + BODY),
+    ("an answer of known length", answer(200, JSON_ANSWER)[0]),
+    ("a refusal", refusal(400, "1210")[0]),
+    ("an answer without a body", status_line(204)),
+    ("Connection: keep-alive", with_fields(b"Connection: keep-alive") + BODY),
+]
+NOT_REUSABLE = [
+    ("no last chunk", HEAD + BODY[:-len(END)]),
+    ("bytes behind the end", HEAD + BODY + b"HTTP/1.1 200 OK\r\n"),
+    ("bytes behind the length", answer(200, JSON_ANSWER)[0] + b"x"),
+    ("Connection: close", with_fields(b"Connection: Close") + BODY),
+    ("Connection: close among others", with_fields(b"Connection: x", b"Connection: TE, close") + BODY),
+    ("HTTP/1.0", HEAD.replace(b"HTTP/1.1", b"HTTP/1.0") + BODY),
+    ("a length that lies", answer(200, JSON_ANSWER + b" " * 9)[0][:-9]),
+    ("a body without a length", OK + b"\r\n" + HELLO),
+    ("a broken chunk", HEAD + chunked(HELLO) + b"zz\r\n"),
+    ("nothing", b""),
+]
+
+
+@pytest.mark.parametrize("data, expected", [
+    *(pytest.param(data, True, id=name) for name, data in REUSABLE),
+    *(pytest.param(data, False, id=name) for name, data in NOT_REUSABLE)])
+def test_a_connection_serves_again_only_if_its_answer_was_read_to_the_end(data, expected):
+    for pieces in pieces_of(data):
+        reply = ztoapi.Reply()
+        with contextlib.suppress(UpstreamError):
+            for piece in pieces:
+                reply.feed(piece)
+        assert reply.reusable is expected, pieces[:3]
+
+
+@pytest.mark.parametrize("data", (HEAD + BODY[:-len(END)], OK + b"\r\n" + HELLO, b""), ids=("chunked", "bare", "no"))
+def test_a_connection_that_has_ended_serves_nobody(data):
+    reply = ztoapi.Reply()
+    with contextlib.suppress(UpstreamError):
+        reply.feed(data)
+        reply.feed(b"")
+    assert not reply.reusable
+
+
+# The end of an answer
+
+def test_nobody_waits_for_the_end_mark():
+    """The finish with its usage completes an answer."""
+    this = new_answer()
+    steps, failure = feed_answer(this, [HEAD, chunked(say("a")), chunked(FINISH)])
+    assert (this.complete, failure) == (True, None)
+    assert steps[-1].kind == ztoapi.FINISH
+    assert this.feed(chunked(DONE)) == ([], None)
+    assert this.feed(END) == ([], None)
+    assert this.reply.reusable
+    assert not this.is_cut_short
+
+
+def test_after_a_finish_without_usage_silence_may_end_the_answer():
+    this = new_answer()
+    assert not this.is_finishing
+    steps, failure = feed_answer(this, [HEAD, chunked(say("a <")), chunked(event(finish="stop")), chunked(b": hi\n\n")])
+    assert this.is_finishing
+    assert not this.complete
+    steps, failure = this.close()
+    assert ([(step.kind, step.text) for step in steps], failure) == ([("text", "<"), ("finish", "stop")], None)
+    assert this.complete
+    assert not this.is_finishing
+    assert not this.reply.reusable
+
+
+def test_silence_after_a_finish_that_is_none_is_a_failure():
+    this = new_answer()
+    feed_answer(this, [HEAD, chunked(event(finish="stop"))])
+    assert this.is_finishing
+    steps, failure = this.close()
+    assert steps == []
+    assert failure.verdict == TRY_AGAIN
+
+
+def test_an_answer_has_begun_once_tokens_have_come():
+    for data, expected in ((b"", False), (event({"role": "assistant", "content": ""}), False), (say("\n"), False),
+                           (b"data: x\n\n", False), (think("a"), True), (say("a"), True), (call(), True),
+                           (calls_in(item(None, "", index=0)), True), (ENDED, True)):
+        this = new_answer()
+        feed_answer(this, [HEAD, chunked(data)] if data else [HEAD])
+        assert this.begun is expected, data
 
 
 # Spliced frames: a frame cut short, and in the same data line the first one of a new answer
 
-INNER = ('{"id":"2026043020420635c6abc56a2741ac","created":1777552926,"object":"chat.completion.chunk","model":"glm-5.1",'
-         '"choices":[{"index":0,"delta":{"role":"assistant",%s}}]}')
-HEADS = ('{"id":"20260430204055297b97348c8e426c","created":1777552855,"object":"chat.c', '{"id":"2026051004', '{"id":', '{', '',
-         '{"id":"20260430204055297b97348c8e426c","choices":[{"index":0,"delta":{"role', '{"choices":[{"index":0,"delta":{"content":"',
-         '{"choices":[{"index":0,"delta":{"content":"data: data: ')
+INNER = ('{"id":"2026043020420635c6abc56a2741ac","created":1777552926,"object":"chat.completion.chunk",'
+         '"model":"glm-5.1","choices":[{"index":0,"delta":{"role":"assistant",%s}}]}')
+TORN_HEADS = (
+    '{"id":"20260430204055297b97348c8e426c","created":1777552855,"object":"chat.c', '{"id":"2026051004',
+    '{"id":', "{", "",
+    '{"id":"20260430204055297b97348c8e426c","choices":[{"index":0,"delta":{"role',
+    '{"choices":[{"index":0,"delta":{"content":"', '{"choices":[{"index":0,"delta":{"content":"data: data: ')
 
 
 def splice(head, inner='"content":"11"'):
-    return ("data: " + head + "data: " + INNER % inner + "\n\n").encode()
+    return f"data: {head}data: {INNER % inner}\n\n".encode()
 
 
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("head", TORN_HEADS)
 def test_a_spliced_frame_starts_the_answer_afresh(head):
     torn = splice(head) + say("22") + ENDED
     for before, thought in ((b"", ""), (think("old"), "old"), (b"data: [1]\n\n", "")):
-        assert folded_stream(translated(before + torn)) == ("1122", thought, [], "stop", DETAILS)
-    for before in (think("old"), say("old"), call(), think("old") + say("old <th") + call() + calls_in(item("get_time", "{", id="x"))):
-        assert folded_json(translated(before + torn, restartable=True)) == ("1122", "", [], "stop", DETAILS)
+        assert folded_stream(translated(before + torn)) == ("1122", thought, [], "stop", USAGE)
+    for before in (think("old"), say("old"), call(),
+                   think("old") + say("old <th") + call() + calls_in(item("get_time", "{", id="x"))):
+        assert folded_json(translated(before + torn, restartable=True)) == ("1122", "", [], "stop", USAGE)
 
 
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("head", TORN_HEADS)
 def test_a_spliced_frame_after_text_or_a_call_went_out_is_an_error(head):
     for before in (say("old"), call(), think("old") + say("old <th") + call()):
-        error, content = broken(before + splice(head) + say("22") + ENDED)
-        assert (error.code, error.status, error.verdict) == ("upstream_stream_restarted", 502, GIVE_UP) and "11" not in content
+        error, steps = broken(wire(before + splice(head) + say("22") + ENDED))
+        assert (error.code, error.status, error.verdict) == ("upstream_stream_restarted", 502, GIVE_UP)
+        assert "11" not in "".join(step.text for step in steps)
 
 
 def test_a_spliced_frame_may_hold_anything_an_event_may():
     call_made = {"id": "c", "name": "f", "arguments": "{}"}
-    for inner, expected in (('"reasoning_content":"Now"', ("22", "Now", [])),
-                            ('"tool_calls":[{"id":"c","index":0,"function":{"name":"f","arguments":"{}"}}]', ("22", "", [call_made])),
-                            ('"content":"the line data: {\\"a\\":1} and data: x "', ('the line data: {"a":1} and data: x 22', "", []))):
-        for head in HEADS[:3]:
+    function = '{"name":"f","arguments":"{}"}'
+    for inner, expected in (
+            ('"reasoning_content":"Now"', ("22", "Now", [])),
+            (f'"tool_calls":[{{"id":"c","index":0,"function":{function}}}]', ("22", "", [call_made])),
+            ('"content":"the line data: {\\"a\\":1} and data: x "', ('the line data: {"a":1} and data: x 22', "", []))):
+        for head in TORN_HEADS[:3]:
             assert folded_stream(translated(splice(head, inner) + say("22") + ENDED))[:3] == expected, (head, inner)
-    assert broken(b'data: {"id":"2026' + failure("1305") + say("a") + ENDED)[0].code == "overloaded"
+
+
+def test_an_error_in_a_spliced_frame_is_told_as_such():
+    for before in (b"", say("old")):
+        assert broken(wire(before + b'data: {"id":"2026' + error_event("1305") + say("a")))[0].code == "overloaded"
 
 
 def test_a_spliced_frame_is_counted_and_thinking_that_was_shown_is_closed():
-    this = translator(reasoning="raw")
-    chunks = [chunk for text in events_of(think("old") + splice("{") + ENDED) for chunk in this.feed(text)]
-    assert this.repaired == 1 and "".join((chunk.delta or {}).get("content", "") for chunk in chunks) == "<think>old</think>11"
+    this = new_answer()
+    steps, _ = feed_answer(this, [wire(think("old") + splice("{") + ENDED)])
+    assert this.translator.repaired == 1
+    assert [step.kind for step in steps] == ["thinking", "restart", "text", "finish"]
+    assert folded_stream(steps, "raw")[0] == "<think>old</think>11"
+
+
+def test_tokens_before_a_fresh_start_were_paid_all_the_same():
+    this = new_answer()
+    feed_answer(this, [HEAD, chunked(think("old")), chunked(splice("{", '"content":""'))])
+    assert this.begun
 
 
 def test_what_was_only_held_back_does_not_forbid_a_fresh_start():
-    for held in ("```js", "<thi", "\n"):
-        assert folded_stream(translated(say(held) + splice("{", '"content":"{}"') + ENDED, unfence=True))[0] == "{}", held
+    for held in ("```js", "<thi", "\n", "<tool_call>get_w", "Observ"):
+        data = say(held) + splice("{", '"content":"{}"') + ENDED
+        options = {"unfence": True, "tools": WEATHER} if held != "Observ" else {"stop": ("Observation",)}
+        assert folded_stream(translated(data, **options))[0] == "{}", held
 
 
 # Texts, cut anywhere
@@ -1668,497 +3214,2011 @@ def cuts(text):
     return [[text[:i], text[i:]] for i in range(len(text))] + [list(text)]
 
 
-def spoken(parts, speak=say):
+def in_parts(parts, speak=say):
     return b"".join(map(speak, parts)) + ENDED
 
 
-@pytest.mark.parametrize("text, content, reasoning", [
-    ("<think>Got it</think>\n\nYes", "Yes", "Got it"), ("\n<think>\na</think>b<think>c</think>", "b<think>c</think>", "a"),
-    ("<|begin_of_box|>42<|end_of_box|>", "42", ""), ("<think>x</think><|begin_of_box|>4<|end_of_box|> < 5", "4 < 5", "x"),
-    ("<<think>>", "<<think>>", ""), ("a<|begin_of_b|>", "a<|begin_of_b|>", ""), ("<think></think>b", "b", ""),
-])
+def fold_parts(parts, speak=say, **options):
+    """(content, reasoning, calls, finish, usage) of a text that comes in these parts, without all the ways that bytes
+    can arrive."""
+    steps, failure = receive([wire(in_parts(parts, speak))], **options)
+    assert failure is None
+    return folded_stream(steps)
+
+
+# Tags. To add a case, add a row: a text, its content, its reasoning.
+TAGGED = [
+    ("<think>Got it</think>\n\nYes", "Yes", "Got it"),
+    ("\n<think>\na</think>b<think>c</think>", "b<think>c</think>", "a"),
+    ("<|begin_of_box|>42<|end_of_box|>", "42", ""),
+    ("<think>x</think><|begin_of_box|>4<|end_of_box|> < 5", "4 < 5", "x"),
+    ("<<think>>", "<<think>>", ""),
+    ("a<|begin_of_b|>", "a<|begin_of_b|>", ""),
+    ("<think></think>b", "b", ""),
+    ("a</think>b", "a</think>b", ""),
+    ("<t<think>a</think>", "<t<think>a</think>", ""),
+]
+
+
+@pytest.mark.parametrize("text, content, reasoning", TAGGED)
 def test_tags_are_found_wherever_the_text_is_cut(text, content, reasoning):
     for parts in cuts(text):
-        check_answer(spoken(parts), says(content, reasoning))
+        assert fold_parts(parts)[:2] == (content, reasoning), parts
 
 
-def test_a_leaking_call_is_found_wherever_the_text_is_cut():
-    text = "Well. <tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>Paris</arg_value></tool_call>"
+@pytest.mark.parametrize("text", ("get_weather\n<arg_key>city</arg_key>\n<arg_value>Paris</arg_value>",
+                                  " get_weather</arg_value><arg_key>city<arg_value>Paris</arg_value></arg_value>"))
+def test_a_leaking_call_is_found_wherever_the_text_is_cut(text):
+    text = "Well. " + leak(text)
     for parts in cuts(text):
-        check_answer(spoken(parts), called(WHOLE, content="Well. "), tools=WEATHER)
-        check_answer(spoken(parts, think), called(WHOLE, reasoning="Well. "), tools=WEATHER)
-        check_answer(spoken(parts), says(text), tools={})
+        content, _, calls, finish, _ = fold_parts(parts, tools=WEATHER)
+        pairs = [(call["name"], call["arguments"]) for call in calls]
+        assert (content, pairs, finish) == ("Well. ", [RAIN], "tool_calls")
+        _, reasoning, calls, _, _ = fold_parts(parts, think, tools=WEATHER)
+        assert (reasoning, len(calls)) == ("Well. ", 1)
+        assert fold_parts(parts)[0] == text  # no tools were sent
 
 
-@pytest.mark.parametrize("text, left", [
-    ('```json\n{"a":"b"}\n```', '{"a":"b"}'), ('\n```json\n{"a":"b"}\n```\n', '{"a":"b"}'), ('```\n{"a":"b"}```', '{"a":"b"}'),
-    ('```JSON\r\n{"a":"b"}\n```', '{"a":"b"}'), ('```json {"a":"b"} ```', '{"a":"b"}'), ('```{"a":"b"}```', '{"a":"b"}'),
-    ('```json\n[1,\n 2]\n```', "[1,\n 2]"), ('```json\n{"a":"`b` ```x"}\n```', '{"a":"`b` ```x"}'), ('```json\n{"a":"b', '{"a":"b'),
-    ('{"a":"b"}', '{"a":"b"}'), ('{"a":"```x```"}', '{"a":"```x```"}'), ('{"a":1}\n', '{"a":1}'), ("5", "5"), ("``", "``"), ("", ""),
-])
+# What is shown of a text at once, with tools sent. To add a case, add a row: the text, what of it is held back.
+HELD = [
+    ("GLM writes calls as <tool_call> followed by a name", ""),
+    ("<tool_call>get_weather", "<tool_call>get_weather"),
+    ("<tool_call>\n get_w", "<tool_call>\n get_w"),
+    ("<tool_call>get_weather ", "<tool_call>get_weather "),
+    ("<tool_call>get_weather<arg_k", "<tool_call>get_weather<arg_k"),
+    ("<tool_call>get_weather<b>", ""),
+    ("<tool_call>get_weathers", ""),
+    ("<tool_call>get_weather is a tool", ""),
+    ("<tool_call>" + " " * 300, ""),
+    ("<tool_call>", "<tool_call>"),
+    ("Well <tool_c", "<tool_c"),
+    ("a <b", ""),
+    ("a <", "<"),
+]
+
+
+@pytest.mark.parametrize("text, held", HELD)
+def test_a_text_is_held_back_only_while_it_can_still_be_a_call(text, held):
+    for parts in cuts(text):
+        steps, _ = feed_answer(new_answer(tools=WEATHER), [HEAD, *(chunked(say(part)) for part in parts if part)])
+        assert "".join(step.text for step in steps) == text[:len(text) - len(held)], parts
+
+
+# Fences around JSON that was asked for. To add a case, add a row: a text, what is left of it.
+FENCED = [
+    ('```json\n{"a":"b"}\n```', '{"a":"b"}'), ('\n```json\n{"a":"b"}\n```\n', '{"a":"b"}'),
+    ('```\n{"a":"b"}```', '{"a":"b"}'), ('```JSON\r\n{"a":"b"}\n```', '{"a":"b"}'),
+    ('```json {"a":"b"} ```', '{"a":"b"}'),
+    ('```{"a":"b"}```', '{"a":"b"}'), ("```json\n[1,\n 2]\n```", "[1,\n 2]"),
+    ('```json\n{"a":"`b` ```x"}\n```', '{"a":"`b` ```x"}'), ('```json\n{"a":"b', '{"a":"b'), ('{"a":"b"}', '{"a":"b"}'),
+    ('{"a":"```x```"}', '{"a":"```x```"}'), ('{"a":1}\n', '{"a":1}'), ("5", "5"), ("``", "``"), ("", ""),
+    ("```json", "```json"), ("```" + "x" * 200 + '{"a":1}', "```" + "x" * 200 + '{"a":1}'),
+]
+
+
+@pytest.mark.parametrize("text, left", FENCED)
 def test_a_json_answer_comes_without_its_fence_wherever_it_is_cut(text, left):
     for parts in cuts(text):
-        content, _, _, finish, _ = folded_stream(translated(spoken(parts), unfence=True))
-        assert content.strip() == left and finish == "stop", parts
-        assert folded_json(translated(think("r") + spoken(parts), unfence=True, restartable=True))[0] == content
-        check_answer(spoken(parts), says(text.lstrip("\r\n")))
+        content, _, _, finish, _ = fold_parts(parts, unfence=True)
+        assert (content.strip(), finish) == (left, "stop"), parts
+        assert fold_parts(parts)[0] == text.lstrip("\r\n")
 
 
-# The choices a client has
-
-@pytest.mark.parametrize("data", [spoken(["<think>hm so</think>Yes!"]), spoken(["<thi", "nk>hm", " so</thi", "nk>\nYes!"]),
-                                  think("hm ") + think("so") + spoken(["Yes", "!"])])
-def test_thinking_is_parsed_raw_or_hidden(data):
-    check_answer(data, says("Yes!", "hm so"), reasoning="parsed")
-    check_answer(data, says("Yes!"), reasoning="hidden")
-    check_answer(data, says("<think>hm so</think>Yes!"), reasoning="raw")
-    contents = [chunk.delta["content"] for chunk in translated(data, reasoning="raw") if chunk.delta]
-    assert contents[0] == "<think>" and contents.count("</think>") == 1  # in chunks of their own
-
-
-@pytest.mark.parametrize("rest, expected", [
-    (finished("length"), says("<think>hm</think>", finish="length")),
-    (call() + TOOLS_END, called(WHOLE, content="<think>hm</think>")),
-    (say("a") + think("hm") + say("b") + ENDED, says("<think>hm</think>a<think>hm</think>b")),
-])
-def test_raw_thinking_is_closed_whatever_follows(rest, expected):
-    check_answer(think("hm") + rest, expected, reasoning="raw")
-
-
-@pytest.mark.parametrize("data", [
-    call() + call("get_time", "{}", "c2", 1), calls_in(item(*WHOLE, id="a", index=0), item(*TIME, id="b", index=1)),
-    calls_in(item("get_weather", '{"city":', id="a", index=0)) + calls_in(item("get_time", "{", id="b", index=1))
-    + calls_in(item(None, '"Paris"}', index=0), item(None, "}", index=1)),
-    say("<tool_call>get_weather<arg_key>city</arg_key><arg_value>Paris</arg_value></tool_call><tool_call>get_time</tool_call>"),
-])
-def test_without_parallel_calls_only_the_first_goes_out(data):
-    check_answer(data + TOOLS_END, called(WHOLE), one_call=True, tools=WEATHER)
+# Stop words. To add a case, add a row: the words, a text, what is left of it, whether one was met (in which case
+# nothing more is waited for).
+STOPPED = [
+    (("Observation",), "a = 1\nObservation: 5", "a = 1\n", True),
+    (("Observation",), "Obser, Observatio", "Obser, ", False),  # Z.ai stops with most of the word in the text
+    (("Observation",), "Obser", "Obser", False),
+    (("Observation",), "Obs", "Obs", False),
+    (("Observation",), "Observation", "", True),
+    (("x", "Observation"), "Observatio", "Observatio", False),  # which is why only the first, which it gets, goes
+    (("</code>",), "if a < b: print(1)\n", "if a < b: print(1)\n", False),
+    (("</code>",), "a</code", "a", False),
+    (("</code>",), "a</c", "a</c", False),  # three letters are too few
+    (("</code>",), "a</co<", "a</co<", False),
+    (("</code>",), "a<</code>b", "a<", True),
+    (("b", "a"), "xaby", "x", True),
+    (("cd", "abc"), "xabcd", "x", True),
+    (("abc", "b"), "xab", "xa", True),
+    (("aab",), "aaaab", "aa", True),
+    (("\n\n",), "a\nb\n\nc", "a\nb", True),
+    (("\n",), "a", "a", False),
+    ((".*",), "a.b.*c", "a.b", True),
+    (("好了",), "你好好了吗", "你好", True),
+    (("<think>",), "a<think>b", "a", True),
+    (("STOP", "END", "HALT", "QUIT"), "so we HALT here, STOP", "so we ", True),
+]
 
 
-def test_usage_comes_only_if_it_was_asked_for_and_the_model_is_as_the_client_named_it():
-    name, chunks = "gpt-\u2028\"4o", translated(say("a") + ENDED)
-    plain = ztoapi.Envelope("chatcmpl-1", 5, name)
-    blocks = (plain.opening() + plain.encode(chunks)).split("\n\n")
-    assert blocks[-2:] == ["data: [DONE]", ""] and [json.loads(block[6:])["model"] for block in blocks[:-2]] == [name] * 3
-    assert not any("usage" in block or '"choices":[]' in block for block in blocks)
-    asked = ztoapi.Envelope("chatcmpl-1", 5, "x", include_usage=True)
-    last = json.loads(asked.encode(chunks).split("\n\n")[-3][6:])
-    assert last["choices"] == [] and last["usage"] == DETAILS
-    assert '"choices":[]' not in asked.encode(translated(say("a") + event(finish="stop")))  # Z.ai gave none
+@pytest.mark.parametrize("words, text, left, met", STOPPED)
+def test_the_text_ends_before_the_first_stop_word_wherever_it_is_cut(words, text, left, met):
+    for parts in cuts(text):
+        this = new_answer(stop=words)
+        steps, failure = feed_answer(this, [HEAD, *(chunked(say(part)) for part in parts if part)])
+        assert this.complete is met, parts
+        if not met:
+            more, failure = feed_answer(this, [chunked(FINISH)])
+            steps += more
+        assert failure is None
+        assert folded_stream(steps)[0] == left, parts
+        assert steps[-1][:2] == ("finish", "stop")
 
 
-def test_a_heartbeat_is_a_chunk_with_an_empty_delta():
-    envelope = ztoapi.Envelope("chatcmpl-1", 5, "x")
-    for text, delta in ((envelope.opening(), {"role": "assistant", "content": ""}), (envelope.heartbeat(), {})):
-        value = json.loads(text[len("data: "):])
-        assert text.startswith("data: {") and text.endswith("}\n\n") and value["object"] == "chat.completion.chunk"
-        assert value["choices"][0]["delta"] == delta and value["choices"][0]["finish_reason"] is None
+def test_a_stop_word_ends_the_answer_before_zai_does():
+    this = new_answer(stop=("b",))
+    steps, failure = feed_answer(this, [HEAD, chunked(say("abc"))])
+    assert [(step.kind, step.text) for step in steps] == [("text", "a"), ("finish", "stop")]
+    assert this.complete
+    assert this.is_cut_short  # Z.ai goes on talking: the connection is closed
+    assert not this.reply.reusable
 
 
-def test_a_json_answer_has_a_bound():
-    chunks = [ztoapi.Chunk({"content": "x" * 600}), ztoapi.Chunk({"reasoning_content": "x" * 600}), ztoapi.Chunk({}, "stop")]
-    with pytest.raises(UpstreamError):
-        ztoapi.collect_completion(chunks, limit=1000)
-    assert ztoapi.collect_completion([chunks[0], ztoapi.Chunk(None)] + chunks[1:], limit=1000)[0]["content"] == ""
+def test_a_stop_word_in_thinking_is_none():
+    check_answer(think("a stop b") + say("c stop d") + ENDED, says("c ", "a stop b", usage=None), stop=("stop",))
+    check_answer(say("<think>a stop b</think>c") + ENDED, says("c", "a stop b"), stop=("stop",))
+
+
+def test_a_stop_word_in_arguments_is_none():
+    check_answer(say("a") + call() + TOOLS_END, asks(RAIN, content="a"), stop=("Paris",))
+
+
+def test_behind_a_stop_word_there_are_no_calls():
+    check_answer(calls_in(item(*RAIN, id="c"), content="a stop") + TOOLS_END, says("a ", usage=None), stop=("stop",))
+
+
+def test_a_call_before_a_stop_word_stays_one():
+    check_answer(call() + say("a stop") + ENDED, asks(RAIN, content="a ", usage=None), stop=("stop",))
+
+
+def test_usage_that_came_with_the_stop_word_counts():
+    check_answer(event({"content": "a stop"}, "stop", USAGE), says("a "), stop=("stop",))
+
+
+def test_stop_words_work_behind_a_fence():
+    data = say('```json\n{"a":1,') + say('"stop":2}\n```') + ENDED
+    check_answer(data, says('{"a":1,"', usage=None), stop=("stop",), unfence=True)
+
+
+def test_what_only_begins_a_stop_word_waits_and_comes():
+    this = new_answer(stop=("stop",))
+    steps, _ = feed_answer(this, [HEAD, chunked(say("a st"))])
+    assert [step.text for step in steps] == ["a "]
+    steps, _ = feed_answer(this, [chunked(say("ill"))])
+    assert [step.text for step in steps] == ["still"]
 
 
 def test_what_is_held_back_is_not_overtaken():
     """A "<" that may become a tag waits in its lane; text of the other lane comes behind it."""
-    chunks = translated(b"".join((think("a"), say("b"), think("c<"), say("d"), FINISH)))
-    assert [chunk.delta for chunk in chunks if chunk.delta] == [
-        {"reasoning_content": "a"}, {"content": "b"}, {"reasoning_content": "c"}, {"reasoning_content": "<"}, {"content": "d"}]
+    steps = translated(think("a") + say("b") + think("c<") + say("d") + FINISH)
+    assert [(step.kind, step.text) for step in steps[:-1]] == [
+        ("thinking", "a"), ("text", "b"), ("thinking", "c"), ("thinking", "<"), ("text", "d")]
+    both = event({"reasoning_content": "r", "content": "c<"})
+    steps = translated(think("a") + say("b") + both + think("s") + FINISH)
+    assert [step.text for step in steps[:-1]] == ["a", "b", "r", "c", "<", "s"]
 
 
-def test_usage_counts_wherever_it_comes():
-    data = b"".join((say("a"), event({"content": "b"}, usage=USAGE), event(finish="stop"), DONE))
-    assert translated(data)[-1].usage == translated(b"".join((say("ab"), FINISH)))[-1].usage
+# The choices a client has
+
+@pytest.mark.parametrize("data", [
+    in_parts(["<think>hm so</think>Yes!"]), in_parts(["<thi", "nk>hm", " so</thi", "nk>\nYes!"]),
+    think("hm ") + think("so") + in_parts(["Yes", "!"])])
+def test_thinking_is_parsed_raw_or_hidden(data):
+    check_answer(data, says("Yes!", "hm so"), reasoning="parsed")
+    check_answer(data, says("Yes!"), reasoning="hidden")
+    check_answer(data, says("<think>hm so</think>Yes!"), reasoning="raw")
 
 
-def test_a_number_that_is_too_large_for_json_is_null():
-    arguments = '{"n":1e999}'
-    value = {"choices": [{"delta": {"tool_calls": [{"id": "c", "index": 0, "function": {"name": "f", "arguments": {"n": "INF"}}}]}, "finish_reason": "tool_calls"}]}
-    data = b"data: " + json.dumps(value).replace('"INF"', "1e999").encode() + b"\n\n"
-    call, = translated(data)[0].delta["tool_calls"]
-    assert call["function"]["arguments"] == arguments.replace("1e999", "null")
+# Raw thinking is closed whatever follows. To add a case, add a row: what follows, what it says.
+AFTER_RAW = [
+    (ENDED, says("<think>hm</think>")),
+    (finished("length"), says("<think>hm</think>", finish="length")),
+    (call() + TOOLS_END, asks(RAIN, content="<think>hm</think>")),
+    (say("a") + think("hm") + say("b") + ENDED, says("<think>hm</think>a<think>hm</think>b")),
+]
 
 
-def test_nobody_waits_for_the_end_mark():
-    """The finish with its usage completes an answer."""
-    this = translator()
-    chunks = [chunk for text in events_of(say("a") + FINISH) for chunk in this.feed(text)]
-    assert this.complete and chunks[-1].finish_reason == "stop" and list(this.feed("[DONE]")) == [] and list(this.close()) == []
+@pytest.mark.parametrize("rest, expected", AFTER_RAW)
+def test_raw_thinking_is_closed_whatever_follows(rest, expected):
+    check_answer(think("hm") + rest, expected, reasoning="raw")
+
+
+def test_the_tags_of_raw_thinking_have_chunks_of_their_own():
+    chat = ztoapi.Chat(**NEW_CHAT, reasoning="raw")
+    text = chat.tell(translated(think("hm") + think("so") + say("a") + ENDED))
+    events = [json.loads(block[6:]) for block in text.split("\n\n")[:-2]]
+    assert [choice["delta"].get("content") for choice in choices_of(events)] == [
+        "<think>", "hm", "so", "</think>", "a", None]
+
+
+@pytest.mark.parametrize("data", [
+    call() + call("get_time", "{}", "c2", 1),
+    calls_in(item(*RAIN, id="a", index=0), item(*TIME, id="b", index=1)),
+    calls_in(item("get_weather", '{"city":', id="a", index=0)) + calls_in(item("get_time", "{", id="b", index=1))
+    + calls_in(item(None, '"Paris"}', index=0), item(None, "}", index=1)),
+    say(leak("get_weather" + CITY) + leak("get_time")),
+    call() + calls_in(item(None, '{"a":', id="b", index=1)) + calls_in(item("get_time", "1}", index=1)),
+])
+def test_without_parallel_calls_only_the_first_goes_out(data):
+    check_answer(data + TOOLS_END, asks(RAIN), one_call=True, tools=WEATHER)
+
+
+def test_usage_comes_only_if_it_was_asked_for():
+    steps = translated(say("a") + ENDED)
+    chat = ztoapi.Chat("chatcmpl-1", 5, "x")
+    text = chat.opening() + chat.tell(steps)
+    assert "usage" not in text
+    assert '"choices":[]' not in text
+    assert text.endswith("\n\ndata: [DONE]\n\n")
+    asked = ztoapi.Chat("chatcmpl-1", 5, "x", include_usage=True)
+    last = json.loads(asked.tell(steps).split("\n\n")[-3][6:])
+    assert (last["choices"], last["usage"]) == ([], USAGE)
+    # Z.ai gave none.
+    assert '"choices":[]' not in asked.tell(translated(say("a") + event(finish="stop")))
+
+
+def test_the_model_is_as_the_client_named_it():
+    name = 'gpt-\u2028"4o'
+    chat = ztoapi.Chat("chatcmpl-1", 5, name)
+    blocks = (chat.opening() + chat.tell(translated(say("a") + ENDED))).split("\n\n")
+    assert [json.loads(block[6:])["model"] for block in blocks[:-2]] == [name] * 3
+    assert chat.whole(ztoapi.Fold())["model"] == name
+
+
+def test_a_heartbeat_is_a_chunk_with_an_empty_delta():
+    chat = ztoapi.Chat(**NEW_CHAT)
+    for text, delta in ((chat.opening(), {"role": "assistant", "content": ""}), (chat.heartbeat(), {})):
+        value = parse_chunk(text[:-2])
+        assert text.endswith("}\n\n")
+        assert value["choices"][0]["delta"] == delta
+        assert value["choices"][0]["finish_reason"] is None
+
+
+def test_the_error_of_a_stream_is_openais_with_error_first():
+    text = ztoapi.Chat(**NEW_CHAT).failure(UpstreamError("no\n", param="x"))
+    assert text == 'data: {"error":{"message":"no\\n","type":"upstream_error","param":"x","code":"upstream_error"}}\n\n'
+
+
+UNSAID = "unsaid"
+# Who gets a stream. To add a case, add a row: the request's stream, Accept, User-Agent, DEFAULT_STREAM; whether.
+STREAMS = [
+    (True, "application/json", "ai-sdk/6", "false", True), (False, "text/event-stream", "curl/8", "true", False),
+    (UNSAID, "*/*", "curl/8.5.0", "true", True), (UNSAID, "*/*", "curl/8.5.0", "false", False),
+    (UNSAID, "", "", "true", True), (UNSAID, "application/json", "OpenAI/Python 3.54.0", "true", False),
+    (UNSAID, "Application/JSON", "OpenAI/JS 6.49.0", "true", False),
+    (UNSAID, "application/json, text/plain, */*", "axios/1.7", "true", False),
+    (UNSAID, "text/event-stream", "x", "false", False),
+    (UNSAID, "*/*", "ai/6.0.0 ai-sdk/provider-utils/4.0.0 runtime/node.js/22", "true", False),
+    (UNSAID, "*/*", "async-openai", "true", False), (None, "*/*", "curl/8", "true", True),
+    (None, "application/json", "x", "true", False), (None, "*/*", "curl/8", "false", False),
+    *((UNSAID, "*/*", agent, "true", False) for agent in (
+        "node", "undici", "Go-http-client/1.1", "langchaingo/0.1", "Java/17", "okhttp/4.9", "Apache-HttpClient/5",
+        "lm15")),
+    *((UNSAID, "*/*", agent, "true", True) for agent in ("node-fetch/1.0", "python-requests/2.31")),
+]
+
+
+def read_chat(body, headers, **environ):
+    settings = Settings.from_environ(environ)
+    return ztoapi.Chat.read(body, ztoapi.Caller(headers, "k", 1790000000.7, ztoapi.Memory()), settings)
+
+
+@pytest.mark.parametrize("asked, accept, agent, default, expected", STREAMS)
+def test_who_gets_a_stream(asked, accept, agent, default, expected):
+    body = {} if asked == UNSAID else {"stream": asked}
+    front, request = read_chat(body, {"accept": accept, "user-agent": agent}, DEFAULT_STREAM=default)
+    assert front.stream is expected
+    assert request["stream"] is expected
+    assert body == ({} if asked == UNSAID else {"stream": asked})  # the client's own stays as it is
+
+
+# Who reads an error only if no cut follows it. To add a case, add a row: the header fields, whether a failed stream
+# is cut.
+CUTS = [
+    ({}, True), ({"user-agent": "OpenAI/Python 3.57"}, True), ({"origin": "https://app.example"}, False),
+    ({"user-agent": "ai/6.0 ai-sdk/openai/3.0"}, False), ({"user-agent": "Python/3.11 aiohttp/3.9"}, False),
+]
+
+
+@pytest.mark.parametrize("headers, expected", CUTS)
+def test_a_failed_stream_is_cut_unless_the_error_would_be_lost_over_it(headers, expected):
+    assert read_chat({}, headers)[0].cuts_failures is expected
+
+
+def test_a_chat_request_is_read():
+    body = {"model": "GLM-4.6", "reasoning_format": "raw", "stream_options": {"include_usage": 1}}
+    front, request = read_chat(body, {})
+    assert request["model"] == front.model == "GLM-4.6"
+    assert front.created == 1790000000
+    assert front.reasoning == "raw"
+    assert front.include_usage is True
+    assert front.id.startswith("chatcmpl-")
+    assert read_chat({"model": 5}, {}, REASONING_FORMAT="hidden")[0].reasoning == "hidden"
+
+
+# Bounds
+
+def test_a_json_answer_has_a_bound_in_bytes():
+    text = ztoapi.Step(ztoapi.TEXT, "x" * 600)
+    thinking = ztoapi.Step(ztoapi.THINKING, "\u597d" * 200)
+    with pytest.raises(UpstreamError) as caught:
+        ztoapi.Fold(limit=1000).add([text, thinking])
+    assert caught.value.verdict == GIVE_UP
+    fold = ztoapi.Fold(limit=1000)
+    fold.add([text, ztoapi.Step(ztoapi.RESTART), thinking])
+    assert fold.text(ztoapi.TEXT) == ""
+
+
+def test_names_of_calls_count_towards_the_bound():
+    with pytest.raises(UpstreamError):
+        ztoapi.Fold(limit=1000).add([ztoapi.Step(ztoapi.CALL, "", 0, "c", "f" * 2000)])
+
+
+def test_tiny_steps_count_more_than_their_text():
+    fold = ztoapi.Fold(limit=10000)
+    with pytest.raises(UpstreamError):
+        fold.add([ztoapi.Step(ztoapi.TEXT, "x")] * 1000)
+
+
+def test_an_event_of_almost_16_mib_passes():
+    text = "x" * (15 << 20)
+    steps, failure = receive([HEAD + chunked(say(text)) + chunked(FINISH) + END])
+    assert failure is None
+    assert steps[0].text == text
+
+
+@pytest.mark.parametrize("body", (chunked(say("x" * (17 << 20))) + END, chunked(b"x" * (17 << 20)) + END),
+                         ids=("an event", "a line without an end"))
+def test_an_event_of_more_than_16_mib_is_an_error_whatever_came_before(body):
+    for before in (b"", chunked(say("Hel"))):
+        data = HEAD + before + body
+        steps, failure = receive([data[i:i + 65536] for i in range(0, len(data), 65536)])
+        assert (failure.code, failure.verdict) == ("upstream_error", GIVE_UP)
+        assert len(steps) == bool(before)
+
+
+def test_a_json_body_has_the_bound_of_an_event():
+    this = new_answer()
+    this.feed(with_kind(b"application/json") + chunked(b"{"))
+    piece = chunked(b" " * (1 << 20))
+    _, failure = feed_answer(this, [piece] * 70)
+    assert failure.verdict == GIVE_UP
+
+
+def test_an_error_body_has_a_bound_and_its_status_counts():
+    this = new_answer()
+    this.feed(b"HTTP/1.1 401 X\r\nTransfer-Encoding: chunked\r\n\r\n")
+    piece = chunked(b" " * (1 << 18))
+    for _ in range(100):
+        this.feed(piece)
+    assert len(this.refusal) < 2 << 20
+    assert this.feed(END)[1].code == "upstream_auth_error"
+
+
+# What a model may be told to write, and a gateway may send. Each takes less than a second. To add a case, add a row:
+# the Translator's options, the events.
+KEYS = "<arg_key>" * 50000
+ATTACKS = {
+    "<arg_key> without end in a leak": ({}, [say("<tool_call>get_time" + KEYS), ENDED]),
+    "<arg_key> without end in a leak, in pieces":
+        ({}, [say("<tool_call>get_time")] + [say("<arg_key>" * 100)] * 1000 + [ENDED]),
+    "pairs without end":
+        ({}, [say("<tool_call>get_time" + "<arg_key>a</arg_key><arg_value>b</arg_value>" * 20000), ENDED]),
+    "<arg_key> without end in a name": ({}, [call("get_time" + KEYS, ""), TOOLS_END]),
+    "<arg_key> without end in arguments": ({}, [call("get_time", KEYS), TOOLS_END]),
+    "markup in keys without end": ({}, [call("get_time", '{"a</arg_key>":' * 50000), TOOLS_END]),
+    "half tags in arguments": ({}, [call("get_time", "</arg_key" * 50000), TOOLS_END]),
+    "a name of a megabyte": ({}, [call("x" * (1 << 20), "{}"), TOOLS_END]),
+    "ids of a megabyte": ({}, [call("f", "{}", "x" * (1 << 20) + str(i)) for i in range(20)] + [TOOLS_END]),
+    "leaks without end": ({}, [say("<tool_call>" * 50000), ENDED]),
+    "leaks without end, in pieces": ({}, [say("<tool_call>")] * 10000 + [ENDED]),
+    "leaks of a tool without end": ({}, [say("<tool_call>get_time")] * 10000 + [ENDED]),
+    "empty leaks": ({}, [say("<tool_call></tool_call>" * 20000), ENDED]),
+    "calls leaked without end": ({}, [say("<tool_call>get_time</tool_call>" * 20000), ENDED]),
+    "blanks behind a leak": ({}, [say("<tool_call>" + " " * 200000), ENDED]),
+    "blanks behind a leak, one by one": ({}, [say("<tool_call>")] + [say(" ")] * 10000 + [ENDED]),
+    "blanks behind a leaked name": ({}, [say("<tool_call>get_time")] + [say(" ")] * 10000 + [ENDED]),
+    "<": ({}, [say("<" * 500000), ENDED]),
+    "<, one by one": ({}, [say("<")] * 10000 + [ENDED]),
+    "half tags": ({}, [say("<tool_cal" * 50000), ENDED]),
+    "<think>": ({}, [say("<think>" * 50000), ENDED]),
+    "boxes": ({}, [say("<|begin_of_box|>" * 50000), ENDED]),
+    "a fence and blanks": ({"unfence": True}, [say("```json" + " " * 500000), ENDED]),
+    "a fence and blanks, one by one": ({"unfence": True}, [say("```")] + [say(" ")] * 10000 + [ENDED]),
+    "blanks before a fence, one by one": ({"unfence": True}, [say(" ")] * 10000 + [ENDED]),
+    "fences": ({"unfence": True}, [say("```json\n{" * 50000), ENDED]),
+    "brackets behind a fence": ({"unfence": True}, [say("```" + "[" * 500000), ENDED]),
+    "brackets behind a fence, one by one": ({"unfence": True}, [say("```")] + [say("[")] * 10000 + [ENDED]),
+    "beginnings of a stop word": ({"stop": ("a" * 1000 + "b",)}, [say("a" * 200000), ENDED]),
+    "beginnings of a stop word, one by one": ({"stop": ("a" * 1000 + "b",)}, [say("a")] * 5000 + [ENDED]),
+    "beginnings of many stop words": ({"stop": tuple("ab" * 200 + c for c in "cdef")}, [say("ab" * 50000), ENDED]),
+    "20,000 calls in one event": ({}, [calls_in(*[item("get_time", "{}")] * 20000), TOOLS_END]),
+    "20,000 fragments in one event":
+        ({}, [call("get_time", "{")] + [calls_in(*[item(None, " ", index=0)] * 20000), TOOLS_END]),
+    "20,000 calls without a name": ({}, [calls_in(*[item(None, "", id=f"c{i}") for i in range(20000)]), TOOLS_END]),
+    "arguments byte by byte":
+        ({}, [call("get_time", "{")] + [calls_in(item(None, "[", index=0))] * 10000 + [TOOLS_END]),
+    "arguments of a megabyte": ({}, [call("get_time", '{"a":"' + "x\\" * 500000 + '"}'), TOOLS_END]),
+    "data: in a torn frame": ({}, [b"data: {" + b"data: " * 100000 + b"\n\n", ENDED]),
+    "frames in a torn frame": ({}, [b"data: {" + b'data: {"a":' * 50000 + b"\n\n", ENDED]),
+    "torn frames": ({}, [b'data: {"id":data: {"a":1}\n\n'] * 10000 + [ENDED]),
+    "restarts": ({}, [splice("{", '"reasoning_content":"a"')] * 5000 + [ENDED]),
+    "data: lines without a blank line": ({}, [b"data: x\n" * 100000, ENDED]),
+    "blanks before an event": ({}, [b"data: " + b" " * 500000 + b"x\n\n", ENDED]),
+    "deep lists": ({}, [b"data: " + b"[" * 500000 + b"\n\n", ENDED]),
+    "deep objects": ({}, [b"data: " + b'{"a":' * 100000 + b"\n\n", ENDED]),
+    "deep arguments": ({}, [b'data: {"choices":[{"delta":{"tool_calls":[{"function":{"name":"f","arguments":'
+                            + b"[" * 900 + b"]" * 900 + b"}}]}}]}\n\n", TOOLS_END]),
+    "numbers of 100,000 digits":
+        ({}, [say("a"), b'data: {"choices":[],"usage":{"prompt_tokens":' + b"9" * 100000 + b"}}\n\n", ENDED]),
+    "a leaked number of 100,000 digits":
+        ({}, [say(leak("get_time<arg_key>a</arg_key><arg_value>" + "9" * 100000 + "</arg_value>")), ENDED]),
+    "a leaked depth":
+        ({}, [say(leak("get_time<arg_key>a</arg_key><arg_value>" + "[" * 100000 + "</arg_value>")), ENDED]),
+    "a finish of a megabyte": ({}, [say("a"), finished("x" * (1 << 20))]),
+    "a finish of many digits": ({}, [say("a"), event({}, 10**90)]),
+    "line ends first": ({}, [say("\n")] * 10000 + [ENDED]),
+}
+
+
+@pytest.mark.parametrize("case", ATTACKS)
+def test_no_answer_takes_more_than_linear_time(case):
+    options, events = ATTACKS[case]
+    data = b"".join(stream(*events))
+    pieces = [data[i:i + 65536] for i in range(0, len(data), 65536)]
+    with under_a_second():
+        steps, failure = receive(pieces, tools=WEATHER, **options)
+    assert failure or steps[-1].kind == ztoapi.FINISH
+    if failure:
+        assert len(failure.message) < 400
+    with under_a_second():
+        folded_json(steps if not failure else steps + [ztoapi.Step(ztoapi.FINISH, "stop")])
+
+
+@pytest.mark.parametrize("value", (
+    '{"choices":[{"delta":{"tool_calls":[{"function":{"name":"get_time","arguments":%s}}]}}]}',
+    '{"choices":[{"delta":{"tool_calls":[{"id":%s,"function":{"name":"get_time"}}]}}]}',
+    '{"choices":[{"delta":{},"finish_reason":%s}]}',
+    '{"choices":[{"delta":{"content":"<tool_call>get_time<arg_key>a</arg_key><arg_value>%s</arg_value>"}}]}',
+    '{"error":{"code":%s}}'), ids=("arguments", "id", "finish", "leak", "error"))
+def test_nesting_around_the_recursion_limit_is_an_answer_or_an_error(value):
+    """What was not too deep to be read may be too deep to be written."""
+    for depth in [*range(100, 1100, 3), *range(1200, 10000, 400)]:
+        translator = ztoapi.Translator(tools=WEATHER)
+        translator.feed([value % ("[" * depth + "]" * depth)], end=True)
+
+
+def test_a_leak_that_is_never_closed_is_held_within_a_bound():
+    this = new_answer(tools=WEATHER)
+    this.feed(HEAD + chunked(say("<tool_call>get_time<arg_key>a</arg_key><arg_value>")))
+    piece = chunked(say("x" * 65536))
+    told = 0
+    for count in range(64):
+        steps, _ = this.feed(piece)
+        told += sum(len(step.text) for step in steps)
+        assert count * 65536 - told < 2 << 20
+
+
+def test_leaked_calls_have_a_bound():
+    steps, failure = receive([wire(say(leak("get_time") * 200) + ENDED)], tools=WEATHER)
+    assert failure.verdict == GIVE_UP
+
+
+# Any event that is odd
+
+ODDITIES = (None, True, False, 0, -1, 1.5, 10**40, "", "x", "none", "\ud800\0", [], ["x"], [None], [[]], {},
+       {"type": "text"}, {"x": None}, "<tool_call>", "get_time<arg_key>")
+
+
+def with_an_oddity(value, rng):
+    """A deep copy in which one place holds something odd, or nothing."""
+    value = copy.deepcopy(value)
+    place = value
+    steps = rng.randrange(1, 8)
+    while True:
+        key = rng.choice(list(place) if isinstance(place, dict) else range(len(place)))
+        steps -= 1
+        if not steps or not isinstance(place[key], (dict, list)) or not place[key]:
+            break
+        place = place[key]
+    if rng.random() < 0.1:
+        del place[key]
+    else:
+        place[key] = rng.choice(ODDITIES)
+    return value
+
+
+def test_no_event_is_odd_enough_to_break_the_wire():
+    """Whatever Z.ai may send: an error of ours, or an answer that keeps every rule."""
+    rng = random.Random(7)
+    answers = 0
+    samples = GLM_52_TOOLS + call("get_time", "", 5, -1) + think("a") + say("b") + error_event("1")
+    samples += say(leak("get_weather" + CITY)) + say("```json\n{") + say("st")
+    good = [json.loads(text) for text in decode_events([samples]) if text != "[DONE]"]
+    for _ in range(3000):
+        values = [with_an_oddity(value, rng) if rng.random() < 0.5 else value for value in rng.sample(good, 6)]
+        data = as_events(*values) + (ENDED if rng.random() < 0.8 else b"")
+        options = rng.choice(({}, {"unfence": True}, {"one_call": True}, {"stop": ("stop", "x")}))
+        try:
+            steps, failure = receive([wire(data)], tools=WEATHER, **options)
+            if failure:
+                continue
+            folded = folded_stream(steps)
+            steps, failure = receive([wire(data)], tools=WEATHER, restartable=True, **options)
+            assert failure is None
+            assert list(folded_json(steps)) == without_surrogates(folded)
+        except Exception as error:
+            raise AssertionError(data) from error
+        answers += 1
+    assert answers > 300
+
+
+def test_no_byte_is_odd_enough_to_break_the_wire():
+    """The same of bytes: some are changed, lost or doubled anywhere in a response."""
+    rng = random.Random(11)
+    failures = 0
+    for _ in range(1500):
+        data = bytearray(HEAD + BODY)
+        for _ in range(rng.randrange(1, 4)):
+            at = rng.randrange(len(data))
+            odd = rng.choice((b"", b"\n", b"\r\n", b"\0", b"9", b"\xff", b"{", b"data: ", b"<"))
+            data[at:at + rng.randrange(2)] = odd
+        cut = rng.randrange(1, len(data))
+        steps, failure = receive([bytes(data)])
+        assert receive([bytes(data[:cut]), bytes(data[cut:])])[0] == steps, data
+        failures += failure is not None
+        if failure is None:
+            folded_stream(steps)
+    assert 300 < failures < 1400
+
+
+# Messages and Responses ###############################################################################################
+#
+# What read() makes of a client's request, and what tell() and whole() make of steps. The rules of both wires are
+# checked event by event, for each answer in ANSWERS, told as a whole and step by step.
+
+Step = ztoapi.Step
+TOLD_USAGE = {"prompt_tokens": 50, "completion_tokens": 4, "total_tokens": 54,
+              "prompt_tokens_details": {"cached_tokens": 20}, "completion_tokens_details": {"reasoning_tokens": 2}}
+FRONT_PICTURE = "data:image/png;base64,AAAA"
+ANY_TOOLS = [{"type": "function", "name": "f", "parameters": {}}, {"type": "custom", "name": "patch"},
+             {"type": "namespace", "name": "mcp__tiny", "tools": [{"type": "function", "name": "g"}]}]
+
+
+def caller(key="k", memory=None):
+    return ztoapi.Caller({}, key, 1000.5, memory or ztoapi.Memory())
+
+
+def read_messages(settings=None, **body):
+    body = {"model": "glm-4.6v", "messages": [{"role": "user", "content": "Hi"}], **body}
+    return ztoapi.Messages.read(body, caller(), settings or Settings())
+
+
+def read_responses(settings=None, by=None, **body):
+    return ztoapi.Responses.read({"model": "glm-4.6v", "input": "Hi", **body}, by or caller(), settings or Settings())
+
+
+def front_to_zai(request, settings=None):
+    return ztoapi.to_zai_request(request, settings or Settings())
+
+
+def called(index, id, name, text=""):
+    return Step("call", text, index, id, name)
+
+
+def arguments(index, text):
+    return Step("arguments", text, index)
+
+
+def finish(reason, usage=TOLD_USAGE):
+    return Step("finish", reason, usage=usage)
+
+
+def events_of(text):
+    """The values of SSE text whose events carry their names twice."""
+    values = []
+    for block in filter(None, text.split("\n\n")):
+        name, data = block.split("\n")
+        values.append(json.loads(data[len("data: "):]))
+        assert name == "event: " + values[-1]["type"]
+    return values
+
+
+# To add a case, add a row: a name, and the steps of an answer.
+ANSWERS = {
+    "text": [Step("text", "Hel"), Step("text", "lo"), finish("stop")],
+    "no usage": [Step("text", "Hello"), finish("stop", None)],
+    "nothing": [finish("length")],
+    "thinking and text": [Step("thinking", "Hm"), Step("thinking", "."), Step("text", "Hello"), finish("stop")],
+    "text between thinking": [Step("thinking", "A"), Step("text", "B"), Step("thinking", "C"), finish("stop")],
+    "started afresh": [Step("thinking", "A"), Step("restart"), Step("thinking", "B"), Step("text", "C"),
+                       finish("stop")],
+    "two calls": [Step("thinking", "A"), Step("text", "B"), called(0, "call_0", "f", '{"a":'), arguments(0, "1}"),
+                  called(1, "call_1", "f", "{}"), finish("tool_calls")],
+    "calls that interleave": [called(0, "call_0", "f"), called(1, "call_1", "mcp__tiny__g", '{"b"'),
+                              arguments(0, '{"a":'), Step("text", "late"), arguments(1, ":2}"), arguments(0, "1}"),
+                              finish("tool_calls")],
+    "arguments at the end only": [called(0, "call_0", "f"), called(1, "call_1", "f"),
+                                  called(2, "call_2", "f", '{"a":1}'), arguments(0, "{}"), arguments(1, "{}"),
+                                  finish("tool_calls")],
+    "arguments twice": [called(0, "call_0", "f", '{"a":1}'), arguments(0, '{"a":1}'), finish("tool_calls")],
+    "a brace in a string": [called(0, "call_0", "f", '{"a":"}'), arguments(0, '\\"}"}'), finish("tool_calls")],
+    "a custom tool": [called(0, "call_0", "patch", '{"inp'), arguments(0, 'ut":"x"}'), finish("tool_calls")],
+    "cut by length": [Step("text", "Hel"), finish("length")],
+    "a call cut by length": [Step("text", "A"), called(0, "call_0", "f", '{"a":'), finish("length")],
+    "filtered": [Step("text", "Hel"), finish("content_filter")],
+    "context is full": [Step("text", "Hel"), finish("context_window")],
+}
+
+
+def told(read, steps, at_once):
+    front, _ = read()
+    if at_once:
+        # The opening is made behind the first steps.
+        text = front.tell(steps)
+        return events_of(front.opening() + text)
+    return events_of(front.opening() + "".join([front.tell([step]) for step in steps]))
+
+
+def folded(read, steps):
+    fold = ztoapi.Fold()
+    fold.add(steps)
+    front, _ = read()
+    return front.whole(fold)
+
+
+# Messages, the request
+
+# To add a case, add a row: fields of a request, what they make of the chat request.
+MESSAGES_REQUESTS = [
+    ({"max_tokens": 5, "temperature": 1, "top_p": 0.5}, {"max_tokens": 5, "temperature": 1, "top_p": 0.5}),
+    ({"stop_sequences": ["a", "b"]}, {"stop": ["a", "b"]}),
+    ({}, {"stream": False, "thinking": {"type": "disabled"}}),
+    ({"stream": None}, {"stream": False}),
+    ({"stream": True}, {"stream": True}),
+    ({"thinking": {"type": "disabled"}}, {"thinking": {"type": "disabled"}}),
+    ({"thinking": {"type": "enabled", "budget_tokens": 1024}},
+     {"thinking": {"type": "enabled"}, "reasoning_effort": "low"}),
+    ({"thinking": {"type": "enabled", "budget_tokens": 8192}}, {"reasoning_effort": "medium"}),
+    ({"thinking": {"type": "enabled", "budget_tokens": 24576}}, {"reasoning_effort": "high"}),
+    ({"thinking": {"type": "enabled", "budget_tokens": 32000}}, {"reasoning_effort": "max"}),
+    ({"thinking": {"type": "adaptive"}, "output_config": {"effort": "high"}},
+     {"thinking": {"type": "enabled"}, "reasoning_effort": "high"}),
+    ({"thinking": {"type": "adaptive"}}, {"thinking": {"type": "enabled"}, "reasoning_effort": None}),
+    ({"tools": [{"name": "f", "description": "d", "input_schema": {"type": "object"}, "cache_control": {}}]},
+     {"tools": [{"type": "function",
+                 "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}]}),
+    ({"tools": [{"type": "web_search_20250305", "name": "web_search", "max_uses": 8}]},
+     {"tools": [{"type": "web_search_20250305", "name": "web_search", "max_uses": 8}]}),
+    ({"tool_choice": {"type": "auto"}}, {"tool_choice": "auto"}),
+    ({"tool_choice": {"type": "any"}}, {"tool_choice": "required"}),
+    ({"tool_choice": {"type": "none"}}, {"tool_choice": "none"}),
+    ({"tool_choice": {"type": "tool", "name": "f"}},
+     {"tool_choice": {"type": "function", "function": {"name": "f"}}}),
+    ({"tool_choice": {"type": "auto", "disable_parallel_tool_use": True}}, {"parallel_tool_calls": False}),
+    ({"output_config": {"format": {"type": "json_schema", "schema": {"type": "object"}}}},
+     {"response_format": {"type": "json_schema",
+                          "json_schema": {"type": "json_schema", "schema": {"type": "object"}}}}),
+    ({"output_format": {"type": "json_schema", "schema": {}}},
+     {"response_format": {"type": "json_schema", "json_schema": {"type": "json_schema", "schema": {}}}}),
+    ({"metadata": {"user_id": "user-1"}}, {"user": "user-1"}),
+]
+
+
+@pytest.mark.parametrize("fields,expected", MESSAGES_REQUESTS)
+def test_messages_fields_become_those_of_chat(fields, expected):
+    _, request = read_messages(**fields)
+    assert {name: request.get(name) for name in expected} == expected
+
+
+def test_a_long_user_id_is_hashed():
+    _, request = read_messages(metadata={"user_id": "u" * 150})
+    assert re.fullmatch("[0-9a-f]{64}", request["user"])
+
+
+# To add a case, add a row: fields of a request, what x-ztoapi-changed says of them.
+MESSAGES_CHANGES = [
+    ({"top_k": 3, "container": "c", "mcp_servers": [], "service_tier": "auto", "inference_geo": "eu"},
+     {"top_k", "container", "mcp_servers", "service_tier", "inference_geo"}),
+    ({"context_management": {}, "invented": 1}, {"context_management", "invented"}),
+    ({"cache_control": {"type": "ephemeral"}, "metadata": {}, "output_config": {}}, set()),
+    ({"tools": [{"type": "bash_20250124", "name": "bash"}]}, {"bash_20250124"}),
+    ({"messages": [{"role": "user", "content": [{"type": "container_upload", "file_id": "f"}]}]},
+     {"container_upload"}),
+    ({"messages": [{"role": "user", "content": [{"type": "image", "source": {"type": "file", "file_id": "f"}}]}]},
+     {"image"}),
+    ({"messages": [{"role": "user", "content": "a"},
+                   {"role": "assistant", "content": [{"type": "server_tool_use"}, {"type": "text", "text": "b"}]},
+                   {"role": "user", "content": "c"}]}, {"server_tool_use"}),
+]
+
+
+@pytest.mark.parametrize("fields,expected", MESSAGES_CHANGES)
+def test_messages_drops_by_name_what_chat_does_not_have(fields, expected):
+    front, request = read_messages(**fields)
+    asked = front_to_zai(request)
+    assert {*front.changed, *asked.changed} == expected
+    assert not {"top_k", "container", "invented", "context_management"} & set(asked.body)
+
+
+# Short names for what the cases below are made of.
+def front_user(content):
+    return {"role": "user", "content": content}
+
+
+def system(content):
+    return {"role": "system", "content": content}
+
+
+def assistant(content="", calls=(), thinking=None):
+    message = {"role": "assistant", "content": content}
+    if thinking:
+        message["reasoning_content"] = thinking
+    if calls:
+        message["tool_calls"] = [
+            {"id": id, "type": "function", "function": {"name": name, "arguments": text}} for id, name, text in calls]
+    return message
+
+
+def output(id, content):
+    return {"role": "tool", "content": content, "tool_call_id": id}
+
+
+def image(url=FRONT_PICTURE):
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+def text(words):
+    return {"type": "text", "text": words}
+
+
+def use(id, name="f", input=None):
+    return {"type": "tool_use", "id": id, "name": name, "input": input or {}}
+
+
+def front_result(id, *content, **more):
+    return {"type": "tool_result", "tool_use_id": id, "content": content[0] if content else None, **more}
+
+
+def source(kind, **source):
+    return {"type": kind, "source": source}
+
+
+PNG = source("image", type="base64", media_type="image/png", data="AAAA")
+BILLED = text("x-anthropic-billing-header: cc_version=2.1")
+# To add a case, add a row: system, messages, what Z.ai gets. The model sees.
+CLAUDE_HISTORIES = [
+    ("Be brief.", [front_user("a")], [system("Be brief."), front_user("a")]),
+    ([BILLED, dict(text("Be brief."), cache_control={})], [front_user("a")], [system("Be brief."), front_user("a")]),
+    # Claude Code's order.
+    (None, [front_user([text("a")]), system("s"), front_user("b")], [front_user("a"), system("s"), front_user("b")]),
+    (None, [front_user([text("a"), PNG])], [front_user([text("a"), image()])]),
+    (None, [front_user([source("image", type="url", url="http://x/y.png"), text("a")])],
+     [front_user([image("http://x/y.png"), text("a")])]),
+    (None, [front_user([source("document", type="text", data="D", media_type="text/plain")])], [front_user("D")]),
+    (None, [front_user([source("document", type="content", content=[text("D"), text("E")])])], [front_user("D\nE")]),
+    (None, [front_user([source("document", type="url", url="http://x/y.pdf"), text("a")])],
+     [front_user([{"type": "file_url", "file_url": {"url": "http://x/y.pdf"}}, text("a")])]),
+    # GLM-4.6V takes no such file; the conversation goes on all the same.
+    (None, [front_user([source("document", type="base64", media_type="application/pdf", data="AA"), text("a")])],
+     [front_user("[file left out: GLM-4.6V takes no such file]\na")]),
+    (None, [front_user([{"type": "search_result", "source": "s", "title": "t", "content": [text("S")]}])], [front_user("S")]),
+    (None, [front_user("a"), {"role": "assistant", "content": [
+        {"type": "thinking", "thinking": "T", "signature": ""}, {"type": "redacted_thinking", "data": "x"},
+        text("b"), use("1", input={"q": 1}), use("2")]},
+        front_user([front_result("1", "one"), front_result("2", [text("two"), PNG]), text("c")])],
+     [front_user("a"), assistant("b", [("1", "f", '{"q":1}'), ("2", "f", "{}")], "T"), output("1", "one"), output("2", "two"),
+      front_user([text("From the tool results:"), image()]), front_user("c")]),
+    # Results in the wrong order, one that is missing, one that is nobody's.
+    (None, [front_user("a"), {"role": "assistant", "content": [use("1"), use("2"), use("3")]},
+            front_user([front_result("3", "three"), front_result("1"), front_result("9", "nine")])],
+     [front_user("a"), assistant("", [("1", "f", "{}"), ("2", "f", "{}"), ("3", "f", "{}")]), output("1", "(no output)"),
+      output("2", "(no output)"), output("3", "three"), front_user("Output of the tool call 9:\nnine")]),
+    (None, [front_user("a"), {"role": "assistant", "content": [use("1")]}, front_user([front_result("1", "No.", is_error=True)])],
+     [front_user("a"), assistant("", [("1", "f", "{}")]), output("1", "Error:\nNo.")]),
+    (None, [front_user("a"), {"role": "assistant", "content": [use("1")]}, front_user([front_result("1", "An error!", is_error=True)])],
+     [front_user("a"), assistant("", [("1", "f", "{}")]), output("1", "An error!")]),
+    # A system message between a call and its result waits.
+    (None, [front_user("a"), {"role": "assistant", "content": [use("1")]}, system("s"), front_user([front_result("1", "one")])],
+     [front_user("a"), assistant("", [("1", "f", "{}")]), output("1", "one"), system("s")]),
+    # The beginning of an answer.
+    (None, [front_user("a"), {"role": "assistant", "content": "b"}], [front_user("a"), assistant("b")]),
+    (None, [front_user("a"), {"role": "assistant", "content": "b"}, {"role": "assistant", "content": "c"}, front_user("d")],
+     [front_user("a"), assistant("b\n\nc"), front_user("d")]),
+]
+
+
+@pytest.mark.parametrize("prompt,messages,expected", CLAUDE_HISTORIES)
+def test_a_conversation_of_messages_becomes_one_of_chat(prompt, messages, expected):
+    _, request = read_messages(system=prompt, messages=messages)
+    assert front_to_zai(request).body["messages"] == expected
+
+
+def test_a_picture_never_ends_a_conversation_with_a_model_that_sees_none():
+    front, request = read_messages(model="glm-4.6", messages=[front_user([PNG, text("a")])])
+    assert front_to_zai(request).body["messages"] == [front_user("[image left out: GLM-4.6 takes text only]\na")]
+    assert "image" in front.changed
+
+
+# To add a case, add a row: fields of a request that Messages refuses.
+BAD_MESSAGES = [
+    {"messages": None}, {"messages": 5}, {"messages": [5]}, {"messages": [{"role": 5, "content": "a"}]},
+    {"messages": [{"role": "user"}]}, {"messages": [front_user([5])]}, {"messages": [front_user([{"type": []}])]},
+    {"messages": [front_user([{"type": "text"}])]}, {"messages": [front_user([front_result([], "a")])]},
+    {"messages": [{"role": "assistant", "content": [use("1", name=5)]}]},
+    {"messages": [{"role": "assistant", "content": [use(["1"])]}]},
+    {"messages": [{"role": "assistant", "content": [{"type": "thinking", "thinking": 5}]}]},
+    {"messages": [{"role": "judge", "content": "a"}]}, {"messages": []},
+    {"system": 5}, {"system": [5]}, {"tools": 5}, {"tools": [5]}, {"tools": [{"name": 5}]}, {"tools": [{}]},
+    {"tool_choice": "auto"}, {"tool_choice": {"type": []}}, {"tool_choice": {"type": "tool"}},
+    {"tools": [{"name": "f", "input_schema": {}}], "tool_choice": {"type": "tool", "name": "g"}},
+    {"thinking": 5}, {"thinking": {"type": "perhaps"}}, {"thinking": {"type": []}}, {"output_config": 5},
+    {"output_config": {"format": {"type": "json_schema", "schema": 5}}}, {"output_config": {"format": 5}},
+    {"metadata": 5}, {"stream": "yes"}, {"model": None}, {"model": 5}, {"max_tokens": 0}, {"stop_sequences": 5},
+]
+
+
+@pytest.mark.parametrize("fields", BAD_MESSAGES)
+def test_messages_refuses_what_cannot_be(fields):
+    with pytest.raises(RequestError) as caught:
+        front_to_zai(read_messages(**fields)[1])
+    assert ztoapi.Messages.status(caught.value) == 400
+
+
+# Messages, the answer
+
+def read_thinker():
+    tools = [{"name": name, "input_schema": {}} for name in ("f", "patch", "mcp__tiny__g")]
+    return read_messages(tools=tools, thinking={"type": "adaptive"})
+
+
+def check_messages_stream(events):
+    """The rules of Anthropic's wire; gives the content that the events add up to."""
+    kinds = [event["type"] for event in events]
+    assert kinds[0] == "message_start" and kinds.count("message_start") == 1
+    assert kinds[-2:] == ["message_delta", "message_stop"] and kinds.count("message_delta") == 1
+    start = events[0]["message"]
+    assert start["content"] == [] and start["stop_reason"] is None and start["usage"]["input_tokens"] == 0
+    content = []
+    is_open = False
+    for event in events[1:-2]:
+        if event["type"] == "content_block_start":
+            assert not is_open and event["index"] == len(content)
+            block = event["content_block"]
+            assert [value for key, value in block.items() if key in ("text", "thinking", "input")] in ([""], [{}])
+            content.append(dict(block, input="") if block["type"] == "tool_use" else block)
+            is_open = True
+            continue
+        assert is_open and event["index"] == len(content) - 1
+        if event["type"] == "content_block_stop":
+            is_open = False
+            continue
+        assert event["type"] == "content_block_delta"
+        kind, field = {"text": ("text_delta", "text"), "thinking": ("thinking_delta", "thinking"),
+                       "tool_use": ("input_json_delta", "partial_json")}[content[-1]["type"]]
+        assert event["delta"]["type"] == kind and event["delta"][field]
+        content[-1]["input" if field == "partial_json" else field] += event["delta"][field]
+    assert not is_open
+    return content
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+@pytest.mark.parametrize("name", ANSWERS)
+def test_messages_streams_by_the_rules_what_the_json_answer_says(name, at_once):
+    steps = ANSWERS[name]
+    events = told(read_thinker, steps, at_once)
+    content = check_messages_stream(events)
+    whole = folded(read_thinker, steps)
+    end = events[-2]
+    assert end["delta"] == {"stop_reason": whole["stop_reason"], "stop_sequence": None}
+    assert end["usage"] == whole["usage"]
+    if "cut" not in name and name != "started afresh":
+        for block in content:
+            if block["type"] == "tool_use":
+                block["input"] = json.loads(block["input"])
+        assert content == whole["content"]
+
+
+# To add a case, add a row: a name in ANSWERS, the types of its blocks, the reason for its end.
+MESSAGES_ENDS = [
+    ("text", ["text"], "end_turn"),
+    ("nothing", [], "max_tokens"),
+    ("thinking and text", ["thinking", "text"], "end_turn"),
+    ("text between thinking", ["thinking", "text", "thinking"], "end_turn"),
+    ("two calls", ["thinking", "text", "tool_use", "tool_use"], "tool_use"),
+    ("calls that interleave", ["tool_use", "tool_use", "text"], "tool_use"),
+    ("a call cut by length", ["text"], "max_tokens"),
+    ("filtered", ["text"], "refusal"),
+    ("context is full", ["text"], "model_context_window_exceeded"),
+]
+
+
+@pytest.mark.parametrize("name,kinds,reason", MESSAGES_ENDS)
+def test_messages_has_a_block_for_each_thing_said(name, kinds, reason):
+    whole = folded(read_thinker, ANSWERS[name])
+    assert [block["type"] for block in whole["content"]] == kinds
+    assert whole["stop_reason"] == reason
+
+
+def test_a_json_answer_of_messages():
+    assert folded(read_thinker, ANSWERS["two calls"]) == {
+        "id": ANY_ID("msg_"), "type": "message", "role": "assistant", "model": "glm-4.6v",
+        "content": [
+            {"type": "thinking", "thinking": "A", "signature": ""}, {"type": "text", "text": "B"},
+            {"type": "tool_use", "id": "call_0", "name": "f", "input": {"a": 1}},
+            {"type": "tool_use", "id": "call_1", "name": "f", "input": {}}],
+        "stop_reason": "tool_use", "stop_sequence": None,
+        "usage": {"input_tokens": 30, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 20,
+                  "output_tokens": 4}}
+
+
+class ANY_ID(str):
+    """Equal to every id that begins so."""
+
+    def __eq__(self, other):
+        return isinstance(other, str) and re.fullmatch(re.escape(self) + "[0-9a-f]{24}", other) is not None
+
+    __hash__ = str.__hash__
+
+
+# To add a case, add a row: arguments that are no JSON object.
+@pytest.mark.parametrize("broken", ['{"a":', "abc", '"{}"', "[1]", "1"])
+def test_messages_never_makes_empty_input_of_broken_arguments(broken):
+    steps = [called(0, "call_0", "f", broken), finish("tool_calls")]
+    with pytest.raises(UpstreamError):
+        folded(read_thinker, steps)
+    with pytest.raises(UpstreamError):
+        told(read_thinker, steps, True)
+
+
+# To add a case, add a row: settings, fields of a request.
+@pytest.mark.parametrize("settings,fields", [
+    ({}, {}), ({}, {"thinking": {"type": "disabled"}}),
+    ({"REASONING_FORMAT": "hidden"}, {"thinking": {"type": "adaptive"}}),
+])
+def test_messages_hides_thinking_that_was_not_asked_for(settings, fields):
+    def read():
+        return read_messages(Settings.from_environ(settings), **fields)
+
+    steps = ANSWERS["thinking and text"]
+    assert [block["type"] for block in folded(read, steps)["content"]] == ["text"]
+    assert [block["type"] for block in check_messages_stream(told(read, steps, False))] == ["text"]
+
+
+def test_messages_beats_with_a_ping():
+    front, _ = read_messages()
+    assert front.heartbeat() == 'event: ping\ndata: {"type":"ping"}\n\n'
+
+
+# To add a case, add a row: status and code of an error, whether it can heal, Anthropic's status and type.
+MESSAGES_ERRORS = [
+    (400, "invalid_value", False, 400, "invalid_request_error"),
+    (401, "invalid_api_key", False, 401, "authentication_error"),
+    (402, "insufficient_quota", False, 403, "permission_error"),
+    (403, "upstream_auth_error", False, 403, "permission_error"),
+    (404, "model_not_found", False, 404, "not_found_error"),
+    (405, "method_not_allowed", False, 405, "invalid_request_error"),
+    (413, "request_too_large", False, 413, "request_too_large"),
+    (429, "rate_limit_exceeded", None, 429, "rate_limit_error"),
+    (500, "internal_error", None, 500, "api_error"),
+    (502, "upstream_error", None, 502, "api_error"),
+    (502, "upstream_error", False, 400, "invalid_request_error"),
+    (503, "overloaded", None, 503, "overloaded_error"),
+    (503, "overloaded", False, 503, "overloaded_error"),
+    (504, "timeout", None, 504, "timeout_error"),
+]
+
+
+@pytest.mark.parametrize("status,code,retryable,told_status,kind", MESSAGES_ERRORS)
+def test_messages_has_errors_of_anthropics_shape(status, code, retryable, told_status, kind):
+    error = ApiError("No.", status=status, code=code, retryable=retryable)
+    assert ztoapi.Messages.status(error) == told_status
+    body = {"type": "error", "error": {"type": kind, "message": "No."}, "request_id": "req_1"}
+    assert ztoapi.Messages.error(error, "req_1") == body
+    front, _ = read_messages()
+    assert events_of(front.failure(error)) == [dict(body, request_id=None)]
+
+
+def test_messages_says_in_anthropics_words_that_the_prompt_is_too_long():
+    error = zai_error({"error": {"code": "1261", "message": "Prompt too long"}}, 400)
+    assert ztoapi.Messages.status(error) == 400
+    assert ztoapi.Messages.error(error)["error"]["message"].startswith("prompt is too long: ")
+
+
+def test_messages_refuses_threads_so_that_the_sdk_sends_everything():
+    with pytest.raises(RequestError) as caught:
+        read_messages(thread={"type": "create"})
+    assert ztoapi.Messages.error(caught.value)["error"]["details"] == {"error_code": "thread_unsupported_request"}
+
+
+# Responses, the request
+
+# To add a case, add a row: fields of a request, what they make of the chat request.
+RESPONSES_REQUESTS = [
+    ({"max_output_tokens": 5, "temperature": 1, "top_p": 0.5, "user": "user-1", "parallel_tool_calls": False},
+     {"max_tokens": 5, "temperature": 1, "top_p": 0.5, "user": "user-1", "parallel_tool_calls": False}),
+    ({"stop": ["a"], "seed": 1, "thinking": {"type": "enabled"}, "enable_thinking": False, "user_id": "user-2"},
+     {"stop": ["a"], "seed": 1, "thinking": {"type": "enabled"}, "enable_thinking": False, "user_id": "user-2"}),
+    ({}, {"stream": False, "tools": None, "tool_choice": None, "response_format": None, "enable_thinking": None}),
+    ({"stream": True}, {"stream": True}),
+    ({"text": {"format": {"type": "json_schema", "name": "n", "schema": {}, "strict": True}}},
+     {"response_format": {"type": "json_schema", "json_schema": {
+         "type": "json_schema", "name": "n", "schema": {}, "strict": True}}}),
+    ({"text": {"format": {"type": "json_object"}}}, {"response_format": {"type": "json_object"}}),
+    ({"text": {"format": {"type": "text"}}}, {"response_format": {"type": "text"}}),
+    ({"reasoning": {"effort": "xhigh", "summary": "auto"}}, {"reasoning_effort": "xhigh", "enable_thinking": None}),
+    ({"reasoning": {"effort": "ultra"}}, {"reasoning_effort": "max"}),
+    ({"reasoning": {"effort": None, "summary": "auto"}}, {"reasoning_effort": None, "enable_thinking": True}),
+    ({"reasoning": {"generate_summary": "concise"}}, {"enable_thinking": True}),
+    ({"reasoning": {"summary": "off"}}, {"enable_thinking": None}),
+    ({"reasoning": {"summary": "none"}}, {"enable_thinking": None}),
+    ({"reasoning": {"summary": "auto"}, "enable_thinking": False}, {"enable_thinking": False}),
+    ({"tool_choice": "required"}, {"tool_choice": "required"}),
+    ({"tool_choice": {"type": "function", "name": "f"}},
+     {"tool_choice": {"type": "function", "function": {"name": "f"}}}),
+    ({"tool_choice": {"type": "custom", "name": "g", "namespace": "mcp__tiny"}},
+     {"tool_choice": {"type": "function", "function": {"name": "mcp__tiny__g"}}}),
+    ({"tool_choice": {"type": "web_search"}}, {"tool_choice": {"type": "web_search"}}),
+]
+
+
+@pytest.mark.parametrize("fields,expected", RESPONSES_REQUESTS)
+def test_responses_fields_become_those_of_chat(fields, expected):
+    _, request = read_responses(**fields)
+    assert {name: request.get(name) for name in expected} == expected
+
+
+@pytest.mark.parametrize("value", ["true", "false"])
+def test_a_summary_turns_no_thinking_on_where_enable_thinking_is_set(value):
+    _, request = read_responses(Settings.from_environ({"ENABLE_THINKING": value}), reasoning={"summary": "auto"})
+    assert "enable_thinking" not in request
+
+
+def test_a_choice_among_tools():
+    tools = [{"type": "function", "name": "f"}, {"type": "function", "name": "g"}, {"type": "web_search"}]
+    allowed = [{"type": "function", "name": "g"}, {"type": "web_search"}]
+    choice = {"type": "allowed_tools", "mode": "required", "tools": allowed}
+    _, request = read_responses(tools=tools, tool_choice=choice)
+    asked = front_to_zai(request)
+    assert [tool["function"]["name"] for tool in asked.body["tools"]] == ["g"]
+    assert "calling the tool g" in asked.body["messages"][0]["content"]
+
+
+# To add a case, add a row: fields of a request, what x-ztoapi-changed says of them.
+RESPONSES_CHANGES = [
+    ({"metadata": {}, "prompt_cache_key": "k", "truncation": "auto", "service_tier": "auto", "invented": 1},
+     {"metadata", "prompt_cache_key", "truncation", "service_tier", "invented"}),
+    ({"client_metadata": {}, "include": [], "store": False, "stream_options": {}, "background": False}, set()),
+    ({"previous_response_id": None, "conversation": None, "prompt": None, "reasoning": None}, set()),
+    ({"text": {"verbosity": "low"}}, {"verbosity"}),
+    ({"tools": [{"type": "web_search", "external_web_access": False}, {"type": "local_shell"}]},
+     {"web_search", "local_shell"}),
+    ({"tools": [{"type": "function", "name": "f", "description": None, "strict": False}]}, set()),
+    ({"input": [front_user("a"), {"type": "web_search_call", "id": "ws_1"}, {"type": "invented"}]},
+     {"web_search_call", "invented"}),
+]
+
+
+@pytest.mark.parametrize("fields,expected", RESPONSES_CHANGES)
+def test_responses_drops_by_name_what_chat_does_not_have(fields, expected):
+    front, request = read_responses(**fields)
+    asked = front_to_zai(request)
+    assert {*front.changed, *asked.changed} == expected
+    assert "invented" not in asked.body and not asked.body.get("tools", [{}])[0].get("external_web_access")
+
+
+def message(role, *parts):
+    return {"type": "message", "role": role, "content": list(parts)}
+
+
+def front_said(words):
+    return message("assistant", {"type": "output_text", "text": words, "annotations": []})
+
+
+def thought(words, **more):
+    return {"type": "reasoning", "id": "rs_1", "summary": [{"type": "summary_text", "text": words}], **more}
+
+
+def front_call(id, name="f", text="{}", **more):
+    return {"type": "function_call", "id": "fc_1", "call_id": id, "name": name, "arguments": text, **more}
+
+
+def gave(id, content, kind="function_call_output"):
+    return {"type": kind, "call_id": id, "output": content}
+
+
+INPUT_IMAGE = {"type": "input_image", "image_url": FRONT_PICTURE, "detail": "high"}
+ONE_CALL = assistant("", [("1", "f", "{}")])
+# To add a case, add a row: input items, what Z.ai gets. The model sees.
+INPUTS = [
+    ("a", [front_user("a")]),
+    ([front_user("a")], [front_user("a")]),
+    ([message("developer", {"type": "input_text", "text": "d"}), front_user("a")], [system("d"), front_user("a")]),
+    ([message("user", {"type": "input_text", "text": "a"}, INPUT_IMAGE)], [front_user([text("a"), image()])]),
+    ([message("user", {"type": "input_file", "file_url": "http://x/y.pdf"}, {"type": "input_text", "text": "a"})],
+     [front_user([{"type": "file_url", "file_url": {"url": "http://x/y.pdf"}}, text("a")])]),
+    ([message("user", {"type": "input_file", "filename": "f.pdf", "file_data": "AA"})],
+     [front_user("[file left out: GLM-4.6V takes no such file]")]),
+    # Codex's second turn.
+    ([front_user("a"), thought("T"), front_said("b"), front_call("1"), front_call("2"), gave("1", "one"), gave("2", "two")],
+     [front_user("a"), assistant("b", [("1", "f", "{}"), ("2", "f", "{}")], "T"), output("1", "one"), output("2", "two")]),
+    ([front_user("a"), thought("T", encrypted_content="ztoapi:whole T"), front_said("b"), front_user("c")],
+     [front_user("a"), assistant("b", thinking="whole T"), front_user("c")]),
+    ([front_user("a"), thought("T", encrypted_content="gAAAA"), front_said("b"), front_user("c")],
+     [front_user("a"), assistant("b", thinking="T"), front_user("c")]),
+    ([front_user("a"), thought("T", content=[{"type": "reasoning_text", "text": "U"}]), front_said("b"), front_user("c")],
+     [front_user("a"), assistant("b", thinking="U"), front_user("c")]),
+    ([front_user("a"), thought("T"), thought("U"), front_said("b"), front_said("c"), front_user("d")],
+     [front_user("a"), assistant("b\n\nc", thinking="T\n\nU"), front_user("d")]),
+    ([front_user("a"), thought("T"), front_user("b")], [front_user("a"), front_user("b")]),
+    # What comes between a call and its output waits.
+    ([front_user("a"), front_call("1"), message("developer", text("d")), gave("1", "one"), front_user("b")],
+     [front_user("a"), ONE_CALL, output("1", "one"), system("d"), front_user("b")]),
+    ([front_user("a"), front_call("1"), front_call("2"), gave("2", "two"), front_user("b"), gave("1", "one")],
+     [front_user("a"), assistant("", [("1", "f", "{}"), ("2", "f", "{}")]), output("1", "one"), output("2", "two"),
+      front_user("b")]),
+    ([front_user("a"), front_call("1"), gave("1", "one"), front_call("2"), gave("2", "two")],
+     [front_user("a"), ONE_CALL, output("1", "one"), assistant("", [("2", "f", "{}")]), output("2", "two")]),
+    ([front_user("a"), front_call("1"), front_user("b")], [front_user("a"), ONE_CALL, output("1", "(no output)"), front_user("b")]),
+    ([front_user("a"), gave("1", "one")], [front_user("a"), front_user("Output of the tool call 1:\none")]),
+    ([front_user("a"), front_call("1"), gave("1", [{"type": "input_text", "text": "x"}, {"type": "input_text", "text": "y"}])],
+     [front_user("a"), ONE_CALL, output("1", "x\ny")]),
+    ([front_user("a"), front_call("1"), gave("1", [INPUT_IMAGE])],
+     [front_user("a"), ONE_CALL, output("1", "(an image)"), front_user([text("From the tool results:"), image()])]),
+    ([front_user("a"), front_call("1", "g", namespace="mcp__tiny"), gave("1", "one")],
+     [front_user("a"), assistant("", [("1", "mcp__tiny__g", "{}")]), output("1", "one")]),
+    ([front_user("a"), front_call("1", namespace="functions"), gave("1", "one")], [front_user("a"), ONE_CALL, output("1", "one")]),
+    ([front_user("a"), {"type": "custom_tool_call", "call_id": "1", "name": "f", "input": "x"},
+      gave("1", "one", "custom_tool_call_output")],
+     [front_user("a"), assistant("", [("1", "f", '{"input":"x"}')]), output("1", "one")]),
+    ([front_user("a"), message("assistant", {"type": "refusal", "refusal": "No."}), front_user("b")],
+     [front_user("a"), assistant("No."), front_user("b")]),
+    ([{"type": "compaction", "encrypted_content": "So far."}, front_user("a")], [front_user("So far."), front_user("a")]),
+    ([{"type": "item_reference", "id": "rs_unknown"}, front_user("a")], [front_user("a")]),
+]
+
+
+@pytest.mark.parametrize("items,expected", INPUTS)
+def test_the_input_of_responses_becomes_a_conversation_of_chat(items, expected):
+    _, request = read_responses(input=items)
+    assert front_to_zai(request).body["messages"] == expected
+    _, request = read_responses(input=items, instructions="Be brief.")
+    assert front_to_zai(request).body["messages"] == [system("Be brief."), *expected]
+
+
+def test_a_picture_in_an_output_never_ends_a_conversation():
+    front, request = read_responses(model="glm-4.6", input=[front_user("a"), front_call("1"), gave("1", [INPUT_IMAGE])])
+    assert front_to_zai(request).body["messages"][-1] == output("1", "[image left out: GLM-4.6 takes text only]")
+    assert "image" in front.changed
+    _, request = read_responses(model="glm-4.6", input=[message("user", INPUT_IMAGE)])
+    assert front_to_zai(request).body["messages"] == [front_user("[image left out: GLM-4.6 takes text only]")]
+
+
+def test_tools_of_responses_are_functions():
+    grammar = {"type": "grammar", "syntax": "lark", "definition": "start: x"}
+    more = {"type": "additional_tools", "tools": [{"type": "function", "name": "late", "parameters": {}}]}
+    tools = [*ANY_TOOLS, {"type": "custom", "name": "exec", "description": "Runs.", "format": grammar},
+             {"type": "namespace", "name": "functions", "tools": [{"type": "function", "name": "h"}]},
+             {"type": "function", "name": "a.b"}, {"type": "function", "name": "x" * 80}]
+    _, request = read_responses(tools=tools, input=[more, front_user("a")])
+    functions = [tool["function"] for tool in front_to_zai(request).body["tools"]]
+    names = [function["name"] for function in functions]
+    assert names[:5] == ["f", "patch", "mcp__tiny__g", "exec", "h"] and names[-1] == "late"
+    assert re.fullmatch("a_b_[0-9a-f]{8}", names[5]) and re.fullmatch("x{55}_[0-9a-f]{8}", names[6])
+    assert functions[3]["description"] == "Runs.\nlark\nstart: x"
+    assert functions[3]["parameters"]["required"] == ["input"]
+
+
+# To add a case, add a row: the name that Z.ai says, what the client gets.
+CALLED_NAMES = [
+    ("f", {"type": "function_call", "name": "f"}),
+    ("mcp__tiny__g", {"type": "function_call", "name": "g", "namespace": "mcp__tiny"}),
+    ("g", {"type": "function_call", "name": "g", "namespace": "mcp__tiny"}),
+    ("patch", {"type": "custom_tool_call", "name": "patch"}),
+    ("unknown", {"type": "function_call", "name": "unknown"}),
+]
+
+
+@pytest.mark.parametrize("name,expected", CALLED_NAMES)
+def test_a_called_tool_has_the_name_that_the_client_gave_it(name, expected):
+    steps = [called(0, "call_0", name, "{}"), finish("tool_calls")]
+    item = folded(lambda: read_responses(tools=ANY_TOOLS), steps)["output"][0]
+    assert {key: item.get(key) for key in ("type", "name", "namespace")} == {"namespace": None, **expected}
+
+
+# To add a case, add a row: the arguments that Z.ai sends, the text that the custom tool gets.
+CUSTOM_INPUTS = [
+    ('{"input":"x"}', "x"), ('{"patch":"x"}', "x"), ('{"input":"x","other":"y"}', "x"), ('"x"', "x"), ("x y", "x y"),
+    ('{"a":"x","b":"y"}', '{"a":"x","b":"y"}'), ("{}", "{}"), ('{"input":', '{"input":'), ("[1]", "[1]"),
+]
+
+
+@pytest.mark.parametrize("words,expected", CUSTOM_INPUTS)
+def test_a_custom_tool_gets_its_text(words, expected):
+    steps = [called(0, "call_0", "patch", words), finish("tool_calls")]
+    item = folded(lambda: read_responses(tools=ANY_TOOLS), steps)["output"][0]
+    assert item == {"type": "custom_tool_call", "id": ANY_ID("ctc_"), "status": "completed", "call_id": "call_0",
+                    "name": "patch", "input": expected}
+
+
+# To add a case, add a row: fields of a request that Responses refuses, the parameter it names.
+BAD_RESPONSES = [
+    ({"previous_response_id": "resp_1"}, "previous_response_id"), ({"conversation": "conv_1"}, "conversation"),
+    ({"prompt": {"id": "p"}}, "prompt"), ({"background": True}, "background"), ({"input": None}, "input"),
+    ({"input": 5}, "input"), ({"input": [5]}, "input"), ({"input": [{"type": 5}]}, "input.type"),
+    ({"input": [{"role": "user"}]}, "content"), ({"input": [{"content": "a"}]}, "input.role"),
+    ({"input": [{"role": "user", "content": [5]}]}, "content"), ({"input": [front_call(5)]}, "input.call_id"),
+    ({"input": [front_call([])]}, "input.call_id"), ({"input": [front_call("1", 5)]}, "tools.name"),
+    ({"input": [front_call("1", namespace=5)]}, "tools.namespace"),
+    ({"input": [gave([], "a")]}, "input.call_id"), ({"input": [gave("1", {})]}, "content"),
+    ({"input": [{"type": "item_reference"}]}, "input.id"), ({"input": [thought(5, content=5)]}, "content"),
+    ({"input": [{"type": "compaction_trigger"}]}, "input"), ({"input": [{"type": "compaction"}]}, "content"),
+    ({"input": [message("user", {"type": "input_image", "file_id": "f"})]}, "input"),
+    ({"input": [message("user", {"type": "input_audio"})]}, "input"),
+    ({"input": [message("user", {"type": "input_text"})]}, "input"),
+    ({"instructions": 5}, "content"), ({"tools": 5}, "tools"), ({"tools": [5]}, "tools"), ({"tools": [{}]},
+     "tools.type"),
+    ({"tools": [{"type": "function"}]}, "tools.name"),
+    ({"tools": [{"type": "custom", "name": "f", "format": 5}]}, "format"),
+    ({"tools": [{"type": "namespace", "name": "n", "tools": 5}]}, "tools"), ({"tool_choice": 5}, "tool_choice"),
+    ({"tool_choice": {"type": "function"}}, "tools.name"), ({"tool_choice": "maybe"}, "tool_choice"),
+    ({"tool_choice": {"type": "allowed_tools"}}, "tool_choice.tools"), ({"text": 5}, "text"),
+    ({"text": {"format": 5}}, "response_format"), ({"reasoning": 5}, "reasoning"), ({"include": 5}, "include"),
+    ({"reasoning": {"effort": "much"}}, "reasoning_effort"), ({"reasoning": {"effort": 5}}, "reasoning_effort"),
+    ({"stream": "yes"}, "stream"), ({"model": None}, "model"), ({"max_output_tokens": 0}, "max_tokens"),
+]
+
+
+@pytest.mark.parametrize("fields,param", BAD_RESPONSES)
+def test_responses_refuses_what_cannot_be(fields, param):
+    with pytest.raises(RequestError) as caught:
+        front_to_zai(read_responses(**fields)[1])
+    error = ztoapi.Responses.error(caught.value)["error"]
+    assert ztoapi.Responses.status(caught.value) == 400
+    assert param in (None, error["param"]) and not str(error["param"]).startswith("messages")
+
+
+def test_vs_code_sends_everything_at_exactly_this_code():
+    with pytest.raises(RequestError) as caught:
+        read_responses(previous_response_id="resp_1")
+    assert caught.value.code == "previous_response_not_found"
+
+
+# Responses, the answer
+
+def read_user_of_tools():
+    return read_responses(tools=ANY_TOOLS, include=["reasoning.encrypted_content"])
+
+
+# The events between an item's first and last, of which the middle one comes any number of times.
+LIVES = {
+    "reasoning": ("reasoning_summary_part.added", "reasoning_summary_text.delta", "reasoning_summary_text.done",
+                  "reasoning_summary_part.done"),
+    "message": ("content_part.added", "output_text.delta", "output_text.done", "content_part.done"),
+    "function_call": (None, "function_call_arguments.delta", "function_call_arguments.done", None),
+    "custom_tool_call": (None, "custom_tool_call_input.delta", "custom_tool_call_input.done", None),
+}
+ID_PREFIXES = {"reasoning": "rs_", "message": "msg_", "function_call": "fc_", "custom_tool_call": "ctc_"}
+
+
+def whole_text(item):
+    """The text of a finished item, and how its `done` event calls it."""
+    kind = item["type"]
+    if kind == "reasoning":
+        return "text", item["summary"][0]["text"]
+    if kind == "message":
+        return "text", item["content"][0]["text"]
+    field = "arguments" if kind == "function_call" else "input"
+    return field, item[field]
+
+
+def check_item(events, index):
+    """The rules for the events of one item, first to last; gives the item."""
+    first, last = events[0], events[-1]
+    item = last["item"]
+    assert first["type"] == "response.output_item.added" and last["type"] == "response.output_item.done"
+    assert all(event["output_index"] == index for event in events)
+    assert item["id"] == ANY_ID(ID_PREFIXES[item["type"]]) and first["item"]["id"] == item["id"]
+    assert first["item"]["status"] == "in_progress" and item["status"] in ("completed", "incomplete")
+    fields = ("summary", "content", "arguments", "input")
+    assert [first["item"][field] for field in fields if field in first["item"]] in ([[]], [""])
+    inner = events[1:-1]
+    assert all(event["item_id"] == item["id"] for event in inner)
+    begin, delta, done, end = LIVES[item["type"]]
+    kinds = [event["type"][len("response."):] for event in inner]
+    pieces = [event for event, kind in zip(inner, kinds) if kind == delta]
+    assert kinds == [kind for kind in (begin, *[delta] * len(pieces), done, end) if kind]
+    field, words = whole_text(item)
+    assert "".join(event["delta"] for event in pieces) == words == inner[kinds.index(done)][field]
+    if begin:
+        place = "summary_index" if item["type"] == "reasoning" else "content_index"
+        assert all(event[place] == 0 for event in inner)
+        assert inner[0]["part"]["text"] == "" and inner[-1]["part"] == (item.get("summary") or item["content"])[0]
+    if item["type"] == "message":
+        assert all(event["logprobs"] == [] for event in inner if "text" in event or "delta" in event)
+    if item["type"] == "function_call":
+        assert inner[-1]["name"] == item["name"]
+    return item
+
+
+def check_responses_stream(events):
+    """The rules of the wire; gives the last event's response."""
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    assert [event["type"] for event in events[:2]] == ["response.created", "response.in_progress"]
+    for event in events[:2]:
+        assert event["response"]["output"] == [] and event["response"]["status"] == "in_progress"
+    items = []
+    started = None
+    for place, event in enumerate(events[2:-1], 2):
+        if event["type"] == "response.output_item.added":
+            assert started is None
+            started = place
+        assert started is not None
+        if event["type"] == "response.output_item.done":
+            items.append(check_item(events[started:place + 1], len(items)))
+            started = None
+    assert started is None
+    response = events[-1]["response"]
+    assert events[-1]["type"] == "response." + response["status"]
+    assert response["output"] == items and response["id"] == events[0]["response"]["id"] == ANY_ID("resp_")
+    return response
+
+
+def without_ids(value):
+    if isinstance(value, list):
+        return [without_ids(inner) for inner in value]
+    return {key: inner for key, inner in value.items() if key != "id"}
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+@pytest.mark.parametrize("name", ANSWERS)
+def test_responses_streams_by_the_rules_what_the_json_answer_says(name, at_once):
+    steps = ANSWERS[name]
+    response = check_responses_stream(told(read_user_of_tools, steps, at_once))
+    whole = folded(read_user_of_tools, steps)
+    if name != "started afresh":
+        assert without_ids(whole.pop("output")) == without_ids(response.pop("output"))
+        assert without_ids(whole) == without_ids(response)
+
+
+# To add a case, add a row: a name in ANSWERS, the types of its items, status, the reason for being incomplete.
+RESPONSES_ENDS = [
+    ("text", ["message"], "completed", None),
+    ("nothing", [], "incomplete", "max_output_tokens"),
+    ("thinking and text", ["reasoning", "message"], "completed", None),
+    ("two calls", ["reasoning", "message", "function_call", "function_call"], "completed", None),
+    ("calls that interleave", ["function_call", "function_call", "message"], "completed", None),
+    ("arguments at the end only", ["function_call"] * 3, "completed", None),
+    ("a custom tool", ["custom_tool_call"], "completed", None),
+    ("cut by length", ["message"], "incomplete", "max_output_tokens"),
+    ("a call cut by length", ["message", "function_call"], "incomplete", "max_output_tokens"),
+    ("filtered", ["message"], "incomplete", "content_filter"),
+    ("context is full", ["message"], "incomplete", "max_output_tokens"),
+]
+
+
+@pytest.mark.parametrize("name,kinds,status,reason", RESPONSES_ENDS)
+def test_responses_has_an_item_for_each_thing_said(name, kinds, status, reason):
+    whole = folded(read_user_of_tools, ANSWERS[name])
+    assert [item["type"] for item in whole["output"]] == kinds
+    assert whole["status"] == status and whole["error"] is None
+    assert whole["incomplete_details"] == (reason and {"reason": reason})
+    # Only what was open at the end is incomplete.
+    assert [item["status"] for item in whole["output"]] == (["completed"] * (len(kinds) - 1) + [status])[:len(kinds)]
+
+
+def test_a_json_answer_of_responses():
+    echoed = {"metadata": {"a": "b"}, "temperature": 0.5, "tool_choice": "auto", "text": {"verbosity": "low"},
+              "max_output_tokens": 9, "store": False, "user": "user-1", "reasoning": {"effort": "low"}}
+    assert folded(lambda: read_responses(**echoed), ANSWERS["thinking and text"]) == {
+        "id": ANY_ID("resp_"), "object": "response", "created_at": 1000, "status": "completed", "background": False,
+        "completed_at": None, "error": None, "incomplete_details": None, "instructions": None, "max_tool_calls": None,
+        "model": "glm-4.6v", "parallel_tool_calls": True, "previous_response_id": None, "prompt_cache_key": None,
+        "safety_identifier": None, "service_tier": "default", "tools": [], "top_logprobs": 0, "top_p": 1.0,
+        "truncation": "disabled", **echoed,
+        "output": [
+            {"type": "reasoning", "id": ANY_ID("rs_"), "summary": [{"type": "summary_text", "text": "Hm."}],
+             "encrypted_content": None, "status": "completed"},
+            {"type": "message", "id": ANY_ID("msg_"), "status": "completed", "role": "assistant", "content": [
+                {"type": "output_text", "text": "Hello", "annotations": [], "logprobs": []}]}],
+        "usage": {"input_tokens": 50, "input_tokens_details": {"cached_tokens": 20, "cache_write_tokens": 0},
+                  "output_tokens": 4, "output_tokens_details": {"reasoning_tokens": 2}, "total_tokens": 54}}
+
+
+def test_usage_has_its_details_always_and_is_null_where_there_is_none():
+    usage = {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}
+    told_usage = folded(read_responses, [Step("text", "a"), finish("stop", usage)])["usage"]
+    assert told_usage["input_tokens_details"] == {"cached_tokens": 0, "cache_write_tokens": 0}
+    assert told_usage["output_tokens_details"] == {"reasoning_tokens": 0}
+    assert folded(read_responses, ANSWERS["no usage"])["usage"] is None
+
+
+def test_thinking_is_kept_by_the_client_only_if_it_asks():
+    item = folded(read_user_of_tools, ANSWERS["thinking and text"])["output"][0]
+    assert item["encrypted_content"] == "ztoapi:Hm."
+    hidden = Settings.from_environ({"REASONING_FORMAT": "hidden"})
+    output = folded(lambda: read_responses(hidden), ANSWERS["thinking and text"])["output"]
+    assert [item["type"] for item in output] == ["message"]
+
+
+def test_responses_beats_without_harm():
+    front, _ = read_user_of_tools()
+    beats = [front.opening(), front.heartbeat()]
+    for steps in ([Step("thinking", "A")], [Step("text", "B")], [called(0, "call_0", "f", "{")], [arguments(0, "}")],
+                  [called(1, "call_1", "patch", "{")], [arguments(1, "}"), finish("tool_calls")]):
+        beats.append(front.tell(steps))
+        if steps[-1].kind != "finish":
+            beats.append(front.heartbeat())
+    events = events_of("".join(beats))
+    assert events[2]["type"] == "response.in_progress"
+    numbers = [event["sequence_number"] for event in events]
+    assert numbers == list(range(len(events)))
+    del events[2]
+    for number, event in enumerate(events):
+        event["sequence_number"] = number
+    check_responses_stream(events)
+    empty = [event["type"] for event in events if event.get("delta") == ""]
+    assert empty == ["response.reasoning_summary_text.delta", "response.output_text.delta",
+                     "response.function_call_arguments.delta", "response.function_call_arguments.delta",
+                     "response.custom_tool_call_input.delta"]
+
+
+# To add a case, add a row: status, code, whether it can heal; the status before a stream, the code in one.
+RESPONSES_ERRORS = [
+    (400, "invalid_value", False, 400, "invalid_prompt"),
+    (401, "invalid_api_key", False, 401, "invalid_prompt"),
+    (402, "insufficient_quota", False, 400, "insufficient_quota"),
+    (403, "upstream_auth_error", False, 400, "invalid_prompt"),
+    (400, "context_length_exceeded", False, 400, "context_length_exceeded"),
+    (404, "model_not_found", False, 404, "invalid_prompt"),
+    (413, "request_too_large", False, 400, "invalid_prompt"),
+    (426, "upgrade_not_supported", False, 426, "invalid_prompt"),
+    (429, "rate_limit_exceeded", None, 429, "rate_limit_exceeded"),
+    (429, "rate_limit_exceeded", False, 429, "rate_limit_exceeded"),
+    (500, "internal_error", None, 500, "server_error"),
+    (502, "upstream_error", None, 502, "server_error"),
+    (502, "upstream_error", False, 400, "invalid_prompt"),
+    (503, "overloaded", None, 503, "server_error"),
+]
+
+
+@pytest.mark.parametrize("status,code,retryable,told_status,told_code", RESPONSES_ERRORS)
+def test_an_error_of_responses(status, code, retryable, told_status, told_code):
+    error = ApiError("No.", status=status, code=code, retryable=retryable, retry_after=7.0)
+    inner = {"message": "No.", "type": "server_error", "param": None, "code": code}
+    assert ztoapi.Responses.status(error) == told_status
+    assert ztoapi.Responses.error(error, "req_1") == {"error": inner}
+    front, _ = read_responses()
+    begin = front.opening() + front.tell([Step("thinking", "A"), Step("text", "B")])
+    events = events_of(begin + front.failure(error))
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    flat, failed = events[-2:]
+    assert flat["type"] == "error" and flat["error"] == inner
+    assert (flat["code"], flat["message"], flat["param"]) == (code, "No.", None)
+    assert failed["type"] == "response.failed" and failed["response"]["status"] == "failed"
+    assert failed["response"]["error"] == {"code": told_code, "message": "No. Please try again in 7s."}
+    # What was whole, and no more.
+    assert [item["type"] for item in failed["response"]["output"]] == ["reasoning"]
+    assert not ztoapi.Responses.cuts_failures and not ztoapi.Messages.cuts_failures
+
+
+# Responses, the memory
+
+def test_the_ai_sdk_refers_to_items_of_an_answer():
+    memory = ztoapi.Memory()
+    answer = folded(lambda: read_responses(by=caller(memory=memory)), ANSWERS["two calls"])["output"]
+    items = [front_user("a"), *({"type": "item_reference", "id": item["id"]} for item in answer),
+             gave("call_0", "one"), gave("call_1", "two")]
+    _, request = read_responses(by=caller(memory=memory), input=items)
+    assert front_to_zai(request).body["messages"] == [
+        front_user("a"), assistant("B", [("call_0", "f", '{"a":1}'), ("call_1", "f", "{}")], "A"),
+        output("call_0", "one"), output("call_1", "two")]
+    # The id is no secret, so the key counts.
+    with pytest.raises(RequestError) as caught:
+        read_responses(by=caller("other", memory), input=items)
+    assert ztoapi.Responses.status(caught.value) == 404
+    assert "not found" in caught.value.message
+
+
+def test_store_false_fills_no_memory():
+    memory = ztoapi.Memory()
+    folded(lambda: read_responses(by=caller(memory=memory), store=False), ANSWERS["two calls"])
+    assert not memory.values
+    told(lambda: read_responses(by=caller(memory=memory)), ANSWERS["two calls"], True)
+    assert len(memory.values) == 4
 
 
 # The road to Z.ai #####################################################################################################
+#
+# Queue, retries, connections, leaving, heartbeats, TLS, proxies: through real sockets wherever bytes matter, and by a
+# clock that passes only while somebody waits wherever time does.
 
-BOTH = pytest.mark.parametrize("streamed", (True, False), ids=("stream", "json"))
-ERROR_1234 = {"error": {"code": "1234", "message": "Network error"}}
-ERROR_1302 = {"error": {"code": "1302", "message": "Rate limit reached for requests"}}
+both = pytest.mark.parametrize("streamed", (True, False), ids=("stream", "json"))
+WELL = (200, "Hello", None, True)  # what ask() gives for HEALTHY
+LIMITED = {"error": {"code": "1302", "message": "Rate limit reached for requests"}}
+NETWORK = {"error": {"code": "1234", "message": "Network error"}}
+ROAD_KEYS = tuple(f"{i}123456789abcdef.SecretSecret{i}" for i in (1, 2, 3))
 
 
 def sse(value):
     return b"data: " + json.dumps(value).encode() + b"\n\n"
 
 
+def error_sse(code):
+    return sse({"error": {"code": code, "message": "no"}})
+
+
+def raw_head(*lines):
+    return "\r\n".join(["HTTP/1.1 200 OK", "Content-Type: text/event-stream", *lines, "", ""]).encode()
+
+
 def footprint(proxy):
-    """Threads, and open descriptors where the system tells, apart from idle connections to Z.ai, which are closed here."""
-    proxy.server.upstream.pool.expire(0)
+    """Threads, and open descriptors where the system tells; idle connections to Z.ai are closed here."""
+    proxy.server.upstream.pool.expire(float("inf"))
     use = set(threading.enumerate())
     for number in os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else ():
         with contextlib.suppress(OSError):
-            use.add((number, os.readlink("/proc/self/fd/" + number)))
+            use.add((number, os.readlink(f"/proc/self/fd/{number}")))
     return use
 
 
 @contextlib.contextmanager
-def nothing_leaks(proxy):
-    """Afterwards slots, descriptors and threads are back where they were."""
-    before = footprint(proxy)
-    yield
-    proxy.idle()
-    assert eventually(lambda: not footprint(proxy) - before), footprint(proxy) - before
-
-
-@contextlib.contextmanager
 def road(zai=None, **environ):
-    """A proxy that must not leak. Chance is out of it: retries wait no time, refused requests the shortest."""
+    """A proxy that must not leak slots, descriptors or threads. Chance is out of it: retries wait no time, refused
+    requests the shortest."""
     with proxying(zai, **environ) as proxy:
-        proxy.server.upstream.rand = proxy.server.upstream.gates.rand = lambda: 0.0
-        with nothing_leaks(proxy):
-            yield proxy
+        proxy.server.SETTLE_S = 0
+        upstream = proxy.server.upstream
+        upstream.rand = upstream.gates.rand = lambda: 0.0
+        before = footprint(proxy)
+        yield proxy
+        proxy.idle()
+        assert eventually(lambda: footprint(proxy) <= before), footprint(proxy) - before
 
 
 @pytest.fixture
 def brisk(monkeypatch):
-    """The watch looks often, for tests of the times it keeps."""
-    monkeypatch.setattr(ztoapi, "WATCH_INTERVAL", 0.02)
+    """The pump looks often, for tests of the times it keeps."""
+    monkeypatch.setattr(ztoapi, "TICK_S", 0.02)
 
 
-def ask(proxy, streamed, **fields):
-    """(status, text, error or None, whole) of a chat, either way."""
-    if streamed:
-        status, _, events, clean = proxy.stream(**fields)
-        error = next((e["error"] for e in events if "error" in e), None)
-        assert events[-1] == "[DONE]" if clean and not error else "[DONE]" not in events, events
-        return status, said(events), error, clean and not error and finish_of(events) != []
-    status, _, body = proxy.chat(**fields)
-    error = body.get("error")
-    return status, "" if error else body["choices"][0]["message"]["content"], error, error is None
+def ask(proxy, streamed, headers=(), **fields):
+    """(status, text, error or None, whether it ended as it should) of a chat, either way."""
+    if not streamed:
+        status, _, body = proxy.chat(headers, **fields)
+        error = body.get("error")
+        text = "" if error else body["choices"][0]["message"]["content"]
+        return status, text, error, error is None
+    status, _, events, clean = proxy.stream(headers, **fields)
+    error = next((event["error"] for event in events if "error" in event), None)
+    whole = clean and not error
+    assert ("[DONE]" in events[-1:]) == whole, events
+    return status, said(events), error, whole and finish_of(events) != []
 
 
-def assert_in_stream_error(proxy, **fields):
-    """The error of a stream that began and failed, in its right form: `error` first, no end mark, no finish, no last chunk."""
+def failed_stream(proxy, **fields):
+    """The events of a stream that began and failed, once all is checked that holds for each."""
     status, _, events, clean = proxy.stream(**fields)
-    assert status == 200 and not clean and "[DONE]" not in events and finish_of(events) == [], events
-    assert list(events[-1]) == ["error"] and isinstance(events[-1]["error"]["code"], str) and not any("error" in e for e in events[:-1]), events
+    assert status == 200
+    assert not clean
+    assert "[DONE]" not in events
+    assert finish_of(events) == []
+    assert list(events[-1]) == ["error"]
+    assert isinstance(events[-1]["error"]["code"], str)
+    assert [event for event in events[:-1] if "error" in event] == []
     return events
 
 
-def together(*calls, patience=30):
+def is_beat(event):
+    """Whether an event is a heartbeat: an empty delta that ends nothing."""
+    return [(choice["delta"], choice["finish_reason"]) for choice in choices_of([event])] == [({}, None)]
+
+
+def together(*calls):
     """Run the calls in threads of their own; their results, in order."""
     results = [None] * len(calls)
 
-    def run(i, call):
-        results[i] = call()
-    threads = [threading.Thread(target=run, args=pair, daemon=True) for pair in enumerate(calls)]
+    def run(i):
+        results[i] = calls[i]()
+    threads = [threading.Thread(target=run, args=(i,), daemon=True) for i in range(len(calls))]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(patience)
+        thread.join(30)
     return results
+
+
+def figures(proxy):
+    """What the metrics count: (retries, failed, cancelled)."""
+    proxy.idle()
+    metrics = proxy.server.metrics
+    stats = metrics.stats([], {}, False)
+    return metrics.retries, stats["failed"], stats["cancelled"]
+
+
+def queued(proxy):
+    return sum(proxy.server.upstream.gates.state()[1].values())
+
+
+def slots(proxy):
+    """How many requests the gates think are in flight."""
+    return sum(gate[3] for gate in proxy.server.upstream.gates.state()[0])
+
+
+def keys_at(zai):
+    """The keys that arrived at Z.ai, in order."""
+    return [request["headers"]["Authorization"].split()[1] for request in zai.requests]
+
+
+def shut_down(sock):
+    with contextlib.suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)
 
 
 # Faults: each heals if it comes before the first delta, and ends the answer if it comes later
 
-def raw_head(*lines):
-    return ("\r\n".join(("HTTP/1.1 200 OK", "Content-Type: text/event-stream") + lines) + "\r\n\r\n").encode()
-
-
+# To add a case, add a row: a fault -> what Z.ai does.
 EARLY = {
-    "reset before headers": [RESET],
-    "closed before headers": [CLOSE],
+    "reset before the head": [RESET],
+    "closed before the head": [CLOSE],
     "garbage for a head": [b"SSH-2.0-OpenSSH_9.2\r\n\r\n", CLOSE],
-    "a greeting for a head": [b"220 mail.example.com ESMTP\r\n", 30],
     "a head without an end": [b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 12000, 30],
     "cut in its head": [HEAD[:60], CLOSE],
-    "reset in its head": [HEAD[:60], 0.02, RESET],
-    "reset after headers": [HEAD, 0.02, RESET],
-    "closed after headers": [HEAD, CLOSE],
-    "reset mid-event": [HEAD, chunked(say("Hel")[:40]), 0.02, RESET],
-    "reset mid-chunk": [HEAD, b"ff\r\ndata: {", 0.02, RESET],
+    "reset behind the head": [HEAD, 0.02, RESET],
+    "closed behind the head": [HEAD, CLOSE],
+    "reset in an event": [HEAD, chunked(say("Hel")[:40]), 0.02, RESET],
     "broken chunk size": [HEAD, b"zz\r\n", CLOSE],
-    "cut after an empty delta": stream(event({"role": "assistant", "content": ""}), CLOSE, end=False),
+    "cut behind an empty delta": stream(event({"role": "assistant", "content": ""}), CLOSE, end=False),
     "empty 200": stream(),
-    "empty 200 with a length": answer(200, b""),
-    "empty 200 without a length": [raw_head("Connection: close"), CLOSE],
     "end mark alone": stream(DONE),
     "garbage to the end": stream(b"data: oops\n\n", b"\x00\xff\xfe"),
-    "error as first event": stream(sse(ERROR_1234), DONE),
-    "error event with a name": stream(b"event: error\n" + sse(ERROR_1234), DONE),
-    "error as a raw line": stream(json.dumps(ERROR_1234).encode() + b"\n"),
-    "error as JSON in a 200": answer(200, ERROR_1234),
+    "an error as first event": stream(sse(NETWORK), DONE),
+    "an error as JSON in a 200": answer(200, NETWORK),
     "network_error": stream(event(finish="network_error"), DONE),
     "HTML 502": answer(502, b"<html><h1>502 Bad Gateway</h1></html>"),
     "503 without a word": answer(503, b""),
     "1120": refusal(429, "1120"),
-    "1200": refusal(500, "1200"),
-    "1230": refusal(500, "1230"),
     "1234": refusal(500, "1234"),
     "1234 as 400": refusal(400, "1234"),
-    "500": refusal(500, "500"),
     "an unknown code": refusal(500, "9999"),
-    "1305": refusal(429, "1305"),
-    "1305 as first event": stream(sse({"error": {"code": "1305", "message": "overloaded"}})),
-    "1312": refusal(429, "1312"),
 }
 
+# To add a case, add a row: a fault -> what Z.ai does behind the first delta.
 LATE = {
     "reset": [0.02, RESET],
     "clean end between chunks": [CLOSE],
     "clean end of the body without a finish": [END],
     "end mark without a finish": [chunked(DONE), END],
-    "reset mid-event": [chunked(say("lo")[:40]), 0.02, RESET],
-    "reset mid-chunk": [b"ff\r\ndata: {", 0.02, RESET],
-    "end mid-event": [chunked(say("lo")[:40]), END],
+    "reset in an event": [chunked(say("lo")[:40]), 0.02, RESET],
+    "reset in a chunk": [b"ff\r\ndata: {", 0.02, RESET],
     "broken chunk size": [0.02, b"zz\r\n", CLOSE],
-    "error event": [chunked(sse(ERROR_1234)), chunked(DONE), END],
-    "1302 event": [chunked(sse(ERROR_1302)), END],
-    "error as a raw line": [chunked(json.dumps(ERROR_1234).encode() + b"\n"), END],
+    "an error as an event": [chunked(sse(NETWORK)), chunked(DONE), END],
+    "1302 as an event": [chunked(sse(LIMITED)), END],
     "network_error": [chunked(event(finish="network_error")), chunked(DONE), END],
     "garbage to the end": [chunked(b"data: oops\n\n"), END],
 }
 
 
 @pytest.mark.parametrize("fault", EARLY)
-def test_a_fault_before_the_first_delta_is_tried_again_unseen_and_an_error_after_max_retries(zai, fault):
+def test_a_fault_before_the_first_delta_is_tried_again_unseen(zai, fault):
     with road(zai, MAX_RETRIES="2") as proxy:
         for streamed in (True, False):
             zai.scripts.extend([EARLY[fault], EARLY[fault]])
-            assert ask(proxy, streamed) == (200, "Hello", None, True)
+            assert ask(proxy, streamed) == WELL
             proxy.idle()
-            proxy.server.upstream.pool.expire(0)  # a dead pooled connection would be no retry
-        assert len(zai.requests) == 6 and proxy.server.metrics.retries == 4 and proxy.server.metrics.failed == 0
-        zai.default = EARLY[fault]
+            proxy.server.upstream.pool.expire(float("inf"))  # a dead pooled connection would be no retry
+        assert len(zai.requests) == 6
+        assert figures(proxy) == (4, 0, 0)
+
+
+@pytest.mark.parametrize("fault", EARLY)
+def test_a_fault_that_does_not_heal_is_an_error_after_max_retries(zai, fault):
+    zai.default = EARLY[fault]
+    with road(zai, MAX_RETRIES="1") as proxy:
         for streamed in (True, False):
             status, text, error, _ = ask(proxy, streamed)
-            assert status == (503 if fault.startswith(("1305", "1312", "1120")) else 502) and not text
+            assert status == (503 if fault == "1120" else 502)
+            assert text == ""
             assert error["type"] in ("upstream_error", "server_error")
-        proxy.idle()
-        assert len(zai.requests) == 12 and proxy.server.metrics.retries == 8 and proxy.server.metrics.failed == 2
+        assert len(zai.requests) == 4
+        assert figures(proxy) == (2, 2, 0)
 
 
-@pytest.mark.parametrize("first, fault", [(say("Hel"), fault) for fault in LATE] + [
-    (first, fault) for first in (think("Hel"), call()) for fault in ("clean end between chunks", "network_error", "1302 event")],
-    ids=lambda value: {say("Hel"): "text", think("Hel"): "thinking", call(): "call"}.get(value, value))
-def test_nothing_is_tried_again_after_the_first_delta(zai, fault, first):
-    zai.default = [HEAD, chunked(first), *LATE[fault]]
+# Each fault behind text; behind thinking and behind a call some of them.
+LATE_CASES = [("text", fault) for fault in LATE]
+LATE_CASES += itertools.product(("thinking", "call"), ("reset", "network_error", "1302 as an event"))
+FIRST_DELTAS = {"text": say("Hel"), "thinking": think("Hel"), "call": call()}
+
+
+@pytest.mark.parametrize("first,fault", LATE_CASES)
+def test_nothing_is_tried_again_after_the_first_delta(zai, first, fault):
+    zai.default = [HEAD, chunked(FIRST_DELTAS[first]), *LATE[fault]]
     with road(zai) as proxy:
-        events = assert_in_stream_error(proxy)
-        assert any(e.get("choices") and set(e["choices"][0]["delta"]) & {"reasoning_content", "tool_calls", "content"} for e in events[:-1])
-        assert said(events) + said(events, "reasoning_content") == ("" if first == call() else "Hel")
+        events = failed_stream(proxy)
+        shown = said(events) + said(events, "reasoning_content")
+        assert shown == ("" if first == "call" else "Hel")
+        assert any("tool_calls" in choice["delta"] for choice in choices_of(events)) == (first == "call")
         status, _, error, _ = ask(proxy, False)
-        assert status in ((429, 502) if "1302" in fault else (502,)) and error["message"]
-        proxy.idle()
-        assert len(zai.requests) == 2 and proxy.server.metrics.retries == 0
+        assert status == (429 if "1302" in fault else 502)
+        assert error["message"]
+        assert len(zai.requests) == 2
+        assert figures(proxy)[0] == 0
 
 
-@pytest.mark.parametrize("fault", LATE)
-@BOTH
-def test_thinking_that_is_hidden_is_not_paid_for_twice(zai, fault, streamed):
+@pytest.mark.parametrize("fault", ("reset", "clean end of the body without a finish", "network_error"))
+@both
+def test_hidden_thinking_is_not_paid_for_twice(zai, fault, streamed):
     zai.default = [HEAD, chunked(think("Hm")), *LATE[fault]]
     with road(zai, REASONING_FORMAT="hidden") as proxy:
         status, text, error, _ = ask(proxy, streamed)
-        assert status >= 429 and not text and error["code"] and len(zai.requests) == 1
+        assert text == ""
+        assert error["code"] == "upstream_error"
+        assert len(zai.requests) == 1
 
 
-def test_connect_refused_is_an_error_after_max_retries():
-    with socket.create_server(("127.0.0.1", 0)) as closed:
-        url = "http://127.0.0.1:%d/api" % closed.getsockname()[1]
-    with road(ZAI_BASE_URL=url) as proxy:
-        for streamed in (True, False):
-            status, _, error, _ = ask(proxy, streamed)
-            assert status == 502 and error["code"] == "upstream_error" and "refused" in error["message"].lower()
-        proxy.idle()
-        assert proxy.server.metrics.retries == 4
+# A frame cut short, with the first frame of a new answer inside.
+TORN = b'data: {"id":"2026data: {"id":"2027","created":1,"choices":[{"index":0,"delta":{"role":"assistant"}}]}\n\n'
 
 
-@pytest.mark.parametrize("name", ("a..b:80", "a" * 64 + ".example:80", "user:secretpassword"), ids=("empty label", "long label", "no host"))
-def test_a_proxy_of_an_impossible_name_is_a_502(monkeypatch, name):
-    through(monkeypatch, "https", "http://" + name)
-    with road(ZAI_BASE_URL="https://localhost/api", MAX_RETRIES="0") as proxy:
-        status, _, error, _ = ask(proxy, True)
-        assert status == 502 and error["code"] == "upstream_error"
-
-
-@pytest.mark.parametrize("fault", ("error event", "reset", "network_error"))
-def test_who_loses_an_error_over_a_cut_gets_the_closing_chunk_behind_it(zai, fault):
-    zai.default = [HEAD, chunked(say("Hel"))] + LATE[fault]
+def test_thinking_that_was_void_is_not_paid_for_twice(zai):
+    """Z.ai starts its answer afresh, which takes the thinking back, and then ends it."""
+    zai.default = stream(think("Hm"), TORN, 0.02, CLOSE, end=False)
     with road(zai) as proxy:
-        for name, value, closed in (("Origin", "https://app.example", True), ("User-Agent", "ai/6.0 ai-sdk/openai/3.0", True),
-                                    ("User-Agent", "OpenAI/Python 3.57", False)):
-            status, _, events, clean = proxy.stream([name + ": " + value])
-            assert (status, said(events), list(events[-1]), clean) == (200, "Hel", ["error"], closed) and finish_of(events) == []
+        failed_stream(proxy)
+        assert ask(proxy, False)[0] == 502
+        assert len(zai.requests) == 2
 
 
-def test_connect_refused_then_a_listener_is_an_answer(zai):
-    with socket.create_server(("127.0.0.1", 0)) as closed:
-        place = closed.getsockname()
-
-    def open_up():
-        """Chance is asked when the first refusal is to be waited out."""
-        zai.socket = socket.create_server(place)
-        threading.Thread(target=zai.accept, daemon=True).start()
-        return 0.0
-    shut_down(zai.socket)
-    with proxying(zai, ZAI_BASE_URL="http://127.0.0.1:%d/api" % place[1]) as proxy:
-        proxy.server.upstream.rand = open_up
-        assert ask(proxy, True) == (200, "Hello", None, True)
-        proxy.idle()
-        assert proxy.server.metrics.retries == 1
+@both
+def test_starting_afresh_before_anything_came_is_no_beginning(zai, streamed):
+    zai.scripts.append(stream(TORN, 0.02, CLOSE, end=False))
+    with road(zai) as proxy:
+        assert ask(proxy, streamed) == WELL
+        assert [request["body"]["model"] for request in zai.requests] == ["glm-4.6", "glm-4.6"]
 
 
-NEVER = "1100 1110 1111 1112 1113 1121 1210 1211 1212 1213 1214 1215 1220 1221 1222 1231 1261 1300 1301 1304 1308 1309 1310 1311 1313 1314 1321 " \
-    "401 1000 1001 1002 1003 1004".split()
+@pytest.mark.parametrize("fault", ("an error as an event", "reset", "network_error"))
+def test_who_loses_an_error_over_a_cut_gets_the_closing_chunk_behind_it(zai, fault):
+    zai.default = [HEAD, chunked(say("Hel")), *LATE[fault]]
+    with road(zai) as proxy:
+        for line, closed in (("Origin: https://app.example", True), ("User-Agent: ai/6.0 ai-sdk/openai/3.0", True),
+                             ("User-Agent: OpenAI/Python 3.57", False)):
+            _, _, events, clean = proxy.stream([line])
+            assert list(events[-1]) == ["error"]
+            assert finish_of(events) == []
+            assert clean == closed
+
+
+HOPELESS = ("1100 1110 1111 1112 1113 1121 1210 1211 1212 1213 1214 1215 1220 1221 1222 1231 1261 1300 1301 1304 1308"
+            " 1309 1310 1311 1313 1314 1321 401 1000 1001 1002 1003 1004 1005 1315").split()
 
 
 def test_codes_that_cannot_heal_are_never_tried_again(zai):
     with road(zai) as proxy:
-        for code in NEVER:
-            for script in (refusal(429, code), stream(sse({"error": {"code": code, "message": "no"}}))):
+        for code in HOPELESS:
+            for script in (refusal(429, code), stream(error_sse(code))):
                 zai.scripts.append(script)
-                before = len(zai.requests)
-                status, _, error, _ = ask(proxy, True)
-                assert status >= 400 and error["message"] and len(zai.requests) == before + 1, code
-        proxy.idle()
-        assert proxy.server.metrics.retries == 0
+                assert ask(proxy, True)[0] >= 400
+        assert len(zai.requests) == 2 * len(HOPELESS)
+        assert figures(proxy)[0] == 0
 
 
-@pytest.mark.parametrize("script", (
-    answer(404, b"<html>404</html>"), answer(200, b"<html>hello</html>"), answer(200, {"code": 500, "msg": "404 NOT_FOUND", "success": False}),
-    answer(404, {"timestamp": "2026-08-13T04:35:22.960+00:00", "status": 404, "error": "Not Found", "path": "/v4/v1"})),
-    ids=("html 404", "html 200", "code 500 in a 200", "spring 404"))
-def test_a_wrong_path_is_never_tried_again_and_names_the_base_url(zai, script):
-    zai.default = script
+def test_a_wrong_path_is_never_tried_again_and_names_the_base_url(zai):
+    zai.default = answer(404, b"<html>404</html>")
     with road(zai) as proxy:
         status, _, error, _ = ask(proxy, True)
-        assert status == 502 and error["code"] == "upstream_error" and "ZAI_BASE_URL" in error["message"] and len(zai.requests) == 1
+        assert status == 502
+        assert "ZAI_BASE_URL" in error["message"]
+        assert len(zai.requests) == 1
 
 
-@pytest.mark.parametrize("status", (301, 302, 303, 307, 308))
+@pytest.mark.parametrize("status", (301, 307))
 def test_redirects_are_not_followed(zai, status):
     elsewhere = FakeZai()
-    zai.default = answer(status, b"", "Location: %s/chat/completions" % elsewhere.url)
+    zai.default = answer(status, b"", f"Location: {elsewhere.url}/chat/completions")
     with road(zai) as proxy:
-        got, _, error, _ = ask(proxy, True)
-        assert got == 502 and error["code"] == "upstream_error" and len(zai.requests) == 1 and elsewhere.connections == 0
+        assert ask(proxy, True)[0] == 502
+        assert len(zai.requests) == 1
+        assert elsewhere.connections == 0
     elsewhere.close()
 
 
-@BOTH
+@both
 def test_bytes_that_come_one_at_a_time_are_an_answer_like_any_other(zai, streamed):
     whole = b"".join(stream(*HEALTHY))
     zai.default = [whole[i:i + 1] for i in range(len(whole))]
     with road(zai) as proxy:
-        assert ask(proxy, streamed) == (200, "Hello", None, True)
-        proxy.idle()
-        assert ask(proxy, streamed) == (200, "Hello", None, True) and zai.connections == 1
-
-
-@pytest.mark.parametrize("head", (
-    b"HTTP/1.1 100 Continue\r\n\r\n" + HEAD, b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\nContent-Length: 7\r\n\r\n" + HEAD, HEAD.replace(b"\r\n", b"\n"),
-    HEAD.replace(b"\r\n\r\n", b"\r\nno field\r\n folded\r\nContent-Length: 7\r\n\r\n"), HEAD.replace(b"Transfer-Encoding", b"TRANSFER-ENCODING"),
-    HEAD.replace(b"\r\n\r\n", b"\r\nSet-Cookie: acw_tc=1;path=/\r\nSet-Cookie: b=2\r\nVary: Origin\r\nVary: X\r\n\r\n")),
-                         ids=("100", "103", "bare line feeds", "lines that are none", "capitals", "fields twice"))
-@BOTH
-def test_odd_heads_are_understood(zai, head, streamed):
-    zai.default = [head] + stream(*HEALTHY)[1:]
-    with road(zai) as proxy:
         for _ in range(2):
-            assert ask(proxy, streamed) == (200, "Hello", None, True)
+            assert ask(proxy, streamed) == WELL
             proxy.idle()
         assert zai.connections == 1
 
 
-@pytest.mark.parametrize("kind", (b"application/json", b"application/json;charset=UTF-8", b"application/x-ndjson", b"text/plain"))
-@BOTH
-def test_a_stream_is_one_whatever_it_is_called(zai, kind, streamed):
-    zai.default = [HEAD.replace(b"text/event-stream;charset=UTF-8", kind)] + stream(*HEALTHY)[1:]
-    with road(zai) as proxy:
-        assert ask(proxy, streamed) == (200, "Hello", None, True)
-
-
-@pytest.mark.parametrize("end", ([CLOSE], [0.02, RESET], [0.02, b"zz\r\n", CLOSE], [b"f\r\ndata: ", CLOSE]), ids=("end", "reset", "broken chunk", "mid-chunk"))
-@BOTH
-def test_a_cut_behind_the_finish_is_no_failure(zai, end, streamed):
-    zai.default = [HEAD, chunked(say("Hello")), chunked(event(finish="stop"))] + end
-    with road(zai) as proxy:
-        assert ask(proxy, streamed) == (200, "Hello", None, True) and len(zai.requests) == 1
-
-
-@pytest.mark.parametrize("status", (204, 304))
-@pytest.mark.parametrize("line", ("Content-Length: 5", "Transfer-Encoding: chunked", "X: y"))
-def test_an_answer_that_has_no_body_is_not_waited_for(zai, status, line):
-    zai.default = [("HTTP/1.1 %d X\r\n%s\r\n\r\n" % (status, line)).encode(), 30]
-    with road(zai, MAX_RETRIES="0") as proxy:
-        assert ask(proxy, True)[0] == 502
-
-
-@BOTH
-def test_an_answer_that_comes_before_all_was_sent_is_read(zai, streamed):
-    """A front end that refuses a large body closes without reading it."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        def refuse():
-            for _ in range(2):
-                with listener.accept()[0] as sock:
-                    sock.recv(1024)
-                    sock.sendall(b"".join(answer(413, {"error": {"code": "1210", "message": "too long for me"}})))
-                    sock.shutdown(socket.SHUT_WR)
-                    time.sleep(0.05)
-        threading.Thread(target=refuse, daemon=True).start()
-        with road(ZAI_BASE_URL="http://127.0.0.1:%d/api" % listener.getsockname()[1]) as proxy:
-            _, _, error, _ = ask(proxy, streamed, messages=[{"role": "user", "content": "x" * (8 << 20)}])
-            assert "too long for me" in error["message"]
-            proxy.idle()
-            assert proxy.server.metrics.retries == 0
-
-
-@BOTH
+@both
 def test_a_body_without_a_length_ends_with_its_connection(zai, streamed):
     zai.default = [raw_head("Connection: close"), *HEALTHY, CLOSE]
     with road(zai) as proxy:
-        assert ask(proxy, streamed) == (200, "Hello", None, True)
+        assert ask(proxy, streamed) == WELL
+
+
+@pytest.mark.parametrize("end", ([CLOSE], [0.02, RESET]), ids=("end", "reset"))
+@both
+def test_a_cut_behind_the_finish_is_no_failure(zai, end, streamed):
+    zai.default = [HEAD, chunked(say("Hello")), chunked(event(finish="stop")), *end]
+    with road(zai) as proxy:
+        assert ask(proxy, streamed) == WELL
+        assert len(zai.requests) == 1
+
+
+def test_an_answer_that_comes_before_all_was_sent_is_read():
+    """A front end that refuses a large body closes without reading it."""
+    refusing = b"".join(answer(413, {"error": {"code": "1210", "message": "too long for me"}}))
+
+    def refuse():
+        with listener.accept()[0] as sock:
+            sock.recv(1024)
+            sock.sendall(refusing)
+            sock.shutdown(socket.SHUT_WR)
+            time.sleep(0.05)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=refuse, daemon=True).start()
+        with road(ZAI_BASE_URL=f"http://127.0.0.1:{listener.getsockname()[1]}/api") as proxy:
+            message = {"role": "user", "content": "x" * (8 << 20)}
+            _, _, error, _ = ask(proxy, True, messages=[message])
+            assert "too long for me" in error["message"]
+            assert figures(proxy)[0] == 0
+
+
+def test_a_request_that_zai_does_not_take_is_tried_once_more():
+    with socket.create_server(("127.0.0.1", 0)) as deaf:
+        url = f"http://127.0.0.1:{deaf.getsockname()[1]}/api"
+        with road(ZAI_BASE_URL=url, UPSTREAM_TIMEOUT="0.1", MAX_RETRIES="5") as proxy:
+            message = {"role": "user", "content": "x" * (16 << 20)}
+            status, _, error, _ = ask(proxy, True, messages=[message])
+            assert status == 502
+            assert "took no data for 0.1 s" in error["message"]
+            assert figures(proxy) == (1, 1, 0)
+
+
+def test_a_bug_in_a_front_ends_one_answer_only(zai, monkeypatch, caplog):
+    tell = ztoapi.Chat.tell
+
+    def buggy(front, steps):
+        if front.model == "buggy":
+            raise ZeroDivisionError
+        return tell(front, steps)
+    monkeypatch.setattr(ztoapi.Chat, "tell", buggy)
+    zai.default = stream(say("Hel"), 0.1, say("lo"), FINISH, DONE)
+    with road(zai) as proxy, proxy.open_stream() as running:
+        assert eventually(lambda: zai.in_flight == 1)
+        status, _, error, _ = ask(proxy, True, model="buggy")
+        assert (status, error["code"]) == (500, "internal_error")
+        assert said(read_stream(running)[2]) == "Hello"
+        assert ask(proxy, True) == WELL
+    assert "this is a bug" in caplog.text
+
+
+def test_a_bug_in_a_chore_does_not_end_the_pump(zai, brisk, caplog):
+    def buggy(now):
+        proxy.server.pump.chores.remove(buggy)
+        raise ZeroDivisionError
+    with road(zai) as proxy:
+        proxy.server.pump.chores.append(buggy)
+        assert eventually(lambda: "The pump failed" in caplog.text)
+        assert ask(proxy, True) == WELL
+
+
+def test_two_hundred_streams_at_once_are_relayed_whole(zai):
+    def script(request):
+        word = request["body"]["messages"][0]["content"]
+        pieces = [step for i in range(10) for step in (say(f"{word}.{i} "), 0.02)]
+        return stream(*pieces, FINISH, DONE)
+    zai.default = script
+    with road(zai) as proxy, contextlib.ExitStack() as closing:
+        socks = []
+        for i in range(200):
+            messages = [{"role": "user", "content": f"n{i}"}]
+            socks.append(closing.enter_context(proxy.open_stream(messages=messages)))
+        for i, sock in enumerate(socks):
+            _, _, events, clean = read_stream(sock)
+            assert clean
+            assert said(events).split() == [f"n{i}.{j}" for j in range(10)]
+            assert events[-1] == "[DONE]"
 
 
 # Silence, and other times
 
-@pytest.mark.parametrize("script, streamed", (
-    ([30], True), ([30], False), ([HEAD, 30], True), (stream(event({"role": "assistant", "content": ""}), 30), False)),
-                         ids=("before headers", "before headers, json", "before the first event", "before the first delta, json"))
-def test_a_silence_is_tried_again_once(zai, brisk, script, streamed):
-    zai.default = script
+# To add a case, add a row: what Z.ai does before it falls silent -> the script.
+SILENT = {
+    "before the head": [30],
+    "behind the head": [HEAD, 30],
+    "behind an empty delta": stream(event({"role": "assistant", "content": ""}), 30),
+}
+
+
+@pytest.mark.parametrize("case", SILENT)
+@both
+def test_a_silence_is_tried_again_once(zai, brisk, case, streamed):
+    zai.default = SILENT[case]
     with road(zai, UPSTREAM_TIMEOUT="0.1", MAX_RETRIES="5") as proxy:
         status, _, error, _ = ask(proxy, streamed)
-        assert status == 502 and "UPSTREAM_TIMEOUT" in error["message"] and len(zai.requests) == 2
+        assert status == 502
+        assert "UPSTREAM_TIMEOUT" in error["message"]
+        assert len(zai.requests) == 2
         assert eventually(lambda: zai.cut_by_client == 2)
-        zai.scripts.append(script)
+        zai.scripts.append(SILENT[case])
         zai.default = stream(*HEALTHY)
-        assert ask(proxy, streamed) == (200, "Hello", None, True)
+        assert ask(proxy, streamed) == WELL
 
 
-def test_a_silence_mid_stream_ends_the_answer(zai, brisk):
+def test_a_silence_behind_the_first_delta_ends_the_answer(zai, brisk):
     zai.default = stream(say("Hel"), 30)
     with road(zai, UPSTREAM_TIMEOUT="0.1") as proxy:
-        assert "UPSTREAM_TIMEOUT" in assert_in_stream_error(proxy)[-1]["error"]["message"]
-        assert ask(proxy, False)[0] == 502 and len(zai.requests) == 2
+        assert "UPSTREAM_TIMEOUT" in failed_stream(proxy)[-1]["error"]["message"]
+        assert ask(proxy, False)[0] == 502
+        assert len(zai.requests) == 2
         assert eventually(lambda: zai.cut_by_client == 2)
 
 
-@BOTH
+@both
 def test_upstream_timeout_is_of_silence_and_never_of_the_whole(zai, brisk, streamed):
-    zai.default = stream(*[step for _ in range(6) for step in (say("a"), 0.06)], FINISH, DONE)
+    zai.default = stream(*[say("a"), 0.06] * 6, FINISH, DONE)
     with road(zai, UPSTREAM_TIMEOUT="0.25") as proxy:
         assert ask(proxy, streamed) == (200, "aaaaaa", None, True)
 
+
+# To add a case, add a row: what Z.ai does behind a finish without usage -> the script.
+UNENDING = {
+    "silence": [30],
+    "comments": [step for _ in range(300) for step in (chunked(b": keep-alive\n\n"), 0.02)],
+}
+
+
+@pytest.mark.parametrize("case", UNENDING)
+@both
+def test_an_answer_is_complete_two_seconds_behind_its_finish(zai, brisk, monkeypatch, case, streamed):
+    assert ztoapi.Relay.PATIENCE_S == 2
+    monkeypatch.setattr(ztoapi.Relay, "PATIENCE_S", 0.2)
+    zai.default = [HEAD, chunked(say("Hello")), chunked(event(finish="stop")), *UNENDING[case]]
+    with road(zai) as proxy:
+        assert ask(proxy, streamed) == WELL
+        assert eventually(lambda: zai.cut_by_client == 1)
+        assert len(zai.requests) == 1
+
+
+@pytest.mark.parametrize("late", (FINISH, DONE), ids=("usage", "end mark"))
+def test_what_comes_late_behind_a_finish_is_waited_for(zai, brisk, late):
+    zai.default = stream(say("Hello"), event(finish="stop"), 0.15, late)
+    with road(zai, UPSTREAM_TIMEOUT="0.1") as proxy:
+        options = {"include_usage": True}
+        _, _, events, clean = proxy.stream(stream_options=options)
+        assert clean
+        assert finish_of(events) == ["stop"]
+        assert any(event.get("usage") for event in events[:-1]) == (late is FINISH)
+
+
+def test_a_stop_word_hangs_up_on_zai(zai, brisk):
+    ended = threading.Event()
+    zai.default = stream(say("Hello STOP"), *[say(" more"), 0.02] * 500, lambda *_: ended.set())
+    with road(zai) as proxy:
+        _, text, _, whole = ask(proxy, True, stop="STOP")
+        assert (text, whole) == ("Hello ", True)
+        assert eventually(lambda: zai.cut_by_client == 1, 1)
+    assert not ended.is_set()
+
+
+@both
+def test_a_trickle_behind_the_finish_does_not_hold_the_slot(zai, brisk, monkeypatch, streamed):
+    monkeypatch.setattr(ztoapi.Relay, "PATIENCE_S", 0.3)
+    trickled = threading.Event()
+    zai.default = stream(*HEALTHY, *[b":\n", 0.2] * 15, lambda *_: trickled.set())
+    with road(zai) as proxy:
+        assert ask(proxy, streamed) == WELL
+        assert eventually(lambda: slots(proxy) == 0)
+        assert not trickled.is_set()
+
+
+# Connecting
 
 @contextlib.contextmanager
 def stuck_listener():
@@ -2179,10 +5239,13 @@ def stuck_listener():
 
 
 class MuteListener:
-    """A server that takes connections, says `words` once something has come, and nothing else. `heard`, `ended`: what came to pass."""
+    """A server that takes connections, says `words` once something has come, and nothing else. `heard`, `ended`: what
+    came to pass."""
 
     def __init__(self, words=b""):
-        self.words, self.heard, self.ended = words, threading.Event(), threading.Event()
+        self.words = words
+        self.heard = threading.Event()
+        self.ended = threading.Event()
         self.socket = socket.create_server(("127.0.0.1", 0))
         self.port = self.socket.getsockname()[1]
         threading.Thread(target=self.serve, daemon=True).start()
@@ -2203,185 +5266,232 @@ class MuteListener:
         shut_down(self.socket)
 
 
-def shut_down(sock):
-    with contextlib.suppress(OSError):
-        sock.shutdown(socket.SHUT_RDWR)
+def test_connect_refused_is_an_error_after_max_retries():
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        url = f"http://127.0.0.1:{closed.getsockname()[1]}/api"
+    with road(ZAI_BASE_URL=url) as proxy:
+        for streamed in (True, False):
+            status, _, error, _ = ask(proxy, streamed)
+            assert (status, error["code"]) == (502, "upstream_error")
+            assert "refused" in error["message"].lower()
+        assert figures(proxy)[0] == 4
+
+
+def test_connect_refused_then_a_listener_is_an_answer(zai):
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        place = closed.getsockname()
+
+    def open_up():
+        """Chance is asked when the first refusal is to be waited out."""
+        zai.socket = socket.create_server(place)
+        threading.Thread(target=zai.accept, daemon=True).start()
+        return 0.0
+    shut_down(zai.socket)
+    with proxying(zai, ZAI_BASE_URL=f"http://127.0.0.1:{place[1]}/api") as proxy:
+        proxy.server.upstream.rand = open_up
+        assert ask(proxy, True) == WELL
+        assert figures(proxy)[0] == 1
+
+
+def test_a_name_that_is_not_found_is_told(monkeypatch):
+    find = socket.getaddrinfo
+
+    def find_all_but_one(host, *args):
+        if host == "nowhere.example":
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return find(host, *args)
+    monkeypatch.setattr(socket, "getaddrinfo", find_all_but_one)
+    with road(ZAI_BASE_URL="http://nowhere.example/api", MAX_RETRIES="1") as proxy:
+        _, _, error, _ = ask(proxy, True)
+        assert error["message"] == "Z.ai's address could not be found: Name or service not known."
+        assert figures(proxy) == (1, 1, 0)
 
 
 def test_connecting_takes_ten_seconds_at_most(monkeypatch):
-    assert ztoapi.CONNECT_TIMEOUT == 10
-    monkeypatch.setattr(ztoapi, "CONNECT_TIMEOUT", 0.1)
-    with stuck_listener() as port, road(ZAI_BASE_URL="http://127.0.0.1:%d" % port, MAX_RETRIES="1") as proxy:
+    assert ztoapi.CONNECT_TIMEOUT_S == 10
+    monkeypatch.setattr(ztoapi, "CONNECT_TIMEOUT_S", 0.1)
+    with stuck_listener() as port, road(ZAI_BASE_URL=f"http://127.0.0.1:{port}", MAX_RETRIES="1") as proxy:
         status, _, error, _ = ask(proxy, True)
-        proxy.idle()
-        assert status == 502 and error["code"] == "upstream_error" and proxy.server.metrics.retries == 1
+        assert status == 502
+        assert "within 0.1 s" in error["message"]
+        assert figures(proxy)[0] == 1
 
 
-def test_a_tls_handshake_that_never_comes_takes_ten_seconds_at_most(monkeypatch):
-    monkeypatch.setattr(ztoapi, "CONNECT_TIMEOUT", 0.1)
-    with MuteListener() as mute, road(ZAI_BASE_URL="https://127.0.0.1:%d" % mute.port, MAX_RETRIES="0") as proxy:
-        assert ask(proxy, True)[0] == 502 and mute.ended.wait(5)
+def test_a_handshake_that_never_comes_takes_ten_seconds_at_most(monkeypatch):
+    monkeypatch.setattr(ztoapi, "CONNECT_TIMEOUT_S", 0.1)
+    with MuteListener() as mute, road(ZAI_BASE_URL=f"https://127.0.0.1:{mute.port}", MAX_RETRIES="0") as proxy:
+        assert ask(proxy, True)[0] == 502
+        assert mute.ended.wait(5)
 
 
-def test_a_json_answer_does_not_wait_for_the_end_of_the_connection(zai):
-    answered, in_time = threading.Event(), []
-    zai.default = stream(*HEALTHY, lambda *_: in_time.append(answered.wait(0.8)))
-    with road(zai) as proxy:
-        assert ask(proxy, False)[3]
-        answered.set()
-        assert eventually(lambda: in_time) and in_time == [True]
-
-
-@BOTH
-def test_a_trickle_behind_the_finish_does_not_hold_the_slot(zai, streamed):
-    trickled = threading.Event()
-    zai.default = stream(*HEALTHY, *[b":\n", 0.2] * 15, lambda *_: trickled.set())
-    with road(zai) as proxy, proxy.connect() as sock:
-        sock.sendall(raw_chat(chat_body(stream=streamed)))
-        assert read_stream(sock)[3] and eventually(lambda: vacant(proxy)) and not trickled.is_set()
+def test_a_dead_address_does_not_use_up_the_time_of_the_next(zai, monkeypatch):
+    """Nor does one of a kind that this system does not have."""
+    with stuck_listener() as port:
+        places = [("127.0.0.1", port), ("127.0.0.1", zai.port)]
+        found = [(socket.AF_INET, socket.SOCK_STREAM, 0, "", place) for place in places]
+        found.insert(0, (9999, socket.SOCK_STREAM, 0, "", places[0]))
+        with monkeypatch.context() as patch:
+            patch.setattr(socket, "getaddrinfo", lambda *_: found)
+            began = time.monotonic()
+            sock = ztoapi.dial("three.example", 80, ztoapi.Client(None), 0.6)
+            assert time.monotonic() - began < 0.5
+        assert sock.getpeername() == places[1]
+        assert sock.gettimeout() == 0.6
+        sock.close()
 
 
 # The pool
 
-def pooled(pool, count):
-    """`count` connections in the pool, in order; and their other ends."""
-    pairs = [socket.socketpair() for _ in range(count)]
-    for ours, _ in pairs:
-        pool.put("key", ours)
-    return [ours for ours, _ in pairs], [theirs for _, theirs in pairs]
+@contextlib.contextmanager
+def pooled(count):
+    """(pool, its clock, `count` sockets in it, their other ends)."""
+    clock = RoadClock()
+    pool = ztoapi.Pool(clock)
+    ours = []
+    theirs = []
+    for _ in range(count):
+        pair = socket.socketpair()
+        pair[0].setblocking(False)
+        pool.put("key", pair[0])
+        ours.append(pair[0])
+        theirs.append(pair[1])
+    yield pool, clock, ours, theirs
+    for sock in ours + theirs:
+        sock.close()
 
 
 def test_the_pool_gives_the_last_used_first():
-    pool = ztoapi.Pool(RoadClock())
-    ours, theirs = pooled(pool, 3)
-    assert [pool.take("key") for _ in range(4)] == ours[::-1] + [None] and pool.take("other key") is None
-    for sock in ours + theirs:
-        sock.close()
+    with pooled(3) as (pool, _, ours, _):
+        assert pool.take("other key") is None
+        assert [pool.take("key") for _ in range(4)] == [*ours[::-1], None]
 
 
 @pytest.mark.parametrize("last_word", (b"", b"HTTP/1.1 408 Request Timeout\r\n\r\n"), ids=("end", "a word"))
 def test_the_pool_drops_a_connection_that_has_something_to_say(last_word):
-    pool = ztoapi.Pool(RoadClock())
-    ours, theirs = pooled(pool, 3)
-    theirs[2].sendall(last_word)
-    theirs[2].close()
-    assert pool.take("key") is ours[1] and ours[2].fileno() == -1
-    for sock in ours + theirs:
-        sock.close()
+    with pooled(2) as (pool, _, ours, theirs):
+        theirs[1].sendall(last_word)
+        theirs[1].close()
+        assert pool.take("key") is ours[0]
+        assert ours[1].fileno() == -1
 
 
 def test_the_pool_closes_what_was_idle_for_60_seconds():
-    clock = RoadClock()
-    pool = ztoapi.Pool(clock)
-    old, others = pooled(pool, 2)
-    clock.now += 30
-    young, more = pooled(pool, 1)
-    clock.now += 29
-    pool.expire()
-    assert all(sock.fileno() >= 0 for sock in old + young)
-    clock.now += 1
-    pool.expire()
-    assert all(sock.fileno() == -1 for sock in old) and pool.take("key") is young[0] and pool.take("key") is None
-    assert [sock.recv(1) for sock in others] == [b"", b""]
-    for sock in young + others + more:
-        sock.close()
+    with pooled(2) as (pool, clock, ours, _):
+        clock.now += 30
+        pool.put("key", pool.take("key"))
+        clock.now += 29
+        pool.expire(clock.now)
+        assert [sock.fileno() >= 0 for sock in ours] == [True, True]
+        clock.now += 1
+        pool.expire(clock.now)
+        assert [sock.fileno() >= 0 for sock in ours] == [False, True]
+        clock.now += 30
+        assert pool.take("key") is None, "too old, though nobody has closed it yet"
 
 
-REUSE = {  # answer -> whether its connection serves again
+# To add a case, add a row: an answer -> its script, and whether its connection serves again.
+REUSE = {
     "a stream read to its end": (stream(*HEALTHY), True),
     "a stream in one go": ([b"".join(stream(*HEALTHY))], True),
-    "an answer of known length": (answer(200, {"choices": [{"message": {"content": "Hello"}, "finish_reason": "stop"}]}), True),
     "a refusal": (refusal(400, "1210"), True),
     "no last chunk": (stream(*HEALTHY, end=False) + [30], False),
-    "bytes behind the end": (stream(*HEALTHY) + [b"HTTP/1.1 200 OK\r\n"], False),
-    "Connection: close": ([HEAD.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")] + stream(*HEALTHY)[1:], False),
-    "HTTP/1.0": ([HEAD.replace(b"1.1", b"1.0").replace(b"Transfer-Encoding: chunked\r\n", b""), *HEALTHY, CLOSE], False),
+    "bytes behind the end": ([b"".join(stream(*HEALTHY)) + b"HTTP/1.1 200 OK\r\n"], False),
+    "Connection: close": ([HEAD[:-2] + b"Connection: close\r\n\r\n", *stream(*HEALTHY)[1:]], False),
+    "HTTP/1.0": ([b"HTTP/1.0 200 OK\r\nContent-Type: text/event-stream\r\n\r\n", *HEALTHY, CLOSE], False),
     "a cut": (stream(say("Hel"), CLOSE, end=False), False),
 }
 
 
 @pytest.mark.parametrize("case", REUSE)
-@BOTH
-def test_a_connection_serves_again_only_if_its_answer_was_read_to_the_end(zai, case, streamed):
+@both
+def test_a_connection_serves_again_once_its_answer_was_read_to_the_end(zai, brisk, monkeypatch, case, streamed):
+    monkeypatch.setattr(ztoapi.Relay, "PATIENCE_S", 0.2)
     script, again = REUSE[case]
     zai.scripts.append(script)
     with road(zai) as proxy:
         ask(proxy, streamed)
         proxy.idle()
-        assert ask(proxy, streamed) == (200, "Hello", None, True)
-        assert zai.connections == (1 if again else 2), "reused" if zai.connections == 1 else "not reused"
-
-
-def test_requests_in_turn_share_one_connection(zai):
-    with road(zai) as proxy:
-        for i in range(10):
-            assert ask(proxy, i % 2)[3]
-            proxy.idle()
-        assert zai.connections == 1 and len(zai.requests) == 10
+        assert ask(proxy, streamed) == WELL
+        assert zai.connections == (1 if again else 2)
 
 
 def test_a_pooled_connection_found_dead_is_replaced_unseen(zai):
     zai.scripts.append(stream(*HEALTHY) + [CLOSE])
     with road(zai, MAX_RETRIES="0") as proxy:
-        assert ask(proxy, True)[3]
+        assert ask(proxy, True) == WELL
         proxy.idle()
         assert eventually(lambda: not zai.open)
-        assert ask(proxy, True)[3] and len(zai.requests) == 2
+        assert ask(proxy, True) == WELL
+        assert len(zai.requests) == 2
+        assert figures(proxy)[0] == 0
+
+
+@contextlib.contextmanager
+def three_pooled(zai):
+    """A proxy with three idle connections to Z.ai."""
+    zai.default = stream(say("Hello"), 0.1, FINISH, DONE)
+    with road(zai, MAX_RETRIES="0") as proxy:
+        assert together(*[lambda: ask(proxy, True)] * 3) == [WELL] * 3
         proxy.idle()
-        assert proxy.server.metrics.retries == 0
+        assert zai.connections == 3
+        yield proxy
 
 
 @pytest.mark.parametrize("death", ([RESET], [CLOSE]), ids=("reset", "end"))
-def test_a_pooled_connection_that_dies_when_used_is_replaced_unseen(zai, death):
-    zai.default = stream(say("Hello"), 0.1, FINISH, DONE)
-    with road(zai, MAX_RETRIES="0") as proxy:
-        assert all(whole for *_, whole in together(*[lambda: ask(proxy, True)] * 3)) and zai.connections == 3
-        proxy.idle()
+def test_pooled_connections_that_die_when_used_are_replaced_unseen(zai, death):
+    with three_pooled(zai) as proxy:
         zai.scripts.extend([death] * 3)
-        assert ask(proxy, True) == (200, "Hello", None, True) and len(zai.requests) == 7 and zai.connections == 4
-        proxy.idle()
-        assert proxy.server.metrics.retries == 0
+        assert ask(proxy, True) == WELL
+        assert (len(zai.requests), zai.connections) == (7, 4)
+        assert figures(proxy)[0] == 0
 
 
 def test_a_pooled_connection_that_ends_after_a_while_was_not_dead(zai, monkeypatch):
     """Z.ai has worked on the request, which is billed: it is tried again MAX_RETRIES times, and counted."""
-    monkeypatch.setattr(ztoapi, "AT_ONCE", 0.05)
-    zai.default = stream(say("Hello"), 0.1, FINISH, DONE)
-    with road(zai, MAX_RETRIES="0") as proxy:
-        assert all(whole for *_, whole in together(*[lambda: ask(proxy, True)] * 3)) and zai.connections == 3
-        proxy.idle()
+    monkeypatch.setattr(ztoapi, "STALE_WITHIN_S", 0.05)
+    with three_pooled(zai) as proxy:
         zai.default = [0.2, CLOSE]
-        assert ask(proxy, True)[0] == 502 and len(zai.requests) == 4
+        assert ask(proxy, True)[0] == 502
+        assert len(zai.requests) == 4
 
 
 # Time that takes no time
 
 class RoadClock:
-    """Time that passes only when somebody waits. at(): what is to happen meanwhile."""
+    """Time that passes only when somebody waits. at(): what is to happen meanwhile. `chores` are called as the pump
+    calls its own: some times a second."""
+
+    STEP_S = 1 / 16
 
     def __init__(self):
-        self.now, self.plan = 1024.0, []
+        self.now = 1024.0
+        self.plan = []
+        self.chores = []
 
     def __call__(self):
         return self.now
 
     def at(self, when, what):
-        self.plan = sorted(self.plan + [(when, what)], key=lambda pair: pair[0])
+        self.plan = sorted([*self.plan, (when, what)], key=lambda pair: pair[0])
 
     def wait(self, seconds):
-        until, what = self.now + seconds, None
+        """Let time pass, that long or less."""
+        until = self.now + min(seconds, self.STEP_S)
         if self.plan and self.plan[0][0] <= until:
-            until, what = self.plan.pop(0)
-        self.now = max(self.now, until)
-        if what:
+            self.now, what = self.plan.pop(0)
             what()
+        else:
+            self.now = max(self.now, until)
+        for chore in self.chores:
+            chore(self.now)
 
 
 class RoadClient(ztoapi.Client):
     """A client that waits by that clock."""
 
-    def __init__(self, clock):
-        super().__init__(None, ztoapi.Settings(), clock=clock)
+    def __init__(self, clock, key=""):
+        super().__init__(None, key=key)
+        self.clock = clock
 
     def wait(self, seconds):
         self.clock.wait(seconds)
@@ -2389,122 +5499,225 @@ class RoadClient(ztoapi.Client):
             raise ztoapi.ClientGone
 
 
+class SleepingClient(ztoapi.Client):
+    """A client that waits in a thread of its own, until it is woken."""
+
+    def __init__(self, key=""):
+        super().__init__(None, key=key)
+
+    def wait(self, seconds):
+        self.alarm.acquire(timeout=10)
+        if self.gone:
+            raise ztoapi.ClientGone
+
+
 class Road:
-    """An Upstream on that clock, and requests over it to a fake Z.ai on a real socket, which gives `answers`, then `script` for ever.
-    `times`: when each request arrived there."""
+    """An Upstream on that clock, and requests over it to a fake Z.ai on a real socket, which gives `answers`, then
+    `script` for ever. `times`: when each request arrived there."""
+
+    NOW = 1780000000  # Unix time when the clock says 0
 
     def __init__(self, zai, rand=0.0, **environ):
-        self.zai, self.clock, self.times, self.answers, self.script = zai, RoadClock(), [], collections.deque(), stream(*HEALTHY)
-        settings = ztoapi.Settings.from_environ(dict({"ZAI_API_KEY": ZAI_KEY, "ZAI_BASE_URL": zai.url}, **environ))
-        self.upstream = ztoapi.Upstream(settings, clock=self.clock, now=lambda: 1780000000 + self.clock.now, rand=lambda: rand, proxies={})
+        self.zai = zai
+        self.clock = RoadClock()
+        self.times = []
+        self.answers = collections.deque()
+        self.script = stream(*HEALTHY)
+        # The clock leaps: that is no silence of Z.ai.
+        usual = {"ZAI_API_KEY": ZAI_KEY, "ZAI_BASE_URL": zai.url, "UPSTREAM_TIMEOUT": "1000000"}
+        self.settings = Settings.from_environ(dict(usual, **environ))
+        self.pump = ztoapi.Pump(self.settings, self.clock)
+        self.upstream = ztoapi.Upstream(self.settings, self.pump, self.unix_now, lambda: rand, proxies={})
+        self.clock.chores.append(self.upstream.gates.tick)
         zai.default = self.arrived
+
+    def unix_now(self):
+        return self.NOW + self.clock.now
 
     def arrived(self, request):
         self.times.append(self.clock.now)
         return self.answers.popleft() if self.answers else self.script
 
+    def job(self, model="glm-4.6"):
+        return self.upstream.job(ztoapi.to_zai_request(chat_body(model=model, stream=True), self.settings))
+
     def ask(self, model="glm-4.6"):
         """(text, error, record)"""
-        record, text = ztoapi.Record("req_1", "127.0.0.1", 0.0), ""
-        job = ztoapi.Job(b'{"model":"%b"}' % model.encode(), model, ztoapi.ChunkTranslator)
+        record = ztoapi.Record("req_1", "127.0.0.1", 0.0)
+        fold = ztoapi.Fold()
+        error = None
         try:
-            for chunks in self.upstream.relay(job, RoadClient(self.clock), record):
-                text += "".join(chunk.delta.get("content", "") for chunk in chunks)
-        except ztoapi.ApiError as error:
-            return text, error, record
-        finally:
-            self.upstream.pool.expire(0)
-        return text, None, record
+            self.upstream.answer(self.job(model), RoadClient(self.clock), record, lambda steps, now: fold.add(steps))
+        except ApiError as failure:
+            error = failure
+        return fold.text(ztoapi.TEXT), error, record
 
     def gaps(self):
-        return [b - a for a, b in zip(self.times, self.times[1:])]
+        return [after - before for before, after in zip(self.times, self.times[1:])]
 
-    def keys(self):
-        """The keys that arrived at Z.ai, in order."""
-        return [request["headers"]["Authorization"].split()[1] for request in self.zai.requests]
+    def reset_words(self, seconds):
+        """Z.ai's words for a limit that ends after so long."""
+        reset = time.gmtime(self.unix_now() + 8 * 3600 + seconds)
+        return time.strftime("Your limit will reset at %Y-%m-%d %H:%M:%S", reset)  # Beijing time
+
+    def close(self):
+        self.pump.close()
+        self.upstream.close()
 
 
-@pytest.mark.parametrize("rand, gaps", ((1.0, [0.5, 1, 2, 4, 8, 8]), (0.5, [0.25, 0.5, 1, 2, 4, 4]), (0.0, [0] * 6)))
-def test_backoff_between_retries_doubles_with_full_jitter(zai, rand, gaps):
-    road = Road(zai, rand, MAX_RETRIES="6")
+@pytest.fixture
+def on_road(zai):
+    """Makes Roads to the fake Z.ai."""
+    roads = []
+
+    def make(*args, **environ):
+        roads.append(Road(zai, *args, **environ))
+        roads[-1].pump.start()
+        return roads[-1]
+    yield make
+    for each in roads:
+        each.close()
+
+
+@pytest.mark.parametrize("rand,gaps", ((1.0, [0.5, 1, 2, 4, 8, 8]), (0.5, [0.25, 0.5, 1, 2, 4, 4]), (0.0, [0] * 6)))
+def test_backoff_between_retries_doubles_with_full_jitter(on_road, rand, gaps):
+    road = on_road(rand, MAX_RETRIES="6")
     road.script = refusal(500, "1234")
     _, error, record = road.ask()
-    assert road.gaps() == gaps and error.status == 502 and record.retries == 6
+    assert road.gaps() == gaps
+    assert error.status == 502
+    assert record.retries == 6
+    assert record.queued_s == sum(gaps)
 
 
-@pytest.mark.parametrize("code, header, seconds", (
-    ("1305", "Retry-After: 7", 7), ("1234", "Retry-After: 7", 7), ("1302", "Retry-After: 7", 7), ("1302", "retry-after: 20", 20),
-    ("1305", "Retry-After: 0", 0), ("1305", "Retry-After: " + email.utils.formatdate(1780001024 + 7, usegmt=True), 7)))
-def test_retry_after_of_zai_is_honoured(zai, code, header, seconds):
-    road = Road(zai)
-    road.answers.append(answer(429, {"error": {"code": code, "message": "no"}}, header))
+# To add a case, add a row: code, Z.ai's Retry-After header, seconds until the next attempt.
+RETRY_AFTER = [
+    ("1234", "7", 7),
+    ("1234", "0", 0),
+    ("1302", "7", 7),
+    ("1302", "20", 20),
+    ("1305", "7", 7),
+    ("1305", "0", 1),  # our own backoff is the least
+    ("1305", email.utils.formatdate(Road.NOW + 1024 + 7, usegmt=True), 7),
+]
+
+
+@pytest.mark.parametrize("code,header,seconds", RETRY_AFTER)
+def test_retry_after_of_zai_is_honoured(on_road, code, header, seconds):
+    road = on_road()
+    road.answers.append(answer(429, {"error": {"code": code, "message": "no"}}, f"Retry-After: {header}"))
     text, error, _ = road.ask()
-    assert text == "Hello" and error is None and seconds <= road.gaps()[0] <= seconds + 1
+    assert (text, error) == ("Hello", None)
+    assert seconds <= road.gaps()[0] <= seconds + 1
 
 
-def test_retry_after_longer_than_queue_timeout_is_told_and_not_waited_for(zai):
-    road = Road(zai, QUEUE_TIMEOUT="60")
-    road.script = answer(429, {"error": {"code": "1305", "message": "no"}}, "Retry-After: 90")
-    began = road.clock.now
+@pytest.mark.parametrize("code", ("1234", "1302", "1305"))
+def test_a_retry_after_beyond_queue_timeout_is_told_at_once_with_the_true_time(on_road, code):
+    road = on_road(QUEUE_TIMEOUT="60")
+    road.script = answer(429, {"error": {"code": code, "message": "no"}}, "Retry-After: 90")
     _, error, _ = road.ask()
-    assert error.status in (429, 503) and error.headers()["Retry-After"] and len(road.times) == 1 and road.clock.now - began <= 60
+    assert error.headers()["Retry-After"] == "90"
+    assert len(road.times) == 1
+    assert road.clock.now == 1024
+
+
+def test_an_absurd_retry_after_closes_the_gate_for_a_minute_at_most(on_road):
+    road = on_road()
+    road.answers.append(answer(429, LIMITED, "Retry-After: 86400"))
+    _, error, _ = road.ask()
+    assert (error.status, error.headers()["Retry-After"]) == (429, "86400")
+    assert road.clock.now == 1024
+    assert road.ask()[0] == "Hello"
+    assert road.gaps() == [60]
+
+
+def test_a_gate_that_opens_too_late_is_not_waited_for(on_road):
+    road = on_road(QUEUE_TIMEOUT="30")
+    road.answers.append(answer(429, LIMITED, "Retry-After: 86400"))
+    assert road.ask()[1] is not None
+    _, error, _ = road.ask()
+    assert error.headers() == {"Retry-After": "60", "x-should-retry": "false"}
+    assert road.clock.now == 1024
+    assert len(road.times) == 1
 
 
 @pytest.mark.parametrize("rand", (0.0, 0.5, 1.0))
-def test_a_refused_request_goes_again_after_a_backoff_that_doubles_to_8_seconds(zai, rand):
-    road = Road(zai, rand)
+def test_a_refused_request_goes_again_after_a_backoff_that_doubles_to_8_seconds(on_road, rand):
+    road = on_road(rand)
     road.script = refusal(429, "1302")
     _, error, record = road.ask()
-    assert (error.status, error.code) == (429, "rate_limit_exceeded") and error.headers()["Retry-After"]
     for gap, nominal in zip(road.gaps(), (0.5, 1, 2, 4, 8, 8, 8, 8)):
-        assert nominal <= gap <= min(8, 1.5 * nominal), road.gaps()
-    assert len(road.times) > 14 and record.retries >= 14  # besides MAX_RETRIES
+        assert nominal <= gap <= min(8, nominal * (1 + 0.5 * rand)) + RoadClock.STEP_S
+    assert len(road.times) > 14, "besides MAX_RETRIES"
+    assert record.retries == len(road.times)
+    assert (error.status, error.code) == (429, "rate_limit_exceeded")
 
 
-def test_jitter_spreads_refused_requests(zai):
-    gaps = []
-    for rand in (0.0, 1.0):
-        road = Road(zai, rand)
-        road.answers.append(refusal(429, "1302"))
-        assert road.ask()[0] == "Hello"
-        gaps += road.gaps()
-    assert gaps[0] < gaps[1]
+def test_an_overload_is_waited_out_within_queue_timeout(on_road):
+    road = on_road(QUEUE_TIMEOUT="50")
+    road.script = refusal(429, "1305", "The service may be temporarily overloaded")
+    _, error, _ = road.ask()
+    assert road.gaps() == [1, 2, 4, 8, 15, 15]
+    assert road.clock.now == 1024 + 45, "the next pause would be too long"
+    assert (error.status, error.code) == (503, "overloaded")
+    assert "temporarily overloaded" in error.message
+    assert error.headers()["x-should-retry"] == "false"
+    road.script = stream(*HEALTHY)
+    assert road.ask()[0] == "Hello"
 
 
 @pytest.mark.parametrize("timeout", (20, 120))
-def test_queue_timeout_bounds_the_waiting_and_not_the_time_with_zai(zai, timeout):
-    road = Road(zai, QUEUE_TIMEOUT=str(timeout))
+def test_queue_timeout_bounds_the_waiting_and_not_the_time_with_zai(on_road, timeout):
+    road = on_road(QUEUE_TIMEOUT=str(timeout))
 
     def with_zai(fake, request):
         road.clock.now += 100
-    road.script = [with_zai] + refusal(429, "1302", "Slow down, please")
-    began = road.clock.now
+    road.script = [with_zai, *refusal(429, "1302", "Slow down, please")]
     _, error, record = road.ask()
-    waited = road.clock.now - began - 100 * len(road.times)
-    assert timeout - 8 <= waited <= timeout and record.queued_s == pytest.approx(waited)
-    assert (error.status, error.code) == (429, "rate_limit_exceeded") and "Slow down, please" in error.message and error.headers()["Retry-After"]
+    waited = road.clock.now - 1024 - 100 * len(road.times)
+    assert timeout - 8 <= waited <= timeout
+    assert record.queued_s == pytest.approx(waited)
+    assert "Slow down, please" in error.message
+    assert error.headers()["x-should-retry"] == "false"
+    assert int(error.headers()["Retry-After"]) >= 1
 
 
-def test_retries_and_requeuing_are_counted_apart(zai):
-    road = Road(zai, MAX_RETRIES="1")
-    road.answers.extend([refusal(429, "1302"), refusal(500, "1234"), stream(sse(ERROR_1302), DONE), refusal(429, "1303")])
+def test_retries_and_queueing_again_are_counted_apart(on_road):
+    road = on_road(MAX_RETRIES="1")
+    refusals = [refusal(429, "1302"), refusal(500, "1234"), stream(sse(LIMITED), DONE), refusal(429, "1303")]
+    road.answers.extend(refusals)
     text, error, record = road.ask()
-    assert (text, error, record.retries, len(zai.requests)) == ("Hello", None, 4, 5)
+    assert (text, error, record.retries) == ("Hello", None, 4)
+
+
+def test_the_requests_bytes_are_let_go_of_with_the_first_step(on_road):
+    road = on_road()
+    road.answers.append(refusal(500, "1234"))
+    road.script = stream(say("Hel"), 0.05, say("lo"), FINISH, DONE)
+    job = road.job()
+    data = job.data
+    holders = []
+
+    def take(steps, now):
+        holders.append(sys.getrefcount(data))
+    road.upstream.answer(job, RoadClient(road.clock), ztoapi.Record("req_1", "127.0.0.1", 0.0), take)
+    assert job.data is None
+    assert len(holders) >= 2
+    assert set(holders) == {sys.getrefcount(data)}
 
 
 # Gates
 
-REFUSED = ztoapi.zai_error(ERROR_1302, 429)
-NOBODY = socket.socket()  # a connection that never ends
-NOBODY.close()
-
-
 class Line:
-    """Gates on that clock. Tickets that are to wait in the queue do so in threads, until their alarm goes."""
+    """Gates on that clock, and tickets for them. Tickets that are to wait in the queue do so in threads."""
 
     def __init__(self, keys=1, limit=0, timeout=120.0, rand=0.0):
-        self.clock, self.admitted, self.threads = RoadClock(), [], []
-        self.gates = ztoapi.Gates(["key-number-%d" % i for i in range(1, keys + 1)], limit, timeout, self.clock, lambda: rand)
+        self.clock = RoadClock()
+        self.admitted = []
+        self.threads = []
+        names = [f"key-number-{i}" for i in range(1, keys + 1)]
+        self.gates = ztoapi.Gates(names, limit, timeout, self.clock, lambda: rand)
+        self.clock.chores.append(self.gates.tick)
 
     def enter(self, ticket=None, model="glm-4.6"):
         """A ticket that got a slot, waiting by the clock if it must."""
@@ -2512,9 +5725,15 @@ class Line:
         self.gates.enter(ticket)
         return ticket
 
-    def queue(self, client=None, model="glm-4.6"):
+    def seconds_to_enter(self, ticket=None):
+        began = self.clock.now
+        self.enter(ticket)
+        return self.clock.now - began
+
+    def queue(self, key="", model="glm-4.6"):
         """A ticket that waits in the queue, in its thread."""
-        ticket, queued = ztoapi.Ticket(model, client or ztoapi.Client(NOBODY, ztoapi.Settings(), clock=self.clock)), self.queued(model)
+        ticket = ztoapi.Ticket(model, SleepingClient(key))
+        before = self.queued(model)
 
         def wait():
             with contextlib.suppress(ztoapi.ClientGone):
@@ -2522,63 +5741,112 @@ class Line:
                 self.admitted.append(ticket)
         self.threads.append(threading.Thread(target=wait, daemon=True))
         self.threads[-1].start()
-        assert eventually(lambda: self.queued(model) == queued + 1)
+        assert eventually(lambda: self.queued(model) == before + 1)
         return ticket
 
     def queued(self, model="glm-4.6"):
         return self.gates.state()[1].get(model, 0)
 
-    def ceiling(self):
+    def ceilings(self):
         return [ceiling for _, _, ceiling, _ in self.gates.state()[0]]
 
-    def join(self):
-        for thread in self.threads:
-            thread.join(5)
-            assert not thread.is_alive()
+    def serve_all(self, ticket):
+        """Let the ticket end, then each that is admitted thereby; in which order they came."""
+        for i in range(len(self.threads) + 1):
+            self.gates.leave(ticket, served=True)
+            if i < len(self.threads):
+                assert eventually(lambda i=i: len(self.admitted) > i)
+                ticket = self.admitted[i]
+        return self.admitted
+
+
+def error_of(code, message="no", status=429, **more):
+    return zai_error({"error": {"code": code, "message": message}}, status, **more)
+
+
+REFUSED = error_of("1302")
 
 
 def test_first_come_is_first_served():
     line = Line(limit=1)
     first = line.enter()
     tickets = [line.queue() for _ in range(6)]
-    for i, ticket in enumerate([first] + tickets):
-        line.gates.leave(ticket, served=True)
-        assert eventually(lambda: len(line.admitted) == min(i + 1, 6))
-    assert line.admitted == tickets and line.gates.state()[1] == {}
-    line.join()
+    assert line.serve_all(first) == tickets
+    assert line.gates.state()[1] == {}
+
+
+def test_client_keys_take_turns_in_the_queue():
+    line = Line(limit=1)
+    first = line.enter()
+    a1, a2, a3, b1, b2 = [line.queue(key) for key in "aaabb"]
+    assert line.serve_all(first) == [a1, b1, a2, b2, a3]
 
 
 def test_models_have_queues_of_their_own():
     line = Line(limit=1)
     first = line.enter(model="glm-4.6")
-    second = line.queue(model="glm-4.6")
-    line.gates.leave(line.enter(model="glm-4.5"))
-    line.gates.leave(first)
-    line.join()
-    line.gates.leave(second)
+    behind = line.queue(model="glm-4.6")
+    assert line.enter(model="glm-4.5").gate
+    assert line.serve_all(first) == [behind]
 
 
-@pytest.mark.parametrize("limit", (1, 2, 5))
+@pytest.mark.parametrize("limit", (1, 5))
 def test_max_concurrency_is_a_fixed_ceiling(limit):
-    line = Line(limit=limit, timeout=120)
+    line = Line(limit=limit)
     tickets = [line.enter() for _ in range(limit)]
     began = line.clock.now
-    with pytest.raises(ztoapi.ApiError) as caught:
+    with pytest.raises(ApiError) as caught:
         line.enter()
-    assert line.clock.now - began == 120  # nothing is probed above it
-    assert (caught.value.status, caught.value.code) == (429, "rate_limit_exceeded") and "Retry-After" in caught.value.headers()
+    assert line.clock.now - began == 120, "nothing is probed above it"
+    assert (caught.value.status, caught.value.code) == (429, "rate_limit_exceeded")
+    assert caught.value.headers() == {"Retry-After": "5", "x-should-retry": "false"}
     line.clock.at(line.clock.now + 7, lambda: line.gates.leave(tickets[0]))
-    began = line.clock.now
-    line.enter()
-    assert line.clock.now - began == 7
+    assert line.seconds_to_enter() == 7
 
 
-def test_the_ceiling_becomes_what_is_in_flight_without_the_refused_one_and_at_least_one():
+@pytest.mark.parametrize("code", ("1302", "1305"))
+def test_the_ceiling_becomes_what_is_in_flight_without_the_refused_one(code):
     line = Line()
     tickets = [line.enter() for _ in range(12)]
-    for left in (11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 1):
-        line.gates.leave(tickets.pop(), REFUSED)
-        assert line.ceiling() == [left]
+    for left in range(11, 0, -1):
+        line.gates.leave(tickets.pop(), error_of(code))
+        assert line.ceilings() == [left]
+
+
+# To add a case, add a row: code, how many others are in flight, the ceiling then, seconds until it goes again.
+LESSONS = [
+    ("1302", 1, 1, 0.5),
+    ("1302", 0, 1, 0.5),
+    ("1303", 1, None, 0.5),
+    ("1305", 1, 1, 60),  # one is in flight, one is allowed: until the probing
+    ("1305", 2, 2, 60),
+    ("1305", 0, None, 1),
+    ("1312", 1, None, 1),
+    ("1312", 0, None, 1),
+]
+
+
+@pytest.mark.parametrize("code,others,ceiling,seconds", LESSONS)
+def test_what_a_refusal_teaches(code, others, ceiling, seconds):
+    line = Line()
+    for _ in range(others):
+        line.enter()
+    refused = line.enter()
+    line.gates.leave(refused, error_of(code))
+    assert line.ceilings() == [ceiling]
+    if code == "1302" and others:
+        seconds = 60
+    assert line.seconds_to_enter(refused) == seconds
+
+
+def test_the_pauses_of_an_overload_double_to_15_seconds():
+    line = Line()
+    ticket = line.enter()
+    pauses = []
+    for _ in range(6):
+        line.gates.leave(ticket, error_of("1305"))
+        pauses.append(line.seconds_to_enter(ticket))
+    assert pauses == [1, 2, 4, 8, 15, 15]
 
 
 def test_the_ceiling_is_probed_up_to_max_concurrency_and_no_further():
@@ -2586,317 +5854,364 @@ def test_the_ceiling_is_probed_up_to_max_concurrency_and_no_further():
     tickets = [line.enter() for _ in range(3)]
     for ticket in tickets[1:]:
         line.gates.leave(ticket, REFUSED)
-    assert line.ceiling() == [1]
-    began = line.clock.now
-    line.enter()
-    line.enter()
-    assert line.clock.now - began == 120 and line.ceiling() == [3]
-    with pytest.raises(ztoapi.ApiError):
+    assert line.ceilings() == [1]
+    assert [line.seconds_to_enter(), line.seconds_to_enter()] == [60, 60]
+    assert line.ceilings() == [3]
+    with pytest.raises(ApiError):
         line.enter()
-    assert line.clock.now - began == 240 and line.ceiling() == [3]
-
-
-def test_looking_for_room_changes_nothing():
-    """The metrics, the queue and other models may look as often as they like."""
-    line = Line()
-    ticket = line.enter()
-    line.gates.leave(line.enter(), REFUSED)
-    gate = ticket.gate
-    line.clock.now += 1000
-    assert [gate.room(line.clock.now), gate.room(line.clock.now), gate.ceiling] == [0, 0, 1]
-    gate.probe(line.clock.now)
-    gate.probe(line.clock.now)
-    assert [gate.room(line.clock.now), gate.ceiling] == [1, 2]
-
-
-@pytest.mark.parametrize("slot_frees_after, goes_after", ((0.25, 0.5), (0.5, 0.5), (5, 5)))
-def test_a_refused_request_goes_when_a_slot_frees_but_not_before_its_backoff(slot_frees_after, goes_after):
-    line = Line()
-    other, refused = line.enter(), line.enter()
-    line.gates.leave(refused, REFUSED)
-    assert line.ceiling() == [1]
-    began = line.clock.now
-    line.clock.at(began + slot_frees_after, lambda: line.gates.leave(other, served=True))
-    line.enter(refused)
-    assert line.clock.now - began == goes_after
-
-
-def test_a_refused_request_goes_back_to_the_head_of_the_queue():
-    line = Line(limit=2)
-    tickets = [line.enter(), line.enter()]
-    behind = [line.queue(), line.queue()]
-    line.gates.leave(tickets[1], REFUSED)
-    line.gates.leave(tickets[0], REFUSED)
-    assert line.queued() == 2 and not line.admitted  # nobody overtakes while the refused ones wait
-    line.enter(tickets[0])
-    line.clock.at(line.clock.now + 1, lambda: line.gates.leave(tickets[0], served=True))
-    line.enter(tickets[1])
-    assert not line.admitted
-    for ticket, next_one in zip((tickets[1], behind[0]), behind):
-        line.gates.leave(ticket, served=True)
-        assert eventually(lambda: line.admitted and line.admitted[-1] is next_one)
-    assert line.admitted == behind
-    line.join()
+    assert line.ceilings() == [3]
 
 
 def test_the_ceiling_is_probed_upward_by_one_after_60_seconds_without_a_refusal():
     line = Line()
     tickets = [line.enter() for _ in range(3)]
     line.gates.leave(tickets.pop(), REFUSED)
-    began = line.clock.now
-    line.enter()
-    assert line.clock.now - began == 60 and line.ceiling() == [3]
+    assert line.seconds_to_enter() == 60
+    assert line.ceilings() == [3]
     refused = line.enter()
-    assert line.clock.now - began == 120 and line.ceiling() == [4]
+    assert line.ceilings() == [4]
     line.clock.now += 30
     line.gates.leave(refused, REFUSED)
-    assert line.ceiling() == [3]
-    line.enter(refused)
-    assert line.clock.now - began == 210  # 60 s after the last refusal
+    assert line.ceilings() == [3]
+    assert line.seconds_to_enter(refused) == 60
 
 
-def test_the_head_of_the_queue_goes_when_a_key_comes_back():
-    line = Line(keys=2, limit=1)
-    busy, other = line.enter(), line.enter()
-    line.gates.leave(other, ztoapi.UpstreamError("exhausted", ztoapi.NEXT_KEY, retry_after=10.0))
-    began = line.clock.now
-    ticket = line.enter()
-    assert line.clock.now - began == 10 and ticket.gate.key is other_key(line, busy)
+def test_looking_for_room_changes_nothing():
+    """The metrics, the queue and other models may look as often as they like."""
+    line = Line()
+    gate = line.enter().gate
+    line.gates.leave(line.enter(), REFUSED)
+    line.clock.now += 1000
+    assert [gate.room(line.clock.now) for _ in range(2)] == [0, 0]
+    for _ in range(2):
+        gate.probe(line.clock.now)
+    assert gate.room(line.clock.now) == 1
 
 
-def other_key(line, ticket):
-    return next(key for key in line.gates.keys if key is not ticket.gate.key)
+@pytest.mark.parametrize("slot_frees_after,goes_after", ((0.25, 0.5), (0.5, 0.5), (5, 5)))
+def test_a_refused_request_goes_when_a_slot_frees_but_not_before_its_backoff(slot_frees_after, goes_after):
+    line = Line()
+    other = line.enter()
+    refused = line.enter()
+    line.gates.leave(refused, REFUSED)
+    line.clock.at(line.clock.now + slot_frees_after, lambda: line.gates.leave(other, served=True))
+    assert line.seconds_to_enter(refused) == goes_after
+
+
+def test_a_refused_request_goes_back_to_the_head_of_the_queue():
+    line = Line(limit=1)
+    refused = line.enter()
+    behind = [line.queue(), line.queue()]
+    line.gates.leave(refused, REFUSED)
+    assert line.queued() == 2, "nobody overtakes while the gate is closed"
+    assert line.seconds_to_enter(refused) == 0.5
+    assert line.serve_all(refused) == behind
 
 
 def test_the_next_in_the_queue_goes_on_when_the_head_leaves_it():
-    class Noting(ztoapi.Client):
-        waits = ()
-
-        def wait(self, seconds):
-            self.waits += (seconds,)
-            super().wait(seconds)
     line = Line()
-    refused = line.enter()
-    line.gates.leave(refused, ztoapi.zai_error(ERROR_1302, 429, retry_after=30.0))
-    head, behind = (Noting(NOBODY, ztoapi.Settings(), clock=line.clock) for _ in range(2))
-    line.queue(head)
-    line.queue(behind)
-    head.hang_up()
-    assert eventually(lambda: behind.waits[-1] <= 30, 2), "still waits for QUEUE_TIMEOUT: %s" % (behind.waits,)
-    behind.hang_up()
-    line.join()
+    line.gates.leave(line.enter(), error_of("1302", retry_after=30.0))
+    head = line.queue()
+    behind = line.queue()
+    head.client.leave()
+    assert eventually(lambda: line.queued() == 1)
+    line.clock.now += 30
+    line.gates.tick(line.clock.now)
+    assert eventually(lambda: line.admitted == [behind])
+
+
+def test_one_who_has_left_keeps_no_slot():
+    line = Line(limit=1)
+    left = ztoapi.Ticket("glm-4.6", RoadClient(line.clock))
+    left.client.gone = True
+    with pytest.raises(ztoapi.ClientGone):
+        line.enter(left)
+    assert line.seconds_to_enter() == 0
 
 
 def test_gates_of_models_that_taught_nothing_are_forgotten():
     line = Line()
     for i in range(100):
-        line.gates.leave(line.enter(model="model-%d" % i), served=True)
-    assert line.gates.state() == ([], {}) and not line.gates.gates and not line.gates.lines
+        line.gates.leave(line.enter(model=f"model-{i}"), served=True)
+    assert line.gates.state() == ([], {})
+    assert line.gates.queues == {}
 
 
-@pytest.mark.parametrize("how", ("429", "first event in a 200"))
-def test_a_burst_of_12_against_a_limit_of_2_succeeds_and_teaches(zai, how):
-    body = stream(say("a"), 0.04, say("b"), FINISH, DONE)
-    refused = []
+def test_the_log_tells_once_when_a_gate_begins_to_refuse_and_once_when_it_clears(caplog):
+    caplog.set_level(logging.INFO, "ztoapi")
+    line = Line()
+    refused = line.enter()
+    for _ in range(3):
+        line.gates.leave(refused, REFUSED)
+        line.enter(refused)
+    assert caplog.messages == ["glm-4.6: Z.ai refuses (1302), 1 at a time, queueing"]
+    behind = line.queue()
+    line.gates.leave(refused, served=True)
+    assert len(caplog.messages) == 1, "somebody still queued"
+    for ticket in (behind, line.enter()):
+        line.gates.leave(ticket, served=True)
+    assert caplog.messages[1:] == ["glm-4.6: nobody queues any more"]
+
+
+# To add a case, add a row: how Z.ai refuses -> what too many requests get.
+BURSTS = {
+    "1302": refusal(429, "1302"),
+    "1305": refusal(429, "1305"),
+    "1302 as first event": stream(sse(LIMITED), DONE),
+}
+
+
+@pytest.mark.parametrize("how", BURSTS)
+def test_a_burst_of_10_against_a_limit_of_3_succeeds_and_teaches(zai, how):
+    running = threading.BoundedSemaphore(3)
 
     def limited(request):
-        if zai.in_flight <= 2:
-            return body
-        refused.append(request)
-        return stream(sse(ERROR_1302), DONE)
-    if how == "429":
-        zai.limit, zai.default = 2, body
-    else:
-        zai.default = limited
+        if not running.acquire(blocking=False):
+            return BURSTS[how]
+        return stream(say("a"), 0.06, lambda *_: running.release(), say("b"), FINISH, DONE)
+    zai.default = limited
     with road(zai) as proxy:
-        counts = []
-        for _ in range(2 if how == "429" else 1):
-            before = zai.refused + len(refused)
-            results = together(*[lambda i=i: ask(proxy, i % 3) for i in range(12)])
-            assert results == [(200, "ab", None, True)] * 12
-            counts.append(zai.refused + len(refused) - before)
-        assert counts[0] > 0 and sum(counts[1:]) <= 3, counts
-        assert all(ceiling in (1, 2, 3) for _, _, ceiling, _ in proxy.server.upstream.gates.state()[0])
+        results = together(*[lambda i=i: ask(proxy, i % 3) for i in range(10)])
+        assert results == [(200, "ab", None, True)] * 10
+        assert [gate[2] in (1, 2, 3) for gate in proxy.server.upstream.gates.state()[0]] == [True]
 
 
 def test_max_concurrency_bounds_what_is_in_flight_at_zai(zai):
-    zai.default = stream(say("a"), 0.03, FINISH, DONE)
+    counts = []
+
+    def begin(*_):
+        counts.append(1)
+
+    def end(*_):
+        counts.append(-1)
+    zai.default = stream(begin, say("a"), 0.03, end, FINISH, DONE)
     with road(zai, MAX_CONCURRENCY="3") as proxy:
-        assert all(whole for *_, whole in together(*[lambda i=i: ask(proxy, i % 2) for i in range(12)])) and zai.most_in_flight == 3
+        results = together(*[lambda i=i: ask(proxy, i % 2) for i in range(12)])
+        assert [whole for *_, whole in results] == [True] * 12
+        assert max(itertools.accumulate(counts)) == 3
 
 
-def test_queue_timeout_is_a_429_and_the_waiting_is_told(zai):
+def test_queue_timeout_is_a_429_that_sdks_do_not_repeat(zai):
     zai.default = stream(say("a"), 0.3, FINISH, DONE)
-    with road(zai, MAX_CONCURRENCY="1", QUEUE_TIMEOUT="0.1") as proxy:
-        with proxy.open_stream() as occupant:
-            assert eventually(lambda: zai.in_flight == 1)
-            status, headers, body = proxy.chat()
-            assert status == 429 and body["error"]["code"] == "rate_limit_exceeded" and body["error"]["type"] and int(headers["Retry-After"]) >= 1
-            assert int(headers["x-ztoapi-queue-ms"]) >= 100
-            assert read_stream(occupant)[3] and len(zai.requests) == 1
+    with road(zai, MAX_CONCURRENCY="1", QUEUE_TIMEOUT="0.1") as proxy, proxy.open_stream() as occupant:
+        assert eventually(lambda: zai.in_flight == 1)
+        status, headers, body = proxy.chat()
+        assert (status, body["error"]["code"]) == (429, "rate_limit_exceeded")
+        assert headers["x-should-retry"] == "false"
+        assert int(headers["Retry-After"]) >= 1
+        assert int(headers["x-ztoapi-queue-ms"]) >= 100
+        assert read_stream(occupant)[3]
+        assert len(zai.requests) == 1
 
 
-@BOTH
+@both
 def test_queue_ms_tells_how_long_a_request_waited(zai, streamed):
     zai.default = stream(say("a"), 0.1, FINISH, DONE)
     with road(zai, MAX_CONCURRENCY="1") as proxy, proxy.open_stream() as occupant:
         assert eventually(lambda: zai.in_flight == 1)
         headers = (proxy.stream() if streamed else proxy.chat())[1]
         assert 20 <= int(headers["x-ztoapi-queue-ms"]) <= 5000
-        assert int(read_stream(occupant)[1]["x-ztoapi-queue-ms"]) < 50
+        assert int(read_stream(occupant)[1].get("x-ztoapi-queue-ms", 0)) < 50
+
+
+def test_retries_are_in_the_log_and_in_the_metrics(zai, caplog):
+    caplog.set_level(logging.INFO, "ztoapi")
+    zai.scripts.extend([refusal(500, "1234"), refusal(429, "1120")])
+    with road(zai) as proxy:
+        assert ask(proxy, True) == WELL
+        proxy.idle()
+        assert "retries=2" in caplog.text
+        assert "ztoapi_retries_total 2" in proxy.call("GET", "/metrics")[2]
 
 
 # Several keys
 
-KEYS = ["%d123456789abcdef.SecretSecret%d" % (i, i) for i in (1, 2, 3)]
-
-
-def error_of(code, message="no", status=429, **more):
-    return ztoapi.zai_error({"error": {"code": code, "message": message}}, status, **more)
-
-
-def test_the_key_with_the_most_room_serves():
-    for limit in (0, 2):
-        line = Line(keys=2, limit=limit)
-        first, second, third, fourth = [line.enter() for _ in range(4)]
-        assert sorted(gate[3] for gate in line.gates.state()[0]) == [2, 2]
-        freed = second.gate
-        line.gates.leave(second, served=True)
-        assert line.enter().gate is freed
+@pytest.mark.parametrize("limit", (0, 2))
+def test_the_key_with_the_most_room_serves(limit):
+    line = Line(keys=2, limit=limit)
+    tickets = [line.enter() for _ in range(4)]
+    assert [gate[3] for gate in line.gates.state()[0]] == [2, 2]
+    freed = tickets[1].gate
+    line.gates.leave(tickets[1], served=True)
+    assert line.enter().gate is freed
 
 
 def test_a_key_that_learned_a_low_ceiling_gets_less():
     line = Line(keys=2)
-    first = line.enter()
+    refused = line.enter()
     line.enter()
-    line.gates.leave(first, REFUSED)
+    line.gates.leave(refused, REFUSED)
     line.clock.now += 1
-    assert [line.enter().gate.key.name[:2] for _ in range(3)].count("#1") <= 1
+    positions = [line.enter().gate.key.position for _ in range(3)]
+    assert positions.count(1) <= 1
 
 
-@pytest.mark.parametrize("code, status", [(code, 401) for code in "401 1000 1001 1002 1003 1004".split()] + [
-    (code, 429) for code in "1110 1111 1112 1113 1304 1308 1309 1310".split()])
-def test_a_refused_or_exhausted_key_is_set_aside_for_ten_minutes_and_the_next_one_serves(zai, code, status):
-    road = Road(zai, ZAI_API_KEY=",".join(KEYS[:2]))
+# To add a case, add a row: codes, their HTTP status, whether the whole key rests or its serving that model.
+RESTS = [
+    ("401 1000 1001 1002 1003 1004 1005 1315", 401, True),
+    ("1110 1111 1112 1304 1308 1309 1310", 429, True),
+    ("1113 1311", 429, False),
+]
+REST_ROWS = [(code, *rest) for codes, *rest in RESTS for code in codes.split()]
+
+
+@pytest.mark.parametrize("code,status,whole_key", REST_ROWS)
+def test_a_refused_key_rests_for_ten_minutes_and_the_next_one_serves(zai, on_road, code, status, whole_key):
+    road = on_road(ZAI_API_KEY=",".join(ROAD_KEYS[:2]))
+    first, second = ROAD_KEYS[:2]
     road.answers.append(refusal(status, code))
     text, error, record = road.ask()
-    assert (text, error, road.keys(), road.gaps()) == ("Hello", None, [KEYS[0], KEYS[1]], [0]) and record.retries == 1
-    assert road.ask()[0] == "Hello" and road.ask("glm-4.5")[0] == "Hello" and road.keys()[2:] == [KEYS[1]] * 2
+    assert (text, error, record.retries) == ("Hello", None, 1)
+    assert road.gaps() == [0]
+    assert road.ask()[0] == "Hello"
+    assert road.ask("glm-4.5")[0] == "Hello"
+    assert keys_at(zai) == [first, second, second, second if whole_key else first]
     road.clock.now += 599
-    assert road.ask()[0] == "Hello" and road.keys()[4:] == [KEYS[1]]
+    assert road.ask()[0] == "Hello"
     road.clock.now += 2
-    assert road.ask()[0] == "Hello" and road.keys()[5:] == [KEYS[0]]
+    assert road.ask()[0] == "Hello"
+    assert keys_at(zai)[4:] == [second, first]
 
 
 @pytest.mark.parametrize("code", ("1308", "1310"))
-def test_an_exhausted_key_is_set_aside_until_its_reset(zai, code):
-    road = Road(zai, ZAI_API_KEY=",".join(KEYS[:2]))
-    now = 1780000000 + road.clock.now
-    reset = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(now + 8 * 3600 + 5000))  # Beijing time
-    road.answers.append(refusal(429, code, "Usage limit reached for 5 hour. Your limit will reset at " + reset))
-    assert road.ask()[0] == "Hello" and road.keys() == KEYS[:2]
+def test_an_exhausted_key_rests_until_its_reset(zai, on_road, code):
+    road = on_road(ZAI_API_KEY=",".join(ROAD_KEYS[:2]))
+    road.answers.append(refusal(429, code, road.reset_words(5000)))
+    assert road.ask()[0] == "Hello"
     road.clock.now += 4990
-    assert road.ask()[0] == "Hello" and road.keys()[2:] == [KEYS[1]]
+    assert road.ask()[0] == "Hello"
     road.clock.now += 20
-    assert road.ask()[0] == "Hello" and road.keys()[3:] == [KEYS[0]]
+    assert road.ask()[0] == "Hello"
+    first, second = ROAD_KEYS[:2]
+    assert keys_at(zai) == [first, second, second, first]
 
 
-def test_a_key_stays_aside_though_an_earlier_answer_with_it_ends_well():
+def test_no_key_rests_longer_than_six_hours(zai, on_road):
+    """The reset may be days away, but somebody may recharge."""
+    road = on_road(ZAI_API_KEY=",".join(ROAD_KEYS[:2]))
+    road.answers.append(refusal(429, "1310", road.reset_words(3 * 86400)))
+    for leap in (6 * 3600 - 1, 2, 0):
+        assert road.ask()[0] == "Hello"
+        road.clock.now += leap
+    first, second = ROAD_KEYS[:2]
+    assert keys_at(zai) == [first, second, second, first]
+
+
+@pytest.mark.parametrize("code", ("401", "1113", "1304", "1311"))
+def test_a_lone_key_is_asked_again_all_the_same(on_road, code):
+    road = on_road()
+    road.answers.append(refusal(429, code))
+    assert road.ask()[1].zai_code == code
+    assert road.ask()[0] == "Hello"
+
+
+def test_with_all_keys_resting_the_one_whose_turn_comes_first_is_tried(zai, on_road):
+    road = on_road(ZAI_API_KEY=",".join(ROAD_KEYS))
+    for seconds in (7000, 5000, 6000):
+        road.answers.append(refusal(429, "1308", road.reset_words(seconds)))
+    _, error, record = road.ask()
+    assert (error.status, error.code, record.retries) == (402, "insufficient_quota", 2)
+    assert error.headers() == {"Retry-After": "6000", "x-should-retry": "false"}
+    road.clock.now += 10
+    assert road.ask()[0] == "Hello"
+    assert keys_at(zai) == [*ROAD_KEYS, ROAD_KEYS[1]]
+
+
+def test_an_answer_ends_the_rest_of_the_key_that_was_tried_all_the_same():
     line = Line(keys=2)
-    running, second, refused = line.enter(), line.enter(), line.enter()
+    line.gates.leave(line.enter(), UpstreamError("exhausted", KEY_RESTS, retry_after=5000.0))
+    ticket = line.enter()
+    line.gates.leave(ticket, error_of("401"))
+    line.enter(ticket)
+    assert ticket.gate.key.position == 1, "it has been refused with the other"
+    line.gates.leave(ticket, served=True)
+    assert line.enter().gate.key.position == 1
+
+
+def test_a_key_goes_on_resting_though_an_earlier_answer_with_it_ends_well():
+    line = Line(keys=2)
+    running, second, refused = [line.enter() for _ in range(3)]
     assert running.gate is refused.gate
     line.gates.leave(refused, error_of("1308"))
     line.gates.leave(running, served=True)
     line.gates.leave(second, served=True)
-    assert line.enter().gate.key.name[:2] == "#2"
+    assert line.enter().gate.key.position == 2
 
 
-def test_a_lone_key_is_never_set_aside(zai):
-    road = Road(zai)
-    for code in ("1113", "401", "1304"):
-        road.answers.append(refusal(429, code))
-        assert road.ask()[1] is not None
-        assert road.ask()[0] == "Hello"
-    assert len(road.keys()) == 6
+def test_the_head_of_the_queue_goes_when_a_key_comes_back():
+    line = Line(keys=2, limit=1)
+    busy = line.enter()
+    line.gates.leave(line.enter(), UpstreamError("exhausted", KEY_RESTS, retry_after=10.0))
+    ticket = ztoapi.Ticket("glm-4.6", RoadClient(line.clock))
+    assert line.seconds_to_enter(ticket) == 10
+    assert ticket.gate.key is not busy.gate.key
 
 
-def test_with_all_keys_aside_the_one_whose_turn_comes_first_is_tried(zai):
-    road = Road(zai, ZAI_API_KEY=",".join(KEYS))
-    now = 1780000000 + road.clock.now
-    for seconds in (7000, 5000, 6000):
-        reset = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(now + 8 * 3600 + seconds))
-        road.answers.append(refusal(429, "1308", "Your limit will reset at " + reset))
-    _, error, record = road.ask()
-    assert (error.status, error.code, record.retries) == (429, "insufficient_quota", 2) and road.keys() == KEYS and "Retry-After" in error.headers()
-    road.clock.now += 10
-    text, error, _ = road.ask()
-    assert (text, error) == ("Hello", None) and road.keys()[3:] == [KEYS[1]]
-
-
-@BOTH
+@both
 def test_the_client_sees_nothing_of_a_key_that_fails(zai, streamed):
-    zai.scripts.extend([refusal(401, "401"), stream(sse({"error": {"code": "1113", "message": "no"}}))])
-    with road(zai, ZAI_API_KEY=",".join(KEYS), MAX_RETRIES="0") as proxy:
-        assert ask(proxy, streamed) == (200, "Hello", None, True)
-        assert [request["headers"]["Authorization"].split()[1] for request in zai.requests] == KEYS
+    zai.scripts.extend([refusal(401, "401"), stream(error_sse("1311"))])
+    with road(zai, ZAI_API_KEY=",".join(ROAD_KEYS), MAX_RETRIES="0") as proxy:
+        assert ask(proxy, streamed) == WELL
+        assert keys_at(zai) == list(ROAD_KEYS)
 
 
 def test_an_empty_purse_at_every_key_is_told_with_no_second_try(zai):
     zai.default = refusal(429, "1113")
-    with road(zai, ZAI_API_KEY=",".join(KEYS)) as proxy:
+    with road(zai, ZAI_API_KEY=",".join(ROAD_KEYS)) as proxy:
         status, headers, body = proxy.chat()
-        assert (status, body["error"]["code"], headers["x-should-retry"]) == (429, "insufficient_quota", "false") and len(zai.requests) == 3
+        assert (status, body["error"]["code"]) == (402, "insufficient_quota")
+        assert headers["x-should-retry"] == "false"
+        assert keys_at(zai) == list(ROAD_KEYS)
 
 
-@pytest.mark.parametrize("script", (
-    lambda key: refusal(401, "401", "token %s expired" % key), lambda key: refusal(500, "1234", "%s and %s" % tuple(key.split("."))),
-    lambda key: refusal(400, "1210", "key " + key), lambda key: stream(sse({"error": {"code": "1234", "message": "Bearer " + key}})),
-    lambda key: stream(say("a"), sse({"error": {"code": "1234", "message": "Bearer " + key}})),
-    lambda key: [("HTTP/1.1 200 OK\r\nX-Log-Id: %s\r\nContent-Type: text/event-stream\r\n\r\n" % key).encode(), CLOSE],
-    lambda key: [b"HTTP/1.1 %b\r\n\r\n" % key.encode(), CLOSE]),
-    ids=("401", "halves", "400", "first event", "later event", "log id", "head"))
-@BOTH
-def test_no_key_is_seen_in_answers_or_logs(zai, caplog, script, streamed):
+def error_with(text):
+    return sse({"error": {"code": "1234", "message": text}})
+
+
+# To add a case, add a row: where Z.ai quotes the key -> the script for a key.
+QUOTING = {
+    "401": lambda key: refusal(401, "401", f"token {key} expired"),
+    "halves": lambda key: refusal(500, "1234", "{} and {}".format(*key.split("."))),
+    "400": lambda key: refusal(400, "1210", f"key {key}"),
+    "first event": lambda key: stream(error_with(f"Bearer {key}")),
+    "later event": lambda key: stream(say("a"), error_with(f"Bearer {key}")),
+    "log id": lambda key: [raw_head(f"X-Log-Id: {key}"), CLOSE],
+    "head": lambda key: [b"HTTP/1.1 %b\r\n\r\n" % key.encode(), CLOSE],
+}
+
+
+@pytest.mark.parametrize("case", QUOTING)
+@both
+def test_no_key_is_seen_in_answers_or_logs(zai, caplog, case, streamed):
     caplog.set_level(logging.DEBUG, "ztoapi")
-    zai.default = lambda request: script(request["headers"]["Authorization"].split()[1])
-    with road(zai, ZAI_API_KEY=",".join(KEYS[:2]), DEBUG_MODE="true") as proxy:
-        with proxy.connect() as sock:
-            sock.sendall(raw_chat(chat_body(stream=streamed), ["Connection: close"]))
-            seen = b"".join(iter(lambda: sock.recv(65536), b"")).decode()
+    zai.default = lambda request: QUOTING[case](request["headers"]["Authorization"].split()[1])
+    with road(zai, ZAI_API_KEY=",".join(ROAD_KEYS[:2]), DEBUG_MODE="true") as proxy:
+        seen = talk(proxy, raw_chat(chat_body(stream=streamed), ["Connection: close"])).decode()
         proxy.idle()
-    assert "error" in seen and "key #1" in caplog.text
-    for key in KEYS[:2]:
-        for part in [key] + key.split("."):
-            assert part not in seen and part not in caplog.text
+    assert "error" in seen
+    assert "key #1" in caplog.text
+    parts = [part for key in ROAD_KEYS[:2] for part in key.split(".")]
+    assert [part for part in parts if part in seen + caplog.text] == []
 
 
 # The client's leaving
 
-def vacant(proxy):
-    gates, queued = proxy.server.upstream.gates.state()
-    return not any(gate[3] for gate in gates) and not queued and not proxy.server.watch.clients
+def is_connecting(proxy):
+    return any(client.dialing for client in list(proxy.server.pump.clients))
 
 
-def connecting(proxy, zai):
-    return any(client.upstream for client in list(proxy.server.watch.clients))
+def is_pausing(proxy, zai):
+    return len(zai.requests) == 1 and not zai.in_flight and not slots(proxy)
 
 
-def arrived(proxy, zai):
-    return zai.in_flight == 1
-
-
-def backing_off(proxy, zai):
-    gates, _ = proxy.server.upstream.gates.state()
-    return len(zai.requests) == 1 and not zai.in_flight and not any(gate[3] for gate in gates)
-
-
-BUSY = "Retry-After: 60"
-PHASES = {  # what Z.ai does; when the phase is reached; whether a connection to Z.ai is then open
-    "before headers": ([30], arrived, True),
-    "before the first token": ([HEAD, 30], arrived, True),
-    "mid-stream": (stream(say("Hel"), 30), arrived, True),
-    "in a backoff": (answer(500, ERROR_1234, BUSY), backing_off, False),
-    "refused, in the queue": (answer(429, ERROR_1302, BUSY), backing_off, False),
+PAUSE = "Retry-After: 60"
+# To add a case, add a row: a phase -> what Z.ai does; when it is reached; how many connections to Z.ai are then open.
+PHASES = {
+    "before the head": ([30], lambda proxy, zai: zai.in_flight == 1, 1),
+    "before the first token": ([HEAD, 30], lambda proxy, zai: zai.in_flight == 1, 1),
+    "behind the first token": (stream(say("Hel"), 30), lambda proxy, zai: zai.in_flight == 1, 1),
+    "in a backoff": (answer(500, NETWORK, PAUSE), is_pausing, 0),
+    "refused, in the queue": (answer(429, LIMITED, PAUSE), is_pausing, 0),
 }
 
 
@@ -2915,69 +6230,76 @@ def leaving(proxy, caplog, streamed, how="close"):
     else:
         sock.close()
     left = time.monotonic()
-    assert eventually(lambda: vacant(proxy), 3) and time.monotonic() - left < 1
-    proxy.idle()
+    assert eventually(proxy.server.idle, 3)
+    assert time.monotonic() - left < 1
     sock.close()
-    assert proxy.server.metrics.cancelled == 1 and proxy.server.metrics.failed == 0 and " 499 " in caplog.text
-    assert not [record for record in caplog.records if record.levelno > logging.INFO]
+    assert figures(proxy)[1:] == (0, 1)
+    assert " 499 " in caplog.text
+    assert [record for record in caplog.records if record.levelno > logging.INFO] == []
 
 
 @pytest.mark.parametrize("phase", PHASES)
-@BOTH
+@both
 def test_the_clients_leaving_is_noticed(zai, brisk, caplog, phase, streamed):
-    zai.default, reached, connected = PHASES[phase]
+    zai.default, is_reached, connected = PHASES[phase]
     with road(zai) as proxy:
         with leaving(proxy, caplog, streamed):
-            assert eventually(lambda: reached(proxy, zai))
-        assert eventually(lambda: zai.cut_by_client == connected, 1) and len(zai.requests) == 1
+            assert eventually(lambda: is_reached(proxy, zai))
+        assert eventually(lambda: zai.cut_by_client == connected, 1)
+        assert len(zai.requests) == 1
 
 
-@pytest.mark.parametrize("how, streamed", (("reset", True), ("end of file", False)))
+@pytest.mark.parametrize("how,streamed", (("reset", True), ("end of file", False)))
 def test_every_way_of_leaving_is_noticed(zai, caplog, how, streamed):
     zai.default = stream(say("Hel"), 30)
     with road(zai) as proxy:
         with leaving(proxy, caplog, streamed, how):
-            assert eventually(lambda: arrived(proxy, zai))
+            assert eventually(lambda: zai.in_flight == 1)
         assert eventually(lambda: zai.cut_by_client == 1, 1)
 
 
-@BOTH
+@both
 def test_the_clients_leaving_the_queue_is_noticed(zai, brisk, caplog, streamed):
     zai.default = stream(say("Hel"), 30)
     with road(zai, MAX_CONCURRENCY="1") as proxy, proxy.open_stream() as occupant:
         assert eventually(lambda: zai.in_flight == 1)
-        with contextlib.closing(proxy.connect()) as sock:
+        with proxy.connect() as sock:
             sock.sendall(raw_chat(chat_body(stream=streamed)))
-            assert eventually(lambda: proxy.server.upstream.gates.state()[1] == {"glm-4.6": 1})
-        assert eventually(lambda: proxy.server.upstream.gates.state()[1] == {}, 1) and eventually(lambda: proxy.server.metrics.cancelled == 1)
+            assert eventually(lambda: queued(proxy) == 1)
+        assert eventually(lambda: queued(proxy) == 0, 1)
         occupant.close()
-        proxy.idle()
-        assert len(zai.requests) == 1 and proxy.server.metrics.cancelled == 2 and not [r for r in caplog.records if r.levelno > logging.INFO]
+        assert figures(proxy) == (0, 0, 2)
+        assert len(zai.requests) == 1
+        assert [record for record in caplog.records if record.levelno > logging.INFO] == []
 
 
 def test_a_slot_never_goes_to_one_who_has_left(zai):
-    """Not even when a write that fails leaves it, before the watch looks."""
+    """Not even when a write that fails frees it, before the pump looks."""
     zai.default = stream(*[say("Hel"), 0.01] * 500)
     with road(zai, MAX_CONCURRENCY="1") as proxy:
         socks = [proxy.open_stream() for _ in range(6)]
-        assert eventually(lambda: zai.in_flight == 1 and proxy.server.upstream.gates.state()[1] == {"glm-4.6": 5})
+        assert eventually(lambda: zai.in_flight == 1 and queued(proxy) == 5)
         for sock in socks:
             sock.close()
-        assert eventually(lambda: vacant(proxy)) and len(zai.requests) == 1
+        proxy.idle()
+        assert len(zai.requests) == 1
 
 
-@BOTH
-def test_the_clients_leaving_while_connecting_is_noticed(zai, brisk, caplog, streamed):
-    with stuck_listener() as port, road(ZAI_BASE_URL="http://127.0.0.1:%d" % port) as proxy, leaving(proxy, caplog, streamed):
-        assert eventually(lambda: connecting(proxy, zai))
+@both
+def test_the_clients_leaving_while_connecting_is_noticed(brisk, caplog, streamed):
+    with stuck_listener() as port, road(ZAI_BASE_URL=f"http://127.0.0.1:{port}") as proxy:
+        with leaving(proxy, caplog, streamed):
+            assert eventually(lambda: is_connecting(proxy))
 
 
-@pytest.mark.parametrize("scheme", ("https", "tunnel"))
-def test_the_clients_leaving_in_a_handshake_is_noticed(brisk, caplog, monkeypatch, scheme):
+@pytest.mark.parametrize("road_kind", ("https", "tunnel"))
+def test_the_clients_leaving_in_a_handshake_is_noticed(brisk, caplog, monkeypatch, road_kind):
     with MuteListener() as mute:
-        if scheme == "tunnel":
-            through(monkeypatch, "https", "http://127.0.0.1:%d" % mute.port)
-        with road(ZAI_BASE_URL="https://api.z.ai/api" if scheme == "tunnel" else "https://127.0.0.1:%d/api" % mute.port) as proxy:
+        url = f"https://127.0.0.1:{mute.port}/api"
+        if road_kind == "tunnel":
+            through(monkeypatch, "https", f"http://127.0.0.1:{mute.port}")
+            url = "https://api.z.ai/api"
+        with road(ZAI_BASE_URL=url) as proxy:
             with leaving(proxy, caplog, True):
                 assert mute.heard.wait(5)
             assert mute.ended.wait(1)
@@ -2986,78 +6308,70 @@ def test_the_clients_leaving_in_a_handshake_is_noticed(brisk, caplog, monkeypatc
 def test_the_leaving_of_a_client_that_had_sent_more_is_noticed(zai, brisk):
     zai.default = stream(say("Hel"), 30)
     with road(zai) as proxy:
-        with contextlib.closing(proxy.connect()) as sock:
+        with proxy.connect() as sock:
             sock.sendall(raw_chat(chat_body(stream=True)))
             assert eventually(lambda: zai.in_flight == 1)
             sock.sendall(raw_chat(chat_body(stream=True)))  # pipelined
         assert eventually(lambda: zai.cut_by_client == 1, 1)
 
 
-def test_nothing_is_sent_to_a_client_that_has_its_answer():
-    """A heartbeat that comes due while an error is being answered must not begin a stream behind it."""
-    ours, theirs = socket.socketpair()
-    looking, go_on = threading.Event(), threading.Event()
-
-    class Slow:
-        """A socket that keeps the watch busy."""
-
-        def fileno(self):
-            looking.set()
-            go_on.wait(5)
-            return -1
-
-    def answer_it():
-        with watch.over(ztoapi.Client(Slow(), ztoapi.Settings())):
-            with watch.over(client):
-                ticking.start()
-                assert looking.wait(5)
-            return sink.started
-
-    def release():
-        looking.wait(5)
-        time.sleep(0.05)  # answer_it() is through by then, or waits for the watch
-        go_on.set()
-        ticking.join(5)
-    watch = ztoapi.Watch(lambda: time.monotonic() + 60)
-    sink = ztoapi.EventSink(ours, lambda: b"HEAD", ztoapi.Envelope("id", 0, "model"), heartbeat_s=10.0)
-    client = ztoapi.Client(ours, ztoapi.Settings(), sink)
-    ticking = threading.Thread(target=watch.tick)
-    started, _ = together(answer_it, release)
-    assert sink.started == started
-    ours.close()
-    theirs.close()
-
-
 # Heartbeats
 
-@pytest.mark.parametrize("begin", ([0.15], [HEAD, 0.15]), ids=("before headers", "before the first token"))
+@pytest.mark.parametrize("begin", ([0.15], [HEAD, 0.15]), ids=("before the head", "before the first token"))
 def test_a_heartbeat_is_a_valid_empty_chunk_and_the_opening_one_comes_first(zai, brisk, begin):
     zai.default = begin + stream(*HEALTHY)[len(begin) - 1:]
     with road(zai, HEARTBEAT="0.04") as proxy, proxy.open_stream() as sock:
-        assert sock.recv(12, socket.MSG_PEEK) == b"HTTP/1.1 200" and zai.in_flight == 1  # committed before Z.ai has said anything
+        assert sock.recv(12, socket.MSG_PEEK) == b"HTTP/1.1 200"
+        assert zai.in_flight == 1, "the head is out before Z.ai has said anything"
         _, _, events, clean = read_stream(sock)
-        chunks = [event for event in events if isinstance(event, dict)]
-        assert clean and said(events) == "Hello" and finish_of(events) == ["stop"] and events[-1] == "[DONE]"
-        assert chunks[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
-        beats = [chunk for chunk in chunks if chunk["choices"][0]["delta"] == {} and chunk["choices"][0]["finish_reason"] is None]
-        assert beats and len({(c["id"], c["created"], c["model"], c["object"]) for c in chunks}) == 1
-        assert sum("role" in chunk["choices"][0]["delta"] for chunk in chunks) == 1
+        assert clean
+        assert said(events) == "Hello"
+        deltas = [choice["delta"] for choice in choices_of(events)]
+        assert deltas[0] == {"role": "assistant", "content": ""}
+        assert ["role" in delta for delta in deltas].count(True) == 1
+        assert any(map(is_beat, events))
+        constants = {(e["id"], e["created"], e["model"], e["object"]) for e in events[:-1]}
+        assert len(constants) == 1
 
 
 def test_a_heartbeat_comes_mid_stream_too(zai, brisk):
     zai.default = stream(say("Hel"), 0.15, say("lo"), FINISH, DONE)
     with road(zai, HEARTBEAT="0.04") as proxy:
         _, _, events, clean = proxy.stream()
-        deltas = [e["choices"][0]["delta"] for e in events[:-1]]
-        assert clean and said(events) == "Hello" and {} in deltas[deltas.index({"content": "Hel"}):deltas.index({"content": "lo"})]
+        assert clean
+        deltas = [choice["delta"] for choice in choices_of(events)]
+        assert {} in deltas[deltas.index({"content": "Hel"}):deltas.index({"content": "lo"})]
 
 
-def test_no_heartbeat_comes_before_its_time_or_at_0(zai, brisk):
+@pytest.mark.parametrize("heartbeat", ("10", "0"))
+def test_no_heartbeat_comes_before_its_time_or_at_0(zai, brisk, heartbeat):
     zai.default = stream(0.1, *HEALTHY)
-    for beat in ("10", "0"):
-        with road(zai, HEARTBEAT=beat) as proxy:
-            events = proxy.stream()[2]
-            assert not [e for e in events[:-1] if e["choices"][0]["delta"] == {} and not e["choices"][0]["finish_reason"]]
+    with road(zai, HEARTBEAT=heartbeat) as proxy:
+        assert not any(map(is_beat, proxy.stream()[2]))
+
+
+# To add a case, add a row: what comes late -> the script.
+LATE_ENDS = {
+    "the end mark": stream(say("Hello"), FINISH, 0.2, DONE),
+    "the end of the body": stream(say("Hello"), FINISH, DONE, 0.2),
+    "the finish": stream(say("Hello"), 0.2, FINISH, DONE),
+    "the usage": stream(say("Hello"), event(finish="stop"), 0.2, FINISH, DONE),
+    "nothing, after a large write": [b"".join(stream(say("Hello" * (1 << 20)), FINISH, DONE))],
+}
+
+
+@pytest.mark.parametrize("case", LATE_ENDS)
+def test_a_heartbeat_never_follows_the_end_of_an_answer(zai, brisk, case):
+    zai.default = LATE_ENDS[case]
+    with road(zai, HEARTBEAT="0.05") as proxy, proxy.open_stream() as sock:
+        time.sleep(0.3)  # the large write stands still meanwhile
+        _, _, events, clean = read_stream(sock)
+        assert clean
+        assert events[-1] == "[DONE]"
+        assert said(events).replace("Hello", "") == ""
+        sock.settimeout(0.2)
+        with pytest.raises(socket.timeout):
+            sock.recv(1)
 
 
 def test_a_quick_refusal_keeps_its_status_with_heartbeats_on(zai, brisk):
@@ -3067,18 +6381,21 @@ def test_a_quick_refusal_keeps_its_status_with_heartbeats_on(zai, brisk):
 
 
 def test_a_json_answer_has_no_heartbeats_and_keeps_its_status(zai, brisk):
-    zai.scripts.append([0.15] + refusal(400, "1210"))
-    zai.default = [0.15] + stream(*HEALTHY)
+    zai.scripts.append([0.15, *refusal(400, "1210")])
+    zai.default = [0.15, *stream(*HEALTHY)]
     with road(zai, HEARTBEAT="0.03") as proxy:
-        assert ask(proxy, False)[0] == 400 and ask(proxy, False) == (200, "Hello", None, True)
+        assert ask(proxy, False)[0] == 400
+        assert ask(proxy, False) == WELL
 
 
 def test_retrying_goes_on_after_a_heartbeat(zai, brisk):
-    zai.scripts.extend([[0.1] + refusal(500, "1234"), [HEAD, 0.1, CLOSE]])
+    zai.scripts.extend([[0.1, *refusal(500, "1234")], [HEAD, 0.1, CLOSE]])
     with road(zai, HEARTBEAT="0.03") as proxy:
-        status, _, events, clean = proxy.stream()
-        assert clean and said(events) == "Hello" and len(zai.requests) == 3
-        assert sum("role" in e["choices"][0]["delta"] for e in events if isinstance(e, dict)) == 1
+        _, _, events, clean = proxy.stream()
+        assert clean
+        assert said(events) == "Hello"
+        assert len(zai.requests) == 3
+        assert ["role" in choice["delta"] for choice in choices_of(events)].count(True) == 1
 
 
 def test_queueing_goes_on_after_a_heartbeat(zai, brisk):
@@ -3086,39 +6403,112 @@ def test_queueing_goes_on_after_a_heartbeat(zai, brisk):
     with road(zai, HEARTBEAT="0.03", MAX_CONCURRENCY="1") as proxy, proxy.open_stream() as first:
         assert eventually(lambda: zai.in_flight == 1)
         with proxy.open_stream() as second:
-            second.settimeout(5)
-            assert second.recv(1, socket.MSG_PEEK) and proxy.server.upstream.gates.state()[1] == {"glm-4.6": 1}
+            assert second.recv(1, socket.MSG_PEEK) == b"H"
+            assert queued(proxy) == 1
             for _, _, events, clean in together(lambda: read_stream(first), lambda: read_stream(second)):
                 assert (said(events), clean) == ("Hello", True)
 
 
-@pytest.mark.parametrize("script, code", (
-    ([0.1] + refusal(400, "1210"), "invalid_value"), ([0.1] + refusal(429, "1113"), "insufficient_quota"), ([0.1, RESET], "upstream_error"),
-    ([0.1] + stream(sse(ERROR_1234)), "upstream_error")), ids=("400", "429", "reset", "event"))
-def test_a_failure_after_a_heartbeat_is_the_in_stream_error(zai, brisk, script, code):
-    zai.default = script
+# To add a case, add a row: what Z.ai does after a heartbeat, the code of the error then.
+FAILURES_AFTER_BEAT = {
+    "400": ([0.1, *refusal(400, "1210")], "invalid_value"),
+    "429": ([0.1, *refusal(429, "1113")], "insufficient_quota"),
+    "reset": ([0.1, RESET], "upstream_error"),
+    "event": ([0.1, *stream(sse(NETWORK))], "upstream_error"),
+}
+
+
+@pytest.mark.parametrize("case", FAILURES_AFTER_BEAT)
+def test_a_failure_after_a_heartbeat_is_the_in_stream_error(zai, brisk, case):
+    zai.default, code = FAILURES_AFTER_BEAT[case]
     with road(zai, HEARTBEAT="0.03", MAX_RETRIES="0") as proxy:
-        events = assert_in_stream_error(proxy)
-        assert events[0]["choices"][0]["delta"]["role"] == "assistant" and events[-1]["error"]["code"] == code
+        events = failed_stream(proxy)
+        assert events[0]["choices"][0]["delta"]["role"] == "assistant"
+        assert events[-1]["error"]["code"] == code
 
 
 def test_queue_timeout_after_a_heartbeat_is_the_in_stream_error(zai, brisk):
     zai.default = stream(say("Hel"), 30)
     with road(zai, HEARTBEAT="0.03", MAX_CONCURRENCY="1", QUEUE_TIMEOUT="0.1") as proxy, proxy.open_stream():
         assert eventually(lambda: zai.in_flight == 1)
-        assert assert_in_stream_error(proxy)[-1]["error"]["code"] == "rate_limit_exceeded"
+        assert failed_stream(proxy)[-1]["error"]["code"] == "rate_limit_exceeded"
+
+
+@contextlib.contextmanager
+def minded_stream(make_head, **environ):
+    """(pump, client, the other end of its socket): a pump at work, and a client that it does not mind yet."""
+    pump = ztoapi.Pump(Settings.from_environ(environ))
+    ours, theirs = socket.socketpair()
+    ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    front = ztoapi.Chat("chatcmpl-1", 1, "glm-4.6")
+    pump.start()
+    with ours, theirs:
+        theirs.settimeout(5)
+        yield pump, ztoapi.Client(ours, ztoapi.Outbox(ours, make_head, front)), theirs
+    pump.close()
+
+
+def test_who_takes_a_client_back_from_the_pump_finds_no_heartbeat_under_way(monkeypatch):
+    """An error must see whether a stream has begun; else it would answer a second time."""
+    monkeypatch.setattr(ztoapi, "TICK_S", 0.01)
+    beating = threading.Event()
+
+    def slow_head():
+        beating.set()
+        time.sleep(0.1)
+        return b"HEAD"
+    with minded_stream(slow_head, HEARTBEAT="0.01") as (pump, client, theirs):
+        with pump.minding(client):
+            assert beating.wait(5)
+        assert client.outbox.started
+        theirs.setblocking(False)
+        assert theirs.recv(4) == b"HEAD"
+
+
+def test_an_outbox_that_has_ended_its_answer_beats_no_more(monkeypatch):
+    monkeypatch.setattr(ztoapi, "TICK_S", 0.01)
+    with minded_stream(lambda: b"HEAD", HEARTBEAT="0.01") as (pump, client, theirs):
+        with pump.minding(client):
+            client.outbox.put("the end", time.monotonic(), last=True)
+            time.sleep(0.1)
+        client.connection.shutdown(socket.SHUT_WR)
+        assert read_to_end(theirs).endswith(b"the end\r\n" + END)
+
+
+def test_heartbeats_into_a_full_window_wait_for_room_and_come_whole(monkeypatch):
+    monkeypatch.setattr(ztoapi, "TICK_S", 0.0005)
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with minded_stream(lambda: head, HEARTBEAT="0.0005") as (pump, client, theirs):
+        with pump.minding(client):
+            assert eventually(lambda: client.is_behind)
+            time.sleep(0.05)
+            owed = len(client.outbox.unsent)
+            assert owed < 1000, "no beat is put behind another that waits"
+            reading = threading.Thread(target=lambda: got.append(read_stream(theirs)), daemon=True)
+            got = []
+            reading.start()
+            assert eventually(lambda: not client.is_behind)
+        client.connection.sendall(client.outbox.frame("data: [DONE]\n\n", last=True))
+        reading.join(5)
+        _, _, events, clean = got[0]
+        assert clean
+        assert events[-1] == "[DONE]"
+        assert events[0]["choices"][0]["delta"]["role"] == "assistant"
+        assert all(map(is_beat, events[1:-1]))
 
 
 # Slow readers and large answers
 
 def count_text(sock, letter):
     """How often `letter`, which is nowhere else, comes in a streamed answer; and whether that ends as it should."""
-    count, tail = 0, b""
+    count = 0
+    tail = b""
     while not tail.endswith(b"data: [DONE]\n\n\r\n" + END):
         data = sock.recv(1 << 20)
         if not data:
             return count, False
-        count, tail = count + data.count(letter), (tail + data)[-64:]
+        count += data.count(letter)
+        tail = (tail + data)[-64:]
     return count, True
 
 
@@ -3130,218 +6520,187 @@ def rss():
 
 
 class Torrent:
-    """A script of `count` equal events; `sent` counts them."""
+    """A script of `count` equal events of `size` letters; `sent` counts them."""
 
     def __init__(self, count, size):
-        self.event, self.sent = chunked(say("Q" * size)), 0
-        self.script = [HEAD] + [self.event, self.count] * count + [chunked(FINISH), END]
+        self.sent = 0
+        self.script = [HEAD, *[chunked(say("Q" * size)), self.count] * count, chunked(FINISH), END]
 
     def count(self, fake, request):
         self.sent += 1
+
+
+class FullSocket:
+    """A client's socket that takes nothing."""
+
+    def send(self, data):
+        raise BlockingIOError
+
+
+def test_nothing_is_read_from_zai_while_its_client_is_behind():
+    outbox = ztoapi.Outbox(FullSocket(), bytes, ztoapi.Chat("chatcmpl-1", 1, "glm-4.6"))
+    outbox.put("text", 0)
+    received = []
+    connection = types.SimpleNamespace(receive=received.append)
+    answer_to_come = ztoapi.Answer(ztoapi.Translator(), zai_error)
+    relay = ztoapi.Relay(connection, answer_to_come, ztoapi.Client(FullSocket(), outbox), None)
+    assert not relay.step(1, bytearray(10))
+    assert received == []
 
 
 def test_a_slow_reader_slows_zai_down_and_costs_no_memory(zai):
     torrent = Torrent(600, 1 << 16)
     zai.default = torrent.script
     with road(zai) as proxy, proxy.open_stream() as sock:
-        before, sent = rss(), -1
+        before = rss()
+        sent = -1
         while sent != torrent.sent:  # until Z.ai is held up
             sent = torrent.sent
             time.sleep(0.2)
-        assert sent < 500 and rss() - before < 16 << 20
-        assert count_text(sock, b"Q") == (600 << 16, True) and torrent.sent == 600
+        assert sent < 500
+        assert rss() - before < 16 << 20
+        assert count_text(sock, b"Q") == (600 << 16, True)
+
+
+def test_a_client_that_is_behind_is_no_silence_of_zai(zai, brisk):
+    zai.default = Torrent(300, 1 << 16).script
+    with road(zai, UPSTREAM_TIMEOUT="0.1") as proxy, proxy.open_stream() as sock:
+        time.sleep(0.4)
+        assert count_text(sock, b"Q") == (300 << 16, True)
+
+
+def test_an_error_that_comes_while_the_client_is_behind_comes_last_and_whole(zai, brisk):
+    zai.default = [HEAD, chunked(say("Q" * (4 << 20))) + chunked(sse(NETWORK)), CLOSE]
+    with road(zai) as proxy, proxy.open_stream() as sock:
+        time.sleep(0.2)
+        _, _, events, clean = read_stream(sock)
+        assert len(said(events)) == 4 << 20
+        assert "Network error" in events[-1]["error"]["message"]
+        assert not clean
+
+
+def test_a_slow_reader_does_not_hold_up_the_others(zai):
+    zai.scripts.append(Torrent(600, 1 << 16).script)
+    with road(zai) as proxy, proxy.open_stream():
+        assert eventually(lambda: any(client.is_behind for client in list(proxy.server.pump.clients)))
+        assert ask(proxy, True) == WELL
 
 
 def test_a_client_that_takes_no_write_within_client_timeout_is_dropped(zai, brisk):
     zai.default = Torrent(1000, 1 << 16).script
     with road(zai, CLIENT_TIMEOUT="0.2") as proxy, proxy.open_stream():
-        assert eventually(lambda: zai.cut_by_client == 1) and eventually(lambda: vacant(proxy))
-        proxy.idle()
-        assert proxy.server.metrics.cancelled == 1
+        assert eventually(lambda: zai.cut_by_client == 1)
+        assert figures(proxy) == (0, 0, 1)
 
 
 def test_a_slow_reader_is_no_dropped_one(zai, brisk):
     zai.default = Torrent(300, 1 << 16).script
-    with road(zai, CLIENT_TIMEOUT="0.3") as proxy, proxy.open_stream() as sock:
+    with road(zai, CLIENT_TIMEOUT="0.3", UPSTREAM_TIMEOUT="0.3") as proxy, proxy.open_stream() as sock:
         for _ in range(5):
             time.sleep(0.08)
             sock.recv(1 << 20)
         assert count_text(sock, b"Q")[1]
 
 
-def test_heartbeats_into_a_full_window_wait_for_room_and_come_whole():
-    with socket.create_server(("127.0.0.1", 0)) as listener, socket.socket() as theirs:
-        theirs.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        theirs.connect(listener.getsockname())
-        with listener.accept()[0] as ours:
-            ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-            clock = RoadClock()
-            head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
-            sink = ztoapi.EventSink(ours, lambda: head, ztoapi.Envelope("id", 0, "model"), heartbeat_s=1.0, clock=clock)
-            client = ztoapi.Client(ours, ztoapi.Settings(), sink, clock)
-            watch = ztoapi.Watch(clock)
-            with watch.over(client):
-                for _ in range(2000):
-                    clock.now += 1
-                    watch.tick()
-            last = ztoapi.Chunk({}, "stop")
-            (_, _, events, clean), _ = together(lambda: read_stream(theirs), lambda: sink.write(sink.envelope.encode([last]), last=True))
-            deltas = [e["choices"][0]["delta"] for e in events[:-1]]
-            assert clean and events[-1] == "[DONE]" and deltas[0]["role"] == "assistant" and 5 < len(deltas) < 1000 and not any(deltas[1:])
+# What is made for one request, and must go with it.
+PER_REQUEST = (
+    ztoapi.Handler, ztoapi.Client, ztoapi.Outbox, ztoapi.Relay, ztoapi.Connection, ztoapi.ZaiRequest, ztoapi.Answer,
+    ztoapi.Reply, ztoapi.SSEDecoder, ztoapi.Translator, ztoapi.Job, ztoapi.Ticket, ztoapi.Fold, ztoapi.Chat)
+
+# To add a case, add a row: what happens -> what Z.ai does (None: it is not there), streamed or not.
+LITTER = {
+    "well": (stream(*HEALTHY), True),
+    "well, json": (stream(*HEALTHY), False),
+    "reset": (EARLY["reset before the head"], True),
+    "first event, json": (EARLY["an error as first event"], False),
+    "HTML 502": (EARLY["HTML 502"], True),
+    "cut": ([HEAD, chunked(say("Hel")), CLOSE], True),
+    "silence": ([HEAD, 30], True),
+    "not there": (None, True),
+}
 
 
-@pytest.mark.parametrize("script, streamed", (
-    (stream(*HEALTHY), True), (stream(*HEALTHY), False), (EARLY["reset before headers"], True), (EARLY["error as first event"], False),
-    (EARLY["HTML 502"], True), ([HEAD, chunked(say("Hel")), CLOSE], True), (None, True)),
-                         ids=("well", "well, json", "reset", "first event, json", "HTML 502", "cut", "refused"))
-def test_a_request_leaves_nothing_for_the_garbage_collector(zai, script, streamed):
-    """What it leaves, it leaves with its body and its buffers, for as long as the collector likes."""
-    kinds = (ztoapi.Handler, ztoapi.Client, ztoapi.EventSink, ztoapi.ZaiRequest, ztoapi.KeepAliveConnection, ztoapi.Response, ztoapi.SSEDecoder, ztoapi.ChunkTranslator)
-
+def litter_of(make_request):
+    """The kinds of things of one request that are still there after it, with the garbage collector off."""
     def left():
-        return {id(thing): type(thing).__name__ for thing in gc.get_objects() if isinstance(thing, kinds)}
-    zai.default = script
-    if script is None:
-        zai.close()
+        return {id(thing): type(thing).__name__ for thing in gc.get_objects() if isinstance(thing, PER_REQUEST)}
     gc.collect()
     before = left()
     gc.disable()
     try:
-        with road(zai, MAX_RETRIES="1") as proxy:
-            ask(proxy, streamed)
-            proxy.idle()
-            assert eventually(lambda: left().keys() <= before.keys(), 1), [kind for key, kind in left().items() if key not in before]
+        make_request()
+        eventually(lambda: left().keys() <= before.keys(), 1)
+        return [kind for key, kind in left().items() if key not in before]
     finally:
         gc.enable()
 
 
-@pytest.mark.parametrize("script", (
-    [HEAD, chunked(say("x" * (17 << 20))), chunked(FINISH), END], [HEAD, b"1100000\r\n" + b"x" * (17 << 20), b"\r\n" + END]),
-                         ids=("an event", "a line without an end"))
-def test_an_event_of_more_than_16_mib_is_an_error(zai, script):
-    zai.default = script
+@pytest.mark.parametrize("case", LITTER)
+def test_a_request_leaves_nothing_for_the_garbage_collector(zai, brisk, case):
+    """What it leaves, it leaves with its body and its buffers, for as long as the collector likes."""
+    zai.default, streamed = LITTER[case]
+    if zai.default is None:
+        zai.close()
+
+    def make_request():
+        ask(proxy, streamed)
+        proxy.idle()
+    with road(zai, MAX_RETRIES="1", UPSTREAM_TIMEOUT="0.1") as proxy:
+        assert litter_of(make_request) == []
+
+
+@both
+def test_a_client_that_leaves_an_answer_leaves_nothing_either(zai, brisk, streamed):
+    zai.default = stream(say("Hel"), 30)
+
+    def make_request():
+        with proxy.connect() as sock:
+            sock.sendall(raw_chat(chat_body(stream=streamed)))
+            assert eventually(lambda: zai.in_flight == 1)
+        proxy.idle()
     with road(zai) as proxy:
-        status, text, error, _ = ask(proxy, True)
-        assert status == 502 and not text and error["code"] == "upstream_error" and len(zai.requests) == 1
+        assert litter_of(make_request) == []
 
 
-def test_an_event_of_more_than_16_mib_mid_stream_is_the_in_stream_error(zai):
-    zai.default = [HEAD, chunked(say("Hel")), chunked(say("x" * (17 << 20))), chunked(FINISH), END]
+def test_a_client_that_leaves_while_connecting_leaves_nothing_either(brisk):
+    def make_request():
+        with proxy.open_stream():
+            assert eventually(lambda: is_connecting(proxy))
+        proxy.idle()
+    with stuck_listener() as port, road(ZAI_BASE_URL=f"http://127.0.0.1:{port}") as proxy:
+        assert litter_of(make_request) == []
+
+
+def test_an_event_of_more_than_16_mib_is_an_error(zai):
+    zai.default = [HEAD, chunked(say("x" * (17 << 20))), chunked(FINISH), END]
     with road(zai) as proxy:
-        assert said(assert_in_stream_error(proxy)) == "Hel" and len(zai.requests) == 1
-
-
-def test_an_event_of_almost_16_mib_passes(zai):
-    zai.default = stream(say("x" * (15 << 20)), FINISH, DONE)
-    with road(zai) as proxy:
-        assert len(ask(proxy, True)[1]) == 15 << 20
+        status, text, _, _ = ask(proxy, True)
+        assert (status, text) == (502, "")
+        assert len(zai.requests) == 1
 
 
 def test_a_json_answer_of_more_than_64_mib_is_an_error(zai):
     one = chunked(say("\u4e2d" * ((1 << 20) // 3)))  # a mebibyte, whatever the count of characters
-    zai.default = [HEAD] + [one] * 66 + [chunked(FINISH), END]
-    with road(zai) as proxy:
-        status, _, error, _ = ask(proxy, False)
-        assert status == 502 and error["code"] == "upstream_error" and len(zai.requests) == 1
-
-
-# Codings, log id
-
-GZIP_HEAD = HEAD.replace(b"\r\n\r\n", b"\r\nContent-Encoding: gzip\r\n\r\n")
-
-
-def packed(wbits, *pieces):
-    packer = zlib.compressobj(wbits=wbits)
-    return [packer.compress(piece) + packer.flush(zlib.Z_SYNC_FLUSH) for piece in pieces] + [packer.flush()]
-
-
-@pytest.mark.parametrize("coding, wbits", (("gzip", 31), ("GZIP", 31), ("x-gzip", 31), ("deflate", 15)))
-@BOTH
-def test_compressed_answers_are_understood_all_the_same(zai, coding, wbits, streamed):
-    head = HEAD.replace(b"\r\n\r\n", b"\r\nContent-Encoding: %b\r\n\r\n" % coding.encode())
-    zai.default = [head] + [chunked(piece) for piece in packed(wbits, *HEALTHY) if piece] + [END]
-    body = b"".join(packed(wbits, json.dumps({"error": {"code": "1211", "message": "Unknown Model"}}).encode()))
-    with road(zai) as proxy:
-        assert ask(proxy, streamed) == (200, "Hello", None, True)
-        zai.scripts.append(answer(400, body, "Content-Encoding: " + coding))
-        assert ask(proxy, streamed)[2]["code"] == "model_not_found"
-        assert zai.requests[0]["headers"]["Accept-Encoding"] == "identity"
-
-
-@BOTH
-def test_a_text_may_be_packed_in_several_packets(zai, streamed):
-    zai.default = [GZIP_HEAD] + [chunked(b"".join(packed(31, piece))) for piece in HEALTHY] + [END]
-    with road(zai) as proxy:
-        assert ask(proxy, streamed) == (200, "Hello", None, True)
-        zai.scripts.append([GZIP_HEAD.replace(b"gzip", b""), *stream(*HEALTHY)[1:]])
-        assert ask(proxy, streamed) == (200, "Hello", None, True)
-
-
-def test_compressed_events_pass_as_they_come(zai, brisk):
-    pieces = [chunked(piece) for piece in packed(31, *HEALTHY)]
-    zai.default = [GZIP_HEAD] + pieces[:3] + [30]
-    with road(zai) as proxy, proxy.open_stream() as sock, sock.makefile("rb") as file:
-        assert any(b'"Hel"' in line for line in iter(file.readline, b""))
-
-
-def test_a_compressed_answer_is_unpacked_a_piece_at_a_time():
-    """A thousandth of its size comes over the wire: unpacked at once, one read would be 64 MiB."""
-    packer = zlib.compressobj(wbits=31)
-    data = b"".join(packer.compress(b"x" * (1 << 20)) for _ in range(100)) + packer.flush()
-
-    class Wire(io.BytesIO):
-        recv = io.BytesIO.read
-    wire = Wire(GZIP_HEAD + chunked(data) + END)
-    response = ztoapi.Response(wire, ztoapi.Client(None, ztoapi.Settings()), ztoapi.Pool(), "key")
-    sizes = [len(piece) for piece in iter(response.read, b"")]
-    assert sum(sizes) == 100 << 20 and max(sizes) <= 1 << 16
-
-
-def test_a_compressed_event_has_the_same_bound_as_any(zai):
-    zai.default = [GZIP_HEAD] + [chunked(piece) for piece in packed(31, say("x" * (17 << 20)), FINISH) if piece] + [END]
-    with road(zai) as proxy:
-        status, text, error, _ = ask(proxy, True)
-        assert status == 502 and not text and error["code"] == "upstream_error" and len(zai.requests) == 1
-
-
-@pytest.mark.parametrize("coding", ("br", "zstd"))
-@pytest.mark.parametrize("status", (200, 400))
-@BOTH
-def test_a_coding_that_cannot_be_read_is_a_clear_502(zai, coding, status, streamed):
-    zai.default = answer(status, b"\x8b\x00\x80hello\x03", "Content-Encoding: " + coding)
-    with road(zai) as proxy:
-        got, _, error, _ = ask(proxy, streamed)
-        assert got == 502 and coding in error["message"] and len(zai.requests) == 1
-
-
-@pytest.mark.parametrize("data", (b"no gzip at all", b"".join(packed(31, *HEALTHY))[:60]), ids=("broken", "cut"))
-def test_broken_gzip_is_an_error(zai, data):
-    zai.default = [GZIP_HEAD, chunked(data), END]
+    zai.default = [HEAD, *[one] * 66, chunked(FINISH), END]
     with road(zai) as proxy:
         assert ask(proxy, False)[0] == 502
+        assert len(zai.requests) == 1
 
 
-def test_the_log_id_of_zai_is_in_the_answer_and_in_the_log(zai, caplog):
+@pytest.mark.parametrize("script", (stream(*HEALTHY), refusal(400, "1210")), ids=("answer", "refusal"))
+def test_the_log_id_of_zai_is_in_the_answer_and_in_the_log(zai, caplog, script):
     caplog.set_level(logging.INFO, "ztoapi")
+    zai.default = script
     with road(zai) as proxy:
-        zai.scripts.extend([stream(*HEALTHY), stream(*HEALTHY), refusal(400, "1210")])
-        for get in (proxy.stream, proxy.chat, proxy.chat):
+        for get in (proxy.stream, proxy.chat):
             caplog.clear()
-            assert get()[1]["x-zai-log-id"] == "20260711073209851e7f8c12c44579"
-            assert eventually(lambda: "20260711073209851e7f8c12c44579" in caplog.text)
-
-
-def test_retries_are_counted_in_log_and_metrics(zai, caplog):
-    caplog.set_level(logging.INFO, "ztoapi")
-    zai.scripts.extend([refusal(500, "1234"), refusal(429, "1305")])
-    with road(zai) as proxy:
-        assert ask(proxy, True)[3]
-        proxy.idle()
-        assert "retries=2" in caplog.text and "ztoapi_retries_total 2" in proxy.call("GET", "/metrics")[2]
+            assert get()[1]["x-zai-log-id"] == LOG_ID
+            assert eventually(lambda: LOG_ID in caplog.text)
 
 
 # Roads through proxies, and TLS
 
+# Of nobody but these tests: "localhost", until 2120.
 PEM = """-----BEGIN PRIVATE KEY-----
 MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQg+b686Zt74WM/8gbS
 kV/HJGf//29GodU3LUl+ciTg9O6hRANCAAQ5w+XOmVw88pJipFzjdFEWbofTLbgr
@@ -3357,7 +6716,7 @@ MA4GA1UdDwEB/wQEAwIChDAdBgNVHQ4EFgQU+swHuFhZz2sSVKo4ybaB3QEWvC4w
 CgYIKoZIzj0EAwIDSAAwRQIgH8ZcK3zBu34C2IgxX4q+HHMp6GO3ZxWX3MQVddbc
 OAkCIQCFRQOQ04IE+Ld+SfS+Ln+mC5ggbJA3uOySyvYj47SiwQ==
 -----END CERTIFICATE-----
-"""  # of nobody but these tests: "localhost", until 2120
+"""
 
 
 @contextlib.contextmanager
@@ -3382,8 +6741,10 @@ class HttpProxy:
     """An HTTP proxy: CONNECT, and plain requests passed on. `heads`: the first head of each connection."""
 
     def __init__(self, reply=b"HTTP/1.1 200 Connection established\r\n\r\n"):
-        self.heads, self.reply, self.socket = [], reply, socket.create_server(("127.0.0.1", 0), backlog=128)
-        self.url = "http://127.0.0.1:%d" % self.socket.getsockname()[1]
+        self.heads = []
+        self.reply = reply
+        self.socket = socket.create_server(("127.0.0.1", 0), backlog=128)
+        self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
         threading.Thread(target=self.accept, daemon=True).start()
 
     def accept(self):
@@ -3399,29 +6760,31 @@ class HttpProxy:
                 if not more:
                     return
                 data += more
-            head, _, _ = data.partition(b"\r\n\r\n")
-            self.heads.append(head.decode())
-            method, target, _ = head.split(b"\r\n")[0].decode().split()
-            place = urllib.parse.urlsplit(target if method != "CONNECT" else "//" + target)
+            head = data.partition(b"\r\n\r\n")[0].decode()
+            self.heads.append(head)
+            method, target, _ = head.split("\r\n")[0].split()
+            place = urllib.parse.urlsplit(target if method != "CONNECT" else f"//{target}")
             if method == "CONNECT":
                 client.sendall(self.reply)
                 data = b""
-            if b" 200 " not in self.reply:
-                return
-            with socket.create_connection((place.hostname, place.port)) as server:
-                server.sendall(data)
-                back = threading.Thread(target=self.pump, args=(server, client), daemon=True)
-                back.start()
-                self.pump(client, server)
-                back.join(10)
+            if b" 200 " in self.reply:
+                self.pass_on(client, place, data)
+
+    def pass_on(self, client, place, data):
+        with socket.create_connection((place.hostname, place.port)) as server:
+            server.sendall(data)
+            back = threading.Thread(target=self.copy, args=(server, client), daemon=True)
+            back.start()
+            self.copy(client, server)
+            back.join(10)
 
     @staticmethod
-    def pump(source, sink):
+    def copy(source, sink):
         with contextlib.suppress(OSError):
             for data in iter(lambda: source.recv(65536), b""):
                 sink.sendall(data)
-        for sock in (source, sink):
-            shut_down(sock)
+        shut_down(source)
+        shut_down(sink)
 
     def close(self):
         shut_down(self.socket)
@@ -3446,990 +6809,1408 @@ def trusted(monkeypatch):
 
 
 def through(monkeypatch, scheme, proxy, no_proxy=""):
-    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy", "NO_PROXY", "no_proxy"):
+    """Set the environment's proxy for a scheme, and no other."""
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"):
         monkeypatch.delenv(name, False)
-    monkeypatch.setenv(scheme.upper() + "_PROXY", proxy)
+        monkeypatch.delenv(name.lower(), False)
+    monkeypatch.setenv(f"{scheme.upper()}_PROXY", proxy)
     monkeypatch.setenv("NO_PROXY", no_proxy)
 
 
-@BOTH
+@both
 def test_plain_requests_go_through_http_proxy_over_one_connection(zai, http_proxy, monkeypatch, streamed):
     through(monkeypatch, "http", http_proxy.url)
     with road(zai) as proxy:
         for _ in range(3):
-            assert ask(proxy, streamed) == (200, "Hello", None, True)
+            assert ask(proxy, streamed) == WELL
             proxy.idle()
-        assert len(http_proxy.heads) == 1 and http_proxy.heads[0].startswith("POST %s/chat/completions " % zai.url) and len(zai.requests) == 3
+        assert [head.split()[1] for head in http_proxy.heads] == [f"{zai.url}/chat/completions"]
+        assert len(zai.requests) == 3
 
 
-@BOTH
+@both
 def test_tls_goes_through_https_proxy_by_connect_over_one_connection(trusted, http_proxy, monkeypatch, streamed):
     through(monkeypatch, "https", http_proxy.url)
     with road(trusted) as proxy:
         for _ in range(3):
-            assert ask(proxy, streamed) == (200, "Hello", None, True)
+            assert ask(proxy, streamed) == WELL
             proxy.idle()
-        assert len(http_proxy.heads) == 1 and http_proxy.heads[0].startswith("CONNECT localhost:%d " % trusted.port) and len(trusted.requests) == 3
-        assert "uthorization" not in http_proxy.heads[0] and trusted.requests[0]["path"] == "/api/paas/v4/chat/completions"
+        assert [head.split()[:2] for head in http_proxy.heads] == [["CONNECT", f"localhost:{trusted.port}"]]
+        assert "uthorization" not in http_proxy.heads[0]
+        assert [request["path"] for request in trusted.requests] == ["/api/paas/v4/chat/completions"] * 3
 
 
 @pytest.mark.parametrize("no_proxy", ("localhost", "example.com,localhost", "*"))
 def test_no_proxy_goes_around_the_proxy(trusted, http_proxy, monkeypatch, no_proxy):
     through(monkeypatch, "https", http_proxy.url, no_proxy)
     with road(trusted) as proxy:
-        assert ask(proxy, True)[3] and not http_proxy.heads
+        assert ask(proxy, True) == WELL
+        assert http_proxy.heads == []
 
 
 def test_a_proxys_password_reaches_the_proxy_alone(trusted, http_proxy, monkeypatch):
     through(monkeypatch, "https", http_proxy.url.replace("//", "//user:pass-word@"))
     with road(trusted) as proxy:
-        assert ask(proxy, True)[3]
-        assert "Proxy-Authorization: Basic dXNlcjpwYXNzLXdvcmQ=" in http_proxy.heads[0].replace("Proxy-authorization", "Proxy-Authorization")
-        assert "Proxy-Authorization" not in trusted.requests[0]["headers"]
+        for _ in range(2):
+            assert ask(proxy, True) == WELL
+            proxy.idle()
+        assert "proxy-authorization: basic dXNlcjpwYXNzLXdvcmQ=".lower() in http_proxy.heads[0].lower()
+        assert [request["headers"].get("Proxy-Authorization") for request in trusted.requests] == [None, None]
 
 
-@pytest.mark.parametrize("reply", (b"HTTP/1.1 407 Proxy Authentication Required\r\n\r\n", b"HTTP/1.1 403 Forbidden\r\n\r\n", b"what?\r\n\r\n", b""))
+REFUSING = (b"HTTP/1.1 407 Proxy Authentication Required\r\n\r\n", b"what?\r\n\r\n", b"", b"X: y\r\n" * 20000)
+
+
+@pytest.mark.parametrize("reply", REFUSING, ids=("407", "garbage", "nothing", "no end"))
 def test_a_proxy_that_refuses_is_a_502(trusted, monkeypatch, reply):
     refusing = HttpProxy(reply)
     through(monkeypatch, "https", refusing.url)
     with road(trusted, MAX_RETRIES="1") as proxy:
-        status, _, error, _ = ask(proxy, True)
-        assert status == 502 and error["code"] == "upstream_error" and trusted.connections == 0 and refusing.heads
+        assert ask(proxy, True)[0] == 502
+        assert trusted.connections == 0
+        assert len(refusing.heads) == 2
     refusing.close()
 
 
-def test_tls_with_a_certificate_the_store_does_not_know_is_a_502_that_names_ssl_cert_file(monkeypatch):
+# To add a case, add a row: HTTPS_PROXY, words of the error.
+BAD_PROXIES = [
+    ("http://a..b:80", "proxy"),
+    ("http://" + "a" * 64 + ".example:80", "proxy"),
+    ("http://user:secretpassword", "proxy"),
+    ("http://user:secretpassword@", "proxy"),
+    ("http://user:secretpassword@127.0.0.1:99999999", ""),
+    ("socks5://user:secretpassword@127.0.0.1:1080", "SOCKS"),
+    ("socks5h://127.0.0.1:1080", "SOCKS"),
+    ("SOCKS4://127.0.0.1:1080", "SOCKS"),
+]
+
+
+@pytest.mark.parametrize("url,words", BAD_PROXIES)
+def test_a_proxy_that_cannot_be_used_is_refused_in_words_without_its_password(monkeypatch, caplog, url, words):
+    through(monkeypatch, "https", url)
+    with road(ZAI_BASE_URL="https://localhost/api") as proxy:
+        status, _, error, _ = ask(proxy, True)
+        assert (status, error["code"]) == (502, "upstream_error")
+        assert words in error["message"]
+        assert "secretpassword" not in error["message"] + caplog.text
+
+
+def test_a_certificate_the_store_does_not_know_is_a_502_that_names_ssl_cert_file(monkeypatch):
     monkeypatch.delenv("SSL_CERT_FILE", False)
     with pem_file() as path:
         fake = FakeZai(tls_context(path))
         with road(fake) as proxy:
-            for streamed in (True, False):
-                status, _, error, _ = ask(proxy, streamed)
-                assert status == 502 and error["code"] == "upstream_error" and "SSL_CERT_FILE" in error["message"]
-            assert fake.requests == [] and fake.connections == 2  # it cannot heal
+            status, _, error, _ = ask(proxy, True)
+            assert status == 502
+            assert "SSL_CERT_FILE" in error["message"]
+            assert (fake.connections, fake.requests) == (1, []), "it cannot heal"
         fake.close()
 
 
 def test_a_certificate_of_another_name_is_a_502(trusted):
     with road(trusted, ZAI_BASE_URL=trusted.url.replace("localhost", "127.0.0.1")) as proxy:
-        status, _, error, _ = ask(proxy, True)
-        assert status == 502 and error["code"] == "upstream_error" and trusted.requests == [] and trusted.connections == 1
+        assert ask(proxy, True)[0] == 502
+        assert (trusted.connections, trusted.requests) == (1, [])
 
 
 def test_https_to_a_plain_port_is_a_502():
-    with MuteListener(b"HTTP/1.1 400 Bad Request\r\n\r\n") as plain, road(ZAI_BASE_URL="https://localhost:%d" % plain.port, MAX_RETRIES="0") as proxy:
-        status, _, error, _ = ask(proxy, True)
-        assert status == 502 and "TLS" in error["message"]
+    with MuteListener(b"HTTP/1.1 400 Bad Request\r\n\r\n") as plain:
+        with road(ZAI_BASE_URL=f"https://localhost:{plain.port}", MAX_RETRIES="0") as proxy:
+            status, _, error, _ = ask(proxy, True)
+            assert status == 502
+            assert "TLS" in error["message"]
 
 
-@BOTH
+@both
 def test_tls_with_ssl_cert_file_answers_over_one_connection(trusted, streamed):
     with road(trusted) as proxy:
         for _ in range(3):
-            assert ask(proxy, streamed) == (200, "Hello", None, True)
+            assert ask(proxy, streamed) == WELL
             proxy.idle()
         assert trusted.connections == 1
 
 
-@pytest.mark.parametrize("fault", (
-    "reset before headers", "closed before headers", "reset after headers", "closed after headers", "reset mid-chunk", "1305"))
+@pytest.mark.parametrize("fault", ("reset before the head", "closed behind the head", "broken chunk size", "1234"))
 def test_faults_heal_over_tls_too(trusted, fault):
     with road(trusted) as proxy:
-        trusted.scripts.append(EARLY[fault])
-        assert ask(proxy, True) == (200, "Hello", None, True) and len(trusted.requests) == 2
-        trusted.scripts.append(EARLY[fault])  # on a used connection now
-        assert ask(proxy, True) == (200, "Hello", None, True) and len(trusted.requests) == 4
+        for _ in range(2):  # the second time on a used connection
+            trusted.scripts.append(EARLY[fault])
+            assert ask(proxy, True) == WELL
+            proxy.idle()
+        assert len(trusted.requests) == 4
 
 
-@pytest.mark.parametrize("fault", ("reset", "clean end between chunks", "reset mid-chunk"))
+@pytest.mark.parametrize("fault", ("reset", "clean end between chunks", "reset in a chunk"))
 def test_cuts_over_tls_are_cuts(trusted, fault):
     trusted.default = [HEAD, chunked(say("Hel")), *LATE[fault]]
     with road(trusted) as proxy:
-        assert said(assert_in_stream_error(proxy)) == "Hel" and ask(proxy, False)[0] == 502 and len(trusted.requests) == 2
+        assert said(failed_stream(proxy)) == "Hel"
+        assert ask(proxy, False)[0] == 502
+        assert len(trusted.requests) == 2
 
 
-def test_what_stands_behind_an_answer_over_tls_never_becomes_the_next(trusted):
-    """Bytes that TLS has decrypted and nobody has read are seen by no poll()."""
-    good, other = (b"".join((say(text), FINISH, DONE)) for text in ("Hello", "somebody else's"))
+@pytest.mark.parametrize("size", (8192, 16384, 65536))
+def test_what_stands_behind_an_answer_over_tls_never_becomes_the_next(trusted, size):
+    """Bytes that TLS has decrypted and nobody has read are seen by no poll(). The answer is padded to end where a read
+    does."""
+    good, other = [b"".join((say(text), FINISH, DONE)) for text in ("Hello", "somebody else's")]
     head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Length: %d\r\nX: %b\r\n\r\n"
-    pad = b"a" * (8192 - len(head % (len(good), b"") + good))  # the answer ends where the first read does
-    trusted.scripts.append([head % (len(good), pad) + good + head % (len(other), b"") + other])
+    padding = b"a" * (size - len(head % (len(good), b"") + good))
+    both_answers = head % (len(good), padding) + good + head % (len(other), b"") + other
+    trusted.scripts.append([both_answers])
     with road(trusted) as proxy:
         for _ in range(3):
-            assert ask(proxy, False) == (200, "Hello", None, True)
+            assert ask(proxy, False) == WELL
             proxy.idle()
         assert trusted.connections == 2
 
 
-def test_a_dead_pooled_tls_connection_is_replaced_unseen(trusted):
-    trusted.scripts.append(stream(*HEALTHY) + [CLOSE])
-    with road(trusted, MAX_RETRIES="0") as proxy:
-        assert ask(proxy, True)[3]
-        proxy.idle()
-        assert eventually(lambda: not trusted.open)
-        assert ask(proxy, True)[3]
-        proxy.idle()
-        assert proxy.server.metrics.retries == 0
-
-
-@pytest.mark.parametrize("script", ([30], [HEAD, 30], stream(say("Hel"), 30)), ids=("before headers", "before the first token", "mid-stream"))
-def test_the_clients_leaving_is_noticed_over_tls(trusted, brisk, caplog, script):
-    trusted.default = script
+@pytest.mark.parametrize("phase", ("before the head", "before the first token", "behind the first token"))
+def test_the_clients_leaving_is_noticed_over_tls(trusted, brisk, caplog, phase):
+    trusted.default = PHASES[phase][0]
     with road(trusted) as proxy:
         with leaving(proxy, caplog, True):
-            assert eventually(lambda: arrived(proxy, trusted))
+            assert eventually(lambda: trusted.in_flight == 1)
         assert eventually(lambda: trusted.cut_by_client == 1, 1)
 
 
-def test_a_silence_over_tls_is_tried_again_once(trusted, brisk):
-    trusted.default = [HEAD, 30]
-    with road(trusted, UPSTREAM_TIMEOUT="0.1") as proxy:
-        assert ask(proxy, True)[0] == 502 and len(trusted.requests) == 2
-
-
-def test_a_large_answer_over_tls_is_whole(trusted):
-    trusted.default = [b"".join(stream(*[say("x" * 100000)] * 20, FINISH, DONE))]
-    with road(trusted) as proxy:
-        assert len(ask(proxy, True)[1]) == 2000000 and ask(proxy, False)[3]
-
-
-# Soak: python3 test_ztoapi.py soak 120
-
-SOAK_ENVIRON = {"DEFAULT_KEY": KEY, "ZAI_API_KEY": ",".join(KEYS[:2]), "UPSTREAM_TIMEOUT": "1", "HEARTBEAT": "0.3", "QUEUE_TIMEOUT": "5",
-                "CLIENT_TIMEOUT": "2", "PORT": "0"}
-# Idle connections to Z.ai are closed after a second, so that what is open afterwards was leaked.
-SOAK_PROGRAM = "import os, sys, ztoapi; ztoapi.Pool.expire.__defaults__ = (1.0,); sys.exit(ztoapi.main(os.environ))"
-LIMITED = "glm-4.5-flash"  # the model of which the fake takes two requests at a time
-HUGE = chunked(say("x" * (17 << 20)))
-
-
-class SoakProxy:
-    """A proxy in a process of its own."""
-
-    def __init__(self, name, **environ):
-        self.name, self.log = name, tempfile.TemporaryFile()
-        clean = {key: value for key, value in os.environ.items() if not key.upper().endswith("_PROXY") and key != "SSL_CERT_FILE"}
-        self.process = subprocess.Popen([sys.executable, "-c", SOAK_PROGRAM], env=dict(clean, **SOAK_ENVIRON, **environ), stderr=self.log,
-                                        stdout=subprocess.PIPE, cwd=os.path.dirname(os.path.abspath(ztoapi.__file__)))
-        self.port = int(self.process.stdout.readline().split(b"/v1")[0].rpartition(b":")[2])
-
-    def use(self):
-        """(threads, descriptors, resident MB); zeros where the system does not tell."""
-        try:
-            with open("/proc/%d/status" % self.process.pid) as file:
-                status = dict(line.split(":", 1) for line in file)
-            return int(status["Threads"]), len(os.listdir("/proc/%d/fd" % self.process.pid)), int(status["VmRSS"].split()[0]) / 1024
-        except OSError:
-            return 0, 0, 0.0
-
-    def settled(self):
-        """use(), once all that ends by itself has ended."""
-        time.sleep(2)  # longer than SOAK_PROGRAM keeps idle connections
-        eventually(lambda: self.use()[0] == 1, 10)
-        return self.use()
-
-    def stop(self):
-        """The exit status, and whether the log tells of a bug."""
-        self.process.terminate()
-        status = self.process.wait(40)
-        self.process.stdout.close()
-        self.log.seek(0)
-        text = self.log.read().decode("utf-8", "replace")
-        self.log.close()
-        return status, "Traceback" in text or "bug" in text
-
-
-class SoakZai(FakeZai):
-    """Half of its answers are well; the others have every fault there is."""
-
-    def __init__(self, chance, tls=None):
-        self.chance, self.huge, self.limited = chance, threading.Lock(), 0
-        super().__init__(tls)
-        self.default = self.any_script
-
-    def any_script(self, request):
-        dice = self.chance.random()
-        if request["body"]["model"] == LIMITED:
-            return self.limited_script()
-        if dice < 0.003:
-            return [HEAD, lambda *_: self.huge.acquire(), HUGE, lambda *_: self.huge.release(), chunked(FINISH), END]
-        if dice < 0.02:
-            return Torrent(64, 1 << 16).script
-        if dice < 0.04:
-            whole = b"".join(stream(*HEALTHY))
-            return [whole[i:i + 1] for i in range(len(whole))]
-        if dice < 0.06:
-            return self.chance.choice(([3], [HEAD, 3], stream(say("Hel"), 3)))  # silent
-        if dice < 0.08:
-            return [GZIP_HEAD] + [chunked(piece) for piece in packed(31, *HEALTHY) if piece] + [END]
-        if dice < 0.09:
-            return refusal(*self.chance.choice(((429, "1113"), (401, "401"), (429, "1308"), (400, "1210"), (400, "1301"))))
-        if dice < 0.3:
-            return EARLY[self.chance.choice(list(EARLY))]
-        if dice < 0.4:
-            return [HEAD, chunked(say("Hel")), *LATE[self.chance.choice(list(LATE))]]
-        return stream(*HEALTHY) if dice < 0.8 else stream(think("The"), self.chance.random() * 0.5, say("Hel"), 0.05, say("lo"), FINISH, DONE)
-
-    def limited_script(self):
-        with self.lock:
-            self.limited += 1
-            over = self.limited > 2
-
-        def end(*_):
-            with self.lock:
-                self.limited -= 1
-        if over:
-            return [end] + (refusal(429, "1302") if self.chance.random() < 0.5 else stream(sse(ERROR_1302)))
-        return [HEAD, chunked(say("Hel")), lambda *_: time.sleep(0.05), end, chunked(say("lo")), chunked(FINISH), chunked(DONE), END]
-
-
-def test_a_restart_that_says_nothing_yet_does_not_end_the_stream(zai):
-    torn = b'data: {"id":"2026data: {"id":"2027","created":1,"choices":[{"index":0,"delta":{"role":"assistant"}}]}\n\n'
-    zai.default = stream(think("x"), 0.05, torn, 0.05, say("y"), FINISH, DONE)
-    with proxying(zai) as proxy:
-        status, headers, events, clean = proxy.stream()
-        assert clean and events[-1] == "[DONE]" and said(events) == "y" and finish_of(events) == ["stop"]
-        assert proxy.chat()[2]["choices"][0]["message"]["content"] == "y"
-
-
-def soak_client(proxies, chance, until, outcomes):
-    """One client after the other, of every kind, until then."""
-    while time.monotonic() < until:
-        proxy = chance.choices(proxies, (75, 20, 3, 3))[0]
-        try:
-            outcome = soak_request(proxy.port, chance)
-        except (OSError, ValueError, AssertionError, IndexError) as error:
-            outcome = "WRONG: %r" % error
-        outcomes.append("%s: %s" % (proxy.name, outcome))
-        time.sleep(chance.random() * 0.05)
-
-
-def soak_request(port, chance):
-    """What became of one request."""
-    streamed, dice = chance.random() < 0.7, chance.random()
-    body = chat_body(stream=streamed, model=LIMITED if chance.random() < 0.1 else "glm-4.6")
-    with socket.create_connection(("127.0.0.1", port), 30) as sock:
-        data = raw_chat(body) if dice > 0.02 else raw_chat({"model": "glm-4.6"}) if dice > 0.01 else raw_chat(body, key="wrong")
-        if dice > 0.97:
-            sock.sendall(data[:int(len(data) * chance.random())])
-            return "left before all was sent"
-        sock.sendall(data)
-        if dice > 0.8:
-            time.sleep(chance.random() ** 2)
-            if dice > 0.9:
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            return "left"
-        if dice > 0.75:
-            time.sleep(chance.random() * 1.5)  # a slow reader
-        status, _, events, clean = read_stream(sock)
-    error = next((event["error"] for event in events if "error" in event), None)
-    if error:
-        assert status != 500 and error["message"] and isinstance(error["code"], str)
-        return "%s %s" % ("in-stream error" if status == 200 else "HTTP %d" % status, error["code"])
-    if not streamed:
-        assert status == 200 and set(events[0]["choices"][0]["message"]["content"]) <= set("HeloQ")
-        return "JSON answer"
-    assert clean and events[-1] == "[DONE]" and len(finish_of(events)) == 1 and (said(events) == "Hello" or set(said(events)) == {"Q"}), events[-3:]
-    return "streamed answer"
-
-
-def soak(seconds, clients=32, seed=1):
-    """All the faults at once for that long; 1 if anything grew or went wrong, else 0."""
-    chance, outcomes = random.Random(seed), []
-    with pem_file() as path, contextlib.ExitStack() as closing, socket.create_server(("127.0.0.1", 0)) as closed:
-        zai, tls_zai, connect = SoakZai(chance), SoakZai(chance, tls_context(path)), HttpProxy()
-        for part in (zai, tls_zai, connect):
-            closing.callback(part.close)
-        nobody = "http://127.0.0.1:%d" % closed.getsockname()[1]
-        closed.close()
-        proxies = [SoakProxy("plain", ZAI_BASE_URL=zai.url),
-                   SoakProxy("TLS by CONNECT", ZAI_BASE_URL=tls_zai.url, HTTPS_PROXY=connect.url, SSL_CERT_FILE=path),
-                   SoakProxy("unknown certificate", ZAI_BASE_URL=tls_zai.url), SoakProxy("refused", ZAI_BASE_URL=nobody)]
-
-        def run(duration):
-            until = time.monotonic() + duration
-            together(*[lambda i=i: soak_client(proxies, random.Random(seed + i), until, outcomes) for i in range(clients)], patience=duration + 60)
-            return [proxy.settled() for proxy in proxies]
-        before = run(min(30, seconds))  # until every buffer has been as large as it gets
-        outcomes.clear()
-        after = run(seconds)
-        ends = [proxy.stop() for proxy in proxies]
-    print("%d requests in %d s, %d clients; what became of them:" % (len(outcomes), seconds, clients))
-    for outcome, count in sorted(collections.Counter(outcomes).items()):
-        print("%8d  %s" % (count, outcome))
-    print("threads, descriptors and resident MB before and after:")
-    for proxy, old, new in zip(proxies, before, after):
-        print("%20s  %d -> %d, %d -> %d, %.1f -> %.1f" % (proxy.name, old[0], new[0], old[1], new[1], old[2], new[2]))
-    grew = [proxy.name for proxy, old, new in zip(proxies, before, after)
-            if new[0] > old[0] or new[1] > old[1] or new[2] > old[2] * 1.2 + 8]
-    wrong = [outcome for outcome in outcomes if "WRONG" in outcome]
-    print("grew: %s; wrong: %d; ended badly: %s" % (grew or "nothing", len(wrong), [end for end in ends if end != (0, False)] or "none"))
-    return 1 if grew or wrong or any(end != (0, False) for end in ends) else 0
+def test_a_slow_reader_over_tls_gets_all(trusted, brisk):
+    trusted.default = Torrent(200, 1 << 16).script
+    with road(trusted) as proxy, proxy.open_stream() as sock:
+        time.sleep(0.3)
+        assert count_text(sock, b"Q") == (200 << 16, True)
 
 
 # The front door #######################################################################################################
 #
-# Raw bytes in, raw bytes out. Behind all that door_talk() sends comes one more request, LAST: a good request must leave it to be
-# answered, a broken one must never let it be.
+# Raw bytes in, raw bytes out. One proxy serves all rows of the tables here. To add a case, add a row.
 
-DOOR_AUTH = "Host: localhost\r\nAuthorization: Bearer %s\r\n" % KEY
-LAST = b"GET /health?last HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
-DOOR_CHAT = json.dumps(chat_body(stream=False)).encode()
-Reply = collections.namedtuple("Reply", "status headers body")
-
-
-def door_get(path="/v1/models", *lines, method="GET", version="HTTP/1.1", auth=DOOR_AUTH):
-    return ("%s %s %s\r\n%s%s\r\n" % (method, path, version, auth, "".join(line + "\r\n" for line in lines))).encode("latin-1")
-
-
-def door_post(body, *lines, length=True, **more):
-    lines += ("Content-Length: %d" % len(body),) if length else ()
-    return door_get("/v1/chat/completions", *lines, method="POST", **more) + body
+@contextlib.contextmanager
+def standing(**environ):
+    """A proxy for many tests; `.zai` is the fake behind it."""
+    fake = FakeZai()
+    with proxying(fake, **environ) as proxy:
+        proxy.zai = fake
+        yield proxy
+    fake.close()
 
 
-def door_chunked(*pieces):
-    return door_post(b"".join(pieces), "Transfer-Encoding: chunked", length=False)
-
-
-def door_rest(sock):
-    """All that comes until the other side closes; a socket.timeout is a hang and fails the test, as does a reset."""
-    return b"".join(iter(lambda: sock.recv(65536), b""))
-
-
-def door_talk(port, data, last=LAST):
-    with socket.create_connection(("127.0.0.1", getattr(port, "port", port)), 5) as sock:
-        sock.sendall(data + last)
-        return door_rest(sock)
-
-
-def door_readable(socks):
-    return select.select(socks, [], [], 0)[0]
-
-
-def door_read(file, head=False):
-    """One response from a file, None at its end."""
-    line = file.readline()
-    if not line:
-        return None
-    assert line.startswith(b"HTTP/1.1 "), line
-    status, headers = int(line.split()[1]), http.client.parse_headers(file)
-    if head or status in (100, 204):
-        return Reply(status, headers, b"")
-    if headers.get("Transfer-Encoding") == "chunked":
-        decoder, body = ztoapi.Dechunker(), b""
-        while not decoder.done:
-            data = file.readline()
-            assert data, "cut in the middle of a chunked answer"
-            body += decoder.feed(data)
-        return Reply(status, headers, body)
-    return Reply(status, headers, file.read(int(headers["Content-Length"])) if "Content-Length" in headers else file.read())
-
-
-def door_replies(data, *heads):
-    """All responses in `data`; `heads`: the positions of those to HEAD requests, which have no body."""
-    file, found = io.BytesIO(data), []
-    for reply in iter(lambda: door_read(file, len(found) in heads), None):
-        found.append(reply)
-    return found
-
-
-def door_exchange(proxy, data, *heads):
-    return door_replies(door_talk(proxy, data), *heads)
-
-
-def door_statuses(proxy, data):
-    return [reply.status for reply in door_exchange(proxy, data)]
-
-
-def is_openai_error(reply):
-    """The four fields, a request id, and JSON."""
-    error = json.loads(reply.body.decode())["error"]
-    return (list(error) == ["message", "type", "param", "code"] and error["message"] and error["type"] and isinstance(error["code"], str)
-            and reply.headers["Content-Type"] == "application/json" and reply.headers["x-request-id"].startswith("req_"))
+@pytest.fixture(scope="module")
+def standing_door():
+    with standing(MAX_BODY_MB="1", DEFAULT_KEY=KEY + ", key-one, key-two ,,") as proxy:
+        yield proxy
 
 
 @pytest.fixture
-def door_log(caplog):
-    """The messages of the log from here on."""
-    caplog.set_level(logging.INFO, "ztoapi")
-    caplog.clear()
-    return lambda level=None: [record.getMessage() for record in caplog.records if record.name == "ztoapi" and level in (None, record.levelno)]
+def door(standing_door, caplog):
+    """The proxy of the tables; no row may be a bug."""
+    standing_door.zai.requests.clear()
+    yield standing_door
+    assert [record for record in caplog.get_records("call") if record.levelno >= logging.ERROR] == []
 
 
-# Framing
-
-# Header lines of a POST, and the status they get.
-BROKEN_LENGTHS = [("Content-Length: 5\r\nTransfer-Encoding: chunked", 400), ("Transfer-Encoding: chunked\r\nContent-Length: 5", 400),
-                  ("Transfer-Encoding: chunked\r\nContent-Length: 0", 400), ("Content-Length: 5\r\nContent-Length: 5", 400),
-                  ("Content-Length: 5\r\nContent-Length: 6", 400), ("Content-Length: 5, 5", 400), ("Content-Length: 5,6", 400),
-                  ("Content-Length: +5", 400), ("Content-Length: -5", 400), ("Content-Length: -0", 400), ("Content-Length: 1_0", 400),
-                  ("Content-Length: 0x5", 400), ("Content-Length: 5 5", 400), ("Content-Length:", 400), ("Content-Length: 5.0", 400),
-                  ("Content-Length: 5;", 400), ("Content-Length: 1e1", 400), ("Content-Length: \xb2", 400), ("Content-Length: \xd9\xa5", 400),
-                  ("Content-Length: 5\x0b", 400), ("Content-Length: \xa05", 400), ("Content-Length: five", 400), ("Content-Length: " + "9" * 40, 400),
-                  ("Content-Length: " + "0" * 400 + "5", 400), ("Content-Length : 5", 400), ("Content-Length\t: 5", 400),
-                  ("X: y\r\n Content-Length: 5", 400), ("Content-Length: 5\r\n 5", 400), ("Content-Length:\r\n 5", 400),
-                  ("Transfer-Encoding: gzip", 501), ("Transfer-Encoding: gzip, chunked", 501), ("Transfer-Encoding: chunked, gzip", 501),
-                  ("Transfer-Encoding: identity", 501), ("Transfer-Encoding: chunked, chunked", 501), ("Transfer-Encoding: chunked;q=1", 501),
-                  ("Transfer-Encoding: xchunked", 501), ("Transfer-Encoding: 'chunked'", 501), ("Transfer-Encoding: \x0bchunked", 501),
-                  ("Transfer-Encoding: chunked\x00", 400), ("Transfer-Encoding: chunk\red", 400), ("Transfer-Encoding : chunked", 400),
-                  ("Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked", 400), ("Transfer-Encoding: chunked\r\nTransfer-Encoding: identity",
-                      400), ("X: y\r\n Transfer-Encoding: chunked", 400), ("Transfer-Encoding:\r\n chunked", 400),
-                  ("\x00Transfer-Encoding: chunked", 400)]
-BROKEN_CHUNKS = [b"\r\n{}\r\n0\r\n\r\n", b"g\r\n", b"0x2\r\n{}\r\n0\r\n\r\n", b"-2\r\n{}\r\n0\r\n\r\n", b"+2\r\n{}\r\n0\r\n\r\n",
-                 b" 2\r\n{}\r\n0\r\n\r\n", b"2 2\r\n{}\r\n0\r\n\r\n", b"0_2\r\n{}\r\n0\r\n\r\n", b"2\n{}\n0\n\n", b"2\r{}\r0\r\r",
-                 b"2\r\n{}0\r\n\r\n", b"2\r\n{}xx\r\n0\r\n\r\n", b"2\r\n{}\n0\r\n\r\n", b"2;" + b"x" * 5000 + b"\r\n{}\r\n0\r\n\r\n",
-                 b"2;a\nb\r\n{}\r\n0\r\n\r\n", b"2;a\rb\r\n{}\r\n0\r\n\r\n", b"2;\0\r\n{}\r\n0\r\n\r\n", b"2=x\r\n{}\r\n0\r\n\r\n",
-                 b"2\r\n{}\r\n0\r\nX: y\nZ: w\r\n\r\n", b"2\r\n{}\r\n0\n\r\n\r\n", b"2\r\n{}\r\n0\r\n" + b"X: y\r\n" * 20000,
-                 b"\xb2\r\n{}\r\n0\r\n\r\n", b"2\r\n{}\r\n\r\n0\r\n\r\n",
-                 *(b"2\r\n{}\r\n0\r\n" + line + b"\r\n\r\n" for line in (b"GET /health HTTP/1.1", b"nocolon", b"X: a\rb", b"X: \0", b" fold", b"X : y", b": y"))]
+def post(body, *lines, **more):
+    return raw_request("POST", CHAT, *lines, body=body, **more)
 
 
-def test_an_ambiguous_length_is_refused_and_nothing_behind_it_is_answered(proxy, zai):
-    for lines, status in BROKEN_LENGTHS:
-        data = door_get("/v1/chat/completions", lines, method="POST") + b"0\r\n\r\n"
-        replies = door_exchange(proxy, data)
-        assert [reply.status for reply in replies] == [status], lines
-        assert replies[0].headers["Connection"] == "close" and is_openai_error(replies[0]), lines
-    assert not zai.requests
+def post_chunked(*pieces):
+    return post(b"".join(pieces), "Transfer-Encoding: chunked")
 
 
-def test_a_broken_chunked_body_is_refused_and_nothing_behind_it_is_answered(proxy, zai):
-    for body in BROKEN_CHUNKS:
-        replies = door_exchange(proxy, door_chunked(body))
-        assert [reply.status for reply in replies] == [400] and replies[0].headers["Connection"] == "close", body[:60]
-        assert "chunked" in json.loads(replies[0].body.decode())["error"]["message"], body[:60]
-    assert not zai.requests
+def json_chat(**fields):
+    return json.dumps(chat_body(**dict({"stream": False}, **fields))).encode()
 
 
-def test_a_chunked_body_is_read_however_it_is_cut(proxy, zai):
-    half, size = len(DOOR_CHAT) // 2, len(DOOR_CHAT)
-    for pieces in ([chunked(DOOR_CHAT), END], [chunked(DOOR_CHAT[:half]), chunked(DOOR_CHAT[half:]), END],
-                   [chunked(DOOR_CHAT[i:i + 1]) for i in range(size)] + [END], [b"%X;name=value;x=\"y z\"\r\n%b\r\n" % (size, DOOR_CHAT), END],
-                   [b"000%x \t;x\r\n%b\r\n" % (size, DOOR_CHAT), b"000\r\n\r\n"],
-                   [chunked(DOOR_CHAT), b"0\r\nX-Trailer: y\r\nContent-Length: 7\r\nTransfer-Encoding: gzip\r\n\r\n"]):
-        assert door_statuses(proxy, door_chunked(*pieces)) == [200, 200], pieces
-    assert {request["body"]["messages"][0]["content"] for request in zai.requests} == {"Hi"}
+def check_error(reply):
+    """OpenAI's four fields, and an id to find it by."""
+    error = reply.error()
+    assert list(error) == ["message", "type", "param", "code"]
+    assert error["message"]
+    assert error["type"]
+    assert isinstance(error["code"], str)
+    assert reply.headers["Content-Type"] == "application/json"
+    assert reply.headers["x-request-id"].startswith("req_")
 
 
-def test_a_request_may_come_byte_by_byte(proxy):
-    data = door_chunked(chunked(DOOR_CHAT), END) + door_post(DOOR_CHAT, "Connection: close")
-    with proxy.connect() as sock:
+def check_refused(replies, status):
+    """One error, and nothing behind it was answered."""
+    assert [reply.status for reply in replies] == [status]
+    check_error(replies[0])
+    assert replies[0].headers["Connection"] == "close"
+
+
+def hold(proxy, data):
+    """A connection over which one request has been answered, and that is kept."""
+    sock = proxy.connect(5)
+    sock.sendall(data)
+    with sock.makefile("rb") as file:
+        assert read_reply(file).status == 200
+    return sock
+
+
+def is_open(sock):
+    return not select.select([sock], [], [], 0)[0]
+
+
+# Where a request ends
+
+# Header lines of a POST whose length two readers could take differently, and the status they get.
+BROKEN_LENGTHS = [
+    ("Content-Length: 5\r\nTransfer-Encoding: chunked", 400),
+    ("Transfer-Encoding: chunked\r\nContent-Length: 5", 400),
+    ("Transfer-Encoding: chunked\r\nContent-Length: 0", 400),
+    ("Content-Length: 5\r\nContent-Length: 5", 400),
+    ("Content-Length: 5\r\nContent-Length: 6", 400),
+    ("Content-Length: 5, 5", 400),
+    ("Content-Length: 5,6", 400),
+    ("Content-Length: +5", 400),
+    ("Content-Length: -5", 400),
+    ("Content-Length: -0", 400),
+    ("Content-Length: 1_0", 400),
+    ("Content-Length: 0x5", 400),
+    ("Content-Length: 5 5", 400),
+    ("Content-Length:", 400),
+    ("Content-Length: 5.0", 400),
+    ("Content-Length: 5;", 400),
+    ("Content-Length: 1e1", 400),
+    ("Content-Length: \xb2", 400),
+    ("Content-Length: \xd9\xa5", 400),
+    ("Content-Length: 5\x0b", 400),
+    ("Content-Length: \xa05", 400),
+    ("Content-Length: five", 400),
+    ("Content-Length: " + "9" * 40, 400),
+    ("Content-Length: " + "0" * 400 + "5", 400),
+    ("Content-Length : 5", 400),
+    ("Content-Length\t: 5", 400),
+    ("X: y\r\n Content-Length: 5", 400),
+    ("Content-Length: 5\r\n 5", 400),
+    ("Content-Length:\r\n 5", 400),
+    ("Transfer-Encoding: gzip", 501),
+    ("Transfer-Encoding: gzip, chunked", 501),
+    ("Transfer-Encoding: chunked, gzip", 501),
+    ("Transfer-Encoding: identity", 501),
+    ("Transfer-Encoding:", 501),
+    ("Transfer-Encoding: chunked, chunked", 501),
+    ("Transfer-Encoding: chunked;q=1", 501),
+    ("Transfer-Encoding: xchunked", 501),
+    ("Transfer-Encoding: 'chunked'", 501),
+    ("Transfer-Encoding: \x0bchunked", 501),
+    ("Transfer-Encoding: chunked\x00", 400),
+    ("Transfer-Encoding: chunk\red", 400),
+    ("Transfer-Encoding : chunked", 400),
+    ("Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked", 400),
+    ("Transfer-Encoding: chunked\r\nTransfer-Encoding: identity", 400),
+    ("X: y\r\n Transfer-Encoding: chunked", 400),
+    ("Transfer-Encoding:\r\n chunked", 400),
+    ("\x00Transfer-Encoding: chunked", 400),
+]
+
+
+@table("lines,status", BROKEN_LENGTHS)
+def test_an_ambiguous_length_is_refused_and_nothing_behind_it_is_answered(door, lines, status):
+    check_refused(exchange(door, raw_request("POST", CHAT, lines) + END), status)
+
+
+# Bodies in a broken chunked coding.
+BROKEN_CHUNKS = [
+    b"\r\n{}\r\n0\r\n\r\n",
+    b"g\r\n",
+    b"0x2\r\n{}\r\n0\r\n\r\n",
+    b"-2\r\n{}\r\n0\r\n\r\n",
+    b"+2\r\n{}\r\n0\r\n\r\n",
+    b" 2\r\n{}\r\n0\r\n\r\n",
+    b"2 2\r\n{}\r\n0\r\n\r\n",
+    b"0_2\r\n{}\r\n0\r\n\r\n",
+    b"2\n{}\n0\n\n",
+    b"2\r{}\r0\r\r",
+    b"2\r\n{}0\r\n\r\n",
+    b"2\r\n{}xx\r\n0\r\n\r\n",
+    b"2\r\n{}\n0\r\n\r\n",
+    b"2;" + b"x" * 5000 + b"\r\n{}\r\n0\r\n\r\n",
+    b"2;a\nb\r\n{}\r\n0\r\n\r\n",
+    b"2;a\rb\r\n{}\r\n0\r\n\r\n",
+    b"2;\0\r\n{}\r\n0\r\n\r\n",
+    b"2=x\r\n{}\r\n0\r\n\r\n",
+    b"\xb2\r\n{}\r\n0\r\n\r\n",
+    b"2\r\n{}\r\n\r\n0\r\n\r\n",
+    b"2\r\n{}\r\n0\n\r\n\r\n",
+    b"2\r\n{}\r\n0\r\n" + b"X: y\r\n" * 20000,
+    b"2\r\n{}\r\n0\r\nX: y\nZ: w\r\n\r\n",
+    b"2\r\n{}\r\n0\r\nGET /health HTTP/1.1\r\n\r\n",
+    b"2\r\n{}\r\n0\r\nnocolon\r\n\r\n",
+    b"2\r\n{}\r\n0\r\nX: a\rb\r\n\r\n",
+    b"2\r\n{}\r\n0\r\nX: \0\r\n\r\n",
+    b"2\r\n{}\r\n0\r\n fold\r\n\r\n",
+    b"2\r\n{}\r\n0\r\nX : y\r\n\r\n",
+    b"2\r\n{}\r\n0\r\n: y\r\n\r\n",
+]
+
+
+@table("body", BROKEN_CHUNKS)
+def test_a_broken_chunked_body_is_refused_and_nothing_behind_it_is_answered(door, body):
+    replies = exchange(door, post_chunked(body))
+    check_refused(replies, 400)
+    assert "chunked" in replies[0].error()["message"]
+
+
+HALF = len(JSON_CHAT) // 2
+
+# The same body in several chunked codings.
+WHOLE_CHUNKS = [
+    chunked(JSON_CHAT) + END,
+    chunked(JSON_CHAT[:HALF]) + chunked(JSON_CHAT[HALF:]) + END,
+    b"".join(b"1\r\n%c\r\n" % byte for byte in JSON_CHAT) + END,
+    b"%X;name=value;x=\"y z\"\r\n%b\r\n0\r\n\r\n" % (len(JSON_CHAT), JSON_CHAT),
+    b"000%x \t;x\r\n%b\r\n000\r\n\r\n" % (len(JSON_CHAT), JSON_CHAT),
+    chunked(JSON_CHAT) + b"0\r\nX-Trailer: y\r\nContent-Length: 7\r\nTransfer-Encoding: gzip\r\n\r\n",
+]
+
+
+@table("body", WHOLE_CHUNKS)
+def test_a_chunked_body_is_read_however_it_is_cut(door, body):
+    assert statuses(door, post_chunked(body)) == [200, 200]
+    assert door.zai.requests[0]["body"]["messages"] == [{"role": "user", "content": "Hi"}]
+
+
+def test_a_request_may_come_byte_by_byte(door):
+    data = post_chunked(chunked(JSON_CHAT), END) + post(JSON_CHAT, "Connection: close")
+    with door.connect() as sock:
         for i in range(len(data)):
             sock.sendall(data[i:i + 1])
-        assert [reply.status for reply in door_replies(door_rest(sock))] == [200, 200]
+        assert [reply.status for reply in replies_in(read_to_end(sock))] == [200, 200]
 
 
-REQUEST_LINES = [(b"GET /health HTTP/1.1", 200), (b"GET /health HTTP/1.0", 200), (b"GET  /health HTTP/1.1", 400), (b"GET /health  HTTP/1.1", 400),
-                 (b"GET /health HTTP/1.1 ", 400), (b" GET /health HTTP/1.1", 400), (b"GET\t/health\tHTTP/1.1", 400), (b"GET /health", 400),
-                 (b"GET", 400), (b"GET /health HTTP/1.1 x", 400), (b"GET /a b HTTP/1.1", 400), (b"GET /health http/1.1", 400),
-                 (b"GET /health HTTP/1.10", 400), (b"GET /health HTTP/01.1", 400), (b"GET /health HTTP/1,1", 400), (b"GET /health HTTP/1.", 400),
-                 (b"GET /health HTTQ/1.1", 400), (b"GET /health HTTP/2.0", 505), (b"GET /health HTTP/0.9", 400), (b"PRI * HTTP/2.0", 505),
-                 (b"GET /health\x00 HTTP/1.1", 400), (b"GET /health\x0b HTTP/1.1", 400), (b"GET /hea\rlth HTTP/1.1", 400),
-                 (b"G(ET /health HTTP/1.1", 400), (b"G\xc3\x84T /health HTTP/1.1", 400), (b"get /health HTTP/1.1", 501),
-                 (b"BREW /health HTTP/1.1", 501), (b"TRACE /health HTTP/1.1", 501), (b"CONNECT localhost:443 HTTP/1.1", 501),
-                 (b"__class__ /health HTTP/1.1", 501), (b"A" * 20 + b" /health HTTP/1.1", 501), (b"A" * 21 + b" /health HTTP/1.1", 400), (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(range(200, 256)), 400),
-                 (b"\x80\x2e\x01\x03\x01", 400), (b"\x05\x01\x00", 400), (b"SSH-2.0-OpenSSH_9.6", 400), (b"GET /" + b"a" * 70000 + b" HTTP/1.1", 414),
-                 (b"a" * 70000, 414), (b"{\"model\":\"GLM-4.6\"}", 400), (b"-1 / HTTP/1.1", 501)]
+# A request line, and the status it gets.
+REQUEST_LINES = [
+    (b"GET /health HTTP/1.1", 200),
+    (b"GET /health HTTP/1.0", 200),
+    (b"GET  /health HTTP/1.1", 400),
+    (b"GET /health  HTTP/1.1", 400),
+    (b"GET /health HTTP/1.1 ", 400),
+    (b" GET /health HTTP/1.1", 400),
+    (b"GET\t/health\tHTTP/1.1", 400),
+    (b"GET /health", 400),
+    (b"GET", 400),
+    (b"GET /health HTTP/1.1 x", 400),
+    (b"GET /a b HTTP/1.1", 400),
+    (b"GET /health http/1.1", 400),
+    (b"GET /health HTTP/1.10", 400),
+    (b"GET /health HTTP/01.1", 400),
+    (b"GET /health HTTP/1,1", 400),
+    (b"GET /health HTTP/1.", 400),
+    (b"GET /health HTTQ/1.1", 400),
+    (b"GET /health HTTP/0.9", 400),
+    (b"GET /health HTTP/2.0", 505),
+    (b"PRI * HTTP/2.0", 505),
+    (b"GET /health\x00 HTTP/1.1", 400),
+    (b"GET /health\x0b HTTP/1.1", 400),
+    (b"GET /hea\rlth HTTP/1.1", 400),
+    (b"G(ET /health HTTP/1.1", 400),
+    (b"G\xc3\x84T /health HTTP/1.1", 400),
+    (b"A" * 21 + b" /health HTTP/1.1", 400),
+    (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(range(200, 256)), 400),
+    (b"\x80\x2e\x01\x03\x01", 400),
+    (b"\x05\x01\x00", 400),
+    (b"SSH-2.0-OpenSSH_9.6", 400),
+    (b'{"model":"GLM-4.6"}', 400),
+    (b"GET /" + b"a" * 70000 + b" HTTP/1.1", 414),
+    (b"a" * 70000, 414),
+]
 
 
-def test_a_request_line_is_taken_to_the_letter(proxy):
-    for line, status in REQUEST_LINES:
-        replies = door_exchange(proxy, line + b"\r\n" + DOOR_AUTH.encode() + b"\r\n")
-        allowed = (501, 405) if status == 501 else (400, 505) if b"HTTP/" in line and status in (400, 505) else (status,)
-        assert len(replies) == (1 + (status == 200 and line.endswith(b"1.1"))) and replies[0].status in allowed, (line[:80], replies)
-        assert status == 200 or is_openai_error(replies[0]) and replies[0].headers["Connection"] == "close", line[:80]
+@table("line,status", REQUEST_LINES)
+def test_a_request_line_is_taken_to_the_letter(door, line, status):
+    replies = exchange(door, line + b"\r\nHost: localhost\r\n\r\n")
+    if status != 200:
+        check_refused(replies, status)
+    else:
+        assert [reply.status for reply in replies] == [200] * (1 + line.endswith(b"1.1"))
 
 
-HEADER_LINES = [("X: y", 200), ("X:y", 200), ("X:", 200), ("X: \xff\xfe\x01\x1b[31m", 200), ("x-request-id: mine", 200), ("X_Y: z", 200),
-                ("X: " + "y" * 60000, 200), ("X: a: b", 200), ("X : y", 400), ("X", 400), (": y", 400), (" X: y", 400), ("\tX: y", 400),
-                ("X: a\r\n b", 400), ("X: a\r\n\tb", 400), ("X: a\rb", 400), ("X: a\rContent-Length: 5", 400), ("X: a\0b", 400), ("X\0: a", 400),
-                ("X(: y", 400), ("X\xc4: y", 400), ("Host: localhost", 400), ("Host: other", 400), ("X: " + "y" * 70000, 431), ("y" * 70000, 431),
-                ("\r\n".join("X%d: y" % i for i in range(90)), 200), ("\r\n".join("X%d: y" % i for i in range(110)), 431)]
+@table("method", ["get", "BREW", "TRACE", "__class__", "-1", "A" * 20])
+def test_an_unknown_method_is_not_a_method_of_the_path(door, method):
+    replies = exchange(door, raw_request(method, "/health"))
+    assert [reply.status for reply in replies] == [405, 200]
+    assert replies[0].headers["Allow"] == "OPTIONS, GET, HEAD"
+    check_error(replies[0])
 
 
-def test_a_header_line_is_taken_to_the_letter(proxy):
-    for line, status in HEADER_LINES:
-        replies = door_exchange(proxy, door_get("/health", line))
-        assert [reply.status for reply in replies] == ([200, 200] if status == 200 else [status]), line[:80]
-        assert status == 200 or is_openai_error(replies[0]) and replies[0].headers["Connection"] == "close", line[:80]
-    assert door_statuses(proxy, b"GET /health HTTP/1.1\r\nX: y\r\n\r\n") == [400], "no Host"
-    assert door_statuses(proxy, b"GET /health HTTP/1.0\r\n\r\n") == [200], "HTTP/1.0 had none"
+def test_a_tls_client_is_told_that_this_is_http(door):
+    reply, = exchange(door, b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03")
+    assert "HTTPS" in reply.error()["message"]
 
 
-def test_a_request_line_that_is_too_long_has_one_name_in_every_python(proxy):
-    reply, = door_exchange(proxy, b"GET /" + b"a" * 70000 + b" HTTP/1.1\r\n")
-    error = json.loads(reply.body.decode())["error"]
-    assert (reply.status, error["code"], error["message"]) == (414, "uri_too_long", "Uri too long.")
+# A header line, and the status it gets.
+HEADER_LINES = [
+    ("X: y", 200),
+    ("X:y", 200),
+    ("X:", 200),
+    ("X: \xff\xfe\x01\x1b[31m", 200),
+    ("x-request-id: mine", 200),
+    ("X_Y: z", 200),
+    ("X: " + "y" * 60000, 200),
+    ("X: a: b", 200),
+    ("X : y", 400),
+    ("X", 400),
+    (": y", 400),
+    (" X: y", 400),
+    ("\tX: y", 400),
+    ("X: a\r\n b", 400),
+    ("X: a\r\n\tb", 400),
+    ("X: a\rb", 400),
+    ("X: a\rContent-Length: 5", 400),
+    ("X: a\r", 400),
+    ("X: a\0b", 400),
+    ("X\0: a", 400),
+    ("X(: y", 400),
+    ("X\xc4: y", 400),
+    ("X: y\r\nHost: localhost\r\nHost: localhost", 400),
+    ("X: y\r\nHost: localhost\r\nHost: other", 400),
+    ("X: " + "y" * 70000, 431),
+    ("y" * 70000, 431),
+    ("\r\n".join(f"X{i}: y" for i in range(90)), 200),
+    ("\r\n".join(f"X{i}: y" for i in range(110)), 431),
+]
 
 
-def test_a_blank_line_between_requests_is_none_however_it_is_cut(zai):
+@table("line,status", HEADER_LINES)
+def test_a_header_line_is_taken_to_the_letter(door, line, status):
+    replies = exchange(door, raw_request("GET", "/health", line))
+    if status != 200:
+        check_refused(replies, status)
+    else:
+        assert [reply.status for reply in replies] == [200, 200]
+
+
+def test_http_1_1_needs_a_host_and_http_1_0_had_none(door):
+    assert statuses(door, b"GET /health HTTP/1.1\r\nX: y\r\n\r\n") == [400]
+    assert statuses(door, b"GET /health HTTP/1.0\r\n\r\n") == [200]
+
+
+@table("pause_s", [0, 0.05])
+def test_a_blank_line_between_requests_is_none_however_it_is_cut(door, pause_s):
     """Old clients leave one behind a body; no request begins with it."""
-    with proxying(zai, CLIENT_TIMEOUT="0.3") as proxy:
-        for pause in (0, 0.02, 0.6):
-            with proxy.connect(5) as sock, sock.makefile("rb") as file:
-                sock.sendall(door_post(DOOR_CHAT))
-                assert door_read(file).status == 200
-                sock.sendall(b"\r")
-                time.sleep(pause)
-                sock.sendall(b"\n")
-                time.sleep(pause)
-                sock.sendall(door_post(DOOR_CHAT))
-                assert door_read(file).status == 200, pause
-        for size in range(2040, 2056):  # the buffer has 2,048 bytes
-            plain = door_get("/health")
-            padded = door_get("/health", "X: " + "y" * (size - len(plain) - len("X: \r\n")))
-            assert len(padded) == size and door_statuses(proxy, padded + b"\r\n" + plain) == [200, 200, 200]
+    with hold(door, post(JSON_CHAT)) as sock, sock.makefile("rb") as file:
+        sock.sendall(b"\r")
+        time.sleep(pause_s)
+        sock.sendall(b"\n")
+        time.sleep(pause_s)
+        assert door.idle()
+        sock.sendall(post(JSON_CHAT))
+        assert read_reply(file).status == 200
 
 
-def test_connection_headers_are_obeyed(proxy):
-    for lines, count in ((["Connection: close"], 1), (["Connection: Close"], 1), (["Connection: close, TE", "TE: trailers"], 1),
-                         (["Connection: TE", "Connection: close"], 1), (["Connection: keep-alive"], 2), (["Connection: closed"], 2), ([], 2)):
-        replies = door_exchange(proxy, door_get("/health", *lines))
-        assert [reply.status for reply in replies] == [200] * count, lines
+def test_a_blank_line_at_the_end_is_no_request(proxy, log_lines):
+    with hold(proxy, post(JSON_CHAT)) as sock:
+        sock.sendall(b"\r\n")
+    time.sleep(0.05)
+    proxy.idle()
+    assert len(log_lines()) == 1
 
 
-def test_pipelined_requests_are_answered_in_order(proxy):
-    stream_body = json.dumps(chat_body(stream=True)).encode()
-    data = (door_get("/health") + door_post(DOOR_CHAT) + door_get("/v1/models/nope") + door_post(stream_body) + door_post(b"{}")
-            + door_chunked(chunked(DOOR_CHAT), END) + door_get("/v1/models/GLM-4.6", method="HEAD") + door_get("/metrics", "Connection: close"))
-    replies = door_exchange(proxy, data, 6)
+def test_a_blank_line_around_the_end_of_the_buffer_is_none(door):
+    request = raw_request("GET", "/health")
+    for size in range(2040, 2056):  # the buffer has 2,048 bytes
+        padding = "X: " + "y" * (size - len(request) - len("X: \r\n"))
+        assert statuses(door, raw_request("GET", "/health", padding) + b"\r\n" + request) == [200, 200, 200]
+
+
+# Header lines, and whether the connection is kept.
+CONNECTIONS = [
+    (["Connection: close"], False),
+    (["Connection: Close"], False),
+    (["Connection: close, TE", "TE: trailers"], False),
+    (["Connection: TE", "Connection: close"], False),
+    (["Connection: keep-alive"], True),
+    (["Connection: closed"], True),
+    (["Upgrade: h2c", "Connection: Upgrade, HTTP2-Settings", "HTTP2-Settings: AAMAAABk"], True),
+    (["Upgrade: websocket", "Connection: Upgrade", "Sec-WebSocket-Key: x", "Sec-WebSocket-Version: 13"], True),
+    ([], True),
+]
+
+
+@table("lines,kept", CONNECTIONS)
+def test_connection_headers_are_obeyed(door, lines, kept):
+    assert statuses(door, raw_request("GET", "/health", *lines)) == [200] * (1 + kept)
+
+
+def test_pipelined_requests_are_answered_in_order(door):
+    data = (raw_request("GET", "/health") + post(JSON_CHAT) + raw_request("GET", "/v1/models/nope")
+            + post(json_chat(stream=True)) + post(b"{}") + post_chunked(chunked(JSON_CHAT), END)
+            + raw_request("HEAD", "/v1/models/GLM-4.6") + raw_request("GET", "/metrics", "Connection: close"))
+    replies = exchange(door, data, 6)
     assert [reply.status for reply in replies] == [200, 200, 404, 200, 400, 200, 200, 200]
-    assert json.loads(replies[1].body.decode())["object"] == "chat.completion" and replies[3].body.endswith(b"data: [DONE]\n\n")
-    assert replies[7].body.startswith(b"# HELP") and len({reply.headers["x-request-id"] for reply in replies}) == 8
+    assert replies[1].json()["object"] == "chat.completion"
+    assert replies[3].body.endswith(b"data: [DONE]\n\n")
+    assert replies[7].body.startswith(b"# HELP")
+    assert len({reply.headers["x-request-id"] for reply in replies}) == 8
 
 
-def test_http_1_0_gets_closing_unchunked_answers(proxy):
-    for keep in ("", "Connection: keep-alive"):
-        lines = [keep] if keep else []
-        for data in (door_get("/v1/models", *lines, version="HTTP/1.0"), door_post(DOOR_CHAT, *lines, version="HTTP/1.0")):
-            reply, = door_exchange(proxy, data)
-            assert reply.status == 200 and reply.headers["Connection"] == "close" and int(reply.headers["Content-Length"]) == len(reply.body)
-        reply, = door_exchange(proxy, door_post(json.dumps(chat_body(stream=True)).encode(), *lines, version="HTTP/1.0"))
-        assert "Transfer-Encoding" not in reply.headers and reply.headers["Connection"] == "close"
-        assert reply.body.startswith(b"data: {") and reply.body.endswith(b"}\n\ndata: [DONE]\n\n")
-    assert door_statuses(proxy, door_post(chunked(DOOR_CHAT) + END, "Transfer-Encoding: chunked", length=False, version="HTTP/1.0")) == [400]
+@table("lines", [[], ["Connection: keep-alive"]])
+def test_http_1_0_gets_closing_unchunked_answers(door, lines):
+    old = {"version": "HTTP/1.0"}
+    models = raw_request("GET", "/v1/models", *lines, **old)
+    for data in (models, post(JSON_CHAT, *lines, **old)):
+        reply, = exchange(door, data)
+        assert reply.status == 200
+        assert reply.headers["Connection"] == "close"
+        assert int(reply.headers["Content-Length"]) == len(reply.body)
+    reply, = exchange(door, post(json_chat(stream=True), *lines, **old))
+    assert "Transfer-Encoding" not in reply.headers
+    assert reply.headers["Connection"] == "close"
+    assert reply.body.startswith(b"data: {")
+    assert reply.body.endswith(b"}\n\ndata: [DONE]\n\n")
 
 
-def test_head_works_where_get_does_and_has_no_body(proxy):
-    for path in ("/", "/docs", "/dashboard", "/health", "/v1/models", "/models/glm-4.6", "/v1/models/nope", "/metrics", "/stats", "/nowhere"):
-        replies = door_exchange(proxy, door_get(path, method="HEAD") + door_get(path), 0)
-        assert (len(replies) == 3 and replies[0].status == replies[1].status
-                and replies[0].headers["Content-Type"] == replies[1].headers["Content-Type"]), path
-        assert path == "/stats" or replies[0].headers["Content-Length"] == replies[1].headers["Content-Length"] == str(len(replies[1].body)), path
-    reply, follow = door_exchange(proxy, door_get("/v1/chat/completions", method="HEAD"), 0)
-    assert (reply.status, follow.status) == (405, 200) and "POST" in reply.headers["Allow"]
+def test_http_1_0_has_no_chunked_coding(door):
+    data = post(chunked(JSON_CHAT) + END, "Transfer-Encoding: chunked", version="HTTP/1.0")
+    check_refused(exchange(door, data), 400)
+
+
+@table("path", ["/", "/docs", "/dashboard", "/health", "/v1/models", "/models/glm-4.6", "/v1/models/nope", "/metrics",
+                "/nowhere"])
+def test_head_works_where_get_does_and_has_no_body(door, path):
+    head, get, last = exchange(door, raw_request("HEAD", path) + raw_request("GET", path), 0)
+    assert head.status == get.status
+    assert head.headers["Content-Type"] == get.headers["Content-Type"]
+    assert head.headers["Content-Length"] == str(len(get.body))
+
+
+def test_head_of_the_chat_is_no_method_of_it(door):
+    head, last = exchange(door, raw_request("HEAD", CHAT), 0)
+    assert head.status == 405
+    assert head.headers["Allow"] == "OPTIONS, POST"
 
 
 # Bodies
 
-def door_expect(proxy, lines, auth=DOOR_AUTH):
-    """The statuses that come before a byte of the body has been sent; the body follows only a 100."""
-    with proxy.connect(5) as sock, sock.makefile("rb") as file:
-        sock.sendall(door_get("/v1/chat/completions", "Expect: 100-continue", *lines, method="POST", auth=auth))
-        statuses = [door_read(file).status]
-        if statuses == [100]:
-            sock.sendall((chunked(DOOR_CHAT) + END) if "chunked" in lines[0] else DOOR_CHAT)
-            statuses.append(door_read(file).status)
-        return statuses
+JSON_LENGTH = f"Content-Length: {len(JSON_CHAT)}"
+
+# Header lines of a POST that expects 100-continue, whether its key is right, and the statuses it gets.
+EXPECTING = [
+    ([JSON_LENGTH], True, [100, 200]),
+    (["Transfer-Encoding: chunked"], True, [100, 200]),
+    ([JSON_LENGTH], False, [401]),
+    (["Transfer-Encoding: chunked"], False, [401]),
+    (["Content-Length: 1048577"], True, [413]),
+    ([JSON_LENGTH, "Content-Encoding: gzip"], True, [415]),
+    (["Content-Length: 5, 5"], True, [400]),
+    (["Content-Length: 0"], True, [100, 400]),
+]
 
 
-def test_100_continue_is_only_said_once_nothing_else_can_be(zai):
-    length = "Content-Length: %d" % len(DOOR_CHAT)
-    with proxying(zai, MAX_BODY_MB="1") as proxy:
-        for lines, auth, statuses in (([length], DOOR_AUTH, [100, 200]), (["Transfer-Encoding: chunked"], DOOR_AUTH, [100, 200]),
-                                      ([length], "Host: localhost\r\n", [401]), (["Transfer-Encoding: chunked"], "Host: localhost\r\n", [401]),
-                                      (["Content-Length: 1048577"], DOOR_AUTH, [413]),
-                                      ([length, "Content-Type: multipart/form-data; boundary=x"], DOOR_AUTH, [415]),
-                                      ([length, "Content-Encoding: gzip"], DOOR_AUTH, [415]), (["Content-Length: 5, 5"], DOOR_AUTH, [400]),
-                                      (["Content-Length: 0"], DOOR_AUTH, [400])):
-            assert door_expect(proxy, lines, auth) == statuses, (lines, statuses)
-        replies = door_exchange(proxy, door_post(DOOR_CHAT, "Expect: 100-Continue"))  # a client that does not wait for it
-        assert [reply.status for reply in replies] == [100, 200, 200]
-        assert door_statuses(proxy, door_get("/health", "Expect: 100-continue")) == [200, 200], "no body, no 100"
+@table("lines,key_is_right,expected", EXPECTING)
+def test_100_continue_is_only_said_once_nothing_else_can_be(door, lines, key_is_right, expected):
+    """The body is sent after a 100 only."""
+    body = chunked(JSON_CHAT) + END if "chunked" in lines[0] else JSON_CHAT
+    with door.connect(5) as sock, sock.makefile("rb") as file:
+        sock.sendall(raw_request("POST", CHAT, "Expect: 100-continue", *lines, auth=key_is_right))
+        found = [read_reply(file).status]
+        if found == [100]:
+            sock.sendall(b"" if lines == ["Content-Length: 0"] else body)
+            found.append(read_reply(file).status)
+    assert found == expected
 
 
-def test_the_body_limit_holds_before_the_body_is_there(zai):
-    mib = 1 << 20
-    with proxying(zai, MAX_BODY_MB="1") as proxy:
-        for head, body, status in ((["Content-Length: %d" % (mib + 1)], b"", 413), (["Content-Length: 999999999999"], b"", 413),
-                                   (["Transfer-Encoding: chunked"], b"100001\r\n", 413), (["Transfer-Encoding: chunked"], b"fffffffffff\r\n", 413),
-                                   (["Transfer-Encoding: chunked"], chunked(b" " * 600000) + b"70000\r\n", 413),
-                                   (["Content-Length: %d" % mib], b" " * mib, 400),
-                                   (["Transfer-Encoding: chunked"], chunked(b" " * (mib - 2)) + chunked(b"{}") + END, 400)):
-            with proxy.connect(5) as sock, sock.makefile("rb") as file:
-                sock.sendall(door_get("/v1/chat/completions", *head, method="POST") + body)
-                reply = door_read(file)
-                assert reply.status == status and is_openai_error(reply), head
-                assert (reply.headers["Connection"] == "close") == (status == 413), head
-        padded = DOOR_CHAT + b" " * (mib - len(DOOR_CHAT))
-        assert door_statuses(proxy, door_post(padded) + door_chunked(chunked(padded), END)) == [200, 200, 200]
-    assert len(zai.requests) == 2
+def test_a_client_need_not_wait_for_100_continue(door):
+    assert statuses(door, post(JSON_CHAT, "Expect: 100-Continue")) == [100, 200, 200]
+    assert statuses(door, raw_request("GET", "/health", "Expect: 100-continue")) == [200, 200], "no body, no 100"
 
 
-def test_a_body_nobody_read_never_becomes_the_next_request(proxy, zai):
-    body = door_get("/health") * 3
-    for method, path, auth, lines, status in (("POST", "/v1/chat/completions", "Host: localhost\r\n", [], 401),
-                                              ("POST", "/nowhere", DOOR_AUTH, [], 404), ("PUT", "/v1/models", DOOR_AUTH, [], 405),
-                                              ("GET", "/v1/models", DOOR_AUTH, [], 200), ("GET", "/", "Host: localhost\r\n", [], 200),
-                                              ("OPTIONS", "/v1/chat/completions", "Host: localhost\r\n", [], 204),
-                                              ("DELETE", "/health", DOOR_AUTH, [], 405),
-                                              ("POST", "/v1/chat/completions", DOOR_AUTH, ["Content-Type: application/x-www-form-urlencoded"], 415),
-                                              ("POST", "/v1/chat/completions", DOOR_AUTH, ["Content-Encoding: br"], 415),
-                                              ("BREW", "/health", DOOR_AUTH, [], 501)):
-        for framing in ("Content-Length: %d" % len(body), "Transfer-Encoding: chunked"):
-            framed = body if "Length" in framing else chunked(body) + END
-            replies = door_exchange(proxy, door_get(path, framing, *lines, method=method, auth=auth) + framed)
-            assert replies[0].status in (status, 405 if status == 501 else status) and len(replies) == 1, (method, path, framing)
-            assert replies[0].headers["Connection"] == "close", (method, path, framing)
-    assert not zai.requests
+MIB = 1 << 20
+
+# The header line of a POST, what comes of its body, and the status: 413 does not wait for a body beyond MAX_BODY_MB=1.
+SIZES = [
+    (f"Content-Length: {MIB + 1}", b"", 413),
+    ("Content-Length: 999999999999", b"", 413),
+    ("Transfer-Encoding: chunked", b"100001\r\n", 413),
+    ("Transfer-Encoding: chunked", b"fffffffffff\r\n", 413),
+    ("Transfer-Encoding: chunked", chunked(b" " * 600000) + b"70000\r\n", 413),
+    (f"Content-Length: {MIB}", b" " * MIB, 400),
+    ("Transfer-Encoding: chunked", chunked(b" " * (MIB - 2)) + chunked(b"{}") + END, 400),
+    (f"Content-Length: {MIB}", JSON_CHAT.ljust(MIB), 200),
+    ("Transfer-Encoding: chunked", chunked(JSON_CHAT.ljust(MIB)) + END, 200),
+]
 
 
-def test_a_refusal_can_be_read_while_a_large_body_is_still_being_sent(proxy):
-    with proxy.connect(5) as sock:
-        sock.sendall(door_get("/v1/chat/completions", "Content-Length: 8000000", method="POST", auth="Host: localhost\r\n"))
-        with contextlib.suppress(OSError):
-            sock.sendall(b" " * 4000000)
-        assert door_read(sock.makefile("rb")).status == 401
+@table("line,body,status", SIZES)
+def test_the_body_limit_holds_before_the_body_is_there(door, line, body, status):
+    with door.connect(5) as sock, sock.makefile("rb") as file:
+        sock.sendall(raw_request("POST", CHAT, line) + body)
+        reply = read_reply(file)
+    assert reply.status == status
+    assert reply.headers["Connection"] == ("close" if status == 413 else None)
 
 
-def test_the_content_type_is_refused_only_if_it_cannot_be_json(proxy):
-    for kind, status in ((None, 200), ("", 200), ("application/json", 200), ("application/json; charset=utf-8", 200),
-                         ("text/plain;charset=UTF-8", 200), ("nonsense", 200), ("application/octet-stream", 200),
-                         ("application/vnd.platform+json", 200), ("application/json; profile=form", 200), ("application/x-www-form-urlencoded", 415),
-                         ("Application/X-WWW-Form-Urlencoded; charset=utf-8", 415), ("multipart/form-data; boundary=x", 415),
-                         ("Multipart/Mixed", 415)):
-        lines = [] if kind is None else ["Content-Type: " + kind]
-        assert door_statuses(proxy, door_post(DOOR_CHAT, *lines)) == ([200, 200] if status == 200 else [415]), kind
+# Requests whose body nobody reads: method, path, further header lines, whether its key is right, and the status.
+UNREAD = [
+    ("POST", CHAT, [], False, 401),
+    ("POST", "/nowhere", [], True, 404),
+    ("PUT", "/v1/models", [], True, 405),
+    ("GET", "/v1/models", [], True, 200),
+    ("GET", "/", [], False, 200),
+    ("OPTIONS", CHAT, [], False, 204),
+    ("DELETE", "/health", [], True, 405),
+    ("POST", CHAT, ["Content-Encoding: br"], True, 415),
+    ("BREW", "/health", [], True, 405),
+]
 
 
-def door_json(**fields):
-    return json.dumps(chat_body(**dict({"stream": False}, **fields))).encode()
+@table("method,path,lines,key_is_right,status", UNREAD)
+def test_a_body_nobody_read_never_becomes_the_next_request(door, method, path, lines, key_is_right, status):
+    body = raw_request("GET", "/health") * 3
+    for data in (raw_request(method, path, *lines, body=body, auth=key_is_right),
+                 raw_request(method, path, "Transfer-Encoding: chunked", *lines, auth=key_is_right)
+                 + chunked(body) + END):
+        replies = exchange(door, data)
+        assert [reply.status for reply in replies] == [status]
+        assert replies[0].headers["Connection"] == "close"
 
 
-ODD_BODIES = [(b"", 400), (b" ", 400), (b"nul", 400), (b"null", 400), (b"[]", 400), (b'"x"', 400), (b"1", 400), (b"{", 400), (b"{}", 400),
-              (b"{}{}", 400), (b"\0", 400), (b"\xff\xfe\x00", 400), (DOOR_CHAT + b"x", 400), (DOOR_CHAT + b" \r\n\t", 200),
-              (b"\xef\xbb\xbf" + DOOR_CHAT, 200), (DOOR_CHAT.decode().encode("utf-16"), 400), (gzip.compress(DOOR_CHAT), 400),
-              (DOOR_CHAT.replace(b"Hi", b"\xff"), 400), (DOOR_CHAT.replace(b"Hi", b"\xed\xa0\x80"), 400), (DOOR_CHAT.replace(b"Hi", b"a\0b"), 400),
-              (DOOR_CHAT.replace(b"Hi", b"a\\u0000b"), 200), (DOOR_CHAT.replace(b"Hi", b"\\ud83d"), 200),
-              (DOOR_CHAT.replace(b"Hi", b"\\udc00\\ud800"), 200), (DOOR_CHAT.replace(b"GLM-4.6", b"\\ud800"), 200),
-              (DOOR_CHAT.replace(b'"Hi"', b'"Hi","\\ud800":1'), 200), (DOOR_CHAT.replace(b"false", b"false,\"\\udfff\":\"\\udfff\""), 200),
-              (b'{"model":NaN}', 400),
-              *((DOOR_CHAT.replace(b"false", b'false,"temperature":' + number), 400) for number in (b"NaN", b"Infinity", b"-Infinity", b"1e999",
-                  b"-1e999", b"01", b"1.", b".5", b"0x1", b"9" * 5000, b"9" * 1000000, b"1" + b"0" * 101, b"1e99")),
-              (DOOR_CHAT.replace(b"false", b'false,"seed":' + b"9" * 100), 200), (DOOR_CHAT.replace(b"false", b'false,"max_tokens":' + b"9" * 90),
-                  200), (DOOR_CHAT.replace(b"false", b'false,"x":' + b"[" * 100000), 400),
-              (DOOR_CHAT.replace(b"false", b'false,"x":' + b"[" * 100000 + b"]" * 100000), 400),
-              (DOOR_CHAT.replace(b"false", b'false,"x":' + b'{"a":' * 50000 + b"1" + b"}" * 50000), 400), (b"[" * 1000000, 400),
-              (DOOR_CHAT.replace(b"false", b'false,"model":"GLM-4.5"'), 200), (door_json(x={"a": [1, None, True]}), 200),
-              (door_json(model="a" * 100000), 200), (door_json(model=""), 400), (door_json(model=["x"]), 400), (door_json(messages={}), 400),
-              (door_json(messages=[None]), 400), (door_json(stream="yes"), 400), (door_json(**{"\r\nX: y": "z"}), 200)]
-ODD_BODIES += [  # tools that are no functions, but look a little like one
-    (door_json(tools=[{"type": "x", "function": function}], tool_choice=choice), (200, 400)) for function in ({}, 5, "f", [], None, {"name": []})
-    for choice in ("auto", "required", {"type": "function", "function": {"name": "f"}})]
+# What is refused before all of it was read: the server must not close on the rest, as that would reset the connection.
+@table("data,status", [
+    (raw_request("POST", CHAT, "Content-Length: 8000000", auth=False) + b" " * 4000000, 401),
+    (b"nonsense\r\n\r\n" + b"x" * 100000, 400),
+    (raw_request("GET", "/health", "X : y") + b"x" * 100000, 400),
+    (raw_request("GET", "/health", "X: " + "y" * 1000000), 431),
+])
+def test_a_refusal_can_be_read_while_more_is_still_being_sent(door, data, status):
+    with door.connect(5) as sock:
+        sock.sendall(data)
+        sock.shutdown(socket.SHUT_WR)
+        assert [reply.status for reply in replies_in(read_to_end(sock))] == [status]
 
 
-def test_odd_bodies_have_a_defined_answer(proxy, zai, door_log):
-    for body, status in ODD_BODIES:
-        replies = door_exchange(proxy, door_post(body))
-        passed = replies[0].status == 200
-        assert replies[0].status == status or isinstance(status, tuple) and replies[0].status in status, body[:200]
-        assert len(replies) == 2 and (passed or is_openai_error(replies[0])), body[:200]
-        assert bool(zai.requests) == passed, body[:200]
-        zai.requests.clear()
-    assert not door_log(logging.ERROR)
+# A form is what curl -d says it sends. A page of somebody else could send one unasked, but not with the key.
+@table("kind", ["", "application/json", "application/json; charset=utf-8", "text/plain;charset=UTF-8", "nonsense",
+                "application/octet-stream", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"])
+def test_the_content_type_does_not_matter(door, kind):
+    assert statuses(door, post(JSON_CHAT, "Content-Type: " + kind)) == [200, 200]
+    assert statuses(door, post(JSON_CHAT, "Content-Type: " + kind, auth=False)) == [401]
 
 
-def test_nesting_around_the_recursion_limit_is_an_answer_or_a_400(proxy, door_log):
+def with_field(text):
+    """The chat with one field more, as JSON text."""
+    return JSON_CHAT.replace(b'"stream"', text + b',"stream"')
+
+
+# A body, and the status it gets.
+ODD_BODIES = [
+    (b"", 400),
+    (b" ", 400),
+    (b"nul", 400),
+    (b"null", 400),
+    (b"[]", 400),
+    (b'"x"', 400),
+    (b"1", 400),
+    (b"{", 400),
+    (b"{}", 400),
+    (b"{}{}", 400),
+    (b"\0", 400),
+    (b"\xff\xfe\x00", 400),
+    (JSON_CHAT + b"x", 400),
+    (JSON_CHAT + b" \r\n\t", 200),
+    (b"\xef\xbb\xbf" + JSON_CHAT, 200),
+    (JSON_CHAT.decode().encode("utf-16"), 400),
+    (gzip.compress(JSON_CHAT), 400),
+    (JSON_CHAT.replace(b"Hi", b"\xff"), 400),
+    (JSON_CHAT.replace(b"Hi", b"\xed\xa0\x80"), 400),
+    (JSON_CHAT.replace(b"Hi", b"a\0b"), 400),
+    (JSON_CHAT.replace(b"Hi", b"a\\u0000b"), 200),
+    (JSON_CHAT.replace(b"Hi", b"\\ud83d"), 200),
+    (JSON_CHAT.replace(b"Hi", b"\\udc00\\ud800"), 200),
+    (JSON_CHAT.replace(b"GLM-4.6", b"\\ud800"), 200),
+    (JSON_CHAT.replace(b'"Hi"', b'"Hi","\\ud800":1'), 200),
+    (with_field(b'"\\udfff":"\\udfff"'), 200),
+    (with_field(b'"model":"GLM-4.5"'), 200),
+    (with_field(b'"x":{"a":[1,null,true]}'), 200),
+    (with_field(b'"\\r\\nX: y":"z"'), 200),
+    (with_field(b'"model":NaN'), 400),
+    (with_field(b'"temperature":NaN'), 400),
+    (with_field(b'"temperature":Infinity'), 400),
+    (with_field(b'"temperature":-Infinity'), 400),
+    (with_field(b'"temperature":1e999'), 400),
+    (with_field(b'"temperature":-1e999'), 400),
+    (with_field(b'"temperature":01'), 400),
+    (with_field(b'"temperature":1.'), 400),
+    (with_field(b'"temperature":.5'), 400),
+    (with_field(b'"temperature":0x1'), 400),
+    (with_field(b'"temperature":1e99'), 400),
+    (with_field(b'"temperature":1' + b"0" * 101), 400),
+    (with_field(b'"temperature":' + b"9" * 5000), 400),
+    (with_field(b'"temperature":' + b"9" * 1000000), 400),
+    (with_field(b'"seed":' + b"9" * 100), 200),
+    (with_field(b'"max_tokens":' + b"9" * 90), 200),
+    (with_field(b'"x":' + b"[" * 100000), 400),
+    (with_field(b'"x":' + b"[" * 100000 + b"]" * 100000), 400),
+    (with_field(b'"x":' + b'{"a":' * 50000 + b"1" + b"}" * 50000), 400),
+    (b"[" * 1000000, 400),
+    (json_chat(model="a" * 100000), 400),
+    (json_chat(model=""), 400),
+    (json_chat(model=["x"]), 400),
+    (json_chat(messages={}), 400),
+    (json_chat(messages=[None]), 400),
+    (json_chat(stream="yes"), 400),
+]
+
+
+@table("body,status", ODD_BODIES)
+def test_odd_bodies_have_a_defined_answer(door, body, status):
+    replies = exchange(door, post(body))
+    assert [reply.status for reply in replies] == [status, 200]
+    assert bool(door.zai.requests) == (status == 200)
+    if status != 200:
+        check_error(replies[0])
+
+
+@table("function", [{}, 5, "f", [], None, {"name": []}])
+@table("choice", ["auto", "required", {"type": "function", "function": {"name": "f"}}])
+def test_tools_that_only_look_like_functions_are_no_bugs(door, function, choice):
+    tool = {"type": "x", "function": function}
+    replies = exchange(door, post(json_chat(tools=[tool], tool_choice=choice)))
+    assert replies[0].status in (200, 400)
+
+
+AROUND_THE_LIMIT = range(sys.getrecursionlimit() - 60, sys.getrecursionlimit() + 5)
+
+
+@table("field", [b'"x":%b', b'"tools":[{"type":"function","function":{"name":"f","parameters":{"a":%b}}}]'])
+def test_nesting_around_the_recursion_limit_is_an_answer_or_a_400(door, field):
     """Reading, writing and translating recurse at different depths; no depth may fall between two of them."""
-    for depth in list(range(sys.getrecursionlimit() - 60, sys.getrecursionlimit() + 5)) + [10, 500, 3000, 9000, 20000]:
+    for depth in (10, 500, *AROUND_THE_LIMIT, 3000, 9000, 20000):
         deep = b"[" * depth + b"]" * depth
-        for place in (b'"x":%b' % deep, b'"tools":[{"type":"function","function":{"name":"f","parameters":{"a":%b}}}]' % deep):
-            assert door_statuses(proxy, door_post(DOOR_CHAT.replace(b'"stream"', place + b',"stream"')))[0] in (200, 400), depth
-    assert not door_log(logging.ERROR)
+        assert statuses(door, post(with_field(field % deep)))[0] in (200, 400), depth
 
 
-# Endpoints, keys, errors
-
-TARGETS = [("/v1/models", 200), ("/models", 200), ("//v1/models", 200), ("///models", 200), ("/v1/models/", 200), ("/v1/models?limit=2&x=%zz", 200),
-           ("/v1/models#x", None), ("/%76%31/models", 200), ("/v1/%6Dodels/glm-4.6", 200), ("http://localhost/v1/models", 200),
-           ("HTTPS://api.example/v1/models?x", 200), ("http://u:p@x:99999/health", 200), ("/v1/models/GLM-4.5-Air", 200),
-           ("/v1/models/glm-4.5-air", 200), ("/v1/models/nope", 404), ("/v1/models/%00%0d%0a", 404), ("/v1/models/%ff%fe", 404),
-           ("/v1/models/a/b", 404), ("*", 404), ("health", 200), ("/v1", 404), ("/v1/", 404), ("/v2/models", 404), ("/v1/v1/models", 404),
-           ("/V1/MODELS", 404), ("/v1/models%", 404), ("/\xff\xfe", 404), ("/favicon.ico", 404), ("/v1/embeddings", 404), ("/../etc/passwd", 404),
-           ("/%2e%2e/%2e%2e/etc/passwd", 404), ("/\\", 404), ("/[", 404), ("/?", 200), ("?", 200), ("/;", 404), ("http://[/v1/models", None),
-           ("http://[::1]/v1/models", None), ("http://]/", None), ("http://", None), ("http:///health", None), ("ftp://x/health", 404),
-           ("http:/health", 404), ("http://x\xbd/health", None), ("http://\xff:x/health", None), ("/" + "a" * 60000, 404),
-           ("/v1/models/" + "%41" * 20000, 404)]
+@table("piece", [b"[],", b"{},"])
+def test_a_body_of_more_than_a_million_brackets_is_refused_before_it_is_decoded(zai, piece):
+    body = with_field(b'"x":[%b1]' % (piece * 1000000))
+    with proxying(zai) as proxy:
+        began = time.process_time()
+        replies = exchange(proxy, post(body))
+        assert time.process_time() - began < 0.5
+    assert [reply.status for reply in replies] == [400, 200]
+    assert "brackets" in replies[0].error()["message"]
 
 
-def test_every_target_has_a_defined_answer(proxy, door_log):
-    for target, status in TARGETS:
-        replies = door_exchange(proxy, door_get(target))
-        assert replies[0].status == status or status is None and replies[0].status in (200, 400, 404), target[:80]
-        assert replies[0].status == 200 or is_openai_error(replies[0]), target[:80]
-        assert len(replies) == 2, target[:80]
-    assert not door_log(logging.ERROR)
+# Paths
+
+# A target, and the status it gets.
+TARGETS = [
+    ("/v1/models", 200),
+    ("/models", 200),
+    ("//v1/models", 200),
+    ("///models", 200),
+    ("/v1//models", 200),
+    ("/v1//models//glm-4.6", 200),
+    ("/v1/models/", 200),
+    ("/v1/models?limit=2&x=%zz", 200),
+    ("/v1/models#x", 200),
+    ("/%76%31/models", 200),
+    ("/v1/%6Dodels/glm-4.6", 200),
+    ("http://localhost/v1/models", 200),
+    ("HTTPS://api.example/v1/models?x", 200),
+    ("http://u:p@x:99999/health", 200),
+    ("/v1/models/GLM-4.5-Air", 200),
+    ("/v1/models/glm-4.5-air", 200),
+    ("/?", 200),
+    ("?", 200),
+    ("health", 200),
+    ("http:///health", 200),
+    ("http://", 200),
+    ("http://]/", 200),
+    ("http://[/v1/models", 200),
+    ("http://[::1]/v1/models", 200),
+    ("http://x\xbd/health", 200),
+    ("http://\xff:x/health", 200),
+    ("/v1/models/nope", 404),
+    ("/v1/models/%00%0d%0a", 404),
+    ("/v1/models/%ff%fe", 404),
+    ("/v1/models/a/b", 404),
+    ("*", 404),
+    ("/v1", 404),
+    ("/v1/", 404),
+    ("/v2/models", 404),
+    ("/v1/v1/models", 404),
+    ("/V1/MODELS", 404),
+    ("/v1/models%", 404),
+    ("/\xff\xfe", 404),
+    ("/favicon.ico", 404),
+    ("/../etc/passwd", 404),
+    ("/%2e%2e/%2e%2e/etc/passwd", 404),
+    ("/\\", 404),
+    ("/[", 404),
+    ("/;", 404),
+    ("ftp://x/health", 404),
+    ("http:/health", 404),
+    ("localhost:443", 404),
+    ("/" + "a" * 60000, 404),
+    ("/v1/models/" + "%41" * 20000, 404),
+]
 
 
-def test_every_route_takes_its_methods_and_names_them(proxy):
-    for path, methods in (("/v1/models", "GET"), ("/models/GLM-4.6", "GET"), ("/v1/chat/completions", "POST"), ("/chat/completions", "POST"),
-                          ("/metrics", "GET"), ("/stats", "GET"), ("/health", "GET"), ("/", "GET")):
-        for method in ("GET", "POST", "PUT", "PATCH", "DELETE"):
-            status, headers, body = proxy.call(method, path, chat_body(stream=False) if method == methods == "POST" else None)
-            assert status == (200 if method == methods else 405), (method, path)
-            if status == 405:
-                assert methods in headers["Allow"].split(", ") and method not in headers["Allow"].split(", ") and body["error"]["code"], (method,
-                        path)
-                assert ("HEAD" in headers["Allow"]) == (methods == "GET")
+@table("target,status", TARGETS)
+def test_every_target_has_a_defined_answer(door, target, status):
+    replies = exchange(door, raw_request("GET", target))
+    assert [reply.status for reply in replies] == [status, 200]
+    if status != 200:
+        check_error(replies[0])
+        assert len(replies[0].body) < 1000
+
+
+@table("path", [CHAT, "/chat/completions", "/v1//chat/completions", "//v1/chat//completions/"])
+def test_the_chat_is_found_however_the_base_url_was_joined(door, path):
+    assert statuses(door, raw_request("POST", path, body=JSON_CHAT)) == [200, 200]
+
+
+# A path, and patterns of what its 404 says, beside which {base} is the proxy's base URL and {zai} that of Z.ai.
+NOT_HERE = [
+    ("/nowhere", ["/nowhere", "base URL to {base}"]),
+    ("/api/tags", ["base URL to {base}"]),
+    ("/v1/embeddings", ["{zai}/embeddings", "balance"]),
+    ("/v1/images/generations", ["{zai}/images/generations"]),
+    ("/v1/audio/transcriptions", ["{zai}/audio/transcriptions"]),
+    ("/embeddings", ["{zai}/embeddings"]),
+    ("/v1/completions", ["{base}/chat/completions"]),
+    ("/v1/v1/chat/completions", ["doubled", "base URL to {base}"]),
+    ("/v1/v1/models", ["doubled", "base URL to {base}"]),
+    (CHAT + "/chat/completions", ["doubled", "base URL to {base}"]),
+    (CHAT + CHAT, ["doubled", "base URL to {base}"]),
+    ("/v1/embeddings/%7Bzai%7D%0a", ["{zai}/embeddings"]),
+]
+
+
+@table("path,words", NOT_HERE)
+def test_a_404_says_where_to_go(door, path, words):
+    status, headers, body = door.call("POST", path, {})
+    assert status == 404
+    assert body["error"]["code"] == "not_found"
+    for word in words:
+        assert word.format(base=f"http://localhost:{door.port}/v1", zai=door.zai.url) in body["error"]["message"]
+
+
+# A path, and the method it takes.
+METHODS = [
+    ("/v1/models", "GET"),
+    ("/models/GLM-4.6", "GET"),
+    (CHAT, "POST"),
+    ("/chat/completions", "POST"),
+    ("/metrics", "GET"),
+    ("/stats", "GET"),
+    ("/health", "GET"),
+    ("/", "GET"),
+]
+
+
+@table("path,right", METHODS)
+@table("method", ["GET", "POST", "PUT", "PATCH", "DELETE"])
+def test_every_route_takes_its_methods_and_names_them(door, path, right, method):
+    question = chat_body(stream=False) if right == method == "POST" else None
+    status, headers, body = door.call(method, path, question)
+    if method == right:
+        assert status == 200
+    else:
+        assert status == 405
+        assert set(headers["Allow"].split(", ")) - {"HEAD"} == {"OPTIONS", right}
+        assert ("HEAD" in headers["Allow"]) == (right == "GET")
+        assert body["error"]["code"] == "method_not_allowed"
 
 
 def test_models_are_listed_as_openai_lists_them(zai):
     with proxying(zai, MODEL_ALIASES="gpt-4o=glm-4.6,*=glm-4.5") as proxy:
         _, _, listing = proxy.call("GET", "/v1/models")
-        ids = [model["id"] for model in listing["data"]]
-        assert listing["object"] == "list" and {"GLM-4.6", "GLM-4.5", "GLM-4.5-Air", "GLM-4.5V", "GLM-5.3", "gpt-4o"} <= set(ids) and "*" not in ids
-        for model in listing["data"]:
-            assert sorted(model) == ["created", "id", "object", "owned_by"] and (model["object"], model["owned_by"]) == ("model",
-                    "z.ai") and type(model["created"]) is int
-            assert proxy.call("GET", "/v1/models/" + model["id"].upper())[2] == model
+        assert listing["object"] == "list"
+        entries = {model["id"]: model for model in listing["data"]}
+        assert {"GLM-4.6", "GLM-4.5", "GLM-4.5-Air", "GLM-4.5V", "GLM-5.3", "gpt-4o"} <= set(entries)
+        assert "*" not in entries
+        for id, model in entries.items():
+            assert (model["object"], model["owned_by"]) == ("model", "z.ai")
+            assert type(model["created"]) is int
+            assert proxy.call("GET", "/v1/models/" + id.upper())[2] == model
         status, _, body = proxy.call("GET", "/v1/models/gpt-9")
-        assert (status, body["error"]["code"], body["error"]["param"]) == (404, "model_not_found", "model") and "gpt-9" in body["error"]["message"]
+    assert (status, body["error"]["code"], body["error"]["param"]) == (404, "model_not_found", "model")
+    assert "gpt-9" in body["error"]["message"]
 
 
-def test_a_key_is_taken_in_three_headers_and_nowhere_else(zai):
-    with proxying(zai, DEFAULT_KEY="key-one, key-two ,,") as proxy:
-        for lines, ok in ((["Authorization: Bearer key-one"], True), (["authorization: BEARER key-two"], True),
-                          (["Authorization: bearer  key-one "], True), (["x-api-key: key-two"], True), (["X-Api-Key: key-one"], True),
-                          (["api-key: key-one"], True), (["Authorization: Bearer wrong", "api-key: key-one"], True), ([], False),
-                          (["Authorization: key-one"], False), (["Authorization: Basic key-one"], False), (["Authorization: Bearer"], False),
-                          (["Authorization: Bearer "], False), (["Authorization:"], False), (["x-api-key:"], False),
-                          (["Authorization: Bearer key-on"], False), (["Authorization: Bearer key-onee"], False),
-                          (["Authorization: Bearer KEY-ONE"], False), (["Authorization: Bearer key-one,key-two"], False),
-                          (["Authorization: Bearer key-one key-two"], False), (["Authorization: Bearer k\xe4y-one"], False),
-                          (["Authorization: Bearer " + "x" * 60000], False), (["Cookie: key=key-one"], False)):
-            reply, _ = door_exchange(proxy, door_get("/v1/models?key=key-one", *lines, auth="Host: x\r\n"))
-            assert reply.status == (200 if ok else 401), lines
-            assert (ok or is_openai_error(reply) and json.loads(reply.body.decode())["error"]["code"] == "invalid_api_key"
-                    and b"key-one" not in reply.body), lines
+# Keys
+
+# Header lines, and whether they hold the key.
+KEY_LINES = [
+    (["Authorization: Bearer key-one"], True),
+    (["authorization: BEARER key-two"], True),
+    (["Authorization: bearer  key-one "], True),
+    (["x-api-key: key-two"], True),
+    (["X-Api-Key: key-one"], True),
+    (["api-key: key-one"], True),
+    (["Authorization: Bearer wrong", "api-key: key-one"], True),
+    ([], False),
+    (["Authorization: key-one"], False),
+    (["Authorization: Basic key-one"], False),
+    (["Authorization: Bearer"], False),
+    (["Authorization: Bearer "], False),
+    (["Authorization:"], False),
+    (["x-api-key:"], False),
+    (["Authorization: Bearer key-on"], False),
+    (["Authorization: Bearer key-onee"], False),
+    (["Authorization: Bearer KEY-ONE"], False),
+    (["Authorization: Bearer key-one,key-two"], False),
+    (["Authorization: Bearer key-one key-two"], False),
+    (["Authorization: Bearer k\xe4y-one"], False),
+    (["Authorization: Bearer " + "x" * 60000], False),
+    (["Cookie: key=key-one"], False),
+]
 
 
-def test_no_spelling_of_a_path_opens_a_locked_door(proxy):
-    """Without a key: only the page, /health and OPTIONS; whatever the router makes of the path."""
-    for path in ("/v1/models", "/metrics", "/stats", "/v1/chat/completions", "/nowhere"):
-        spellings = [path, "/" + path, path + "/", path + "?x", path + "#", "http://localhost" + path, "/health/.." + path, "/docs/%2e%2e" + path,
-                     "/health%2f..%2f" + path[1:], path + "%00", path + "/health", path + ";/health", "/v1" + path, path + "%2f", "/." + path,
-                     path.upper(), "/%" + "%02x" % ord(path[1]) + path[2:], path[1:]]
-        for target in spellings:
-            for method in ("GET", "HEAD", "POST", "PUT"):
-                assert door_talk(proxy, door_get(target, method=method, auth="Host: localhost\r\n")).startswith(b"HTTP/1.1 401 "), (method, target)
-    for method, path, status in (("GET", "/health", 200), ("GET", "/", 200), ("GET", "/docs", 200), ("GET", "/dashboard/", 200),
-                                 ("OPTIONS", "/v1/models", 204), ("OPTIONS", "*", 204)):
-        assert proxy.call(method, path, key=None)[0] == status, path
+@table("lines,right", KEY_LINES)
+def test_a_key_is_taken_in_three_headers_and_nowhere_else(door, lines, right):
+    reply, _ = exchange(door, raw_request("GET", "/v1/models?key=key-one", *lines, auth=False))
+    assert reply.status == (200 if right else 401)
+    if not right:
+        check_error(reply)
+        assert reply.error()["code"] == "invalid_api_key"
+        assert reply.headers["x-should-retry"] == "false"
+        assert b"key-one" not in reply.body
 
 
-def test_who_does_not_say_stream_gets_what_its_kind_expects(zai):
-    for default in ("true", "false"):
-        with proxying(zai, DEFAULT_STREAM=default) as proxy:
-            for fields, headers, streams in (({}, {}, default == "true"), ({"stream": None}, {}, default == "true"),
-                                             ({"stream": True}, {"Accept": "application/json"}, True), ({"stream": False}, {}, False),
-                                             ({}, {"Accept": "application/json"}, False), ({}, {"Accept": "Application/JSON, */*"}, False),
-                                             ({}, {"Accept": "*/*", "User-Agent": "curl/8"}, default == "true"),
-                                             ({}, {"User-Agent": "ai-sdk/openai/2.0 runtime/node.js"}, False),
-                                             ({}, {"User-Agent": "async-openai/0.29"}, False)):
-                status, answer_headers, _ = proxy.call("POST", "/v1/chat/completions", chat_body(**fields), headers)
-                assert status == 200 and answer_headers["Content-Type"].startswith("text/event-stream" if streams else "application/json"), (fields,
-                        headers)
+def test_a_401_tells_no_key_from_a_wrong_one_and_names_no_key_of_yours(door):
+    for auth, words in ((False, "No API key"), (ZAI_KEY, "Incorrect API key")):
+        reply, _ = exchange(door, raw_request("GET", "/v1/models", auth=auth))
+        assert words in reply.error()["message"]
+        assert "not the Z.ai key" in reply.error()["message"]
+        assert "sk-your-key" not in reply.error()["message"]
+
+
+def test_a_401_names_the_well_known_key_while_it_is_in_force(home):
+    reply, _ = exchange(home, raw_request("GET", "/v1/models", auth=ZAI_KEY))
+    assert reply.status == 401
+    assert "sk-your-key unless you set it" in reply.error()["message"]
+
+
+# Paths that need the key, and spellings that a careless router could take for one that does not.
+@table("path", ["/v1/models", "/metrics", "/stats", CHAT, "/nowhere"])
+def test_no_spelling_of_a_path_opens_a_locked_door(door, path):
+    hexed = f"/%{ord(path[1]):02x}{path[2:]}"
+    spellings = [
+        path, "/" + path, path + "/", path + "?x", path + "#",
+        "http://localhost" + path, "/health/.." + path,
+        "/docs/%2e%2e" + path, "/health%2f..%2f" + path[1:],
+        path + "%00", path + "/health", path + ";/health",
+        "/v1" + path, path + "%2f", "/." + path,
+        path.upper(), hexed, path[1:], path.replace("/", "//"),
+    ]
+    for target in spellings:
+        for method in ("GET", "HEAD", "POST", "PUT"):
+            data = talk(door, raw_request(method, target, auth=False) + SENTINEL)
+            assert data.startswith(b"HTTP/1.1 401 "), (method, target)
+
+
+# Method, path and status of what is open to all.
+@table("method,path,status", [("GET", "/health", 200), ("GET", "/", 200), ("GET", "/docs", 200),
+                              ("GET", "/dashboard/", 200), ("OPTIONS", "/v1/models", 204), ("OPTIONS", "*", 204)])
+def test_what_needs_no_key(door, method, path, status):
+    assert door.call(method, path, key=None)[0] == status
 
 
 def test_without_a_key_for_zai_models_are_served_and_chat_says_what_to_do(zai):
     with proxying(zai, ZAI_API_KEY="") as proxy:
         assert proxy.call("GET", "/v1/models")[0] == 200
         status, headers, body = proxy.chat()
-        assert (status == 502 and "ZAI_API_KEY" in body["error"]["message"] and "https://z.ai/" in body["error"]["message"]
-                and headers["x-should-retry"] == "false")
+    assert status == 403
+    assert headers["x-should-retry"] == "false"
+    assert body["error"]["code"] == "upstream_auth_error"
+    assert "ZAI_API_KEY" in body["error"]["message"]
+    assert "https://z.ai/" in body["error"]["message"]
+
+
+# What Z.ai refuses for good, and the status that makes agents show it rather than try again and say nothing.
+@table("script,status,code", [
+    (refusal(429, "1113"), 402, "insufficient_quota"),
+    (refusal(429, "1309"), 402, "insufficient_quota"),
+    (refusal(401, "1000"), 403, "upstream_auth_error"),
+    (refusal(429, "1311"), 403, "permission_denied"),
+])
+def test_what_cannot_heal_is_no_429_and_no_502(zai, script, status, code):
+    zai.default = script
+    with proxying(zai) as proxy:
+        for got, headers, body in (proxy.chat(), proxy.stream()[:3]):
+            error = body[0]["error"] if isinstance(body, list) else body["error"]
+            assert got == status
+            assert error["code"] == code
+            assert headers["x-should-retry"] == "false"
+
+
+# Streamed or not
+
+# Fields of the request, its headers, and whether the answer is streamed where DEFAULT_STREAM is true.
+STREAM_WISHES = [
+    ({}, {}, True),
+    ({"stream": None}, {}, True),
+    ({"stream": True}, {"Accept": "application/json"}, True),
+    ({"stream": True}, {"User-Agent": "node"}, True),
+    ({"stream": False}, {}, False),
+    ({}, {"Accept": "application/json"}, False),
+    ({}, {"Accept": "Application/JSON, */*"}, False),
+    ({}, {"Accept": "*/*", "User-Agent": "curl/8"}, True),
+    ({}, {"User-Agent": "python-requests/2.32"}, True),
+    ({}, {"User-Agent": "node-fetch/1.0"}, True),
+    ({}, {"User-Agent": "ai-sdk/openai/2.0 runtime/node.js"}, False),
+    ({}, {"User-Agent": "async-openai/0.29"}, False),
+    ({}, {"User-Agent": "lm15/stdlib", "Accept": "*/*"}, False),
+    ({}, {"User-Agent": "node", "Accept": "*/*"}, False),
+    ({}, {"User-Agent": "undici"}, False),
+    ({}, {"User-Agent": "Go-http-client/1.1"}, False),
+    ({}, {"User-Agent": "langchaingo/0.1"}, False),
+    ({}, {"User-Agent": "Java-http-client/21.0.2"}, False),
+    ({}, {"User-Agent": "Java/17.0.1"}, False),
+    ({}, {"User-Agent": "okhttp/4.12.0"}, False),
+    ({}, {"User-Agent": "Apache-HttpClient/5.2 (Java/17)"}, False),
+]
+
+
+def streams(proxy, fields, headers):
+    status, got, _ = proxy.call("POST", CHAT, chat_body(**fields), headers)
+    assert status == 200
+    return got["Content-Type"].startswith("text/event-stream")
+
+
+@table("fields,headers,streamed", STREAM_WISHES)
+def test_who_does_not_say_stream_gets_what_its_kind_expects(door, fields, headers, streamed):
+    assert streams(door, fields, headers) == streamed
+
+
+def test_default_stream_false_is_openais_default(zai):
+    with proxying(zai, DEFAULT_STREAM="false") as proxy:
+        for fields, headers, _ in STREAM_WISHES:
+            assert streams(proxy, fields, headers) == (fields.get("stream") is True), (fields, headers)
+
+
+# Header lines of a client, and whether the stream that fails has a clean end. All others are cut, so that nobody takes
+# a half for a whole.
+@table("lines,clean", [
+    ([], False),
+    (["User-Agent: OpenAI/Python 1.99"], False),
+    (["Origin: https://app.example"], True),
+    (["User-Agent: ai-sdk/openai/2.0 runtime/node.js"], True),
+    (["User-Agent: Python/3.11 aiohttp/3.14.5"], True),
+])
+def test_who_loses_an_error_over_a_cut_gets_a_clean_end(door, lines, clean):
+    door.zai.scripts.append(stream(say("Hel"), b'data: {"error":{"code":"1234","message":"no"}}\n\n', 0.1))
+    status, headers, events, was_clean = door.stream(lines)
+    assert said(events) == "Hel"
+    assert finish_of(events) == []
+    assert "1234" in events[-1]["error"]["message"]
+    assert was_clean == clean
 
 
 # Secure by default
 
-def test_with_the_well_known_key_only_this_computer_is_served(zai):
-    with proxying(zai, DEFAULT_KEY="own-key,sk-your-key") as proxy:
-        port = proxy.port
-        for host, ok in (("localhost", True), ("LocalHost:%d" % port, True), ("127.0.0.1", True), ("127.0.0.1:%d" % port, True),
-                         ("127.8.9.10:1", True), ("[::1]:%d" % port, True), ("[::1]", True), ("evil.example", False),
-                         ("evil.example:%d" % port, False), ("localhost.evil.example", False), ("127.0.0.1.nip.io", False), ("", False),
-                         ("0.0.0.0", False), ("[", False), ("[::1", False), ("localhost@evil.example", False), ("localhost:80@evil.example", False),
-                         ("127.0.0.1evil", False), ("192.168.1.7", False), ("::ffff:1", False), ("[::ffff:192.168.1.7]", False), ("1270.0.1", False),
-                         ("evil.example/127.0.0.1", False), ("evil.example#localhost", False)):
-            for method, path in (("GET", "/v1/models"), ("GET", "/"), ("GET", "/health"), ("OPTIONS", "/v1/models"), ("GET", "/nowhere"),
-                                 ("POST", "/v1/chat/completions")):
-                data = door_get(path, "Origin: http://" + host, method=method, auth="Host: %s\r\nAuthorization: Bearer sk-your-key\r\n" % host)
-                reply = door_exchange(proxy, data)[0]
-                assert (reply.status != 403) == ok, (host, method, path)
-                assert not any(name.lower().startswith("access-control") for name in reply.headers), (host, method, path)
-                assert ok or is_openai_error(reply)
-    assert not zai.requests
+@pytest.fixture(scope="module")
+def home():
+    """A proxy with the well-known key."""
+    with standing(DEFAULT_KEY="own-key,sk-your-key") as proxy:
+        yield proxy
 
 
-def test_beyond_loopback_the_well_known_key_is_refused_at_start():
-    for host in ("0.0.0.0", "::", "", "192.168.1.7", "example.com", "127.0.0.1.example.com", "localhost.example.com", "1.127.0.0"):
-        if host:
-            for key in (None, "sk-your-key", "own-key, sk-your-key"):
-                with pytest.raises(ztoapi.SettingsError, match="HOST"):
-                    ztoapi.Settings.from_environ(dict({"HOST": host}, **({"DEFAULT_KEY": key} if key else {})))
-        assert ztoapi.Settings.from_environ({"HOST": host, "DEFAULT_KEY": "own-key"}).host == (host or "127.0.0.1")
-    for host in ("127.0.0.1", "localhost", "::1", "127.3.2.1"):
-        assert ztoapi.Settings.from_environ({"HOST": host}).host == host
+# What Host says, and whether it names this computer.
+HOSTS = [
+    ("localhost", True),
+    ("LocalHost:9090", True),
+    ("127.0.0.1", True),
+    ("127.0.0.1:9090", True),
+    ("127.8.9.10:1", True),
+    ("[::1]:9090", True),
+    ("[::1]", True),
+    ("evil.example", False),
+    ("evil.example:9090", False),
+    ("localhost.evil.example", False),
+    ("127.0.0.1.nip.io", False),
+    ("", False),
+    ("0.0.0.0", False),
+    ("[", False),
+    ("[::1", False),
+    ("localhost@evil.example", False),
+    ("localhost:80@evil.example", False),
+    ("127.0.0.1evil", False),
+    ("192.168.1.7", False),
+    ("::ffff:1", False),
+    ("[::ffff:192.168.1.7]", False),
+    ("1270.0.1", False),
+    ("evil.example/127.0.0.1", False),
+    ("evil.example#localhost", False),
+]
 
 
-def test_cors_follows_cors_origin(zai):
-    page, other = "https://app.example", "https://evil.example"
-    for origins, origin, allowed in (("*", page, "*"), ("*", None, "*"), (page, page, page), ("https://a.example, " + page, page, page),
-                                     (page, other, None), (page, None, None), (page, page + ".evil.example", None), (page, "null", None),
-                                     (page, page.upper(), None), ("", page, None)):
-        with proxying(zai, CORS_ORIGIN=origins) as proxy:
-            headers = {"Origin": origin} if origin else {}
-            preflight = dict(headers,
-                             **{"Access-Control-Request-Method": "POST",
-                                "Access-Control-Request-Headers": "authorization,x-stainless-os, content-type"})
-            answers = [proxy.call("GET", "/v1/models", None, headers), proxy.call("GET", "/v1/nope", None, headers),
-                       proxy.call("POST", "/v1/chat/completions", {}, headers, key=None),
-                       proxy.call("POST", "/v1/chat/completions", chat_body(stream=True), headers),
-                       proxy.call("OPTIONS", "/v1/chat/completions", None, preflight, key=None)]
-            assert [status for status, _, _ in answers] == [200, 404, 401, 200, 204]
-            for _, got, _ in answers:
-                vary = [item.strip() for line in got.get_all("Vary", []) for item in line.split(",")]
-                assert got["Access-Control-Allow-Origin"] == allowed and "Access-Control-Allow-Credentials" not in got, (origins, origin)
-                assert ("Origin" in vary) == (origins not in ("*", "")), (origins, origin)
-                assert not allowed or {"x-request-id", "retry-after"} <= set(got["Access-Control-Expose-Headers"].lower().split(", "))
-            got = answers[-1][1]
-            if allowed:
-                assert (got["Access-Control-Allow-Headers"] == preflight["Access-Control-Request-Headers"]
-                        and "Access-Control-Request-Headers" in ", ".join(got.get_all("Vary")))
-                assert {"GET", "POST"} <= set(got["Access-Control-Allow-Methods"].split(", "))
-            elif not origins:
-                assert not any(name.lower().startswith("access-control") for name in got)
+@table("host,ours", HOSTS)
+def test_with_the_well_known_key_only_this_computer_is_served(home, host, ours):
+    for method, path in (("GET", "/v1/models"), ("GET", "/"), ("GET", "/health"), ("OPTIONS", "/v1/models"),
+                         ("GET", "/nowhere"), ("POST", CHAT)):
+        data = raw_request(method, path, f"Host: {host}", f"Origin: http://{host}", auth="sk-your-key")
+        reply = exchange(home, data)[0]
+        assert (reply.status != 403) == ours, (method, path)
+        assert [name for name in reply.headers if name.lower().startswith("access-control")] == []
+        if not ours:
+            check_error(reply)
 
 
-def test_host_double_colon_serves_both_ip_versions(zai):
+@table("host", ["0.0.0.0", "::", "192.168.1.7", "example.com", "127.0.0.1.example.com", "localhost.example.com",
+                "1.127.0.0"])
+def test_beyond_loopback_the_well_known_key_is_refused_at_start(host):
+    assert Settings.from_environ({"HOST": host, "DEFAULT_KEY": "own-key"}).host == host
+    for environ in ({}, {"DEFAULT_KEY": "sk-your-key"}, {"DEFAULT_KEY": "own-key, sk-your-key"}):
+        with pytest.raises(ztoapi.SettingsError, match="HOST"):
+            Settings.from_environ(dict(environ, HOST=host))
+
+
+@table("host", ["127.0.0.1", "localhost", "::1", "127.3.2.1"])
+def test_on_loopback_the_well_known_key_is_allowed(host):
+    assert Settings.from_environ({"HOST": host}).host == host
+
+
+PAGE, OTHER = "https://app.example", "https://evil.example"
+
+# CORS_ORIGIN, the Origin of a page, and what Access-Control-Allow-Origin says.
+ORIGINS = [
+    ("*", PAGE, "*"),
+    ("*", None, "*"),
+    (PAGE, PAGE, PAGE),
+    ("https://a.example, " + PAGE, PAGE, PAGE),
+    (PAGE, OTHER, None),
+    (PAGE, None, None),
+    (PAGE, PAGE + ".evil.example", None),
+    (PAGE, "null", None),
+    (PAGE, PAGE.upper(), None),
+    ("", PAGE, None),
+]
+PREFLIGHT = {
+    "Access-Control-Request-Method": "POST",
+    "Access-Control-Request-Headers": "authorization,x-stainless-os, content-type",
+}
+
+
+def words_of(headers, name):
+    return [word.strip() for line in headers.get_all(name, []) for word in line.split(",")]
+
+
+@table("setting,origin,allowed", ORIGINS)
+def test_cors_follows_cors_origin(zai, setting, origin, allowed):
+    headers = {"Origin": origin} if origin else {}
+    with proxying(zai, CORS_ORIGIN=setting) as proxy:
+        answers = [
+            proxy.call("GET", "/v1/models", None, headers),
+            proxy.call("GET", "/v1/nope", None, headers),
+            proxy.call("POST", CHAT, {}, headers, key=None),
+            proxy.call("POST", CHAT, chat_body(stream=True), headers),
+            proxy.call("OPTIONS", CHAT, None, dict(headers, **PREFLIGHT), key=None),
+        ]
+    assert [status for status, _, _ in answers] == [200, 404, 401, 200, 204]
+    for _, got, _ in answers:
+        assert got["Access-Control-Allow-Origin"] == allowed
+        assert "Access-Control-Allow-Credentials" not in got
+        assert ("Origin" in words_of(got, "Vary")) == (setting not in ("*", ""))
+        if allowed:
+            assert {"x-request-id", "retry-after"} <= set(words_of(got, "Access-Control-Expose-Headers"))
+    preflight = answers[-1][1]
+    if allowed:
+        assert preflight["Access-Control-Allow-Headers"] == PREFLIGHT["Access-Control-Request-Headers"]
+        assert {"GET", "POST"} <= set(words_of(preflight, "Access-Control-Allow-Methods"))
+        assert "Access-Control-Request-Headers" in words_of(preflight, "Vary")
+    if not setting:
+        assert [name for name in preflight if name.lower().startswith("access-control")] == []
+
+
+@table("host", ["::", "[::]"])
+def test_host_double_colon_serves_both_ip_versions(zai, host):
     try:
         socket.create_server(("::1", 0), family=socket.AF_INET6).close()
     except OSError:
         pytest.skip("no IPv6 here")
-    for host in ("::", "[::]"):
-        with proxying(zai, HOST=host) as proxy:
-            for place in ("127.0.0.1", "::1"):
-                with socket.create_connection((place, proxy.port), 5) as sock:
-                    sock.sendall(door_get("/health", "Connection: close"))
-                    assert door_rest(sock).startswith(b"HTTP/1.1 200"), (host, place)
+    with proxying(zai, HOST=host) as proxy:
+        for place in ("127.0.0.1", "::1"):
+            with socket.create_connection((place, proxy.port), 5) as sock:
+                sock.sendall(SENTINEL)
+                assert read_to_end(sock).startswith(b"HTTP/1.1 200"), place
 
 
-def test_secrets_are_redacted_wherever_they_could_surface(zai, door_log, caplog):
+KEY_ID, KEY_SECRET = ZAI_KEY.split(".")
+
+# What Z.ai says that holds its key, or a half of it.
+QUOTING_KEYS = [
+    refusal(401, "1000", "bad key " + ZAI_KEY),
+    refusal(400, "1210", f"id {KEY_ID}, secret {KEY_SECRET}"),
+    refusal(500, "1234", "Bearer " + ZAI_KEY),
+    stream(say("Hi"), b'data: {"error":{"code":"500","message":"key %b"}}\n\n' % ZAI_KEY.encode()),
+]
+
+
+def test_secrets_are_redacted_wherever_they_could_surface(zai, log_lines, caplog):
     caplog.set_level(logging.DEBUG, "ztoapi")
-    id, secret = ZAI_KEY.split(".")
-    shown = []
+    quoted = []
     with proxying(zai, DEBUG_MODE="true", MAX_RETRIES="0") as proxy:
-        for script in (refusal(401, "1000", "bad key " + ZAI_KEY), refusal(400, "1210", "id %s, secret %s" % (id, secret)),
-                       refusal(500, "1234", "Bearer " + ZAI_KEY),
-                       stream(say("Hi"), b'data: {"error":{"code":"500","message":"key %b"}}\n\n' % ZAI_KEY.encode())):
+        for script in QUOTING_KEYS:
             zai.scripts.extend([script, script])
-            shown += [proxy.chat(), proxy.stream()[:3]]
-        shown += [proxy.call("GET", path) for path in ("/stats", "/metrics", "/v1/models", "/")]
-        shown += [proxy.call("POST", "/v1/chat/completions", chat_body(stream=False, **{field: value})) for field, value in (("model", KEY), (KEY, 1),
-                ("tool_choice", KEY), ("stop", [KEY]))]
-        shown += [proxy.call("GET", path % KEY) for path in ("/v1/models?key=%s", "/%s", "/v1/models/%s", "/v1/chat/completions/%s")]
-        shown += [proxy.settings, proxy.server]
-    text = "\n".join(str(x) for answer in shown[:12] for x in answer) + repr(shown[-2:]) + "\n".join(door_log())
-    found = [part for part in (ZAI_KEY, id, secret, KEY) if part in text]
-    assert not found
-    assert len(shown) == 22 and "[redacted]" in text
+            quoted += [proxy.chat(), proxy.stream()]
+        shown = [proxy.call("GET", path) for path in ("/stats", "/metrics", "/v1/models", "/")]
+        for fields in ({"model": KEY}, {KEY: 1}, {"tool_choice": KEY}, {"stop": [KEY]}):
+            proxy.chat(**fields)
+        zai.scripts.append(refusal(429, "1302"))
+        assert proxy.chat(model=KEY)[0] == 200
+        for path in (f"/v1/models?key={KEY}", f"/{KEY}", f"/v1/models/{KEY}", f"{CHAT}/{KEY}"):
+            proxy.call("GET", path)
+        shown += [repr(proxy.settings), repr(proxy.server), proxy.call("GET", "/stats")]
+    text = str([quoted, shown, log_lines()])
+    assert [secret for secret in (ZAI_KEY, KEY_ID, KEY_SECRET, KEY) if secret in text] == []
+    assert [answer for answer in quoted if "[redacted]" not in str(answer)] == []
 
 
 # Bounds
 
-def test_above_max_connections_a_503_can_be_read_and_the_rest_goes_on(zai, door_log):
+def test_a_full_house_makes_room_for_a_newcomer_by_closing_who_has_idled_longest(zai):
     with proxying(zai, MAX_CONNECTIONS="3") as proxy:
-        held = [proxy.connect() for _ in range(3)]
-        for sock in held:
-            sock.sendall(door_get("/health"))
-            assert door_read(sock.makefile("rb")).status == 200
+        first = hold(proxy, raw_request("GET", "/health"))
+        second = hold(proxy, raw_request("GET", "/health"))
+        third = hold(proxy, raw_request("GET", "/health"))
+        with first, second, third:
+            first.sendall(raw_request("GET", "/health"))
+            assert read_reply(first.makefile("rb")).status == 200
+            assert proxy.chat()[0] == 200
+            assert read_to_end(second) == b""
+            assert is_open(first)
+            assert is_open(third)
+
+
+def test_who_has_just_come_has_not_idled_longest(zai):
+    with proxying(zai, MAX_CONNECTIONS="2") as proxy:
+        with hold(proxy, raw_request("GET", "/health")) as idle, proxy.connect(5) as silent:
+            time.sleep(0.05)
+            assert proxy.call("GET", "/health")[0] == 200
+            assert read_to_end(idle) == b""
+            assert is_open(silent)
+
+
+def test_where_all_are_busy_a_503_can_be_read_and_the_rest_goes_on(zai, log_lines):
+    go = threading.Event()
+    zai.default = stream(say("Hel"), lambda fake, request: go.wait(10), say("lo"), FINISH, DONE)
+    with proxying(zai, MAX_CONNECTIONS="3") as proxy:
+        busy = [proxy.open_stream() for _ in range(3)]
+        assert eventually(lambda: not any(map(is_open, busy)))
         threads = threading.active_count()
         for _ in range(3):
-            status, headers, body = proxy.call("POST", "/v1/chat/completions", chat_body(stream=False))
-            assert (status == 503 and int(headers["Retry-After"]) > 0 and headers["Connection"] == "close" and headers["x-request-id"]
-                    and body["error"]["code"])
+            status, headers, body = proxy.chat()
+            assert status == 503
+            assert int(headers["Retry-After"]) > 0
+            assert headers["Connection"] == "close"
+            assert headers["x-request-id"]
+            assert body["error"]["code"] == "too_many_connections"
         assert threading.active_count() == threads, "a refusal needs no thread"
-        held[0].sendall(door_get("/health"))
-        assert door_read(held[0].makefile("rb")).status == 200
-        held.pop().close()
-        assert eventually(lambda: proxy.call("GET", "/health")[0] == 200)
-        for sock in held:
+        assert len(zai.requests) == 3
+        go.set()
+        for sock in busy:
+            assert said(read_stream(sock)[2]) == "Hello"
+        assert proxy.chat()[0] == 200
+        for sock in busy:
             sock.close()
-    assert not door_log(logging.ERROR) and not zai.requests
+    assert len(log_lines(logging.WARNING)) == 1
+    assert not log_lines(logging.ERROR)
 
 
-def door_drips(proxy, first, drip, pause, seconds=3.0):
+def test_where_no_thread_can_be_started_there_is_a_503(zai, monkeypatch, log_lines):
+    start = threading.Thread.start
+
+    def fail(thread):
+        if "process_request_thread" in str(getattr(thread, "_target", "")):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+    with proxying(zai) as proxy:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", fail)
+            for _ in range(3):
+                reply, = exchange(proxy, raw_request("GET", "/health"))
+                assert reply.status == 503
+                assert int(reply.headers["Retry-After"]) > 0
+        assert proxy.chat()[0] == 200
+    assert len(log_lines(logging.WARNING)) == 1
+    assert not log_lines(logging.ERROR)
+
+
+def life_of(proxy, first, drip, pause_s, longest_s=3.0):
     """How long a connection lives that sends `first`, and then for ever `drip`."""
     began = time.monotonic()
-    with proxy.connect(seconds) as sock, contextlib.suppress(OSError):
+    with proxy.connect(longest_s) as sock, contextlib.suppress(OSError):
         sock.sendall(first)
-        while time.monotonic() - began < seconds:
+        while time.monotonic() - began < longest_s:
             sock.sendall(drip)
-            if pause and door_readable([sock]) and not sock.recv(1):
+            if pause_s and not is_open(sock) and not sock.recv(1):
                 break
-            time.sleep(pause)
+            time.sleep(pause_s)
     return time.monotonic() - began
 
 
-def test_a_request_must_come_within_client_timeout_as_a_whole(zai, door_log):
-    """Slowloris, in every part of a request, slow and fast; a 413 would end the fast body, hence the large limit."""
-    post = door_get("/v1/chat/completions", "Content-Length: 2000000000", method="POST")
-    drips = {"request line": (b"GET /", b"a", 0.05), "headers": (b"GET /health HTTP/1.1\r\n", b"X: y\r\n", 0.05),
-             "one header": (b"GET /health HTTP/1.1\r\nX: ", b"y", 0.05), "body": (post, b" ", 0.05),
-             "chunked body": (door_chunked(), b"1\r\n \r\n", 0.05), "one chunk": (door_chunked(b"fffff\r\n"), b" ", 0.05),
-             "chunk extension": (door_chunked(b"1;"), b"x", 0.05), "trailers": (door_chunked(b"0\r\n"), b"X: y\r\n", 0.05),
-             "nothing at all": (b"", b"", 0.05), "a TLS hello": (b"\x16\x03\x01", b"\0", 0.05), "blank lines": (b"\r\n", b"\r\n", 0.05),
-             "a body without pause": (post, b" ", 0), "a refused body": (post.replace(b"Bearer", b"Bear"), b" " * 65536, 0)}
+LONG_POST = raw_request("POST", CHAT, "Content-Length: 2000000000")
+
+# What is sent first, what then drips, and the seconds in between. A 413 would end the fast body, hence the large limit.
+DRIPS = {
+    "request line": (b"GET /", b"a", 0.05),
+    "headers": (b"GET /health HTTP/1.1\r\n", b"X: y\r\n", 0.05),
+    "one header": (b"GET /health HTTP/1.1\r\nX: ", b"y", 0.05),
+    "body": (LONG_POST, b" ", 0.05),
+    "chunked body": (post_chunked(), b"1\r\n \r\n", 0.05),
+    "one chunk": (post_chunked(b"fffff\r\n"), b" ", 0.05),
+    "chunk extension": (post_chunked(b"1;"), b"x", 0.05),
+    "trailers": (post_chunked(b"0\r\n"), b"X: y\r\n", 0.05),
+    "nothing at all": (b"", b"", 0.05),
+    "a TLS hello": (b"\x16\x03\x01", b"\0", 0.05),
+    "blank lines": (b"\r\n", b"\r\n", 0.05),
+    "a body without pause": (LONG_POST, b" ", 0),
+    "a refused body": (raw_request("POST", CHAT, "Content-Length: 2000000000", auth=False), b" " * 65536, 0),
+}
+
+
+def test_a_request_must_come_within_client_timeout_as_a_whole(zai, monkeypatch, log_lines):
+    """Slowloris, in every part of a request, slow and fast."""
+    monkeypatch.setattr(ztoapi, "KEEP_ALIVE_S", 0.4)
     lives = {}
     with proxying(zai, CLIENT_TIMEOUT="0.4", MAX_BODY_MB="2048") as proxy:
         before = threading.active_count()
-        threads = [threading.Thread(target=lambda name=name, drip=drip: lives.update({name: door_drips(proxy, *drip)}))
-                   for name, drip in drips.items()]
+
+        def live(name):
+            lives[name] = life_of(proxy, *DRIPS[name])
+        threads = [threading.Thread(target=live, args=(name,)) for name in DRIPS]
         for thread in threads:
             thread.start()
         assert proxy.call("GET", "/health")[0] == 200
         for thread in threads:
             thread.join()
         assert eventually(lambda: threading.active_count() <= before)
-    assert len(lives) == len(drips) and all(life < 2.5 for life in lives.values()), lives
-    assert not zai.requests and not door_log(logging.ERROR)
+    assert set(lives) == set(DRIPS)
+    assert {name: life for name, life in lives.items() if life > 2.5} == {}
+    assert not zai.requests
+    assert not log_lines(logging.ERROR)
 
 
 def test_an_idle_connection_is_kept_for_keep_alive_seconds(zai, monkeypatch):
     with proxying(zai, CLIENT_TIMEOUT="0.3") as proxy:
-        with proxy.connect(5) as sock, sock.makefile("rb") as file:
-            sock.sendall(door_get("/health"))
-            assert door_read(file).status == 200
+        with hold(proxy, raw_request("GET", "/health")) as sock, sock.makefile("rb") as file:
             time.sleep(0.7)  # longer than a request may take, shorter than keep-alive
-            monkeypatch.setattr(ztoapi, "KEEP_ALIVE", 0.2)
-            sock.sendall(door_get("/health"))
-            assert door_read(file).status == 200 and file.read() == b""
-    assert ztoapi.Server.request_queue_size >= 1024
+            monkeypatch.setattr(ztoapi, "KEEP_ALIVE_S", 0.2)
+            sock.sendall(raw_request("GET", "/health"))
+            assert read_reply(file).status == 200
+            assert file.read() == b""
 
 
 def test_a_full_descriptor_table_does_not_spin_and_heals(zai, monkeypatch):
     resource = pytest.importorskip("resource")
-    accepts, limits = [], resource.getrlimit(resource.RLIMIT_NOFILE)
-    original = ztoapi.Server.get_request
-    monkeypatch.setattr(ztoapi.Server, "get_request", lambda self: accepts.append(1) or original(self))
-    with proxying(zai) as proxy:
-        sock = socket.socket()
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    accepts = []
+    get_request = ztoapi.Server.get_request
+    monkeypatch.setattr(ztoapi.Server, "get_request", lambda self: accepts.append(1) or get_request(self))
+    with proxying(zai) as proxy, socket.socket() as sock:
+        sock.settimeout(5)
         spare = [os.dup(0)]
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, (max(spare) + 20, limits[1]))
             with contextlib.suppress(OSError):
                 while True:
                     spare.append(os.dup(0))
-            sock.settimeout(5)
             sock.connect(("127.0.0.1", proxy.port))
             assert eventually(lambda: accepts, 2)
             time.sleep(0.25)
@@ -4439,233 +8220,806 @@ def test_a_full_descriptor_table_does_not_spin_and_heals(zai, monkeypatch):
                 os.close(fileno)
             resource.setrlimit(resource.RLIMIT_NOFILE, limits)
         assert 0 < tries < 50
-        with sock:
-            sock.sendall(door_get("/health", "Connection: close"))
-            assert door_rest(sock).startswith(b"HTTP/1.1 200"), "who waited is served"
+        sock.sendall(SENTINEL)
+        assert read_to_end(sock).startswith(b"HTTP/1.1 200"), "who waited is served"
 
 
-# The log
-
-def test_a_request_is_one_line_with_what_happened(proxy, zai, door_log):
-    for method, path, body, status in (("GET", "/health", None, 200), ("GET", "/v1/models", None, 200), ("GET", "/nope?secret", None, 404),
-                                       ("PUT", "/health", None, 405), ("OPTIONS", "/", None, 204), ("POST", "/v1/chat/completions", {}, 400),
-                                       ("POST", "/v1/chat/completions", chat_body(stream=False), 200),
-                                       ("POST", "/v1/chat/completions", chat_body(stream=True, store=True), 200)):
-        before = len(door_log())
-        got, headers, _ = proxy.call(method, path, body)
-        assert got == status and eventually(lambda: len(door_log()) > before), path
-        line, = door_log()[before:]
-        assert line.startswith(headers["x-request-id"] + " 127.0.0.1 %s %s %d" % (method, path.split("?")[0], status)), line
-    line = door_log()[-1]
-    for field in ("model=GLM-4.6", "stream=true", "in=28", "out=185", "retries=0", "changed=store", "zai=20260711073209851e7f8c12c44579"):
-        assert field in line.split(), (field, line)
-    assert re.search(r" ttft=\d+\.\d{3} total=\d+\.\d{3} queue=\d+\.\d{3} ", line)
-    before = len(door_log())
-    for data in (b"nonsense\r\n\r\n", door_get("/health", method="BREW"), door_get("/health", "Content-Length: x")):
-        door_talk(proxy, data)
-    assert eventually(lambda: len(door_log()) == before + 3) and not door_log(logging.ERROR), "what is refused is logged too"
-
-
-def test_a_key_is_taken_out_before_a_word_is_cut(zai, door_log):
-    key = "sk-prod-A1b2C3d4E5f6G7h8I9j0KLMN"
-    with proxying(zai, DEFAULT_KEY=key) as proxy:
-        proxy.call("GET", "/" + "a" * 170 + key, key=key)
-        proxy.call("POST", "/v1/chat/completions", chat_body(stream=False, model="m" * 75 + key), key=key)
+def test_quotes_of_a_client_are_bounded(zai, log_lines):
+    """An error names what was wrong, and the last twenty are kept; they must not keep megabytes."""
+    choice = {"type": "function", "function": {"name": "n" * (20 << 20)}}
+    body = json_chat(tools=[{"type": "function", "function": {"name": "f"}}], tool_choice=choice)
+    with proxying(zai) as proxy:
+        for _ in range(20):
+            status, headers, answer = proxy.call("POST", CHAT, body)
+            assert status == 400
+            assert len(str(answer)) < 2000
         proxy.idle()
-        stats = json.dumps(proxy.call("GET", "/stats", key=key)[2])
-        assert "A1b2C3" not in "".join(door_log()) + stats and "[redacted]" in stats
+        assert len(str(proxy.call("GET", "/stats")[2])) < 20000
+    assert max(map(len, log_lines())) < 2000
 
 
-def test_no_log_line_holds_a_text_even_in_debug_mode(zai, door_log, caplog):
-    caplog.set_level(logging.DEBUG, "ztoapi")
-    with proxying(zai, DEBUG_MODE="true") as proxy:
-        door_log_of_texts(proxy, zai)
-    text = "\n".join(door_log())
-    for word in ("THOUGHT", "ANSWER", "ARGUMENT", "DESCRIPTION", "PROPERTY", "STOP-WORD", "USER-NAME", "SYSTEM", "PROMPT", "OLD", "RESULT", KEY,
-                 ZAI_KEY):
-        assert word not in text, word
-    assert "system:6" in text and "tool:6" in text and "Z.ai answered 200" in text, "DEBUG_MODE shows roles and lengths, and Z.ai's status"
+# The end
+
+def test_requests_sent_before_the_end_are_answered(zai):
+    """Kept connections, new ones, and those in the backlog that nobody has accepted yet."""
+    with proxying(zai) as proxy:
+        kept = [hold(proxy, raw_request("GET", "/health")) for _ in range(10)]
+        new = [proxy.connect(5) for _ in range(40)]
+        for sock in kept + new:
+            sock.sendall(raw_chat(chat_body(stream=False)))
+        proxy.server.stop(5)
+        replies = [replies_in(read_to_end(sock)) for sock in kept + new]
+        for sock in kept + new:
+            sock.close()
+    assert [[reply.status for reply in found] for found in replies] == [[200]] * 50
+    assert {found[0].headers["Connection"] for found in replies} <= {"close", None}
 
 
-def door_log_of_texts(proxy, zai):
-    zai.default = stream(think("THOUGHT"), say("ANSWER"), call("secretive", '{"a":"ARGUMENT"}'), FINISH, DONE)
-    tools = [{"type": "function", "function": {"name": "secretive", "description": "DESCRIPTION",
-                                               "parameters": {"type": "object", "properties": {"PROPERTY": {}}}}}]
-    for streamed in (True, False):
-        fields = chat_body(stream=streamed, tools=tools, stop="STOP-WORD", user="USER-NAME",
-                           messages=[{"role": "system", "content": "SYSTEM"}, {"role": "user", "content": [{"type": "text", "text": "PROMPT"}]},
-                                     {"role": "assistant", "content": None,
-                                      "tool_calls": [{"id": "call_1", "type": "function",
-                                          "function": {"name": "secretive", "arguments": "{\"b\":\"OLD\"}"}}]},
-                                     {"role": "tool", "tool_call_id": "call_1", "content": "RESULT"}])
-        assert proxy.call("POST", "/v1/chat/completions", fields)[0] == 200
-    proxy.call("POST", "/v1/chat/completions", {"model": "GLM-4.6", "messages": [{"role": "BADROLE", "content": "PROMPT"}]})
+def test_stop_does_not_wait_for_idle_connections(zai):
+    with proxying(zai) as proxy:
+        with proxy.connect() as silent, hold(proxy, raw_request("GET", "/health")) as idle:
+            idle.sendall(b"\r\n")
+            began = time.monotonic()
+            assert proxy.server.stop(5)
+            assert time.monotonic() - began < 1
+            assert read_to_end(silent) == b""
 
 
-def test_nothing_a_client_sends_can_shape_the_log(zai, door_log, caplog):
-    caplog.set_level(logging.DEBUG, "ztoapi")
-    evil = "x\r\n2026-01-01 INFO forged\x1b[2J\x00\x7f\x85\u2028\u202e\ud800 status=200 out=7 error=''"
-    messages = [{"role": "user", "content": "Hi", evil: 1}]
-    with proxying(zai, DEBUG_MODE="true") as proxy:
-        for body in (chat_body(model=evil, **{evil: 1, "n": 7}), chat_body(model=evil, **{evil: 1}),
-                     {"model": evil, "messages": [{"role": evil, "content": evil}]},
-                     {"model": evil, "messages": messages, "tools": [{"type": evil, evil: evil}], "response_format": {"type": evil}},
-                     {"model": "x", "messages": messages}):
-            door_talk(proxy, door_post(json.dumps(body).encode()))
-        for target in ("/\x1b[31m", "/\x9b2J\xff", "/%0d%0aforged", "/a%20out=7", "/v1/models/%1b%5b2J%e2%80%a8"):
-            door_talk(proxy, door_get(target))
-        door_talk(proxy, b"\x1b[2J / HTTP/1.1\r\n\r\n")
-    lines = door_log()
-    assert len(lines) >= 9 and all(re.fullmatch("[ -~]+", line) for line in lines), [line for line in lines if not re.fullmatch("[ -~]+", line)]
-    assert all(line.split(" error=")[0].count(" out=") <= 1 for line in lines if line.startswith("req_")), "a model's name is one word of the line"
+def test_stop_twice_does_no_harm(zai):
+    with proxying(zai) as proxy:
+        assert proxy.server.stop(1)
+        assert proxy.server.stop(1)
 
 
 # Bugs of our own
 
-def test_a_bug_is_one_500_and_one_traceback_and_the_server_lives_on(proxy, zai, door_log, monkeypatch, caplog):
-    def boom(*args, **kwargs):
-        raise RuntimeError("boom")
-    for place, name, method, path, body in ((ztoapi, "listed_models", "GET", "/v1/models", None), (ztoapi.Metrics, "stats", "GET", "/stats", None),
-                                            (ztoapi, "to_zai_request", "POST", "/v1/chat/completions", chat_body()),
-                                            (ztoapi.ChunkTranslator, "feed", "POST", "/v1/chat/completions", chat_body())):
-        caplog.clear()
-        with monkeypatch.context() as patch:
-            patch.setattr(place, name, boom)
-            status, headers, answer = proxy.call(method, path, body)
-        assert (status == 500 and answer["error"]["code"] == "internal_error" and headers["x-request-id"] in answer["error"]["message"]
-                and "boom" not in str(answer)), name
-        bugs = [record for record in caplog.records if record.exc_info]
-        assert len(bugs) == 1 and headers["x-request-id"] in bugs[0].getMessage(), name
-        assert proxy.call(method, path, body)[0] == 200, name
-    assert proxy.call("GET", "/stats")[2]["failed"] == 2
+def test_an_os_error_of_our_own_is_a_bug_and_no_client_that_left(proxy, monkeypatch, log_lines):
+    def fail(*args):
+        raise OSError("disk")
+    monkeypatch.setattr(ztoapi, "listed_models", fail)
+    status, headers, body = proxy.call("GET", "/v1/models")
+    assert status == 500
+    assert body["error"]["code"] == "internal_error"
+    assert "disk" not in body["error"]["message"]
+    assert len(log_lines(logging.ERROR)) == 1
 
 
-def test_a_bug_during_a_stream_is_the_in_stream_error(zai, proxy, door_log, monkeypatch, caplog):
-    encode, calls = ztoapi.Envelope.encode, []
+# The fuzzer
 
-    def boom(self, chunks):
-        calls.append(chunks)
-        if len(calls) == 3:
-            raise RuntimeError("boom")
-        return encode(self, chunks)
-    monkeypatch.setattr(ztoapi.Envelope, "encode", boom)
+PIECES = [b"\r\n", b"\n", b"\r", b"\0", b" ", b"\t", b":", b"\xff", b"%00", b"//", b"\r\n\r\n", END, b"HTTP/1.0", b"[",
+          b"{", b'"', b"1e999", b"\\ud800"]
+LINES = [
+    b"Content-Length: 3", b"Content-Length: -1", b"Transfer-Encoding: chunked", b"Transfer-Encoding: gzip",
+    b"Expect: 100-continue", b"Connection: close", b"Host: evil", b"X: \xff\x1b", b" fold", b"X", b"Origin: x",
+    b"Content-Type: multipart/mixed", b"Content-Encoding: gzip", b"Connection: upgrade", b"Upgrade: websocket",
+    b"Range: bytes=0-1", b"Accept: application/json",
+]
+ODD_VALUES = [
+    None, True, 0, -1, 1.5, 10 ** 90, -1e308,
+    "", "x", "\ud800", "\0", "none", "auto", "system",
+    [], {}, [[]], [None],
+    {"type": "text"},
+    {"type": "function", "function": {}},
+    [{"type": "image_url"}],
+]
+FULL_CHAT = {
+    "model": "GLM-4.6",
+    "messages": [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": None, "tool_calls": [
+            {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}]},
+        {"role": "tool", "tool_call_id": "c", "content": [{"type": "text", "text": "x"}]},
+    ],
+    "temperature": 1,
+    "stop": ["a"],
+    "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}],
+    "tool_choice": "auto",
+    "response_format": {"type": "json_object"},
+    "thinking": {"type": "enabled"},
+    "stream_options": {"include_usage": True},
+}
+PLAIN_REQUESTS = [
+    raw_request("GET", "/v1/models"),
+    raw_request("GET", "/v1/models/GLM-4.6?x=%20", "Origin: https://x"),
+    raw_request("GET", "/health", "Connection: close"),
+    raw_request("HEAD", "/stats"),
+    raw_request("GET", "/"),
+    raw_request("OPTIONS", CHAT, "Origin: x", "Access-Control-Request-Headers: a"),
+    raw_request("GET", "http://x/metrics", version="HTTP/1.0"),
+    post(JSON_CHAT, "Expect: 100-continue"),
+]
+
+
+def scramble_bytes(rand, data):
+    at = rand.randrange(len(data) + 1)
+    size = rand.choice((1, 1, 2, 5, 30))
+    before, piece, after = data[:at], data[at:at + size], data[at + size:]
+    byte = bytes([rand.randrange(256)])
+    return rand.choice((
+        before,
+        before + after,
+        before + byte + piece[1:] + after,
+        before + piece * rand.choice((2, 3, 101)) + after,
+        before + rand.choice(PIECES) + piece + after,
+    ))
+
+
+def scramble_lines(rand, data):
+    lines = data.split(b"\r\n")
+    kind = rand.randrange(4)
+    if kind == 0:
+        lines.insert(rand.randrange(len(lines)), rand.choice(lines))
+    elif kind == 1:
+        lines.pop(rand.randrange(len(lines)))
+    elif kind == 2:
+        lines.insert(rand.randrange(1, len(lines) + 1), rand.choice(LINES))
+    else:
+        rand.shuffle(lines)
+    return b"\r\n".join(lines)
+
+
+def odd_request(rand):
+    """A good request, some of whose JSON is replaced."""
+    body = copy.deepcopy(FULL_CHAT)
+    body["stream"] = rand.random() < 0.5
+    for _ in range(rand.randrange(3)):
+        place = body
+        while True:
+            key = rand.choice(list(place) if isinstance(place, dict) else range(len(place)))
+            if not isinstance(place[key], (dict, list)) or not place[key] or rand.random() < 0.4:
+                break
+            place = place[key]
+        place[key] = copy.deepcopy(rand.choice(ODD_VALUES))  # the next may go inside it
+    data = json.dumps(body).encode()
+    if rand.random() < 0.5:
+        return post(data)
+    return post_chunked(chunked(data[:40]), chunked(data[40:]), END)
+
+
+def test_two_thousand_broken_requests_meet_no_hang_no_500_and_a_living_server(proxy, zai, log_lines):
+    rand = random.Random(4)
+    for case in range(2000):
+        data = rand.choice(PLAIN_REQUESTS) if rand.random() < 0.6 else odd_request(rand)
+        for _ in range(rand.choice((0, 1, 1, 2, 5))):
+            scramble = scramble_bytes if rand.random() < 0.55 else scramble_lines
+            data = scramble(rand, data)
+        try:
+            with proxy.connect(5) as sock:
+                sock.sendall(data + rand.choice((b"", b"", SENTINEL)))
+                sock.shutdown(socket.SHUT_WR)  # a request cut short must not wait for its rest
+                got = read_to_end(sock)
+        except socket.timeout:
+            pytest.fail(f"case {case} hangs: {data!r}")
+        assert got[:9] in (b"", b"HTTP/1.1 "), (case, data)
+        assert not re.search(rb"HTTP/1\.1 500|internal_error", got), (case, data)
+    assert not log_lines(logging.ERROR)
+    assert len(zai.requests) > 100
+    assert proxy.chat()[0] == 200
+
+
+# Attacks. More of them stand where they belong: locked doors, nesting, drips, what shapes the log.
+
+def reset(sock):
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    sock.close()
+
+
+def test_attack_resets_at_every_byte_leave_nothing_behind(zai, log_lines):
+    data = raw_chat(chat_body(stream=True))
+    with proxying(zai) as proxy:
+        threads = threading.active_count()
+        for i in [*range(0, len(data), 3), *[len(data)] * 20]:
+            sock = proxy.connect()
+            sock.sendall(data[:i])
+            reset(sock)
+        assert proxy.idle()
+        zai.close()  # a thread of the fake waits at the other end of each kept connection
+        assert eventually(lambda: threading.active_count() <= threads)
+    assert not log_lines(logging.ERROR)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts descriptors")
+def test_attack_a_flood_of_connections_beyond_the_limit_costs_no_threads_and_few_descriptors(zai, monkeypatch):
+    def descriptors():
+        return len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(ztoapi, "LINGER_S", 0.2)
+    zai.default = stream(say("Hel"), 30)
+    with proxying(zai, MAX_CONNECTIONS="1") as proxy:
+        with proxy.open_stream() as busy:
+            assert eventually(lambda: not is_open(busy))
+            threads, before, most, socks = threading.active_count(), descriptors(), 0, []
+            for _ in range(1000):
+                socks.append(proxy.connect())
+                most = max(most, descriptors() - before - len(socks))
+                if len(socks) > 100:
+                    reset(socks.pop(0))
+            assert threading.active_count() <= threads
+            assert most <= 300
+            assert len(zai.requests) == 1
+        for sock in socks:
+            sock.close()
+        assert eventually(lambda: proxy.call("GET", "/health")[0] == 200)
+        assert eventually(lambda: descriptors() <= before + 2, 3)
+
+
+def test_attack_a_deaf_client_that_pipelines_is_dropped(zai):
+    """It sends requests for ever and reads nothing: the answers fill the buffers, and then CLIENT_TIMEOUT is over."""
+    with proxying(zai, CLIENT_TIMEOUT="0.2") as proxy, proxy.connect(5) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        began = time.monotonic()
+        with pytest.raises(OSError):
+            while time.monotonic() - began < 8:
+                sock.sendall(raw_request("GET", "/") * 50)
+        assert time.monotonic() - began < 6
+        assert proxy.idle()
+
+
+def test_attack_a_large_error_does_not_keep_the_thread_of_a_deaf_client(zai):
+    """The error of a stream that has begun is a write like any other: CLIENT_TIMEOUT bounds it."""
+    error = b'data: {"error":{"code":"1234","message":"%b"}}\n\n' % (b"x" * 12000000)
+    zai.default = stream(say("Hi"), 0.1, error)
+    with proxying(zai, CLIENT_TIMEOUT="0.2") as proxy, socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.connect(("127.0.0.1", proxy.port))
+        sock.sendall(raw_chat(chat_body(stream=True)))
+        assert eventually(lambda: zai.requests)
+        assert eventually(proxy.server.idle, 4)
+
+
+def test_attack_a_continue_that_is_never_followed_is_dropped(zai):
+    with proxying(zai, CLIENT_TIMEOUT="0.1") as proxy:
+        data = raw_request("POST", CHAT, "Content-Length: 5", "Expect: 100-continue")
+        assert talk(proxy, data) == b"HTTP/1.1 100 Continue\r\n\r\n"
+    assert not zai.requests
+
+
+WHOLE_REQUEST = raw_request("GET", "/v1/models").decode()
+ONE_LINE = WHOLE_REQUEST.replace("\r\n", " ")
+
+
+# Whole requests inside another one.
+@table("data", [
+    post(json_chat(messages=[{"role": "user", "content": WHOLE_REQUEST}])),
+    raw_request("GET", "/health", "X: " + ONE_LINE),
+    raw_request("GET", "/health?" + ONE_LINE.replace(" ", "%20")),
+    post_chunked(b"%x;%b\r\n%b\r\n" % (len(JSON_CHAT), ONE_LINE.encode(), JSON_CHAT), END),
+    post_chunked(chunked(JSON_CHAT), b"0\r\nX: " + ONE_LINE.encode() + b"\r\n\r\n"),
+])
+def test_attack_a_request_inside_a_request_is_text(door, data):
+    assert statuses(door, data) == [200, 200]
+
+
+EVIL = "x\r\nX-Evil: 1\r\n\r\nHTTP/1.1 200 OK\r\n"
+
+
+# What a client could split an answer's head with, and the status it gets.
+@table("data,status", [
+    (post(json_chat(model=EVIL, store=True, user=EVIL, **{EVIL: 1})), 200),
+    (post(json_chat(stream=True, model=EVIL)), 200),
+    (post(json_chat(messages=[{"role": "user", "content": "Hi", EVIL: 1, "\u6f22\ud800": 1}])), 200),
+    (raw_request("GET", "/v1/models/%0d%0aX-Evil:%201"), 404),
+    (raw_request("GET", "/v1/models", "x-request-id: mine", "Origin: https://x\xff\x1b", "X-Evil: 1"), 200),
+    (raw_request("OPTIONS", "/", "Access-Control-Request-Headers: a\xff\x1b, X-Evil"), 204),
+])
+def test_attack_a_client_cannot_write_our_headers(door, data, status):
+    evil_head = HEAD.replace(b"X-Log-Id: 2026", b"X-Log-Id: \x1b\xff<evil>\x85 2026")
+    door.zai.scripts.append([evil_head, *stream(*HEALTHY)[1:]])
+    reply = exchange(door, data)[0]
+    door.zai.scripts.clear()
+    assert reply.status == status
+    assert "X-Evil" not in reply.headers
+    assert re.fullmatch("req_[0-9a-f]+", reply.headers["x-request-id"])
+    fields = [(name, value) for name, value in reply.headers.items() if name != "Access-Control-Allow-Headers"]
+    assert [(name, value) for name, value in fields if not re.fullmatch("[ -~]*", value)] == []
+
+
+def test_attack_two_clients_never_see_each_others_answers(zai):
+    """Many connections at once, kept alive and pipelined, each with a text of its own: the echo must match."""
+    zai.default = lambda request: stream(say(request["body"]["messages"][0]["content"]), FINISH, DONE)
+    seen = {}
+
+    def client(number):
+        for i in range(5):
+            texts = [f"<{number}-{i}-{j}>" for j in range(3)]
+            data = b""
+            for j, text in enumerate(texts):
+                messages = [{"role": "user", "content": text}]
+                data += post(json_chat(stream=j == 1, messages=messages))
+            for text, reply in zip(texts, exchange(proxy, data)):
+                seen[text] = re.findall("<.*?>", reply.body.decode())
+    with proxying(zai) as proxy:
+        threads = [threading.Thread(target=client, args=(number,)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(seen) == len(zai.requests) == 120
+    assert {text: found for text, found in seen.items() if found != [text]} == {}
+
+
+def test_attack_a_closed_socket_has_not_ended_and_is_no_bug():
+    """Between two looks at its number another thread may close it."""
+    ours, theirs = socket.socketpair()
+    gone, left = socket.socketpair()
+    left.close()
+    closed = socket.socket()
+    closed.close()
+    with ours, theirs, gone:
+        for sock in (ours, gone):
+            sock.setblocking(False)
+        ended = ztoapi.ended([ours, closed, gone])
+    assert gone in ended
+    assert ours not in ended
+
+
+def test_attack_a_header_flood_before_the_key_is_bounded(door):
+    with door.connect(5) as sock:
+        with contextlib.suppress(OSError):
+            sock.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n")
+            for i in range(200):
+                sock.sendall(b"X%d: %b\r\n" % (i, b"y" * 60000))
+        assert read_reply(sock.makefile("rb")).status == 431
+
+
+def test_attack_names_that_clients_make_up_are_not_kept(zai):
+    """A thousand different models and paths leave nothing behind that grows."""
+    data = b""
+    for i in range(200):
+        data += raw_request("GET", f"/v1/models/m{i}") + post(json_chat(model=f"m{i}", n=2))
+    with proxying(zai) as proxy:
+        assert statuses(proxy, data) == [404, 400] * 200 + [200]
+        for i in range(30):
+            assert proxy.chat(model=f"unknown-{i}")[0] == 200
+        proxy.idle()
+        assert len(str(proxy.call("GET", "/stats")[2])) < 20000
+        assert "unknown-" not in proxy.call("GET", "/metrics")[2]
+        assert proxy.server.upstream.gates.state() == ([], {})
+
+
+@table("path", ["/", "/health", "/v1/models", "/nope", "/metrics"])
+def test_attack_a_date_and_a_length_are_always_there(door, path):
+    """What a cache or a proxy in front would otherwise guess."""
+    reply, _ = exchange(door, raw_request("GET", path))
+    assert email.utils.parsedate(reply.headers["Date"])
+    assert int(reply.headers["Content-Length"]) == len(reply.body)
+    assert reply.headers["X-Content-Type-Options"] == "nosniff"
+    assert "Python" not in reply.headers["Server"]
+    assert "Set-Cookie" not in reply.headers
+
+
+# The log, the numbers, the program ####################################################
+#
+# Metrics and Record by themselves; then what /metrics, /stats and the log tell of a proxy at work; then main() in this
+# process, --check, and the program in processes of its own.
+
+posix_only = pytest.mark.skipif(os.name == "nt", reason="signals")
+
+
+def readable(sock):
+    return bool(select.select([sock], [], [], 0)[0])
+
+
+def record(**fields):
+    return ztoapi.Record(**dict({"id": "req_1", "client": "127.0.0.1", "began": 1000.0}, **fields))
+
+
+def counted(**fields):
+    """A request that was answered as it should be."""
+    usual = {"counted": True, "status": 200, "model": "GLM-4.6", "model_id": "glm-4.6", "key": "#1", "path": CHAT,
+             "ttft_s": 0.2, "total_s": 1.5, "usage": {"prompt_tokens": 3, "completion_tokens": 7}}
+    return record(**dict(usual, **fields))
+
+
+# The log line
+
+# To add a case, add a row: fields of a Record, words its line holds, words it does not hold.
+LOG_LINES = [
+    ({"method": "GET", "path": "/health", "status": 200}, ["req_1 127.0.0.1 GET /health 200"], ["model=", "key="]),
+    ({"key": "#2"}, ["key=#2"], []),
+    ({"client_request_id": "run-17"}, ["rid=run-17"], []),
+    ({"client_request_id": "a b\r\n" + "x" * 500}, ["rid=a?b??xxx"], ["x" * 101]),
+    ({"counted": True, "stream": True}, ["stream=true"], []),
+    ({"counted": True, "stream": False}, ["stream=false"], []),
+    ({"counted": True, "stream": True, "stream_default": True}, ["stream=default"], ["stream=true"]),
+    ({"counted": True, "model": "m out=7\u202e"}, ["model=m?out=7?"], []),
+    ({"counted": True, "model": "m" * 5000}, ["model=mmm"], ["m" * 101]),
+    ({"counted": True, "ttft_s": 0.1234, "total_s": 2.0}, ["ttft=0.123 total=2.000 queue=0.000"], ["in=", "out="]),
+    ({"counted": True, "usage": {"prompt_tokens": 0, "completion_tokens": 7}}, ["in=0 out=7"], []),
+    ({"counted": True, "changed": ("store", "a b")}, ["changed=store,a?b"], ["repaired="]),
+    ({"counted": True, "retries": 2, "repaired": 1}, ["retries=2 repaired=1"], ["changed="]),
+    ({"error": "no\n\u6c34" + "e" * 5000}, [r"error='no\n\u6c34eee"], ["e" * 301]),
+]
+
+
+@pytest.mark.parametrize("fields,present,absent", LOG_LINES)
+def test_a_record_is_one_line_of_printable_ascii(fields, present, absent):
+    line = record(**fields).line()
+    assert re.fullmatch("[ -~]+", line)
+    for words in present:
+        assert words in line
+    for words in absent:
+        assert words not in line
+
+
+# The counters
+
+def metrics_of(*records, now=lambda: 1000.0):
+    """Metrics that these requests were told to."""
+    metrics = ztoapi.Metrics(now)
+    for each in records:
+        metrics.begin()
+        metrics.finish(each)
+    return metrics
+
+
+def test_stats_tell_served_failed_and_cancelled_apart():
+    stats = metrics_of(counted(), counted(status=429), counted(status=499), counted(status=502)).stats([], {}, False)
+    assert (stats["served"], stats["failed"], stats["cancelled"]) == (1, 2, 1)
+    assert stats["in_flight"] == 0
+
+
+def test_a_request_without_a_valid_key_is_counted():
+    metrics = metrics_of()
+    metrics.refuse()
+    metrics.refuse()
+    assert metrics.stats([], {}, False)["unauthorized"] == 2
+    assert "\nztoapi_unauthorized_total 2\n" in metrics.prometheus([], {})
+
+
+def test_the_counters_tell_the_client_keys_apart():
+    text = metrics_of(counted(), counted(key="#2"), counted(key="#2")).prometheus([], {})
+    assert 'ztoapi_requests_total{model="glm-4.6",status="200",key="#1"} 1\n' in text
+    assert 'ztoapi_requests_total{model="glm-4.6",status="200",key="#2"} 2\n' in text
+    assert 'ztoapi_tokens_total{model="glm-4.6",kind="completion",key="#2"} 14\n' in text
+
+
+def test_models_that_the_table_does_not_know_share_a_label():
+    gates = [(1, "new-1", 5, 0), (1, "new-2", 3, 0), (1, "glm-4.6", None, 1)]
+    text = metrics_of(*[counted(model_id=f"new-{i}") for i in range(9)]).prometheus(gates, {"new-1": 2, "new-2": 1})
+    assert 'ztoapi_requests_total{model="other",status="200",key="#1"} 9\n' in text
+    assert 'ztoapi_requests_queued{model="other"} 3\n' in text
+    assert 'ztoapi_concurrency_ceiling{key="1",model="other"} 3\n' in text
+    assert text.count("\nztoapi_concurrency_ceiling{") == 1
+
+
+def test_a_histogram_counts_up_to_its_bounds():
+    records = [counted(ttft_s=ttft_s) for ttft_s in (0.1, 0.11, 1000.0, None)]
+    text = metrics_of(*records).prometheus([], {})
+    name = "ztoapi_time_to_first_token_seconds"
+    assert f'{name}_bucket{{le="0.1"}} 1\n{name}_bucket{{le="0.25"}} 2\n' in text
+    assert f'{name}_bucket{{le="300"}} 2\n{name}_bucket{{le="+Inf"}} 3\n' in text
+    assert f"{name}_sum 1000.210000\n{name}_count 3\n" in text
+
+
+def test_long_texts_do_not_stay():
+    metrics = metrics_of(*[counted(model="m" * 10**6, error="e" * 10**6, path="/" * 10**5) for _ in range(30)])
+    assert len(json.dumps(metrics.stats([], {}, False))) < 30000
+
+
+def test_the_history_is_ten_minutes_without_gaps():
+    clock = [1000.0]
+    metrics = metrics_of(counted(), now=lambda: clock[0])
+    for now in (1009.0, 1040.0, 990.0, 1200.0, 1.8e9):
+        clock[0] = now
+        metrics.begin()
+        metrics.finish(counted())
+    history = metrics.stats([], {}, False)["history"]
+    assert [row["t"] for row in history] == list(range(1800000000 - 590, 1800000001, 10))
+    assert [row["requests"] for row in history] == [0] * 59 + [1]
+    assert history[-1]["tokens"] == 7
+
+
+def test_stats_tell_the_last_minute_and_the_median():
+    metrics = metrics_of(*[counted(ttft_s=ttft_s) for ttft_s in (0.1, 0.2, 5.0)])
+    stats = metrics.stats([(1, "glm-4.6", 2, 1)], {"glm-4.6": 4}, True)
+    assert stats["ttft_p50_ms"] == 200.0
+    assert stats["tokens_per_s"] == round(21 / 60, 1)
+    assert stats["queued"] == 4
+    assert stats["demo"] is True
+    assert stats["ceilings"] == [{"key": 1, "model": "glm-4.6", "ceiling": 2, "in_flight": 1, "queued": 4}]
+
+
+# A proxy at work: its log
+
+# To add a case, add a row: method, path, JSON body, and the status it gets.
+LOGGED = [
+    ("GET", "/health", None, 200),
+    ("GET", "/v1/models", None, 200),
+    ("GET", "/nope?secret", None, 404),
+    ("PUT", "/health", None, 405),
+    ("OPTIONS", "/", None, 204),
+    ("POST", CHAT, {}, 400),
+    ("POST", CHAT, chat_body(stream=False), 200),
+    ("POST", CHAT, chat_body(stream=True), 200),
+]
+
+
+@pytest.mark.parametrize("method,path,body,status", LOGGED)
+def test_a_request_is_one_line(proxy, log_lines, method, path, body, status):
+    got, headers, _ = proxy.call(method, path, body)
+    assert got == status
+    assert eventually(log_lines)
+    line, = log_lines()
+    assert line.startswith(f"{headers['x-request-id']} 127.0.0.1 {method} {path.split('?')[0]} {status}")
+
+
+def test_the_line_of_a_chat_tells_what_happened(zai, log_lines):
+    with proxying(zai, DEFAULT_KEY="sk-other-0123456789," + KEY) as proxy:
+        proxy.chat({"X-Client-Request-Id": "run 17"}, store=True)
+        assert eventually(log_lines)
+    words = log_lines()[0].split()
+    for word in ("key=#2", "rid=run?17", "model=GLM-4.6", "stream=false", "in=28", "out=185", "retries=0",
+                 "changed=store", "zai=20260711073209851e7f8c12c44579"):
+        assert word in words
+    assert re.search(r" ttft=\d+\.\d{3} total=\d+\.\d{3} queue=\d+\.\d{3} ", log_lines()[0])
+
+
+def test_the_line_says_when_a_default_decided_on_streaming(proxy, log_lines):
+    assert proxy.call("POST", CHAT, chat_body())[0] == 200
+    assert eventually(log_lines)
+    assert " stream=default " in log_lines()[0]
+
+
+BROKEN_REQUESTS = [
+    b"nonsense\r\n\r\n",
+    raw_request("BREW", "/health"),
+    raw_request("GET", "/health", "Content-Length: x"),
+]
+
+
+@pytest.mark.parametrize("data", BROKEN_REQUESTS)
+def test_a_broken_request_is_one_line_too(proxy, log_lines, data):
+    exchange(proxy, data)
+    assert eventually(log_lines)
+    assert not log_lines(logging.ERROR)
+
+
+def test_a_wrong_key_is_counted(proxy):
+    proxy.call("GET", "/v1/models", key="sk-wrong")
+    proxy.call("POST", CHAT, chat_body(), key=None)
+    assert proxy.call("GET", "/stats")[2]["unauthorized"] == 2
+
+
+def test_a_key_is_taken_out_before_a_word_is_cut(zai, log_lines):
+    key = "sk-prod-A1b2C3d4E5f6G7h8I9j0KLMN"
+    with proxying(zai, DEFAULT_KEY=key) as proxy:
+        proxy.call("GET", "/" + "a" * 170 + key, key=key)
+        proxy.call("POST", CHAT, chat_body(stream=False, model="m" * 75 + key), key=key)
+        proxy.idle()
+        text = json.dumps(proxy.call("GET", "/stats", key=key)[2]) + "".join(log_lines())
+    assert "A1b2C3" not in text
+    assert "[redacted]" in text
+
+
+SECRETIVE = {
+    "tools": [{"type": "function", "function": {"name": "secretive", "description": "DESCRIPTION",
+                                                "parameters": {"type": "object", "properties": {"PROPERTY": {}}}}}],
+    "stop": "STOP-WORD",
+    "user": "USER-NAME",
+    "messages": [
+        {"role": "system", "content": "SYSTEM"},
+        {"role": "user", "content": [{"type": "text", "text": "PROMPT"}]},
+        {"role": "assistant", "content": None, "tool_calls": [
+            {"id": "call_1", "type": "function", "function": {"name": "secretive", "arguments": '{"b":"OLD"}'}}]},
+        {"role": "tool", "tool_call_id": "call_1", "content": "RESULT"},
+    ],
+}
+
+
+def test_no_log_line_holds_a_text_even_in_debug_mode(zai, log_lines, caplog):
+    caplog.set_level(logging.DEBUG, "ztoapi")
+    zai.default = stream(think("THOUGHT"), say("ANSWER"), call("secretive", '{"a":"ARGUMENT"}'), FINISH, DONE)
+    with proxying(zai, DEBUG_MODE="true") as proxy:
+        for streamed in (True, False):
+            assert proxy.call("POST", CHAT, chat_body(stream=streamed, **SECRETIVE))[0] == 200
+        proxy.call("POST", CHAT, {"model": "GLM-4.6", "messages": [{"role": "BADROLE", "content": "PROMPT"}]})
+    text = "\n".join(log_lines())
+    for word in ("THOUGHT", "ANSWER", "ARGUMENT", "DESCRIPTION", "PROPERTY", "STOP-WORD", "USER-NAME", "SYSTEM",
+                 "PROMPT", "OLD", "RESULT", KEY, ZAI_KEY):
+        assert word not in text
+    assert len(log_lines()) > 3, "DEBUG_MODE does say more"
+
+
+def test_nothing_a_client_sends_can_shape_the_log(zai, log_lines, caplog):
+    caplog.set_level(logging.DEBUG, "ztoapi")
+    evil = "x\r\n2026-01-01 INFO forged\x1b[2J\x00\x7f\x85\u2028\u202e\ud800 status=200 out=7 error=''"
+    messages = [{"role": "user", "content": "Hi", evil: 1}]
+    bodies = [
+        chat_body(model=evil, **{evil: 1, "n": 7}),
+        chat_body(model=evil, **{evil: 1}),
+        {"model": evil, "messages": [{"role": evil, "content": evil}]},
+        {"model": evil, "messages": messages, "tools": [{"type": evil, evil: evil}], "response_format": {"type": evil}},
+        {"model": "x", "messages": messages},
+    ]
+    targets = ["/\x1b[31m", "/\x9b2J\xff", "/%0d%0aforged", "/a%20out=7", "/v1/models/%1b%5b2J%e2%80%a8"]
+    with proxying(zai, DEBUG_MODE="true") as proxy:
+        for body in bodies:
+            exchange(proxy, raw_request("POST", CHAT, body=json.dumps(body).encode()))
+        for target in targets:
+            exchange(proxy, raw_request("GET", target))
+        exchange(proxy, b"\x1b[2J / HTTP/1.1\r\n\r\n")
+        exchange(proxy, raw_request("GET", "/health", "X-Request-Id: \x1b[2J out=7"))
+    lines = log_lines()
+    assert len(lines) >= 10
+    assert [line for line in lines if not re.fullmatch("[ -~]+", line)] == []
+    requests = [line.split(" error=")[0] for line in lines if line.startswith("req_")]
+    assert [line for line in requests if line.count(" out=") > 1] == [], "a model's name is one word of the line"
+
+
+# Bugs of our own
+
+def boom(*args, **kwargs):
+    raise RuntimeError("boom")
+
+
+# To add a case, add a row: where a bug is planted, its name there, and the request that meets it.
+BUGS = [
+    (ztoapi, "listed_models", "GET", "/v1/models", None),
+    (ztoapi.Metrics, "stats", "GET", "/stats", None),
+    (ztoapi, "to_zai_request", "POST", CHAT, chat_body()),
+    (ztoapi.Answer, "feed", "POST", CHAT, chat_body()),
+]
+
+
+@pytest.mark.parametrize("place,name,method,path,body", BUGS)
+def test_a_bug_is_one_500_and_one_traceback(proxy, monkeypatch, caplog, place, name, method, path, body):
+    with monkeypatch.context() as patch:
+        patch.setattr(place, name, boom)
+        status, headers, answer = proxy.call(method, path, body)
+    assert status == 500
+    assert answer["error"]["code"] == "internal_error"
+    assert headers["x-request-id"] in answer["error"]["message"]
+    assert "boom" not in str(answer)
+    bug, = [record for record in caplog.records if record.exc_info]
+    assert headers["x-request-id"] in bug.getMessage()
+    assert proxy.call(method, path, body)[0] == 200, "it lives on"
+
+
+def test_a_bug_during_a_stream_is_the_in_stream_error(zai, proxy, monkeypatch, caplog):
+    tell, calls = ztoapi.Chat.tell, []
+
+    def third_time(self, steps):
+        calls.append(steps)
+        return boom() if len(calls) == 3 else tell(self, steps)
+    monkeypatch.setattr(ztoapi.Chat, "tell", third_time)
     zai.default = stream(say("ab"), 0.05, say("cd"), 0.05, say("ef"), FINISH, DONE)
     status, headers, events, clean = proxy.stream()
-    assert status == 200 and said(events) == "abcd" and not clean and "[DONE]" not in events and not finish_of(events)
-    assert (list(events[-1]) == ["error"] and events[-1]["error"]["code"] == "internal_error"
-            and headers["x-request-id"] in events[-1]["error"]["message"])
+    assert status == 200
+    assert said(events) == "abcd"
+    assert not clean
+    assert finish_of(events) == []
+    assert list(events[-1]) == ["error"]
+    assert events[-1]["error"]["code"] == "internal_error"
+    assert headers["x-request-id"] in events[-1]["error"]["message"]
     assert sum(bool(record.exc_info) for record in caplog.records) == 1
     monkeypatch.undo()
     assert proxy.chat()[0] == 200
 
 
-def test_a_bug_in_the_watch_does_not_end_the_accept_loop(zai, monkeypatch, caplog):
+def test_a_bug_in_the_tick_does_not_end_the_pump(zai, monkeypatch, caplog):
     ticks = []
 
-    def tick(self):
+    def tick(self, *args):
         ticks.append(1)
-        raise RuntimeError("boom")
-    monkeypatch.setattr(ztoapi.Watch, "tick", tick)
+        boom()
+    monkeypatch.setattr(ztoapi.Pump, "_tick", tick)
     with proxying(zai) as proxy:
-        assert eventually(lambda: len(ticks) > 1, 3) and proxy.thread.is_alive()
-        assert proxy.call("GET", "/health")[0] == 200
+        assert eventually(lambda: len(ticks) > 1, 3)
+        assert proxy.chat()[0] == 200
         monkeypatch.undo()
     assert any(record.exc_info for record in caplog.records)
 
 
-# The numbers
+# A proxy at work: its numbers
 
-METRICS = {"ztoapi_requests_total": "counter", "ztoapi_tokens_total": "counter", "ztoapi_time_to_first_token_seconds": "histogram",
-           "ztoapi_request_duration_seconds": "histogram", "ztoapi_requests_in_flight": "gauge", "ztoapi_requests_queued": "gauge",
-           "ztoapi_concurrency_ceiling": "gauge", "ztoapi_retries_total": "counter", "ztoapi_repaired_frames_total": "counter",
-           "ztoapi_cancelled_total": "counter", "ztoapi_process_start_time_seconds": "gauge"}
+METRICS = {
+    "ztoapi_requests_total": "counter",
+    "ztoapi_tokens_total": "counter",
+    "ztoapi_unauthorized_total": "counter",
+    "ztoapi_time_to_first_token_seconds": "histogram",
+    "ztoapi_request_duration_seconds": "histogram",
+    "ztoapi_requests_in_flight": "gauge",
+    "ztoapi_requests_queued": "gauge",
+    "ztoapi_concurrency_ceiling": "gauge",
+    "ztoapi_retries_total": "counter",
+    "ztoapi_repaired_frames_total": "counter",
+    "ztoapi_cancelled_total": "counter",
+    "ztoapi_process_start_time_seconds": "gauge",
+}
+SAMPLE = r'([a-z_]+)(?:\{((?:[a-z_]+="[^"\\\n]*",?)+)\})? (-?[0-9.e+]+)'
 
 
-def door_samples(text):
-    """{name: {labels: value}} of Prometheus text, checked against the grammar of format 0.0.4."""
+def read_metrics(text):
+    """({name: type}, {name: {labels: value}}) of Prometheus text, checked against the grammar of format 0.0.4."""
     samples, types, family = {}, {}, None
     assert text.endswith("\n")
     for line in text[:-1].split("\n"):
-        found = re.fullmatch(r"# (HELP|TYPE) ([a-z_]+) (.+)", line)
-        if found:
-            kind, family, rest = found.groups()
-            if kind == "TYPE":
-                assert family not in types and rest in ("counter", "gauge", "histogram"), line
+        comment = re.fullmatch(r"# (HELP|TYPE) ([a-z_]+) (.+)", line)
+        if comment:
+            word, family, rest = comment.groups()
+            if word == "TYPE":
+                assert family not in types, "each family once"
                 types[family] = rest
             continue
-        found = re.fullmatch(r'([a-z_]+)(?:\{((?:[a-z_]+="[^"\\\n]*",?)+)\})? (-?[0-9.e+]+)', line)
-        assert found and found.group(1) in ((family,) if types[family] != "histogram" else (family + "_bucket", family + "_sum",
-                family + "_count")), line
-        labels = tuple(sorted(re.findall(r'([a-z_]+)="([^"]*)"', found.group(2) or "")))
-        assert labels not in samples.setdefault(found.group(1), {}), "twice: " + line
-        samples[found.group(1)][labels] = float(found.group(3))
+        name, labels, value = re.fullmatch(SAMPLE, line).groups()
+        suffixes = ("_bucket", "_sum", "_count") if types[family] == "histogram" else ("",)
+        assert name in [family + suffix for suffix in suffixes]
+        labels = tuple(sorted(re.findall(r'([a-z_]+)="([^"]*)"', labels or "")))
+        assert labels not in samples.setdefault(name, {}), "each sample once"
+        samples[name][labels] = float(value)
     return types, samples
 
 
 def test_the_metrics_are_prometheus_text_with_the_promised_names(zai):
+    zai.scripts.extend([refusal(500, "1234"), stream(*HEALTHY)])
+    zai.scripts.extend([refusal(400, "1210"), stream(b"data: garbage\n\n", *HEALTHY)])
     with proxying(zai, MAX_CONCURRENCY="4", MAX_RETRIES="1") as proxy:
         assert proxy.call("GET", "/metrics", key=None)[0] == 401
-        assert {name: kind for name, kind in door_samples(proxy.call("GET", "/metrics")[2])[0].items() if METRICS.get(name) != kind} == {}
-        zai.scripts.extend([refusal(500, "1234"), stream(*HEALTHY), refusal(400, "1210"), stream(b"data: garbage\n\n", *HEALTHY)])
         proxy.chat()
         proxy.chat()
         proxy.stream()
-        for i in range(20):
-            proxy.chat(model='new-%d"\\\n' % i)
-        held = proxy.open_stream()
         zai.default = stream(say("Hi"), 30)
-        other = proxy.open_stream(model="GLM-5")
-        assert eventually(lambda: len(zai.requests) == 26)
+        held = proxy.open_stream()
+        assert eventually(lambda: readable(held))
         _, headers, text = proxy.call("GET", "/metrics")
         held.close()
-        other.close()
     assert headers["Content-Type"].startswith("text/plain; version=0.0.4")
-    types, samples = door_samples(text)
+    types, samples = read_metrics(text)
     assert types == METRICS
     requests = samples["ztoapi_requests_total"]
-    assert requests[("model", "glm-4.6"), ("status", "200")] >= 2 and requests[("model", "glm-4.6"), ("status", "400")] == 1
-    assert requests[("model", "other"), ("status", "200")] == 20, "models the table does not know are one label"
-    assert samples["ztoapi_tokens_total"][("kind", "completion"), ("model", "other")] == 20 * 185 and samples["ztoapi_tokens_total"][("kind",
-            "prompt"), ("model", "other")] == 20 * 28
-    assert (samples["ztoapi_retries_total"][()] == 1 and samples["ztoapi_repaired_frames_total"][()] == 1
-            and samples["ztoapi_requests_in_flight"][()] >= 1)
+    assert requests[("key", "#1"), ("model", "glm-4.6"), ("status", "200")] == 2
+    assert requests[("key", "#1"), ("model", "glm-4.6"), ("status", "400")] == 1
+    assert samples["ztoapi_tokens_total"][("key", "#1"), ("kind", "completion"), ("model", "glm-4.6")] == 2 * 185
+    assert samples["ztoapi_unauthorized_total"][()] == 1
+    assert samples["ztoapi_retries_total"][()] == 1
+    assert samples["ztoapi_repaired_frames_total"][()] == 1
+    assert samples["ztoapi_concurrency_ceiling"][("key", "1"), ("model", "glm-4.6")] == 4
+    assert samples["ztoapi_requests_in_flight"][()] == 1
     assert 0 < samples["ztoapi_process_start_time_seconds"][()] <= time.time()
-    assert all(value == 4 for value in samples["ztoapi_concurrency_ceiling"].values()) and samples["ztoapi_concurrency_ceiling"]
-    for name in ("ztoapi_time_to_first_token_seconds", "ztoapi_request_duration_seconds"):
-        buckets = list(samples[name + "_bucket"].items())
-        assert buckets[-1] == ((("le", "+Inf"),), samples[name + "_count"][()]) and [value for _, value in buckets] == sorted(value
-                for _, value in buckets)
-    try:
-        from prometheus_client import parser
-    except ImportError:  # the grammar above has to do
-        return
-    families = {family.name for family in parser.text_string_to_metric_families(text)}
+
+
+def test_prometheus_own_parser_reads_the_metrics(proxy):
+    parser = pytest.importorskip("prometheus_client.parser")
+    families = {family.name for family in parser.text_string_to_metric_families(proxy.call("GET", "/metrics")[2])}
     assert families == {name[:-6] if name.endswith("_total") else name for name in METRICS}
+
+
+def test_stats_begin_empty(proxy):
+    assert proxy.call("GET", "/stats", key=None)[0] == 401
+    stats = proxy.call("GET", "/stats")[2]
+    for name in ("in_flight", "queued", "served", "failed", "cancelled"):
+        assert stats[name] == 0
+    assert stats["ttft_p50_ms"] is None
+    assert stats["recent"] == []
+    assert stats["demo"] is False
 
 
 def test_stats_tell_the_page_what_is_going_on(zai):
     with proxying(zai, MAX_RETRIES="0") as proxy:
-        assert proxy.call("GET", "/stats", key=None)[0] == 401
-        first = proxy.call("GET", "/stats")[2]
-        assert (first["in_flight"], first["queued"], first["served"], first["failed"], first["ttft_p50_ms"], first["recent"], first["demo"]) == (0, 0,
-                0, 0, None, [], False)
         for i in range(23):
-            assert proxy.chat(model="m%d" % i, messages=[{"role": "user", "content": "PROMPT"}])[0] == 200
+            assert proxy.chat(model=f"m{i}", messages=[{"role": "user", "content": "PROMPT"}])[0] == 200
         proxy.idle()  # a handler tells the counters after its answer is out
         zai.scripts.append(refusal(400, "1210", "no such"))
         assert proxy.chat()[0] == 400
         proxy.idle()
         _, headers, stats = proxy.call("GET", "/stats")
-    assert headers["Cache-Control"] == "no-store" and stats["version"] == ztoapi.__version__
-    assert (stats["in_flight"], stats["queued"], stats["served"], stats["failed"]) == (0, 0, 23,
-            1) and stats["ttft_p50_ms"] >= 0 and stats["tokens_per_s"] > 0
-    assert len(stats["recent"]) == 20 and stats["recent"][0]["status"] == 400 and stats["recent"][1]["model"] == "m22"
-    assert set(stats["recent"][0]) >= {"time", "model", "status", "stream", "ttft_ms", "total_ms", "tokens_in", "tokens_out", "error"}
-    assert "1210" in stats["recent"][0]["error"] and stats["recent"][1]["error"] is None and stats["recent"][1]["tokens_out"] == 185
-    assert len(stats["history"]) == 60 and sum(bucket["requests"] for bucket in stats["history"]) == 24 and sum(bucket["tokens"]
-            for bucket in stats["history"]) == 23 * 185
-    assert [b["t"] - a["t"] for a, b in zip(stats["history"], stats["history"][1:])] == [10] * 59, "ten minutes"
+    assert headers["Cache-Control"] == "no-store"
+    assert stats["version"] == ztoapi.__version__
+    assert (stats["served"], stats["failed"]) == (23, 1)
+    assert stats["tokens_per_s"] > 0
+    assert stats["ttft_p50_ms"] >= 0
+    assert sum(bucket["requests"] for bucket in stats["history"]) == 24
+    assert sum(bucket["tokens"] for bucket in stats["history"]) == 23 * 185
     assert not re.search("PROMPT|Hello|The user", json.dumps(stats))
+    assert len(stats["recent"]) == 20
+    failed, served = stats["recent"][:2]
+    assert set(failed) == {"time", "path", "key", "model", "status", "stream", "ttft_ms", "total_ms",
+                           "tokens_in", "tokens_out", "error"}
+    assert failed["status"] == 400
+    assert "1210" in failed["error"]
+    assert (served["path"], served["key"], served["model"]) == (CHAT, "#1", "m22")
+    assert served["tokens_out"] == 185
+    assert served["error"] is None
 
 
 def test_a_learned_ceiling_shows(zai):
@@ -4677,144 +9031,332 @@ def test_a_learned_ceiling_shows(zai):
         for thread in threads:
             thread.join()
         row, = proxy.call("GET", "/stats")[2]["ceilings"]
-        assert row["model"] == "glm-4.6" and 1 <= row["ceiling"] <= 3 and set(row) >= {"key", "in_flight", "queued"}
-        assert 'model="glm-4.6"} %d\n' % row["ceiling"] in proxy.call("GET", "/metrics")[2].split("# TYPE ztoapi_concurrency_ceiling")[1]
+        text = proxy.call("GET", "/metrics")[2]
+    assert row["model"] == "glm-4.6"
+    assert 1 <= row["ceiling"] <= 3
+    assert f'ztoapi_concurrency_ceiling{{key="1",model="glm-4.6"}} {row["ceiling"]}\n' in text
 
 
-# The program: arguments, variables, the check
+# The demo
 
-def door_main(capsys, *argv, **environ):
+def demo_request(text="Hi", **fields):
+    return dict({"model": "glm-4.6", "messages": [{"role": "user", "content": text}]}, **fields)
+
+
+DEMO_TOOLS = [{"type": "function", "function": {"name": name, "parameters": {"type": "object", "required": ["city"]}}}
+              for name in ("run_command", "get_weather")]
+
+
+def test_the_demo_thinks_and_repeats():
+    deltas = list(ztoapi.demo_deltas(demo_request("Hi there")))
+    assert "nothing to think" in "".join(delta.get("reasoning_content", "") for delta in deltas)
+    assert "".join(delta.get("content", "") for delta in deltas).endswith("said: Hi there")
+
+
+def test_the_demo_calls_only_the_tool_it_is_told_to_call():
+    asked = list(ztoapi.demo_deltas(demo_request("Please call get_weather", tools=DEMO_TOOLS)))[-1]
+    assert asked["tool_calls"][0]["function"] == {"name": "get_weather", "arguments": '{"city":"demo"}'}
+    unasked = list(ztoapi.demo_deltas(demo_request("rm -rf /", tools=DEMO_TOOLS)))
+    assert not any("tool_calls" in delta for delta in unasked)
+
+
+def test_the_demo_ends_a_loop_of_tools():
+    messages = [{"role": "user", "content": "call get_weather"}, {"role": "tool", "content": "call get_weather: sunny"}]
+    deltas = list(ztoapi.demo_deltas(demo_request(messages=messages, tools=DEMO_TOOLS)))
+    assert not any("tool_calls" in delta for delta in deltas)
+    assert "sunny" in "".join(delta.get("content", "") for delta in deltas)
+
+
+def test_the_demo_answers_in_json():
+    request = demo_request("Hi\nthere", response_format={"type": "json_object"}, thinking={"type": "disabled"})
+    text = "".join(delta["content"] for delta in ztoapi.demo_deltas(request))
+    assert json.loads(text) == {"demo": True, "echo": "Hi\nthere"}
+
+
+def test_the_demo_is_a_whole_answer_to_a_client():
+    with proxying(None, DEMO_MODE="true") as proxy:
+        status, _, events, clean = proxy.stream(stream_options={"include_usage": True})
+        assert status == 200
+        assert clean
+        assert said(events).endswith("said: Hi")
+        assert finish_of(events) == ["stop"]
+        assert events[-2]["usage"]["completion_tokens"] > 0
+        _, _, answer = proxy.chat(tools=DEMO_TOOLS, messages=[{"role": "user", "content": "call get_weather"}])
+        assert answer["choices"][0]["finish_reason"] == "tool_calls"
+        assert answer["choices"][0]["message"]["tool_calls"][0]["function"]["name"] == "get_weather"
+
+
+# The program: arguments and variables
+
+def run_main(capsys, *argv, **environ):
     """(exit status, stdout, stderr) of main() in this process."""
     capsys.readouterr()
     status = ztoapi.main(environ, argv)
     return (status, *capsys.readouterr())
 
 
-BAD_VARIABLES = [("PORT", "abc"), ("PORT", "-1"), ("PORT", "65536"), ("PORT", "9 0"), ("PORT", "1.5"), ("PORT", "\u0661"), ("PORT", "9\n9"),
-                 ("HOST", "0.0.0.0"), ("HOST", "a\nb"), ("DEFAULT_KEY", ""), ("DEFAULT_KEY", " , "), ("DEFAULT_KEY", "two words"),
-                 ("DEFAULT_KEY", "schl\xfcssel"), ("DEFAULT_KEY", "a\nb"), ("ZAI_API_KEY", "secret secret"), ("ZAI_API_KEY", "sec\r\nret"),
-                 ("ZAI_BASE_URL", "ftp://api.z.ai/"), ("ZAI_BASE_URL", "api.z.ai"), ("ZAI_BASE_URL", "http://"), ("ZAI_BASE_URL", "http://x:99999/"),
-                 ("ZAI_BASE_URL", "http://x y/"), ("ZAI_BASE_URL", "https://x/?a=b"), ("ZAI_BASE_URL", "file:///etc/passwd"),
-                 ("ZAI_BASE_URL", "http://["), ("DEFAULT_STREAM", "maybe"), ("ENABLE_THINKING", "2"), ("REASONING_FORMAT", "xml"),
-                 ("MODEL_ALIASES", "gpt-4o"), ("MODEL_ALIASES", "=glm-4.6"), ("MODEL_ALIASES", "a="), ("MAX_CONCURRENCY", "-1"),
-                 ("MAX_CONCURRENCY", "1.5"), ("QUEUE_TIMEOUT", "-1"), ("QUEUE_TIMEOUT", "nan"), ("QUEUE_TIMEOUT", "inf"), ("QUEUE_TIMEOUT", "2m"),
-                 ("MAX_RETRIES", "many"), ("HEARTBEAT", "-0.1"), ("UPSTREAM_TIMEOUT", "0"), ("CLIENT_TIMEOUT", "0"), ("MAX_BODY_MB", "0"),
-                 ("MAX_BODY_MB", "1e3"), ("MAX_CONNECTIONS", "0"), ("DEBUG_MODE", "verbose"), ("DEMO_MODE", "y e s"), ("PORT", "\udcff")]
+# To add a case, add a value to its variable's row: one that it cannot have.
+BAD_VALUES = {
+    "PORT": ["abc", "-1", "65536", "9 0", "1.5", "\u0661", "9\n9", "\udcff"],
+    "HOST": ["0.0.0.0", "a\nb"],
+    "DEFAULT_KEY": ["", " , ", "two words", "schl\xfcssel", "a\nb"],
+    "ZAI_API_KEY": ["secret secret", "sec\r\nret"],
+    "ZAI_BASE_URL": ["ftp://api.z.ai/", "api.z.ai", "http://", "http://x:99999/", "http://x y/", "https://x/?a=b",
+                     "file:///etc/passwd", "http://["],
+    "DEFAULT_STREAM": ["maybe"],
+    "ENABLE_THINKING": ["2"],
+    "REASONING_FORMAT": ["xml"],
+    "MODEL_ALIASES": ["gpt-4o", "=glm-4.6", "a="],
+    "MAX_CONCURRENCY": ["-1", "1.5"],
+    "QUEUE_TIMEOUT": ["-1", "nan", "inf", "2m"],
+    "MAX_RETRIES": ["many"],
+    "HEARTBEAT": ["-0.1"],
+    "UPSTREAM_TIMEOUT": ["0"],
+    "CLIENT_TIMEOUT": ["0"],
+    "MAX_BODY_MB": ["0", "1e3"],
+    "MAX_CONNECTIONS": ["0"],
+    "DEBUG_MODE": ["verbose"],
+    "DEMO_MODE": ["y e s"],
+}
+BAD_VARIABLES = [(variable, value) for variable, values in BAD_VALUES.items() for value in values]
 
 
-def test_a_bad_variable_is_one_line_and_exit_status_2(capsys):
-    for variable, value in BAD_VARIABLES:
-        for argv in ((), ("--check",)):
-            status, out, err = door_main(capsys, *argv, **{variable: value})
-            assert status == 2 and not out and err.count("\n") == 1 and err.endswith("\n") and variable in err and len(err) > 20, (variable, value,
-                    err)
-            if value.strip(" ,"):
-                assert (ascii(value)[1:-1] in err) != variable.endswith("_KEY"), (variable, value, err)
+@pytest.mark.parametrize("argv", [(), ("--check",)])
+@pytest.mark.parametrize("variable,value", BAD_VARIABLES)
+def test_a_bad_variable_is_one_line_and_exit_status_2(capsys, variable, value, argv):
+    status, out, err = run_main(capsys, *argv, **{variable: value})
+    assert status == 2
+    assert not out
+    assert err.count("\n") == 1 and err.endswith("\n")
+    assert variable in err
+    if value.strip(" ,"):
+        assert (ascii(value)[1:-1] in err) != variable.endswith("_KEY"), "a key is not shown, all else is"
 
 
-def test_every_variable_of_the_docstring_is_read(capsys):
-    names = {field for field in re.findall(r"^    ([A-Z_]+) {2,}", ztoapi.__doc__, re.MULTILINE)}
-    assert {name.lower() for name in names} == {field.name for field in ztoapi.dataclasses.fields(ztoapi.Settings)}
+def test_the_variables_of_the_docstring_are_those_that_are_read():
+    names = re.findall(r"^    ([A-Z_]+) {2,}", ztoapi.__doc__, re.MULTILINE)
+    assert [name.lower() for name in names] == [field.name for field in dataclasses.fields(ztoapi.Settings)]
 
 
-def test_arguments_are_three_and_no_others(capsys):
-    for argv in (["--help"], ["-h"]):
-        status, out, err = door_main(capsys, *argv, PORT="bad")
-        assert (status, err) == (0, "") and out.strip() == ztoapi.__doc__.strip() and out.isascii()
-    status, out, err = door_main(capsys, "--version", DEFAULT_KEY="")
-    assert status == 0 and ztoapi.__version__ in out and out.count("\n") == 1
-    for argv in (["--nope"], ["serve"], ["--check", "--check"], ["--help", "x"], [""], ["--port", "80"], ["--version", "--help"], ["\udcff\n"]):
-        status, out, err = door_main(capsys, *argv)
-        assert status == 2 and not out and err.count("\n") == 1, argv
+@pytest.mark.parametrize("argument", ["--help", "-h"])
+def test_help_is_the_docstring(capsys, argument):
+    status, out, err = run_main(capsys, argument, PORT="bad")
+    assert (status, err) == (0, "")
+    assert out.strip() == ztoapi.__doc__.strip()
+    assert out.isascii()
 
 
-def door_check(capsys, **environ):
+def test_the_version_is_one_line(capsys):
+    assert run_main(capsys, "--version", DEFAULT_KEY="") == (0, f"ztoapi {ztoapi.__version__}\n", "")
+
+
+WRONG_ARGUMENTS = [["--nope"], ["serve"], ["--check", "--check"], ["--help", "x"], [""], ["--port", "80"],
+                   ["--version", "--help"], ["\udcff\n"]]
+
+
+@pytest.mark.parametrize("argv", WRONG_ARGUMENTS)
+def test_any_other_argument_is_one_line_and_exit_status_2(capsys, argv):
+    status, out, err = run_main(capsys, *argv)
+    assert (status, out) == (2, "")
+    assert err.count("\n") == 1
+
+
+# The program: --check
+
+LISTING = answer(200, {"object": "list", "data": []})
+OTHER_KEY = "fedcba9876543210.OtherOtherOther"
+
+
+def check(capsys, **environ):
     """(exit status, stdout) of --check, which must come to an end by itself."""
     found = []
-    thread = threading.Thread(target=lambda: found.append(door_main(capsys, "--check", **environ)), daemon=True)
+    thread = threading.Thread(target=lambda: found.append(run_main(capsys, "--check", **environ)), daemon=True)
     thread.start()
     thread.join(8)
     assert found, "--check hangs"
-    assert "Traceback" not in found[0][2]
-    return found[0][:2]
+    status, out, err = found[0]
+    assert "Traceback" not in err
+    return status, out
 
 
-DOOR_LISTING = answer(200, {"object": "list", "data": []})
+def failures(out):
+    return [line for line in out.splitlines() if line.startswith("FAIL")]
 
 
-def test_the_check_passes_where_a_chat_would_work(zai, capsys):
-    status, out = door_check(capsys, DEMO_MODE="true")
-    assert status == 0 and "DEMO_MODE" in out and "FAIL" not in out
-    zai.scripts.extend([DOOR_LISTING, refusal(401, "1000"), stream(*HEALTHY)])  # of two keys one is good
-    status, out = door_check(capsys, ZAI_API_KEY=ZAI_KEY + ",fedcba9876543210.OtherOtherOther", ZAI_BASE_URL=zai.url, DEFAULT_KEY=KEY,
-                             DEFAULT_STREAM="false", HEARTBEAT="0", CORS_ORIGIN="", MODEL_ALIASES="gpt-4o=glm-4.6")
-    assert status == 0 and ("Python %d.%d" % sys.version_info[:2]) in out and "OpenSSL" in out, out
-    for word in ("DNS", "TCP", "chat", "first token", "DEFAULT_STREAM", "HEARTBEAT", "CORS_ORIGIN", "MODEL_ALIASES", "...cret"):
-        assert word in out, (word, out)
-    assert not any(secret in out for secret in (ZAI_KEY, KEY, "ZaiSecret", "OtherOther", "fedcba")), "masked"
-    assert [request["path"].rsplit("v4", 1)[1] for request in zai.requests] == ["/models", "/models", "/chat/completions"]
-
-
-def door_refused_url():
+@pytest.fixture
+def closed_port():
     with socket.create_server(("127.0.0.1", 0)) as sock:
-        return "http://127.0.0.1:%d/api/paas/v4" % sock.getsockname()[1]
+        port = sock.getsockname()[1]
+    return port
 
 
-@pytest.mark.parametrize("name,scripts,advice",
-                         [("refused port", None, "firewall|HTTPS_PROXY"), ("bad key", [refusal(401, "1000", "Authentication failed " + ZAI_KEY)],
-                             "ZAI_API_KEY"), ("HTML", [answer(200, b"<html>portal</html>")], "ZAI_BASE_URL"),
-                          ("HTML 502", [answer(502, b"<html>Bad gateway</html>")] * 3, "502"),
-                          ("wrong path", [answer(200, {"code": 500, "msg": "404 NOT_FOUND", "success": False})], "ZAI_BASE_URL"),
-                          ("no money", [DOOR_LISTING] + [refusal(429, "1113", "Insufficient balance")] * 9, "Recharge|Coding Plan"),
-                          ("no model", [DOOR_LISTING] + [refusal(400, "1211", "Unknown Model")] * 9, "model"),
-                          ("silence", [[20]] * 3, "silent|UPSTREAM_TIMEOUT"), ("silence in the answer", [DOOR_LISTING] + [stream(think("x"), 20)] * 9,
-                              "silent|UPSTREAM_TIMEOUT"), ("cut", [DOOR_LISTING] + [stream(think("x"), CLOSE)] * 9, "cut|ended"),])
-def test_the_check_fails_with_one_sentence_on_what_to_do(zai, capsys, name, scripts, advice):
-    zai.scripts.extend(scripts or [])
-    status, out = door_check(capsys, ZAI_API_KEY=ZAI_KEY, ZAI_BASE_URL=zai.url if scripts else door_refused_url(), MAX_RETRIES="0",
-                             UPSTREAM_TIMEOUT="0.1")
-    failures = [line for line in out.splitlines() if line.startswith("FAIL")]
-    assert status == 1 and failures and re.search(advice, failures[0]) and "ZaiSecret" not in out, out
+def test_the_check_passes_in_the_demo(capsys):
+    status, out = check(capsys, DEMO_MODE="true")
+    assert status == 0
+    assert "DEMO_MODE=True" in out
+    assert failures(out) == []
+
+
+def test_the_check_passes_where_one_key_of_two_is_good(zai, capsys):
+    zai.scripts.extend([LISTING, refusal(401, "1000"), stream(*HEALTHY)])
+    other = {"DEFAULT_STREAM": "false", "HEARTBEAT": "0", "CORS_ORIGIN": "", "MODEL_ALIASES": "gpt-4o=glm-4.6"}
+    status, out = check(capsys, ZAI_API_KEY=f"{ZAI_KEY},{OTHER_KEY}", ZAI_BASE_URL=zai.url, DEFAULT_KEY=KEY, **other)
+    assert status == 0
+    version = "Python %d.%d" % sys.version_info[:2]
+    for word in (version, "OpenSSL", "DNS", "TCP", "chat", "first token", "...cret", *other):
+        assert word in out
+    for secret in (ZAI_KEY, KEY, "ZaiSecret", "OtherOther", "fedcba"):
+        assert secret not in out
+    paths = [request["path"].rsplit("v4", 1)[1] for request in zai.requests]
+    assert paths == ["/models", "/models", "/chat/completions"]
+
+
+def test_the_check_names_a_short_key_by_its_position(zai, capsys):
+    zai.scripts.append(LISTING)
+    status, out = check(capsys, ZAI_API_KEY="short", ZAI_BASE_URL=zai.url)
+    assert status == 0
+    assert "ok    key #1 ...: accepted\n" in out
+
+
+# To add a case, add a row: a name, what Z.ai does, and a pattern of what the first FAIL says.
+CHECK_FAILURES = {
+    "bad key": ([refusal(401, "1000", "Authentication failed " + ZAI_KEY)], "ZAI_API_KEY"),
+    "HTML": ([answer(200, b"<html>portal</html>")], "ZAI_BASE_URL"),
+    "HTML 502": ([answer(502, b"<html>Bad gateway</html>")] * 3, "502"),
+    "wrong path": ([answer(200, {"code": 500, "msg": "404 NOT_FOUND", "success": False})], "ZAI_BASE_URL"),
+    "no money": ([LISTING] + [refusal(429, "1113", "Insufficient balance")] * 9, "Recharge|Coding Plan"),
+    "no model": ([LISTING] + [refusal(400, "1211", "Unknown Model")] * 9, "model"),
+    "silence": ([[20]] * 3, "silent|UPSTREAM_TIMEOUT"),
+    "silence in the answer": ([LISTING] + [stream(think("x"), 20)] * 9, "silent|UPSTREAM_TIMEOUT"),
+    "cut": ([LISTING] + [stream(think("x"), CLOSE)] * 9, "cut|ended"),
+}
+
+
+@pytest.mark.parametrize("name", CHECK_FAILURES)
+def test_the_check_fails_with_one_sentence_on_what_to_do(zai, capsys, name):
+    scripts, advice = CHECK_FAILURES[name]
+    zai.scripts.extend(scripts)
+    status, out = check(capsys, ZAI_API_KEY=ZAI_KEY, ZAI_BASE_URL=zai.url, MAX_RETRIES="0", UPSTREAM_TIMEOUT="0.1")
+    assert status == 1
+    assert re.search(advice, failures(out)[0])
+    assert "ZaiSecret" not in out
+
+
+def test_the_check_tells_of_a_closed_port(capsys, closed_port):
+    status, out = check(capsys, ZAI_API_KEY=ZAI_KEY, ZAI_BASE_URL=f"http://127.0.0.1:{closed_port}")
+    assert status == 1
+    assert failures(out)[0].startswith("FAIL  TCP: ")
+    assert "HTTPS_PROXY" in failures(out)[0]
+
+
+def test_a_missing_key_is_the_first_failure_of_the_check(capsys, closed_port):
+    status, out = check(capsys, ZAI_BASE_URL=f"http://127.0.0.1:{closed_port}")
+    assert status == 1
+    key, road = failures(out)
+    assert "ZAI_API_KEY" in key
+    assert "https://z.ai/" in key
+    assert road.startswith("FAIL  TCP: ")
+
+
+INVALID_PROXIES = ["http://127.0.0.1:abc", "127.0.0.1:99999", "http://[::1", "http:/me:hidden@host", "http://:80",
+                   "socks5://127.0.0.1:1080"]
+
+
+@pytest.mark.parametrize("text", INVALID_PROXIES)
+def test_an_address_of_a_proxy_that_is_not_valid_is_a_failure_of_the_check(capsys, monkeypatch, text):
+    monkeypatch.setenv("HTTPS_PROXY", text)
+    monkeypatch.delenv("https_proxy", raising=False)
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    status, out = check(capsys, ZAI_API_KEY=ZAI_KEY, ZAI_BASE_URL="https://127.0.0.2/api")
+    assert status == 1
+    assert failures(out)[0].startswith("FAIL  proxy: ")
+    assert "hidden" not in out
+
+
+# To add a case, add a row: a base URL, the value of its scheme's _PROXY, and the (host, port) that urllib connects to.
+PROXIES = [
+    ("https://api.z.ai/x", "http://me:pw@p.example:3128/", ("p.example", 3128)),
+    ("https://api.z.ai/x", "p.example:3128", ("p.example", 3128)),
+    ("https://api.z.ai/x", "http://p.example", ("p.example", 443)),
+    ("https://api.z.ai/x", "http://[::1]:3128", ("::1", 3128)),
+    ("http://zai.example/x", "http://p.example", ("p.example", 80)),
+    ("https://internal.example/x", "http://p.example:3128", None),
+    ("https://api.z.ai/x", None, None),
+]
+
+
+@pytest.mark.parametrize("base,text,expected", PROXIES)
+def test_the_check_finds_the_proxy_that_urllib_would_use(monkeypatch, base, text, expected):
+    parts = urllib.parse.urlsplit(base)
+    monkeypatch.setattr(ztoapi.urllib.request, "getproxies", lambda: {parts.scheme: text} if text else {})
+    monkeypatch.setattr(ztoapi.urllib.request, "proxy_bypass", lambda host: host.startswith("internal"))
+    assert ztoapi.http_proxy(parts) == expected
+
+
+def test_the_check_says_that_the_file_of_certificates_is_missing(capsys, monkeypatch):
+    with pem_file() as path:
+        zai = FakeZai(tls_context(path))
+    try:
+        monkeypatch.setenv("SSL_CERT_FILE", path)  # which is gone by now
+        status, out = check(capsys, ZAI_API_KEY=ZAI_KEY, ZAI_BASE_URL=zai.url)
+    finally:
+        zai.close()
+    assert status == 1
+    assert failures(out)[0].startswith("FAIL  TLS: ")
+    assert "is not there" in failures(out)[0]
+
+
+def test_the_check_says_that_a_certificate_is_not_known(capsys, monkeypatch):
+    monkeypatch.delenv("SSL_CERT_FILE", raising=False)
+    with pem_file() as path:
+        zai = FakeZai(tls_context(path))
+    try:
+        status, out = check(capsys, ZAI_API_KEY=ZAI_KEY, ZAI_BASE_URL=zai.url)
+    finally:
+        zai.close()
+    assert status == 1
+    assert failures(out)[0].startswith("FAIL  TLS: ")
+    assert "Set SSL_CERT_FILE" in failures(out)[0]
 
 
 def test_the_check_can_be_told_on_a_console_that_knows_only_ascii(zai):
     zai.scripts.append(refusal(401, "1000", "\u8eab\u4efd\u9a8c\u8bc1\u5931\u8d25"))
-    run = subprocess.run([sys.executable, "-S", "-B", ztoapi.__file__, "--check"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=10,
-                         env=dict(os.environ, PYTHONIOENCODING="ascii", ZAI_API_KEY=ZAI_KEY, ZAI_BASE_URL=zai.url))
-    assert run.returncode == 1 and b"FAIL" in run.stdout and b"Traceback" not in run.stderr, run.stderr
+    environ = dict(os.environ, PYTHONIOENCODING="ascii", ZAI_API_KEY=ZAI_KEY, ZAI_BASE_URL=zai.url)
+    run = subprocess.run([sys.executable, "-S", "-B", ztoapi.__file__, "--check"], stdout=subprocess.PIPE,
+                         stderr=subprocess.PIPE, timeout=10, env=environ)
+    assert run.returncode == 1
+    assert b"FAIL" in run.stdout
+    assert b"Traceback" not in run.stderr
 
 
-def test_the_check_without_a_key_says_where_one_is_had(zai, capsys):
-    status, out = door_check(capsys, ZAI_BASE_URL=zai.url)
-    assert status == 1 and "ZAI_API_KEY" in out and "https://z.ai/" in out
-
-
-def test_a_host_that_is_no_host_is_no_traceback(zai, capsys):
-    for host in ("a..b", "x" * 70, "no-such-host.invalid"):
-        status, out, err = door_main(capsys, "--check", ZAI_API_KEY=ZAI_KEY, ZAI_BASE_URL="http://%s/api" % host)
-        assert status == 2 and err.count("\n") == 1 or status == 1 and "FAIL" in out, host
-        if status == 1:
-            with proxying(None, ZAI_BASE_URL="http://%s/api" % host, MAX_RETRIES="0") as proxy:
-                assert proxy.chat()[0] == 502, host
-        status, out, err = door_main(capsys, HOST=host, DEFAULT_KEY=KEY, PORT="0")
-        assert status in (1, 2) and err.count("\n") == 1 and host in err, host
+@pytest.mark.parametrize("host", ["a..b", "x" * 70, "no-such-host.invalid"])
+def test_a_host_that_is_no_host_is_no_traceback(capsys, host):
+    status, out, err = run_main(capsys, "--check", ZAI_API_KEY=ZAI_KEY, ZAI_BASE_URL=f"http://{host}/api")
+    assert (status == 2 and err.count("\n") == 1) or (status == 1 and failures(out))
+    status, out, err = run_main(capsys, HOST=host, DEFAULT_KEY=KEY, PORT="0")
+    assert status in (1, 2)
+    assert err.count("\n") == 1
+    assert host in err
 
 
 # The program: its life, in processes of its own
 
-posix_only = pytest.mark.skipif(os.name == "nt", reason="signals")
-DOOR_DIRECTORY = "/proc" if os.path.isdir("/proc/self") else "/"  # nothing can be written here, not even by root
+UNWRITABLE = "/proc" if os.path.isdir("/proc/self") else "/"  # nothing can be written there, not even by root
 
 
-def door_popen(*argv, **environ):
-    return subprocess.Popen([sys.executable, "-I", "-S", "-B", *argv], env=environ, cwd=DOOR_DIRECTORY, stdin=subprocess.DEVNULL,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def start(*argv, **environ):
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-I", "-S", "-B", *argv], env=environ, cwd=UNWRITABLE, **pipes)
 
 
 @contextlib.contextmanager
-def door_program(*argv, **environ):
-    """ztoapi as a process, in an environment of these variables alone; `.port` and `.lines` are what it said at start."""
-    process = door_popen(*(argv or [ztoapi.__file__]), **dict({"PORT": "0"}, **environ))
+def program(*argv, **environ):
+    """ztoapi as a process, in an environment of these variables alone.
+
+    `.port` and `.lines` are what it said at start; `.out` and `.err`, afterwards, what it said then.
+    """
+    process = start(*(argv or [ztoapi.__file__]), **dict({"PORT": "0"}, **environ))
     try:
         process.lines = [process.stdout.readline() for _ in range(3)]
         process.port = int(re.search(r"http://localhost:(\d+)/v1", process.lines[0]).group(1))
@@ -4825,22 +9367,23 @@ def door_program(*argv, **environ):
         process.out, process.err = process.communicate(timeout=5)
 
 
-def door_end(process, signals, seconds=1.5):
-    """(exit status, stderr) after a signal; it must end within that time."""
+def end(process, *signals, seconds=1.5):
+    """The exit status after these signals; it must come within that time."""
     for number in signals:
         process.send_signal(number)
     began = time.monotonic()
     status = process.wait(5)
     assert time.monotonic() - began < seconds
-    return status, process.stderr.read()
+    return status
 
 
 AUDITED = """
 import os, runpy, sys
 def hook(event, args):
-    writes = event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) and args[0] != os.devnull
-    if writes or event.startswith(("os.system", "os.exec", "os.fork", "os.posix_spawn", "os.spawn", "subprocess", "os.mkdir",
-                                   "os.remove", "os.rename", "tempfile")):
+    writes = event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+    starts = ("os.system", "os.exec", "os.fork", "os.posix_spawn", "os.spawn", "subprocess")
+    changes = ("os.mkdir", "os.remove", "os.rename", "tempfile")
+    if writes and args[0] != os.devnull or event.startswith(starts + changes):
         print("AUDIT", event, args, file=sys.stderr, flush=True)
 sys.addaudithook(hook)
 sys.argv = [sys.argv[1]]
@@ -4850,173 +9393,264 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 @posix_only
 def test_it_serves_from_a_bare_environment_and_writes_and_starts_nothing():
-    """python -I -S -B, no variables but two, a directory nobody can write to; SIGTERM ends it with an idle client still there."""
-    with door_program("-c", AUDITED, ztoapi.__file__, DEMO_MODE="1") as process:
-        assert ("DEMO" in process.lines[1] and "http://localhost:%d/" % process.port in process.lines[2]
-                and process.lines[0].startswith("ZtoApi " + ztoapi.__version__))
+    """python -I -S -B, no variables but two, a directory nobody can write to; an idle client is no reason to stay."""
+    with program("-c", AUDITED, ztoapi.__file__, DEMO_MODE="1") as process:
         with socket.create_connection(("127.0.0.1", process.port), 5) as idle:
-            idle.sendall(door_get("/health"))
-            assert door_read(idle.makefile("rb")).body == b'{"status":"ok"}'
-            body = json.dumps(chat_body(stream=False, thinking={"type": "disabled"})).encode()
-            chat, page, _ = door_exchange(process.port, door_post(body, auth=DOOR_AUTH.replace(KEY, "sk-your-key")) + door_get("/"))
-            assert chat.status == page.status == 200 and b"demo" in chat.body.lower() and b"Hi" in chat.body and b"<html" in page.body
-            status, err = door_end(process, [signal.SIGTERM])
-            assert (status, "AUDIT" in err, "Traceback" in err) == (0, False, False), err
-            lines = err.strip().splitlines()
-            assert len(lines) == 4 and all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} INFO req_", line)
-                                           for line in lines), "one line a request, with the time"
+            idle.sendall(raw_request("GET", "/health"))
+            assert eventually(lambda: readable(idle))
+            chat = raw_request("POST", CHAT, body=JSON_CHAT, auth="sk-your-key")
+            replies = exchange(process, chat + raw_request("GET", "/"))
+            assert replies[0].status == replies[1].status == 200
+            assert b"Hi" in replies[0].body
+            assert b"<html" in replies[1].body
+            assert end(process, signal.SIGTERM) == 0
+    assert process.lines[0].startswith("ZtoApi " + ztoapi.__version__)
+    assert "DEMO" in process.lines[1]
+    assert f"http://localhost:{process.port}/" in process.lines[2]
+    assert process.out == "Stopped.\n"
+    lines = process.err.splitlines()
+    assert len(lines) >= 3
+    assert [line for line in lines if not re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} INFO req_", line)] == []
 
 
 @posix_only
 def test_the_start_lines_mask_keys_and_sigint_ends_it(zai):
-    with door_program(ZAI_API_KEY=ZAI_KEY + ",short", ZAI_BASE_URL=zai.url, DEFAULT_KEY=KEY) as process:
-        text = "".join(process.lines)
-        assert text.count("\n") == 3 and zai.url in text and "models" in text and ZAI_KEY[-4:] in text and KEY[-4:] in text
-        assert not any(secret in text for secret in (ZAI_KEY, KEY, "short", "ZaiSecret"))
+    with program(ZAI_API_KEY=ZAI_KEY + ",short", ZAI_BASE_URL=zai.url, DEFAULT_KEY=KEY) as process:
         with socket.create_connection(("127.0.0.1", process.port), 5) as half:
             half.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: lo")  # half a request is nothing that runs
-            assert door_exchange(process.port, b"")[0].status == 200
-            status, err = door_end(process, [signal.SIGINT])
-            assert status == 0 and "Traceback" not in err, err
+            assert exchange(process, raw_request("GET", "/health"))[0].status == 200
+            assert end(process, signal.SIGINT, seconds=3) == 0
+    assert "Traceback" not in process.err
+    text = "".join(process.lines)
+    assert text.count("\n") == 3
+    for word in (zai.url, "models", ZAI_KEY[-4:], KEY[-4:]):
+        assert word in text
+    for secret in (ZAI_KEY, KEY, "short", "ZaiSecret"):
+        assert secret not in text
+
+
+@posix_only
+def test_without_a_key_the_start_lines_warn():
+    with program() as process:
+        assert end(process, signal.SIGTERM) == 0
+    assert process.lines[1].startswith("WARNING")
+    assert "403" in process.lines[1]
+    assert "ZAI_API_KEY" in process.lines[1]
 
 
 @posix_only
 def test_sigterm_lets_a_running_answer_finish_and_takes_no_new_one(zai):
     go = threading.Event()
     zai.default = stream(say("Hel"), lambda fake, request: go.wait(10), say("lo"), FINISH, DONE)
-    with door_program(ZAI_API_KEY=ZAI_KEY, ZAI_BASE_URL=zai.url, DEFAULT_KEY=KEY) as process:
+
+    def refused(port):
+        try:
+            socket.create_connection(("127.0.0.1", port), 5).close()
+        except OSError:
+            return True
+        return False
+    with program(ZAI_API_KEY=ZAI_KEY, ZAI_BASE_URL=zai.url, DEFAULT_KEY=KEY) as process:
         with socket.create_connection(("127.0.0.1", process.port), 5) as sock:
             sock.sendall(raw_chat(chat_body(stream=True)))
-            assert eventually(lambda: door_readable([sock]))
+            assert eventually(lambda: readable(sock))
             process.send_signal(signal.SIGTERM)
-
-            def refused():
-                try:
-                    socket.create_connection(("127.0.0.1", process.port), 5).close()
-                except OSError:
-                    return True
-            assert eventually(refused) and process.poll() is None
+            assert eventually(lambda: refused(process.port))
+            assert process.poll() is None
             go.set()
             status, headers, events, clean = read_stream(sock)
-            assert said(events) == "Hello" and clean and events[-1] == "[DONE]"
-        assert door_end(process, [])[0] == 0
+            assert said(events) == "Hello"
+            assert clean
+        assert end(process, seconds=3) == 0
 
 
 @posix_only
 def test_a_second_signal_ends_at_once(zai):
     zai.default = stream(say("Hel"), 30)
-    with door_program(ZAI_API_KEY=ZAI_KEY, ZAI_BASE_URL=zai.url, DEFAULT_KEY=KEY) as process:
+    with program(ZAI_API_KEY=ZAI_KEY, ZAI_BASE_URL=zai.url, DEFAULT_KEY=KEY) as process:
         with socket.create_connection(("127.0.0.1", process.port), 5) as sock:
             sock.sendall(raw_chat(chat_body(stream=True)))
-            assert eventually(lambda: door_readable([sock]))
+            assert eventually(lambda: readable(sock))
             process.send_signal(signal.SIGINT)
             with pytest.raises(subprocess.TimeoutExpired):
                 process.wait(0.2)
-            status, err = door_end(process, [signal.SIGTERM])
-            assert "Traceback" not in err, err
+            assert end(process, signal.SIGTERM) == 1
+    assert "Traceback" not in process.err
+    assert process.out == "Stopped.\n"
 
 
 def test_stop_cuts_what_still_runs_after_the_grace(zai):
     zai.default = stream(say("Hel"), 30)
     with proxying(zai) as proxy:
         with proxy.open_stream() as sock:
-            assert eventually(lambda: door_readable([sock]))
+            assert eventually(lambda: readable(sock))
             began = time.monotonic()
             proxy.server.stop(0.3)
             assert 0.3 <= time.monotonic() - began < 2
             status, headers, events, clean = read_stream(sock)
-            assert said(events) == "Hel" and not clean and eventually(lambda: zai.cut_by_client == 1)
+            assert said(events) == "Hel"
+            assert not clean
+            assert eventually(lambda: zai.cut_by_client == 1)
 
 
 def test_client_timeout_holds_while_the_server_drains(zai):
     with proxying(zai, CLIENT_TIMEOUT="0.3") as proxy, proxy.connect() as sock:
-        sock.sendall(door_post(DOOR_CHAT)[:-5])
-        assert eventually(lambda: proxy.server.busy)
+        sock.sendall(raw_request("POST", CHAT, body=JSON_CHAT)[:-5])
+        time.sleep(0.1)
         began = time.monotonic()
         proxy.server.stop(4)
         assert time.monotonic() - began < 2.5
 
 
+# To add a case, add a row: variables of an address that the machine refuses.
 @posix_only
-def test_what_the_machine_refuses_is_one_line_and_exit_status_1(zai):
-    taken = socket.create_server(("127.0.0.1", 0))
-    with taken:
-        for environ in ({"PORT": str(taken.getsockname()[1])}, {"PORT": "0", "HOST": "203.0.113.77", "DEFAULT_KEY": KEY},
-                        {"PORT": "0", "HOST": "256.1.1.1", "DEFAULT_KEY": KEY}):
-            process = door_popen(ztoapi.__file__, **environ)
-            out, err = process.communicate(timeout=10)
-            assert process.returncode == 1 and not out and err.count("\n") == 1 and list(environ.values())[-1 if len(environ) == 1 else 1] in err, err
-    process = door_popen(ztoapi.__file__, PORT="many")
-    assert process.communicate(timeout=10)[1].count("\n") == 1 and process.returncode == 2
+@pytest.mark.parametrize("environ", [{"HOST": "203.0.113.77"}, {"HOST": "256.1.1.1"}, {"PORT": "taken"}])
+def test_what_the_machine_refuses_is_one_line_and_exit_status_1(environ):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1]) if "PORT" in environ else "0"
+        process = start(ztoapi.__file__, **dict(environ, PORT=port, DEFAULT_KEY=KEY))
+        out, err = process.communicate(timeout=10)
+    assert process.returncode == 1
+    assert not out
+    assert err.count("\n") == 1
+    assert environ.get("HOST", port) in err
+
+
+def test_help_without_docstrings_is_one_line():
+    process = start("-OO", ztoapi.__file__, "--help")
+    out, err = process.communicate(timeout=10)
+    assert (process.returncode, err) == (0, "")
+    assert out.startswith("usage: ")
 
 
 @posix_only
-def test_a_low_descriptor_limit_lowers_the_ceiling_and_is_said(zai):
-    pytest.importorskip("resource")
-    lower = """
+def test_an_output_that_nobody_reads_ends_no_server(closed_port):
+    reader, writer = os.pipe()
+    os.close(reader)
+    environ = {"PORT": str(closed_port), "DEMO_MODE": "1"}
+    process = subprocess.Popen([sys.executable, "-I", "-B", ztoapi.__file__], env=environ, stdout=writer,
+                               stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+
+    def listens():
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", closed_port), 1):
+            return True
+        return False
+    try:
+        assert eventually(listens)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(5) == 0
+    finally:
+        process.kill()
+        _, err = process.communicate(timeout=5)
+    assert err == ""
+
+
+LOW_LIMIT = """
 import resource, runpy, sys
 resource.setrlimit(resource.RLIMIT_NOFILE, (84, 84))
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-    with door_program("-c", lower, ztoapi.__file__, MAX_CONNECTIONS="500") as process:
-        held = [socket.create_connection(("127.0.0.1", process.port), 5) for _ in range(150)]  # more than there are descriptors
-        try:
-            assert eventually(lambda: len(door_readable(held)) > 30)
-            refused = door_read(door_readable(held)[0].makefile("rb"))
-            assert refused.status == 503 and refused.headers["Retry-After"]
-        finally:
-            for sock in held:
-                sock.close()
-        assert eventually(lambda: door_exchange(process.port, b"")[0].status == 200)
-        status, err = door_end(process, [signal.SIGTERM])
-        assert status == 0 and re.search(r"\b\d\d connections.*MAX_CONNECTIONS", err.splitlines()[0]) and "Traceback" not in err, err
 
 
-def test_importing_has_no_side_effect_and_needs_the_standard_library_alone():
-    code = """
+@posix_only
+def test_a_low_descriptor_limit_lowers_the_ceiling_and_is_said():
+    pytest.importorskip("resource")
+    with program("-c", LOW_LIMIT, ztoapi.__file__, MAX_CONNECTIONS="500") as process:
+        # More than it has descriptors.
+        held = [socket.create_connection(("127.0.0.1", process.port), 5) for _ in range(150)]
+        for sock in held:
+            sock.close()
+        assert eventually(lambda: exchange(process, raw_request("GET", "/health"))[0].status == 200)
+        assert end(process, signal.SIGTERM) == 0
+    assert re.search(r"\b\d\d connections.*MAX_CONNECTIONS=500", process.err.splitlines()[0])
+    assert "Traceback" not in process.err
+
+
+def test_the_descriptor_limit_is_raised_as_far_as_it_goes(monkeypatch):
+    resource = pytest.importorskip("resource")
+    for limits, connections, allowed, raised in [
+        ((256, 4096), 1000, 1000, (2064, 4096)),
+        ((256, 1024), 1000, 480, (1024, 1024)),
+        ((256, resource.RLIM_INFINITY), 1000, 1000, (2064, resource.RLIM_INFINITY)),
+        ((resource.RLIM_INFINITY, resource.RLIM_INFINITY), 1000, 1000, None),
+        ((4096, 4096), 100, 100, None),
+        ((10, 10), 100, 1, None),
+    ]:
+        asked = []
+        monkeypatch.setattr(resource, "getrlimit", lambda which, limits=limits: limits)
+        monkeypatch.setattr(resource, "setrlimit", lambda which, limits, asked=asked: asked.append(limits))
+        assert ztoapi.raise_descriptor_limit(connections) == allowed
+        assert asked == ([raised] if raised else [])
+
+
+def test_windows_serves_at_most_500_connections(monkeypatch):
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert ztoapi.raise_descriptor_limit(1024) == 500
+    assert ztoapi.raise_descriptor_limit(100) == 100
+
+
+IMPORTING = """
 import logging, signal, sys, threading
 before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)], list(sys.path)
 seen = []
 def hook(event, args):
-    if event.startswith(("socket.", "subprocess", "os.", "tempfile", "urllib")) and event not in ("os.listdir", "os.scandir", "os.putenv"):
+    harmless = event in ("os.listdir", "os.scandir", "os.putenv")
+    if event.startswith(("socket.", "subprocess", "os.", "tempfile", "urllib")) and not harmless:
         seen.append((event, args))
     if event == "open" and isinstance(args[2], int) and args[2] & 3:
         seen.append((event, args))
 sys.addaudithook(hook)
 sys.path.insert(0, sys.argv[1])
+import ztoapi
 del sys.path[0]
 assert before == ([signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)], list(sys.path))
 assert not seen, seen
-assert threading.active_count() == 1 and not logging.getLogger().handlers and not logging.getLogger("ztoapi").handlers
+assert threading.active_count() == 1
+assert not logging.getLogger().handlers
+assert not logging.getLogger("ztoapi").handlers
 print("clean")
 """
-    process = door_popen("-c", code, os.path.dirname(ztoapi.__file__))
-    assert process.communicate(timeout=10) == ("clean\n", "") and process.returncode == 0
+
+
+def test_importing_has_no_side_effect():
+    process = start("-c", IMPORTING, os.path.dirname(os.path.abspath(ztoapi.__file__)))
+    assert process.communicate(timeout=10) == ("clean\n", "")
+
+
+def test_the_standard_library_is_all_that_is_imported():
     with open(ztoapi.__file__, encoding="utf-8") as file:
-        tree = ast.parse(file.read())
-    names = {name.split(".")[0] for node in ast.walk(tree)
-             for name in ([alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom)
-                          else [])}
-    assert len(names) > 10 and names <= set(getattr(sys, "stdlib_module_names", names))
+        nodes = list(ast.walk(ast.parse(file.read())))
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    packages = {name.split(".")[0] for name in names}
+    assert len(packages) > 10
+    assert packages <= set(getattr(sys, "stdlib_module_names", packages))
 
 
 def test_it_can_be_embedded_twice_in_one_process(zai):
-    handlers, threads = [signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)], threading.active_count()
-    servers = [ztoapi.Server(ztoapi.Settings(port=0, default_key=(KEY,), zai_api_key=(ZAI_KEY,), zai_base_url=zai.url)),
-               ztoapi.Server(ztoapi.Settings(port=0, demo_mode=True, default_key=(KEY,)))]
+    handlers = [signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)]
+    threads = threading.active_count()
+    common = {"port": 0, "default_key": (KEY,)}
+    servers = [ztoapi.Server(ztoapi.Settings(zai_api_key=(ZAI_KEY,), zai_base_url=zai.url, **common)),
+               ztoapi.Server(ztoapi.Settings(demo_mode=True, **common))]
     for server in servers:
+        server.port = server.server_port
         threading.Thread(target=server.serve_forever, daemon=True).start()
-    for server, text in zip(servers, ("Hello", "Demo")):
-        reply, _ = door_exchange(server.server_port, door_post(DOOR_CHAT))
-        assert reply.status == 200 and text in reply.body.decode()
+    for server, text in zip(servers, (b"Hello", b"Demo")):
+        reply = exchange(server, raw_request("POST", CHAT, body=JSON_CHAT))[0]
+        assert reply.status == 200
+        assert text in reply.body
     for server in servers:
         server.stop()
         server.stop()  # twice does no harm
         with pytest.raises(OSError):
-            socket.create_connection(("127.0.0.1", server.server_port), 1)
-    assert eventually(lambda: threading.active_count() <= threads + 1) and handlers == [signal.getsignal(signal.SIGINT),
-            signal.getsignal(signal.SIGTERM)]
+            socket.create_connection(("127.0.0.1", server.port), 1)
+    assert eventually(lambda: threading.active_count() <= threads + 1)
+    assert handlers == [signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)]
+
+
+def test_settings_of_a_program_of_ones_own_are_checked_too():
     with pytest.raises(ztoapi.SettingsError):
         ztoapi.Settings(host="0.0.0.0")
 
@@ -5029,406 +9663,32 @@ def test_a_server_that_never_served_can_be_stopped():
     assert not thread.is_alive()
 
 
-# The fuzzer
+# README ###############################################################################
 
-def door_scramble(rand, data):
-    """One mutation of raw bytes."""
-    at = rand.randrange(len(data) + 1)
-    end = min(len(data), at + rand.choice((1, 1, 2, 5, 30)))
-    lines = data.split(b"\r\n")
-    kind = rand.randrange(9)
-    if kind == 0:
-        return data[:at] + bytes([rand.randrange(256)]) + data[at + 1:]
-    if kind == 1:
-        return data[:at] + data[end:]
-    if kind == 2:
-        return data[:end] + data[at:end] * rand.choice((1, 2, 100)) + data[end:]
-    if kind == 3:
-        return data[:at] + rand.choice((b"\r\n", b"\n", b"\r", b"\0", b" ", b"\t", b":", b"\xff", b"%00", b"//", b"\r\n\r\n", b"0\r\n\r\n",
-                                        b"HTTP/1.0", b"[", b"{", b'"', b"1e999", b"\\ud800")) + data[at:]
-    if kind == 4:
-        return data[:at]
-    if kind == 5:
-        i = rand.randrange(len(lines))
-        lines.insert(rand.randrange(len(lines)), lines[i])
-    elif kind == 6:
-        lines.pop(rand.randrange(len(lines)))
-    elif kind == 7:
-        lines.insert(rand.randrange(1, len(lines) + 1),
-                     rand.choice((b"Content-Length: 3", b"Transfer-Encoding: chunked", b"Transfer-Encoding: gzip", b"Expect: 100-continue",
-                                  b"Connection: close", b"Host: evil", b"X: \xff\x1b", b" fold", b"X", b"Origin: x", b"Content-Type: multipart/mixed",
-                                  b"Content-Encoding: gzip", b"Connection: upgrade", b"Upgrade: websocket", b"Range: bytes=0-1",
-                                  b"Accept: application/json", b"Content-Length: -1")))
-    else:
-        rand.shuffle(lines)
-    return b"\r\n".join(lines)
+ROW_OF_A_VARIABLE = re.compile(r"^\| `([A-Z_]+)` \| `([^`]*)` \|", re.MULTILINE)
+ROW_OF_THE_DOCSTRING = re.compile(r"^ {4}([A-Z_]+) +(\S+)", re.MULTILINE)
 
 
-ODD_VALUES = [None, True, 0, -1, 1.5, 10 ** 90, "", "x", "\ud800", "\0", [], {}, [[]], [None], {"type": "text"}, {"type": "function", "function": {}},
-              [{"type": "image_url"}], "none", "auto", "system", -1e308]
-
-
-def door_odd_request(rand):
-    """A good request with some of its JSON replaced, and then perhaps its bytes scrambled."""
-    body = chat_body(stream=rand.random() < 0.5, temperature=1, stop=["a"],
-                     tools=[{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}], tool_choice="auto",
-                     response_format={"type": "json_object"}, thinking={"type": "enabled"}, stream_options={"include_usage": True})
-    body["messages"] = body["messages"] + [{"role": "assistant", "content": None,
-                                            "tool_calls": [{"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}]},
-                                           {"role": "tool", "tool_call_id": "c", "content": [{"type": "text", "text": "x"}]}]
-    for _ in range(rand.randrange(3)):
-        place = body
-        while True:
-            key = rand.choice(list(place) if isinstance(place, dict) else range(len(place)))
-            if not isinstance(place[key], (dict, list)) or not place[key] or rand.random() < 0.4:
-                break
-            place = place[key]
-        place[key] = json.loads(json.dumps(rand.choice(ODD_VALUES)))  # a copy: the next may go inside it
-    data = json.dumps(body).encode()
-    return door_post(data) if rand.random() < 0.5 else door_chunked(chunked(data[:40]), chunked(data[40:]), END)
-
-
-def test_two_thousand_broken_requests_meet_no_hang_no_500_and_a_living_server(proxy, zai, door_log):
-    rand = random.Random(4)
-    plain = [door_get("/v1/models"), door_get("/v1/models/GLM-4.6?x=%20", "Origin: https://x"), door_get("/health", "Connection: close"),
-             door_get("/stats", method="HEAD"), door_get("/"), door_get("/v1/chat/completions", "Origin: x", "Access-Control-Request-Headers: a",
-                 method="OPTIONS"), door_get("http://x/metrics", version="HTTP/1.0"), door_post(DOOR_CHAT, "Expect: 100-continue")]
-    for case in range(2000):
-        data = rand.choice(plain) if rand.random() < 0.6 else door_odd_request(rand)
-        for _ in range(rand.choice((0, 1, 1, 2, 5))):
-            data = door_scramble(rand, data)
-        try:
-            with proxy.connect(5) as sock:
-                sock.sendall(data + rand.choice((b"", b"", LAST)))
-                sock.shutdown(socket.SHUT_WR)  # a request cut short must not wait for its rest
-                got = door_rest(sock)
-        except socket.timeout:
-            pytest.fail("case %d hangs: %r" % (case, data))
-        assert not re.search(rb"HTTP/1\.1 500|internal_error", got) and got[:9] in (b"", b"HTTP/1.1 "), (case, data, got)
-        if case % 100 == 0:
-            assert proxy.call("GET", "/health")[0] == 200, (case, data)
-    assert not door_log(logging.ERROR) and len(zai.requests) > 100
-    assert proxy.chat()[0] == 200
-
-
-# Attacks of our own. More of them stand where they belong: a locked door's spellings, nesting around the recursion limit, forged
-# fields of the log, blank lines and drips without a pause, half a request at a signal, a silent Z.ai under --check.
-
-def door_reset(sock):
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    sock.close()
-
-
-def test_attack_resets_at_every_byte_leave_nothing_behind(zai, door_log):
-    with proxying(zai) as proxy:
-        threads, data = threading.active_count(), raw_chat(chat_body(stream=True))
-        for i in list(range(0, len(data), 3)) + [len(data)] * 20:
-            sock = proxy.connect()
-            sock.sendall(data[:i])
-            door_reset(sock)
-        pool = proxy.server.upstream.pool  # a thread of the fake waits at the other end of each connection in it
-        assert eventually(lambda: pool.expire(0) or threading.active_count() <= threads) and proxy.idle()
-        assert proxy.chat()[0] == 200
-    assert not door_log(logging.ERROR)
-
-
-@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts descriptors")
-def test_attack_a_flood_of_connections_beyond_the_limit_costs_no_threads_and_few_descriptors(zai, monkeypatch):
-    monkeypatch.setattr(ztoapi, "LINGER", 0.2)
-    with proxying(zai, MAX_CONNECTIONS="1") as proxy:
-        with proxy.connect() as held:
-            held.sendall(door_get("/health"))
-            assert door_read(held.makefile("rb")).status == 200
-            threads, descriptors, most, socks = threading.active_count(), len(os.listdir("/proc/self/fd")), 0, []
-            for _ in range(1000):
-                socks.append(proxy.connect())
-                most = max(most, len(os.listdir("/proc/self/fd")) - descriptors - len(socks))
-                if len(socks) > 100:
-                    door_reset(socks.pop(0))
-            assert threading.active_count() <= threads and most <= 300, most
-            held.sendall(door_get("/health"))
-            assert door_read(held.makefile("rb")).status == 200, "who is in is served"
-        for sock in socks:
-            sock.close()
-        assert eventually(lambda: proxy.call("GET", "/health")[0] == 200)
-        assert eventually(lambda: len(os.listdir("/proc/self/fd")) <= descriptors + 2, 3)
-
-
-def test_attack_a_deaf_client_that_pipelines_is_dropped(zai):
-    """It sends requests for ever and reads nothing: the answers fill the buffers, and then CLIENT_TIMEOUT is over."""
-    with proxying(zai, CLIENT_TIMEOUT="0.2") as proxy, proxy.connect(5) as sock:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        began, data = time.monotonic(), door_get("/") * 50
-        with pytest.raises(OSError):
-            while time.monotonic() - began < 8:
-                sock.sendall(data)
-        assert time.monotonic() - began < 6 and proxy.idle()
-
-
-def test_attack_a_large_error_does_not_keep_the_thread_of_a_deaf_client(zai):
-    """The error of a stream that has begun is a write like any other: CLIENT_TIMEOUT bounds it."""
-    zai.default = stream(say("Hi"), 0.1, b'data: {"error":{"code":"1234","message":"%b"}}\n\n' % (b"x" * 12000000))
-    with proxying(zai, CLIENT_TIMEOUT="0.2") as proxy, socket.socket() as sock:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        sock.connect(("127.0.0.1", proxy.port))
-        sock.sendall(raw_chat(chat_body(stream=True)))
-        assert eventually(lambda: zai.requests) and proxy.server.busy
-        assert eventually(lambda: not proxy.server.busy and not proxy.server.metrics.in_flight, 4)
-
-
-def test_attack_a_continue_that_is_never_followed_is_dropped(zai):
-    with proxying(zai, CLIENT_TIMEOUT="0.1") as proxy, proxy.connect(5) as sock:
-        sock.sendall(door_get("/v1/chat/completions", "Content-Length: 5", "Expect: 100-continue", method="POST"))
-        assert door_rest(sock) == b"HTTP/1.1 100 Continue\r\n\r\n"
-        assert not zai.requests
-
-
-def test_attack_a_request_inside_a_request_is_text(proxy, zai):
-    """A body, a chunk extension, a trailer and a header value that hold a whole request: one answer each."""
-    inner = door_get("/v1/models").decode()
-    one_line = inner.replace("\r\n", " ")
-    for data in (door_post(json.dumps(chat_body(stream=False, messages=[{"role": "user", "content": inner}])).encode()),
-                 door_get("/health", "X: " + one_line), door_chunked(b"%x;%b\r\n%b\r\n" % (len(DOOR_CHAT), one_line.encode(), DOOR_CHAT), END),
-                 door_chunked(chunked(DOOR_CHAT), b"0\r\nX: " + one_line.encode() + b"\r\n\r\n"), door_get("/health?" + one_line.replace(" ", "%20")),
-                 door_get("/health", "Upgrade: h2c", "Connection: Upgrade, HTTP2-Settings", "HTTP2-Settings: AAMAAABk"),
-                 door_get("/health", "Upgrade: websocket", "Connection: Upgrade", "Sec-WebSocket-Key: x", "Sec-WebSocket-Version: 13")):
-        assert door_statuses(proxy, data) == [200, 200], data[:200]
-
-
-def test_attack_a_client_cannot_write_our_headers(proxy, zai):
-    """No header of an answer repeats what a client could use to split it, or to pass for another request."""
-    evil = "x\r\nX-Evil: 1\r\n\r\nHTTP/1.1 200 OK\r\n"
-    zai.scripts.append([HEAD.replace(b"X-Log-Id: 2026", b"X-Log-Id: \x1b\xff<evil>\x85 2026")] + stream(*HEALTHY)[1:])
-    replies = [door_exchange(proxy, data)[0]
-               for data in (door_post(json.dumps(chat_body(stream=False, model=evil, store=True, user=evil, **{evil: 1})).encode()),
-                            door_post(json.dumps(chat_body(stream=True, model=evil)).encode()),
-                            door_post(json.dumps({"model": "x", "stream": False,
-                                                  "messages": [{"role": "user", "content": "Hi", evil: 1, "\u6f22\ud800": 1}]}).encode()),
-                            door_get("/v1/models/%0d%0aX-Evil:%201"), door_get("/v1/models", "x-request-id: mine", "Origin: https://x\xff\x1b",
-                                "X-Evil: 1"), door_get("/", "Access-Control-Request-Headers: a\xff\x1b, X-Evil",
-                                    "Access-Control-Request-Method: POST", method="OPTIONS"))]
-    assert [reply.status for reply in replies] == [200, 200, 200, 404, 200, 204]
-    for reply in replies:
-        assert "X-Evil" not in reply.headers and re.fullmatch("req_[0-9a-f]+", reply.headers["x-request-id"])
-        assert all(re.fullmatch("[ -~]*", value) for name, value in reply.headers.items()
-                   if name != "Access-Control-Allow-Headers"), reply.headers.items()
-
-
-def test_attack_two_clients_never_see_each_others_answers(zai):
-    """Many connections at once, kept alive and pipelined, each with a text of its own: the echo must match."""
-    zai.default = lambda request: stream(say(request["body"]["messages"][0]["content"]), FINISH, DONE)
-    wrong = []
-
-    def client(number):
-        for i in range(5):
-            texts = ["%d-%d-%d" % (number, i, j) for j in range(3)]
-            data = b"".join(door_post(json.dumps(chat_body(stream=j == 1, messages=[{"role": "user", "content": text}])).encode())
-                            for j, text in enumerate(texts))
-            replies = door_exchange(proxy, data)
-            wrong.extend(texts if len(replies) != 4 else [text for text, reply in zip(texts, replies) if text.encode() not in reply.body
-                    or reply.body.count(b"-%d-" % i) != 1])
-    with proxying(zai) as proxy:
-        threads = [threading.Thread(target=client, args=(number,)) for number in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    assert not wrong and len(zai.requests) == 120
-
-
-def test_attack_a_closing_socket_does_not_end_the_accept_loop():
-    """Between two looks at its number another thread may close it."""
-    class Closing:
-        numbers = [0, 0, -1, -1, -1]
-
-        def fileno(self):
-            return self.numbers.pop(0)
-    for first in range(3):
-        Closing.numbers = [0] * first + [-1] * 5
-        ztoapi.readable([Closing()])
-
-
-def test_attack_a_header_flood_before_the_key_is_bounded(proxy):
-    """A hundred headers of 60 kB are the most one connection can make us hold; then it is refused."""
-    with proxy.connect(5) as sock:
-        with contextlib.suppress(OSError):
-            sock.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n")
-            for i in range(200):
-                sock.sendall(b"X%d: %b\r\n" % (i, b"y" * 60000))
-        assert door_read(sock.makefile("rb")).status == 431
-
-
-def test_attack_an_answer_that_is_a_request_error_is_not_stored(zai, door_log):
-    """A thousand different wrong models and paths leave nothing behind that grows."""
-    with proxying(zai) as proxy:
-        data = b"".join(door_get("/v1/models/m%d" % i) + door_post(json.dumps(chat_body(stream=False, model="m%d" % i, n=2)).encode())
-                        for i in range(200))
-        assert door_statuses(proxy, data) == [404, 400] * 200 + [200]
-        for i in range(30):
-            assert proxy.chat(model="unknown-%d" % i)[0] == 200
-        assert proxy.chat(model="m" * 1000000)[0] == 200
-        assert len(json.dumps(proxy.call("GET", "/stats")[2])) < 100000, "a name is cut where it is kept"
-        proxy.idle()
-        metrics, gates = proxy.server.metrics, proxy.server.upstream.gates
-        assert len(metrics.requests) <= 3 and len(metrics.recent) == 20 and not gates.gates and not gates.lines
-
-
-def test_attack_a_date_and_a_length_are_always_there(proxy):
-    """What a cache or a proxy in front would otherwise guess."""
-    for path in ("/", "/health", "/v1/models", "/nope", "/metrics"):
-        reply, _ = door_exchange(proxy, door_get(path))
-        assert (email.utils.parsedate(reply.headers["Date"]) and int(reply.headers["Content-Length"]) == len(reply.body)
-                and reply.headers["X-Content-Type-Options"] == "nosniff")
-        assert "Python" not in reply.headers["Server"] and "Set-Cookie" not in reply.headers
-
-
-# README ###############################################################################################################
-
-def test_the_table_of_variables_in_readme_is_true():
-    """Names, order and defaults as in the program's own docstring, and no variable that is not read."""
+def readme():
     with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
-        readme = re.findall(r"^\| `([A-Z_]+)` \| `?([^|`]*)`? \|", file.read(), re.MULTILINE)
-    docstring = re.findall(r"^    ([A-Z_]+) {2,}(\S+) {2,}\S", ztoapi.__doc__, re.MULTILINE)
-    assert len(docstring) > 15 and readme[:len(docstring)] == docstring
-    assert {name.lower() for name, _ in docstring} == set(ztoapi.Settings.__dataclass_fields__)
-    for name, default in docstring:
-        if default not in ("none", "unset"):
-            assert getattr(ztoapi.Settings.from_environ({name: default}), name.lower()) == getattr(ztoapi.Settings(), name.lower()), name
+        return file.read()
 
 
-# Bench ################################################################################################################
-#
-# python3 test_ztoapi.py bench: what the proxy costs beside no proxy, both in the same run. The fake Z.ai, the proxy and the load are
-# a process each. CPU is the proxy's own, the figure to trust on a busy machine; it and RSS are read from /proc, elsewhere left out.
-
-BENCH_FLOOD, BENCH_PACED = (16, 500, 0), (200, 60, 50)  # streams, chunks each, milliseconds between chunks
+def test_the_table_of_variables_in_readme_is_that_of_the_docstring():
+    documented = dict(ROW_OF_THE_DOCSTRING.findall(ztoapi.__doc__))
+    assert dict(ROW_OF_A_VARIABLE.findall(readme())) == documented
+    assert set(documented) == {field.name.upper() for field in dataclasses.fields(Settings)}
 
 
-async def bench_zai(reader, writer):
-    """One connection of the fake: model "bench-CHUNKS-MS" asks for so many chunks so far apart; each says when it was sent."""
-    with contextlib.suppress(OSError, asyncio.IncompleteReadError):
-        while True:
-            head = await reader.readuntil(b"\r\n\r\n")
-            body = await reader.readexactly(int(re.search(rb"(?i)content-length: (\d+)", head).group(1)))
-            count, pause = map(int, re.search(rb"bench-(\d+)-(\d+)", body).groups())
-            writer.write(HEAD)
-            for done in range(0, count, 1 if pause else 20):
-                writer.write(b"".join(chunked(say("%d " % time.monotonic_ns())) for _ in range(1 if pause else min(20, count - done))))
-                await writer.drain()
-                if pause:
-                    await asyncio.sleep(pause / 1000)
-            writer.write(chunked(FINISH) + chunked(DONE) + END)
-    writer.close()
+def test_the_defaults_that_are_documented_are_the_defaults():
+    written = {name: text for name, text in ROW_OF_A_VARIABLE.findall(readme()) if text != "-"}
+    assert Settings.from_environ(written) == Settings()
 
 
-async def bench_requests(port, path, times, chunks, pause, streamed=True):
-    """`times` requests over one connection: seconds to the first token, seconds of delay of each chunk."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    first, delays, request = [], [], raw_chat(chat_body(model="bench-%d-%d" % (chunks, pause), stream=streamed))
-    for _ in range(times):
-        began, text = time.monotonic(), b""
-        writer.write(request.replace(b"/v1/", path))
-        while b"[DONE]" not in text[-40:] and not (not streamed and text.endswith(b"}")):
-            data = await reader.read(65536)
-            now = time.monotonic_ns()
-            assert data, text[-300:]
-            delays += [(now - int(stamp)) / 1e9 for stamp in re.findall(rb'"content":"(\d+) ', data)] if pause else ()
-            if not first or len(first) < _ + 1:
-                first += [time.monotonic() - began] if b'"content":"' in data.replace(b'"content":""', b"") else ()
-            text = text[-4096:] + data
-        while streamed and not text.endswith(END):
-            text = text[-64:] + await reader.read(65536)
-    writer.close()
-    return first, delays
+def test_readme_names_every_code_of_an_error():
+    codes = {row.code for row in (*ztoapi.ZAI_ERRORS.values(), *ztoapi.HTTP_ERRORS.values())}
+    assert [code for code in codes if f"`{code}`" not in readme()] == []
 
 
-def bench_scene(port, path, streams, times, chunks, pause, streamed=True):
-    """(first tokens, delays, seconds it took) of `streams` connections at once."""
-    async def run():
-        return await asyncio.gather(*[bench_requests(port, path, times, chunks, pause, streamed) for _ in range(streams)])
-    began = time.monotonic()
-    results = asyncio.run(run())
-    return [s for first, _ in results for s in first], [s for _, delays in results for s in delays], time.monotonic() - began
-
-
-def bench_use(process):
-    """(CPU seconds, peak resident MB) of a process so far."""
-    try:
-        with open("/proc/%d/stat" % process.pid) as stat, open("/proc/%d/status" % process.pid) as status:
-            fields = stat.read().rpartition(")")[2].split()
-            return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"), int(re.search(r"VmHWM:\s+(\d+)", status.read()).group(1)) / 1024
-    except OSError:
-        return float("nan"), float("nan")
-
-
-def percentile(values, percent):
-    return sorted(values)[int((len(values) - 1) * percent / 100)]
-
-
-def bench(rounds=3):
-    """Print the table; medians of so many rounds."""
-    ports = []
-    for _ in range(2):
-        with socket.create_server(("127.0.0.1", 0)) as sock:
-            ports.append(sock.getsockname()[1])
-    environ = dict(os.environ, PORT=str(ports[1]), HOST="127.0.0.1", DEFAULT_KEY=KEY, ZAI_API_KEY=ZAI_KEY, ZAI_BASE_URL="http://127.0.0.1:%d/api/paas/v4" % ports[0])
-
-    def until_it_listens(port, process):
-        began = time.monotonic()
-        while process.poll() is None and time.monotonic() < began + 20:
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
-                return time.monotonic() - began
-            time.sleep(0.002)
-        sys.exit("nobody listens on port %d" % port)
-    zai = subprocess.Popen([sys.executable, __file__, "bench-zai", str(ports[0])])
-    proxy = None
-    try:
-        until_it_listens(ports[0], zai)
-        proxy = subprocess.Popen([sys.executable, ztoapi.__file__], env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        started = until_it_listens(ports[1], proxy)
-        rows, paths = collections.defaultdict(list), (b"/api/paas/v4/", b"/v1/")
-        for _ in range(rounds):
-            (direct, _, _), (ours, _, _) = (bench_scene(port, path, 1, 150, 3, 0) for port, path in zip(ports, paths))
-            rows["time to first token, added: p50, ms"].append((statistics.median(ours) - statistics.median(direct)) * 1e3)
-            rows["time to first token, added: p95, ms"].append((percentile(ours, 95) - percentile(direct, 95)) * 1e3)
-            for name, (streams, chunks, pause) in (("flood", BENCH_FLOOD), ("paced", BENCH_PACED)):
-                times = 1 if pause else 5
-                (_, delays, direct_s), before = bench_scene(ports[0], paths[0], streams, times, chunks, pause), bench_use(proxy)
-                (_, ours, seconds), after = bench_scene(ports[1], paths[1], streams, times, chunks, pause), bench_use(proxy)
-                total = streams * times * chunks
-                rows[name + ", %d streams: CPU us a chunk" % streams].append((after[0] - before[0]) / total * 1e6)
-                if pause:
-                    rows[name + ": p99 of added delay, ms"].append((percentile(ours, 99) - percentile(delays, 99)) * 1e3)
-                    rows[name + ": peak RSS, MB"].append(after[1])
-                else:
-                    rows[name + ": chunks/s through the proxy"].append(total / seconds)
-                    rows[name + ": chunks/s without it"].append(total / direct_s)
-            before = bench_use(proxy)
-            _, _, seconds = bench_scene(ports[1], paths[1], 8, 60, 3, 0, streamed=False)
-            rows["JSON answers, 8 clients: requests/s"].append(480 / seconds)
-            rows["JSON answers: CPU ms each"].append((bench_use(proxy)[0] - before[0]) / 480 * 1e3)
-    finally:
-        for process in filter(None, (proxy, zai)):
-            process.terminate()
-            process.wait(10)
-    for name, values in rows.items():
-        print("%-48s %10.2f" % (name, statistics.median(values)))
-    print("%-48s %10.2f" % ("start to first connection, s", started))
-
-
-def main(argv):
-    if argv[:1] == ["bench-zai"]:
-        async def run():
-            server = await asyncio.start_server(bench_zai, "127.0.0.1", int(argv[1]))
-            await server.serve_forever()
-        signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
-        return asyncio.run(run())
-    if argv[:1] == ["bench"]:
-        return bench()
-    if argv[:1] == ["soak"]:
-        return soak(float(argv[1]) if argv[1:] else 120)
-    return pytest.main([__file__, *argv])
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+def test_readme_has_no_blank_that_was_to_be_filled():
+    assert re.findall(r"\{[A-Z0-9_]+\}", readme()) == []

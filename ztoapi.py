@@ -1,46 +1,50 @@
 #!/usr/bin/env python3
-"""ZtoApi: an OpenAI-compatible API for Z.ai's GLM models, in one file, on the standard library alone.
+"""ZtoApi: the APIs of OpenAI and Anthropic for Z.ai's GLM models, in one file, on the standard library alone.
 
     ZAI_API_KEY=your-z.ai-key python3 ztoapi.py
 
-Then point any OpenAI client at http://localhost:9090/v1 with the key sk-your-key.
+Then point any OpenAI client at http://localhost:9090/v1, any Anthropic client at http://localhost:9090, with the key
+sk-your-key.
 
     python3 ztoapi.py            serve
     python3 ztoapi.py --check    find out what is wrong before any client is involved
     python3 ztoapi.py --help     this text
     DEMO_MODE=true python3 ztoapi.py    no key, no network: answers come from a stand-in
 
-The way of a request, which is also the order of this file:
-
-              dict                     dict                        bytes
-    client --> Handler --> to_zai_request() --> Upstream (gate, pool, retry) --> Z.ai
-                  ^                                 | recv()
-    SSE or JSON   |  ChunkTranslator <--event-- SSEDecoder <-- Dechunker
-          bytes <-+-- collect_completion()     (a JSON answer is the fold of a streamed one)
-
 All configuration comes from the environment. Durations are seconds; booleans are true/false, 1/0, yes/no, on/off.
+A dash stands for a variable that is not set.
 
     PORT              9090                          port to listen on
-    HOST              127.0.0.1                     address to listen on; beyond loopback only with a DEFAULT_KEY of your own
+    HOST              127.0.0.1                     address to listen on; beyond loopback only with your own DEFAULT_KEY
     DEFAULT_KEY       sk-your-key                   the key clients must send; several, comma-separated
-    ZAI_API_KEY       none                          your Z.ai key; several, comma-separated
+    ZAI_API_KEY       -                             your Z.ai key; several, comma-separated
     ZAI_BASE_URL      https://api.z.ai/api/paas/v4  Z.ai's API; the Coding Plan's and the mainland's bases work too
-    DEFAULT_STREAM    true                          what a request without "stream" gets
-    ENABLE_THINKING   unset                         true or false for requests that do not say; unset leaves it to the model
-    REASONING_FORMAT  parsed                        thinking as reasoning_content (parsed), as <think> text (raw), or not at all (hidden)
-    MODEL_ALIASES     none                          gpt-4o=glm-4.6,gpt-4o-mini=glm-4.5-air; *=glm-4.6 catches every unknown id
-    MAX_CONCURRENCY   0                             requests in flight per Z.ai key and model; 0: learned from Z.ai's refusals
+    DEFAULT_STREAM    true                          what a chat request without "stream" gets
+    ENABLE_THINKING   -                             true or false for requests that do not say; else the model decides
+    REASONING_FORMAT  parsed                        chat's thinking: reasoning_content (parsed), <think> (raw), hidden
+    MODEL_ALIASES     -                             gpt-4o=glm-4.6,o3=glm-5.2; *=glm-4.6 catches all unknown ids
+    MAX_CONCURRENCY   0                             requests in flight per Z.ai key and model; 0: learned from refusals
     QUEUE_TIMEOUT     120                           longest wait for a free slot, then 429
-    MAX_RETRIES       2                             further attempts after a failure that may heal, while nothing has been sent
-    HEARTBEAT         10                            an empty chunk after that long without a byte to a streaming client; 0: none
+    MAX_RETRIES       2                             further tries after a failure that may heal, while nothing was sent
+    HEARTBEAT         10                            a sign of life after that long without a byte to a stream; 0: none
     UPSTREAM_TIMEOUT  300                           longest silence of Z.ai
     CLIENT_TIMEOUT    60                            longest a client may take to send a request or to take one write
     MAX_BODY_MB       64                            largest request body
     MAX_CONNECTIONS   1024                          clients connected at once
-    CORS_ORIGIN       *                             web origins that may call, comma-separated; empty: none (always none with the well-known key)
+    CORS_ORIGIN       *                             web origins that may call, comma-separated; empty: none
+                                                    (always none with the well-known key)
     DEBUG_MODE        false                         detailed log lines, never texts or keys
     DEMO_MODE         false                         answer from a stand-in for Z.ai inside this file
-"""
+
+The way of a request, which is also the order of this file:
+
+              dict             chat dict               Z.ai dict
+    client --> Handler --> front.read() --> to_zai_request() --> Upstream (gate, pool, retry) --> Z.ai
+                  ^                                                     |
+      SSE bytes   |              steps            steps                 | bytes
+      or JSON  <--+-- front.tell() <---- Pump <---- Answer.feed() <-----+
+                      front.whole(fold)   (a JSON answer is the fold of a streamed one)
+"""  # noqa: E501, W505
 
 from __future__ import annotations
 
@@ -56,9 +60,8 @@ import errno
 import functools
 import hashlib
 import hmac
-import http.client
+import http
 import http.server
-import io
 import itertools
 import json
 import logging
@@ -66,6 +69,7 @@ import os
 import random
 import re
 import select
+import selectors
 import signal
 import socket
 import socketserver
@@ -75,130 +79,169 @@ import threading
 import time
 import urllib.parse
 import urllib.request
-import zlib
-from http import HTTPStatus
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 __version__ = "1.0.0"
 
 log = logging.getLogger("ztoapi")
 
 
-# Configuration ########################################################################################################
+# Settings #############################################################################
 #
-# One frozen dataclass, one field a variable: its name in capitals is the variable's. To add a setting, add a line.
+# One frozen dataclass, one field a variable: the field's name in capitals is the
+# variable's. To add a setting, add a line, and one to the table above.
 
-WELL_KNOWN_KEY = "sk-your-key"  # in the README, hence in every port scanner's list
+# This key stands in the README, hence in the list of every port scanner.
+WELL_KNOWN_KEY = "sk-your-key"
 REASONING_FORMATS = ("parsed", "raw", "hidden")
+BOOLEANS = {
+    "true": True, "1": True, "yes": True, "on": True,
+    "false": False, "0": False, "no": False, "off": False,
+}
+# People copy what a table of defaults shows. These words are no key and no alias.
+NO_VALUE = ("", "-", "none", "unset")
 
 
 class SettingsError(ValueError):
-    """A variable has a value that cannot be used. The text is one line: the variable, the value, what is allowed."""
+    """A variable cannot be used. One line: the variable, its value, what is allowed."""
 
 
-def boolean(text):
-    return {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}[text.lower()]
+def parse_boolean(text):
+    return BOOLEANS[text.lower()]
 
 
-def whole(low, high=10**9):
+def parse_number(kind, low, high=10**6):
     def parse(text):
-        if not (re.fullmatch("[0-9]{1,12}", text) and low <= int(text) <= high):
+        # int() and float() alone would also take signs, underscores, "1e3" and "nan".
+        if not re.fullmatch("[0-9.]{1,12}", text) or not low <= kind(text) <= high:
             raise ValueError(text)
-        return int(text)
+        return kind(text)
     return parse
 
 
-def seconds(low):
-    def parse(text):
-        value = float(text)
-        if not low <= value <= 10**6:  # also refuses nan
-            raise ValueError(text)
-        return value
-    return parse
-
-
-def one_of(*words):
+def parse_word(*words):
     return lambda text: words[words.index(text.lower())]
 
 
-def items(text):
+def parse_items(text):
     return tuple(item.strip() for item in text.split(",") if item.strip())
 
 
-def keys(text):
-    if not all(re.fullmatch("[!-~]+", key) for key in items(text)):  # they travel in a header
-        raise ValueError(text)
-    return items(text)
+def parse_keys(text):
+    keys = parse_items(text)
+    for key in keys:
+        # Keys travel in a header, which takes printable ASCII only.
+        if key.lower() in NO_VALUE or not re.fullmatch("[!-~]+", key):
+            raise ValueError(text)
+    return keys
 
 
-def base_url(text):
-    url = re.sub(r"(/+chat/completions)?/*$", "", text)
+def parse_base_url(text):
+    url = re.sub("/+chat/completions$", "", text.rstrip("/")).rstrip("/")
+    # Reading the port and encoding the name raise ValueError where they are impossible.
     parts = urllib.parse.urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname or not re.fullmatch("[!-~]+", url) or re.search("[?#]", url):
+    host = (parts.hostname or "").encode("idna")
+    # Z.ai's key is the only login there is. A password in the URL would be printed.
+    if not re.fullmatch("https?://[!-~]+", url) or re.search("[?#@]", url):
         raise ValueError(text)
-    if parts.port == 0 or not parts.hostname.encode("idna"):  # both raise ValueError themselves
+    if not host or parts.port == 0:
         raise ValueError(text)
     return url
 
 
-def aliases(text):
-    pairs = dict(map(str.strip, item.split("=", 1)) for item in items(text))
-    if not all(pairs) or not all(pairs.values()):
+def parse_aliases(text):
+    pairs = {}
+    for item in parse_items(text):
+        alias, _, target = item.partition("=")
+        pairs[alias.strip()] = target.strip()
+    if "" in (*pairs, *pairs.values()):
         raise ValueError(text)
     return pairs
 
 
-def setting(default, parse, allowed, secret=False):
-    """A dataclass field that knows how its variable is read; `allowed` completes "allowed is ..."."""
-    kind = {"default_factory": default} if callable(default) else {"default": default}
-    return dataclasses.field(repr=not secret, metadata={"parse": parse, "allowed": allowed, "secret": secret}, **kind)
+def setting(default, parse, allowed, secret=False, unset=("",)):
+    """A dataclass field that knows how its variable is read.
+
+    `allowed` completes the sentence "allowed is ..."; a value among `unset` counts as
+    none; the value of a `secret` shows neither in repr() nor in complaints.
+    """
+    field = functools.partial(dataclasses.field, default=default)
+    if callable(default):
+        field = functools.partial(dataclasses.field, default_factory=default)
+    facts = {"parse": parse, "allowed": allowed, "secret": secret, "unset": unset}
+    return field(repr=not secret, metadata=facts)
+
+
+KEYS = "one or more keys of printable ASCII"
+FLAG = "true or false"
+COUNT = "a whole number"
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What the environment says. Durations are in seconds. Keys never show in repr()."""
+    """What the environment says. Durations in seconds. Keys never show in repr()."""
 
-    port: int = setting(9090, whole(0, 65535), "a port from 0 to 65535")
+    port: int = setting(9090, parse_number(int, 0, 65535), "a port from 0 to 65535")
     host: str = setting("127.0.0.1", str, "an address of this machine")
-    default_key: tuple[str, ...] = setting((WELL_KNOWN_KEY,), keys, "one or more keys of printable ASCII", secret=True)
-    zai_api_key: tuple[str, ...] = setting((), keys, "one or more keys of printable ASCII", secret=True)
-    zai_base_url: str = setting("https://api.z.ai/api/paas/v4", base_url, "an http or https URL")
-    default_stream: bool = setting(True, boolean, "true or false")
-    enable_thinking: bool | None = setting(None, boolean, "true or false")  # None: the model decides
-    reasoning_format: str = setting("parsed", one_of(*REASONING_FORMATS), "parsed, raw or hidden")
-    model_aliases: dict[str, str] = setting(dict, aliases, "pairs like gpt-4o=glm-4.6")
-    max_concurrency: int = setting(0, whole(0), "a whole number")
-    queue_timeout: float = setting(120.0, seconds(0), "seconds")
-    max_retries: int = setting(2, whole(0, 100), "a whole number up to 100")
-    heartbeat: float = setting(10.0, seconds(0), "seconds")  # browsers, proxies and SDKs give up from 30 s of silence on
-    upstream_timeout: float = setting(300.0, seconds(0.001), "seconds above 0")  # models have been seen thinking for minutes
-    client_timeout: float = setting(60.0, seconds(0.001), "seconds above 0")
-    max_body_mb: int = setting(64, whole(1, 2048), "a whole number from 1 to 2048")  # some twelve of Z.ai's largest images
-    max_connections: int = setting(1024, whole(1, 100000), "a whole number from 1 to 100000")
-    cors_origin: tuple[str, ...] = setting(("*",), items, "* or a list of origins")
-    debug_mode: bool = setting(False, boolean, "true or false")
-    demo_mode: bool = setting(False, boolean, "true or false")
+    # An empty DEFAULT_KEY is a mistake, and must not quietly become the well-known key.
+    default_key: tuple[str, ...] = setting(
+        (WELL_KNOWN_KEY,), parse_keys, KEYS, secret=True, unset=())
+    zai_api_key: tuple[str, ...] = setting(
+        (), parse_keys, KEYS, secret=True, unset=NO_VALUE)
+    zai_base_url: str = setting(
+        "https://api.z.ai/api/paas/v4", parse_base_url,
+        "an http or https URL without user, password or query")
+    default_stream: bool = setting(True, parse_boolean, FLAG)
+    # None leaves it to the model.
+    enable_thinking: bool | None = setting(None, parse_boolean, FLAG, unset=NO_VALUE)
+    reasoning_format: str = setting(
+        "parsed", parse_word(*REASONING_FORMATS), "parsed, raw or hidden")
+    model_aliases: dict[str, str] = setting(
+        dict, parse_aliases, "pairs like gpt-4o=glm-4.6", unset=NO_VALUE)
+    max_concurrency: int = setting(0, parse_number(int, 0), COUNT)
+    queue_timeout: float = setting(120.0, parse_number(float, 0), "seconds")
+    max_retries: int = setting(2, parse_number(int, 0, 100), "a whole number up to 100")
+    # Browsers, proxies and SDKs give up from 30 s of silence on.
+    heartbeat: float = setting(10.0, parse_number(float, 0), "seconds")
+    # Models have been seen thinking for minutes without a word.
+    upstream_timeout: float = setting(300.0, parse_number(float, 0.001), "seconds above 0")
+    client_timeout: float = setting(60.0, parse_number(float, 0.001), "seconds above 0")
+    # Some twelve of the largest images that Z.ai takes.
+    max_body_mb: int = setting(64, parse_number(int, 1, 2048), "a whole number from 1 to 2048")
+    max_connections: int = setting(
+        1024, parse_number(int, 1, 100000), "a whole number from 1 to 100000")
+    # An empty CORS_ORIGIN has a meaning: no web page may call.
+    cors_origin: tuple[str, ...] = setting(
+        ("*",), parse_items, "* or a list of origins", unset=())
+    debug_mode: bool = setting(False, parse_boolean, FLAG)
+    demo_mode: bool = setting(False, parse_boolean, FLAG)
 
     def __post_init__(self):
         if not self.default_key:
-            raise SettingsError("DEFAULT_KEY=: allowed is one or more keys of printable ASCII")
+            raise SettingsError("DEFAULT_KEY=: allowed is " + KEYS)
         if self.well_known and not is_loopback(self.host):
-            raise SettingsError(f"HOST={ascii(self.host)[1:-1]}: beyond this computer the well-known DEFAULT_KEY is not allowed; set a key of your own")
+            raise SettingsError(
+                f"HOST={ascii(self.host)[1:-1]}: beyond this computer the well-known"
+                " DEFAULT_KEY is not allowed; set a key of your own")
 
     @classmethod
     def from_environ(cls, environ):
-        """The settings that `environ`, a mapping like os.environ, asks for; SettingsError for a value that cannot be used."""
+        """The settings in a mapping like os.environ. May raise SettingsError."""
         values = {}
         for field in dataclasses.fields(cls):
             variable = field.name.upper()
             text = environ.get(variable, "").strip()
-            if not text and not (variable in environ and variable in ("DEFAULT_KEY", "CORS_ORIGIN")):
+            facts = field.metadata
+            if variable not in environ or text.lower() in facts["unset"]:
                 continue
             try:
-                values[field.name] = field.metadata["parse"](text)
+                values[field.name] = facts["parse"](text)
             except (ValueError, KeyError):
-                shown = "..." if field.metadata["secret"] else ascii(text)[1:-1]
-                raise SettingsError(f"{variable}={shown}: allowed is {field.metadata['allowed']}") from None
+                # What holds an "@" may be a URL with a password.
+                secret = facts["secret"] or "@" in text
+                shown = "..." if secret else ascii(text)[1:-1]
+                line = f"{variable}={shown}: allowed is {facts['allowed']}"
+                raise SettingsError(line) from None
         return cls(**values)
 
     @property
@@ -208,21 +251,26 @@ class Settings:
 
     @functools.cached_property
     def secrets(self):
-        """The keys, and the halves of a Z.ai key (id.secret), which Z.ai may quote on their own."""
-        keys = self.zai_api_key + tuple(key for key in self.default_key if len(key) >= 8 and key != WELL_KNOWN_KEY)
-        parts = [part for key in keys for part in [key, *(half for half in key.split(".") if len(half) >= 8)]]
-        parts += [ascii(part)[1:-1] for part in parts]  # as a message quotes it
-        return tuple(sorted(set(parts), key=len, reverse=True))  # the longest first: one may begin like another
+        """All texts to redact, the longest first, as one may begin like another."""
+        keys = [key for key in self.default_key if len(key) >= 8 and key != WELL_KNOWN_KEY]
+        keys += self.zai_api_key
+        # A Z.ai key is "id.secret", and Z.ai may quote either half alone.
+        keys += [half for key in keys for half in key.split(".") if len(half) >= 8]
+        # Error messages show values through ascii(), which may spell a key differently.
+        keys += [ascii(key)[1:-1] for key in keys]
+        return sorted(set(keys), key=len, reverse=True)
 
     def redact(self, text):
-        """`text` without any secret: what is logged, and what Z.ai said, passes through here."""
+        """`text` without any key. Whatever is logged or quoted passes through here."""
         for secret in self.secrets:
             text = text.replace(secret, "[redacted]")
         return text
 
 
 def is_loopback(host):
-    return host.lower() in ("localhost", "::1") or re.fullmatch(r"127(\.\d{1,3}){3}", host) is not None
+    """Whether `host` names this computer only."""
+    address = re.fullmatch(r"127(\.\d{1,3}){3}", host)
+    return address is not None or host.lower() in ("localhost", "::1")
 
 
 def mask(key):
@@ -230,261 +278,919 @@ def mask(key):
     return "..." + key[-4:] if len(key) >= 12 else "..."
 
 
-def plain(text, longest=200, replace=re.compile("[^!-~]").sub):
+NOT_PRINTABLE = re.compile("[^!-~]")
+
+
+def plain(text, longest=200):
     """Somebody else's text as one word of a log line or of a header."""
-    return replace("?", text[:longest])
+    return NOT_PRINTABLE.sub("?", text[:longest])
 
 
-# Errors ###############################################################################################################
+# Errors ###############################################################################
 #
-# Few, and split by whose fault it is. Each knows the HTTP status and the OpenAI error object it becomes. What Z.ai's
-# business codes mean is a table: its HTTP status says little (429 is also "no money").
+# A few classes, split by whose fault it is. Each error knows its HTTP status; the API
+# in front writes it down. Z.ai tells in business codes what went wrong: its HTTP status
+# says little (429 is also "no money"), and one code may stand for several things. So
+# there is a table of codes, and behind it a table of words.
 
 class ClientGone(Exception):
-    """The client has left; there is nobody to tell."""
+    """The client has left; there is nobody to answer."""
 
 
 class ApiError(Exception):
-    """An answer that is an error. `retry_after` is in seconds; `heals` False tells OpenAI's SDKs not to try again."""
+    """An answer that is an error.
 
-    status, type, code = 500, "server_error", "internal_error"
+    `retry_after`: seconds until a further try makes sense, or None. `retryable`: False
+    tells OpenAI's and Anthropic's SDKs not to try again by themselves.
+    """
 
-    def __init__(self, message, param=None, status=None, type=None, code=None, retry_after=None, heals=None):
+    status = 500
+    type = "server_error"
+    code = "internal_error"
+    retry_after = None
+    retryable = None
+
+    def __init__(self, message, param=None, **facts):
+        """`facts`: any of the five attributes above, where this error differs."""
         super().__init__(message)
-        self.message, self.param, self.retry_after, self.heals = message, param, retry_after, heals
-        self.status, self.type, self.code = status or self.status, type or self.type, code or self.code
-
-    def body(self):
-        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+        self.message = message
+        self.param = param
+        vars(self).update(facts)
 
     def headers(self):
+        """What the response's head says beyond the status, as a dict."""
         headers = {}
         if self.retry_after is not None:
             headers["Retry-After"] = str(max(1, int(self.retry_after + 0.999)))
-        if self.heals is False:
-            headers["x-should-retry"] = "false"  # the SDKs would retry any 429 and 5xx twice
+        if self.retryable is False:
+            # Without this header the SDKs repeat every 429 and 5xx twice.
+            headers["x-should-retry"] = "false"
         return headers
 
 
 class RequestError(ApiError):
-    """The client asked for something that cannot be. Nothing has left the house."""
+    """The client asked for something that cannot be. Nothing was sent to Z.ai."""
 
-    status, type, code = 400, "invalid_request_error", "invalid_value"
+    status = 400
+    type = "invalid_request_error"
+    code = "invalid_value"
+    retryable = False
 
 
-# What to do after a failure, while nothing of the answer has come.
-GIVE_UP = "give up"        # it cannot heal
-TRY_AGAIN = "try again"    # after a backoff, MAX_RETRIES times
-SLOW_DOWN = "slow down"    # back to the head of the queue, as often as QUEUE_TIMEOUT allows
-NEXT_KEY = "next key"      # this Z.ai key is refused or exhausted
+# The verdicts: what to do after a failure, while nothing of the answer has come.
+GIVE_UP = "give up"          # it cannot heal
+TRY_AGAIN = "try again"      # after a backoff, MAX_RETRIES times
+TRY_ONCE = "try once"        # one more time only: Z.ai was silent for UPSTREAM_TIMEOUT
+TOO_MANY = "too many"        # too many requests in flight: the gate learns, queue again
+TOO_FAST = "too fast"        # queue again; nothing is to be learned from it
+OVERLOAD = "overload"        # Z.ai is full, or there are too many of ours in flight
+KEY_RESTS = "key rests"      # Z.ai refuses this key, or it is exhausted: next key
+MODEL_RESTS = "model rests"  # this key does not serve this model (now): next key
 
 
 class UpstreamError(ApiError):
     """Z.ai, or the road to it, failed.
 
-    `verdict` is one of the four above; `learn`: the gate's ceiling is to be lowered; `silence`: UPSTREAM_TIMEOUT is over;
-    `pause`: the seconds Z.ai itself asked to wait.
+    `verdict`: one of the eight above; `zai_code`: Z.ai's own code, "" without one;
+    `pause`: seconds that Z.ai itself asked to wait, or None.
     """
 
-    status, type, code = 502, "upstream_error", "upstream_error"
+    status = 502
+    type = "upstream_error"
+    code = "upstream_error"
 
-    def __init__(self, message, verdict=TRY_AGAIN, zai_code="", learn=False, silence=False, pause=None, **kwargs):
-        super().__init__(message, **kwargs)
-        self.verdict, self.zai_code, self.learn, self.silence, self.pause = verdict, zai_code, learn, silence, pause
+    zai_code = ""
+    pause = None
+
+    def __init__(self, message, verdict=TRY_AGAIN, **facts):
+        super().__init__(message, verdict=verdict, **facts)
 
 
 class ErrorRow(NamedTuple):
+    """What an error of Z.ai becomes. `retry_after` (s) counts if Z.ai names no time."""
     status: int
     type: str
     code: str
     verdict: str
     advice: str = ""
-    retry_after: float | None = None  # seconds, for the client, unless Z.ai says better
+    retry_after: float | None = None
 
 
-QUOTA = ErrorRow(429, "insufficient_quota", "insufficient_quota", NEXT_KEY)
-RATE = ErrorRow(429, "rate_limit_error", "rate_limit_exceeded", SLOW_DOWN, "Z.ai limits the requests in flight for each model.", 5)
-OVERLOADED = ErrorRow(503, "server_error", "overloaded", TRY_AGAIN, "Another model may have room.", 10)
+# Agents repeat a 429 or a 502 for minutes before they show a word of it. So what cannot
+# heal has a status of its own: 402 without money or plan, 403 for the proxy's own key.
+QUOTA = ErrorRow(402, "insufficient_quota", "insufficient_quota", KEY_RESTS)
+NO_MONEY = QUOTA._replace(verdict=MODEL_RESTS, advice=(
+    "Recharge, or perhaps this is a Coding Plan key on the pay-as-you-go ZAI_BASE_URL"
+    " (or the reverse)."))
+RATE = ErrorRow(
+    429, "rate_limit_error", "rate_limit_exceeded", TOO_FAST,
+    "Z.ai limits the requests in flight for each model.", 5)
+OVERLOADED = ErrorRow(
+    503, "server_error", "overloaded", OVERLOAD, "Another model may have room.", 10)
+ACCOUNT_BUSY = OVERLOADED._replace(verdict=TRY_AGAIN, advice="")
 INVALID = ErrorRow(400, "invalid_request_error", "invalid_value", GIVE_UP)
+TOO_LARGE = INVALID._replace(status=413)
+FILTERED = INVALID._replace(code="content_filter")
+# Clients that shorten a conversation by themselves look for the first words.
+TOO_LONG = INVALID._replace(code="context_length_exceeded", advice=(
+    "This model's maximum context length is exceeded (context_length_exceeded):"
+    " shorten the conversation, or use a model with a longer one."))
 NO_MODEL = ErrorRow(404, "invalid_request_error", "model_not_found", GIVE_UP)
 FORBIDDEN = ErrorRow(403, "permission_error", "permission_denied", GIVE_UP)
-OUR_KEY = ErrorRow(502, "upstream_error", "upstream_auth_error", NEXT_KEY, "Check ZAI_API_KEY: Z.ai refused the proxy's key, not yours.")
+NOT_IN_PLAN = FORBIDDEN._replace(
+    verdict=MODEL_RESTS, advice="Your plan does not include this model.")
+UNFAIR = FORBIDDEN._replace(advice=(
+    "Z.ai objects to how this plan is used:"
+    " the Coding Plan is for its supported tools only."))
+OUR_KEY = ErrorRow(
+    403, "upstream_error", "upstream_auth_error", KEY_RESTS,
+    "Check ZAI_API_KEY: Z.ai refused the proxy's key, not yours.")
 BROKEN = ErrorRow(502, "upstream_error", "upstream_error", TRY_AGAIN)
-WRONG_PATH = ErrorRow(502, "upstream_error", "upstream_error", GIVE_UP, "Check ZAI_BASE_URL: this does not look like Z.ai's API.")
+INTERNAL = ErrorRow(500, "server_error", "server_error", TRY_AGAIN)
+WRONG_PATH = BROKEN._replace(
+    verdict=GIVE_UP, advice="Check ZAI_BASE_URL: this does not look like Z.ai's API.")
 
-ZAI_ERRORS = {
-    code: row for codes, row in (
-        ("1113", QUOTA._replace(advice="Recharge, or perhaps this is a Coding Plan key on the pay-as-you-go ZAI_BASE_URL (or the reverse).")),
-        ("1304 1308 1309 1310 1314 1315 1316 1317 1318 1319 1320 1321", QUOTA),
-        ("1302 1303", RATE),
-        ("1305 1312", OVERLOADED),
-        ("1120", OVERLOADED._replace(advice="")),
-        ("1210 1212 1213 1214 1215 1231", INVALID),
-        ("1211 1221 1222", NO_MODEL),
-        ("1261", INVALID._replace(code="context_length_exceeded", advice=  # clients that shorten by themselves look for these words
-            "This model's maximum context length is exceeded (context_length_exceeded): shorten the conversation, or use a model with a longer one.")),
-        ("1301", INVALID._replace(code="content_filter")),
-        ("1100 1220 1300", FORBIDDEN),
-        ("1311", FORBIDDEN._replace(advice="Your plan does not include this model.")),
-        ("1313", FORBIDDEN._replace(advice="Z.ai objects to how this plan is used: the Coding Plan is for its supported tools only.")),
-        ("401 1000 1001 1002 1003 1004 1110 1111 1112 1121", OUR_KEY),
-        ("500 1200 1230 1234", BROKEN),
-        ("-1", BROKEN._replace(status=500, type="server_error", code="server_error")),
-    ) for code in codes.split()
+ZAI_CODES = {
+    "1113": NO_MONEY,
+    "1304 1308 1309 1310 1314 1316 1317 1318 1319 1320 1321": QUOTA,
+    "1302": RATE._replace(verdict=TOO_MANY),
+    "1303": RATE,
+    "1305 1312": OVERLOADED,
+    "1120": ACCOUNT_BUSY,
+    "1210 1212 1213 1214 1215 1231": INVALID,
+    "1211 1221 1222": NO_MODEL,
+    "1261": TOO_LONG,
+    "1301": FILTERED,
+    "1100 1220 1300": FORBIDDEN,
+    "1311": NOT_IN_PLAN,
+    "1313": UNFAIR,
+    "401 1000 1001 1002 1003 1004 1005 1110 1111 1112 1121 1315": OUR_KEY,
+    "500 1200 1230 1234": BROKEN,
+    "-1": INTERNAL,
 }
-HTTP_ERRORS = {  # for codes Z.ai has not told us of, and for answers without a code
-    200: BROKEN, 400: INVALID, 401: OUR_KEY, 403: FORBIDDEN, 404: WRONG_PATH, 405: WRONG_PATH, 408: BROKEN, 413: INVALID._replace(status=413),
-    422: INVALID, 429: RATE, 434: FORBIDDEN, 435: INVALID._replace(status=413),
+ZAI_ERRORS = {code: row for codes, row in ZAI_CODES.items() for code in codes.split()}
+# A limit that ends while a request may wait for it.
+SHORT_LIMIT = RATE._replace(verdict=KEY_RESTS, advice="")
+# Codes that Z.ai has not told us of go by the HTTP status.
+HTTP_ERRORS = {
+    200: BROKEN, 400: INVALID, 401: OUR_KEY, 402: QUOTA, 403: FORBIDDEN, 404: WRONG_PATH,
+    405: WRONG_PATH, 408: BROKEN, 413: TOO_LARGE, 422: INVALID, 429: RATE, 434: FORBIDDEN,
+    435: TOO_LARGE,
 }
-BARE_HTTP_ERRORS = {200: BROKEN, 401: OUR_KEY, 408: BROKEN, 429: RATE}  # for pages of whoever stands in between
+# Answers with neither a code nor words were written by a CDN or a proxy on the road.
+BARE_HTTP_ERRORS = {200: BROKEN, 401: OUR_KEY, 408: BROKEN, 429: RATE}
+
+LONG_WORDS = re.compile(
+    r"context[ _-]?(length|window)|prompt.{0,20}too long|(input|messages?) (is|are) too long"
+    r"|\b(?<!max )(prompt|request|messages|(input|prompt|total) (length|text)|tokens)\b"
+    r"[^.:]{0,40}\b(exceeds?|exceeded|more|longer|larger|greater|over)\b"
+    r"[^.:]{0,40}(max|limit|length|allowed)"
+    r"|(上下文|输入|提示词|(?<![a-z_])tokens?)[^图。，]{0,20}(超|过长|太长)", re.IGNORECASE)
+MODEL_WORDS = re.compile(
+    r"model.{0,80}(not exist|n't exist|not found|not_found|不存在)"
+    r"|(unknown|no such) model|模型.{0,80}不存在", re.IGNORECASE)
+PATH_WORDS = re.compile(r"\b404\b.{0,20}not.?found|^(\S* )?404\b", re.IGNORECASE)
+LIMIT_WORDS = re.compile(
+    r"usage limit|limit exhausted|will reset|resets? at|insufficient (balance|quota)"
+    r"|重置|余额不足", re.IGNORECASE)
+# What a row becomes if code and message, joined by a blank, hold these words.
+ZAI_WORDS = (
+    (INVALID, LONG_WORDS, TOO_LONG),
+    (BROKEN, LONG_WORDS, TOO_LONG),
+    (INVALID, MODEL_WORDS, NO_MODEL),
+    (BROKEN, PATH_WORDS, WRONG_PATH),
+    (RATE, LIMIT_WORDS, QUOTA),
+)
 
 
-def zai_error(value, status=200, now=None, model="", retry_after=None):
-    """The UpstreamError for an error body of Z.ai.
+def zai_error(
+    value, status=200, *, now=None, model="", max_tokens=None, patience_s=0.0,
+    retry_after=None,
+):
+    """The UpstreamError for an error of Z.ai.
 
-    `value`: the parsed body, None if it was no JSON; `status`: its HTTP status; `now`: Unix seconds, to compute how long
-    a quota stays exhausted; `model`: the id asked for, for advice; `retry_after`: the seconds that Z.ai asked to wait.
+    `value`: the parsed body, None if it was no JSON; `status`: its HTTP status; `now`:
+    Unix seconds; `model`, `max_tokens`: what was asked for, for advice; `patience_s`:
+    the longest limit worth waiting for; `retry_after`: seconds, from Z.ai's own header.
+    Never raises, whatever `value` holds.
     """
-    code, message = zai_code_and_message(value)
-    by_status = HTTP_ERRORS if code or message else BARE_HTTP_ERRORS
-    row = WRONG_PATH if code == "404" else ZAI_ERRORS.get(code) or by_status.get(status) or (BROKEN if status >= 500 else WRONG_PATH)
-    advice = row.advice
-    if row is NO_MODEL:
-        close = difflib.get_close_matches(model, MODELS, 3, 0.5)
-        names = ", ".join(MODELS[id].name for id in close)
-        advice = f"Known models near it: {names}." if names else "GET /v1/models lists the known ones."
-    words = "Z.ai: " + (message[:2000] or f"HTTP status {status} without a reason")
-    reset = seconds_until_reset(message, now) if now is not None else None
+    code, message = parse_zai_error(value)
+    row = error_row(code, message, status)
+    words = "Z.ai: " + (message or f"HTTP status {status} without a reason")
+    wait_s = seconds_until_reset(message, now)
+    if wait_s is None:
+        wait_s = retry_after
+    else:
+        words += f" (in {duration(wait_s)})"
+    words += f" (code {code})." if code else "."
+    if row is QUOTA and wait_s is not None and wait_s <= patience_s:
+        row = SHORT_LIMIT
+    hopeless = row.verdict in (GIVE_UP, KEY_RESTS, MODEL_RESTS) and row is not SHORT_LIMIT
     return UpstreamError(
-        " ".join(filter(None, (words + (f" (code {code})." if code else "."), advice))), row.verdict, zai_code=code, learn=code == "1302", pause=retry_after,
-        status=row.status, type=row.type, code=row.code, heals=False if row.verdict in (GIVE_UP, NEXT_KEY) else None,
-        retry_after=next((s for s in (reset, retry_after, row.retry_after) if s is not None), None))
+        f"{words} {error_advice(row, model, max_tokens)}".rstrip(), row.verdict,
+        status=row.status, type=row.type, code=row.code,
+        zai_code=code, pause=wait_s,
+        retry_after=row.retry_after if wait_s is None else wait_s,
+        retryable=False if hopeless else None)
 
 
-def zai_code_and_message(value):
-    """(code, message) of Z.ai's error shapes; ("404", ...) for the answers, some with HTTP status 200, of paths that are not there."""
-    value = value if isinstance(value, dict) else {}
-    error = value.get("error")
-    if isinstance(error, dict):
-        return str(error.get("code") or ""), str(error.get("message") or "")
-    if isinstance(error, str):  # {"timestamp":...,"status":404,"error":"Not Found","path":...}
-        return str(value.get("status") or ""), error
-    if "code" in value:  # {"code":500,"msg":"404 NOT_FOUND","success":false}
-        message = str(value.get("msg") or value.get("message") or "")
-        return "404" if str(value["code"]) == "500" else str(value["code"]), message
-    return "", ""
+def missing_key():
+    """The error of a proxy that was started without ZAI_API_KEY."""
+    return UpstreamError(
+        NO_KEY, GIVE_UP, status=OUR_KEY.status, code=OUR_KEY.code, retryable=False)
+
+
+NO_KEY = (
+    "ZAI_API_KEY is not set where the proxy runs. Get a key (free models need one too) at"
+    " https://z.ai/manage-apikey/apikey-list.")
+
+
+def error_row(code, message, status):
+    by_status = HTTP_ERRORS if code or message else BARE_HTTP_ERRORS
+    row = ZAI_ERRORS.get(code) or by_status.get(status)
+    if row is None:
+        row = BROKEN if status >= 500 else WRONG_PATH
+    for vague, words, precise in ZAI_WORDS:
+        if row is vague and words.search(f"{code} {message}"):
+            return precise
+    return row
+
+
+def error_advice(row, model, max_tokens):
+    if row is NO_MODEL:
+        return model_advice(model)
+    if row is TOO_LONG and max_tokens is not None:
+        return (f"{row.advice} Prompt and max_tokens must fit together:"
+                f" a lower max_tokens may do, it was {max_tokens}.")
+    return row.advice
+
+
+# Z.ai's Messages API, and gateways, put the code into the text: "[1302][text][id]".
+BRACKETED_CODE = re.compile(r"(?:^|\s)\[(-?\d{1,5})\]")
+
+
+def parse_zai_error(value):
+    """(code, message) of any error shape of Z.ai, both texts, "" for what is not there.
+
+    {"error": {"code", "message"}}; {"code", "msg", "success"}; and, from paths that are
+    not there, {"status", "error": "Not Found", "path"}.
+    """
+    outer = value if isinstance(value, dict) else {}
+    error = outer.get("error")
+    inner = error if isinstance(error, dict) else {}
+    if isinstance(error, str):
+        inner = {"code": outer.get("status"), "message": error}
+    code = parse_code(inner.get("code")) or parse_code(outer.get("code"))
+    texts = [inner.get("message"), inner.get("msg")]
+    texts += [outer.get("msg"), outer.get("message")]
+    spoken = [text[:2000] for text in texts if isinstance(text, str) and text]
+    message = spoken[0] if spoken else ""
+    bracketed = BRACKETED_CODE.search(message)
+    if bracketed and code not in ZAI_ERRORS:
+        code = bracketed.group(1)
+    return code, message
+
+
+def parse_code(value):
+    if isinstance(value, str):
+        return plain(value.strip(), 40)
+    # A number of any size may come; str() takes quadratic time for large ones.
+    if value and isinstance(value, (int, float)) and abs(value) < 10**9:
+        return str(int(value))
+    return ""
 
 
 def seconds_to_wait(text, now):
-    """Seconds from `now` (Unix) that a Retry-After header asks for, as a number or as a date; None if it is neither."""
+    """Seconds from `now` (Unix) that a Retry-After header asks for, or None."""
     if re.fullmatch("[0-9]{1,6}", text):
         return float(text)
     try:
-        return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - now)
-    except (TypeError, ValueError, IndexError):
+        date = email.utils.parsedate_to_datetime(text[:100])
+        return max(0.0, date.timestamp() - now)
+    except (TypeError, ValueError, IndexError, OverflowError, OSError):
         return None
 
 
-BEIJING = datetime.timezone(datetime.timedelta(hours=8))
+RESET_WORDS = re.compile("reset|renew|refresh|available|重置|恢复|刷新", re.IGNORECASE)
+# The groups: year, month, day, hour:minute, second, UTC, offset.
+TIMESTAMP = re.compile(
+    r"(\d{4})[-/年](\d\d?)[-/月](\d\d?)日?[T ]*(\d\d?:\d\d)(?::(\d\d))?(?:\.\d+)?"
+    r"\s*\(?((?:Z|UTC|GMT)(?![+-]))?(?:UTC|GMT)?([+-]\d\d:?\d\d)?", re.IGNORECASE)
 
 
 def seconds_until_reset(message, now):
-    """Seconds from `now` (Unix) to the Beijing time in "Your limit will reset at 2026-09-09 05:38:28"; None without one."""
-    found = re.search(r"reset at (\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)", message)
+    """Seconds from `now` (Unix) to the time at which a limit ends; None without one."""
+    found = RESET_WORDS.search(message) and TIMESTAMP.findall(message)
+    if not found or now is None:
+        return None
+    year, month, day, clock, second, utc, offset = found[-1]
+    # A time without a zone is Beijing's.
+    zone = offset or ("+0000" if utc else "+0800")
+    text = f"{year}-{month}-{day} {clock}:{second or 0} {zone}"
     try:
-        reset = datetime.datetime.strptime(found.group(1), "%Y-%m-%d %H:%M:%S") if found else None
+        reset = datetime.datetime.strptime(text, "%Y-%m-%d %H:%M:%S %z")
     except ValueError:
         return None
-    return max(1.0, reset.replace(tzinfo=BEIJING).timestamp() - now) if reset else None
+    return max(1.0, reset.timestamp() - now)
 
 
-# Models ###############################################################################################################
+def duration(seconds):
+    """Seconds in words: "45 s", "60 min", "5 h", "3 days"."""
+    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{round(seconds / size)} {unit}"
+    return f"{round(seconds)} s"
+
+
+# Models ###############################################################################
 #
-# Z.ai's catalogue as measured in October 2026; ids that are not here go through all the same. To add a model, add a row.
+# Z.ai's catalogue as measured in October 2026. Ids that are not here go through all the
+# same: Z.ai may know a model before this file does. To add a model, add a row.
 
-NO_THINKING, SWITCH, GRADED, ALWAYS = "none", "on or off", "graded", "always"  # how a model's thinking is controlled
+# How a model's thinking is controlled.
+NO_THINKING = "no"
+SWITCH = "switch"
+GRADED = "graded"
+ALWAYS = "always"
 
 
 class Model(NamedTuple):
-    name: str            # the brand's spelling, which clients see; Z.ai takes it in lower case
-    created: int         # Unix seconds, from Z.ai's own list; for models it does not list, the day of release or first sighting
-    max_tokens: int | None  # more is a 400 there
-    sees: bool           # takes images
+    """One row. None stands for a number that nobody has published or measured."""
+    name: str             # the brand's spelling, which clients see
+    created: int          # Unix seconds, from Z.ai's list, else day of release or sighting
+    context: int | None   # tokens of prompt and answer together
+    max_tokens: int | None  # Z.ai refuses a request for more
+    sees: bool            # takes images
     thinking: str
-    tool_stream: bool    # streams the arguments of tool calls; without, a long call is a long silence
+    tool_stream: bool     # streams a call's arguments; else a long call is a long silence
+    free: bool
 
     @property
     def id(self):
         return self.name.lower()
 
 
-MODELS = {
-    model.id: model for model in (
-        Model("GLM-5.3", 1786924800, 131072, False, ALWAYS, True),
-        Model("GLM-5.3-Flash", 1786924800, 131072, True, ALWAYS, True),
-        Model("GLM-5.3-FlashX", 1786924800, 131072, True, ALWAYS, True),
-        Model("GLM-5.2", 1781625600, 131072, False, GRADED, True),
-        Model("GLM-5.1", 1774620000, 131072, False, SWITCH, True),
-        Model("GLM-5-Turbo", 1773504000, 131072, False, SWITCH, True),
-        Model("GLM-5V-Turbo", 1775001600, 131072, True, SWITCH, False),
-        Model("GLM-5", 1770739200, 131072, False, SWITCH, True),
-        Model("GLM-4.7", 1766332800, 131072, False, SWITCH, True),
-        Model("GLM-4.7-Flash", 1768780800, 131072, False, SWITCH, True),
-        Model("GLM-4.7-FlashX", 1768780800, 131072, False, SWITCH, True),
-        Model("GLM-4.6", 1759276800, 131072, False, SWITCH, True),
-        Model("GLM-4.6V", 1765152000, 32768, True, SWITCH, False),
-        Model("GLM-4.6V-Flash", 1765152000, 32768, True, SWITCH, False),
-        Model("GLM-4.6V-FlashX", 1765152000, 32768, True, SWITCH, False),
-        Model("GLM-4.5", 1753632000, 98304, False, SWITCH, False),  # documented 96K; one measurement says 131072
-        Model("GLM-4.5-X", 1753632000, 98304, False, SWITCH, False),
-        Model("GLM-4.5-Air", 1753632000, 98304, False, SWITCH, False),
-        Model("GLM-4.5-AirX", 1753632000, 98304, False, SWITCH, False),
-        Model("GLM-4.5-Flash", 1753632000, 98304, False, SWITCH, False),
-        Model("GLM-4.5V", 1754870400, 16384, True, SWITCH, False),
-        Model("GLM-4.1V-Thinking-Flash", 1751414400, 16384, True, NO_THINKING, False),
-        Model("GLM-4.1V-Thinking-FlashX", 1751414400, 16384, True, NO_THINKING, False),
-        Model("GLM-4-Flash-250414", 1744588800, 16384, False, NO_THINKING, False),
-        Model("GLM-4-FlashX-250414", 1744588800, 16384, False, NO_THINKING, False),
-        Model("GLM-4-32B-0414-128K", 1744588800, 16384, False, NO_THINKING, False),
-        Model("GLM-4V-Flash", 1733702400, 1024, True, NO_THINKING, False),
-        Model("GLM-4-Long", 1722384000, 4095, False, NO_THINKING, False),
-        Model("AutoGLM-Phone-Multilingual", 1765238400, None, True, NO_THINKING, False),
-    )
-}
-SEEING = ", ".join(model.name for model in MODELS.values() if model.sees and model.thinking != NO_THINKING)
+def parse_model(row):
+    """A Model from a row of the table below."""
+    name, created, context, max_tokens, thinking, abilities = row.split()
+    known = [None if number == "-" else int(number) for number in (context, max_tokens)]
+    sees, tool_stream, free = (word in abilities for word in ("sees", "tool_stream", "free"))
+    return Model(name, int(created), *known, sees, thinking, tool_stream, free)
 
 
-def listed_models(settings):
-    """What GET /v1/models lists: name -> created. The table, then the aliases."""
-    names = {model.name: model.created for model in MODELS.values()}
-    for alias, target in settings.model_aliases.items():
-        if alias != "*":
-            known = MODELS.get(target.lower())
-            names.setdefault(alias, known.created if known else 0)
-    return names
+# For the 4.5 series 96K tokens of answer are documented; one measurement says 131072.
+MODELS = {model.id: model for model in map(parse_model, """\
+GLM-5.3                   1786924800  1048576  131072  always  tool_stream
+GLM-5.3-Flash             1786924800  1048576  131072  always  sees+tool_stream
+GLM-5.3-FlashX            1786924800  1048576  131072  always  sees+tool_stream
+GLM-5.2                   1781625600  1048576  131072  graded  tool_stream
+GLM-5.1                   1774620000   204800  131072  switch  tool_stream
+GLM-5-Turbo               1773504000   204800  131072  switch  tool_stream
+GLM-5V-Turbo              1775001600   204800  131072  switch  sees
+GLM-5                     1770739200   204800  131072  switch  tool_stream
+GLM-4.7                   1766332800   204800  131072  switch  tool_stream
+GLM-4.7-Flash             1768780800   204800  131072  switch  tool_stream+free
+GLM-4.7-FlashX            1768780800   204800  131072  switch  tool_stream
+GLM-4.6                   1759276800   204800  131072  switch  tool_stream
+GLM-4.6V                  1765152000   131072   32768  switch  sees
+GLM-4.6V-Flash            1765152000   131072   32768  switch  sees+free
+GLM-4.6V-FlashX           1765152000   131072   32768  switch  sees
+GLM-4.5                   1753632000   131072   98304  switch  -
+GLM-4.5-X                 1753632000   131072   98304  switch  -
+GLM-4.5-Air               1753632000   131072   98304  switch  -
+GLM-4.5-AirX              1753632000   131072   98304  switch  -
+GLM-4.5-Flash             1753632000   131072   98304  switch  free
+GLM-4.5V                  1754870400    65536   16384  switch  sees
+GLM-4.1V-Thinking-Flash   1751414400    65536   16384  no      sees+free
+GLM-4.1V-Thinking-FlashX  1751414400    65536   16384  no      sees
+GLM-4-Flash-250414        1744588800   131072   16384  no      free
+GLM-4-FlashX-250414       1744588800   131072   16384  no      -
+GLM-4-32B-0414-128K       1744588800   131072   16384  no      -
+GLM-4V-Flash              1733702400        -    1024  no      sees+free
+GLM-4-Long                1722384000  1000000    4095  no      -
+AutoGLM-Phone-Multilingual 1765238400       -    4096  no      sees
+""".splitlines())}
+# Advice names current models only. Those without control of thinking are the oldest.
+SEEING = ", ".join(
+    model.name for model in MODELS.values() if model.sees and model.thinking != NO_THINKING)
+
+
+def find_model(id):
+    """The row of Z.ai's id, or None. A "-highspeed" model is the same one, faster."""
+    return MODELS.get(re.sub("-highspeed$", "", id))
 
 
 def zai_model_id(name, model_aliases):
-    """Z.ai's id for the model a client names: aliases first, then `*` for ids the table does not know; "[1m]" suffixes go."""
-    folded = {alias.lower(): target for alias, target in model_aliases.items()}
+    """Z.ai's id for the model that a client names.
 
-    def bare(text):
-        return text.partition("[")[0].strip().lower()
-    id = bare(name)
-    if id in folded:
-        return bare(folded[id])
-    return bare(folded["*"]) if "*" in folded and id not in MODELS else id
+    `model_aliases` come first, then the alias "*" for ids that the table does not know.
+    """
+    aliases = {canonical_id(alias): target for alias, target in model_aliases.items()}
+    id = canonical_id(name)
+    target = aliases.get(id)
+    if target is None and find_model(id) is None:
+        target = aliases.get("*")
+    return id if target is None else canonical_id(target)
 
 
-# OpenAI request -> Z.ai request #######################################################################################
+def canonical_id(name):
+    """Z.ai's spelling of an id: lower case, without what clients hang on to it."""
+    # Claude Code appends "[1m]" to ask for the long context.
+    id = re.sub(r"\[[^\]]*\]?", "", name).strip().lower()
+    # OpenRouter, litellm and aider write the provider in front: "z-ai/glm-4.6".
+    tail = id.rpartition("/")[2]
+    return tail if find_model(tail) else id
+
+
+FOREIGN_MODEL = re.compile(
+    r"(^|/)(gpt|chatgpt|o\d|codex|claude|gemini|gemma|deepseek|qwen|llama|mistral|kimi|grok)")
+
+
+def model_advice(id):
+    """What to say to one who asked for a model that Z.ai does not have."""
+    close = difflib.get_close_matches(id[:100], MODELS, 3, 0.5)
+    names = ", ".join(MODELS[id].name for id in close)
+    advice = "GET /v1/models lists the known ones"
+    if names:
+        advice = f"Known models near it: {names}"
+    if FOREIGN_MODEL.search(id):
+        advice += f", or set MODEL_ALIASES={plain(id)}=glm-4.6"
+    return advice + "."
+
+
+def listed_models(settings):
+    """What GET /v1/models lists, name -> entry: the table, then the aliases but "*"."""
+    listed = {model.name: model for model in MODELS.values()}
+    for alias, target in settings.model_aliases.items():
+        listed.setdefault(alias, find_model(canonical_id(target)) or UNKNOWN_MODEL)
+    listed.pop("*", None)
+    return {name: model_entry(name, model) for name, model in listed.items()}
+
+
+# OpenAI's SDKs require `created`, so it is 0 where nothing is known.
+UNKNOWN_MODEL = Model("", 0, None, None, None, NO_THINKING, False, False)
+MODALITIES = {True: ["text", "image"], False: ["text"]}
+
+
+def model_entry(name, model):
+    """An entry for clients of OpenAI, Anthropic, vLLM; without what is unknown."""
+    date = datetime.datetime.fromtimestamp(model.created, datetime.timezone.utc)
+    entry = {
+        "id": name, "object": "model", "created": model.created, "owned_by": "z.ai",
+        "type": "model", "display_name": name, "created_at": f"{date:%Y-%m-%dT%H:%M:%SZ}",
+        "context_length": model.context, "max_model_len": model.context,
+        "max_output_tokens": model.max_tokens,
+        "input_modalities": MODALITIES.get(model.sees), "free": model.free or None,
+    }
+    return {key: value for key, value in entry.items() if value is not None}
+
+
+# Bytes ################################################################################
 #
-# Validation happens here, at the door, and only here: what passes is trusted below. The ranges refused are OpenAI's own;
-# what is inside them and outside Z.ai's is clamped. null in an optional field counts as absent.
+# JSON, and push parsers for HTTP and for server-sent events: feed() takes what has
+# arrived and gives what is complete. Each has a bound on what it holds and takes linear
+# time.
+
+# An encoder made once costs half of what json.dumps does, which makes one for each
+# call.
+encode_text = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
+quote = json.encoder.encode_basestring
+
+
+def encode_json(value):
+    """UTF-8 bytes. A lone surrogate, which UTF-8 cannot spell, becomes a question
+    mark."""
+    return encode_text(value).encode("utf-8", "replace")
+
+
+def no_number(text):
+    raise ValueError(f"{text:.20} is no JSON number")
+
+
+def whole_number(text):
+    # int() takes quadratic time before Python 3.11, and refuses 4,300 digits since.
+    if len(text) > 100:
+        no_number(text)
+    return int(text)
+
+
+def finite_or_null(text):
+    """Python reads 1e999 as infinity, which JSON cannot spell."""
+    value = float(text)
+    return None if abs(value) == float("inf") else value
+
+
+def finite_number(text):
+    value = finite_or_null(text)
+    if value is None:
+        no_number(text)
+    return value
+
+
+# For clients, whose mistakes they are told.
+decode_strictly = json.JSONDecoder(
+    parse_constant=no_number, parse_int=whole_number, parse_float=finite_number).decode
+
+# For Z.ai, where what is no number is null. Whole numbers are left to int(), which
+# refuses those of more than 4,300 digits; a function of ours would be called three
+# times an event.
+_lenient_decoder = json.JSONDecoder(
+    parse_constant=lambda name: None, parse_float=finite_or_null)
+# The C function itself: (value, where it ends), or StopIteration where there is no
+# value.
+scan_json = _lenient_decoder.scan_once
+
+
+def decode_leniently(text):
+    """The JSON value that somebody else's text is; None if it is none."""
+    try:
+        return _lenient_decoder.decode(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+class JsonProgress:
+    """Follows an object or an array that comes in pieces, to tell where it ends."""
+
+    # A backslash and what it escapes count as one mark.
+    MARK = re.compile(r'\\.?|["{}\[\]]', re.DOTALL)
+
+    def __init__(self):
+        self.depth = 0
+        self.in_string = False
+        self.skip = 0  # 1 if the last character so far escapes the next
+
+    def feed(self, text):
+        """How many characters of `text` belong to the value; -1 while it goes on."""
+        start = self.skip
+        self.skip = max(0, start - len(text))
+        for found in self.MARK.finditer(text, start):
+            mark = found.group()
+            if mark == "\\":
+                self.skip = 1
+            elif mark == '"':
+                self.in_string = not self.in_string
+            elif self.in_string or len(mark) > 1:
+                continue
+            elif mark in "{[":
+                self.depth += 1
+            else:
+                self.depth -= 1
+                if self.depth <= 0:
+                    return found.end()
+        return -1
+
+
+def new_id(prefix, rand=random.getrandbits):
+    """An id as OpenAI's look. It is no secret, so it needs no system call for
+    randomness."""
+    return f"{prefix}{rand(96):024x}"
+
+
+# Heads of HTTP, as text in latin-1 with the line ends they came with. There is no
+# folding and no CR but the line's own. A method has at most 20 letters, because it is
+# logged and quoted before any key is checked.
+TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+REQUEST_LINE = re.compile(rf"(?=[^ ]{{1,20}} )({TOKEN}) ([!-~\x80-\xff]+) (HTTP/[1-9]\.[0-9])\r?\n")
+STATUS_LINE = re.compile(r"(HTTP/1\.[0-9]) ([1-9][0-9][0-9])(?: [^\r\n]*)?\r?\n")
+FIELD_LINE = re.compile(rf"^({TOKEN}):([^\0\r\n]*)\r?\n", re.MULTILINE)
+TRAILER_LINE = re.compile(rf"{TOKEN}:[^\0\r\n]*".encode())
+LENGTH = re.compile("[0-9]{1,15}")
+HEAD_END = re.compile(rb"\r?\n\r?\n")
+LONGEST_HEAD_BYTES = 65536
+# http.client allows as many.
+MOST_FIELDS = 100
+
+# Two readers that take different ones of a repeated field disagree on where a request
+# ends, which lets an attacker hide a second request in a first one.
+NEVER_TWICE = ("host", "content-length", "transfer-encoding")
+
+
+class HeadReader:
+    """Collects the head of a request or of a response.
+
+    feed(data) -> the head as text once its blank line has come, else None; then `rest`
+    is what came behind it. OverflowError beyond LONGEST_HEAD_BYTES.
+    """
+
+    def __init__(self):
+        self.data = bytearray()
+        self.rest = b""
+
+    def feed(self, data):
+        searched = max(0, len(self.data) - 3)
+        self.data += data
+        end = HEAD_END.search(self.data, searched)
+        if end:
+            self.rest = bytes(self.data[end.end():])
+            return self.data[:end.end()].decode("latin-1")
+        if len(self.data) > LONGEST_HEAD_BYTES:
+            raise OverflowError("the head is too large")
+        return None
+
+
+def join_fields(pairs):
+    """{name in lower case: value}; of a repeated name the values are joined (RFC 9110,
+    5.3)."""
+    fields = {}
+    for name, value in pairs:
+        name = name.lower()
+        value = value.strip(" \t")
+        fields[name] = f"{fields[name]}, {value}" if name in fields else value
+    return fields
+
+
+def parse_request_fields(lines):
+    """The fields of a request's head; RequestError for a line that is none, as a proxy
+    in front might read it otherwise."""
+    pairs = FIELD_LINE.findall(lines)
+    if len(pairs) < lines.count("\n"):
+        raise RequestError("Malformed header line.")
+    names = [name.lower() for name, _ in pairs]
+    if any(names.count(name) > 1 for name in NEVER_TWICE):
+        raise RequestError("More than one Host, Content-Length or Transfer-Encoding header.")
+    return join_fields(pairs)
+
+
+def parse_response_head(head):
+    """(version, status, fields); lines that are no fields are passed over. ValueError
+    for what is no head."""
+    found = STATUS_LINE.match(head)
+    if not found:
+        raise ValueError(f"{head[:60]!a} is no status line")
+    version, status = found.groups()
+    return version, int(status), join_fields(FIELD_LINE.findall(head, found.end()))
+
+
+# The sizes of chunks repeat.
+@functools.lru_cache(maxsize=1024)
+def chunk_size(line):
+    """The size that a chunk's first line tells. int() alone would take signs and
+    blanks."""
+    found = re.fullmatch(rb"([0-9a-fA-F]{1,15})(?:[ \t]*;[\t -~\x80-\xff]*)?", line)
+    if not found:
+        raise ValueError("broken chunk size")
+    return int(found.group(1), 16)
+
+
+class Dechunker:
+    """HTTP's chunked coding, taken strictly.
+
+    feed(data) -> bytes of the body; then `done` tells whether it has ended, and `rest`
+    is what came behind. ValueError for a broken coding, OverflowError as soon as the
+    body passes `limit` bytes or announces a chunk that would; take() then gives what
+    feed() had read before.
+    """
+
+    # Nobody is known to send chunk extensions or trailers, so that lines are short.
+    LONGEST_LINE_BYTES = 4096
+    LONGEST_TRAILERS_BYTES = 65536
+
+    def __init__(self, limit=float("inf")):
+        self.limit = limit
+        self.total = 0
+        self.rest = b""
+        self.done = False
+        # A function, not a bound method: an object that holds itself is freed late.
+        self.read_on = Dechunker._size
+        # Bytes of the current chunk that have not come.
+        self.left = 0
+        self.trailers = 0
+        self.body = []
+
+    def feed(self, data):
+        self.data = self.rest + data
+        self.at = 0
+        while not self.done and self.read_on(self):
+            pass
+        self.rest = self.data[self.at:]
+        return self.take()
+
+    def take(self):
+        body = self.body
+        self.body = []
+        return body[0] if len(body) == 1 else b"".join(body)
+
+    # The states. Each takes what it can of self.data, and is true as long as there may
+    # be more to take.
+
+    def _size(self):
+        line = self._line()
+        if line is None:
+            return False
+        self.left = chunk_size(line)
+        self.total += self.left
+        if self.total > self.limit:
+            raise OverflowError("body too large")
+        end = self.at + self.left
+        # Nearly always the whole chunk is there.
+        if self.left and self.data[end:end + 2] == b"\r\n":
+            self.body.append(self.data[self.at:end])
+            self.at = end + 2
+            return True
+        self.read_on = Dechunker._bytes if self.left else Dechunker._trailer
+        return True
+
+    def _bytes(self):
+        piece = self.data[self.at:self.at + self.left]
+        self.at += len(piece)
+        self.left -= len(piece)
+        if piece:
+            self.body.append(piece)
+        if self.left:
+            return False
+        self.read_on = Dechunker._end
+        return True
+
+    def _end(self):
+        line = self._line()
+        if line is None:
+            return False
+        if line:
+            raise ValueError("chunk longer than announced")
+        self.read_on = Dechunker._size
+        return True
+
+    def _trailer(self):
+        line = self._line()
+        if line is None:
+            return False
+        self.trailers += len(line)
+        if self.trailers > self.LONGEST_TRAILERS_BYTES:
+            raise ValueError("too many trailers")
+        if line and not TRAILER_LINE.fullmatch(line):
+            raise ValueError("broken trailer")
+        self.done = not line
+        return True
+
+    def _line(self):
+        """The next line without its end; None if it has not come whole."""
+        start = self.at
+        end = self.data.find(b"\r\n", start, start + self.LONGEST_LINE_BYTES)
+        if end < 0:
+            waiting = self.data[start:start + self.LONGEST_LINE_BYTES]
+            if len(waiting) == self.LONGEST_LINE_BYTES or b"\n" in waiting:
+                raise ValueError("chunk line without an end")
+            return None
+        self.at = end + 2
+        return self.data[start:end]
+
+
+class Unframed:
+    """The same interface for a body that ends with its connection."""
+
+    done = False
+    rest = b""
+
+    def feed(self, data):
+        return data
+
+    def take(self):
+        return b""
+
+
+class Counted(Unframed):
+    """The same interface for a body of known length."""
+
+    def __init__(self, length):
+        self.left = length
+        self.done = length == 0
+
+    def feed(self, data):
+        body = data[:self.left]
+        self.rest = data[self.left:]
+        self.left -= len(body)
+        self.done = self.left == 0
+        return body
+
+
+class SSEDecoder:
+    """Server-sent events: feed(data) -> the data of each complete event, as text;
+    close() -> what a missing blank line held back. UpstreamError for an event beyond
+    `limit` bytes.
+
+    Lines end at CR, LF or both, and nowhere else, so that U+2028 in a text survives
+    (https://html.spec.whatwg.org/multipage/server-sent-events.html). Names, ids and
+    comments are dropped. Beyond the standard, a line that starts with "{" is an event
+    too: Z.ai was seen to end a broken answer with a bare line {"error":...}.
+    """
+
+    def __init__(self, limit=16 << 20):
+        self.limit = limit
+        # The pieces of what is no whole event yet.
+        self.held = []
+        self.held_bytes = 0
+        # A CR at the end, as an LF may follow.
+        self.held_cr = b""
+
+    def feed(self, data):
+        data = self._normalize(data)
+        end = self._blank_line(data)
+        if end < 0:
+            self._hold(data)
+            return []
+        complete = b"".join(self.held) + data[:end]
+        self.held = []
+        self.held_bytes = 0
+        self._hold(data[end:])
+        blocks = complete.decode("utf-8", "replace").split("\n\n")
+        if len(complete) > self.limit and max(map(len, blocks)) > self.limit:
+            raise self._too_large()
+        events = []
+        for block in blocks:
+            # Nearly all blocks are one line of data.
+            if block.startswith("data: ") and "\n" not in block:
+                events.append(block[6:])
+            elif block:
+                events += self._parse_block(block)
+        return events
+
+    def close(self):
+        return self.feed(b"\n\n\n")
+
+    def _normalize(self, data):
+        """`data` with LF as the only line end. A last CR waits for what follows."""
+        if not self.held_cr and b"\r" not in data:
+            return data
+        data = self.held_cr + data
+        self.held_cr = b"\r" if data.endswith(b"\r") else b""
+        data = data[:len(data) - len(self.held_cr)]
+        return data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+
+    def _blank_line(self, data):
+        """Where the last blank line in `data` ends; it may begin in what is held. -1 if
+        there is none."""
+        end = data.rfind(b"\n\n")
+        if end >= 0:
+            return end + 2
+        if data.startswith(b"\n") and self.held and self.held[-1].endswith(b"\n"):
+            return 1
+        return -1
+
+    def _hold(self, data):
+        """Keep what is no whole event, in the pieces it came in: one bytes object that
+        grows takes quadratic time and fragments the memory."""
+        if not data:
+            return
+        self.held_bytes += len(data)
+        if self.held_bytes > self.limit:
+            raise self._too_large()
+        if self.held and len(self.held[-1]) < 4096:
+            data = self.held.pop() + data
+        self.held.append(data)
+
+    @staticmethod
+    def _parse_block(block):
+        """The events in the lines between two blank ones: that of all its `data` lines,
+        and each bare JSON line."""
+        lines = block.lstrip("\ufeff").split("\n")
+        data = [line[5:] for line in lines if line.startswith("data:") or line == "data"]
+        bare = [line for line in lines if line.startswith("{")]
+        if not data:
+            return bare
+        # One blank behind the colon belongs to the format.
+        data = [line[line.startswith(" "):] for line in data]
+        return ["\n".join(data), *bare]
+
+    def _too_large(self):
+        return UpstreamError(f"Z.ai sent an event of more than {self.limit} bytes.", GIVE_UP)
+
+
+def encode_event(value):
+    """The SSE text of a value. Its first key stays first, as some clients look for
+    {"error" at the start."""
+    return "data: " + encode_text(value) + "\n\n"
+
+
+# To Z.ai ##############################################################################
+#
+# The one door to Z.ai: a chat request becomes the request that Z.ai takes. All checks
+# are made here: what has passed is trusted below. The ranges refused are OpenAI's own;
+# what is inside them and outside Z.ai's is clamped. null in an optional field counts as
+# absent.
+#
+# What a client once let into its history comes again with every turn. So only the
+# last message can be refused for what it shows. What stands before it is mended, or
+# left out and named; else the conversation would be dead for good.
 
 NUMBER = (int, float)
-KINDS = {bool: "true or false", str: "a string", dict: "an object", list: "an array", int: "a whole number", NUMBER: "a number",
-         (str, list): "a string or an array", (str, dict): "a string or an object"}
+KINDS = {
+    bool: "true or false",
+    str: "a string",
+    dict: "an object",
+    list: "an array",
+    int: "a whole number",
+    NUMBER: "a number",
+    (str, list): "a string or an array",
+    (str, dict): "a string or an object",
+}
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+# Characters of a model's name. It comes again in every chunk and in error messages.
+LONGEST_NAME = 256
+# OpenAI's bound and Z.ai's.
+MOST_TOOLS = 128
+# Each piece of an answer is compared with as much of the text before it.
+LONGEST_STOP_WORD = 1000
 
 
 class Field(NamedTuple):
@@ -495,53 +1201,66 @@ class Field(NamedTuple):
     words: tuple = ()
 
 
-PASSED = {  # as they are; so is every field that is in none of these tables
-    "seed": Field(int), "user_id": Field(str), "request_id": Field(str), "do_sample": Field(bool), "tool_stream": Field(bool),
-}
-TRANSLATED = {
-    "stream": Field(bool), "stream_options": Field(dict), "n": Field(int, 1, 1),
-    "temperature": Field(NUMBER, 0, 2), "top_p": Field(NUMBER, 0, 1), "stop": Field((str, list)), "user": Field(str),
-    "max_tokens": Field(int, 1), "max_completion_tokens": Field(int, 1), "response_format": Field(dict),
-    "tools": Field(list), "tool_choice": Field((str, dict)), "parallel_tool_calls": Field(bool),
-    "reasoning_effort": Field(str, words=EFFORTS), "thinking": Field(dict), "enable_thinking": Field(bool),
+# What the proxy reads itself. Fields that are in neither table go to Z.ai as they are.
+FIELDS = {
+    "stream": Field(bool),
+    "stream_options": Field(dict),
+    "n": Field(int, 1, 1),
+    "temperature": Field(NUMBER, 0, 2),
+    "top_p": Field(NUMBER, 0, 1),
+    "max_tokens": Field(int, 1),
+    "max_completion_tokens": Field(int, 1),
+    "stop": Field((str, list)),
+    "user": Field(str),
+    "response_format": Field(dict),
+    "tools": Field(list),
+    "tool_choice": Field((str, dict)),
+    "parallel_tool_calls": Field(bool),
+    "thinking": Field(dict),
+    "enable_thinking": Field(bool),
+    "reasoning_effort": Field(str, words=EFFORTS),
     "reasoning_format": Field(str, words=REASONING_FORMATS),
 }
-DROPPED = {  # Z.ai has no use for them
-    "presence_penalty": Field(NUMBER, -2, 2), "frequency_penalty": Field(NUMBER, -2, 2), "logit_bias": Field(dict),
-    "logprobs": Field(bool), "top_logprobs": Field(int, 0, 20),
-    "metadata": Field(dict), "store": Field(bool), "service_tier": Field(str), "modalities": Field(list), "audio": Field(dict),
-    "prediction": Field(dict), "verbosity": Field(str), "web_search_options": Field(dict), "safety_identifier": Field(str),
-    "prompt_cache_key": Field(str), "prompt_cache_retention": Field(str), "prompt_cache_options": Field(dict), "moderation": Field(dict),
+# OpenAI's fields that Z.ai has no use for.
+DROPPED = frozenset("""
+    audio frequency_penalty logit_bias logprobs metadata modalities moderation prediction
+    presence_penalty prompt_cache_key prompt_cache_options prompt_cache_retention
+    safety_identifier service_tier store top_logprobs verbosity web_search_options
+""".split())
+# The wish for thinking in other dialects: their field and its keys, each with our field
+# of the same meaning.
+FOREIGN_WISHES = {
+    "reasoning": {
+        "enabled": "enable_thinking",
+        "effort": "reasoning_effort",
+        "max_tokens": "reasoning_effort",
+    },
+    "chat_template_kwargs": {
+        "enable_thinking": "enable_thinking",
+        "thinking": "enable_thinking",
+        "reasoning_effort": "reasoning_effort",
+    },
 }
-FIELDS = {**PASSED, **TRANSLATED, **DROPPED}
+OWN_WISHES = ("thinking", "enable_thinking", "reasoning_effort")
 
 
-def no_number(text):
-    raise ValueError(f"{text:.20} is no JSON number")
-
-
-def whole_number(text):
-    return int(text) if len(text) <= 100 else no_number(text)  # int() takes quadratic time before Python 3.11
-
-
-def decimal_number(text):
-    value = finite(text)
-    return no_number(text) if value is None else value
-
-
-def finite(text):
-    """The number, unless it is too large to be one: JSON has no word for infinity."""
-    value = float(text)
-    return None if abs(value) == float("inf") else value
-
-
-_decode_strictly = json.JSONDecoder(parse_constant=no_number, parse_int=whole_number, parse_float=decimal_number).decode
+class Asked(NamedTuple):
+    """A chat request as Z.ai takes it, and what reading its answer needs to know."""
+    body: dict      # Z.ai's request
+    changed: tuple  # short names of what was altered or dropped
+    tools: dict     # name -> parameter schema, of the function tools sent
+    one_call: bool  # parallel_tool_calls is false: only the first call passes
+    unfence: bool   # JSON was asked for: a Markdown fence around it is taken off
+    stop: tuple     # the words before which the proxy itself cuts the text
 
 
 def read_json_object(data):
-    """The dict in a request body (bytes). RequestError for anything else, and for numbers no JSON reader agrees on."""
+    """The dict in a request body (bytes). RequestError for anything else."""
+    # Each bracket becomes a Python object. A real request has some thousands.
+    if data.count(b"[") + data.count(b"{") > 10**6:
+        raise RequestError("The body has more than a million brackets.")
     try:
-        value = _decode_strictly(data.decode("utf-8-sig"))
+        value = decode_strictly(data.decode("utf-8-sig"))
     except RecursionError:
         raise RequestError("The body is nested too deeply.") from None
     except UnicodeDecodeError:
@@ -553,536 +1272,697 @@ def read_json_object(data):
     return value
 
 
-def wants_stream(request, accept, user_agent, default):
-    """Whether to stream: what the request says; else JSON for clients whose own default it is; else `default`."""
-    if request.get("stream") is not None:
-        return request["stream"]
-    if "application/json" in accept.lower() or "ai-sdk/" in user_agent or "async-openai" in user_agent:
-        return False
-    return default
-
-
-def to_zai_request(request, settings):
-    """(zai_request, changed) for an OpenAI chat request: Z.ai's body, and short names of what was altered or dropped.
-
-    RequestError for what OpenAI would refuse too, and for images sent to a model that sees none. Sources: Z.ai's OpenAPI
-    file, and what its servers were seen to accept and to refuse.
-    """
-    request = {name: value for name, value in request.items() if value is not None}
-    check_fields(request)
-    changed = []
-    id = zai_model_id(request["model"], settings.model_aliases)
-    if not id:
-        raise RequestError("'model' must not be empty.", "model")
-    model = MODELS.get(id)
-    zai_request = {name: value for name, value in request.items() if name not in TRANSLATED and name not in DROPPED}
-    zai_request.update(model=id, stream=True, messages=to_zai_messages(request["messages"], model, changed))
-    zai_request.update(to_zai_sampling(request, model, changed))
-    instructions = []  # what Z.ai has no field for, as system lines
-    zai_request.update(to_zai_tools(request, instructions, changed))
-    zai_request.update(to_zai_thinking(request, model, settings.enable_thinking, changed))
-    zai_request.update(to_zai_format(request, instructions, changed))
-    if instructions:
-        insert_instructions(zai_request["messages"], instructions)
-    if request.get("stream", settings.default_stream) and zai_request.get("tools") and model and model.tool_stream:
-        zai_request.setdefault("tool_stream", True)
-    changed += [name for name in request if name in DROPPED]
-    return zai_request, tuple(dict.fromkeys(changed))
-
-
-def check_fields(request):
-    for name in ("model", "messages"):
-        if name not in request:
-            raise RequestError(f"Missing required parameter: '{name}'.", name, code="missing_required_parameter")
-    expect(request["model"], str, "model")
-    for name, value in request.items():
-        field = FIELDS.get(name)
-        if field is None:
-            continue
-        expect(value, field.kind, name)
-        if field.low is not None and value < field.low or field.high is not None and value > field.high:
-            span = f"at least {field.low}" if field.high is None else field.low if field.low == field.high else f"from {field.low} to {field.high}"
-            raise RequestError(f"'{name}' must be {span}.", name)
-        if field.words and value not in field.words:
-            raise RequestError(f"'{name}' must be one of {', '.join(field.words)}.", name)
-    for name in ("functions", "function_call"):
-        if name in request:
-            raise RequestError(f"'{name}' is no longer supported: use 'tools' and 'tool_choice'.", name)
-    include_usage = request.get("stream_options", {}).get("include_usage")
-    if include_usage is not None:
-        expect(include_usage, bool, "stream_options.include_usage")
+def encode_request(value):
+    """UTF-8 JSON. The encoder recurses deeper than the decoder, and may fail alone."""
+    try:
+        return encode_json(value)
+    except RecursionError:
+        raise RequestError("The body is nested too deeply.") from None
 
 
 def expect(value, kind, param):
-    """`value`, if it is of that kind (a type or a tuple of them); true and false are no numbers."""
+    """`value`, if it is of that kind, one of KINDS; the error names its path."""
+    # In Python, true and false are numbers too.
     if not isinstance(value, kind) or isinstance(value, bool) and kind is not bool:
         raise RequestError(f"'{param}' must be {KINDS[kind]}.", param, code="invalid_type")
     return value
 
 
-# Messages
+def need(value, key, kind, param):
+    """value[key], if it is of that kind. `param` is the path of the dict `value`."""
+    return expect(expect(value, dict, param).get(key), kind, f"{param}.{key}")
 
-ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
+
+def without_nulls(value):
+    return {name: inner for name, inner in value.items() if inner is not None}
+
+
+def to_zai_request(request, settings):
+    """An Asked. `request` is a chat request (dict), which stays as it is.
+
+    RequestError for what OpenAI would refuse too, and for pictures in the last message
+    to a model that sees none. Sources: Z.ai's OpenAPI file, and what its servers were
+    seen to take and to refuse.
+    """
+    changed = []
+    request = own_dialect(request, changed)
+    check_fields(request)
+    id = zai_model_id(request["model"], settings.model_aliases)
+    if not id:
+        raise RequestError("'model' must not be empty.", "model")
+    return Translation(request, id, changed).result(settings)
+
+
+def own_dialect(request, changed):
+    """`request` without nulls and without what other APIs wrap around known fields."""
+    request = without_nulls(request)
+    # A parameter of OpenAI's SDK, which users copy into JSON, where it means nothing.
+    if "extra_body" in request:
+        changed.append("extra_body")
+        inner = request["extra_body"]
+        if isinstance(inner, dict):
+            request = {**without_nulls(inner), **request}
+        del request["extra_body"]
+    # Where the client also speaks our dialect, that counts.
+    own_wish = any(name in request for name in OWN_WISHES)
+    for foreign, meanings in FOREIGN_WISHES.items():
+        if foreign not in request:
+            continue
+        changed.append(foreign)
+        value = request.pop(foreign)
+        if isinstance(value, dict) and not own_wish:
+            request = {**read_wish(value, meanings), **request}
+    return request
+
+
+def read_wish(value, meanings):
+    """What a foreign field says of thinking, in ours. The unreadable is no wish."""
+    found = {}
+    for key, name in meanings.items():
+        wish = value.get(key)
+        if key == "max_tokens":
+            wish = type(wish) is int and effort_of_budget(wish)
+        fits = wish in EFFORTS
+        if name == "enable_thinking":
+            fits = isinstance(wish, bool)
+        if fits:
+            found.setdefault(name, wish)
+    return found
+
+
+def effort_of_budget(tokens):
+    """The effort that comes nearest to a budget of thinking, in tokens."""
+    steps = {0: "none", 1024: "low", 8192: "medium", 24576: "high"}
+    for most, effort in steps.items():
+        if tokens <= most:
+            return effort
+    return "max"
+
+
+def check_fields(request):
+    for name in ("model", "messages"):
+        if name not in request:
+            message = f"Missing required parameter: '{name}'."
+            raise RequestError(message, name, code="missing_required_parameter")
+    if len(expect(request["model"], str, "model")) > LONGEST_NAME:
+        raise RequestError(f"'model' is longer than {LONGEST_NAME} characters.", "model")
+    for name, field in FIELDS.items():
+        if name in request:
+            check_field(name, request[name], field)
+    for name in ("functions", "function_call"):
+        if name in request:
+            raise RequestError(f"'{name}' is no longer supported: use 'tools'.", name)
+    include_usage = request.get("stream_options", {}).get("include_usage")
+    if include_usage is not None:
+        expect(include_usage, bool, "stream_options.include_usage")
+
+
+def check_field(name, value, field):
+    expect(value, field.kind, name)
+    if field.low is not None and value < field.low:
+        raise RequestError(f"'{name}' must be at least {field.low}.", name)
+    if field.high is not None and value > field.high:
+        raise RequestError(f"'{name}' must be at most {field.high}.", name)
+    if field.words and value not in field.words:
+        raise RequestError(f"'{name}' must be one of {', '.join(field.words)}.", name)
+
+
+ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "assistant": "assistant",
+    "tool": "tool",
+}
+MESSAGE_KEYS = frozenset(
+    "role content tool_calls tool_call_id reasoning_content reasoning".split())
+# OpenAI's and OpenRouter's. They are dropped by name, all others as "message_fields".
+DROPPED_MESSAGE_KEYS = frozenset(
+    "name refusal audio annotations function_call reasoning_details".split())
 TEXT_PARTS = ("text", "refusal")
-MEDIA_PARTS = ("image_url", "video_url", "file_url")  # what Z.ai's seeing models take
-DROPPED_MESSAGE_KEYS = {"name", "refusal", "audio", "annotations", "function_call"}  # OpenAI's; Z.ai has no use for them
-MESSAGE_KEYS = {"role", "content", "tool_calls", "tool_call_id", "reasoning_content"}
-
-
-def to_zai_messages(messages, model, changed):
-    """Z.ai's messages. There is always a user among them: Z.ai refuses a request without one."""
-    expect(messages, list, "messages")
-    if not messages:
-        raise RequestError("'messages' must not be empty.", "messages")
-    result = [to_zai_message(message, f"messages[{i}]", model, changed) for i, message in enumerate(messages)]
-    if not any(message["role"] == "user" for message in result):
-        result.append({"role": "user", "content": "."})
-        changed.append("user_message")
-    return result
-
-
-def to_zai_message(message, param, model, changed):
-    message = {name: value for name, value in expect(message, dict, param).items() if value is not None}
-    role = expect(message.get("role", ""), str, param + ".role")
-    if role not in ROLES:
-        raise RequestError(f"'{param}.role' must be one of {', '.join(ROLES)}.", param + ".role")
-    if role == "developer":
-        changed.append("developer")
-    changed += [name if name in DROPPED_MESSAGE_KEYS else "message_fields" for name in message if name not in MESSAGE_KEYS]
-    result = {"role": ROLES[role], "content": to_zai_content(message, role, param + ".content", model, changed)}
-    if role == "assistant":
-        if "reasoning_content" in message:
-            result["reasoning_content"] = expect(message["reasoning_content"], str, param + ".reasoning_content")
-        if message.get("tool_calls"):
-            calls = expect(message["tool_calls"], list, param + ".tool_calls")
-            result["tool_calls"] = [to_zai_call(call, f"{param}.tool_calls[{i}]") for i, call in enumerate(calls)]
-    if role == "tool":
-        result["tool_call_id"] = expect(message.get("tool_call_id"), str, param + ".tool_call_id")
-    return result
-
-
-def to_zai_content(message, role, param, model, changed):
-    """A string, or an array of parts where something is to be seen. Z.ai refuses empty user texts and empty parts."""
-    content = message.get("content", "" if role == "assistant" else None)
-    if content is None:
-        raise RequestError(f"'{param}' is missing.", param, code="missing_required_parameter")
-    if isinstance(content, list):
-        parts = [part for part in (to_zai_part(part, role, f"{param}[{i}]", model) for i, part in enumerate(content)) if part]
-        texts = [part["text"] for part in parts if part["type"] == "text"]
-        if len(texts) < len(parts):
-            return parts if texts else parts + [{"type": "text", "text": "."}]  # "cannot be empty": it wants a text beside an image
-        content = "\n".join(texts)
-    expect(content, str, param)
-    if role == "user" and not content:
-        changed.append("empty_message")
-        return "."
-    return content
-
-
-def to_zai_part(part, role, param, model):
-    """One content part; None for an empty text."""
-    kind = expect(expect(part, dict, param).get("type"), str, param + ".type")
-    if kind in TEXT_PARTS:
-        text = expect(part.get(kind), str, f"{param}.{kind}")
-        return {"type": "text", "text": text} if text else None
-    if role != "user":
-        raise RequestError(f"'{param}': a {role} message takes text only.", param)
-    if kind not in MEDIA_PARTS:
-        raise RequestError(f"'{param}.type' must be one of text, {', '.join(MEDIA_PARTS)}.", param + ".type")
-    if model and not model.sees:
-        raise RequestError(f"{model.name} takes text only; models that see: {SEEING}.", param)
-    place = expect(part.get(kind), (str, dict), f"{param}.{kind}")
-    if isinstance(place, dict):
-        expect(place.get("url"), str, f"{param}.{kind}.url")
-    return {"type": kind, kind: place if isinstance(place, dict) else {"url": place}}
-
-
-def to_zai_call(call, param):
-    """A tool call of an earlier answer, sent back; an object as its arguments becomes the string it should be."""
-    function = expect(expect(call, dict, param).get("function"), dict, param + ".function")
-    arguments = function.get("arguments")
-    arguments = expect("" if arguments is None else arguments, (str, dict), param + ".function.arguments")
-    return {"id": expect(call.get("id"), str, param + ".id"), "type": "function",
-            "function": {"name": expect(function.get("name"), str, param + ".function.name"),
-                         "arguments": arguments if isinstance(arguments, str) else encode_json(arguments).decode()}}
-
-
-def insert_instructions(messages, instructions):
-    """Put system lines of ours behind the client's own, so that what Z.ai caches of those stays cached."""
-    place = next((i for i, message in enumerate(messages) if message["role"] != "system"), len(messages))
-    messages[place:place] = [{"role": "system", "content": text} for text in instructions]
-
-
-# Everything beside the messages: each function gives the fields of zai_request that it is about.
-
-def to_zai_sampling(request, model, changed):
-    fields = {}
-    if "temperature" in request:
-        fields["temperature"] = round(min(request["temperature"], 1), 2)
-    if "top_p" in request:
-        fields["top_p"] = round(max(request["top_p"], 0.01), 2)
-    changed += [name for name, value in fields.items() if value != request[name]]
-    if fields.get("top_p") == 1:
-        del fields["top_p"]  # Z.ai's interval was an open one for years; 1 is no restriction anyway
-    limit = request.get("max_completion_tokens", request.get("max_tokens"))
-    if limit is not None:
-        fields["max_tokens"] = min(limit, model and model.max_tokens or limit)
-        if fields["max_tokens"] != limit:
-            changed.append("max_tokens")
-    if "stop" in request:
-        stop = request["stop"] if isinstance(request["stop"], list) else [request["stop"]]
-        if len(stop) > 4:
-            raise RequestError("'stop' must have at most 4 items.", "stop")
-        stop = [word for i, word in enumerate(stop) if expect(word, str, f"stop[{i}]")]
-        if stop:
-            fields["stop"] = stop
-    if "user" in request and "user_id" not in request:
-        if 6 <= len(request["user"]) <= 128:
-            fields["user_id"] = request["user"]
-        else:
-            changed.append("user")
-    return fields
-
-
-def to_zai_tools(request, instructions, changed):
-    """Tools with the fields Z.ai requires. It knows tool_choice "auto" only, and hangs on others: they become a system line."""
-    if len(request.get("tools", ())) > 128:
-        raise RequestError("'tools' must have at most 128 items.", "tools")
-    tools = [to_zai_tool(tool, f"tools[{i}]", changed) for i, tool in enumerate(request.get("tools", ()))]
-    wanted, must = read_tool_choice(request.get("tool_choice", "auto"), {tool["function"]["name"] for tool in tools if tool["type"] == "function"})
-    if request.get("tool_choice", "auto") != "auto":
-        changed.append("tool_choice")
-    if wanted is not None:
-        tools = [tool for tool in tools if tool["type"] == "function" and tool["function"]["name"] in wanted]
-    if not tools:
-        return {}
-    names = [tool["function"]["name"] for tool in tools if tool["type"] == "function"]
-    if must and names:
-        wish = "the tool " + names[0] if len(names) == 1 else "one or more of the tools"
-        instructions.append(f"You must answer by calling {wish}. Do not answer in text.")
-    return {"tools": tools, "tool_choice": "auto"}
-
-
-def to_zai_tool(tool, param, changed):
-    kind = expect(expect(tool, dict, param).get("type"), str, param + ".type")
-    if kind != "function":
-        return tool  # web_search, retrieval and others of Z.ai's own
-    function = {name: value for name, value in expect(tool.get("function"), dict, param + ".function").items() if value is not None}
-    name = expect(function.get("name"), str, param + ".function.name")
-    if not re.fullmatch("[a-zA-Z0-9_-]{1,64}", name):
-        raise RequestError(f"'{param}.function.name' must be 1 to 64 letters, digits, _ or -.", param + ".function.name")
-    if "strict" in function:
-        changed.append("strict")
-    return {"type": "function", "function": {
-        "name": name, "description": expect(function.get("description", name), str, param + ".function.description") or name,
-        "parameters": expect(function.get("parameters", {}), dict, param + ".function.parameters") or {"type": "object", "properties": {}}}}
-
-
-def read_tool_choice(choice, names):
-    """(wanted, must): the names of the tools that may be called, None for all; and whether one must be."""
-    if isinstance(choice, str):
-        if choice not in ("none", "auto", "required"):
-            raise RequestError("'tool_choice' must be none, auto, required or an object.", "tool_choice")
-        return (() if choice == "none" else None), choice == "required"
-    allowed = choice.get("allowed_tools") if choice.get("type") == "allowed_tools" else {"mode": "required", "tools": [choice]}
-    tools = expect(expect(allowed, dict, "tool_choice.allowed_tools").get("tools"), list, "tool_choice.allowed_tools.tools")
-    wanted = [expect(expect(expect(tool, dict, "tool_choice").get("function"), dict, "tool_choice.function").get("name"), str,
-                     "tool_choice.function.name") for tool in tools]
-    for name in wanted:
-        if name not in names:
-            raise RequestError(f"'tool_choice' names the tool {name!a}, which is not in 'tools'.", "tool_choice")
-    return wanted, allowed.get("mode") == "required"
-
+# The media that Z.ai takes at all, as the placeholder calls them.
+MEDIA = {
+    "image_url": "image",
+    "video_url": "video",
+    "file_url": "file",
+    "file": "file",
+}
+# Who takes OpenAI's own "file" part, and who takes one that holds a URL.
+FILE_MODELS = ("glm-5.3-flash", "glm-5.3-flashx")
+FILE_URL_MODELS = (
+    *FILE_MODELS, "glm-4.6v", "glm-4.6v-flash", "glm-4.6v-flashx", "glm-4.5v")
+# Z.ai refuses empty messages. Where one must be, this stands for nothing.
+FILLERS = {"user": ".", "tool": "(no output)"}
+ZAI_TOOLS = ("web_search", "retrieval")
 
 # What OpenAI's efforts become where Z.ai grades thinking.
-GRADES = {"none": "low", "minimal": "low", "low": "low", "medium": "high", "high": "high", "xhigh": "max", "max": "max"}
+GRADES = dict(zip(EFFORTS, "low low low high high max max".split()))
+# A family of models: thinking.type for the wishes off and on, and its words of effort.
+# Where thinking cannot be turned off, "disabled" is a 400.
+FAMILIES = {
+    NO_THINKING: (None, None, {}),
+    SWITCH: ("disabled", "enabled", {}),
+    GRADED: ("disabled", "enabled", GRADES),
+    ALWAYS: ("enabled", "enabled", GRADES),
+    # A model that the table does not know gets the words that were sent.
+    None: ("disabled", "enabled", dict(zip(EFFORTS, EFFORTS))),
+}
 
 
-def to_zai_thinking(request, model, default, changed):
-    """thinking and reasoning_effort as the model's family takes them; an id the table does not know gets what was sent."""
-    thinking = {name: value for name, value in request.get("thinking", {}).items() if value is not None}
-    kind = expect(thinking.get("type", ""), str, "thinking.type")
-    if kind and kind not in ("enabled", "disabled"):
-        raise RequestError("'thinking.type' must be enabled or disabled.", "thinking.type")
-    effort, wish, asked = request.get("reasoning_effort"), default, "thinking"
-    if kind:
-        wish = kind == "enabled"
-    elif "enable_thinking" in request:
-        wish, asked = request["enable_thinking"], "enable_thinking"
-    elif effort:
-        wish, asked = effort not in ("none", "minimal"), "reasoning_effort"
-    if wish is not None:
-        thinking["type"] = "enabled" if wish else "disabled"
-    fields = {"thinking": thinking} if thinking else {}
-    if model is None:
-        return dict(fields, reasoning_effort=effort) if effort else fields
-    if model.thinking == NO_THINKING:
-        changed += [name for name in ("thinking", "enable_thinking", "reasoning_effort") if name in request]
-        return {}
-    if model.thinking == ALWAYS and wish is False:  # disabled is a 400 there; the least it takes is low
-        changed.append(asked)
-        thinking["type"], effort = "enabled", "low"
-    if model.thinking in (GRADED, ALWAYS) and effort and thinking["type"] == "enabled":
-        fields["reasoning_effort"] = GRADES[effort]
-    if fields.get("reasoning_effort") != request.get("reasoning_effort") and "reasoning_effort" in request:
-        changed.append("reasoning_effort")
-    return fields
+def refusable_message(roles):
+    """The place of the message that may be refused for its pictures, -1 if there is
+    none.
+
+    It is the last one of the user. What a user says behind tool results are pictures
+    that a tool has brought; an agent would send them again for ever.
+    """
+    backwards = roles[::-1]
+    if "assistant" in backwards:
+        backwards = backwards[:backwards.index("assistant")]
+    # Once a tool has answered, the turn is the agent's until the assistant speaks.
+    if "user" not in backwards or "tool" in backwards:
+        return -1
+    return len(roles) - 1 - backwards.index("user")
 
 
-def to_zai_format(request, instructions, changed):
-    """Z.ai ignores a json_schema: it becomes json_object, with the schema in a system line."""
-    form = request.get("response_format", {"type": "text"})
-    kind = expect(form.get("type"), str, "response_format.type")
-    if kind == "text":
-        return {}
-    if kind == "json_object":
-        return {"response_format": {"type": "json_object"}}
-    if kind != "json_schema":
-        raise RequestError("'response_format.type' must be text, json_object or json_schema.", "response_format.type")
-    schema = expect(form.get("json_schema"), dict, "response_format.json_schema").get("schema")
-    expect({} if schema is None else schema, dict, "response_format.json_schema.schema")
-    changed.append("response_format")
-    instructions.append("Answer with one JSON value that matches this JSON Schema, and nothing else:\n" + encode_json(schema or {}).decode())
-    return {"response_format": {"type": "json_object"}}
+class Translation:
+    """One request on its way. Each method gives the fields of Z.ai's body it treats."""
+
+    def __init__(self, request, id, changed):
+        self.request = request
+        self.id = id
+        # None for an id that the table does not know.
+        self.model = find_model(id)
+        # Short names of what was altered or dropped.
+        self.changed = changed
+        # What Z.ai has no field for, as system lines.
+        self.instructions = []
+        # Images of tool results, until the last of these results has come.
+        self.images = []
+        self.functions = {}
+        self.stop = ()
+
+    def result(self, settings):
+        request = self.request
+        body = {}
+        for name, value in request.items():
+            if name in DROPPED:
+                self.changed.append(name)
+            elif name not in FIELDS:
+                body[name] = value
+        messages = self.messages()
+        body.update(model=self.id, stream=True, messages=messages)
+        body.update(self.sampling())
+        body.update(self.tools())
+        body.update(self.thinking(settings.enable_thinking))
+        body.update(self.format())
+        self.insert_instructions(messages)
+        streams_calls = self.model and self.model.tool_stream
+        if self.functions and request.get("stream") and streams_calls:
+            body.setdefault("tool_stream", True)
+        return Asked(
+            body,
+            changed=tuple(dict.fromkeys(self.changed)),
+            tools=self.functions,
+            one_call=request.get("parallel_tool_calls") is False,
+            unfence="response_format" in body,
+            stop=self.stop,
+        )
+
+    # Messages
+
+    def messages(self):
+        """Z.ai's messages. It refuses a request without a user among them."""
+        messages = expect(self.request["messages"], list, "messages")
+        if not messages:
+            raise RequestError("'messages' must not be empty.", "messages")
+        roles = []
+        for i, message in enumerate(messages):
+            roles.append(need(message, "role", str, f"messages[{i}]"))
+        refusable = refusable_message(roles)
+        result = []
+        behind_tools = 0
+        for i, role in enumerate(roles):
+            message = self.message(messages[i], role, f"messages[{i}]", i == refusable)
+            # Parallel calls have several results, which must stand side by side.
+            if role == "assistant":
+                self.place_images(result, behind_tools)
+            if message["content"] is not None:
+                result.append(message)
+            if role == "tool":
+                behind_tools = len(result)
+        self.place_images(result, behind_tools)
+        if not any(message["role"] == "user" for message in result):
+            result.append({"role": "user", "content": "."})
+            self.changed.append("user_message")
+        return result
+
+    def place_images(self, result, place):
+        """Z.ai takes images from users only: those of tools follow the last result."""
+        if self.images:
+            text = {"type": "text", "text": "From the tool results:"}
+            content = [text, *self.images]
+            result.insert(place, {"role": "user", "content": content})
+            self.images = []
+
+    def message(self, message, role, param, refusable):
+        """One message; its content is None if nothing is left of it."""
+        message = without_nulls(message)
+        if role not in ROLES:
+            words = ", ".join(ROLES)
+            raise RequestError(f"'{param}.role' must be one of {words}.", f"{param}.role")
+        if role == "developer":
+            self.changed.append(role)
+        for name in message:
+            if name not in MESSAGE_KEYS:
+                known = name in DROPPED_MESSAGE_KEYS
+                self.changed.append(name if known else "message_fields")
+        content = self.content(message, role, f"{param}.content", refusable)
+        result = {"role": ROLES[role], "content": content}
+        if role == "tool":
+            result["tool_call_id"] = need(message, "tool_call_id", str, param)
+        if role == "assistant":
+            result.update(self.assistant(message, param))
+        if not content and "tool_calls" not in result:
+            self.changed.append("empty_message")
+            result["content"] = FILLERS.get(role)
+        return result
+
+    def assistant(self, message, param):
+        fields = {}
+        # OpenRouter and newer vLLM call it "reasoning".
+        thinking = message.get("reasoning")
+        if "reasoning_content" in message:
+            thinking = need(message, "reasoning_content", str, param)
+        if thinking and isinstance(thinking, str):
+            fields["reasoning_content"] = thinking
+        if message.get("tool_calls"):
+            calls = need(message, "tool_calls", list, param)
+            paths = (f"{param}.tool_calls[{i}]" for i in range(len(calls)))
+            fields["tool_calls"] = list(map(self.call, calls, paths))
+        return fields
+
+    def call(self, call, param):
+        """A tool call of an earlier answer, sent back."""
+        id = need(call, "id", str, param)
+        if call.get("type") == "custom":
+            # Another model's. Z.ai has no such calls, so the text becomes an argument.
+            custom = need(call, "custom", dict, param)
+            arguments = {"input": custom.get("input")}
+            call = {"function": {**custom, "arguments": arguments}}
+        function = without_nulls(need(call, "function", dict, param))
+        param += ".function"
+        name = need(function, "name", str, param)
+        arguments = function.get("arguments", "")
+        mended = mend_arguments(arguments)
+        if mended != arguments and not isinstance(arguments, dict):
+            self.changed.append("arguments")
+        return {
+            "id": id,
+            "type": "function",
+            "function": {"name": name, "arguments": mended},
+        }
+
+    def content(self, message, role, param, refusable):
+        """A string, or parts where something is to be seen; "" if there is nothing."""
+        content = message.get("content")
+        if content is None and role in ("assistant", "tool"):
+            return ""
+        if content is None:
+            words = f"'{param}' is missing."
+            raise RequestError(words, param, code="missing_required_parameter")
+        if not isinstance(content, list):
+            return expect(content, str, param)
+        parts = []
+        for i, part in enumerate(content):
+            parts.append(self.part(part, role, f"{param}[{i}]", refusable))
+        parts = list(filter(None, parts))
+        media = [part for part in parts if part["type"] != "text"]
+        texts = [part["text"] for part in parts if part["type"] == "text"]
+        if role == "tool" and media:
+            self.images += media
+            return "\n".join(texts) or "(an image)"
+        if not media:
+            return "\n".join(texts)
+        if not texts:
+            # "cannot be empty": Z.ai wants a text beside an image.
+            parts.append({"type": "text", "text": "."})
+        return parts
+
+    def part(self, part, role, param, refusable):
+        """One content part; None for an empty text."""
+        kind = need(part, "type", str, param)
+        if kind in TEXT_PARTS:
+            text = need(part, kind, str, param)
+            return {"type": "text", "text": text} if text else None
+        try:
+            if role not in ("user", "tool"):
+                raise RequestError(f"a message of the {role} takes text only")
+            return self.media(part, kind, param)
+        except RequestError as error:
+            if refusable:
+                raise
+            noun = MEDIA.get(kind, name_of(kind))
+            self.changed.append(noun)
+            reason = error.message.partition(";")[0]
+            return {"type": "text", "text": f"[{noun} left out: {reason}]"}
+
+    def media(self, part, kind, param):
+        """A media part as Z.ai takes it. The error says the reason; then the advice."""
+        if kind not in MEDIA:
+            kinds = ", ".join(["text", *MEDIA])
+            words = f"Z.ai takes no {name_of(kind)}; '{param}.type' must be one of {kinds}."
+            raise RequestError(words, param + ".type")
+        model = self.model
+        if model and not model.sees:
+            words = f"{model.name} takes text only; models that see: {SEEING}."
+            raise RequestError(words, param)
+        if kind != "file":
+            place = need(part, kind, (str, dict), param)
+            if isinstance(place, str):
+                place = {"url": place}
+            need(place, "url", str, f"{param}.{kind}")
+            return {"type": kind, kind: place}
+        # Z.ai has taken over OpenAI's form of it, so it passes as it is.
+        file = need(part, kind, dict, param)
+        takers = FILE_URL_MODELS if "file_url" in file else FILE_MODELS
+        if model and model.id not in takers:
+            names = ", ".join(MODELS[id].name for id in takers)
+            words = f"{model.name} takes no such file; models that do: {names}."
+            raise RequestError(words, param)
+        return {"type": kind, kind: file}
+
+    def insert_instructions(self, messages):
+        """Put our lines behind the client's own: what Z.ai caches stays cached."""
+        place = 0
+        while messages[place]["role"] == "system":
+            place += 1
+        for text in reversed(self.instructions):
+            messages.insert(place, {"role": "system", "content": text})
+
+    # Everything beside the messages
+
+    def sampling(self):
+        request = self.request
+        fields = {}
+        if "temperature" in request:
+            temperature = min(request["temperature"], 1)
+            fields["temperature"] = round(temperature, 2)
+        if "top_p" in request:
+            top_p = max(request["top_p"], 0.01)
+            fields["top_p"] = round(top_p, 2)
+        self.changed += [name for name, value in fields.items() if value != request[name]]
+        # Z.ai's interval was an open one for years; 1 is no restriction anyway.
+        if fields.get("top_p") == 1:
+            del fields["top_p"]
+        limit = request.get("max_completion_tokens", request.get("max_tokens"))
+        if limit is not None:
+            most = self.model and self.model.max_tokens or limit
+            fields["max_tokens"] = min(limit, most)
+            if fields["max_tokens"] != limit:
+                self.changed.append("max_tokens")
+        fields.update(self.stop_words())
+        # Z.ai's name of it, and Z.ai's bounds.
+        user = request.get("user", "")
+        if 6 <= len(user) <= 128:
+            fields.setdefault("user_id", request.get("user_id", user))
+        elif user:
+            self.changed.append("user")
+        return fields
+
+    def stop_words(self):
+        """Z.ai takes one stop word. The proxy itself looks for all of them."""
+        stop = self.request.get("stop", [])
+        words = [stop] if isinstance(stop, str) else stop
+        if len(words) > 4:
+            raise RequestError("'stop' must have at most 4 items.", "stop")
+        for i, word in enumerate(words):
+            if len(expect(word, str, f"stop[{i}]")) > LONGEST_STOP_WORD:
+                words = f"'stop[{i}]' is longer than {LONGEST_STOP_WORD} characters."
+                raise RequestError(words, f"stop[{i}]")
+        self.stop = tuple(filter(None, words))
+        return {"stop": [self.stop[0]]} if self.stop else {}
+
+    def tools(self):
+        """Z.ai knows tool_choice "auto" only; a system line tells of any other."""
+        asked = self.request.get("tools", [])
+        if len(asked) > MOST_TOOLS:
+            raise RequestError(f"'tools' must have at most {MOST_TOOLS} items.", "tools")
+        tools = [self.tool(tool, f"tools[{i}]") for i, tool in enumerate(asked)]
+        choice = self.request.get("tool_choice", "auto")
+        if choice != "auto":
+            self.changed.append("tool_choice")
+        functions = self.functions
+        wanted, must = read_tool_choice(choice, functions, None in tools)
+        if wanted is not None:
+            self.functions = {
+                name: schema for name, schema in functions.items() if name in wanted}
+            tools = [tool for tool in tools if function_name(tool) in wanted]
+        tools = list(filter(None, tools))
+        if must and self.functions:
+            wish = "one or more of the tools"
+            if len(self.functions) == 1:
+                wish = "the tool " + "".join(self.functions)
+            self.instructions.append(
+                f"You must answer by calling {wish}. Do not answer in text.")
+        return {"tools": tools, "tool_choice": "auto"} if tools else {}
+
+    def tool(self, tool, param):
+        """A tool with the fields that Z.ai requires; None for one it does not take."""
+        kind = need(tool, "type", str, param)
+        if kind in ZAI_TOOLS and isinstance(tool.get(kind), dict):
+            return {"type": kind, kind: tool[kind]}
+        if kind != "function":
+            # For one unknown tool Z.ai refuses the whole request.
+            self.changed.append(name_of(kind))
+            return None
+        function = without_nulls(need(tool, kind, dict, param))
+        param += ".function"
+        name = need(function, "name", str, param)
+        if not re.fullmatch("[a-zA-Z0-9_-]{1,64}", name):
+            words = f"'{param}.name' must be 1 to 64 letters, digits, _ or -."
+            raise RequestError(words, f"{param}.name")
+        if "strict" in function:
+            self.changed.append("strict")
+        filled = {"description": name, "parameters": {}, **function}
+        description = need(filled, "description", str, param) or name
+        parameters = need(filled, "parameters", dict, param)
+        if not parameters:
+            parameters = {"type": "object", "properties": {}}
+        self.functions[name] = parameters
+        return {"type": kind, kind: {
+            "name": name,
+            "description": description,
+            "parameters": parameters,
+        }}
+
+    def thinking(self, default):
+        """thinking and reasoning_effort as the model's family takes them."""
+        request = self.request
+        off, on, grades = FAMILIES[self.model and self.model.thinking]
+        if on is None:
+            self.changed += [name for name in OWN_WISHES if name in request]
+            return {}
+        thinking = without_nulls(request.get("thinking", {}))
+        wish, asked = read_thinking(thinking, request, default)
+        effort = grades.get(request.get("reasoning_effort"))
+        if wish is not None:
+            thinking["type"] = on if wish else off
+        if wish is False and off == "enabled":
+            # It thinks all the same: as little as it can.
+            self.changed.append(asked)
+            effort = "low"
+        fields = {"thinking": thinking} if thinking else {}
+        if effort and thinking["type"] == "enabled":
+            fields["reasoning_effort"] = effort
+        if request.get("reasoning_effort", effort) != fields.get("reasoning_effort"):
+            self.changed.append("reasoning_effort")
+        return fields
+
+    def format(self):
+        """Z.ai ignores a json_schema, so the schema goes into a system line."""
+        path = "response_format"
+        form = self.request.get(path, {"type": "text"})
+        kind = need(form, "type", str, path)
+        if kind == "text":
+            return {}
+        if kind not in ("json_object", "json_schema"):
+            words = f"'{path}.type' must be text, json_object or json_schema."
+            raise RequestError(words, f"{path}.type")
+        if kind == "json_schema":
+            form = without_nulls(need(form, kind, dict, path))
+            schema = need({"schema": {}, **form}, "schema", dict, f"{path}.{kind}")
+            text = encode_request(schema).decode()
+            self.changed.append(path)
+            self.instructions.append(
+                "Answer with one JSON value that matches this JSON Schema,"
+                f" and nothing else:\n{text}")
+        return {path: {"type": "json_object"}}
 
 
-def encode_request(zai_request):
-    """Its bytes. What was not too deep to be read may be too deep to be written."""
+def function_name(tool):
+    """The name of a translated tool; None for Z.ai's own and for one left out."""
+    return tool and tool.get("function", {}).get("name")
+
+
+def name_of(kind):
+    """A client's word as an item of a header's list."""
+    return re.sub("[^a-zA-Z0-9_.-]", "_", kind[:40])
+
+
+def mend_arguments(arguments):
+    """The text of a JSON object, whatever a model or a cut has left as `arguments`.
+
+    What is whole stays as it is; what was encoded or written twice is taken once; any
+    other text becomes the one value of an object.
+    """
+    if not isinstance(arguments, str):
+        arguments = encode_request(arguments).decode()
+    text = arguments.strip()
+    if not text:
+        return "{}"
+    # A stream that was played twice leaves the same object twice.
+    half = text[:len(text) // 2].strip()
+    if half != text[len(text) // 2:].strip():
+        half = ""
+    for candidate in (arguments, half):
+        value = decode_or_none(candidate)
+        if isinstance(value, str):
+            candidate = value
+            value = decode_or_none(candidate)
+        if isinstance(value, dict):
+            return candidate
+    return encode_request({"arguments": arguments}).decode()
+
+
+def decode_or_none(text):
     try:
-        return encode_json(zai_request)
-    except RecursionError:
-        raise RequestError("The body is nested too deeply.") from None
+        return decode_strictly(text)
+    except (ValueError, RecursionError):
+        return None
 
 
-# Bytes ################################################################################################################
+def read_tool_choice(choice, names, some_left_out):
+    """(wanted, must): the tools that may be called, None for all; whether one must be.
+
+    `names`: the function tools there are; `some_left_out`: there were others, so a name
+    that is not among them is no mistake of the client's.
+    """
+    if isinstance(choice, str):
+        if choice not in ("none", "auto", "required"):
+            words = "'tool_choice' must be none, auto, required or an object."
+            raise RequestError(words, "tool_choice")
+        return (set() if choice == "none" else None), choice == "required"
+    path = "tool_choice"
+    if choice.get("type") == "allowed_tools":
+        allowed = need(choice, "allowed_tools", dict, path)
+        path += ".allowed_tools"
+    elif choice.get("type", "function") == "function":
+        allowed = {"mode": "required", "tools": [choice]}
+    else:
+        # Z.ai's own tools, and those that were left out, cannot be demanded.
+        return None, False
+    wanted = {chosen_name(tool) for tool in need(allowed, "tools", list, path)}
+    unknown = wanted.difference(names, [""])
+    if unknown and not some_left_out:
+        shown = ascii(min(unknown)[:200])
+        words = f"'tool_choice' names the tool {shown}, which is not in 'tools'."
+        raise RequestError(words, "tool_choice")
+    must = allowed.get("mode") == "required"
+    # If all that may be called was left out, a demand for a call would never be met.
+    if must and wanted.isdisjoint(names):
+        return None, False
+    return wanted, must
+
+
+def chosen_name(tool):
+    """The name in one entry of a tool choice; "" for a tool that is no function."""
+    if expect(tool, dict, "tool_choice").get("type", "function") == "function":
+        function = need(tool, "function", dict, "tool_choice")
+        return need(function, "name", str, "tool_choice.function")
+    return ""
+
+
+def read_thinking(thinking, request, default):
+    """(wish, field): True, False or None for no wish, and the field that says it."""
+    kind = thinking.get("type")
+    if kind is not None:
+        if kind not in ("enabled", "disabled"):
+            words = "'thinking.type' must be enabled or disabled."
+            raise RequestError(words, "thinking.type")
+        return kind == "enabled", "thinking"
+    if "enable_thinking" in request:
+        return request["enable_thinking"], "enable_thinking"
+    if "reasoning_effort" in request:
+        return request["reasoning_effort"] not in ("none", "minimal"), "reasoning_effort"
+    return default, "thinking"
+
+
+# From Z.ai ############################################################################
 #
-# Push parsers: feed() takes what has arrived and gives what is complete. Every buffer has a bound.
+# Z.ai's bytes in, steps out. An Answer reads head, framing, and server-sent events or
+# one JSON body; its Translator makes steps of the events. A step says one thing that
+# happened, in no API's own words: the fronts tell it. What is not known never passes as
+# an answer.
 
-_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode  # made once: json.dumps costs twice that
-_quote = json.encoder.encode_basestring
-_decoder = json.JSONDecoder(parse_constant=lambda name: None, parse_float=finite)  # NaN and 1e999 can be read and not be written
-_scan = _decoder.scan_once  # the C function itself: StopIteration where there is no value
-
-
-def new_id(prefix, rand=random.getrandbits):
-    """An id as OpenAI's look. Not os.urandom's: it is no secret, and a system call gives the interpreter away."""
-    return f"{prefix}{rand(96):024x}"
+TEXT, THINKING, CALL, ARGUMENTS = "text", "thinking", "call", "arguments"
+FINISH, RESTART = "finish", "restart"
 
 
-def encode_json(value):
-    """UTF-8 bytes; a lone surrogate, which JSON can spell and UTF-8 cannot, becomes a question mark."""
-    return _encode(value).encode("utf-8", "replace")
+class Step(NamedTuple):
+    """One thing that happened in an answer.
 
-
-def encode_event(value):
-    """One server-sent event. The value's first key stays first: some clients look for {"error" at the start."""
-    return b"data: " + encode_json(value) + b"\n\n"
-
-
-# Heads of HTTP, as text in latin-1, with the line ends they came with. No folding, and no CR but the line's own. A method has at most 20
-# letters: it is logged and quoted before any key is checked.
-TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-REQUEST_LINE = re.compile(rf"(?=[^ ]{{1,20}} )({TOKEN}) ([!-~\x80-\xff]+) (HTTP/[1-9]\.[0-9])\r?\n")
-STATUS_LINE = re.compile(r"(HTTP/1\.[0-9]) ([1-9][0-9][0-9])(?: [^\r\n]*)?\r?\n")
-FIELD_LINE = re.compile(rf"^({TOKEN}):([^\0\r\n]*)\r?\n", re.MULTILINE)
-TRAILER = re.compile(rf"{TOKEN}:[^\0\r\n]*".encode())  # a field line behind a chunked body, without its end
-LENGTH = re.compile("[0-9]{1,15}")
-LONGEST_HEAD = 65536  # bytes
-HEAD_END = re.compile(rb"\r?\n\r?\n")
-ONCE = ("host", "content-length", "transfer-encoding")  # fields of which two readers could take different ones
-
-
-def join_fields(pairs):
-    """{name in lower case: value} of FIELD_LINE's matches; of a name that comes twice the values are joined (RFC 9110, 5.3)."""
-    fields = {}
-    for name, value in pairs:
-        name, value = name.lower(), value.strip(" \t")
-        fields[name] = f"{fields[name]}, {value}" if name in fields else value
-    return fields
-
-
-def parse_request_fields(text):
-    """The fields of a request's head, whose lines `text` has behind the first, taken to the letter; RequestError if one is none."""
-    pairs = FIELD_LINE.findall(text)
-    if len(pairs) < text.count("\n"):
-        raise RequestError("Malformed header line.")
-    fields = join_fields(pairs)
-    if len(fields) < len(pairs) and any(sum(name.lower() == once for name, _ in pairs) > 1 for once in ONCE):
-        raise RequestError("More than one Host, Content-Length or Transfer-Encoding header.")
-    return fields
-
-
-def parse_response_head(head):
-    """(version, status, fields) of a response's head in bytes; lines that are no fields are passed over. ValueError if it is no head."""
-    text = head.decode("latin-1")
-    found = STATUS_LINE.match(text)
-    if not found:
-        raise ValueError(f"{text[:60]!a} is no status line")
-    return found.group(1), int(found.group(2)), join_fields(FIELD_LINE.findall(text, found.end()))
-
-
-@functools.lru_cache(maxsize=1024)  # the sizes repeat
-def chunk_size(line):
-    """The size in a chunk's first line (without its CRLF). int() alone would take signs, blanks and underscores."""
-    found = re.fullmatch(rb"([0-9a-fA-F]{1,15})(?:[ \t]*;[\t -~\x80-\xff]*)?", line)
-    if not found:
-        raise ValueError("broken chunk size")
-    return int(found.group(1), 16)
-
-
-class Dechunker:
-    """HTTP's chunked coding, taken strictly. feed(data) -> body bytes; afterwards `done` and `rest`, the bytes behind the end.
-
-    ValueError for a broken coding; OverflowError as soon as the body passes `limit` bytes or announces a chunk that would.
+    TEXT and THINKING bring `text`. CALL begins the tool call number `index` (from 0):
+    `id`, `name`, and in `text` the first piece of its arguments, which may be empty.
+    ARGUMENTS brings the next piece. FINISH comes last and once: `text` is one of
+    FINISHES' values, or "tool_calls"; `usage` is OpenAI's object, None if Z.ai gave
+    none. RESTART: Z.ai began the answer again, so that what came before is void.
     """
 
-    LONGEST_LINE = 4096  # a chunk's extension or a trailer; nobody is known to send any
-
-    def __init__(self, limit=float("inf")):
-        self.limit, self.total, self.rest, self.done = limit, 0, b"", False
-        self.left = 0           # of a chunk that has not come whole, and the CRLF behind it
-        self.trailers = None    # bytes of them, once the last chunk is there
-
-    def feed(self, data):
-        data = self.rest + data if self.rest else data
-        body, at, end = [], 0, len(data)
-        while at < end:
-            if self.left:
-                if self.left > 2:
-                    piece = data[at:at + self.left - 2]
-                    body.append(piece)
-                    at, self.left = at + len(piece), self.left - len(piece)
-                elif end - at < 2:
-                    break
-                elif data[at:at + 2] == b"\r\n":
-                    at, self.left = at + 2, 0
-                else:
-                    raise ValueError("chunk longer than announced")
-                continue
-            line_end = data.find(b"\r\n", at, at + self.LONGEST_LINE)
-            if line_end < 0:
-                if end - at >= self.LONGEST_LINE or b"\n" in data[at:]:
-                    raise ValueError("chunk line without an end")
-                break
-            line, at = data[at:line_end], line_end + 2
-            if self.trailers is not None:
-                self.trailers += len(line)
-                if self.trailers > 65536 or line and not TRAILER.fullmatch(line):
-                    raise ValueError("broken trailers")
-                self.done = not line
-                if self.done:
-                    break
-                continue
-            size = chunk_size(line)
-            stop = at + size
-            self.total += size
-            if self.total > self.limit:
-                raise OverflowError("body too large")
-            if size == 0:
-                self.trailers = 0
-            elif data[stop:stop + 2] == b"\r\n":  # nearly always
-                body.append(data[at:stop])
-                at = stop + 2
-            else:
-                self.left = size + 2
-        self.rest = data[at:]
-        return body[0] if len(body) == 1 else b"".join(body)
-
-
-class Counted:
-    """The same interface for a body of known length."""
-
-    def __init__(self, length):
-        self.left, self.done, self.rest = length, length == 0, b""
-
-    def feed(self, data):
-        body, self.rest = data[:self.left], data[self.left:]
-        self.left -= len(body)
-        self.done = not self.left
-        return body
-
-
-class SSEDecoder:
-    """Server-sent events. feed(data) -> the data of each complete event, as text; close() -> what a missing blank line held back.
-
-    Lines end at CR, LF or both and nowhere else (https://html.spec.whatwg.org/multipage/server-sent-events.html), so U+2028 in a
-    text survives. Names, ids and comments are dropped. Beyond the standard, a line that starts with "{" is an event too:
-    Z.ai was seen to end a broken answer with a bare line {"error":...}.
-    """
-
-    def __init__(self, limit=16 << 20):  # bytes of one event
-        self.limit, self.parts, self.size = limit, [], 0
-
-    def feed(self, data):
-        if b"\n" not in data and b"\r" not in data:  # the inside of a long event
-            self._hold(data)
-            return []
-        if self.parts:
-            data = b"".join(self.parts) + data
-            self.parts, self.size = [], 0
-        held = b"\r" if data.endswith(b"\r") else b""  # an LF may follow
-        if b"\r" in data:
-            data = data[:len(data) - len(held)].replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-        end = data.rfind(b"\n\n") + 2 if b"\n\n" in data else 0
-        if held or end < len(data):
-            self._hold(data[end:] + held)
-        blocks = data[:end].decode("utf-8", "replace").split("\n\n")
-        if len(data) > self.limit and max(map(len, blocks)) > self.limit:
-            raise self._too_large()
-        events = []
-        for block in blocks:
-            if block.startswith("data: ") and "\n" not in block:  # nearly always
-                events.append(block[6:])
-            elif block:
-                events += self._event(block)
-        return events
-
-    def close(self):
-        return self.feed(b"\n\n\n")
-
-    @staticmethod
-    def _event(block):
-        """The events in the lines between two blank ones: one of `data` lines, and each bare JSON line."""
-        lines = block.lstrip("\ufeff").split("\n")
-        data = [line[6:] if line.startswith("data: ") else line[5:] for line in lines if line.startswith("data:") or line == "data"]
-        return (["\n".join(data)] if data else []) + [line for line in lines if line.startswith("{")]
-
-    def _hold(self, data):
-        """Keep what is not yet an event, in the pieces it came in: one growing buffer leaves holes in the heap that stay for good."""
-        self.size += len(data)
-        if self.size > self.limit:
-            raise self._too_large()
-        if self.parts and len(self.parts[-1]) < 4096:
-            data = self.parts.pop() + data
-        self.parts.append(data)
-
-    def _too_large(self):
-        return UpstreamError(f"Z.ai sent an event of more than {self.limit} bytes.", GIVE_UP)
-
-
-# Z.ai response -> OpenAI response #####################################################################################
-#
-# Every chunk is rebuilt. A Chunk is what varies from one chat.completion.chunk to the next; the Envelope is what does
-# not, and puts both together. Nothing of Z.ai's own bytes reaches a client.
-
-class Chunk(NamedTuple):
-    """One step of an answer: a delta; or, last and once, the finish reason with the usage, if Z.ai gave any.
-
-    `delta` None, which only a JSON answer meets, means that Z.ai has started afresh: what came before is void.
-    """
-    delta: dict | None
-    finish_reason: str | None = None
+    kind: str
+    text: str = ""
+    index: int | None = None
+    id: str | None = None
+    name: str | None = None
     usage: dict | None = None
 
 
-FINISHES = {"stop": "stop", "tool_calls": "tool_calls", "length": "length", "function_call": "tool_calls", "sensitive": "content_filter",
-            "content_filter": "content_filter", "model_context_window_exceeded": "length"}
-LONGEST_ANSWER = 64 << 20  # bytes, of one that is held as a whole
-TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<|begin_of_box|>", "<|end_of_box|>")
+# The ends that Z.ai documents, and two that gateways in front of it use. Any other
+# reason, such as network_error, means that the answer was broken off.
+FINISHES = {
+    "stop": "stop",
+    "tool_calls": "tool_calls",
+    "function_call": "tool_calls",
+    "length": "length",
+    "sensitive": "content_filter",
+    "content_filter": "content_filter",
+    "model_context_window_exceeded": "context_window",
+}
+# An answer that is held as a whole has that many bytes at most.
+LONGEST_ANSWER_BYTES = 64 << 20
+# So many characters may wait until it is clear what they are.
+LONGEST_HELD = 1 << 20
+# So many characters of arguments may come before the name of their call.
+LONGEST_EARLY = 1 << 16
+# There may be as many tools, and a model calls each of them once at most.
+MOST_CALLS = 128
+# A larger count of tokens is none.
+MOST_TOKENS = 10 ** 12
+
+# Marks of GLM's own template that were seen in texts: thinking in the content of 4.1V,
+# boxes around the answers of 4.5V, and tool calls in texts and thinking of 4.5 to 4.7.
+THINK, THINK_END = "<think>", "</think>"
+LEAK, LEAK_END = "<tool_call>", "</tool_call>"
+BOXES = ("<|begin_of_box|>", "<|end_of_box|>")
+TAGS = (THINK, THINK_END, LEAK, LEAK_END, *BOXES)
+
+# The fields of a delta with the kind of step they are.
+FIELD_OF = {"reasoning_content": THINKING, "content": TEXT}
 
 
 class TagSplitter:
-    """Cuts a text that comes in pieces at TAGS: feed(text) -> tags and texts between them; what may become a tag is held back."""
+    """Cuts a text that comes in pieces at TAGS: feed(text) -> tags, and texts between
+    them. What may become a tag is held back."""
 
     PATTERN = re.compile(f"({'|'.join(map(re.escape, TAGS))})")
 
@@ -1090,636 +1970,2833 @@ class TagSplitter:
         self.held = ""
 
     def feed(self, text):
-        pieces = self.PATTERN.split(self.held + text)
-        last = pieces.pop()
-        start = last.rfind("<")
-        self.held = last[start:] if start >= 0 and any(tag.startswith(last[start:]) for tag in TAGS) else ""
-        pieces.append(last[:len(last) - len(self.held)])
-        return [piece for piece in pieces if piece]
+        *pieces, last = self.PATTERN.split(self.held + text)
+        self.held = ""
+        # No tag has a second "<".
+        at = last.rfind("<")
+        if at >= 0 and any(tag.startswith(last[at:]) for tag in TAGS):
+            self.held = last[at:]
+            last = last[:at]
+        return [piece for piece in (*pieces, last) if piece]
 
     def close(self):
-        held, self.held = self.held, ""
-        return [held] if held else []
+        held = self.held
+        self.held = ""
+        return [held]
 
 
 class FenceStripper:
-    """Takes a Markdown code fence off a text that comes in pieces; a text without one passes unchanged."""
+    """Takes the Markdown fence off JSON that comes in pieces; other text stays as it
+    is.
 
-    def __init__(self):
-        self.state, self.held = "start", ""
-
-    def feed(self, text):
-        text, self.held = self.held + text, ""
-        if self.state == "start":
-            text = text.lstrip()
-            if text.startswith("```") and "\n" in text:
-                self.state, text = "fenced", text.split("\n", 1)[1]
-            elif text.startswith("```"[:len(text)]):
-                self.held = text
-                return ""
-            else:
-                self.state = "plain"
-        if self.state == "fenced":
-            body, fence, _ = text.partition("\n```")  # cannot be inside JSON, whose strings have no raw line ends
-            if fence:
-                self.state = "done"
-                return body
-            kept = text.rstrip().rstrip("`").rstrip()
-            self.held = text[len(kept):]
-            return kept
-        return text if self.state == "plain" else ""
-
-    def close(self):
-        held, self.held = self.held, ""
-        if self.state == "start":  # a fence on the same line as the text
-            return re.sub(r"^```\w*\s*|\s*```\s*$", "", held)
-        return "" if "```" in held else held
-
-
-class ToolCall:
-    """One tool call under way. `index` is ours, given when the client is told of it; `zai_index` and `zai_id` are Z.ai's, if any."""
-
-    def __init__(self, id, zai_id, zai_index):
-        self.id, self.zai_id, self.zai_index, self.index, self.name, self.arguments = id, zai_id, zai_index, None, "", ""
-
-
-class ChunkTranslator:
-    """Z.ai's events in, OpenAI chunks out. feed(event) -> chunks; close() -> the last of them.
-
-    `event` is the text of one SSE event, or a whole JSON answer. UpstreamError where Z.ai sent an error, and from close()
-    where no finish was seen: an answer that just ends is none.
-
-    reasoning: parsed, raw or hidden. tools: name -> parameter schema of the tools sent, to read calls that leak into the
-    text. one_call: only the first tool call passes. unfence: take a Markdown fence off the text. restartable: nothing
-    reaches the client before the end, so a stream that starts afresh does no harm. describe(value) makes the error of an
-    error event. new_id() names calls that have no id.
+    Models fence their JSON though it was asked for alone, and clients cannot parse it
+    then.
     """
 
-    def __init__(self, reasoning="parsed", tools=None, one_call=False, unfence=False, restartable=False, describe=zai_error,
-                 new_id=lambda: new_id("call_")):
-        self.reasoning, self.tools, self.one_call, self.unfence, self.restartable = reasoning, tools or {}, one_call, unfence, restartable
-        self.describe = describe
-        self.new_id = new_id
-        self.complete = False   # the last chunk has been given
-        self.repaired = 0       # events skipped or mended
-        self._start()
+    # Between a fence and its JSON there is at most the name of the language.
+    LONGEST_OPENING = 100
+    OPENING = re.compile(r"```[^{\[]{0,96}(?=[{\[])")
 
-    def _start(self):
-        self.finish, self.usage, self.calls, self.leaked = None, None, [], []
-        self.thinking = False   # between <think> and </think>
-        self.raw_open = False   # a <think> of ours is open
-        self.begun = set()      # which of content, reasoning and tool calls have come
-        self.spoken = False     # answer text or a tool call has been given
-        self.announced = 0      # tool calls given
-        self.splitters = {"content": TagSplitter(), "reasoning": TagSplitter()}
-        self.leak = None        # the text of a leaking <tool_call>, and where it leaks
-        self.fence = FenceStripper() if self.unfence else None
-        self.plain = None       # the field whose text passes as it is, while nothing is held back and nothing is open
+    def __init__(self):
+        self.held = ""
+        self.fenced = None  # not known as long as the text may still open with a fence
+        self.ended = False
+        self.progress = JsonProgress()
 
-    # What comes in
+    def feed(self, text):
+        if self.fenced is None:
+            text = self._opening(text)
+        if not self.fenced:
+            return text
+        # Behind the JSON there is only the rest of the fence.
+        if self.ended:
+            return ""
+        end = self.progress.feed(text)
+        self.ended = end >= 0
+        return text[:end] if self.ended else text
 
-    def feed(self, event):
-        if self.complete:
-            return ()
-        try:
-            value, end = _scan(event, 0)
-            if end != len(event) and event[end:].strip():
-                raise ValueError
-        except (ValueError, RecursionError, StopIteration):
-            return self._torn(event)
-        try:
-            choice = value["choices"][0]
-            delta = choice["delta"]
-            text = delta[self.plain]
-            if (type(text) is str and text and "<" not in text and "finish_reason" not in choice and "usage" not in value
-                    and (len(delta) == 1 or len(delta) == 2 and "role" in delta)):
-                return (Chunk({self.plain: text}),)  # nine of ten events
-        except (KeyError, IndexError, TypeError):
-            pass
-        if not isinstance(value, dict):
-            self.repaired += 1
-            return ()
-        return self._event(value)
-
-    def feed_all(self, events, end=False):
-        """(chunks, failure): the chunks of all events, and of close() if that is the end, up to the UpstreamError there may be."""
-        chunks = []
-        try:
-            for event in events:
-                chunks += self.feed(event)
-            if end:
-                chunks += self.close()
-        except UpstreamError as failure:
-            return chunks, failure  # what came before it in the same read is not lost
-        return chunks, None
-
-    def _torn(self, event):
-        """What is no JSON: the end mark, garbage, or a frame cut short with a new one inside, whose answer starts afresh."""
-        if event.startswith("[DONE]"):
-            return self._complete() if self.finish else ()
-        if event[:1].isspace():
-            return self.feed(event.strip())
-        self.repaired += 1
-        value, inner = None, event.rfind("data: ")
-        while value is None and inner >= 0:  # the last that parses: the text of the new frame may hold the mark as well
-            with contextlib.suppress(ValueError, RecursionError):
-                value = _decoder.raw_decode(event, inner + len("data: "))[0]
-                value = value if isinstance(value, dict) and ("choices" in value or "error" in value) else None
-            inner = event.rfind("data: ", 0, inner)
-        if value is None:
-            return ()
-        if self.spoken and not self.restartable and "error" not in value:
-            raise UpstreamError("Z.ai lost its place and started the answer again after part of it had been sent.", GIVE_UP,
-                                code="upstream_stream_restarted")
-        chunks = self._close_raw()
-        self._start()
-        return chunks + ([Chunk(None)] if self.restartable else []) + list(self._event(value))
-
-    def _event(self, value):
-        choices = value.get("choices")
-        if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
-            if value.get("error") or "code" in value and "choices" not in value:
-                raise self.describe(value)
-            self.usage = to_openai_usage(value.get("usage")) or self.usage
-            self.repaired += choices is None and "usage" not in value
-            return ()
-        choice = choices[0]
-        delta = choice.get("delta") or choice.get("message")
-        chunks = self._delta(delta) if isinstance(delta, dict) else []
-        if "usage" in value:
-            self.usage = to_openai_usage(value["usage"]) or self.usage
-        reason = choice.get("finish_reason")
-        if reason:
-            if "error" in str(reason):
-                raise UpstreamError(f"Z.ai broke off the answer: {reason}.")
-            self.finish = FINISHES.get(str(reason), "stop")
-        if self.finish and self.usage:
-            chunks += self._complete()
-        return chunks
-
-    def _delta(self, delta):
-        chunks, self.plain = [], None
-        for name, lane, other in (("reasoning_content", "reasoning", "content"), ("content", "content", "reasoning")):
-            text = delta.get(name)
-            if text and isinstance(text, str):
-                self.plain = name if lane in self.begun and (lane == "content" or self.reasoning == "parsed") else None
-                chunks += self._flush(other) + self._text(lane, self.splitters[lane].feed(text))
-        calls = delta.get("tool_calls")
-        if isinstance(calls, list) and calls:
-            chunks += self._flush("reasoning") + self._flush("content")
-            touched = set()
-            for call in calls:
-                if isinstance(call, dict):
-                    chunks += self._call(call, touched)
-        held = self.splitters["content"].held or self.splitters["reasoning"].held
-        if held or self.thinking or self.raw_open or self.fence or self.leak is not None:
-            self.plain = None
-        return chunks
+    def _opening(self, text):
+        text = (self.held + text).lstrip()
+        opening = self.OPENING.match(text)
+        may_open = text.startswith("```") or "```".startswith(text)
+        if may_open and not opening and len(text) < self.LONGEST_OPENING:
+            self.held = text
+            return ""
+        self.held = ""
+        self.fenced = opening is not None
+        return text[opening.end():] if opening else text
 
     def close(self):
-        if self.complete:
-            return []
-        if not self.finish:
-            raise UpstreamError("Z.ai's answer ended before it was finished." if self.begun or self.calls else "Z.ai sent an empty answer.")
-        return self._complete()
-
-    def _complete(self):
-        self.complete = True
-        chunks = self._flush("reasoning") + self._flush("content")
-        if not self.calls:
-            for name, arguments in self.leaked:
-                chunks += self._call({"function": {"name": name, "arguments": arguments}}, set())
-        if self.fence:
-            chunks += self._emit("content", self.fence.close())
-        chunks += self._close_raw()
-        for call in self.calls:
-            if call.index is not None and not call.arguments.strip():
-                chunks.append(self._call_chunk(call, "{}"))
-        finish = self.finish
-        if finish in ("stop", "tool_calls"):
-            finish = "tool_calls" if self.announced else "stop"
-        chunks.append(Chunk({}, finish, self.usage))
-        return chunks
-
-    # Text
-
-    def _flush(self, lane):
-        """What is held back in a lane, once the answer goes on elsewhere."""
-        if not self.splitters[lane].held and self.leak is None:
-            return []
-        chunks = self._text(lane, self.splitters[lane].close())
-        return chunks + self._end_leak("") if self.leak is not None and self.leak[0] == lane else chunks
-
-    def _text(self, lane, pieces):
-        """Chunks for texts and tags of one lane: boxes go, <think> text is reasoning, a leaking tool call is collected."""
-        chunks = []
-        for piece in pieces:
-            if self.leak is not None:
-                chunks += self._end_leak("</tool_call>") if piece == "</tool_call>" else []
-                if self.leak is not None:
-                    self.leak[1].append(piece)
-            elif piece in ("<|begin_of_box|>", "<|end_of_box|>"):
-                pass
-            elif piece == "<think>" and lane == "content" and "content" not in self.begun:
-                self.thinking = True
-            elif piece == "</think>" and self.thinking:
-                self.thinking = False
-            elif piece == "<tool_call>" and self.tools:
-                self.leak = (lane, [])
-            else:
-                chunks += self._shown("reasoning" if self.thinking else lane, piece)
-        return chunks
-
-    def _shown(self, lane, text):
-        if lane not in self.begun:
-            text = text.lstrip("\r\n")  # GLM 4.5 to 4.7 open with line ends
-            if not text:
-                return []
-            self.begun.add(lane)
-        if lane == "content" and self.fence:
-            text = self.fence.feed(text)
-        return self._emit(lane, text)
-
-    def _emit(self, lane, text):
-        if not text:
-            return []
-        if lane == "content":
-            self.spoken = True
-            return self._close_raw() + [Chunk({"content": text})]
-        if self.reasoning == "hidden":
-            return []
-        if self.reasoning == "parsed":
-            return [Chunk({"reasoning_content": text})]
-        opening = [] if self.raw_open else [Chunk({"content": "<think>"})]  # the tags come in chunks of their own: NextChat
-        self.raw_open = True
-        return opening + [Chunk({"content": text})]
-
-    def _close_raw(self):
-        closing = [Chunk({"content": "</think>"})] if self.raw_open else []
-        self.raw_open = False
-        return closing
-
-    # Tool calls
-
-    def _call(self, delta, touched):
-        """Chunks for one item of delta.tool_calls, a fragment or a whole call; `touched`: calls seen in this same delta."""
-        function = delta.get("function") if isinstance(delta.get("function"), dict) else {}
-        name, arguments = function.get("name"), function.get("arguments")
-        name = name if isinstance(name, str) else ""
-        arguments = arguments if isinstance(arguments, str) else "" if arguments is None else encode_json(arguments).decode()
-        if "<arg_key>" in name:  # the name with the arguments in XML behind it
-            name, leaked = parse_leaked_call(name, self.tools)
-            arguments = arguments if arguments.strip() not in ("", "{}") else leaked
-        call = self._find_call(delta, name, touched)
-        touched.add(call)
-        call.name = call.name or name
-        if call.index is not None:
-            return [self._call_chunk(call, arguments)] if arguments else []
-        if not call.name or self.one_call and self.announced:
-            call.arguments += arguments
-            return []
-        arguments, call.arguments = call.arguments + arguments, ""
-        return self._close_raw() + [self._call_chunk(call, arguments)]
-
-    def _find_call(self, delta, name, touched):
-        """The call an item belongs to. Z.ai's index may be -1, 0 for all, or missing; its id a number, missing, or repeated."""
-        index, id = delta.get("index"), delta.get("id")
-        index = index if type(index) is int and index >= 0 else None
-        zai_id = "" if id in (None, "") else str(id)
-        if zai_id:
-            known = [call for call in self.calls if call.zai_id == zai_id and call not in touched]
-        elif not name:
-            known = [call for call in self.calls if index in (None, call.zai_index)][-1:]
-        else:  # a name again: the same call as long as its arguments are not whole
-            known = [call for call in self.calls if index is not None and index == call.zai_index and call not in touched
-                     and call.name in ("", name) and not is_json(call.arguments)]
-        if known:
-            return known[0]
-        taken = any(call.id == zai_id for call in self.calls)
-        self.calls.append(ToolCall(self.new_id() if taken or not zai_id else zai_id, zai_id, index))
-        return self.calls[-1]
-
-    def _call_chunk(self, call, arguments):
-        call.arguments += arguments
-        if call.index is not None:
-            return Chunk({"tool_calls": [{"index": call.index, "function": {"arguments": arguments}}]})
-        call.index, self.announced, self.spoken = self.announced, self.announced + 1, True
-        self.begun.add("tool_calls")
-        return Chunk({"tool_calls": [{"index": call.index, "id": call.id, "type": "function", "function": {"name": call.name, "arguments": arguments}}]})
-
-    def _end_leak(self, closing):
-        """A <tool_call> in the text has ended: kept as a call if it names a tool that was sent, else shown as the text it was."""
-        (lane, pieces), self.leak = self.leak, None
-        name, arguments = parse_leaked_call("".join(pieces), self.tools)
-        if name in self.tools:
-            self.repaired += 1
-            self.leaked.append((name, arguments))
-            return []
-        return self._shown(lane, "<tool_call>" + "".join(pieces) + closing)
+        return self.held
 
 
-def is_json(text):
-    try:
-        return isinstance(json.loads(text), dict)
-    except (ValueError, RecursionError):
-        return False
+def overlap(text, word):
+    """How many characters at the end of `text` begin `word`, without being all of
+    it."""
+    sizes = range(min(len(text), len(word) - 1), 0, -1)
+    return next((size for size in sizes if text.endswith(word[:size])), 0)
+
+
+class StopCutter:
+    """Ends a text that comes in pieces before the first of some words. Then `hit` is
+    true."""
+
+    def __init__(self, words):
+        self.words = words
+        self.pattern = re.compile("|".join(map(re.escape, words)))
+        self.held = ""
+        self.hit = False
+
+    def feed(self, text):
+        if self.hit:
+            return ""
+        text = self.held + text
+        found = self.pattern.search(text)
+        if found:
+            self.hit = True
+            return text[:found.start()]
+        # The end of the text may be the beginning of a word.
+        held = max(overlap(text, word) for word in self.words)
+        self.held = text[len(text) - held:]
+        return text[:len(text) - held]
+
+    def close(self):
+        """The rest of the text. Z.ai knows the first word too, and was seen to stop at
+        it with all but its last letters in the text: those go."""
+        # Fewer than four letters may as well be meant.
+        word = self.words[0]
+        is_most_of_it = len(self.held) >= max(4, len(word) / 2)
+        return "" if is_most_of_it and word.startswith(self.held) else self.held
+
+
+# GLM's own form of a call,
+# <tool_call>name<arg_key>k</arg_key><arg_value>v</arg_value>... </tool_call>, was seen
+# in texts, with tags of it missing or doubled, and in names.
+MARKUP_TAGS = ("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>")
+MARKUP = re.compile("|".join(MARKUP_TAGS))
+# A key is what stands before a colon. Anywhere else the same letters may be meant.
+MARKUP_IN_KEY = re.compile(r'</?arg_(?:key|value)>(?="\s*:)')
 
 
 def parse_leaked_call(text, tools):
-    """(name, arguments as JSON) of GLM's native form: name<arg_key>k</arg_key><arg_value>v</arg_value>..., strings without quotes."""
-    name = text.split("<arg_key>", 1)[0].strip()
-    properties = (tools.get(name) or {}).get("properties") or {}
+    """(name, arguments as JSON) of a call in GLM's own form; None if it names no tool
+    of `tools` (name -> parameter schema), or cannot be read whole.
+
+    A tag that is doubled does no harm. Where one is missing, an argument may be lost
+    with it. Cut by hand, as a regular expression for all of it would take quadratic
+    time.
+    """
+    head, *pairs = text.split("<arg_key>")
+    name = MARKUP.sub("", head).strip()
+    if name not in tools:
+        return None
     arguments = {}
-    for key, value in re.findall(r"<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)(?:</arg_value>|\Z)", text, re.DOTALL):
-        key, typed = key.strip(), None
-        schema = properties.get(key)
-        if not isinstance(schema, dict) or schema.get("type") != "string":
-            with contextlib.suppress(ValueError, RecursionError):
-                typed = _decoder.decode(value.strip())
-        arguments[key] = value if typed is None else typed
-    return name, encode_json(arguments).decode()
+    for pair in pairs:
+        key, _, value = pair.partition("<arg_value>")
+        key, *junk = MARKUP.split(key)
+        key = key.strip()
+        value, closed, rest = value.partition("</arg_value>")
+        junk += MARKUP.split(rest)
+        if not key or not closed or "".join(junk).strip():
+            return None
+        arguments[key] = typed_value(value, tools[name], key)
+    return name, encode_text(arguments)
+
+
+def typed_value(text, schema, key):
+    """A leaked argument, which has no quotes, as what the schema says, else as what it
+    looks like."""
+    try:
+        is_text = schema["properties"][key]["type"] == "string"
+    except (KeyError, TypeError):
+        is_text = False
+    value = None if is_text else decode_leniently(text.strip())
+    return text if value is None else value
+
+
+@dataclasses.dataclass(eq=False)
+class Leak:
+    """A <tool_call> in a text or in thinking. It is held back only while it can still
+    be a call of a tool that was sent: models write about the tag as well."""
+
+    # Names have at most 64 characters; the rest is for blanks around them.
+    LONGEST_NAME = 200
+
+    kind: str  # TEXT or THINKING
+    tools: dict
+    pieces: list = dataclasses.field(default_factory=list)
+    held: int = 0  # characters in the pieces
+    start: str = ""  # the first of them, where the name is
+
+    def feed(self, text):
+        """Whether it can still be a call."""
+        self.pieces.append(text)
+        self.held += len(text)
+        self.start += text[:self.LONGEST_NAME - len(self.start)]
+        # Blanks were seen around the name.
+        name, tag, rest = "".join(self.start.split()).partition("<")
+        if not tag:
+            may_go_on = self.held <= self.LONGEST_NAME
+            return may_go_on and any(tool.startswith(name) for tool in self.tools)
+        if name not in self.tools or self.held > LONGEST_HELD:
+            return False
+        return any(markup.startswith((tag + rest)[:len(markup)]) for markup in MARKUP_TAGS)
+
+
+# Two calls may look the same, so they are told apart by identity.
+@dataclasses.dataclass(eq=False)
+class ToolCall:
+    """One tool call under way."""
+
+    id: str
+    zai_id: str  # "" if Z.ai gave none
+    zai_index: int | None
+    index: int | None = None  # ours, given when the client is told of the call
+    name: str = ""
+    # Arguments that came before the name.
+    early: str = ""
+    # No arguments have come.
+    blank: bool = True
+    # The arguments are a whole JSON object.
+    whole: bool = False
+    progress: JsonProgress = dataclasses.field(default_factory=JsonProgress)
+
+    def follow(self, arguments):
+        self.blank = self.blank and not arguments.strip()
+        self.whole = self.whole or self.progress.feed(arguments) >= 0
+
+    def takes(self, zai_id, zai_index, name):
+        """Whether an item with these belongs to this call, as far as Z.ai tells."""
+        if zai_id:
+            return self.zai_id == zai_id
+        if not name:
+            return zai_index in (None, self.zai_index)
+        # A name again is the same call as long as its arguments are not whole.
+        is_same = zai_index is not None and zai_index == self.zai_index
+        return is_same and self.name in ("", name) and not self.whole
+
+
+EMPTY = "Z.ai sent an empty answer."
+UNFINISHED = "Z.ai's answer ended before it was finished."
+NAMELESS = "Z.ai sent a tool call without a name."
+
+
+@dataclasses.dataclass(eq=False)
+class Translator:
+    """Z.ai's events in, steps out: feed(events) -> (steps, failure).
+
+    An event is the text of one SSE event, or a whole JSON answer. `failure` is the
+    UpstreamError that ended the answer, or None: Z.ai sent an error, or what cannot be
+    told in steps, or, with `end`, no finish: an answer that just ends is none. What
+    came before the failure is told. describe(value) makes the error of an error event;
+    make_id() names calls that have no id.
+    """
+
+    # The tools sent, name -> parameter schema, to read calls that leak into the text.
+    tools: dict = dataclasses.field(default_factory=dict)
+    one_call: bool = False  # only the first call passes
+    unfence: bool = False  # take a Markdown fence off the text
+    stop: tuple = ()  # words before which the text is cut
+    # The client sees nothing before the end, so that a new start does no harm.
+    restartable: bool = False
+    describe: object = zai_error
+    make_id: object = functools.partial(new_id, "call_")
+
+    def __post_init__(self):
+        # The last step has been given.
+        self.complete = False
+        # Tokens have come, hence cost money.
+        self.begun = False
+        # How many events were skipped or mended.
+        self.repaired = 0
+        self._start()
+
+    def _start(self):
+        """All that a new start of the answer makes void."""
+        self.finish = None
+        self.usage = None
+        # Text or a call has been given. Thinking alone can be taken back.
+        self.told = False
+        self.opened = set()  # TEXT and THINKING, once something of it has come
+        self.splitters = {TEXT: TagSplitter(), THINKING: TagSplitter()}
+        self.filters = [FenceStripper()] if self.unfence else []
+        if self.stop:
+            self.filters.append(StopCutter(self.stop))
+        # The text is between <think> and </think>.
+        self.in_think = False
+        # The Leak that is coming, if one is.
+        self.leak = None
+        # (name, arguments) of the leaked calls that were read.
+        self.leaked = []
+        self.calls = []
+        self.given_calls = 0
+        # The field whose text needs no search for tags: nothing is held back or open.
+        self.passing_field = None
+
+    # Events
+
+    def feed(self, events, end=False):
+        # All methods below append to it, so that nothing is lost when one of them
+        # raises.
+        self.steps = []
+        try:
+            for event in events:
+                self._feed(event)
+            if end:
+                self._end()
+        except UpstreamError as failure:
+            return self.steps, failure
+        return self.steps, None
+
+    def _feed(self, event):
+        if self.complete:
+            return
+        event = event.strip()
+        try:
+            value, end = scan_json(event, 0)
+            if end != len(event):
+                raise ValueError
+        except (ValueError, RecursionError, StopIteration):
+            self._torn(event)
+            return
+        if self._pass_on(value):
+            return
+        if isinstance(value, dict):
+            self._event(value)
+        else:
+            self.repaired += 1
+
+    def _pass_on(self, value):
+        """Whether the event was a piece of text and nothing else, as nine of ten are.
+        Then it has been told."""
+        try:
+            choice = value["choices"][0]
+            delta = choice["delta"]
+            text = delta[self.passing_field]
+        except (KeyError, IndexError, TypeError):
+            return False
+        # A "<" may begin a tag.
+        if type(text) is not str or not text or "<" in text:
+            return False
+        # Z.ai repeats the role with every piece.
+        is_alone = len(delta) - ("role" in delta) == 1
+        if not is_alone or "finish_reason" in choice or "usage" in value:
+            return False
+        self.steps.append(Step(FIELD_OF[self.passing_field], text))
+        return True
+
+    def _torn(self, event):
+        """What is no JSON: the end mark, garbage, or a frame cut short with the first
+        frame of a new answer inside."""
+        if event.startswith("[DONE]"):
+            # Without a finish the answer is not whole, whatever the mark says.
+            if self.finish:
+                self._end()
+            return
+        self.repaired += 1
+        value = self._inner_frame(event)
+        if value is None:
+            return
+        if self.told and not self.restartable and "error" not in value:
+            raise UpstreamError(
+                "Z.ai lost its place and started the answer again after part of it had "
+                "been sent.", GIVE_UP, code="upstream_stream_restarted")
+        # Z.ai's gateway loses its backend in the middle of a frame, and begins again
+        # with another one, in the same stream.
+        self._start()
+        self.steps.append(Step(RESTART))
+        self._event(value)
+
+    @staticmethod
+    def _inner_frame(event):
+        """The frame inside a torn one. Its text may hold the mark as well, so the last
+        that can be read is it; a few tries are enough and keep the time linear."""
+        mark = "data: "
+        at = len(event)
+        for _ in range(8):
+            at = event.rfind(mark, 0, at)
+            if at < 0:
+                break
+            try:
+                value, _ = scan_json(event, at + len(mark))
+            except (ValueError, RecursionError, StopIteration):
+                continue
+            if isinstance(value, dict) and ("choices" in value or "error" in value):
+                return value
+        return None
+
+    def _event(self, value):
+        choices = value.get("choices")
+        choice = choices[0] if isinstance(choices, list) and choices else None
+        usage = to_openai_usage(value.get("usage"))
+        if not isinstance(choice, dict):
+            # Errors come in a response of status 200 as well.
+            if value.get("error") or "code" in value and "choices" not in value:
+                raise self.describe(value)
+            self.repaired += choices is None and "usage" not in value
+            choice = {}
+        delta = choice.get("delta") or choice.get("message")
+        if isinstance(delta, dict):
+            self._delta(delta)
+        self.usage = usage or self.usage
+        reason = choice.get("finish_reason")
+        if reason:
+            self.finish = FINISHES.get(reason) if isinstance(reason, str) else None
+            if self.finish is None:
+                raise UpstreamError(f"Z.ai broke off the answer: {str(reason)[:60]!a}.")
+        # Nothing comes behind finish and usage but the end mark, late or never. And
+        # Z.ai would go on behind a stop word.
+        if self.is_stopped() or self.finish and self.usage:
+            self._end()
+
+    def _delta(self, delta):
+        self.passing_field = None
+        for field, kind in FIELD_OF.items():
+            text = delta.get(field)
+            if text and isinstance(text, str):
+                # What the other kind holds back came first.
+                self._flush(TEXT if kind == THINKING else THINKING)
+                self._split_text(kind, self.splitters[kind].feed(text))
+                self.passing_field = field if self._is_passing(kind) else None
+        items = delta.get("tool_calls")
+        if items and isinstance(items, list) and not self.is_stopped():
+            self._flush(THINKING)
+            self._flush(TEXT)
+            seen = set()
+            for item in items:
+                if isinstance(item, dict):
+                    self._call(item, seen)
+
+    def _is_passing(self, kind):
+        """Whether the next text of this kind may be given as it is."""
+        if kind not in self.opened or self.in_think or self.leak:
+            return False
+        # The other splitter has just been flushed.
+        return not self.splitters[kind].held and not (kind == TEXT and self.filters)
+
+    # Text and thinking
+
+    def _flush(self, kind):
+        """Give what is held back of one kind, once the answer goes on with the
+        other."""
+        self._split_text(kind, self.splitters[kind].close())
+        if self.leak and self.leak.kind == kind:
+            self._end_leak("")
+
+    def _split_text(self, kind, pieces):
+        """Give texts and tags: boxes go, what stands in <think> is thinking, and a
+        leaking call is collected."""
+        for piece in pieces:
+            if self.leak:
+                self._feed_leak(piece)
+            elif piece in BOXES:
+                continue
+            # Later in a text somebody writes about the tag.
+            elif piece == THINK and kind == TEXT and TEXT not in self.opened:
+                self.in_think = True
+            elif piece == THINK_END and self.in_think:
+                self.in_think = False
+            elif piece == LEAK and self.tools:
+                self.leak = Leak(kind, self.tools)
+            else:
+                self._show(THINKING if self.in_think else kind, piece)
+
+    def _show(self, kind, text):
+        if kind not in self.opened:
+            # GLM 4.5 to 4.7 open with line ends.
+            text = text.lstrip("\r\n")
+            if not text:
+                return
+            self.opened.add(kind)
+            self.begun = True
+        if kind == TEXT:
+            for text_filter in self.filters:
+                text = text_filter.feed(text)
+        self._give(kind, text)
+
+    def _give(self, kind, text):
+        if text:
+            self.told = self.told or kind == TEXT
+            self.steps.append(Step(kind, text))
+
+    def is_stopped(self):
+        """Whether a stop word has ended the text."""
+        return bool(self.stop) and self.filters[-1].hit
+
+    def _close_filters(self):
+        """The rest of the text that the filters hold; each passes through those behind
+        it."""
+        text = ""
+        for text_filter in self.filters:
+            text = text_filter.feed(text) if text else ""
+            text += text_filter.close()
+        self._give(TEXT, text)
+
+    def _feed_leak(self, piece):
+        if piece == LEAK_END:
+            self._end_leak(piece)
+        elif not self.leak.feed(piece):
+            self._show_leak("")
+
+    def _end_leak(self, closing):
+        """A leak has ended. It is kept as a call if it can be read whole. One that just
+        ends must at least have brought an argument."""
+        call = parse_leaked_call("".join(self.leak.pieces), self.tools)
+        if call is None or not closing and call[1] == "{}":
+            self._show_leak(closing)
+            return
+        self.leak = None
+        self.repaired += 1
+        self.begun = True
+        self.leaked.append(call)
+
+    def _show_leak(self, closing):
+        """It was no call, hence it was text."""
+        leak = self.leak
+        self.leak = None
+        kind = THINKING if self.in_think else leak.kind
+        self._show(kind, "".join([LEAK, *leak.pieces, closing]))
+
+    # Tool calls
+
+    def _call(self, item, seen):
+        """One item of delta.tool_calls: a whole call, or a piece of one. `seen`: the
+        calls that earlier items of this event belong to."""
+        self.begun = True
+        function = item.get("function")
+        name, arguments = self._mend(function if isinstance(function, dict) else {})
+        call = self._find_call(item, name, seen)
+        seen.add(call)
+        call.name = call.name or name
+        if call.index is not None:
+            call.follow(arguments)
+            if arguments:
+                self.steps.append(Step(ARGUMENTS, arguments, call.index))
+        # Further calls stay in the list, so that their pieces have a home.
+        elif not self.one_call or not self.given_calls:
+            call.early += arguments
+            self._begin_call(call)
+
+    def _begin_call(self, call):
+        """Tell the client of a call as soon as it has a name."""
+        if len(call.early) > LONGEST_EARLY and not call.name:
+            raise UpstreamError(NAMELESS)
+        if call.name:
+            call.index = self.given_calls
+            self.given_calls += 1
+            self.told = True
+            call.follow(call.early)
+            step = Step(CALL, call.early, call.index, call.id, call.name)
+            self.steps.append(step)
+
+    def _mend(self, function):
+        """(name, arguments) as texts. Names and keys were seen with markup in them, and
+        names with all the arguments behind."""
+        name = function.get("name")
+        name = name.strip() if isinstance(name, str) else ""
+        arguments = function.get("arguments")
+        if arguments in (None, {}):
+            arguments = ""
+        if not isinstance(arguments, str):
+            arguments = encode_text(arguments)
+        if "arg_" in arguments:
+            arguments = MARKUP_IN_KEY.sub("", arguments)
+        if "<" not in name:
+            return name, arguments
+        self.repaired += 1
+        if "<arg_key>" in name and arguments.strip() in ("", "{}"):
+            leaked = parse_leaked_call(name, self.tools)
+            if leaked is None:
+                raise UpstreamError("Z.ai sent a tool call that cannot be read.")
+            return leaked
+        # A name that no tool has is for the client to refuse.
+        clean = name.partition("<")[0].strip()
+        return clean if clean in self.tools else name, arguments
+
+    def _find_call(self, item, name, seen):
+        """The call an item belongs to. Z.ai's index may be -1, 0 for all, or missing;
+        its id a number, missing, or repeated."""
+        index = item.get("index")
+        if type(index) is not int or index < 0:
+            index = None
+        zai_id = "" if item.get("id") is None else str(item["id"])[:200]
+        # A bare piece of arguments may go on with a call of the same event.
+        is_bare = not zai_id and not name
+        calls = [call for call in self.calls if is_bare or call not in seen]
+        known = [call for call in calls if call.takes(zai_id, index, name)]
+        if known:
+            return known[-1]
+        if len(self.calls) >= MOST_CALLS:
+            raise UpstreamError(f"Z.ai made more than {MOST_CALLS} tool calls.", GIVE_UP)
+        # Clients take two calls with one id for one.
+        is_taken = any(call.id == zai_id for call in self.calls)
+        id = self.make_id() if is_taken or not zai_id else zai_id
+        self.calls.append(ToolCall(id, zai_id, index))
+        return self.calls[-1]
+
+    # The end
+
+    def _end(self):
+        if self.complete:
+            return
+        reason = self.finish
+        if self.is_stopped():
+            reason = "stop"
+        elif reason:
+            self._give_rest()
+        else:
+            raise UpstreamError(UNFINISHED if self.begun else EMPTY)
+        # Clients look at the finish to learn whether there are calls to make.
+        if reason in ("stop", "tool_calls"):
+            reason = "tool_calls" if self.given_calls else "stop"
+        self.complete = True
+        self.steps.append(Step(FINISH, reason, usage=self.usage))
+
+    def _give_rest(self):
+        """Give what was held back until now."""
+        self._flush(THINKING)
+        self._flush(TEXT)
+        # Where calls came as they should, the leaked ones are the same once more.
+        leaked = [] if self.calls else self.leaked
+        for name, arguments in leaked:
+            self._call({"function": {"name": name, "arguments": arguments}}, set())
+        self._close_filters()
+        self._check_whole()
+        for call in self.calls:
+            # Clients parse the arguments as JSON, which no text at all is not.
+            if call.index is not None and call.blank:
+                self.steps.append(Step(ARGUMENTS, "{}", call.index))
+
+    def _check_whole(self):
+        """A finish alone makes no answer: Z.ai at its limits was seen to send one with
+        nothing before it, and calls may have come without a name."""
+        if any(call.index is None and call.early.strip("{} \n") for call in self.calls):
+            raise UpstreamError(NAMELESS)
+        is_cut = any(call.progress.depth > 0 for call in self.calls if call.index is not None)
+        if is_cut and self.finish in ("stop", "tool_calls"):
+            raise UpstreamError("Z.ai's tool call ended in the middle of its arguments.")
+        if self.finish == "tool_calls" and not self.given_calls:
+            raise UpstreamError("Z.ai announced a tool call and sent none.")
+        has_tokens = self.usage and self.usage["completion_tokens"]
+        if self.finish == "stop" and not self.begun and not has_tokens:
+            raise UpstreamError(EMPTY)
+
+
+USAGE_DETAILS = (
+    ("prompt_tokens_details", "cached_tokens"),
+    ("completion_tokens_details", "reasoning_tokens"),
+)
 
 
 def to_openai_usage(usage):
-    """OpenAI's usage object, integers only; None where Z.ai gave none. The details differ by model and may be missing."""
+    """OpenAI's usage object, whole numbers only; None where Z.ai gave none. The details
+    differ by model and may be missing."""
     if not isinstance(usage, dict):
         return None
-
-    def count(place, name):
-        value = place.get(name)
-        return value if type(value) is int else 0
     result = {name: count(usage, name) for name in ("prompt_tokens", "completion_tokens")}
     result["total_tokens"] = count(usage, "total_tokens") or sum(result.values())
-    for name, detail in (("prompt_tokens_details", "cached_tokens"), ("completion_tokens_details", "reasoning_tokens")):
+    for name, detail in USAGE_DETAILS:
         if isinstance(usage.get(name), dict):
             result[name] = {detail: count(usage[name], detail)}
     return result
 
 
-class Envelope:
-    """What all chunks of one answer share: id, creation time in Unix seconds, and the model as the client named it."""
+def count(usage, name):
+    value = usage.get(name)
+    return value if type(value) is int and 0 <= value < MOST_TOKENS else 0
 
-    def __init__(self, id, created, model, include_usage=False):
-        self.id, self.created, self.model, self.include_usage = id, created, model, include_usage
-        # Templates: encoding the constant part anew would double the cost of a chunk.
-        self._head = f'{{"id":{_encode(id)},"object":"chat.completion.chunk","created":{created},"model":{_encode(model)},"choices":['
-        self._tail = '],"usage":null}' if include_usage else "]}"
+
+class Reply:
+    """One HTTP response of Z.ai: feed(data) -> bytes of its body; b"" means that the
+    connection has ended.
+
+    `status` and `fields` are None until the head is there. `complete`: the body has
+    ended. UpstreamError for what is no HTTP, for a broken coding, and for a cut.
+    """
+
+    def __init__(self):
+        self.head = HeadReader()
+        self.status = None
+        self.fields = None
+        self.framing = None
+        self.keeps_alive = False
+        self.complete = False
+
+    def feed(self, data):
+        try:
+            return self._feed(data)
+        except (ValueError, OverflowError) as error:
+            raise UpstreamError(f"Z.ai's answer is broken: {error}.") from None
+
+    def _feed(self, data):
+        ended = not data
+        while self.status is None:
+            head = self.head.feed(data)
+            if head is None:
+                self._check_beginning(ended)
+                return b""
+            data = self.head.rest
+            self._read_head(head)
+        body = self.framing.feed(data)
+        self.complete = self.framing.done or ended and type(self.framing) is Unframed
+        self.keeps_alive = self.keeps_alive and not ended
+        if ended and not self.complete:
+            raise UpstreamError("The connection to Z.ai was cut in the middle of an answer.")
+        return body
+
+    def rescue(self):
+        """What the last feed() had read of the body before it failed."""
+        return self.framing.take() if self.framing else b""
+
+    def _check_beginning(self, ended):
+        if ended:
+            raise UpstreamError("The connection to Z.ai was closed before its answer.")
+        # Another service than HTTP may greet and wait. It is known by its first bytes,
+        # and not only by its silence.
+        beginning = bytes(self.head.data[:5])
+        if not b"HTTP/".startswith(beginning):
+            raise ValueError(f"{bytes(self.head.data[:60])!a} is no HTTP")
+
+    def _read_head(self, head):
+        version, status, fields = parse_response_head(head)
+        # 100 and 103 come before the real one.
+        if status < 200:
+            self.head = HeadReader()
+            return
+        self.status = status
+        self.fields = fields
+        options = fields.get("connection", "").lower()
+        self.keeps_alive = version != "HTTP/1.0" and "close" not in options
+        self.framing = self._find_framing()
+
+    def _find_framing(self):
+        # Some answers have no body, whatever their fields say (RFC 9112, 6.3).
+        if self.status in (204, 304):
+            return Counted(0)
+        if "chunked" in self.fields.get("transfer-encoding", "").lower():
+            return Dechunker()
+        length = LENGTH.match(self.fields.get("content-length", ""))
+        return Counted(int(length.group())) if length else Unframed()
+
+    @property
+    def reusable(self):
+        """Whether the connection may serve another request: nothing stands behind the
+        end."""
+        return self.complete and self.keeps_alive and not self.framing.rest
+
+
+class Answer:
+    """Z.ai's answer to one chat request: feed(data) -> (steps, failure); b"" means that
+    the connection has ended.
+
+    `complete`: the last step has been given, or a failure. `begun`: tokens have come,
+    so that another attempt would be paid twice. describe(value, status, retry_after)
+    makes the error of an error body; `value` is None where it could not be read.
+    """
+
+    LONGEST_ERROR_BYTES = 1 << 20
+
+    def __init__(self, translator, describe):
+        self.translator = translator
+        self.describe = describe
+        self.reply = Reply()
+        self.read_body = None  # one of the _read methods, once the body has begun
+        self.decoder = SSEDecoder()
+        self.refusal = bytearray()
+        self.complete = False
+
+    @property
+    def begun(self):
+        return self.translator.begun or self.translator.complete
+
+    @property
+    def is_cut_short(self):
+        """Whether a stop word has ended it: Z.ai may still be generating what is not
+        wanted."""
+        return self.translator.complete and self.translator.is_stopped()
+
+    @property
+    def is_finishing(self):
+        """Whether the finish has come, and only the usage or the end mark is waited
+        for."""
+        return bool(self.translator.finish) and not self.complete
+
+    def feed(self, data):
+        cut = None
+        try:
+            body = self.reply.feed(data)
+        except UpstreamError as error:
+            cut = error
+            body = self.reply.rescue()
+        if self.reply.status is None:
+            self.complete = cut is not None
+            return [], cut
+        try:
+            steps, failure = self._read(body, self.reply.complete or cut is not None)
+        except UpstreamError as error:
+            steps, failure = [], error
+        # A cut explains a missing end better; behind the finish it does no harm.
+        if cut and failure and failure.message in (EMPTY, UNFINISHED):
+            failure = cut
+        self.complete = self.translator.complete or failure is not None
+        return steps, failure
+
+    def close(self):
+        """The same as the end of the connection: what has come is all there will be."""
+        steps, failure = self.translator.feed((), end=True)
+        self.complete = True
+        return steps, failure
+
+    def _read(self, body, ended):
+        if self.read_body is None:
+            body = body.lstrip()
+            if not body and not ended:
+                return [], None
+            self.read_body = self._find_reader(body)
+        return self.read_body(self, body, ended)
+
+    def _find_reader(self, body):
+        """The method for a body that begins with these bytes."""
+        coding = self.reply.fields.get("content-encoding", "")
+        if coding.lower() not in ("", "identity"):
+            raise UpstreamError(
+                f"Z.ai's answer is compressed with {coding[:60]!a}, which was not asked for.",
+                GIVE_UP)
+        kind = self.reply.fields.get("content-type", "").lower()
+        if self.reply.status != 200 or "html" in kind:
+            return Answer._read_refusal
+        # Streams were seen under the name of JSON, so the first byte counts as well.
+        is_json = "json" in kind and body.startswith(b"{")
+        return Answer._read_json if is_json else Answer._read_events
+
+    def _read_events(self, body, ended):
+        events = self.decoder.feed(body)
+        if ended:
+            events += self.decoder.close()
+        return self.translator.feed(events, ended)
+
+    def _read_json(self, body, ended):
+        """One JSON body where a stream was asked for. On one line it is an event."""
+        return self._read_events(b" ".join(body.splitlines()), ended)
+
+    def _read_refusal(self, body, ended):
+        self.refusal += body[:self.LONGEST_ERROR_BYTES - len(self.refusal)]
+        if not ended:
+            return [], None
+        value = decode_leniently(self.refusal.decode("utf-8", "replace"))
+        # A page with status 200 stands where the API should be.
+        status = 404 if self.reply.status == 200 else self.reply.status
+        return [], self.describe(value, status, self.reply.fields.get("retry-after", ""))
+
+
+@dataclasses.dataclass
+class Item:
+    """One piece of a folded answer: a text, a stretch of thinking, or a call."""
+
+    # TEXT, THINKING or CALL.
+    kind: str
+    id: str | None = None
+    name: str | None = None
+    pieces: list = dataclasses.field(default_factory=list)
+
+    @property
+    def text(self):
+        """The text; of a call, its arguments."""
+        return "".join(self.pieces)
+
+
+class Fold:
+    """What a JSON answer is made of: all steps of an answer, as `items` in their order,
+    with `finish` and `usage`. UpstreamError beyond `limit` bytes."""
+
+    # A Python object stands behind each piece.
+    STEP_BYTES = 50
+
+    def __init__(self, limit=LONGEST_ANSWER_BYTES):
+        self.limit = limit
+        self._start()
+
+    def _start(self):
+        self.items = []
+        self.calls = []
+        self.finish = None
+        self.usage = None
+        self.size_bytes = 0
+
+    def add(self, steps):
+        for step in steps:
+            if step.kind == RESTART:
+                self._start()
+            elif step.kind == FINISH:
+                self.finish = step.text
+                self.usage = step.usage
+            else:
+                self._add(step)
+
+    def _add(self, step):
+        self._find_item(step).pieces.append(step.text)
+        text = step.text + (step.name or "")
+        self.size_bytes += len(text.encode("utf-8", "replace")) + self.STEP_BYTES
+        if self.size_bytes > self.limit:
+            raise UpstreamError(f"The answer is longer than {self.limit} bytes.", GIVE_UP)
+
+    def _find_item(self, step):
+        if step.kind == ARGUMENTS:
+            return self.calls[step.index]
+        if step.kind == CALL:
+            self.calls.append(Item(CALL, step.id, step.name))
+            self.items.append(self.calls[-1])
+        elif not self.items or self.items[-1].kind != step.kind:
+            self.items.append(Item(step.kind))
+        return self.items[-1]
+
+    def text(self, kind):
+        """All texts of one kind, joined."""
+        return "".join(item.text for item in self.items if item.kind == kind)
+
+
+# Fronts ###############################################################################
+#
+# The APIs that clients speak, a class each, an object a request: read() makes a chat
+# request of what the client sent, tell() and whole() give the answer in the client's
+# terms. To add an API, add a class here and a row to ROUTES.
+
+class Memory:
+    """What fronts remember from one request to the next: the latest values, within a
+    bound of bytes. Nothing is written to disk."""
+
+    LIMIT_BYTES = 16 << 20
+
+    def __init__(self):
+        self.lock = threading.Lock()
+        self.values = collections.OrderedDict()
+        self.size_bytes = 0
+
+    def put(self, key, value, size_bytes):
+        with self.lock:
+            self._drop(key)
+            self.values[key] = (value, size_bytes)
+            self.size_bytes += size_bytes
+            while self.size_bytes > self.LIMIT_BYTES:
+                self._drop(next(iter(self.values)))
+
+    def get(self, key):
+        with self.lock:
+            return self.values.get(key, (None, 0))[0]
+
+    def _drop(self, key):
+        self.size_bytes -= self.values.pop(key, (None, 0))[1]
+
+
+class Caller(NamedTuple):
+    """Who asks: the request's header fields, the client key that matched, the time in
+    Unix seconds, and the server's Memory."""
+
+    headers: dict
+    key: str
+    now: float
+    memory: Memory
+
+
+class Front:
+    """One API in front of Z.ai's. An object is one request, and what its answer must
+    repeat.
+
+    `stream`, `model` (as the client named it) and `changed` (short names of what read()
+    left out) are set by read().
+    """
+
+    # What the two styles of an API's errors share; a class may have its own.
+    stream = False
+    # The request did not say whether it wants a stream.
+    stream_defaulted = False
+    model = ""
+    changed = ()
+    # Whether a stream that fails ends without the last chunk of its coding, so that
+    # nobody who overlooks the error takes half an answer for a whole one.
+    cuts_failures = True
+
+    @classmethod
+    def read(cls, body, caller, settings):
+        """(front, chat request) for a client's JSON; RequestError in the client's
+        terms."""
+        raise NotImplementedError
 
     def opening(self):
-        """The chunk before all others; it also serves as the first sign of life."""
-        return self._text('{"role":"assistant","content":""}')
+        """The SSE text before all steps; it is also the first sign of life."""
+        return ""
 
     def heartbeat(self):
-        """An empty delta. SSE comments would break clients that parse each line as JSON."""
-        return self._text("{}")
+        """SSE text that is harmless to every client of this API."""
+        raise NotImplementedError
 
-    def encode(self, chunks):
-        """The SSE text of `chunks`; the chunk with the finish reason brings the usage, if it was asked for, and the end mark along."""
-        texts = []
-        for delta, finish_reason, usage in chunks:
-            if finish_reason:  # its delta is empty
-                texts.append(self._text("{}", '"' + finish_reason + '"'))
-                if self.include_usage and usage:
-                    texts.append("data: " + self._head + '],"usage":' + _encode(usage) + "}\n\n")
-                texts.append("data: [DONE]\n\n")
+    def tell(self, steps):
+        """The SSE text of some steps, "" if there is nothing to say yet."""
+        raise NotImplementedError
+
+    def failure(self, error):
+        """The SSE text that ends a stream badly."""
+        return encode_event(self.error(error))
+
+    def whole(self, fold):
+        """The JSON answer, a dict."""
+        raise NotImplementedError
+
+    @staticmethod
+    def error(error, request_id=""):
+        """The JSON of an error, a dict: OpenAI's shape."""
+        return {"error": {
+            "message": error.message,
+            "type": error.type,
+            "param": error.param,
+            "code": error.code,
+        }}
+
+    @staticmethod
+    def status(error):
+        """The HTTP status of an error."""
+        return error.status
+
+
+# User-Agents of programs that read one JSON answer unless they ask for a stream
+# themselves, as OpenAI's API does. To add one, add a row.
+EXPECTS_JSON = tuple(re.compile(pattern, re.IGNORECASE) for pattern in (
+    "ai-sdk/",
+    "async-openai",  # Rust
+    "lm15",  # dspy
+    "^(?:node|undici)$",  # fetch in Node, promptfoo
+    "go-http-client|langchaingo",
+    "^java|okhttp|apache-httpclient",
+))
+
+# Programs that lose what they have not yet read over a cut, and with it the error
+# itself. Browsers, which send an Origin, do so too.
+LOSES_ERROR_OVER_CUT = re.compile("ai-sdk/|aiohttp", re.IGNORECASE)
+
+
+def expects_json(headers):
+    if "application/json" in headers.get("accept", "").lower():
+        return True
+    user_agent = headers.get("user-agent", "")
+    return any(pattern.search(user_agent) for pattern in EXPECTS_JSON)
+
+
+# What a step's reason is called here, where it is not the same word.
+CHAT_FINISHES = {"context_window": "length"}
+
+
+class Chat(Front):
+    """OpenAI's chat completions: POST /v1/chat/completions.
+
+    Every chunk is built anew; nothing of Z.ai's own bytes reaches a client. Thinking is
+    told as `reasoning` says: parsed (reasoning_content), raw (<think> in the text), or
+    hidden.
+    """
+
+    def __init__(self, id, created, model, stream=True, include_usage=False, reasoning="parsed"):
+        self.id = id
+        self.created = created
+        self.model = model
+        self.stream = stream
+        self.include_usage = include_usage
+        self.reasoning = reasoning
+        # A <think> of ours is open.
+        self.in_think = False
+        # Encoding the constant part anew would double the cost of a chunk.
+        self.head = (f'data: {{"id":{encode_text(id)},"object":"chat.completion.chunk",'
+                     f'"created":{created},"model":{encode_text(model)},"choices":[')
+        self.tail = '],"usage":null}\n\n' if include_usage else "]}\n\n"
+
+    @classmethod
+    def read(cls, body, caller, settings):
+        request = dict(body)
+        model = request.get("model")
+        options = request.get("stream_options")
+        user_agent = caller.headers.get("user-agent", "")
+        defaulted = request.get("stream") is None and not expects_json(caller.headers)
+        if request.get("stream") is None:
+            request["stream"] = defaulted and settings.default_stream
+        front = cls(
+            id=new_id("chatcmpl-"),
+            created=int(caller.now),
+            model=model if isinstance(model, str) else "",
+            stream=request["stream"],
+            include_usage=isinstance(options, dict) and bool(options.get("include_usage")),
+            reasoning=request.get("reasoning_format") or settings.reasoning_format)
+        front.stream_defaulted = defaulted
+        loses_error = LOSES_ERROR_OVER_CUT.search(user_agent) or "origin" in caller.headers
+        front.cuts_failures = not loses_error
+        return front, request
+
+    def opening(self):
+        return self._chunk('{"role":"assistant","content":""}')
+
+    def heartbeat(self):
+        """An empty delta. An SSE comment would break clients that parse each line as
+        JSON."""
+        return self._chunk("{}")
+
+    def tell(self, steps):
+        return "".join([self._tell(step) for step in steps])
+
+    def _tell(self, step):
+        if step.kind == THINKING:
+            return self._think(step.text)
+        text = self._end_think()
+        if step.kind == TEXT:
+            text += self._content(step.text)
+        elif step.kind == CALL:
+            call = self._whole_call(step)
+            text += self._call({"index": step.index, **call})
+        elif step.kind == ARGUMENTS:
+            text += self._call({"index": step.index, "function": {"arguments": step.text}})
+        elif step.kind == FINISH:
+            text += self._finish(step)
+        return text
+
+    def _chunk(self, delta, finish_reason="null"):
+        choice = f'{{"index":0,"delta":{delta},"logprobs":null,"finish_reason":{finish_reason}}}'
+        return self.head + choice + self.tail
+
+    def _content(self, text):
+        # A string alone is quoted much faster than an object is encoded.
+        return self._chunk('{"content":' + quote(text) + "}")
+
+    def _think(self, text):
+        if self.reasoning == "parsed":
+            return self._chunk('{"reasoning_content":' + quote(text) + "}")
+        if self.reasoning == "hidden":
+            return ""
+        # NextChat knows thinking by chunks that begin and end with the tags.
+        opening = "" if self.in_think else self._content(THINK)
+        self.in_think = True
+        return opening + self._content(text)
+
+    def _end_think(self):
+        if not self.in_think:
+            return ""
+        self.in_think = False
+        return self._content(THINK_END)
+
+    def _call(self, call):
+        return self._chunk('{"tool_calls":[' + encode_text(call) + "]}")
+
+    def _finish(self, step):
+        reason = CHAT_FINISHES.get(step.text, step.text)
+        text = self._chunk("{}", quote(reason))
+        if self.include_usage and step.usage:
+            text += f'{self.head}],"usage":{encode_text(step.usage)}}}\n\n'
+        return text + "data: [DONE]\n\n"
+
+    def whole(self, fold):
+        answer = {
+            "id": self.id,
+            "object": "chat.completion",
+            "created": self.created,
+            "model": self.model,
+            "choices": [{
+                "index": 0,
+                "message": self._message(fold),
+                "logprobs": None,
+                "finish_reason": CHAT_FINISHES.get(fold.finish, fold.finish),
+            }],
+        }
+        if fold.usage:
+            answer["usage"] = fold.usage
+        return answer
+
+    def _message(self, fold):
+        kinds = (TEXT, THINKING) if self.reasoning == "raw" else (TEXT,)
+        texts = [self._item_text(item) for item in fold.items if item.kind in kinds]
+        content = "".join(texts) if texts or not fold.calls else None
+        message = {"role": "assistant", "content": content, "refusal": None}
+        thinking = fold.text(THINKING)
+        if thinking and self.reasoning == "parsed":
+            message["reasoning_content"] = thinking
+        if fold.calls:
+            message["tool_calls"] = [self._whole_call(item) for item in fold.calls]
+        return message
+
+    @staticmethod
+    def _item_text(item):
+        return THINK + item.text + THINK_END if item.kind == THINKING else item.text
+
+    @staticmethod
+    def _whole_call(item):
+        """The object of a tool call, from an Item or a Step."""
+        function = {"name": item.name, "arguments": item.text}
+        return {"id": item.id, "type": "function", "function": function}
+
+
+# What Messages and Responses share. Both bring a conversation in pieces, of which a
+# chat request is made, and both tell an answer as a row of items, of which one is open.
+
+def typed_event(value):
+    """The SSE text of a value whose type is also the event's name."""
+    return f"event: {value['type']}\ndata: {encode_text(value)}\n\n"
+
+
+def text_part(text):
+    return {"type": "text", "text": text}
+
+
+def parts_of(content):
+    """A list of parts, dicts with a type. A string stands for one text."""
+    expect(content, (str, list), "content")
+    if isinstance(content, str):
+        return [text_part(content)]
+    for part in content:
+        need(part, "type", str, "content")
+    return content
+
+
+def joined_text(parts):
+    texts = [part.get("text", "") for part in parts_of(parts)]
+    return "\n".join(map(str, texts))
+
+
+def inner(value, name):
+    """The dict value[name], which may be absent."""
+    return expect(value.get(name, {}), dict, name)
+
+
+def digest(text):
+    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()
+
+
+def chat_name(tool):
+    """The name in chat of the tool that a declaration, a choice or a call names: 1 to
+    64 letters, digits, _ and -."""
+    full = need(tool, "name", str, "tools")
+    # Codex's own tools may be said to be in "functions" or not.
+    namespace = need({"namespace": "functions", **tool}, "namespace", str, "tools")
+    if namespace != "functions":
+        full = f"{namespace}__{full}"
+    name = re.sub("[^a-zA-Z0-9_-]", "_", full)
+    if name != full or len(name) > 64:
+        # What was cut off must not make two names the same.
+        name = f"{name[:55]}_{digest(full)[:8]}"
+    return name
+
+
+# Chat has no tools that take a text, so such a tool gets JSON around it.
+CUSTOM_SCHEMA = {
+    "type": "object",
+    "properties": {"input": {"type": "string"}},
+    "required": ["input"],
+}
+# What reads an item, by its type. To add one, add a method and a row.
+ITEM_READERS = {
+    "message": "read_message",
+    "reasoning": "read_reasoning",
+    "function_call": "read_call",
+    "custom_tool_call": "read_call",
+    "function_call_output": "read_output",
+    "custom_tool_call_output": "read_output",
+    "item_reference": "read_reference",
+    "additional_tools": "read_tools",
+    "compaction": "read_compaction",
+    "compaction_trigger": "refuse_compaction",
+}
+TOOL_KEYS = ("type", "name", "namespace")
+MEDIA_FIELDS = ("image_url", "file_url", "file_data")
+# Stands before thinking that the client keeps for us. It is not encrypted.
+MARK = "ztoapi:"
+
+
+class Conversation:
+    """Makes a chat request of Responses' tools and items. Messages has the same in
+    other words, and is brought into this form first.
+
+    All that the assistant said between two things that it did not say is one message.
+    Its calls are followed by their outputs, and what was said in between comes behind
+    them.
+    """
+
+    def __init__(self, body, fields, caller, settings):
+        """`fields`: a field's name in the API -> in chat, "" if it is read
+        elsewhere."""
+        self.caller = caller
+        # These APIs take an absent "stream" for false, whatever DEFAULT_STREAM says.
+        self.request = {"stream": False}
+        self.changed = []
+        for name, value in body.items():
+            if name not in fields:
+                self.changed.append(name)
+            elif fields[name]:
+                self.request[fields[name]] = value
+        self.names = {}  # a tool's name in chat -> its type, name and namespace
+        self.messages = []
+        self.answer = {}  # the assistant's message that may go on
+        self.outputs = {}  # call id -> content, None until it comes
+        self.behind = []  # what others said since
+        # Whether a picture can stay depends on the model. A wrong name is refused
+        # later.
+        id = zai_model_id(str(body.get("model")), settings.model_aliases)
+        self.translation = Translation({}, id, self.changed)
+
+    # What the conversation is made of
+
+    def read(self, items):
+        for item in expect(items, list, "input"):
+            self.read_item(item)
+        self.end_turn()
+        self.request["messages"] = self.messages
+
+    def read_item(self, item):
+        item = without_nulls(expect(item, dict, "input"))
+        item.setdefault("type", "message")
+        kind = need(item, "type", str, "input")
+        if kind in ITEM_READERS:
+            getattr(self, ITEM_READERS[kind])(item)
+        else:
+            # Histories outlive versions, and change their provider.
+            self.changed.append(name_of(kind))
+
+    def read_message(self, item):
+        role = need(item, "role", str, "input")
+        parts = self.parts(item.get("content"))
+        if role == "assistant":
+            self.say("content", joined_text(parts))
+        else:
+            self.add("system" if role == "developer" else role, parts)
+
+    def read_reasoning(self, item):
+        text = str(item.get("encrypted_content"))
+        if text.startswith(MARK):
+            text = text[len(MARK):]
+        else:
+            parts = item.get("content") or item.get("summary", "")
+            text = joined_text(parts)
+        self.say("reasoning_content", text)
+
+    def read_call(self, item):
+        arguments = item.get("arguments")
+        if item["type"] == "custom_tool_call":
+            arguments = {"input": item.get("input")}
+        function = {"name": chat_name(item), "arguments": arguments}
+        id = need(item, "call_id", str, "input")
+        calls = self.open_turn().setdefault("tool_calls", [])
+        calls.append({
+            "id": id,
+            "type": "function",
+            "function": function,
+        })
+        self.outputs[id] = None
+
+    def read_output(self, item):
+        """Without its call, an output can only be told as a user's words."""
+        id = need(item, "call_id", str, "input")
+        parts = self.parts(item.get("output", ""))
+        # is_error is a field of Messages.
+        silent = "error" not in joined_text(parts).lower()
+        if item.get("is_error") and silent:
+            parts.insert(0, text_part("Error:"))
+        if self.outputs.get(id, parts) is None:
+            self.outputs[id] = parts
+        else:
+            title = text_part(f"Output of the tool call {id}:")
+            self.add("user", [title, *parts])
+
+    def read_reference(self, item):
+        id = need(item, "id", str, "input")
+        found = self.caller.memory.get((self.caller.key, id))
+        if found:
+            self.read_item(found)
+        # Thinking can be missing; what was said or called cannot.
+        elif not id.startswith("rs_"):
+            raise RequestError(
+                f"Item with id {id[:100]!a} not found. Items are kept for a while only, and"
+                " not at all with 'store' false: send the item itself.",
+                "input", status=404, code="not_found")
+
+    def read_compaction(self, item):
+        self.add("user", parts_of(item.get("encrypted_content")))
+
+    def refuse_compaction(self, item):
+        raise RequestError(
+            "Compaction is not served. Codex does it by itself if the provider's name in its"
+            " configuration is not OpenAI.", "input")
+
+    # Turns
+
+    def add(self, role, content):
+        """A message that is not the assistant's."""
+        self.behind.append({"role": role, "content": content})
+
+    def say(self, field, text):
+        """A piece of the assistant's content or reasoning_content."""
+        turn = self.open_turn()
+        texts = filter(None, (turn.get(field), text))
+        turn[field] = "\n\n".join(texts)
+
+    def open_turn(self):
+        if self.behind or any(self.outputs.values()):
+            self.end_turn()
+        self.answer.setdefault("role", "assistant")
+        return self.answer
+
+    def end_turn(self):
+        self.messages += filter(None, [self.answer])
+        for id, parts in self.outputs.items():
+            # Z.ai wants an output for each call, and one that is not empty.
+            self.messages.append({
+                "role": "tool",
+                "tool_call_id": id,
+                "content": parts or "(no output)",
+            })
+        self.messages += self.behind
+        self.answer = {}
+        self.outputs = {}
+        self.behind = []
+
+    # Parts
+
+    def parts(self, content):
+        return [self.part(part) for part in parts_of(content)]
+
+    def part(self, part):
+        """A part as chat has it. A text stands for what this model does not take: a
+        refusal would come again with each turn, as clients keep what they once sent."""
+        kind = part["type"]
+        if isinstance(part.get("source"), dict):
+            part = read_source(kind, part["source"])
+        for field in ("text", "refusal", "content"):
+            if field in part:
+                return text_part(joined_text(part[field]))
+        media = [field for field in MEDIA_FIELDS if part.get(field)]
+        if kind.startswith("input_") and not media:
+            words = "No files are kept, and no audio is taken: send images and files as data."
+            raise RequestError(words, "input")
+        for field in media:
+            value = part[field]
+            part = {"type": field, field: value}
+            if field == "file_data":
+                file = {"filename": "file", field: value}
+                part = {"type": "file", "file": file}
+        return self.translation.part(part, "tool", "content", False)
+
+    # Tools
+
+    def read_tools(self, holder, **namespace):
+        """Tools that are none of the client's go on as they are, to be left out by
+        name."""
+        tools = holder.get("tools", [])
+        for tool in expect(tools, list, "tools"):
+            kind = need(tool, "type", str, "tools")
+            if kind == "namespace":
+                self.read_tools(tool, namespace=tool.get("name"))
+                continue
+            if kind in ("function", "custom"):
+                tool = {**without_nulls(tool), **namespace}
+                tool = self.read_tool(tool)
+            self.request.setdefault("tools", []).append(tool)
+
+    def read_tool(self, tool):
+        name = chat_name(tool)
+        self.names[name] = {
+            key: tool[key] for key in TOOL_KEYS if key in tool}
+        schema = tool.get("parameters")
+        text = tool.get("description")
+        if tool["type"] == "custom":
+            schema = CUSTOM_SCHEMA
+            form = inner(tool, "format")
+            texts = (text, form.get("syntax"), form.get("definition"))
+            text = "\n".join(map(str, filter(None, texts)))
+        function = {
+            "name": name,
+            "description": text,
+            "parameters": schema,
+        }
+        return {"type": "function", "function": function}
+
+    def choice(self, choice):
+        """tool_choice. What names no function goes on as it is."""
+        kind = isinstance(choice, dict) and choice.get("type")
+        if kind in ("function", "custom"):
+            function = {"name": chat_name(choice)}
+            return {"type": "function", "function": function}
+        if kind == "allowed_tools":
+            tools = need(choice, "tools", list, "tool_choice")
+            tools = list(map(self.choice, tools))
+            allowed = {**choice, "tools": tools}
+            return {"type": kind, kind: allowed}
+        return choice
+
+    def read_format(self, form):
+        if isinstance(form, dict) and form.get("type") == "json_schema":
+            # Here the schema lies flat beside the type.
+            form = {"type": "json_schema", "json_schema": form}
+        self.request["response_format"] = form
+
+
+def read_source(kind, source):
+    """Where an image or a document of Messages is, as a part of Responses."""
+    form = source.get("type")
+    if form in ("text", "content"):
+        return text_part(source.get("content", source.get("data")))
+    url = source.get("url")
+    if form == "base64":
+        url = f"data:{source.get('media_type')};base64,{source.get('data')}"
+    field = "image_url"
+    if kind == "document":
+        field = "file_data" if form == "base64" else "file_url"
+    return {"type": kind, field: url}
+
+
+class OneCallAtATime:
+    """Steps in, the same steps out, in an order that lets no call be interrupted.
+
+    While a call's arguments are not a whole JSON object, all that belongs elsewhere is
+    held: clients join the pieces of calls by their order. What comes behind the object
+    is dropped; Z.ai was seen to write arguments twice.
+    """
+
+    def __init__(self):
+        self.index = None  # of the call that is not whole
+        self.progress = None
+        self.held = []
+
+    def feed(self, steps):
+        told = []
+        for step in steps:
+            if step.kind == FINISH:
+                # Calls that never became whole hold nothing up any more.
+                told += self._release()
+                while self.held:
+                    told += self._release()
+                told.append(step)
+            elif self.index not in (None, step.index):
+                self.held.append(step)
             else:
-                (name, text), = delta.items()  # a string alone is quoted much faster than an object is encoded
-                texts.append(self._text('{"' + name + '":' + _quote(text) + "}" if type(text) is str else _encode(delta)))
-        return "".join(texts)
+                told += self._follow(step)
+        return told
 
-    def _text(self, delta, finish_reason="null"):
-        return "data: " + self._head + '{"index":0,"delta":' + delta + ',"logprobs":null,"finish_reason":' + finish_reason + "}" + self._tail + "\n\n"
+    def _follow(self, step):
+        if step.kind == CALL:
+            self.index = step.index
+            self.progress = JsonProgress()
+        elif step.kind != ARGUMENTS:
+            return [step]
+        elif self.index is None:
+            return []
+        end = self.progress.feed(step.text)
+        if end < 0:
+            return [step]
+        step = step._replace(text=step.text[:end])
+        return [step, *self._release()]
 
-    def completion(self, message, finish_reason, usage):
-        """The JSON answer, a chat.completion."""
-        answer = {"id": self.id, "object": "chat.completion", "created": self.created, "model": self.model,
-                  "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": finish_reason}]}
-        return dict(answer, usage=usage) if usage else answer
-
-
-def collect_completion(chunks, limit=LONGEST_ANSWER):
-    """(message, finish_reason, usage): the fold of an answer's chunks. UpstreamError beyond `limit` bytes of text."""
-    texts, calls, size, finish_reason, usage = {}, {}, 0, None, None
-    for chunk in chunks:
-        if chunk.delta is None:
-            texts, calls, size = {}, {}, 0
-            continue
-        for name in ("reasoning_content", "content"):
-            if name in chunk.delta:
-                texts.setdefault(name, []).append(chunk.delta[name])
-                size += len(chunk.delta[name].encode("utf-8", "replace"))
-        for item in chunk.delta.get("tool_calls", ()):
-            call = calls.setdefault(item["index"], {"id": item.get("id"), "type": "function",
-                                                    "function": {"name": item["function"].get("name"), "arguments": []}})
-            call["function"]["arguments"].append(item["function"]["arguments"])
-            size += len(item["function"]["arguments"])
-        if size > limit:
-            raise UpstreamError(f"The answer is longer than {limit} bytes.", GIVE_UP)
-        finish_reason, usage = chunk.finish_reason or finish_reason, chunk.usage or usage
-    for call in calls.values():
-        call["function"]["arguments"] = "".join(call["function"]["arguments"])
-    message = {"role": "assistant", "content": "".join(texts.get("content", ())) if "content" in texts or not calls else None, "refusal": None}
-    if "reasoning_content" in texts:
-        message["reasoning_content"] = "".join(texts["reasoning_content"])
-    if calls:
-        message["tool_calls"] = list(calls.values())
-    return message, finish_reason, usage
+    def _release(self):
+        held = self.held
+        self.held = []
+        self.index = None
+        return self.feed(held)
 
 
-# ---- I/O starts here -------------------------------------------------------------------------------------------------
+class Itemized(Front):
+    """A front that tells an answer as a row of items, one of them open at any time.
+
+    A class has _begin(item), _piece(item, text) and _end(item), which give the SSE text
+    of an item's stages, and _finish(step), which sets `answer`, the JSON answer. _end()
+    puts the item into `items`.
+    """
+
+    # Both APIs have an event for the failure, so that nobody overlooks it.
+    cuts_failures = False
+
+    def __init__(self, id_prefix, body, conversation, hidden):
+        self.id = new_id(id_prefix)
+        self.model = body.get("model", "")
+        self.stream = conversation.request["stream"]
+        self.changed = tuple(conversation.changed)
+        self.names = conversation.names
+        self.hidden = hidden  # thinking is not told
+        self.order = OneCallAtATime()
+        self.open = None  # an Item
+        self.items = []  # the finished ones, in the client's terms
+        self.finish = None
+        self.answer = None
+
+    def tell(self, steps):
+        steps = self.order.feed(steps)
+        return "".join(map(self._tell, steps))
+
+    def _tell(self, step):
+        # After a RESTART the thinking just goes on: nothing else has been told by then.
+        if step.kind == RESTART:
+            return ""
+        if step.kind == THINKING and self.hidden:
+            return ""
+        kind = CALL if step.kind == ARGUMENTS else step.kind
+        text = ""
+        if kind == FINISH:
+            self.finish = step.text
+        goes_on = self.open and self.open.kind == kind
+        if step.kind == CALL or not goes_on:
+            text = self._close()
+        if kind == FINISH:
+            return text + self._finish(step)
+        if not self.open:
+            self.open = Item(kind, step.id, step.name)
+            text += self._begin(self.open)
+        if step.text:
+            self.open.pieces.append(step.text)
+            text += self._piece(self.open, step.text)
+        return text
+
+    def _close(self):
+        item = self.open
+        self.open = None
+        return self._end(item) if item else ""
+
+    def whole(self, fold):
+        """The answer that the same steps give as a stream."""
+        steps = []
+        for i, item in enumerate(fold.items):
+            steps.append(Step(item.kind, item.text, i, item.id, item.name))
+        steps.append(Step(FINISH, fold.finish, usage=fold.usage))
+        self.tell(steps)
+        return self.answer
+
+    def find_tool(self, name):
+        """The client's terms for what the model called. It may leave out a
+        namespace."""
+        tools = self.names.values()
+        bare = [tool for tool in tools if tool["name"] == name]
+        if name in self.names:
+            return self.names[name]
+        return bare[0] if len(bare) == 1 else {"name": name}
+
+
+# For the details that Z.ai leaves out, and for an answer without usage.
+NO_USAGE = {
+    "prompt_tokens": 0,
+    "prompt_tokens_details": {"cached_tokens": 0},
+    "completion_tokens": 0,
+    "completion_tokens_details": {"reasoning_tokens": 0},
+}
+
+
+# Anthropic's names of fields, and chat's; "" for those that are read one by one.
+MESSAGES_FIELDS = {
+    "model": "model",
+    "max_tokens": "max_tokens",
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "stop_sequences": "stop",
+    "stream": "stream",
+    "messages": "",
+    "system": "",
+    "tools": "",
+    "tool_choice": "",
+    "thinking": "",
+    "output_config": "",
+    "output_format": "",
+    "metadata": "",
+    "cache_control": "",
+}
+STOP_REASONS = {
+    "stop": "end_turn",
+    "tool_calls": "tool_use",
+    "length": "max_tokens",
+    "content_filter": "refusal",
+    "context_window": "model_context_window_exceeded",
+}
+MESSAGE = {
+    "type": "message",
+    "role": "assistant",
+    "content": [],
+    "stop_reason": None,
+    "stop_sequence": None,
+}
+# How a block begins, its delta, and the delta's field that holds the text.
+BLOCKS = {
+    "text": ({"type": "text", "text": ""}, "text_delta", "text"),
+    "thinking": (
+        {"type": "thinking", "thinking": "", "signature": ""}, "thinking_delta", "thinking"),
+    "call": ({"type": "tool_use", "input": {}}, "input_json_delta", "partial_json"),
+}
+ANTHROPIC_ERRORS = {
+    "401": "authentication_error",
+    "403": "permission_error",
+    "404": "not_found_error",
+    "413": "request_too_large",
+    "429": "rate_limit_error",
+    "500": "api_error",
+    "502": "api_error",
+    "503": "overloaded_error",
+    "504": "timeout_error",
+}
+# What cannot heal has a status that Anthropic's clients do not repeat.
+HOPELESS_STATUSES = {402: 403, 500: 400, 502: 400}
+NO_THREADS = "thread_unsupported_request"
+# Claude Code's first system block changes with each release, and would spoil the cache.
+BILLING = "x-anthropic-billing-header"
+
+
+class Messages(Itemized):
+    """Anthropic's Messages API: POST /v1/messages."""
+
+    @classmethod
+    def read(cls, body, caller, settings):
+        body = without_nulls(body)
+        if "thread" in body:
+            # Anthropic's SDK then sends the whole conversation.
+            words = "Threads are not kept here: send all messages."
+            raise RequestError(words, "thread", code=NO_THREADS)
+        conversation = Conversation(body, MESSAGES_FIELDS, caller, settings)
+        system = parts_of(body.get("system", []))
+        for part in system:
+            if not str(part.get("text")).startswith(BILLING):
+                conversation.add("system", [part])
+        conversation.read(to_items(body.get("messages")))
+        tools = expect(body.get("tools", []), list, "tools")
+        tools = list(map(to_flat_tool, tools))
+        conversation.read_tools({"tools": tools})
+        request = conversation.request
+        request.update(read_asides(body, conversation))
+        # Who did not ask for thinking reads content[0] as the text.
+        hidden = request["thinking"]["type"] == "disabled"
+        hidden = hidden or settings.reasoning_format == "hidden"
+        return cls("msg_", body, conversation, hidden), request
+
+    def opening(self):
+        message = self._message({})
+        return typed_event({"type": "message_start", "message": message})
+
+    def heartbeat(self):
+        return typed_event({"type": "ping"})
+
+    def failure(self, error):
+        return typed_event(self.error(error))
+
+    def _begin(self, item):
+        return self._event("start", content_block=self._block(item))
+
+    def _piece(self, item, text):
+        _, kind, field = BLOCKS[item.kind]
+        return self._event("delta", delta={"type": kind, field: text})
+
+    def _end(self, item):
+        text = self._event("stop")
+        block = self._block(item)
+        if item.kind == CALL:
+            block["input"] = decode_or_none(item.text)
+        else:
+            block[item.kind] = item.text
+        if isinstance(block.get("input", {}), dict):
+            self.items.append(block)
+        # A call that was cut short is left out. Empty input would be a lie.
+        elif self.finish in (None, "stop", "tool_calls"):
+            raise UpstreamError("Z.ai sent a tool call with broken arguments.")
+        return text
+
+    def _finish(self, step):
+        reason = STOP_REASONS[step.text]
+        self.answer = self._message(
+            step.usage or {}, content=self.items, stop_reason=reason)
+        # Which stop word was hit is not known.
+        delta = {"stop_reason": reason, "stop_sequence": None}
+        end = {
+            "type": "message_delta",
+            "delta": delta,
+            "usage": self.answer["usage"],
+        }
+        return typed_event(end) + typed_event({"type": "message_stop"})
+
+    def _event(self, name, **fields):
+        return typed_event({
+            "type": f"content_block_{name}",
+            "index": len(self.items),
+            **fields,
+        })
+
+    def _block(self, item):
+        block = dict(BLOCKS[item.kind][0])
+        if item.kind == CALL:
+            tool = self.find_tool(item.name)
+            block.update(id=item.id, name=tool["name"])
+        return block
+
+    def _message(self, usage, **fields):
+        usage = {**NO_USAGE, **usage}
+        cached = usage["prompt_tokens_details"]["cached_tokens"]
+        # Anthropic counts the cached tokens apart.
+        counts = {
+            "input_tokens": max(0, usage["prompt_tokens"] - cached),
+            "cache_creation_input_tokens": 0,
+            "cache_read_input_tokens": cached,
+            "output_tokens": usage["completion_tokens"],
+        }
+        return {
+            **MESSAGE,
+            "id": self.id,
+            "model": self.model,
+            "usage": counts,
+            **fields,
+        }
+
+    @staticmethod
+    def error(error, request_id=""):
+        status = str(Messages.status(error))
+        message = error.message
+        if error.code == "context_length_exceeded":
+            # Claude Code shortens the conversation if it reads these words first.
+            message = f"prompt is too long: {message}"
+        kind = ANTHROPIC_ERRORS.get(status, "invalid_request_error")
+        told = {"type": kind, "message": message}
+        if error.code == NO_THREADS:
+            told["details"] = {"error_code": error.code}
+        return {
+            "type": "error",
+            "error": told,
+            "request_id": request_id or None,
+        }
+
+    @staticmethod
+    def status(error):
+        hopeless = HOPELESS_STATUSES if error.retryable is False else {}
+        return hopeless.get(error.status, error.status)
+
+
+# The blocks that are items of their own in Responses: the item's type, and the fields
+# that have another name there.
+RENAMED = {
+    "thinking": ("reasoning", {"thinking": "content"}),
+    "tool_use": ("function_call", {"id": "call_id", "input": "arguments"}),
+    "tool_result": ("function_call_output", {"tool_use_id": "call_id", "content": "output"}),
+}
+
+
+def to_items(messages):
+    """Messages as the items that Responses would have for them."""
+    items = []
+    for message in expect(messages, list, "messages"):
+        role = need(message, "role", str, "messages")
+        parts = []
+        for block in parts_of(message.get("content")):
+            kind, names = RENAMED.get(block["type"], (None, {}))
+            if kind:
+                item = {names.get(name, name): block[name] for name in block}
+                items.append({**item, "type": kind})
+            elif role == "assistant" and block["type"] != "text":
+                items.append(block)
+            else:
+                parts.append(block)
+        if parts:
+            items.append({"role": role, "content": parts})
+    return items
+
+
+def to_flat_tool(tool):
+    """A tool as Responses has it. One with a type of its own has no schema."""
+    tool = without_nulls(expect(tool, dict, "tools"))
+    if tool.get("type", "custom") != "custom":
+        return tool
+    schema = tool.get("input_schema")
+    return {
+        **tool,
+        "type": "function",
+        "parameters": schema,
+    }
+
+
+def read_asides(body, conversation):
+    """The wishes that Messages has in other words than chat."""
+    fields = {}
+    config = inner(body, "output_config")
+    form = config.get("format", body.get("output_format"))
+    if form:
+        conversation.read_format(form)
+    choice = inner(body, "tool_choice")
+    if choice.get("disable_parallel_tool_use"):
+        fields["parallel_tool_calls"] = False
+    if choice:
+        kind = need(choice, "type", str, "tool_choice")
+        named = {**choice, "type": "function"}
+        words = {"any": "required", "tool": named}
+        choice = words.get(kind, kind)
+        fields["tool_choice"] = conversation.choice(choice)
+    user = inner(body, "metadata").get("user_id")
+    if isinstance(user, str):
+        # Claude Code's has 150 characters; Z.ai takes 128.
+        fields["user"] = digest(user) if len(user) > 128 else user
+    # Not to ask for thinking is to want none.
+    thinking = inner(body, "thinking")
+    kind = thinking.get("type", "disabled")
+    wish = "enabled" if kind == "adaptive" else kind
+    fields["thinking"] = {"type": wish}
+    budget = thinking.get("budget_tokens")
+    if kind == "adaptive":
+        fields["reasoning_effort"] = config.get("effort")
+    elif type(budget) is int:
+        fields["reasoning_effort"] = effort_of_budget(budget)
+    return fields
+
+
+# OpenAI's names of fields, and chat's; "" for those that are read one by one, and for
+# those that ask for nothing.
+RESPONSES_FIELDS = {
+    "model": "model",
+    "max_output_tokens": "max_tokens",
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "user": "user",
+    "user_id": "user_id",
+    "stop": "stop",
+    "seed": "seed",
+    "parallel_tool_calls": "parallel_tool_calls",
+    "stream": "stream",
+    "thinking": "thinking",
+    "enable_thinking": "enable_thinking",
+    "input": "",
+    "instructions": "",
+    "tools": "",
+    "tool_choice": "",
+    "text": "",
+    "reasoning": "",
+    "include": "",
+    "store": "",
+    "stream_options": "",
+    "client_metadata": "",
+    "background": "",
+}
+# What would need a memory of answers. VS Code sends everything again at the first code.
+STATEFUL = {
+    "previous_response_id": "previous_response_not_found",
+    "prompt": "unsupported_parameter",
+    "conversation": "unsupported_parameter",
+    "background": "unsupported_parameter",
+}
+# A response at its beginning. These fields say what the request said, if it did.
+ECHO = {
+    "max_output_tokens": None,
+    "max_tool_calls": None,
+    "metadata": {},
+    "parallel_tool_calls": True,
+    "prompt_cache_key": None,
+    "reasoning": {"effort": None, "summary": None},
+    "safety_identifier": None,
+    "store": True,
+    "temperature": 1.0,
+    "text": {"format": {"type": "text"}},
+    "tool_choice": "auto",
+    "top_p": 1.0,
+    "user": None,
+}
+# And these do not. The tools of Codex have 40 KB, and nobody misses them.
+RESPONSE = {
+    "object": "response",
+    "background": False,
+    "completed_at": None,
+    "error": None,
+    "incomplete_details": None,
+    "instructions": None,
+    "output": [],
+    "previous_response_id": None,
+    "service_tier": "default",
+    "tools": [],
+    "top_logprobs": 0,
+    "truncation": "disabled",
+    "usage": None,
+}
+INCOMPLETE = {
+    "length": "max_output_tokens", "context_window": "max_output_tokens",
+    "content_filter": "content_filter",
+}
+# The codes of a failure that mean something to Codex.
+FAILURES = ("insufficient_quota", "context_length_exceeded", "rate_limit_exceeded")
+# A 401 asks for a key; the others Codex takes as they are meant.
+KEPT_STATUSES = (401, 404, 405, 426, 429)
+# How an item of each kind begins, and where its text is: in the item's `field`, inside
+# a part if there is one, and in `text` of the event behind its deltas. `place` is
+# in all events between the item's first and last.
+SHAPES = {
+    "thinking": {
+        "id": "rs_",
+        "field": "summary",
+        "events": "reasoning_summary_text",
+        "text": "text",
+        "part_events": "reasoning_summary_part",
+        "place": {"summary_index": 0},
+        "part": {"type": "summary_text"},
+        "item": {
+            "type": "reasoning",
+            "status": "in_progress",
+            "summary": [],
+            "encrypted_content": None,
+        },
+    },
+    "text": {
+        "id": "msg_",
+        "field": "content",
+        "events": "output_text",
+        "text": "text",
+        "part_events": "content_part",
+        "place": {"content_index": 0, "logprobs": []},
+        "part": {"type": "output_text", "annotations": [], "logprobs": []},
+        "item": {
+            "type": "message",
+            "status": "in_progress",
+            "role": "assistant",
+            "content": [],
+        },
+    },
+    "call": {
+        "id": "fc_",
+        "field": "arguments",
+        "events": "function_call_arguments",
+        "text": "arguments",
+        "place": {},
+        "item": {"type": "function_call", "status": "in_progress", "arguments": ""},
+    },
+    "custom": {
+        "id": "ctc_",
+        "field": "input",
+        "events": "custom_tool_call_input",
+        "text": "input",
+        "place": {},
+        "item": {"type": "custom_tool_call", "status": "in_progress", "input": ""},
+    },
+}
+
+
+class Responses(Itemized):
+    """OpenAI's Responses API: POST /v1/responses."""
+
+    def __init__(self, body, conversation, hidden, caller):
+        super().__init__("resp_", body, conversation, hidden)
+        # opening() has the numbers 0 and 1; it may be made behind the first steps.
+        self.number = 2
+        self.item = {}  # the open one, in the client's terms
+        self.key = caller.key
+        self.memory = caller.memory
+        if body.get("store") is False:
+            self.memory = Memory()
+        include = expect(body.get("include", []), list, "include")
+        self.keeps_thinking = "reasoning.encrypted_content" in include
+        self.base = {
+            **RESPONSE,
+            "id": self.id,
+            "created_at": int(caller.now),
+            "model": self.model,
+        }
+        for name, usual in ECHO.items():
+            self.base[name] = body.get(name, usual)
+
+    @classmethod
+    def read(cls, body, caller, settings):
+        body = without_nulls(body)
+        for name, code in STATEFUL.items():
+            if body.get(name):
+                words = f"'{name}' is not served: no responses are kept. Send the whole input."
+                raise RequestError(words, name, code=code)
+        if "input" not in body:
+            words = "Missing required parameter: 'input'."
+            raise RequestError(words, "input", code="missing_required_parameter")
+        conversation = Conversation(body, RESPONSES_FIELDS, caller, settings)
+        if "instructions" in body:
+            conversation.add("system", parts_of(body["instructions"]))
+        items = body["input"]
+        if isinstance(items, str):
+            message = {"role": "user", "content": items}
+            items = [message]
+        conversation.read_tools(body)
+        conversation.read(items)
+        request = conversation.request
+        if "tool_choice" in body:
+            request["tool_choice"] = conversation.choice(body["tool_choice"])
+        text = inner(body, "text")
+        conversation.read_format(text.get("format"))
+        if "verbosity" in text:
+            conversation.changed.append("verbosity")
+        wish = read_wish_to_think(body, settings)
+        request = {**wish, **request}
+        hidden = settings.reasoning_format == "hidden"
+        return cls(body, conversation, hidden, caller), request
+
+    def opening(self):
+        response = self._response("in_progress", output=[])
+        begin = {
+            "type": "response.created",
+            "sequence_number": 0,
+            "response": response,
+        }
+        go_on = {
+            "type": "response.in_progress",
+            "sequence_number": 1,
+            "response": response,
+        }
+        return typed_event(begin) + typed_event(go_on)
+
+    def heartbeat(self):
+        """Behind the first item some clients take response.in_progress for a new
+        start."""
+        if self.open:
+            return self._text_event("delta", delta="")
+        response = self._response("in_progress")
+        return self._event("response.in_progress", response=response)
+
+    def failure(self, error):
+        """Two events: some clients overlook the one, some the other."""
+        told = self.error(error)["error"]
+        code = error.code
+        if code not in FAILURES:
+            hopeless = error.retryable is False or error.status < 500
+            code = "invalid_prompt" if hopeless else "server_error"
+        message = error.message
+        wait_s = error.headers().get("Retry-After")
+        if wait_s:
+            # Codex reads the time out of the text.
+            message += f" Please try again in {wait_s}s."
+        failure = {"code": code, "message": message}
+        failed = self._response("failed", error=failure)
+        flat = {**told, "error": told}
+        # The event has a type of its own.
+        del flat["type"]
+        text = self._event("error", **flat)
+        return text + self._event("response.failed", response=failed)
+
+    def _begin(self, item):
+        tool = {}
+        if item.kind == CALL:
+            tool = self.find_tool(item.name)
+            tool = {**tool, "call_id": item.id}
+        is_custom = tool.get("type") == "custom"
+        self.shape = SHAPES["custom" if is_custom else item.kind]
+        id = new_id(self.shape["id"])
+        self.item = {**tool, **self.shape["item"], "id": id}
+        return self._item_event("added") + self._part_event("added", "")
+
+    def _piece(self, item, text):
+        # What a custom tool gets stands inside the JSON that comes.
+        if "input" in self.item:
+            return ""
+        return self._text_event("delta", delta=text)
+
+    def _end(self, item):
+        text = item.text
+        events = ""
+        if "input" in self.item:
+            text = unwrap_input(text)
+            events = self._text_event("delta", delta=text)
+        fields = {self.shape["text"]: text}
+        if item.kind == CALL:
+            fields["name"] = self.item["name"]
+        events += self._text_event("done", **fields)
+        events += self._part_event("done", text)
+        part = self._part(text)
+        field = self.shape["field"]
+        self.item[field] = [part] if part else text
+        if item.kind == THINKING and self.keeps_thinking:
+            self.item["encrypted_content"] = MARK + text
+        is_cut = self.finish in INCOMPLETE
+        self.item["status"] = "incomplete" if is_cut else "completed"
+        events += self._item_event("done")
+        self.items.append(self.item)
+        # The AI SDK refers to items by their ids, in place of sending them.
+        key = (self.key, self.item["id"])
+        self.memory.put(key, self.item, len(encode_text(self.item)))
+        return events
+
+    def _finish(self, step):
+        reason = INCOMPLETE.get(step.text)
+        usage = step.usage and to_responses_usage(step.usage)
+        self.answer = self._response("completed", usage=usage)
+        if reason:
+            self.answer["status"] = "incomplete"
+            self.answer["incomplete_details"] = {"reason": reason}
+        status = self.answer["status"]
+        return self._event(f"response.{status}", response=self.answer)
+
+    def _response(self, status, **fields):
+        return {
+            **self.base,
+            "status": status,
+            "output": self.items,
+            **fields,
+        }
+
+    def _event(self, kind, **fields):
+        value = {
+            "type": kind,
+            "sequence_number": self.number,
+            **fields,
+        }
+        self.number += 1
+        return typed_event(value)
+
+    def _item_event(self, stage):
+        fields = {
+            "output_index": len(self.items),
+            "item": self.item,
+        }
+        return self._event(f"response.output_item.{stage}", **fields)
+
+    def _text_event(self, stage, **fields):
+        return self._inner_event(self.shape["events"], stage, fields)
+
+    def _part_event(self, stage, text):
+        part = self._part(text)
+        if not part:
+            return ""
+        return self._inner_event(self.shape["part_events"], stage, {"part": part})
+
+    def _part(self, text):
+        part = self.shape.get("part")
+        return part and {**part, "text": text}
+
+    def _inner_event(self, events, stage, fields):
+        place = {
+            "item_id": self.item["id"],
+            "output_index": len(self.items),
+            **self.shape["place"],
+        }
+        return self._event(f"response.{events}.{stage}", **place, **fields)
+
+    @staticmethod
+    def error(error, request_id=""):
+        value = Front.error(error)
+        if str(error.param).startswith("messages"):
+            # A place in the chat request, which the client has not seen.
+            value["error"]["param"] = "input"
+        return value
+
+    @staticmethod
+    def status(error):
+        """Codex sends everything 30 times at a 5xx and six times at most others; a 400
+        it shows at once."""
+        if error.status in KEPT_STATUSES:
+            return error.status
+        hopeless = error.retryable is False or error.status < 500
+        return 400 if hopeless else error.status
+
+
+def read_wish_to_think(body, settings):
+    """The wish to think, in chat's fields."""
+    reasoning = inner(body, "reasoning")
+    effort = reasoning.get("effort")
+    if effort is not None:
+        return {"reasoning_effort": "max" if effort == "ultra" else effort}
+    summary = reasoning.get("summary") or reasoning.get("generate_summary")
+    # That is how Codex asks for thinking if it does not know the model.
+    wants = summary not in (None, "none", "off")
+    if wants and settings.enable_thinking is None:
+        return {"enable_thinking": True}
+    return {}
+
+
+def unwrap_input(arguments):
+    """The text for a custom tool. Models give its field other names, or leave out the
+    JSON."""
+    value = decode_or_none(arguments)
+    if isinstance(value, dict):
+        texts = [text for text in value.values() if isinstance(text, str)]
+        only = texts[0] if len(texts) == 1 else None
+        value = value.get("input", only)
+    return value if isinstance(value, str) else arguments
+
+
+def to_responses_usage(usage):
+    """The details are always there, as VS Code reads them unasked."""
+    whole = {**NO_USAGE, **usage}
+    cached = whole["prompt_tokens_details"]["cached_tokens"]
+    return {
+        "input_tokens": whole["prompt_tokens"],
+        "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
+        "output_tokens": whole["completion_tokens"],
+        "output_tokens_details": whole["completion_tokens_details"],
+        "total_tokens": whole["total_tokens"],
+    }
+
+
+# ---- I/O starts here -----------------------------------------------------------------
 #
-# Clients ##############################################################################################################
+# Gates ################################################################################
 #
-# A handler thread waits in plain blocking calls: a time-out on a socket would cost a second system call, and a hand-over
-# of the interpreter, for every chunk. Instead one watch looks at all clients some times a second. It notices who has
-# left, who is silent for too long and who is due a heartbeat; and it wakes a blocked thread by shutting its socket down.
+# Z.ai limits the requests in flight for each key and model, does not say to how many,
+# and changes it. So a gate learns its ceiling from refusals, and tries one more now and
+# then. Who finds no room queues: one queue a model, in which the client keys take
+# turns, each in the order its requests came. All of it stands under one lock; nobody
+# waits while holding it.
 
-WATCH_INTERVAL = 0.25  # seconds; a client's leaving must be noticed within one
-
-
-def polled(socks, events):
-    """Those of `socks` on which one of `events`, or an error, has happened; without waiting. Any number, any descriptor."""
-    poll, by_fileno = select.poll(), {}
-    for sock in socks:
-        fileno = sock.fileno()  # -1 once closed, which a handler thread may do at any time
-        if fileno >= 0:
-            by_fileno[fileno] = sock
-            poll.register(fileno, events)
-    return [by_fileno[fileno] for fileno, _ in poll.poll(0)]
+def backoff_s(attempt):
+    """Half a second, doubling to 8; `attempt` counts from 0."""
+    return min(8.0, 0.5 * 2 ** min(attempt, 10))
 
 
-def readable(socks):
-    """Those of `socks` that have bytes to read or have ended."""
-    if hasattr(select, "poll"):
-        return polled(socks, select.POLLIN)
-    socks = [sock for sock in socks if sock.fileno() >= 0]
-    return [sock for i in range(0, len(socks), 500) for sock in select.select(socks[i:i + 500], [], [], 0)[0]]  # Windows takes 512
+def overload_backoff_s(attempt):
+    """A model that is overloaded was seen to be so for minutes."""
+    return min(15.0, 2.0 ** min(attempt, 10))
 
 
-def writable(sock):
-    """Whether the socket takes some bytes at once."""
-    return bool(polled([sock], select.POLLOUT) if hasattr(select, "poll") else select.select([], [sock], [], 0)[1])
+class ZaiKey:
+    def __init__(self, position, text):
+        # Its place in ZAI_API_KEY, from 1.
+        self.position = position
+        self.text = text
+        self.name = f"#{position} {mask(text)}"
+        self.resting_until = 0.0
+
+
+class Gate:
+    """What one Z.ai key has in flight for one model, and how much it may have."""
+
+    # After so many seconds without a refusal one request more is tried.
+    PROBE_S = 60.0
+
+    def __init__(self, key, limit):
+        self.key = key
+        self.limit = limit
+        # The ceiling is below the limit once it has been learned.
+        self.ceiling = limit
+        self.in_flight = 0
+        # Nobody may pass until then, after a refusal.
+        self.closed_until = 0.0
+        # The key does not serve this model until then.
+        self.resting_until = 0.0
+        self.quiet_since = 0.0
+        # The log has said that Z.ai refuses.
+        self.refusing = False
+
+    def room(self, now):
+        if now < self.closed_until:
+            return 0
+        return self.ceiling - self.in_flight
+
+    def rests_until(self):
+        return max(self.resting_until, self.key.resting_until)
+
+    def probe(self, now):
+        """Raise a learned ceiling that is reached by one, if it is time to."""
+        quiet = now >= max(self.closed_until, self.quiet_since + self.PROBE_S)
+        if quiet and self.ceiling <= self.in_flight and self.ceiling < self.limit:
+            self.ceiling += 1
+            self.quiet_since = now
+
+    def close(self, now, pause_s):
+        """Let nobody through for a while. Z.ai's own wish may be absurd, hence the
+        bound."""
+        self.closed_until = max(self.closed_until, now + min(pause_s, self.PROBE_S))
+        self.quiet_since = now
+
+    def learn(self):
+        """Lower the ceiling to what is in flight beside the request that was
+        refused."""
+        self.ceiling = max(1, min(self.ceiling, self.in_flight))
+
+    def knows_nothing(self, now):
+        if self.in_flight or self.ceiling < self.limit:
+            return False
+        return now >= max(self.closed_until, self.resting_until)
+
+
+class Ticket:
+    """One request's place in the queue of its model. It keeps its number when it has to
+    queue again, hence is the first of its client key."""
+
+    numbers = itertools.count(1)
+
+    def __init__(self, model, client):
+        self.model = model
+        self.client = client
+        self.number = next(self.numbers)
+        # The gate through which it may go, once it may.
+        self.gate = None
+        # Its key rests, and an answer would end the rest.
+        self.probes_rest = False
+        self.waited_s = 0.0
+        self.refusals = 0
+        self.refusal = None
+        # The keys that have refused it.
+        self.spent = set()
+
+
+class Gates:
+    """Who may go to Z.ai now, and with which key."""
+
+    # A key that was refused rests that long, if Z.ai does not say how long.
+    REST_S = 600.0
+    LONGEST_REST_S = 6 * 3600.0
+
+    def __init__(self, keys, max_concurrency, queue_timeout_s,
+                 clock=time.monotonic, rand=random.random):
+        self.keys = [ZaiKey(i, text) for i, text in enumerate(keys, 1)]
+        self.limit = max_concurrency or float("inf")
+        self.queue_timeout_s = queue_timeout_s
+        self.clock = clock
+        self.rand = rand
+        self.lock = threading.Lock()
+        # (key, model) -> Gate
+        self.gates = {}
+        # model -> the tickets that wait
+        self.queues = {}
+        # client key -> the number of its last admission
+        self.turns = collections.Counter()
+        self.admissions = 0
+
+    def enter(self, ticket):
+        """Wait for a slot; then ticket.gate is it. ClientGone, or an ApiError once the
+        ticket has waited QUEUE_TIMEOUT in all, or is bound to."""
+        began = self.clock()
+        deadline = began + self.queue_timeout_s - ticket.waited_s
+        with self.lock:
+            self.queues.setdefault(ticket.model, []).append(ticket)
+            self._admit(ticket.model, began)
+            opens_at = self._opens_at(ticket)
+        try:
+            while not ticket.gate:
+                now = self.clock()
+                if now >= deadline or opens_at > deadline:
+                    raise self._timeout(ticket, opens_at - now)
+                ticket.client.wait(deadline - now)
+            if ticket.client.gone:
+                raise ClientGone
+        except BaseException:
+            self.leave(ticket)
+            raise
+        finally:
+            ticket.waited_s += self.clock() - began
+
+    def leave(self, ticket, error=None, served=False):
+        """Give the slot, or the place in the queue, back. `error`: the UpstreamError
+        that it ended with; `served`: an answer came."""
+        with self.lock:
+            now = self.clock()
+            news = None
+            if ticket.gate:
+                news = self._settle(ticket, error, served, now)
+            elif ticket in self.queues.get(ticket.model, ()):
+                self.queues[ticket.model].remove(ticket)
+            self._admit(ticket.model, now)
+            self._forget(ticket.model, now)
+        if news:
+            log.info(*news)
+
+    def tick(self, now):
+        """Let those go whose gate opens though nobody leaves it. The pump calls it."""
+        with self.lock:
+            for model in list(self.queues):
+                self._admit(model, now)
+
+    def all_spent(self, ticket):
+        return len(ticket.spent) == len(self.keys)
+
+    def state(self):
+        """For the page and the metrics: a list of (key's position, model, ceiling or
+        None, in flight) for the gates, and {model: how many queue}."""
+        with self.lock:
+            gates = []
+            for (key, model), gate in self.gates.items():
+                ceiling = gate.ceiling if gate.ceiling < float("inf") else None
+                gates.append((key.position, model, ceiling, gate.in_flight))
+            return gates, {model: len(queue) for model, queue in self.queues.items() if queue}
+
+    # The methods below are called with the lock held.
+
+    def _settle(self, ticket, error, served, now):
+        """What an attempt teaches; the log line about it, if there is one."""
+        gate = ticket.gate
+        ticket.gate = None
+        gate.in_flight -= 1
+        if served:
+            if ticket.probes_rest:
+                gate.key.resting_until = gate.resting_until = 0.0
+            return self._cleared(gate, ticket.model, now)
+        if error is None:
+            return None
+        if error.verdict in (KEY_RESTS, MODEL_RESTS):
+            rest_s = min(error.retry_after or self.REST_S, self.LONGEST_REST_S)
+            resting = gate.key if error.verdict == KEY_RESTS else gate
+            resting.resting_until = now + rest_s
+            ticket.spent.add(gate.key)
+        elif error.verdict in (TOO_MANY, TOO_FAST, OVERLOAD):
+            return self._refuse(gate, ticket, error, now)
+        return None
+
+    def _refuse(self, gate, ticket, error, now):
+        overloaded = error.verdict == OVERLOAD
+        # The Coding Plan says 1305 for too many at once, too.
+        too_many = error.verdict == TOO_MANY or error.zai_code == "1305" and gate.in_flight
+        if overloaded and not too_many:
+            pause_s = overload_backoff_s(ticket.refusals)
+        else:
+            pause_s = min(8.0, backoff_s(ticket.refusals) * (1 + 0.5 * self.rand()))
+        ticket.refusals += 1
+        ticket.refusal = error
+        gate.close(now, max(pause_s, error.pause or 0))
+        if too_many:
+            gate.learn()
+        if gate.refusing:
+            return None
+        gate.refusing = True
+        limit = f"{gate.ceiling} at a time" if gate.ceiling < float("inf") else "for now"
+        code = error.zai_code or error.status
+        return "%s: Z.ai refuses (%s), %s, queueing", plain(ticket.model), code, limit
+
+    def _cleared(self, gate, model, now):
+        if not gate.refusing or self.queues.get(model) or now < gate.closed_until:
+            return None
+        gate.refusing = False
+        return "%s: nobody queues any more", plain(model)
+
+    def _admit(self, model, now):
+        """Let the first in the queue go, as long as there is room."""
+        queue = self.queues.get(model, ())
+        while queue:
+            ticket = min(queue, key=lambda waiting: (
+                self.turns[waiting.client.key], waiting.number))
+            gates = self._usable(ticket, now)
+            for gate in gates:
+                gate.probe(now)
+            gate = max(gates, key=lambda gate: (gate.room(now), -gate.in_flight))
+            if gate.room(now) <= 0:
+                return
+            queue.remove(ticket)
+            self.admissions += 1
+            self.turns[ticket.client.key] = self.admissions
+            ticket.gate = gate
+            ticket.probes_rest = gate.rests_until() > now
+            gate.in_flight += 1
+            ticket.client.wake()
+
+    def _usable(self, ticket, now):
+        """The gates the ticket may use: of keys that do not rest; if all do, that whose
+        rest ends first, rather than failing unasked."""
+        keys = [key for key in self.keys if key not in ticket.spent]
+        gates = [self._gate(key, ticket.model) for key in keys]
+        awake = [gate for gate in gates if gate.rests_until() <= now]
+        return awake or [min(gates, key=Gate.rests_until)]
+
+    def _gate(self, key, model):
+        if (key, model) not in self.gates:
+            self.gates[key, model] = Gate(key, self.limit)
+        return self.gates[key, model]
+
+    def _opens_at(self, ticket):
+        """When the first of its gates is open again after a refusal."""
+        if ticket.gate:
+            return 0.0
+        return min(gate.closed_until for gate in self._usable(ticket, self.clock()))
+
+    def _forget(self, model, now):
+        """Names of models come from clients: gates that know nothing are not kept."""
+        if self.queues.get(model):
+            return
+        self.queues.pop(model, None)
+        for key in self.keys:
+            gate = self.gates.get((key, model))
+            if gate and gate.knows_nothing(now) and not gate.refusing:
+                del self.gates[key, model]
+
+    def _timeout(self, ticket, opens_in_s):
+        words = f"No slot at Z.ai came free within QUEUE_TIMEOUT ({self.queue_timeout_s:g} s)."
+        row = RATE
+        if ticket.refusal:
+            words += " Its last word: " + ticket.refusal.message
+            row = OVERLOADED if ticket.refusal.verdict == OVERLOAD else RATE
+        # Clients would queue as long again, unseen, each time they try again by
+        # themselves.
+        return ApiError(words, status=row.status, type=row.type, code=row.code,
+                        retry_after=max(row.retry_after, opens_in_s), retryable=False)
+
+
+# Pump #################################################################################
+#
+# One thread relays all running answers, and keeps the time for all who wait. A thread
+# for each stream would be simpler, but from some hundred streams on the handing over of
+# the interpreter's lock costs more than the work.
+#
+# One rule makes it safe: inside `with pump.minding(client)` the client's socket is the
+# pump's, outside it is the handler's. The handler's thread queues, connects, sends the
+# request to Z.ai and then sleeps, until the pump has told the whole answer.
+
+# A client's leaving must be noticed within one second.
+TICK_S = 0.25
 
 
 def ended(socks):
-    """Those of `socks` whose other side has closed. TCP cannot tell a client that only stopped sending from one that left, before
-    something is written to it; clients do not half-close, so an end means gone (nginx holds the same)."""
-    if hasattr(select, "POLLRDHUP"):
-        return polled(socks, select.POLLRDHUP)
-    return [sock for sock in readable(socks) if at_end(sock)]
+    """Those of the sockets, which must not block, whose other side has closed. TCP
+    cannot tell a client that only stopped sending from one that left; clients do not
+    half-close, so an end means gone (nginx holds the same)."""
+    if not hasattr(select, "POLLRDHUP"):
+        return [sock for sock in socks if is_at_end(sock)]
+    poll = select.poll()
+    by_fileno = {}
+    for sock in socks:
+        # A handler's thread may close its socket at any time; then this is -1.
+        fileno = sock.fileno()
+        if fileno >= 0:
+            by_fileno[fileno] = sock
+            poll.register(fileno, select.POLLRDHUP)
+    return [by_fileno[fileno] for fileno, _ in poll.poll(0)]
 
 
-def at_end(sock):
-    """Whether the next thing to read is the end. Elsewhere than on Linux bytes sent ahead hide it."""
+def is_at_end(sock):
+    """Whether the end is the next thing to read. Elsewhere than on Linux bytes that
+    were sent ahead hide it."""
+    return peek(sock) == b""
+
+
+def peek(sock):
+    """The next byte of a socket that does not block: b"" at its end, None if there is
+    none yet. Of a TLS connection it is the raw one."""
     try:
-        return sock.recv(1, socket.MSG_PEEK) == b""
+        return socket.socket.recv(sock, 1, socket.MSG_PEEK)
+    except BlockingIOError:
+        return None
     except OSError:
-        return True
+        return b""
 
 
 def shut(sock):
-    """Wake whoever is blocked on the socket. Not SSLSocket's own shutdown(), which would pull the TLS state from under a reader."""
+    """Wake the thread that is blocked on the socket. SSLSocket's own shutdown() would
+    pull the TLS state from under a reader."""
     with contextlib.suppress(OSError):
         socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
 
-class EventSink:
-    """The streamed answer to one client: its head along with the first bytes, then events, each batch in one call.
+class Outbox:
+    """The stream to one client: put() never waits. What the socket does not take is in
+    `unsent`, and the pump reads no more from Z.ai until it is out.
 
-    `head()` gives the bytes of the response's head; `envelope` has the opening chunk and the heartbeat, which goes out after
-    `heartbeat_s` seconds without a byte (0: never); `chunked`: HTTP/1.1's coding is used.
+    `make_head()` gives the bytes of the response's head, which goes out with the first
+    bytes. `chunked`: HTTP/1.1's coding is used.
     """
 
-    def __init__(self, connection, head, envelope, chunked=True, heartbeat_s=0.0, clock=time.monotonic):
-        self.connection, self.head, self.envelope, self.chunked, self.clock = connection, head, envelope, chunked, clock
-        self.heartbeat_s = heartbeat_s or float("inf")
-        self.lock = threading.Lock()  # held while bytes go out
-        self.started = False          # the head is out: no status is left to give
-        self.owed = b""               # what was left of a heartbeat when the socket was full
-        self.wrote_at = clock()
-        self.writing_since = None
+    def __init__(self, connection, make_head, front, chunked=True, clock=time.monotonic):
+        self.connection = connection
+        self.make_head = make_head
+        self.front = front
+        self.chunked = chunked
+        # The head is out, so that there is no status left to give.
+        self.started = False
+        # Nothing may follow the last byte.
+        self.finished = False
+        self.unsent = b""
+        # When it last sent something, or tried to.
+        self.sent_at = clock()
+        self.blocked_since = None
 
-    def write(self, text, last=False):
-        """Send SSE text, with everything that must come before it. OSError if the client does not take it."""
-        with self.lock:
-            if last or self.owed or not (self.started and self.chunked):
-                data = self._bytes(text, last)
-            else:
-                data = text.encode("utf-8", "replace")
-                data = b"%x\r\n%b\r\n" % (len(data), data)
-            self.wrote_at = self.writing_since = self.clock()
-            self.connection.sendall(data)
-            self.writing_since = None
+    def put(self, text, now, last=False):
+        """Send SSE text, and before it what must come first. ClientGone if it has
+        left."""
+        data = self.frame(text, last)
+        self.finished = self.finished or last
+        if self.unsent:
+            data = bytes(self.unsent) + data
+        self.unsent = data
+        self.flush(now)
 
-    def _bytes(self, text, last=False):
-        """The bytes of `text`, with what must come before and behind it."""
-        head, opening = b"", ""
+    def frame(self, text, last=False):
+        """The bytes for `text`; `last`: with the end of the coding behind it."""
+        head = b""
         if not self.started:
-            self.started, head, opening = True, self.head(), self.envelope.opening()
-        owed, self.owed = self.owed, b""
-        return owed + head + self._frame((opening + text).encode("utf-8", "replace")) + (b"0\r\n\r\n" if last and self.chunked else b"")
+            self.started = True
+            head = self.make_head()
+            text = self.front.opening() + text
+        data = text.encode("utf-8", "replace")
+        if self.chunked and data:
+            data = b"%x\r\n%b\r\n" % (len(data), data)
+        if self.chunked and last:
+            data += b"0\r\n\r\n"
+        return head + data
 
-    def _frame(self, data):
-        return b"%x\r\n%b\r\n" % (len(data), data) if self.chunked else data
+    def flush(self, now):
+        self.sent_at = now
+        try:
+            sent = self.connection.send(self.unsent)
+        except (BlockingIOError, InterruptedError):
+            sent = 0
+        except OSError:
+            raise ClientGone from None
+        if sent == len(self.unsent):
+            self.unsent = b""
+            self.blocked_since = None
+            return
+        self.unsent = memoryview(self.unsent)[sent:]
+        if self.blocked_since is None:
+            self.blocked_since = now
 
     def beat(self, now):
-        """Send a heartbeat if one is due, unless that would have to wait: then bytes are still on their way to the client anyway."""
-        if now - self.wrote_at < self.heartbeat_s or not self.lock.acquire(False):
-            return
-        try:
-            if now - self.wrote_at >= self.heartbeat_s:
-                data = self.owed or self._bytes(self.envelope.heartbeat() if self.started else "")
-                self.owed, self.wrote_at = data, now
-                self.owed = data[self._send_now(data):]
-        finally:
-            self.lock.release()
-
-    def _send_now(self, data):
-        """How many bytes of `data` the socket took without waiting."""
-        if sys.platform == "darwin" or not hasattr(socket, "MSG_DONTWAIT"):  # macOS heeds it when receiving only, Windows has none
-            return self.connection.send(data[:2048]) if writable(self.connection) else 0
-        try:
-            return self.connection.send(data, socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            return 0
-
-    def hush(self):
-        """No heartbeat from now on."""
-        with self.lock:
-            self.heartbeat_s = float("inf")
+        """A heartbeat; before anything else, the opening is one."""
+        self.put(self.front.heartbeat() if self.started else "", now)
 
 
 class Client:
-    """Whoever waits for one answer, streamed into `sink` or not: is it still there, and what is to be cut when it is not."""
+    """Who waits for one answer, streamed into `outbox` or not. `key` is the client key
+    that it used."""
 
-    def __init__(self, connection, settings, sink=None, clock=time.monotonic):
-        self.connection, self.settings, self.sink, self.clock = connection, settings, sink, clock
+    def __init__(self, connection, outbox=None, key=""):
+        self.connection = connection
+        self.outbox = outbox
+        self.key = key
+        # The pump sets it once the client has left.
         self.gone = False
-        self.alarm = threading.Lock()   # held; who releases it ends a wait. An Event costs forty times as much to make
+        # The socket to Z.ai that the handler's thread may be blocked on.
+        self.dialing = None
+        # A lock that is held and released once: an Event costs 40 times as much to
+        # make.
+        self.alarm = threading.Lock()
         self.alarm.acquire()
-        self.lock = threading.Lock()    # guards `upstream`
-        self.upstream = None            # the socket to Z.ai, while there is one
-        self.silent = False             # the watch has cut it for being silent
-        self.silent_since = None        # when the current wait for Z.ai's bytes began
 
     def wait(self, seconds):
-        """Sleep that long, or until somebody calls wake(). ClientGone as soon as the client has left."""
+        """Sleep that long, or until wake(). ClientGone if the client has left: the pump
+        may not have looked yet, and a slot must not go to one who is gone."""
         self.alarm.acquire(timeout=max(0.0, min(seconds, threading.TIMEOUT_MAX)))
-        if self.gone or ended([self.connection]):  # a slot that one leaves must not go to the next that has left, before the watch looks
+        if self.gone or ended([self.connection]):
             raise ClientGone
 
     def wake(self):
-        with contextlib.suppress(RuntimeError):  # has been woken already
+        # A client that has been woken already stays awake.
+        with contextlib.suppress(RuntimeError):
             self.alarm.release()
 
-    def attach(self, sock):
-        """From here on `sock` is the one to shut when the client leaves or Z.ai is silent."""
-        with self.lock:
-            self.upstream, self.silent = sock, False
+    def dial(self, sock):
+        """From here on `sock` is the one to shut if the client leaves."""
+        self.dialing = sock
         if self.gone:
             raise ClientGone
 
-    def detach(self):
-        with self.lock:
-            self.upstream, self.silent_since = None, None
-
-    def _cut(self):
-        with self.lock:
-            if self.upstream is not None:
-                shut(self.upstream)
-
-    def hang_up(self):
-        """The client has left: whatever is done for it ends now."""
+    def leave(self):
+        """Whatever is done for it ends now."""
         self.gone = True
         self.wake()
-        self._cut()
+        sock = self.dialing
+        if sock:
+            shut(sock)
 
-    def look(self, now):
-        """What the watch does for this client."""
-        silent_since, writing_since = self.silent_since, self.sink and self.sink.writing_since
-        if self.gone:
-            self.hang_up()
-        elif writing_since is not None and now - writing_since > self.settings.client_timeout:
-            self.hang_up()
-            shut(self.connection)
-        elif silent_since is not None and now - silent_since > self.settings.upstream_timeout:
-            self.silent = True
-            self._cut()
-        elif self.sink:
+    @property
+    def is_behind(self):
+        return self.outbox is not None and bool(self.outbox.unsent)
+
+
+class Relay:
+    """One attempt at an answer: what comes over `connection` goes through `answer`, and
+    its steps to take(steps, now)."""
+
+    # Behind the finish there may come the usage, the end mark and the end of the
+    # coding.
+    PATIENCE_S = 2.0
+
+    def __init__(self, connection, answer, client, take):
+        self.connection = connection
+        self.answer = answer
+        self.client = client
+        self.take = take
+        self.error = None
+        # The handler has been woken, and only the connection is left to care for.
+        self.told = False
+        self.heard_at = None
+        self.finishing_since = None
+        self.was_behind = False
+        self.ended = threading.Lock()
+        self.ended.acquire()
+
+    def step(self, now, buffer):
+        """Read what there is and tell it. True once the answer is complete and out."""
+        client = self.client
+        if client.is_behind:
+            client.outbox.flush(now)
+        while not self.answer.complete and not client.is_behind:
+            data = self.connection.receive(buffer)
+            if data is None:
+                break
+            self.heard_at = now
+            steps, failure = self.answer.feed(data)
+            if steps:
+                self.take(steps, now)
+            if failure:
+                raise failure
+            # TLS may hold more than its socket shows.
+            if not self.connection.pending():
+                break
+        return self.answer.complete and not client.is_behind
+
+    def look(self, now, silence_s):
+        """What the time says. True once the answer is complete and out."""
+        if self.client.gone:
+            raise ClientGone
+        if self.client.is_behind:
+            self.heard_at = now
+        if self.answer.is_finishing:
+            self.finishing_since = self.finishing_since or now
+            if now - self.finishing_since > self.PATIENCE_S:
+                steps, failure = self.answer.close()
+                self.take(steps, now)
+                if failure:
+                    raise failure
+                return not self.client.is_behind
+        elif now - self.heard_at > silence_s:
+            raise UpstreamError(
+                f"Z.ai was silent for {silence_s:g} s (UPSTREAM_TIMEOUT).", TRY_ONCE)
+        return False
+
+    def drain(self, buffer):
+        """The answer is told; read to the end of the body, as only then the connection
+        can serve again. True once there is nothing more to wait for."""
+        reply = self.answer.reply
+        while not reply.complete:
+            data = self.connection.receive(buffer)
+            if data is None:
+                return False
             try:
-                self.sink.beat(now)
-            except OSError:
-                self.hang_up()
+                reply.feed(data)
+            except UpstreamError:
+                return True
+        return True
 
 
-class Watch:
-    """All clients that are waiting for an answer. tick() is called by whoever has a loop of its own: the accept loop."""
+class Pump:
+    """The one thread. start() and close(); minding() and run() are for the handlers.
 
-    def __init__(self, clock=time.monotonic):
-        self.clock, self.lock, self.clients = clock, threading.Lock(), set()
+    `chores` are called as chore(now) some times a second.
+    """
+
+    def __init__(self, settings, clock=time.monotonic):
+        self.settings = settings
+        self.clock = clock
+        self.chores = []
+        # It guards `clients`, and is held while heartbeats go out: who leaves minding()
+        # knows that none follows.
+        self.lock = threading.Lock()
+        self.clients = set()
+        # Relays that the pump has not taken in yet, and those it has.
+        self.inbox = collections.deque()
+        self.relays = set()
+        # select() on some systems takes no new socket while it waits; so a byte wakes
+        # it.
+        self.selector = selectors.DefaultSelector()
+        self.ear, self.mouth = socket.socketpair()
+        self.ear.setblocking(False)
+        self.mouth.setblocking(False)
+        self.selector.register(self.ear, selectors.EVENT_READ)
+        self.asleep = False
+        self.closed = False
+        self.next_tick = 0.0
+        self.buffer = memoryview(bytearray(65536))
+        self.thread = threading.Thread(target=self.serve, name="pump", daemon=True)
+
+    def start(self):
+        self.thread.start()
+
+    def close(self):
+        self.closed = True
+        self._wake()
+        if self.thread.ident:
+            self.thread.join()
+        for relay in [*self.relays, *self.inbox]:
+            self._end(relay, ClientGone())
+        self.selector.close()
+        self.ear.close()
+        self.mouth.close()
+
+    # For the handlers
 
     @contextlib.contextmanager
-    def over(self, client):
+    def minding(self, client):
+        """Inside, the client's socket belongs to the pump."""
+        client.connection.setblocking(False)
         with self.lock:
             self.clients.add(client)
         try:
@@ -1727,1124 +4804,1011 @@ class Watch:
         finally:
             with self.lock:
                 self.clients.discard(client)
-            if client.sink:
-                client.sink.hush()
+            # The client's socket may be closed by now.
+            with contextlib.suppress(OSError):
+                client.connection.settimeout(None)
 
-    def tick(self):
+    def run(self, relay):
+        """Sleep until the answer is told; raises what ended it otherwise."""
+        self.inbox.append(relay)
+        # The pump looks into the inbox after it has said that it goes to sleep, so that
+        # no relay is overlooked.
+        if self.asleep:
+            self._wake()
+        relay.ended.acquire()
+        error = relay.error
+        # The error holds frames that hold the relay, which would keep all of them
+        # alive.
+        relay.error = None
+        if error:
+            try:
+                raise error
+            finally:
+                del error
+
+    def _wake(self):
+        # A full socket means that the pump has been woken.
+        with contextlib.suppress(OSError):
+            self.mouth.send(b"!")
+
+    # The loop. A bug in a step ends one answer, and is told by its handler; the loop
+    # goes on.
+
+    def serve(self):
+        while not self.closed:
+            try:
+                self._turn()
+            except Exception:
+                log.exception("The pump failed; this is a bug")
+                time.sleep(TICK_S)
+
+    def _turn(self):
+        self.asleep = True
+        timeout_s = 0 if self.inbox else max(0.0, self.next_tick - self.clock())
+        ready = self.selector.select(timeout_s)
+        self.asleep = False
         now = self.clock()
+        for key, _ in ready:
+            if key.data:
+                self._step(key.data, now)
+            else:
+                self._listen()
+        while self.inbox:
+            self._take_in(self.inbox.popleft(), now)
+        if now >= self.next_tick:
+            self.next_tick = now + TICK_S
+            self._tick(now)
+
+    def _listen(self):
+        with contextlib.suppress(OSError):
+            self.ear.recv(4096)
+
+    def _take_in(self, relay, now):
+        relay.heard_at = now
+        self.relays.add(relay)
+        try:
+            self.selector.register(relay.connection.sock, selectors.EVENT_READ, relay)
+        except (OSError, ValueError) as error:
+            self._end(relay, error)
+
+    def _step(self, relay, now):
+        if relay.told:
+            if relay.drain(self.buffer):
+                self._release(relay)
+            return
+        self._guard(relay, relay.step, now, self.buffer)
+
+    def _guard(self, relay, method, *args):
+        """Call a method of the relay, and end it when that says so, or fails."""
+        try:
+            complete = method(*args)
+        except ClientGone as error:
+            relay.client.leave()
+            self._end(relay, error)
+            return
+        except Exception as error:
+            self._end(relay, error)
+            return
+        if complete:
+            self._end(relay)
+        elif relay.client.is_behind != relay.was_behind:
+            self._turn_around(relay)
+
+    def _turn_around(self, relay):
+        """Wait for the client to take what is unsent, or for Z.ai again."""
+        relay.was_behind = not relay.was_behind
+        zai = relay.connection.sock
+        client = relay.client.connection
+        if relay.was_behind:
+            self.selector.unregister(zai)
+            self.selector.register(client, selectors.EVENT_WRITE, relay)
+        else:
+            self.selector.unregister(client)
+            self.selector.register(zai, selectors.EVENT_READ, relay)
+
+    def _end(self, relay, error=None):
+        """Wake the handler. A connection whose answer is whole is read to its end."""
+        relay.error = error
+        if relay.was_behind:
+            self._turn_around(relay)
+        answer = relay.answer
+        if error or answer.reply.complete or answer.is_cut_short:
+            self._release(relay)
+        relay.told = True
+        relay.finishing_since = self.clock()
+        relay.ended.release()
+
+    def _release(self, relay):
+        with contextlib.suppress(KeyError, ValueError):
+            self.selector.unregister(relay.connection.sock)
+        relay.connection.release(relay.answer.reply.reusable)
+        self.relays.discard(relay)
+
+    # Some times a second
+
+    def _tick(self, now):
         with self.lock:
             clients = list(self.clients)
-        left = set(ended([client.connection for client in clients])) if clients else ()
-        for client in clients:  # all of them before any is acted on: a slot that one frees must not go to another that has left
-            client.gone = client.gone or client.connection in left
-        for client in clients:
-            client.look(now)
+            gone = ended([client.connection for client in clients])
+            # All who left are known before anyone is acted on: a slot that one of them
+            # frees must not go to another of them.
+            for client in clients:
+                client.gone = client.gone or client.connection in gone
+            for client in clients:
+                self._look(client, now)
+        for relay in list(self.relays):
+            if not relay.told:
+                self._guard(relay, relay.look, now, self.settings.upstream_timeout)
+            elif now - relay.finishing_since > relay.PATIENCE_S:
+                self._release(relay)
+        for chore in self.chores:
+            chore(now)
 
+    def _look(self, client, now):
+        outbox = client.outbox
+        if client.gone:
+            client.leave()
+        elif outbox:
+            try:
+                self._look_at_outbox(outbox, now)
+            except ClientGone:
+                client.leave()
+                shut(client.connection)
 
-# Gates ################################################################################################################
-#
-# Z.ai limits the requests in flight for each key and model, does not say to how many, and changes it. So the gate learns
-# from refusals. The shared state is: the gates, the keys' times aside, and one queue for each model; all under one lock.
-
-def backoff(attempt):
-    """0.5 s doubling to 8 s; attempt counts from 0."""
-    return min(8.0, 0.5 * 2 ** min(attempt, 10))
-
-
-class ZaiKey:
-    def __init__(self, position, text):
-        self.text, self.name, self.aside_until = text, f"#{position} ({mask(text)})", 0.0
-
-
-class Gate:
-    """What one Z.ai key has in flight for one model, and how much it may have."""
-
-    PROBE = 60.0  # seconds without a refusal, then one more is tried
-
-    def __init__(self, key, limit):
-        self.key, self.limit, self.ceiling = key, limit, limit  # the ceiling is below the limit once learned
-        self.in_flight, self.closed_until, self.quiet_since = 0, 0.0, 0.0
-
-    def room(self, now):
-        return 0 if now < self.closed_until else self.ceiling - self.in_flight
-
-    def opens_at(self, now):
-        """When there may be room though nothing ends."""
-        if now < self.closed_until:
-            return self.closed_until
-        return self.quiet_since + self.PROBE if self.ceiling < self.limit else float("inf")
-
-    def probe(self, now):
-        """Raise a learned ceiling that has been reached by one, if the time for it has come."""
-        if self.ceiling <= self.in_flight and now >= self.opens_at(now):
-            self.ceiling, self.quiet_since = self.ceiling + 1, now
-
-    def refuse(self, now, pause, learn):
-        """Z.ai has refused a request, already taken out of `in_flight`. The pause keeps the queue's head, and all behind it, waiting."""
-        self.closed_until, self.quiet_since = max(self.closed_until, now + pause), now
-        if learn:
-            self.ceiling = max(1, min(self.ceiling, self.in_flight))
-
-
-class Ticket:
-    """One request's place in the queue of its model. It keeps its number when it has to queue again, hence goes to the head."""
-
-    numbers = itertools.count()
-
-    def __init__(self, model, client):
-        self.model, self.client, self.number = model, client, next(self.numbers)
-        self.gate, self.despite = None, False  # admitted though the key was set aside: an answer then clears it
-        self.waited, self.refusals, self.refusal, self.spent = 0.0, 0, None, set()
-
-    def __lt__(self, other):
-        return self.number < other.number
-
-
-class Gates:
-    """Who may go to Z.ai now, and with which key: first come, first served for each model."""
-
-    ASIDE = 600.0  # seconds that a refused key rests
-
-    def __init__(self, keys, max_concurrency, queue_timeout, clock=time.monotonic, rand=random.random):
-        self.keys = [ZaiKey(i, text) for i, text in enumerate(keys, 1)]
-        self.limit, self.queue_timeout, self.clock, self.rand = max_concurrency or float("inf"), queue_timeout, clock, rand
-        self.lock, self.gates, self.lines = threading.Lock(), {}, {}
-
-    def enter(self, ticket):
-        """Wait for a slot; then ticket.gate is it. ClientGone, or a 429 once the ticket has waited QUEUE_TIMEOUT in all."""
-        began = self.clock()
-        deadline = began + self.queue_timeout - ticket.waited
-        with self.lock:
-            bisect.insort(self.lines.setdefault(ticket.model, []), ticket)
-        try:
-            while True:
-                with self.lock:
-                    now = self.clock()
-                    self._admit(ticket.model, now)
-                    if ticket.gate:
-                        break
-                    wake_at = min(self._next_chance(ticket, now), deadline)
-                if now >= deadline:
-                    raise self._timeout(ticket)
-                ticket.client.wait(wake_at - now)
-            if ticket.client.gone:
+    def _look_at_outbox(self, outbox, now):
+        if outbox.unsent:
+            outbox.flush(now)
+        if outbox.blocked_since is not None:
+            if now - outbox.blocked_since > self.settings.client_timeout:
                 raise ClientGone
-        except BaseException:
-            self.leave(ticket)
-            raise
-        finally:
-            ticket.waited += self.clock() - began
+        elif self._is_due(outbox, now):
+            outbox.beat(now)
 
-    def leave(self, ticket, error=None, served=False):
-        """Give the slot, or the place in the queue, back. `error`: the UpstreamError it ended with; `served`: an answer came."""
-        with self.lock:
-            now, gate, line = self.clock(), ticket.gate, self.lines.get(ticket.model, [])
-            if gate:
-                ticket.gate = None
-                gate.in_flight -= 1
-                if served:
-                    gate.key.aside_until = 0.0 if ticket.despite else gate.key.aside_until
-                elif error and error.verdict == SLOW_DOWN:
-                    pause = max(min(8.0, backoff(ticket.refusals) * (1 + 0.5 * self.rand())), error.pause or 0)
-                    ticket.refusals, ticket.refusal = ticket.refusals + 1, error
-                    gate.refuse(now, pause, error.learn)
-                elif error and error.verdict == NEXT_KEY:
-                    gate.key.aside_until = now + (error.retry_after or self.ASIDE)
-                    ticket.spent.add(gate.key)
-            elif ticket in line:
-                line.remove(ticket)
-            self._admit(ticket.model, now)
-            if line:
-                line[0].client.wake()  # whoever is the head now keeps the time
-            else:
-                self.lines.pop(ticket.model, None)
-                for key in self.keys:  # model names come from clients: keep only gates that know something
-                    gate = self.gates.get((key, ticket.model))
-                    if gate and not gate.in_flight and gate.ceiling == gate.limit and now >= gate.closed_until:
-                        del self.gates[key, ticket.model]
-
-    def all_spent(self, ticket):
-        return len(ticket.spent) == len(self.keys)
-
-    def state(self):
-        """For the page and the metrics: (key's position, model, ceiling or None, in flight) of each gate; and the queued, by model."""
-        with self.lock:
-            gates = [(self.keys.index(key) + 1, model, gate.ceiling if gate.ceiling < float("inf") else None, gate.in_flight)
-                     for (key, model), gate in self.gates.items()]
-            return gates, {model: len(line) for model, line in self.lines.items() if line}
-
-    def _admit(self, model, now):
-        """Let the head of the queue go while it can. Call with the lock held."""
-        line = self.lines.get(model, [])
-        while line:
-            gates = self._usable(line[0], now)
-            for gate in gates:
-                gate.probe(now)
-            gate = max(gates, key=lambda gate: (gate.room(now), -gate.in_flight))
-            if gate.room(now) <= 0:
-                break
-            ticket = line.pop(0)
-            ticket.gate = gate
-            gate.in_flight += 1
-            ticket.despite = gate.key.aside_until > now
-            ticket.client.wake()
-            if line:
-                line[0].client.wake()
-
-    def _usable(self, ticket, now):
-        """The gates the ticket may use: of keys not set aside, else of the one whose turn comes first, rather than failing unasked."""
-        keys = [key for key in self.keys if key not in ticket.spent]
-        keys = [key for key in keys if key.aside_until <= now] or [min(keys, key=lambda key: key.aside_until)]
-        return [self.gates.setdefault((key, ticket.model), Gate(key, self.limit)) for key in keys]
-
-    def _next_chance(self, ticket, now):
-        """When the ticket may get a slot though nobody leaves one."""
-        if self.lines[ticket.model][0] is not ticket:
-            return float("inf")
-        return min([gate.opens_at(now) for gate in self._usable(ticket, now)]
-                   + [key.aside_until for key in self.keys if key not in ticket.spent and key.aside_until > now])
-
-    def _timeout(self, ticket):
-        words = f"No slot at Z.ai came free within QUEUE_TIMEOUT ({self.queue_timeout:g} s)."
-        if ticket.refusal:
-            words += " Its last word: " + ticket.refusal.message
-        return ApiError(words, status=429, type=RATE.type, code=RATE.code, retry_after=RATE.retry_after)
+    def _is_due(self, outbox, now):
+        heartbeat_s = self.settings.heartbeat
+        if outbox.finished or not heartbeat_s:
+            return False
+        return now - outbox.sent_at >= heartbeat_s
 
 
-# Upstream #############################################################################################################
+# Upstream #############################################################################
 #
-# urllib.request with connections that stay open, and the one rule of retrying: as long as nothing of the answer has come,
-# and only for what can heal.
+# The road to Z.ai: urllib.request finds the proxy and opens a connection, which stays
+# open for further requests. The one rule of retrying: as long as nothing of the answer
+# has come, and only for what can heal. Thinking counts, shown or hidden, as it has been
+# paid for.
 
-NO_KEY = "ZAI_API_KEY is not set where the proxy runs. Get a key (free models need one too) at https://z.ai/manage-apikey/apikey-list."
-CONNECT_TIMEOUT = 10.0  # seconds, for all addresses of a host together
-KEEP_IDLE = 60.0        # seconds; the usual keep-alive of a front end is 60 to 75
-AT_ONCE = 1.0           # seconds; a used connection that ends later than that was not dead: Z.ai has worked on the request
-WBITS = {"gzip": 31, "x-gzip": 31, "deflate": 15}  # codings, as zlib numbers them
+# For all addresses of a host together.
+CONNECT_TIMEOUT_S = 10.0
+# Front ends usually keep an idle connection for 60 to 75 s.
+KEEP_IDLE_S = 60.0
+
+# A used connection that ends within that time was dead before: the request is sent
+# again. Later Z.ai may have worked on it, and another attempt counts as one.
+STALE_WITHIN_S = 1.0
 
 
 class Pool:
-    """Idle connections to Z.ai, the last used first. A connection is here only when its last answer was read to the end."""
+    """Idle connections to Z.ai, the last used first. A socket is here only when its
+    last answer was read to the end; none of them blocks."""
 
-    def __init__(self, clock=time.monotonic):
-        self.clock, self.lock, self.idle = clock, threading.Lock(), collections.defaultdict(list)
+    def __init__(self, clock=time.monotonic, keep_idle_s=None):
+        self.clock = clock
+        self.keep_idle_s = KEEP_IDLE_S if keep_idle_s is None else keep_idle_s
+        self.lock = threading.Lock()
+        # key -> [(socket, since when)]
+        self.idle = {}
 
     def take(self, key):
-        """An idle connection that is still alive, or None."""
+        """An idle socket that is still alive, or None."""
         while True:
             with self.lock:
                 if not self.idle.get(key):
                     return None
                 sock, since = self.idle[key].pop()
-            if self.clock() - since < KEEP_IDLE and not readable([sock]):  # it has nothing to say: what it says is goodbye
+            fresh = self.clock() - since < self.keep_idle_s
+            # What an idle server says is that it has closed.
+            if fresh and peek(sock) is None:
                 return sock
             sock.close()
 
     def put(self, key, sock):
         with self.lock:
-            self.idle[key].append((sock, self.clock()))
+            self.idle.setdefault(key, []).append((sock, self.clock()))
 
-    def expire(self, keep=None):
-        """Close what has been idle for `keep` seconds, by default KEEP_IDLE."""
+    def expire(self, now):
+        """Close what has been idle for too long at `now`."""
+        old = []
         with self.lock:
-            limit = self.clock() - (KEEP_IDLE if keep is None else keep)
-            old = [sock for socks in self.idle.values() for sock, since in socks if since <= limit]
-            self.idle = collections.defaultdict(list, {
-                key: [pair for pair in socks if pair[1] > limit] for key, socks in self.idle.items() if socks and socks[-1][1] > limit})
-        for sock in old:
+            for key, socks in list(self.idle.items()):
+                kept = [pair for pair in socks if now - pair[1] < self.keep_idle_s]
+                old += socks[:len(socks) - len(kept)]
+                self.idle[key] = kept
+                if not kept:
+                    del self.idle[key]
+        for sock, _ in old:
             sock.close()
 
 
 class ZaiRequest(urllib.request.Request):
-    """A request that knows its client, and whether it went over a connection that had been used before."""
+    """A request that knows the Client for whom it is made."""
 
-    HEAD = ("Accept: text/event-stream, application/json", "Accept-Encoding: identity", "Accept-Language: en-US,en",  # English errors
-            "Content-Type: application/json", "User-Agent: ztoapi/" + __version__, "Connection: keep-alive")
+    # Errors come in English. Compressed event streams have caused trouble.
+    HEAD = (
+        "Accept: text/event-stream, application/json",
+        "Accept-Encoding: identity",
+        "Accept-Language: en-US,en",
+        "Content-Type: application/json",
+        "User-Agent: ztoapi/" + __version__,
+        "Connection: keep-alive",
+    )
 
-    def __init__(self, url, data, key, client):
+    def __init__(self, url, key, client, data=None):
         super().__init__(url, data, {"Authorization": "Bearer " + key})
-        self.add_header("Host", self.host)  # before a proxy takes the place of it
-        self.client, self.reused = client, False
+        # A proxy's name takes the place of `host` later.
+        self.add_header("Host", self.host)
+        self.client = client
 
-
-class KeepAliveConnection(http.client.HTTPConnection):
-    """A connection that comes from the pool if it can, and that leaves its socket to the response."""
-
-    def __init__(self, host, timeout, request, pool, context):
-        self.default_port = 443 if context else 80
-        super().__init__(host, timeout=timeout)
-        self.zai_request, self.pool, self.context = request, pool, context
-
-    def _dial(self, address, timeout, source_address):
-        """socket.create_connection, with the time shared out, as a dead IPv6 route must not use up IPv4's; and with the socket
-        shown to the watch before it blocks."""
-        addresses = socket.getaddrinfo(address[0], address[1], 0, socket.SOCK_STREAM)
-        for left, (family, kind, proto, _, place) in zip(range(len(addresses) - 1, -1, -1), addresses):
-            sock = socket.socket(family, kind, proto)
-            try:
-                sock.settimeout(timeout / len(addresses))
-                self.zai_request.client.attach(sock)
-                sock.connect(place)
-                sock.settimeout(timeout)
-                return sock
-            except BaseException as failure:
-                sock.close()
-                if not left or self.zai_request.client.gone or not isinstance(failure, OSError):
-                    raise
-        raise OSError("no address for " + address[0])
-
-    def connect(self):
-        client = self.zai_request.client
-        self.pool_key = (bool(self.context), self.host, self.port, self._tunnel_host, self._tunnel_port)
-        self.sock = self.pool.take(self.pool_key)
-        self.zai_request.reused = self.sock is not None
-        if self.sock is None:
-            self._create_connection = self._dial
-            try:
-                super().connect()  # TCP, and a proxy's CONNECT
-            finally:
-                del self._create_connection  # a reference to itself would keep the request until the garbage collector comes
-            if self.context:
-                self.sock = self.context.wrap_socket(self.sock, server_hostname=self._tunnel_host or self.host, do_handshake_on_connect=False)
-                client.attach(self.sock)
-                self.sock.do_handshake()
-            self.sock.settimeout(None)  # from here on the watch keeps the time
-        client.attach(self.sock)
-        client.silent_since = client.clock()
-
-    def request(self, method, url, body=None, headers=None, **kwargs):
-        """Head and body in one call. No value can break out of its line: they are ours, urllib's, and the settings', which hold printable ASCII."""
-        self.connect()
-        del headers["Connection"]  # urllib says close
-        lines = [f"{method} {url} HTTP/1.1", *ZaiRequest.HEAD, *(f"{name}: {value}" for name, value in headers.items())]
+    def encode(self):
+        """The bytes to send. No value can break out of its line: they are ours,
+        urllib's, and the settings', which hold printable ASCII."""
+        fields = [f"{name}: {value}" for name, value in self.header_items()]
+        body = self.data or b""
         if body:
-            lines.append(f"Content-Length: {len(body)}")
-        try:
-            self.sock.sendall("\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + (body or b""))
-        except ConnectionError:
-            pass  # it may have answered before it closed: whoever reads finds out
-
-    def getresponse(self):
-        response = Response(self.sock, self.zai_request.client, self.pool, self.pool_key)
-        self.sock = None  # do_open() would close it
-        return response
+            fields.append(f"Content-Length: {len(body)}")
+        lines = [f"{self.get_method()} {self.selector} HTTP/1.1", *self.HEAD, *fields, "", ""]
+        return "\r\n".join(lines).encode("latin-1") + body
 
 
-class KeepAliveHandler(urllib.request.AbstractHTTPHandler):
-    """http and https for an OpenerDirector."""
+class Connection:
+    """A socket to Z.ai with a request on its way. After the request it does not
+    block."""
 
-    def __init__(self, pool):
-        super().__init__()
+    def __init__(self, sock, pool, key, reused):
+        self.sock = sock
         self.pool = pool
+        self.key = key
+        self.reused = reused
 
-    @functools.cached_property
-    def tls(self):
-        """Made when first needed: loading the system's certificates takes longer than all the rest of the start."""
-        context = ssl.create_default_context()
-        context.set_alpn_protocols(["http/1.1"])
-        return context
-
-    def http_open(self, request):
-        return self.do_open(functools.partial(KeepAliveConnection, request=request, pool=self.pool, context=None), request)
-
-    def https_open(self, request):
-        return self.do_open(functools.partial(KeepAliveConnection, request=request, pool=self.pool, context=self.tls), request)
-
-
-class Response:
-    """One response of Z.ai: `status` and `fields`, for which the constructor waits; then read() -> bytes of its body, b"" at the end.
-
-    Not http.client's own, which takes a connection cut between two chunks for an end, gives one chunk a call, and has its head read
-    by an email parser. Here recv() brings all that has arrived. Raises what http.client would for a head that is none, and
-    UpstreamError where the body is cut or broken.
-    """
-
-    reason = ""  # urllib wants one
-    LONG, SHORT = 65536, 2048  # bytes to ask for, after a read that was as long as SHORT, and else: a buffer is held while waiting
-
-    def __init__(self, sock, client, pool, pool_key):
-        self.sock, self.client, self.pool, self.pool_key = sock, client, pool, pool_key
-        self.received, self.status = b"", 100  # received: and not yet read
-        while self.status < 200:  # 100 and 103 come before the real one
-            version, self.status, self.fields = parse_response_head(self._read_head())
-        fields = self.fields
-        self.kind = fields.get("content-type", "").lower()
-        self.coding = fields.get("content-encoding", "").lower() or "identity"
-        self.inflater = zlib.decompressobj(WBITS[self.coding]) if self.coding in WBITS else None  # sent all the same by some gateways
-        self.lasting = version != "HTTP/1.0" and "close" not in fields.get("connection", "").lower()
-        self.framing = self._framing()
-        self.packed, self.size = b"", self.LONG
-
-    def _framing(self):
-        """What finds the end of the body; None if that is the connection's."""
-        if self.status in (204, 304):  # whatever their fields say
-            return Counted(0)
-        if "chunked" in self.fields.get("transfer-encoding", "").lower():
-            return Dechunker()
-        length = LENGTH.match(self.fields.get("content-length", ""))
-        return Counted(int(length.group())) if length else None
-
-    def _read_head(self):
-        """The bytes of a head; what came behind it is in `received`."""
-        data, seen = self.received, 0
-        while True:
-            end = HEAD_END.search(data, max(0, seen - 3))
-            if end:
-                self.received = data[end.end():]
-                return data[:end.end()]
-            if not b"HTTP/".startswith(data[:5]) or len(data) > LONGEST_HEAD:
-                raise ValueError(f"{data[:60]!a} is no status line")
-            seen, more = len(data), self.sock.recv(8192)
-            if not more:
-                raise http.client.RemoteDisconnected("closed without an answer") if not data else ValueError("cut in the middle of its head")
-            data += more
-
-    def read(self):
-        if self.inflater is None:
-            if self.coding != "identity":
-                raise UpstreamError(f"Z.ai's answer is compressed with {self.coding!a}, which cannot be read here.", GIVE_UP)
-            return self._read()
-        while True:
-            packed = self.packed or self._read()
-            try:
-                data = self.inflater.decompress(packed, self.LONG)
-            except zlib.error as error:
-                raise UpstreamError(f"Z.ai's answer is broken: {error}.") from None
-            self.packed = self.inflater.unconsumed_tail
-            if self.inflater.eof:  # a text may come in several packets
-                self.packed, self.inflater = self.inflater.unused_data, zlib.decompressobj(WBITS[self.coding])
-            if data or not packed:
-                return data
-
-    def _read(self):
-        client, framing = self.client, self.framing
-        while not (framing and framing.done):
-            data, self.received = self.received, b""
-            if not data:
-                client.silent_since = client.clock()
-                try:
-                    data = self.sock.recv(self.size)
-                except OSError as error:
-                    raise road_failure(error, client) from None
-                client.silent_since = None
-                self.size = self.LONG if len(data) >= self.SHORT else self.SHORT
-            if not data:
-                if framing or client.gone or client.silent:
-                    raise road_failure(None, client)
-                return b""
-            try:
-                data = framing.feed(data) if framing else data
-            except ValueError as error:
-                raise UpstreamError(f"Z.ai's answer is broken: {error}.") from None
-            if data:
-                return data
-        return b""
-
-    def read_all(self, limit):
-        parts, size = [], 0
-        for data in iter(self.read, b""):
-            parts.append(data)
-            size += len(data)
-            if size > limit:
-                raise UpstreamError(f"Z.ai's answer is larger than {limit} bytes.", GIVE_UP)
-        return b"".join(parts)
-
-    def read_json(self):
-        """The value that the rest of the body is; None if it is no JSON."""
-        text = self.read_all(1 << 20).decode("utf-8", "replace")
+    def send(self, data, timeout_s):
+        self.sock.settimeout(timeout_s)
         try:
-            return json.loads(text)
-        except (ValueError, RecursionError):
+            self.sock.sendall(data)
+        except socket.timeout:
+            raise UpstreamError(
+                f"Z.ai took no data for {timeout_s:g} s (UPSTREAM_TIMEOUT).", TRY_ONCE) from None
+        except OSError:
+            # Z.ai may have answered before it closed. Who reads finds out.
+            pass
+        with contextlib.suppress(OSError):
+            self.sock.setblocking(False)
+
+    def receive(self, buffer):
+        """The bytes that have come; None if there are none yet, b"" at the end."""
+        try:
+            size = self.sock.recv_into(buffer)
+        except (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
             return None
+        except OSError:
+            return b""
+        return bytes(buffer[:size])
 
-    def drain(self, patience=0.1):
-        """The answer is complete: wait a moment for the end of the body, as only then the connection can serve again."""
-        if not self.framing or self.framing.done:
-            return
-        deadline = time.monotonic() + patience
-        with contextlib.suppress(OSError, ValueError):
-            self.sock.settimeout(patience)
-            while not self.framing.done and time.monotonic() < deadline:
-                data = self.sock.recv(self.LONG)
-                if not data:
-                    break
-                self.framing.feed(data)
-            self.sock.settimeout(None)
+    def pending(self):
+        """Whether there are bytes that the socket does not show."""
+        return isinstance(self.sock, ssl.SSLSocket) and self.sock.pending() > 0
 
-    def close(self):
-        self.client.detach()
-        complete = self.framing and self.framing.done
-        unread = self.received or complete and self.framing.rest or isinstance(self.sock, ssl.SSLSocket) and self.sock.pending()
-        if self.lasting and complete and not unread:
-            self.pool.put(self.pool_key, self.sock)
+    def release(self, reusable):
+        """The request is over."""
+        if reusable and not self.pending():
+            self.pool.put(self.key, self.sock)
         else:
             self.sock.close()
 
 
-def road_failure(error, client):
-    """The exception for a failed connection to Z.ai: who was it?"""
-    if client.gone:
-        return ClientGone()
-    if client.silent:
-        return UpstreamError(f"Z.ai was silent for {client.settings.upstream_timeout:g} s (UPSTREAM_TIMEOUT).", silence=True)
-    reason = getattr(error, "reason", error)  # URLError wraps what happened before the head
-    if isinstance(reason, (http.client.InvalidURL, UnicodeError)):  # whose text may hold a password
-        return UpstreamError("The address of the proxy to use (HTTPS_PROXY, HTTP_PROXY) is none.", GIVE_UP)
-    if isinstance(reason, ssl.SSLCertVerificationError):
-        return UpstreamError(f"Z.ai's TLS certificate could not be verified: {reason.verify_message}. Set SSL_CERT_FILE to a file with the certificates to trust, "
-                             "or check the clock.", GIVE_UP)
-    if isinstance(reason, ssl.SSLError):
-        return UpstreamError("TLS with Z.ai failed: %s. A proxy or firewall may be in between; SSL_CERT_FILE names the certificates to trust."
-                             % (reason.reason or reason))
-    if isinstance(reason, socket.gaierror):
-        return UpstreamError(f"Z.ai's address could not be found: {reason.strerror}.")
-    if isinstance(reason, socket.timeout):
-        return UpstreamError(f"No connection to Z.ai within {CONNECT_TIMEOUT:g} s.")
-    return UpstreamError("The connection to Z.ai failed: %s." % (getattr(reason, "strerror", None) or reason or "cut in the middle of an answer"))
+def dial(host, port, client, timeout_s):
+    """socket.create_connection(), but with the time shared out among the addresses, as
+    a dead IPv6 route must not use up IPv4's, and with the socket shown to the pump."""
+    addresses = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
+    failure = OSError("no address for " + host)
+    for family, kind, protocol, _, address in addresses:
+        try:
+            # A system without IPv6 makes no socket for it.
+            sock = socket.socket(family, kind, protocol)
+            connect(sock, address, client, timeout_s / len(addresses))
+            sock.settimeout(timeout_s)
+            return sock
+        except OSError as error:
+            # With its traceback it would hold this frame, which holds it.
+            failure = error.with_traceback(None)
+    try:
+        raise failure
+    finally:
+        del failure
 
 
-class Job(NamedTuple):
-    """One answer to get: Z.ai's request body as bytes, its model id, and a maker of fresh translators, one for each attempt."""
-    data: bytes
-    model: str
-    translator: Callable
+def connect(sock, address, client, timeout_s):
+    try:
+        client.dial(sock)
+        sock.settimeout(timeout_s)
+        sock.connect(address)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    except BaseException:
+        sock.close()
+        raise
+
+
+def open_tunnel(sock, request):
+    """Ask a proxy for a tunnel to the request's host (RFC 9110, 9.3.6)."""
+    target = request._tunnel_host
+    if urllib.parse.urlsplit("//" + target).port is None:
+        target += ":443"
+    lines = [f"CONNECT {target} HTTP/1.1", f"Host: {target}"]
+    credentials = request.headers.pop("Proxy-authorization", None)
+    if credentials:
+        lines.append(f"Proxy-Authorization: {credentials}")
+    sock.sendall("\r\n".join([*lines, "", ""]).encode("latin-1"))
+    reader = HeadReader()
+    head = None
+    try:
+        while head is None:
+            data = sock.recv(4096)
+            if not data:
+                raise OSError("the proxy closed the connection")
+            head = reader.feed(data)
+        status = parse_response_head(head)[1]
+    except (ValueError, OverflowError):
+        raise OSError("the proxy's answer is no HTTP") from None
+    if not 200 <= status < 300:
+        raise OSError(f"the proxy refused the tunnel with status {status}")
+
+
+def make_tls():
+    """The ssl context for Z.ai, with the system's certificates or SSL_CERT_FILE's."""
+    context = ssl.create_default_context()
+    context.set_alpn_protocols(["http/1.1"])
+    return context
+
+
+class KeepAliveHandler(urllib.request.BaseHandler):
+    """http and https for an OpenerDirector. What it opens is a Connection."""
+
+    def __init__(self, pool, timeout_s):
+        self.pool = pool
+        # It bounds the sending of a request.
+        self.timeout_s = timeout_s
+
+    @functools.cached_property
+    def tls(self):
+        """Made when first needed: loading the system's certificates takes longer than
+        all the rest of the start."""
+        return make_tls()
+
+    def http_open(self, request):
+        return self.connect(request, None)
+
+    def https_open(self, request):
+        return self.connect(request, self.tls)
+
+    def connect(self, request, tls):
+        key = (tls is not None, request.host, request._tunnel_host)
+        sock = self.pool.take(key)
+        reused = sock is not None
+        if not reused:
+            sock = self._dial(request, tls)
+        request.client.dial(sock)
+        # A tunnel has taken the proxy's credentials; they are not for Z.ai.
+        if request._tunnel_host:
+            request.headers.pop("Proxy-authorization", None)
+        connection = Connection(sock, self.pool, key, reused)
+        connection.send(request.encode(), self.timeout_s)
+        return connection
+
+    @staticmethod
+    def _dial(request, tls):
+        place = urllib.parse.urlsplit("//" + request.host)
+        if not place.hostname:
+            raise ValueError("no host")
+        port = place.port or (443 if tls else 80)
+        sock = dial(place.hostname, port, request.client, request.timeout)
+        try:
+            if request._tunnel_host:
+                open_tunnel(sock, request)
+            if tls:
+                name = urllib.parse.urlsplit("//" + (request._tunnel_host or request.host))
+                sock = tls.wrap_socket(
+                    sock, server_hostname=name.hostname, do_handshake_on_connect=False)
+                request.client.dial(sock)
+                sock.do_handshake()
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+
+
+PROXY_ADVICE = "Check HTTPS_PROXY and HTTP_PROXY"
+
+
+def connection_error(error):
+    """The UpstreamError for a connection that could not be made. It quotes no address:
+    one of a proxy may hold a password."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return UpstreamError(
+            f"Z.ai's TLS certificate could not be verified: {error.verify_message}. "
+            + certificate_advice(), GIVE_UP)
+    if isinstance(error, ssl.SSLError):
+        return UpstreamError(
+            f"TLS with Z.ai failed: {error.reason or error}. A proxy or firewall may be in "
+            "between; SSL_CERT_FILE names the certificates to trust.")
+    if isinstance(error, socket.gaierror):
+        return UpstreamError(f"Z.ai's address could not be found: {error.strerror}.")
+    if isinstance(error, socket.timeout):
+        return UpstreamError(f"No connection to Z.ai within {CONNECT_TIMEOUT_S:g} s.")
+    if isinstance(error, ValueError):
+        return UpstreamError(
+            f"The address of the proxy is not a valid one. {PROXY_ADVICE}.", GIVE_UP)
+    reason = getattr(error, "strerror", None) or error
+    return UpstreamError(f"The connection to Z.ai failed: {reason}.")
+
+
+def certificate_advice():
+    path = os.environ.get("SSL_CERT_FILE")
+    if path and not os.path.exists(path):
+        return "SSL_CERT_FILE names a file that is not there."
+    return "Set SSL_CERT_FILE to a file with the certificates to trust, or check the clock."
+
+
+class Job:
+    """One answer to get: Z.ai's request as bytes, let go of once it is not needed any
+    more; its model's id; make_answer() gives a fresh Answer for each attempt."""
+
+    def __init__(self, data, model, make_answer):
+        self.data = data
+        self.model = model
+        self.make_answer = make_answer
 
 
 class Upstream:
-    """The road to Z.ai. relay() is all a handler needs; it hides the queue, the keys, the connections and the retries."""
+    """The road to Z.ai. answer() is all a handler needs: it hides the queue, the keys,
+    the connections and the retries."""
 
-    def __init__(self, settings, clock=time.monotonic, now=time.time, rand=random.random, proxies=None):
-        self.settings, self.now, self.rand = settings, now, rand
-        self.pool = Pool(clock)
-        self.gates = Gates(settings.zai_api_key, settings.max_concurrency, settings.queue_timeout, clock, rand)
-        self.opener = urllib.request.OpenerDirector()  # by hand: the default one follows redirects, with the key, and opens files
-        for handler in (urllib.request.ProxyHandler(proxies), KeepAliveHandler(self.pool)):
+    def __init__(self, settings, pump, now=time.time, rand=random.random, proxies=None):
+        self.settings = settings
+        self.pump = pump
+        self.clock = pump.clock
+        self.now = now
+        self.rand = rand
+        self.pool = Pool(self.clock)
+        self.gates = Gates(settings.zai_api_key, settings.max_concurrency,
+                           settings.queue_timeout, self.clock, rand)
+        pump.chores += [self.gates.tick, self.pool.expire]
+        if proxies is None:
+            proxies = urllib.request.getproxies()
+        self.proxies = proxies
+        # The usual opener follows redirects, with the key, and opens files.
+        self.opener = urllib.request.OpenerDirector()
+        self.keep_alive = KeepAliveHandler(self.pool, settings.upstream_timeout)
+        for handler in (urllib.request.ProxyHandler(proxies), self.keep_alive):
             self.opener.add_handler(handler)
 
-    def relay(self, job, client, record):
-        """Yield the answer's chunks, in lists, as they come; the last list ends with the finish.
+    def job(self, asked, streamed=True):
+        """The Job for what to_zai_request() gave."""
+        model = asked.body["model"]
+        max_tokens = asked.body.get("max_tokens")
 
-        Closing the generator gives slot and connection back. ApiError or ClientGone if there is no answer, or no rest of it.
-        `record` is told what happened on the way.
-        """
-        ticket, tries, silences = Ticket(job.model, client), 0, 0
+        def describe(value, status=200, retry_after=""):
+            now = self.now()
+            return zai_error(
+                value, status, now=now, model=model, max_tokens=max_tokens,
+                patience_s=self.settings.queue_timeout,
+                retry_after=seconds_to_wait(retry_after, now))
+
+        def make_answer():
+            translator = Translator(
+                asked.tools, asked.one_call, asked.unfence, asked.stop,
+                restartable=not streamed, describe=describe)
+            return Answer(translator, describe)
+
+        try:
+            data = encode_json(asked.body)
+        # The encoder recurses deeper than the decoder, and may fail alone.
+        except RecursionError:
+            raise RequestError("The body is nested too deeply.") from None
+        return Job(data, model, make_answer)
+
+    def answer(self, job, client, record, take):
+        """Get one answer: take(steps, now) is called, in the pump's thread, with all
+        that comes. ApiError or ClientGone if there is no answer, or no rest of it.
+        `record` is told what happened on the way."""
+        ticket = Ticket(self.settings.redact(job.model), client)
+        tries = 0
         while True:
             try:
                 self.gates.enter(ticket)
             finally:
-                record.queued_s = ticket.waited
-            error = None
-            try:
-                yield from self._attempt(job, ticket.gate.key, client, record)
+                record.queued_s = ticket.waited_s
+            error, begun = self._attempt(job, ticket, client, record, take)
+            if error is None:
                 return
-            except UpstreamError as failure:
-                error = failure.with_traceback(None)  # which holds this frame, which holds the error
-                log.debug("%s attempt failed with key %s: %s", record.id, ticket.gate.key.name, self.settings.redact(error.message))
-            finally:
-                self.gates.leave(ticket, error, record.ttft_s is not None)
-            pause = self._pause(error, ticket, tries, silences)
-            if pause is None or record.ttft_s is not None:
+            pause_s = None if begun else self._pause_s(error, ticket, tries)
+            if pause_s is None:
                 try:
                     raise error
                 finally:
-                    del error
+                    del error  # as above: its traceback holds this frame
+            tries += error.verdict in (TRY_AGAIN, TRY_ONCE)
             record.retries += 1
-            tries += error.verdict == TRY_AGAIN
-            silences += error.silence
-            ticket.waited += pause
-            record.queued_s = ticket.waited
-            self._sleep(client, pause)
+            self._sleep(client, pause_s)
+            ticket.waited_s += pause_s
+            record.queued_s = ticket.waited_s
 
-    def _pause(self, error, ticket, tries, silences):
-        """Seconds to wait before the next attempt; None if there is to be none."""
-        if error.verdict == SLOW_DOWN:
-            return 0  # it waits at the gate
-        if error.verdict == NEXT_KEY:
-            return None if self.gates.all_spent(ticket) else 0
-        if error.verdict == GIVE_UP or tries >= self.settings.max_retries or error.silence and silences:
-            return None
-        pause = max(backoff(tries) * self.rand(), error.pause or 0)  # full jitter
-        return pause if ticket.waited + pause <= self.settings.queue_timeout else None
-
-    def _sleep(self, client, pause):
-        deadline = client.clock() + pause
-        while client.clock() < deadline:
-            client.wait(deadline - client.clock())
-
-    def _attempt(self, job, key, client, record):
-        """Yield the chunks of one attempt."""
-        translator, decoder = job.translator(), SSEDecoder()
-        with contextlib.closing(self._open(job, key, client, record)) as response:
-            try:
-                while not translator.complete:
-                    data = self._read_on(response, translator)
-                    if "json" in response.kind and data.lstrip().startswith(b"{"):  # one JSON body where a stream was asked for is one event
-                        events, data = [(data + response.read_all(LONGEST_ANSWER)).decode("utf-8", "replace")], b""
-                    else:
-                        events = decoder.feed(data) if data else decoder.close()
-                    chunks, failure = translator.feed_all(events, end=not data)
-                    if record.ttft_s is None and (translator.begun or translator.complete):  # hidden thinking has been paid for, too
-                        record.ttft_s = client.clock() - record.started
-                    if chunks:
-                        yield chunks
-                    if failure:
-                        raise failure
-                response.drain()
-            finally:
-                record.repaired += translator.repaired
-
-    @staticmethod
-    def _read_on(response, translator):
-        """What comes next; b"" at the end, and at a cut behind the finish: the answer is whole then."""
+    def _attempt(self, job, ticket, client, record, take):
+        """(error, begun): the UpstreamError of one attempt, None if all went well; and
+        whether anything of an answer came."""
+        error = None
+        stale = True
+        key = ticket.gate.key
         try:
-            return response.read()
+            while stale:
+                answer = job.make_answer()
+                stale = self._relay(job, key, client, record, answer, take)
+        except UpstreamError as failure:
+            # What caused it, and its traceback, hold this frame, which holds the error.
+            error = failure.with_traceback(None)
+            error.__context__ = None
+            words = self.settings.redact(error.message)
+            log.debug("%s attempt with key %s failed: %s", record.id, key.name, words)
+        finally:
+            self._note(record, answer)
+            record.repaired += answer.translator.repaired
+            self.gates.leave(ticket, error, served=answer.begun)
+        return error, answer.begun
+
+    def _relay(self, job, key, client, record, answer, take):
+        """Send the request and let the pump tell the answer. True if the connection was
+        an old one that had died before."""
+        def told(steps, now):
+            if record.ttft_s is None and answer.begun:
+                record.ttft_s = now - record.started
+                self._note(record, answer)
+                job.data = None
+            take(steps, now)
+
+        connection = self.open("/chat/completions", key, client, job.data)
+        sent_at = self.clock()
+        try:
+            self.pump.run(Relay(connection, answer, client, told))
         except UpstreamError:
-            if translator.finish:
-                return b""
+            untouched = connection.reused and not answer.reply.head.data
+            if untouched and self.clock() - sent_at < STALE_WITHIN_S:
+                return True
             raise
+        return False
 
-    def _open(self, job, key, client, record):
-        """The Response, if its status is 200; UpstreamError otherwise."""
-        response = self._send("/chat/completions", key, client, job.data)
-        record.zai_log_id = plain(self.settings.redact(response.fields.get("x-log-id", "")), 64)
-        log.debug("%s Z.ai answered %d, log id %s", record.id, response.status, record.zai_log_id)
-        if response.status == 200 and "html" not in response.kind:
-            return response
-        with contextlib.closing(response):
-            raise self._refusal(response, job.model)
+    def _note(self, record, answer):
+        fields = answer.reply.fields or {}
+        record.zai_log_id = plain(self.settings.redact(fields.get("x-log-id", "")), 64)
 
-    def _refusal(self, response, model):
-        status = 404 if response.status == 200 else response.status  # 200: a page where the API should be
-        now = self.now()
-        return zai_error(response.read_json(), status, now, model, seconds_to_wait(response.fields.get("retry-after", ""), now))
+    def _pause_s(self, error, ticket, tries):
+        """Seconds to wait before the next attempt; None if there is to be none."""
+        left_s = self.settings.queue_timeout - ticket.waited_s
+        if error.verdict in (TOO_MANY, TOO_FAST, OVERLOAD):
+            # It queues again, unless Z.ai names a time that is too far away.
+            return 0 if (error.pause or 0) <= left_s else None
+        if error.verdict in (KEY_RESTS, MODEL_RESTS):
+            return None if self.gates.all_spent(ticket) else 0
+        if error.verdict == GIVE_UP or tries >= self.settings.max_retries:
+            return None
+        if error.verdict == TRY_ONCE and tries:
+            return None
+        # Full jitter, so that all who failed together do not come again together.
+        pause_s = max(backoff_s(tries) * self.rand(), error.pause or 0)
+        return pause_s if pause_s <= left_s else None
 
-    def _send(self, path, key, client, data=None):
-        """The response to one request, its head read. A used connection that turns out dead is replaced unseen."""
-        while True:
-            request = ZaiRequest(self.settings.zai_base_url + path, data, key.text, client)
-            try:
-                response = self.opener.open(request, timeout=CONNECT_TIMEOUT)
-                client.silent_since = None
-                return response
-            except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: a head or a proxy's name that is none
-                began = client.silent_since
-                client.detach()
-                died = isinstance(getattr(error, "reason", error), (ConnectionError, ssl.SSLEOFError)) and not client.gone and not client.silent
-                if not (request.reused and died and client.clock() - began < AT_ONCE):
-                    raise road_failure(error, client) from None
+    def _sleep(self, client, pause_s):
+        deadline = self.clock() + pause_s
+        while self.clock() < deadline:
+            client.wait(deadline - self.clock())
+
+    def open(self, path, key, client, data=None):
+        """The Connection with a request on its way to Z.ai."""
+        url = self.settings.zai_base_url + path
+        if self.proxies.get(url.partition(":")[0], "").lower().startswith("socks"):
+            raise UpstreamError(
+                f"SOCKS proxies are not spoken here. {PROXY_ADVICE}.", GIVE_UP)
+        try:
+            request = ZaiRequest(url, key.text, client, data)
+            return self.opener.open(request, timeout=CONNECT_TIMEOUT_S)
+        except (OSError, ValueError) as error:
+            if client.gone:
+                raise ClientGone from None
+            raise connection_error(error) from None
+        finally:
+            client.dialing = None
 
     def check_key(self, key, client):
-        """GET {base}/models with one key: None if it was accepted, else the UpstreamError."""
+        """GET {base}/models with one key: None if it was accepted, else the
+        UpstreamError."""
         try:
-            with contextlib.closing(self._send("/models", key, client)) as response:
-                if response.status != 200:
-                    return self._refusal(response, "")
-                value = response.read_json()
-                return None if isinstance(value, dict) and "data" in value else zai_error(value, 404)
+            status, value = self._get_json("/models", key, client)
         except UpstreamError as error:
             return error
+        if status == 200 and isinstance(value, dict) and "data" in value:
+            return None
+        return zai_error(value, 404 if status == 200 else status)
+
+    def _get_json(self, path, key, client):
+        """(status, parsed body) of a small answer."""
+        connection = self.open(path, key, client)
+        reply = Reply()
+        body = b""
+        patience_s = min(CONNECT_TIMEOUT_S, self.settings.upstream_timeout)
+        try:
+            connection.sock.settimeout(patience_s)
+            while not reply.complete and len(body) < Answer.LONGEST_ERROR_BYTES:
+                body += reply.feed(connection.sock.recv(65536))
+        except socket.timeout:
+            raise UpstreamError(f"Z.ai was silent for {patience_s:g} s.") from None
+        except OSError as error:
+            raise connection_error(error) from None
+        finally:
+            connection.sock.close()
+        return reply.status, decode_leniently(body.decode("utf-8", "replace"))
 
     def close(self):
-        self.pool.expire(0)
+        self.pool.expire(float("inf"))
 
 
-# Metrics ##############################################################################################################
+# Metrics ##############################################################################
 #
-# One record a request, told to one set of counters under one lock. Nothing of a prompt, an answer or a key is kept.
+# Each request fills in one Record. When it is over, the record becomes one line of the
+# log and is added to one set of counters, from which /metrics and /stats are told.
+# Nothing of a prompt, an answer or a key is kept. Texts have been through
+# Settings.redact() before they come here: here they are cut, and what the cut leaves of
+# a key could not be found any more.
+
+LONGEST_WORD = 100   # characters of a model's name, of a path and of a client's own id
+LONGEST_ERROR = 300  # characters of an error's message
+
+# The page's chart: ten minutes, in buckets of ten seconds.
+HISTORY_S = 600
+BUCKET_S = 10
+
 
 @dataclasses.dataclass
 class Record:
-    """What happened to one request. Durations are in seconds."""
+    """What happened to one request. Durations (_s) are in seconds."""
 
     id: str
-    client: str
-    began: float               # Unix
-    started: float = 0.0       # the same moment on the clock that durations are measured with
+    client: str     # its address
+    began: float    # Unix time
+    # The same moment on the monotonic clock.
+    started: float = 0.0
     method: str = "-"
     path: str = "-"
-    status: int = 0            # 499: the client left
-    chat: bool = False
-    model: str = ""            # as the client named it
-    model_id: str = ""         # as Z.ai does
+    # "#2" is the second of DEFAULT_KEY; "" before the key is known.
+    key: str = ""
+    # The client's own X-Client-Request-Id or X-Request-Id.
+    client_request_id: str = ""
+    # 499: the client left.
+    status: int = 0
+    # True for requests that ask for an answer, which are what Metrics counts.
+    counted: bool = False
+    # As the client named it, and as Z.ai does.
+    model: str = ""
+    model_id: str = ""
     stream: bool = False
-    ttft_s: float | None = None  # None as long as nothing of an answer has come
+    # The request did not say, so that DEFAULT_STREAM or the API's default decided.
+    stream_default: bool = False
+    # Time to first token; None while nothing has come.
+    ttft_s: float | None = None
     total_s: float = 0.0
     queued_s: float = 0.0
     usage: dict | None = None
     retries: int = 0
+    # Events of Z.ai that were skipped or mended.
     repaired: int = 0
-    changed: tuple[str, ...] = ()
+    changed: tuple = ()
     zai_log_id: str = ""
     error: str = ""
 
     def tokens(self, kind):
-        return self.usage[kind + "_tokens"] if self.usage else None
+        return self.usage[f"{kind}_tokens"] if self.usage else None
 
     def line(self):
-        """The log line: one line of printable ASCII, and no blanks but its own, whatever the client sent."""
-        words = [self.id, self.client, self.method, plain(self.path), str(self.status)]
-        if self.chat:
-            facts = {"model": plain(self.model), "stream": "true" if self.stream else "false", "ttft": self.ttft_s, "total": self.total_s,
-                     "queue": self.queued_s, "in": self.tokens("prompt"), "out": self.tokens("completion"), "retries": self.retries,
-                     "changed": plain(",".join(self.changed)), "repaired": self.repaired or None, "zai": self.zai_log_id}
-            words += [f"{name}={value:.3f}" if type(value) is float else f"{name}={value}" for name, value in facts.items() if value not in (None, "")]
+        """The log line: printable ASCII, and no blanks but its own, whatever came."""
+        words = [f"{self.id} {self.client} {self.method} {plain(self.path)} {self.status}"]
+        facts = self.facts().items()
+        words += [f"{name}={value}" for name, value in facts if value not in ("", None)]
         if self.error:
-            words.append("error=" + ascii(self.error[:300]))
+            words.append(f"error={self.error[:LONGEST_ERROR]!a}")
         return " ".join(words)
+
+    def facts(self):
+        """The name=value pairs of the log line; empty ones are left out there."""
+        facts = {"key": self.key, "rid": plain(self.client_request_id, LONGEST_WORD)}
+        if not self.counted:
+            return facts
+        return {
+            **facts,
+            "model": plain(self.model, LONGEST_WORD),
+            "stream": "default" if self.stream_default else str(self.stream).lower(),
+            "ttft": self.ttft_s and f"{self.ttft_s:.3f}",
+            "total": f"{self.total_s:.3f}",
+            "queue": f"{self.queued_s:.3f}",
+            "in": self.tokens("prompt"),
+            "out": self.tokens("completion"),
+            "retries": self.retries,
+            "changed": plain(",".join(self.changed)),
+            "repaired": self.repaired or None,
+            "zai": self.zai_log_id,
+        }
+
+    def row(self):
+        """The request in the page's list of the last ones."""
+        return {
+            "time": self.began,
+            "path": self.path,
+            "key": self.key,
+            "model": self.model,
+            "status": self.status,
+            "stream": self.stream,
+            "ttft_ms": milliseconds(self.ttft_s),
+            "total_ms": milliseconds(self.total_s),
+            "tokens_in": self.tokens("prompt"),
+            "tokens_out": self.tokens("completion"),
+            "error": self.error or None,
+        }
+
+
+def milliseconds(duration_s):
+    return None if duration_s is None else round(duration_s * 1000, 1)
+
+
+# Prometheus's text format, 0.0.4. A sample is what follows a metric's name in a line of
+# its own: `{model="glm-4.6"} 3`. No label's value needs escapes: see label().
+
+def label(model_id):
+    """A model id as a label. Labels must be few, so unknown models share one."""
+    return model_id if model_id in MODELS else "other"
+
+
+def samples(names, counts):
+    """`counts`: {values of the labels `names`: value}."""
+    for values, count in counts.items():
+        labels = ",".join(f'{name}="{value}"' for name, value in zip(names, values))
+        yield f"{{{labels}}} {count}"
 
 
 class Histogram:
-    BOUNDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120, 300)  # seconds: from a cached first token to the longest thinking
+    """A series of durations in seconds. The latest ones are kept for a median."""
+
+    # From a cached first token to the longest thinking.
+    BOUNDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120, 300)
 
     def __init__(self):
-        self.counts, self.sum = [0] * (len(self.BOUNDS) + 1), 0.0
+        self.counts = [0] * (len(self.BOUNDS) + 1)
+        self.sum = 0.0
+        self.latest = collections.deque(maxlen=200)
 
     def add(self, value):
         self.counts[bisect.bisect_left(self.BOUNDS, value)] += 1
         self.sum += value
+        self.latest.append(value)
+
+    def median(self):
+        values = sorted(self.latest)
+        return values[len(values) // 2] if values else None
 
     def samples(self):
-        """(suffix, labels, value) of each line of a Prometheus histogram."""
-        cumulative = list(itertools.accumulate(self.counts))
-        bounds = [*map(str, self.BOUNDS), "+Inf"]
-        return [("_bucket", {"le": bound}, count) for bound, count in zip(bounds, cumulative)] + [
-            ("_sum", {}, round(self.sum, 6)), ("_count", {}, cumulative[-1])]
-
-
-def label(model):
-    """A model id as a metric's label, of which there must not be endlessly many."""
-    return model if model in MODELS else "other"
+        total = 0
+        for bound, count in zip((*self.BOUNDS, "+Inf"), self.counts):
+            total += count
+            yield f'_bucket{{le="{bound}"}} {total}'
+        yield f"_sum {self.sum:.6f}"
+        yield f"_count {total}"
 
 
 class Metrics:
-    """All that /metrics and /stats tell, from one source."""
-
-    BUCKET, BUCKETS = 10, 60  # seconds, and how many: ten minutes for the page's chart
+    """All that /metrics and /stats tell. The threads of all requests report here."""
 
     def __init__(self, now=time.time):
-        self.now, self.lock, self.started = now, threading.Lock(), now()
-        self.in_flight = self.served = self.failed = self.cancelled = self.retries = self.repaired = 0
-        self.requests, self.tokens = collections.Counter(), collections.Counter()
-        self.ttft, self.duration = Histogram(), Histogram()
-        self.history = collections.deque(maxlen=self.BUCKETS)  # [start, requests, tokens]
+        self.now = now
+        self.began = now()
+        self.lock = threading.Lock()
+        self.in_flight = 0
+        self.retries = 0
+        self.repaired = 0
+        self.unauthorized = 0
+        # Their keys: (model, status, key) and (model, kind, key).
+        self.requests = collections.Counter()
+        self.tokens = collections.Counter()
+        self.ttft = Histogram()
+        self.duration = Histogram()
+        self.history = collections.deque([{"t": 0}], maxlen=HISTORY_S // BUCKET_S)
         self.recent = collections.deque(maxlen=20)
-        self.ttfts = collections.deque(maxlen=200)
 
     def begin(self):
+        """A request that asks for an answer has come."""
         with self.lock:
             self.in_flight += 1
 
+    def refuse(self):
+        """A request has come without a valid key."""
+        with self.lock:
+            self.unauthorized += 1
+
     def finish(self, record):
-        model, out = label(record.model_id), record.tokens("completion") or 0
+        """A request that begin() was told of is over."""
+        # Records are kept: nobody may fill the memory, or /stats, with long texts.
+        record.model = record.model[:LONGEST_WORD]
+        record.path = record.path[:LONGEST_WORD]
+        record.error = record.error[:LONGEST_ERROR]
+        model = label(record.model_id)
         with self.lock:
             self.in_flight -= 1
-            self.cancelled += record.status == 499
-            self.failed += record.status >= 400 and record.status != 499
-            self.served += record.status < 400
             self.retries += record.retries
             self.repaired += record.repaired
-            self.requests[model, record.status] += 1
-            self.tokens[model, "prompt"] += record.tokens("prompt") or 0
-            self.tokens[model, "completion"] += out
+            self.requests[model, record.status, record.key] += 1
+            for kind in ("prompt", "completion"):
+                self.tokens[model, kind, record.key] += record.tokens(kind) or 0
             self.duration.add(record.total_s)
             if record.ttft_s is not None:
                 self.ttft.add(record.ttft_s)
-                self.ttfts.append(record.ttft_s)
-            start = int(self.now()) // self.BUCKET * self.BUCKET
-            if not self.history or self.history[-1][0] != start:
-                self.history.append([start, 0, 0])
-            self.history[-1][1] += 1
-            self.history[-1][2] += out
+            bucket = self.bucket()
+            bucket["requests"] += 1
+            bucket["tokens"] += record.tokens("completion") or 0
             self.recent.appendleft(record)
+
+    def bucket(self):
+        """The present bucket of the history, which is brought up to date."""
+        now = int(self.now()) // BUCKET_S * BUCKET_S
+        # No more than the history holds, however long nothing has happened.
+        start = max(now - HISTORY_S, self.history[-1]["t"] + BUCKET_S)
+        for begin in range(start, now + 1, BUCKET_S):
+            self.history.append({"t": begin, "requests": 0, "tokens": 0})
+        return self.history[-1]
+
+    def count(self, low, high):
+        """How many requests were answered with a status from `low` to `high`."""
+        total = 0
+        for (_, status, _), count in self.requests.items():
+            if low <= status <= high:
+                total += count
+        return total
 
     def stats(self, gates, queued, demo):
         """The page's JSON. `gates`, `queued`: Gates.state()."""
+        names = ("key", "model", "ceiling", "in_flight")
+        ceilings = [dict(zip(names, gate), queued=queued.get(gate[1], 0)) for gate in gates]
         with self.lock:
-            last = int(self.now()) // self.BUCKET * self.BUCKET
-            history = {start: (requests, tokens) for start, requests, tokens in self.history}
-            buckets = [(start,) + history.get(start, (0, 0)) for start in range(last - (self.BUCKETS - 1) * self.BUCKET, last + 1, self.BUCKET)]
-            ttfts = sorted(self.ttfts)
+            self.bucket()
+            history = list(self.history)
+            cancelled = self.count(499, 499)
+            last_minute = history[-60 // BUCKET_S:]
             return {
-                "version": __version__, "demo": demo, "uptime_s": round(self.now() - self.started, 1),
-                "in_flight": self.in_flight, "queued": sum(queued.values()), "served": self.served, "failed": self.failed, "cancelled": self.cancelled,
-                "tokens_per_s": round(sum(tokens for _, _, tokens in buckets[-6:]) / (6 * self.BUCKET), 1),
-                "ttft_p50_ms": round(ttfts[len(ttfts) // 2] * 1000, 1) if ttfts else None,
-                "ceilings": [{"model": model, "key": key, "ceiling": ceiling, "in_flight": in_flight, "queued": queued.get(model, 0)}
-                             for key, model, ceiling, in_flight in gates],
-                "history": [{"t": start, "requests": requests, "tokens": tokens} for start, requests, tokens in buckets],
-                "recent": [{"time": record.began, "model": record.model, "status": record.status, "stream": record.stream,
-                            "ttft_ms": record.ttft_s and round(record.ttft_s * 1000, 1), "total_ms": round(record.total_s * 1000, 1),
-                            "tokens_in": record.tokens("prompt"), "tokens_out": record.tokens("completion"), "error": record.error or None}
-                           for record in self.recent]}
+                "version": __version__,
+                "demo": demo,
+                "uptime_s": round(self.now() - self.began, 1),
+                "in_flight": self.in_flight,
+                "queued": sum(queued.values()),
+                "served": self.count(0, 399),
+                "failed": self.count(400, 999) - cancelled,
+                "cancelled": cancelled,
+                "unauthorized": self.unauthorized,
+                "tokens_per_s": round(sum(row["tokens"] for row in last_minute) / 60, 1),
+                "ttft_p50_ms": milliseconds(self.ttft.median()),
+                "ceilings": ceilings,
+                "history": history,
+                "recent": [record.row() for record in self.recent],
+            }
 
     def prometheus(self, gates, queued):
-        """Prometheus's text format 0.0.4. `gates`, `queued`: Gates.state()."""
-        ceilings, waiting = {}, collections.Counter({"other": 0})
-        for key, model, ceiling, _ in gates:
-            if ceiling is not None:
-                ceilings[key, label(model)] = min(ceiling, ceilings.get((key, label(model)), ceiling))
-        for model, count in queued.items():
-            waiting[label(model)] += count
-        with self.lock:
-            families = (
-                ("requests_total", "counter", "Chat requests answered, by model and HTTP status; 499: the client left.",
-                 [("", {"model": model, "status": status}, count) for (model, status), count in self.requests.items()]),
-                ("tokens_total", "counter", "Tokens as Z.ai counts them.",
-                 [("", {"model": model, "kind": kind}, count) for (model, kind), count in self.tokens.items()]),
-                ("time_to_first_token_seconds", "histogram", "From the request to the first delta.", self.ttft.samples()),
-                ("request_duration_seconds", "histogram", "From the request to the end of the answer.", self.duration.samples()),
-                ("requests_in_flight", "gauge", "Chat requests being answered.", [("", {}, self.in_flight)]),
-                ("requests_queued", "gauge", "Requests waiting for a slot at Z.ai.", [("", {"model": model}, count) for model, count in waiting.items()]),
-                ("concurrency_ceiling", "gauge", "Requests in flight that Z.ai allows, as set or learned.",
-                 [("", {"key": key, "model": model}, ceiling) for (key, model), ceiling in ceilings.items()]),
-                ("retries_total", "counter", "Further attempts at Z.ai.", [("", {}, self.retries)]),
-                ("repaired_frames_total", "counter", "Events of Z.ai that were skipped or mended.", [("", {}, self.repaired)]),
-                ("cancelled_total", "counter", "Requests whose client left.", [("", {}, self.cancelled)]),
-                ("process_start_time_seconds", "gauge", "Start of the process, Unix time.", [("", {}, round(self.started, 3))]),
-            )
+        """Prometheus's text. `gates`, `queued`: Gates.state()."""
         lines = []
-        for name, kind, text, samples in families:
-            lines += [f"# HELP ztoapi_{name} {text}", f"# TYPE ztoapi_{name} {kind}"]
-            for suffix, labels, value in samples:
-                pairs = ",".join(f'{name}="{value}"' for name, value in labels.items())
-                lines.append(f"ztoapi_{name}{suffix}{'{%s}' % pairs if pairs else ''} {value}")
+        with self.lock:
+            for name, metric_type, text, values in self.families(gates, queued):
+                lines.append(f"# HELP ztoapi_{name} {text}")
+                lines.append(f"# TYPE ztoapi_{name} {metric_type}")
+                lines += [f"ztoapi_{name}{sample}" for sample in values]
         return "\n".join(lines) + "\n"
 
-
-# Page #################################################################################################################
-
-PAGE = r"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>ZtoApi</title>
-<link rel="icon" href="data:,">
-<style>
-:root { color-scheme: light dark; --page: #f5f6f8; --card: #fff; --text: #1c222e; --quiet: #566073; --line: #dfe3ea; --edge: #848d9e;
-  --accent: #2355c5; --second: #0e7c6b; --bad: #b3261e; }
-@media (prefers-color-scheme: dark) { :root { --page: #13161c; --card: #1b1f27; --text: #e5e9f0; --quiet: #a0aabb; --line: #303744;
-  --edge: #737e92; --accent: #8fb3ff; --second: #5cc9b5; --bad: #ff9086; } }
-* { box-sizing: border-box; } [hidden] { display: none !important; }
-body { margin: 0 auto; max-width: 62rem; padding: 1rem; background: var(--page); color: var(--text); font: 16px/1.5 system-ui, sans-serif; }
-section { margin: 1rem 0; padding: 1.25rem; background: var(--card); border: 1px solid var(--line); border-radius: .6rem; }
-h1, h2 { margin: 0 0 .75rem; font-size: 1.25rem; line-height: 1.2; }
-p, dl, figure, details { margin: 0 0 .75rem; }
-.quiet, dt, th, figcaption { color: var(--quiet); font-size: .875rem; font-weight: normal; }
-button, input, select, textarea { max-width: 100%; margin: 0 .35rem .35rem 0; padding: .3rem .7rem; border: 1px solid var(--edge);
-  border-radius: .4rem; background: var(--card); color: var(--text); font: inherit; }
-button.main { background: var(--accent); border-color: var(--accent); color: var(--card); }
-button:disabled { opacity: .5; }
-:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
-textarea { display: block; width: 100%; resize: vertical; }
-pre, .box { margin: .5rem 0; padding: .75rem; background: var(--page); border-radius: .4rem; white-space: pre-wrap; overflow-wrap: anywhere; }
-pre, code, #models button { font-family: ui-monospace, Menlo, Consolas, monospace; font-size: .875rem; overflow-wrap: anywhere; }
-.box:empty { padding: 0; }
-details:has(.box:empty) { display: none; }
-dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(8rem, 1fr)); gap: .75rem; }
-dd { margin: 0; font-size: 1.5rem; }
-svg { width: 100%; height: 7rem; fill: currentColor; border-bottom: 1px solid var(--line); }
-.tokens { color: var(--accent); }
-.requests { color: var(--second); }
-.scroll { overflow-x: auto; margin-top: 1rem; }
-table { width: 100%; border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
-caption { text-align: left; font-size: 1rem; }
-th, td { padding: .35rem .75rem .35rem 0; border-bottom: 1px solid var(--line); text-align: left; white-space: nowrap; }
-td { max-width: 14rem; overflow: hidden; text-overflow: ellipsis; }
-td:nth-child(7) { min-width: 18rem; white-space: normal; overflow-wrap: anywhere; }
-td:nth-child(7), .bad { color: var(--bad); }
-#demo { padding: 0 .6rem; border: 1px solid; border-radius: 1rem; }
-#notice { position: fixed; bottom: 0; background: var(--text); color: var(--page); border-radius: .4rem; }
-#notice:not(:empty) { padding: .4rem .9rem; }
-</style>
-</head>
-<body>
-<header>
-  <h1>ZtoApi <span class="quiet" id="version"></span> <span class="requests quiet" id="demo" hidden>demo</span></h1>
-  <form id="key-form">
-    <label>API key <input id="key" type="password" autocomplete="off" required pattern="[!-~]+" title="The key, without spaces"></label>
-    <button class="main">Use key</button> <span class="bad" id="key-note" role="alert"></span>
-    <p class="quiet">For the models, the numbers and the chat below; kept in this browser tab only.</p>
-  </form>
-</header>
-<main>
-  <section aria-labelledby="connect">
-    <h2 id="connect">Connect</h2>
-    <p>Base URL <code id="base">BASE_URL</code> <button data-copy="base" aria-label="Copy the base URL">Copy</button></p>
-    <p>Models <span class="quiet">(click one to copy its name)</span></p>
-    <p id="models"></p>
-    <details open><summary>curl</summary><pre id="curl">
-curl BASE_URL/chat/completions \
-  -H "Authorization: Bearer sk-your-key" -H "Content-Type: application/json" \
-  -d '{"model": "GLM-4.6", "messages": [{"role": "user", "content": "Hello"}]}'</pre><button data-copy="curl">Copy</button></details>
-    <details><summary>Python</summary><pre id="python">
-from openai import OpenAI
-client = OpenAI(base_url="BASE_URL", api_key="sk-your-key")
-answer = client.chat.completions.create(model="GLM-4.6", messages=[{"role": "user", "content": "Hello"}])
-print(answer.choices[0].message.content)</pre><button data-copy="python">Copy</button></details>
-    <details><summary>JavaScript</summary><pre id="javascript">
-import OpenAI from "openai";
-const client = new OpenAI({ baseURL: "BASE_URL", apiKey: "sk-your-key" });
-const answer = await client.chat.completions.create({ model: "GLM-4.6", messages: [{ role: "user", content: "Hello" }] });
-console.log(answer.choices[0].message.content);</pre><button data-copy="javascript">Copy</button></details>
-  </section>
-  <section aria-labelledby="now">
-    <h2 id="now">Now</h2>
-    <p id="state" role="status"></p>
-    <div id="numbers" hidden>
-      <dl id="totals"></dl>
-      <figure>
-        <figcaption id="legend"></figcaption>
-        <svg viewBox="0 0 600 100" preserveAspectRatio="none" role="img" aria-labelledby="legend">
-          <path class="tokens" id="token-bars"/><path class="requests" id="request-bars"/></svg>
-      </figure>
-      <div class="scroll" id="ceilings" tabindex="0" role="region" aria-label="Ceilings learned"></div>
-      <div class="scroll" id="recent" tabindex="0" role="region" aria-label="Last requests"></div>
-    </div>
-  </section>
-  <section aria-labelledby="try">
-    <h2 id="try">Try it</h2>
-    <form id="chat">
-      <p><label>Model <select id="model"></select></label> <label><input id="thinking" type="checkbox" checked> Thinking</label></p>
-      <label>Message <textarea id="message" rows="3" required placeholder="Enter sends, Shift+Enter makes a new line"></textarea></label>
-      <p><button class="main" id="send">Send</button> <button id="stop" type="button" disabled>Stop</button>
-        <span id="outcome" role="status"></span></p>
-    </form>
-    <details><summary>Thinking</summary><div class="box quiet" id="thoughts"></div></details>
-    <div class="box" id="answer" aria-live="polite"></div>
-  </section>
-  <p id="notice" role="status"></p>
-</main>
-<script>
-const $ = id => document.getElementById(id);
-const none = "\u2013";
-const seconds = ms => ms === null ? none : (ms / 1000).toFixed(2) + " s";
-let key, running;  // running: the AbortController of the latest chat
-
-function element(tag, children, className = "") {
-  const made = document.createElement(tag);
-  made.className = className;
-  made.append(...children);
-  return made;
-}
-
-// What has not changed stays, and with it the reader's selection and focus.
-function fill(place, children) {
-  const fresh = place.cloneNode();
-  fresh.append(...children);
-  if (!fresh.isEqualNode(place)) place.replaceChildren(...children);
-}
-
-function table(caption, heads, rows) {
-  const row = (tag, cells) => element("tr", cells.map(cell => element(tag, [cell ?? none])));
-  const body = rows.length ? rows : [["nothing yet"]];
-  return element("table", [element("caption", [caption]), row("th", heads), ...body.map(cells => row("td", cells))]);
-}
-
-function serverError(error, status) {
-  const marks = [status, error?.code].filter(Boolean).join(", ");
-  return new Error((error?.message ?? "The server gave no reason.") + (marks && ` (${marks})`));
-}
-
-function reason(error) {
-  if (error.name === "AbortError") return "Stopped.";
-  return error.name === "Error" ? error.message : `The connection to the server failed. (${error.message})`;
-}
-
-async function ask(path, options) {
-  const used = key;
-  const headers = { "Authorization": "Bearer " + used, "Content-Type": "application/json" };
-  const response = await fetch(path, { ...options, headers });
-  if (response.ok) return response;
-  if (response.status === 401 && used === key) setKey("", "The server did not accept the key.");
-  const body = await response.json().catch(() => null);
-  throw serverError(body?.error, response.status);
-}
-
-function setKey(value, note = "") {
-  key = value;
-  sessionStorage.setItem("ztoapi-key", key);
-  $("key").value = "";
-  $("key-note").textContent = note;
-  $("key-form").hidden = key !== "";
-  $("numbers").hidden = true;
-  fill($("state"), [key ? "" : "The numbers need the key."]);
-  showModels([]);
-  refresh();
-}
-
-function showModels(names) {
-  $("models").replaceChildren(...names.map(name => element("button", [name])));
-  $("model").replaceChildren(...names.map(name => new Option(name)));
-}
-
-async function refresh() {
-  if (!key || document.hidden) return;
-  const signal = AbortSignal.timeout(5000);
-  try {
-    if (!$("model").length) showModels((await (await ask("/v1/models", { signal })).json()).data.map(model => model.id));
-    showStats(await (await ask("/stats", { signal })).json());
-    fill($("state"), []);
-  } catch (error) {
-    fill($("state"), [reason(error)]);
-  }
-}
-
-function showStats(stats) {
-  const totals = { "In flight": stats.in_flight, "Queued": stats.queued, "Served": stats.served, "Failed": stats.failed,
-    "Tokens per second": stats.tokens_per_s.toFixed(1), "Median first token": seconds(stats.ttft_p50_ms) };
-  fill($("totals"), Object.entries(totals).map(([name, value]) => element("div", [element("dt", [name]), element("dd", [value])])));
-  fill($("ceilings"), [table("Ceilings learned", ["Model", "Key", "At most at once", "In flight", "Queued"],
-    stats.ceilings.map(limit => [limit.model, limit.key, limit.ceiling ?? "none yet", limit.in_flight, limit.queued]))]);
-  fill($("recent"), [table("Last requests", ["Time", "Model", "Status", "First token", "Total", "Tokens in / out", "What went wrong"],
-    stats.recent.map(requestCells))]);
-  showHistory(stats.history.map(bucket => bucket.tokens / 10), stats.history.map(bucket => bucket.requests));
-  $("version").textContent = stats.version;
-  $("demo").hidden = !stats.demo;
-  $("numbers").hidden = !key;
-}
-
-function requestCells({ time, model, status, ttft_ms, total_ms, tokens_in, tokens_out, error }) {
-  const clock = new Date(time * 1000).toLocaleTimeString();
-  return [clock, model, status, seconds(ttft_ms), seconds(total_ms), `${tokens_in ?? none} / ${tokens_out ?? none}`, error ?? ""];
-}
-
-function showHistory(tokens, requests) {
-  fill($("legend"), ["The last ten minutes: ", element("span", [`tokens per second, at most ${Math.max(...tokens)}`], "tokens"),
-    "; ", element("span", [`requests in 10 s, at most ${Math.max(...requests)}`], "requests")]);
-  $("token-bars").setAttribute("d", bars(tokens, 66, 64));
-  $("request-bars").setAttribute("d", bars(requests, 100, 26));
-}
-
-// An SVG path with a bar for each value, all standing on y = floor, the highest as tall as height.
-function bars(values, floor, height) {
-  const scale = height / Math.max(...values, 1);
-  return values.map((value, place) => `M${place * 10 + 1} ${floor}v${-value * scale}h8V${floor}z`).join("");
-}
-
-async function* events(response) {
-  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  let buffer = "";
-  for (let part = await reader.read(); !part.done; part = await reader.read()) {
-    const blocks = (buffer + part.value).split(/\r?\n\r?\n/);
-    buffer = blocks.pop();
-    for (const block of blocks) {
-      const data = block.match(/^data: ?(.*)$/m);
-      if (data) yield data[1];
-    }
-  }
-}
-
-async function showAnswer(response) {
-  for await (const data of events(response)) {
-    if (data === "[DONE]") return;
-    const chunk = JSON.parse(data);
-    if (chunk.error) throw serverError(chunk.error);
-    const delta = chunk.choices?.[0]?.delta;
-    $("thoughts").append(delta?.reasoning_content ?? "");
-    $("answer").append(delta?.content ?? "");
-  }
-  throw new Error("The answer was cut off: its stream ended too early.");
-}
-
-function setRunning(isRunning, outcome, failed = false) {
-  $("send").disabled = isRunning;
-  $("stop").disabled = !isRunning;
-  $("outcome").textContent = outcome;
-  $("outcome").classList.toggle("bad", failed);
-}
-
-async function chat(event) {
-  event.preventDefault();
-  if (!key) return $("key-form").reportValidity();
-  const messages = [{ role: "user", content: $("message").value }];
-  const body = JSON.stringify({ model: $("model").value, messages, stream: true, enable_thinking: $("thinking").checked });
-  running = new AbortController();
-  $("thoughts").textContent = $("answer").textContent = "";
-  setRunning(true, "Answering");
-  try {
-    await showAnswer(await ask("/v1/chat/completions", { method: "POST", body, signal: running.signal }));
-    setRunning(false, "Done.");
-  } catch (error) {
-    running.abort();  // An error inside the stream leaves the connection open.
-    setRunning(false, reason(error), error.name !== "AbortError");
-  }
-}
-
-// Not by navigator.clipboard, which browsers withhold from plain http anywhere but on localhost.
-function copy(text) {
-  $("notice").textContent = "Copied";
-  getSelection().selectAllChildren($("notice"));  // Safari copies nothing unless something is selected.
-  document.oncopy = event => {
-    event.clipboardData.setData("text/plain", text);
-    event.preventDefault();
-  };
-  document.execCommand("copy");
-  document.oncopy = null;
-  setTimeout(() => $("notice").textContent = "", 2000);
-}
-
-for (const place of document.querySelectorAll("pre, #base")) {
-  place.textContent = place.textContent.replace("BASE_URL", location.origin + "/v1");
-}
-document.onclick = ({ target }) => {
-  if (target.dataset.copy) copy($(target.dataset.copy).textContent);
-  if (target.parentElement === $("models")) copy(target.textContent);
-};
-document.onvisibilitychange = refresh;
-$("key-form").onsubmit = event => {
-  event.preventDefault();
-  setKey($("key").value);
-};
-$("chat").onsubmit = chat;
-$("message").onkeydown = event => {
-  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
-  event.preventDefault();
-  $("send").click();
-};
-$("stop").onclick = () => running.abort();
-setKey(sessionStorage.getItem("ztoapi-key") ?? "");
-setInterval(refresh, 2000);
-</script>
-</body>
-</html>
-"""
+    def families(self, gates, queued):
+        """(name, type, help, samples) of each metric."""
+        requests = samples(("model", "status", "key"), self.requests)
+        tokens = samples(("model", "kind", "key"), self.tokens)
+        # Models that the table does not know share a label: their queues are added up,
+        # and the lowest of their ceilings is told.
+        waiting = collections.Counter({("other",): 0})
+        for model, count in queued.items():
+            waiting[(label(model),)] += count
+        ceilings = {}
+        for key, model, ceiling, _ in gates:
+            if ceiling is not None:
+                place = (key, label(model))
+                ceilings[place] = min(ceiling, ceilings.get(place, ceiling))
+        cancelled = self.count(499, 499)
+        return (
+            ("requests_total", "counter",
+             "Requests, by status; 499: the client left.", requests),
+            ("tokens_total", "counter", "Tokens as Z.ai counts them.", tokens),
+            ("unauthorized_total", "counter",
+             "Requests without a valid key.", [f" {self.unauthorized}"]),
+            ("time_to_first_token_seconds", "histogram",
+             "Until the first token.", self.ttft.samples()),
+            ("request_duration_seconds", "histogram",
+             "Until an answer's end.", self.duration.samples()),
+            ("requests_in_flight", "gauge",
+             "Requests being answered.", [f" {self.in_flight}"]),
+            ("requests_queued", "gauge",
+             "Requests waiting for a slot.", samples(("model",), waiting)),
+            ("concurrency_ceiling", "gauge",
+             "Slots, set or learned.", samples(("key", "model"), ceilings)),
+            ("retries_total", "counter", "Further attempts at Z.ai.", [f" {self.retries}"]),
+            ("repaired_frames_total", "counter",
+             "Z.ai's events skipped or mended.", [f" {self.repaired}"]),
+            ("cancelled_total", "counter", "Requests whose client left.", [f" {cancelled}"]),
+            ("process_start_time_seconds", "gauge", "Start, Unix time.", [f" {self.began:.3f}"]),
+        )
 
 
-def page_policy():
-    """The Content-Security-Policy that lets the page's own script and style run, and nothing else."""
-    def source(tag):
-        text = PAGE.split(f"<{tag}>", 1)[1].split(f"</{tag}>", 1)[0]
-        return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-    return (f"default-src 'none'; script-src {source('script')}; style-src {source('style')}; connect-src 'self'; img-src data:; "
-            "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
-
-
-# HTTP handler #########################################################################################################
+# Handler ##############################################################################
 #
-# http.server's own, made strict. One table of routes, one place where an exception becomes an answer.
+# http.server's own, made strict: the base class brings the life of a connection, and
+# calls handle_one_request() as long as it lasts. There is one table of routes, and one
+# place where an exception becomes an answer.
 
-KEEP_ALIVE = 75.0     # seconds an idle connection is kept
-LINGER = 1.0          # seconds a client gets to read an answer that came before all of its request was taken
-MOST_FIELDS = 100     # in a request's head, as http.client has it
+# An idle connection is kept that long. Front ends usually keep theirs for 60 to 75 s.
+KEEP_ALIVE_S = 75.0
+# A client gets that long to read an answer that came before all of its request was
+# taken.
+LINGER_S = 1.0
 
-TARGET = re.compile("(?:https?://[^/?#]*)?([^?#]*)", re.IGNORECASE)  # a proxy's absolute form has the host in it
+# A proxy's absolute form of the target has the host in it.
+TARGET = re.compile("(?:https?://[^/?#]*)?([^?#]*)", re.IGNORECASE)
 
 
 class Route(NamedTuple):
+    """`methods`: HTTP method -> the Handler's method that answers."""
+
     pattern: re.Pattern
-    methods: dict[str, str]  # HTTP method -> Handler's
+    methods: dict
     needs_key: bool = True
+    # The API of this path, in whose shape its errors are told.
+    front: type = Chat
 
 
+def route(path, front=Chat, needs_key=True, **methods):
+    return Route(re.compile(path), methods, needs_key, front)
+
+
+# To add a path, add a row. All of /v1 works without /v1 too. A row without methods lets
+# an API say in its own shape that there is nothing.
 ROUTES = (
-    Route(re.compile("(?:/v1)?/chat/completions"), {"POST": "post_chat"}),
-    Route(re.compile("(?:/v1)?/models"), {"GET": "get_models"}),
-    Route(re.compile("(?:/v1)?/models/(?P<id>.+)"), {"GET": "get_model"}),
-    Route(re.compile("/metrics"), {"GET": "get_metrics"}),
-    Route(re.compile("/stats"), {"GET": "get_stats"}),
-    Route(re.compile("/health"), {"GET": "get_health"}, needs_key=False),
-    Route(re.compile("/(?:docs|dashboard)?"), {"GET": "get_page"}, needs_key=False),
+    route("(?:/v1)?/chat/completions", POST="post_answer"),
+    route("(?:/v1)?/responses", Responses, POST="post_answer", GET="refuse_upgrade"),
+    route("(?:/v1)?/responses/.+", Responses),
+    route("(?:/v1)?/messages", Messages, POST="post_answer"),
+    route("(?:/v1)?/messages/.+", Messages),
+    route("(?:/v1)?/models", GET="get_models"),
+    route("(?:/v1)?/models/(?P<id>.+)", GET="get_model"),
+    route("/metrics", GET="get_metrics"),
+    route("/stats", GET="get_stats"),
+    route("/health", needs_key=False, GET="get_health"),
+    route("/(?:docs|dashboard)?", needs_key=False, GET="get_page"),
+)
+
+# What clients look for here in vain, and what to tell them. To add a path, add a row.
+ELSEWHERE = (
+    (re.compile("/v1/v1(?:/|$)|.*/(?:completions|responses|messages)/.*completions$"),
+     "The path is doubled: set the client's base URL to {base}."),
+    (re.compile("(?:/v1)?/completions$"),
+     "The legacy completions API is not served: use {base}/chat/completions."),
+    (re.compile("(?:/v1)?/(?:embeddings|images|audio|rerank|files|videos)(?:/|$)"),
+     "ZtoApi serves chat only. What Z.ai has of this is at {zai}{path}, billed to the balance."),
+    (re.compile("(?:/v1)?/responses/."),
+     "ZtoApi keeps no responses: there is nothing to get, to cancel or to compact."),
+    (re.compile("(?:/v1)?/messages/count_tokens$"),
+     "Tokens are not counted here: estimate them."),
 )
 
 
@@ -2853,90 +5817,196 @@ def http_date(timestamp):
     return email.utils.formatdate(timestamp, usegmt=True)
 
 
+def response_head(status, fields):
+    """The bytes of a response's head. `fields`: (name, value) pairs."""
+    reason = http.HTTPStatus(status).phrase
+    lines = [f"HTTP/1.1 {status} {reason}", "Server: ztoapi"]
+    lines.append("Date: " + http_date(int(time.time())))
+    lines += [f"{name}: {value}" for name, value in fields]
+    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1", "replace")
+
+
+# The headers that web pages may read.
+EXPOSED = ("x-request-id, retry-after, x-should-retry, x-ztoapi-changed, x-ztoapi-queue-ms, "
+           "x-zai-log-id")
+
+
+def page_policy():
+    """The Content-Security-Policy that lets the page's own script and style run, and
+    nothing else."""
+    def source(tag):
+        text = PAGE.split(f"<{tag}>", 1)[1].split(f"</{tag}>", 1)[0]
+        digest = hashlib.sha256(text.encode()).digest()
+        return f"'sha256-{base64.b64encode(digest).decode()}'"
+    return (f"default-src 'none'; script-src {source('script')}; "
+            f"style-src {source('style')}; connect-src 'self'; img-src data:; "
+            "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+
+
+def too_large_head(data):
+    """The error for a head that does not end; `data` is what has come of it."""
+    if b"\n" in data:
+        return RequestError("The request's head is too large.",
+                            status=431, code="request_header_fields_too_large")
+    return RequestError("The request line is too long.", status=414, code="uri_too_long")
+
+
+def shape(zai_request):
+    """A request as a log may show it: roles and lengths, never texts."""
+    messages = [f"{message['role']}:{len(message['content'])}"
+                for message in zai_request["messages"]]
+    fields = ",".join(sorted(map(ascii, zai_request)))
+    tools = len(zai_request.get("tools", ()))
+    return f"{zai_request['model']!a} messages={messages} tools={tools} fields={fields}"
+
+
 class Handler(http.server.BaseHTTPRequestHandler):
-    """One connection. What is to be sent is collected in `wfile` and goes out in one call."""
+    """One connection. The base class's part is setup(), handle() and finish(); reading
+    a head and sending an answer are ours, as its email parser takes things that are no
+    headers for some, and each of its writes would be a packet of its own."""
 
-    protocol_version = "HTTP/1.1"
+    # With Nagle's algorithm a request over a kept connection takes 44 ms.
+    disable_nagle_algorithm = True
+    # The buffer is kept as long as the connection is; a longer body is read past it.
+    rbufsize = 2048
 
-    def version_string(self):
-        return "ztoapi"
-
-    def date_time_string(self):
-        return http_date(int(time.time()))
-
-    # Life of a connection
-
-    disable_nagle_algorithm = True  # else a kept-alive request takes 44 ms
-    rbufsize = 2048                 # kept as long as the connection is; a longer body is read past it
-
-    def setup(self):
-        super().setup()
-        self.wfile = io.BytesIO()
-        self.settings = self.server.settings
+    # One request
 
     def handle_one_request(self):
-        first = self.rfile.peek(1)
-        blank = self.rfile.read(2) if first.startswith(b"\r") else b""
-        if blank == b"\r\n":  # left behind by an old client: no request has begun yet
-            first = self.rfile.peek(1)
-        if not first or self.server.draining:
-            self.close_connection = True
+        """Called by the base class until self.close_connection is true."""
+        self.settings = self.server.settings
+        self.close_connection = True
+        if not self.rfile.peek(1) or self.server.draining:
             return
         self.set_deadline(self.settings.client_timeout)
-        self.fields, self.sink, self.body_size = {}, None, 0
-        self.request_version, self.command = "HTTP/1.0", None  # not 0.9: even the answer to garbage has a head
-        self.record = Record(new_id("req_"), self.client_address[0], time.time(), time.monotonic())
+        self.fields = {}
+        self.command = ""
+        self.front = Chat
+        self.outbox = None
+        # Bytes of this request may still be unread.
+        self.body_left = True
+        # The version is not known before the head is read, and 1.0 is the safe one.
+        self.http_1_0 = True
+        self.record = Record(
+            new_id("req_"), self.client_address[0], time.time(), time.monotonic())
         try:
-            if first.startswith(b"\x16"):
-                raise RequestError("This port speaks HTTP, not HTTPS.")
-            if blank not in (b"", b"\r\n"):
-                raise RequestError("Malformed request line.")
-            super().handle_one_request()
+            self.dispatch()
+        finally:
+            # It knows this object, and would keep it until the garbage collector comes.
+            self.outbox = None
+            self.server.busy.discard(self.connection)
+            self.set_deadline(KEEP_ALIVE_S)
+
+    def dispatch(self):
+        """Read the head, find the route, call it, and turn what it raises into an
+        answer."""
+        record = self.record
+        try:
+            if not self.read_head():
+                return
+            self.server.busy.add(self.connection)
+            getattr(self, self.find_route())()
         except ApiError as error:
-            self.refuse(error)
+            self.answer_error(error)
         except ClientGone:
-            self.close_connection = True
-        self.set_deadline(KEEP_ALIVE)
+            self.note_gone()
+        except Exception:
+            log.exception("%s failed; this is a bug", record.id)
+            words = f"Internal error; the log says more under the id {record.id}."
+            self.answer_error(ApiError(words))
+        record.total_s = time.monotonic() - record.started
+        log.info("%s", record.line())
+        if record.counted:
+            self.server.metrics.finish(record)
+
+    def note_gone(self):
+        self.close_connection = True
+        self.record.status = 499
+        self.record.error = "the client left"
 
     def set_deadline(self, seconds):
-        """The connection is shut unless it gets on within so many seconds; None: the watch looks after it as a Client."""
-        self.server.deadlines[self.connection] = time.monotonic() + seconds if seconds else float("inf")
+        """The connection is shut unless it gets on within so many seconds."""
+        self.server.deadlines[self.connection] = time.monotonic() + seconds
 
-    def parse_request(self):
-        """The head, to the letter. The base class's email parser would take a bare CR for a line's end, a folded line for a value, and all
-        behind a line that it does not understand for the body."""
-        found = REQUEST_LINE.fullmatch(self.raw_requestline.decode("latin-1"))
-        if not found:
-            raise RequestError("Malformed request line.")
-        self.command, self.path, self.request_version = found.groups()
-        self.record.method, self.record.path = self.command, self.settings.redact(self.path.partition("?")[0])  # before it is cut
-        if not self.request_version.startswith("HTTP/1."):
-            raise RequestError("The only HTTP versions spoken here are 1.0 and 1.1.", status=505, code="http_version_not_supported")
-        self.fields = parse_request_fields(self.read_field_lines())
-        self.body_size = self.framing()
-        options = [option.strip(" \t") for option in self.fields.get("connection", "").lower().split(",")]
-        self.close_connection = "close" in options or self.request_version == "HTTP/1.0"
+    # Reading
+
+    def receive(self):
+        """What has come of the request, at least one byte; it stays in the buffer."""
+        try:
+            data = self.rfile.peek(1)
+        except OSError:
+            data = b""
+        if not data:
+            raise ClientGone
+        return data
+
+    def read_head(self):
+        """Take the head off the connection, to the letter. False if there is none."""
+        reader = HeadReader()
+        head = None
+        try:
+            self.skip_blank_line()
+            if self.receive().startswith(b"\x16"):
+                raise RequestError("This port speaks HTTP, not HTTPS.")
+            while head is None:
+                data = self.receive()
+                head = reader.feed(data)
+                self.rfile.read(len(data) - len(reader.rest))
+        except OverflowError:
+            raise too_large_head(reader.data) from None
+        except ClientGone:
+            # A connection that was opened and closed again is no request.
+            if reader.data:
+                raise
+            return False
+        self.parse_head(head)
         return True
 
-    def read_field_lines(self):
-        lines, left = [], LONGEST_HEAD
-        while True:
-            line = self.rfile.readline(left)
-            left -= len(line)
-            if not left or len(lines) > MOST_FIELDS:
-                raise RequestError("The request's head is too large.", status=431, code="request_header_fields_too_large")
-            if not line.endswith(b"\n"):
-                raise ClientGone
-            if line in (b"\r\n", b"\n"):
-                return b"".join(lines).decode("latin-1")
-            lines.append(line)
+    def skip_blank_line(self):
+        """Old clients send one behind a body."""
+        if self.receive().startswith(b"\r"):
+            blank = self.rfile.read(2)
+            if blank != b"\r\n":
+                raise RequestError("Malformed request line.")
 
-    def framing(self):
-        """The body's size in bytes: None if it is chunked. Whatever two readers might understand differently is refused."""
-        length, coding, old = self.fields.get("content-length"), self.fields.get("transfer-encoding"), self.request_version == "HTTP/1.0"
-        if "host" not in self.fields and not old:
+    def parse_head(self, head):
+        line = REQUEST_LINE.match(head)
+        if not line:
+            raise RequestError("Malformed request line.")
+        self.command, target, version = line.groups()
+        self.path = TARGET.match(target).group(1)
+        self.record.method = self.command
+        # Secrets are taken out before the text is cut.
+        self.record.path = self.settings.redact(self.path)
+        if not version.startswith("HTTP/1."):
+            raise RequestError("The only HTTP versions spoken here are 1.0 and 1.1.",
+                               status=505, code="http_version_not_supported")
+        if head.count("\n") - 2 > MOST_FIELDS:
+            raise too_large_head(b"\n")
+        self.http_1_0 = version == "HTTP/1.0"
+        # The blank line at the end may be a bare LF.
+        lines = head[line.end():-1]
+        self.fields = parse_request_fields(lines[:-1] if lines.endswith("\r") else lines)
+        self.record.client_request_id = self.client_request_id()
+        self.body_bytes = self.parse_length()
+        self.body_left = self.body_bytes != 0
+        options = self.fields.get("connection", "").lower().split(",")
+        closing = "close" in [option.strip(" \t") for option in options]
+        self.close_connection = closing or self.http_1_0
+
+    def client_request_id(self):
+        names = ("x-client-request-id", "x-request-id")
+        given = next((self.fields[name] for name in names if name in self.fields), "")
+        return plain(self.settings.redact(given), 64)
+
+    def parse_length(self):
+        """The body's size in bytes, None if it is chunked. What two readers might take
+        differently is refused."""
+        length = self.fields.get("content-length")
+        coding = self.fields.get("transfer-encoding")
+        if "host" not in self.fields and not self.http_1_0:
             raise RequestError("A Host header is needed.")
-        if coding is not None and (length is not None or old):
+        if coding is not None and (length is not None or self.http_1_0):
             raise RequestError("Ambiguous length of the body.")
         if coding is not None and coding.lower() != "chunked":
             raise RequestError("The only Transfer-Encoding understood is chunked.", status=501)
@@ -2944,330 +6014,458 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise RequestError("Malformed Content-Length.")
         return None if coding else int(length or 0)
 
-    # One request
-
-    def dispatch(self):
-        """Find the route, call it, and turn what it raises into an answer."""
-        record = self.record
-        self.server.busy.add(self.connection)
+    def read_body(self):
+        """The bytes of the body, once it is clear that they are wanted."""
+        limit = self.settings.max_body_mb << 20
+        if self.fields.get("content-encoding", "identity").lower() != "identity":
+            raise RequestError("Compressed bodies are not understood.",
+                               status=415, code="unsupported_media_type")
+        if self.body_bytes is not None and self.body_bytes > limit:
+            raise self.too_large_body()
+        if self.fields.get("expect", "").lower() == "100-continue" and not self.http_1_0:
+            self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         try:
-            getattr(self, self.find_route())()
-        except ApiError as error:
-            self.answer_error(error)
-        except (ClientGone, OSError):
-            record.status, record.error, self.close_connection = 499, "the client left", True
-        except Exception:
-            log.exception("%s failed; this is a bug", record.id)
-            self.answer_error(ApiError(f"Internal error; the log says more under the id {record.id}."))
-        finally:
-            record.total_s, self.sink = time.monotonic() - record.started, None
-            log.info("%s", self.settings.redact(record.line()))
-            if record.chat:
-                self.server.metrics.finish(record)
-            self.server.busy.discard(self.connection)
+            body = self.read_chunked(limit) if self.body_bytes is None else self.read_counted()
+        except OSError:
+            raise ClientGone from None
+        self.body_left = False
+        return body
 
-    do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = dispatch
+    def read_counted(self):
+        body = self.rfile.read(self.body_bytes)
+        if len(body) < self.body_bytes:
+            raise ClientGone
+        return body
+
+    def read_chunked(self, limit):
+        dechunker = Dechunker(limit)
+        body = []
+        try:
+            while not dechunker.done:
+                data = self.receive()
+                body.append(dechunker.feed(data))
+                behind = len(dechunker.rest) if dechunker.done else 0
+                self.rfile.read(len(data) - behind)
+        except OverflowError:
+            raise self.too_large_body() from None
+        except ValueError as error:
+            raise RequestError(f"Malformed chunked body: {error}.") from None
+        return b"".join(body)
+
+    def too_large_body(self):
+        words = f"The body is larger than MAX_BODY_MB ({self.settings.max_body_mb})."
+        return RequestError(words, status=413, code="request_too_large")
+
+    # Finding the route
 
     def find_route(self):
         """The name of the method that answers; the key is checked on the way."""
         self.check_host()
         if self.command == "OPTIONS":
             return "answer_options"
-        path = "/" + urllib.parse.unquote(TARGET.match(self.path).group(1), errors="replace").strip("/")
-        matches = ((route, route.pattern.fullmatch(path)) for route in ROUTES)
-        self.route, self.match = next((pair for pair in matches if pair[1]), (None, None))
-        if self.route is None or self.route.needs_key:
+        path = urllib.parse.unquote(self.path, errors="replace")
+        # A key in the path is taken out before an error cuts it to a part that is not
+        # found.
+        path = self.settings.redact("/" + re.sub("/+", "/", path).strip("/"))
+        found = [(row, row.pattern.fullmatch(path)) for row in ROUTES]
+        found = [(row, match) for row, match in found if match]
+        if not found:
             self.check_key()
-        if self.route is None:
-            raise RequestError(f"There is nothing at {path!a}: ZtoApi speaks /v1/chat/completions (not the Responses API) and /v1/models.",
-                               status=404, code="not_found")
+            raise self.not_found(path)
+        row, self.match = found[0]
+        self.front = row.front
+        if row.needs_key:
+            self.check_key()
+        if not row.methods:
+            raise self.not_found(path)
         method = "GET" if self.command == "HEAD" else self.command
-        if method not in self.route.methods:
-            raise RequestError(f"{self.command} is not a method of {path!a}.", status=405, code="method_not_allowed")
-        return self.route.methods[method]
+        if method not in row.methods:
+            self.allowed = row.methods
+            raise RequestError(f"{self.command} is not a method of {path[:200]!a}.",
+                               status=405, code="method_not_allowed")
+        return row.methods[method]
+
+    def not_found(self, path):
+        base = self.server.url + "/v1"
+        words = f"There is nothing at {path[:200]!a}. Set the client's base URL to {base}."
+        for pattern, text in ELSEWHERE:
+            if pattern.match(path):
+                behind = re.sub("^/v1", "", path)[:200]
+                zai = self.settings.zai_base_url
+                words = text.format(base=base, path=ascii(behind)[1:-1], zai=zai)
+                break
+        return RequestError(words, status=404, code="not_found")
 
     def check_host(self):
-        """With the well-known key only pages of this computer may reach us: the name in Host tells DNS rebinding."""
-        if self.settings.well_known and "host" in self.fields:
-            try:
-                host = urllib.parse.urlsplit("//" + self.fields["host"]).hostname or ""
-            except ValueError:
-                host = ""
-            if not is_loopback(host):
-                raise RequestError("With the well-known DEFAULT_KEY only this computer is served; set a key of your own.", status=403, code="host_not_allowed")
+        """With the well-known key only pages of this computer may reach us: the name in
+        Host tells DNS rebinding."""
+        if not self.settings.well_known or "host" not in self.fields:
+            return
+        try:
+            host = urllib.parse.urlsplit("//" + self.fields["host"]).hostname or ""
+        except ValueError:
+            host = ""
+        if not is_loopback(host):
+            raise RequestError(
+                "With the well-known DEFAULT_KEY only this computer is served; set a key of "
+                "your own.", status=403, code="host_not_allowed")
 
     def check_key(self):
+        """Compare what the client sent with each key, in constant time."""
         scheme, _, bearer = self.fields.get("authorization", "").partition(" ")
-        given = [bearer.strip(" \t") if scheme.lower() == "bearer" else "", self.fields.get("x-api-key", ""), self.fields.get("api-key", "")]
-        matches = [hmac.compare_digest(key.encode(), text.encode("utf-8", "replace")) for key in self.settings.default_key for text in given]
-        if not any(matches):
-            raise RequestError("Incorrect API key: send the proxy's DEFAULT_KEY as Authorization: Bearer KEY." if any(given) else
-                               "No API key: send the proxy's DEFAULT_KEY as Authorization: Bearer KEY.", status=401, code="invalid_api_key")
+        given = [self.fields.get("x-api-key", ""), self.fields.get("api-key", "")]
+        if scheme.lower() == "bearer":
+            given.append(bearer.strip(" \t"))
+        texts = [text.encode("utf-8", "replace") for text in given]
+        matching = 0
+        for position, key in enumerate(self.settings.default_key, 1):
+            for text in texts:
+                if hmac.compare_digest(key.encode(), text):
+                    matching = position
+        if not matching:
+            self.server.metrics.refuse()
+            raise self.wrong_key(any(given))
+        self.record.key = f"#{matching}"
+        self.client_key = self.settings.default_key[matching - 1]
 
-    def read_body(self):
-        kind = self.fields.get("content-type", "").lower()
-        if "x-www-form-urlencoded" in kind or kind.startswith("multipart/"):
-            raise RequestError("The body must be JSON: send Content-Type: application/json.", status=415, code="unsupported_media_type")
-        if self.fields.get("content-encoding", "identity").lower() != "identity":
-            raise RequestError("Compressed bodies are not understood.", status=415, code="unsupported_media_type")
-        limit = self.settings.max_body_mb << 20
-        too_large = RequestError(f"The body is larger than MAX_BODY_MB ({self.settings.max_body_mb}).", status=413, code="request_too_large")
-        if self.body_size is not None and self.body_size > limit:
-            raise too_large
-        if self.body_size != 0 and self.fields.get("expect", "").lower() == "100-continue" and self.request_version != "HTTP/1.0":
-            self.send_response_only(HTTPStatus.CONTINUE)
-            self.end_headers()
-            self.push()
-        if self.body_size is None:
-            body = self.read_chunked(limit, too_large)
-        else:
-            body = self.rfile.read(self.body_size)
-            if len(body) < self.body_size:
-                raise ClientGone
-        self.body_size = 0
-        return body
+    def wrong_key(self, was_given):
+        problem = "Incorrect API key" if was_given else "No API key"
+        hint = f" ({WELL_KNOWN_KEY} unless you set it)" if self.settings.well_known else ""
+        words = (f"{problem}: send the proxy's DEFAULT_KEY{hint}, not the Z.ai key, as "
+                 "Authorization: Bearer KEY.")
+        return RequestError(words, status=401, code="invalid_api_key", retryable=False)
 
-    def read_chunked(self, limit, too_large):
-        dechunker, body = Dechunker(limit), []
+    # Answering
+
+    def send(self, data):
+        """ClientGone unless the client takes it."""
+        self.set_deadline(self.settings.client_timeout)
         try:
-            while not dechunker.done:
-                data = self.rfile.peek(1)
-                if not data:
-                    raise ClientGone
-                body.append(dechunker.feed(data))
-                self.rfile.read(len(data) - (len(dechunker.rest) if dechunker.done else 0))
-        except OverflowError:
-            raise too_large from None
-        except ValueError as error:
-            raise RequestError(f"Malformed chunked body: {error}.") from None
-        return b"".join(body)
+            self.connection.sendall(data)
+        except OSError:
+            raise ClientGone from None
 
-    # Answers
-
-    def answer(self, status, body, kind="application/json", headers=()):
-        """A whole answer. One given before the body was read ends the connection: the body must not become the next request."""
+    def answer(self, status, body, kind="application/json", fields=()):
+        """Send a whole answer. One given before the body was read ends the connection,
+        as the body must not become the next request."""
         self.record.status = status
-        self.close_connection = self.close_connection or self.body_size != 0 or self.server.draining
-        self.send_response(status)
-        self.send_common_headers(kind, headers)
-        if status != HTTPStatus.NO_CONTENT:
-            self.send_header("Content-Length", str(len(body)))
+        if self.body_left or self.server.draining:
+            self.close_connection = True
+        fields = [*self.common_fields(kind), *fields]
+        if status != 204:
+            fields.append(("Content-Length", len(body)))
         if self.close_connection:
-            self.send_header("Connection", "close")
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-        self.push()
-        if self.body_size != 0:
+            fields.append(("Connection", "close"))
+        head = response_head(status, fields)
+        self.send(head if self.command == "HEAD" else head + body)
+        if self.body_left:
             self.linger()
 
-    def answer_json(self, value, headers=()):
-        self.answer(200, encode_json(value), headers=headers)
+    def answer_json(self, value, status=200, fields=()):
+        self.answer(status, encode_json(value), fields=fields)
 
     def answer_error(self, error):
-        """An error in the regime that is left: a status, or, once a stream has begun, an event that ends it without its end marks."""
+        """An error in the regime that is left: an HTTP status before a stream has
+        begun, an event after."""
         error.message = self.settings.redact(error.message)
-        body, self.record.error = error.body(), error.message
+        self.record.error = error.message
         try:
-            if self.sink and self.sink.started:
-                self.record.status, self.close_connection = error.status, True
-                self.set_deadline(self.settings.client_timeout)  # the watch has let go of the client
-                # No closing chunk, so that the end shows as the cut it is; but browsers, which send an Origin, and the AI SDK lose what
-                # they have not yet read over a cut, and with it the error.
-                self.sink.write(encode_event(body).decode(), last="origin" in self.fields or "ai-sdk/" in self.fields.get("user-agent", ""))
+            if self.outbox and self.outbox.started:
+                self.end_stream(error)
             else:
-                headers = dict(error.headers(), **self.outcome_headers())
-                if error.status == 405:
-                    headers["Allow"] = ", ".join(["OPTIONS", *self.route.methods, *(["HEAD"] if "GET" in self.route.methods else [])])
-                self.answer(error.status, encode_json(body), headers=headers.items())
-        except (ClientGone, OSError):
-            self.record.status, self.close_connection = 499, True
+                status = self.front.status(error)
+                value = self.front.error(error, self.record.id)
+                self.answer_json(value, status, self.error_fields(error))
+        except ClientGone:
+            self.note_gone()
 
-    def refuse(self, error):
-        """The answer to what is no request that could be dispatched."""
+    def end_stream(self, error):
+        """A stream that fails ends without its last chunk, which shows as the cut it
+        is."""
+        outbox = self.outbox
+        self.record.status = error.status
         self.close_connection = True
-        self.body_size = None  # whatever follows is not to be understood
-        self.answer_error(error)
-        log.info("%s", self.settings.redact(self.record.line()))
+        if outbox.finished:
+            return
+        last = not outbox.front.cuts_failures
+        end = outbox.frame(outbox.front.failure(error), last)
+        self.send(bytes(outbox.unsent) + end)
 
-    def send_error(self, code, message=None, explain=None):
-        """The base class's complaints, as JSON."""
-        status = HTTPStatus(code)
-        name = "uri_too_long" if code == 414 else status.name.lower()  # which Python 3.13 has renamed
-        self.refuse(RequestError(message or name.replace("_", " ").capitalize() + ".", status=code, code=name))
+    def error_fields(self, error):
+        fields = [*error.headers().items(), *self.outcome_fields()]
+        if error.status == 405:
+            allowed = ["OPTIONS", *self.allowed]
+            if "GET" in self.allowed:
+                allowed.append("HEAD")
+            fields.append(("Allow", ", ".join(allowed)))
+        return fields
 
-    def send_common_headers(self, kind, headers):
-        for name, value in itertools.chain((("Content-Type", kind), ("x-request-id", self.record.id), ("X-Content-Type-Options", "nosniff")),
-                                           self.cors_headers(), headers):
-            self.send_header(name, value)
+    def common_fields(self, kind):
+        return [
+            ("Content-Type", kind),
+            ("x-request-id", self.record.id),
+            ("request-id", self.record.id),
+            ("X-Content-Type-Options", "nosniff"),
+            *self.cors_fields(),
+        ]
 
-    def cors_headers(self):
+    def cors_fields(self):
         """None with the well-known key: then no web page may read what we answer."""
-        origins, origin = self.settings.cors_origin, self.fields.get("origin")
+        origins = self.settings.cors_origin
         if self.settings.well_known or not origins:
             return []
-        headers = [("Access-Control-Expose-Headers", "x-request-id, retry-after, x-should-retry, x-ztoapi-changed, x-ztoapi-queue-ms, x-zai-log-id")]
+        fields = [("Access-Control-Expose-Headers", EXPOSED)]
         if "*" in origins:
-            return headers + [("Access-Control-Allow-Origin", "*")]
-        return headers + [("Vary", "Origin")] + ([("Access-Control-Allow-Origin", origin)] if origin in origins else [])
+            return [*fields, ("Access-Control-Allow-Origin", "*")]
+        fields.append(("Vary", "Origin"))
+        origin = self.fields.get("origin")
+        if origin in origins:
+            fields.append(("Access-Control-Allow-Origin", origin))
+        return fields
 
-    def outcome_headers(self):
-        """What happened to a chat request, for whoever wants to know."""
-        if not self.record.chat:
-            return {}
-        headers = {"x-ztoapi-queue-ms": str(int(self.record.queued_s * 1000)), "x-ztoapi-changed": ",".join(self.record.changed),
-                   "x-zai-log-id": self.record.zai_log_id}
-        return {name: value for name, value in headers.items() if value}
-
-    def push(self):
-        """Send what has been collected, in one call."""
-        self.set_deadline(self.settings.client_timeout)
-        self.connection.sendall(self.collected())
-
-    def collected(self):
-        data, self.wfile = self.wfile.getvalue(), io.BytesIO()
-        return data
+    def outcome_fields(self):
+        """What happened to a request for an answer."""
+        record = self.record
+        if not record.counted:
+            return []
+        fields = [
+            ("x-ztoapi-queue-ms", int(record.queued_s * 1000)),
+            ("x-ztoapi-changed", plain(",".join(record.changed), 1000)),
+            ("x-zai-log-id", record.zai_log_id),
+        ]
+        return [(name, value) for name, value in fields if value]
 
     def linger(self):
-        """Take what the client is still sending, for a moment: closing on it would reset the connection before the answer is read."""
-        self.connection.shutdown(socket.SHUT_WR)
-        self.set_deadline(LINGER)
+        """Take what the client is still sending, for a moment: closing on it would
+        reset the connection before the answer is read."""
         with contextlib.suppress(OSError):
-            for _ in range(256):  # 16 MiB
+            self.connection.shutdown(socket.SHUT_WR)
+            self.set_deadline(LINGER_S)
+            for _ in range(256):
                 if not self.rfile.read1(65536):
                     break
-
-    def log_request(self, code="-", size="-"):
-        pass  # dispatch() writes one line a request
-
-    def log_error(self, format, *args):
-        log.debug("%s: " + format, self.client_address[0], *args)
 
     # Routes
 
     def answer_options(self):
-        """CORS preflight, which comes without a key."""
-        headers = [("Allow", "GET, HEAD, POST, OPTIONS")]
-        if self.cors_headers():
-            headers += [("Access-Control-Allow-Methods", "GET, POST, OPTIONS"), ("Access-Control-Max-Age", "86400"),
-                        ("Access-Control-Allow-Headers", self.fields.get("access-control-request-headers", "authorization, content-type")),
-                        ("Vary", "Access-Control-Request-Headers")]  # echoed: SDKs send x-stainless-*, and * does not cover Authorization
-        self.answer(204, b"", headers=headers)
+        """CORS preflight, which comes without a key. The headers asked for are echoed:
+        SDKs send x-stainless-*, and * does not cover Authorization."""
+        fields = [("Allow", "GET, HEAD, POST, OPTIONS")]
+        if self.cors_fields():
+            asked = self.fields.get("access-control-request-headers")
+            fields += [
+                ("Access-Control-Allow-Methods", "GET, POST, OPTIONS"),
+                ("Access-Control-Allow-Headers", asked or "authorization, content-type"),
+                ("Access-Control-Max-Age", "86400"),
+                ("Vary", "Access-Control-Request-Headers"),
+            ]
+        self.answer(204, b"", fields=fields)
 
     def get_page(self):
-        self.answer(200, PAGE.encode(), "text/html; charset=utf-8", (
-            ("Content-Security-Policy", self.server.page_policy), ("Referrer-Policy", "no-referrer"), ("Cache-Control", "no-cache")))
+        key = WELL_KNOWN_KEY if self.settings.well_known else ""
+        page = PAGE.replace('data-key=""', f'data-key="{key}"')
+        self.answer(200, page.encode(), "text/html; charset=utf-8", [
+            ("Content-Security-Policy", self.server.page_policy),
+            ("Referrer-Policy", "no-referrer"),
+            ("Cache-Control", "no-cache"),
+        ])
 
     def get_health(self):
         self.answer_json({"status": "ok"})
 
     def get_models(self):
-        self.answer_json({"object": "list", "data": [self.model(name, created) for name, created in listed_models(self.settings).items()]})
+        entries = list(listed_models(self.settings).values())
+        self.answer_json({
+            "object": "list",
+            "data": entries,
+            # What Anthropic's libraries and Codex look for.
+            "has_more": False,
+            "first_id": entries[0]["id"],
+            "last_id": entries[-1]["id"],
+            "models": [],
+        })
 
     def get_model(self):
-        for name, created in listed_models(self.settings).items():
-            if name.lower() == self.match.group("id").lower():
-                return self.answer_json(self.model(name, created))
-        raise RequestError(f"The model {self.match.group('id')[:100]!a} is not listed; GET /v1/models lists the known ones.", "model",
-                           status=404, code="model_not_found")
-
-    @staticmethod
-    def model(name, created):
-        return {"id": name, "object": "model", "created": created, "owned_by": "z.ai"}
+        id = self.match.group("id")
+        for name, entry in listed_models(self.settings).items():
+            if name.lower() == id.lower():
+                return self.answer_json(entry)
+        words = f"The model {id[:100]!a} is not listed; GET /v1/models lists the known ones."
+        raise RequestError(words, "model", status=404, code="model_not_found")
 
     def get_metrics(self):
         text = self.server.metrics.prometheus(*self.server.upstream.gates.state())
         self.answer(200, text.encode(), "text/plain; version=0.0.4; charset=utf-8")
 
     def get_stats(self):
-        self.answer_json(self.server.metrics.stats(*self.server.upstream.gates.state(), self.settings.demo_mode), (("Cache-Control", "no-store"),))
+        state = self.server.upstream.gates.state()
+        stats = self.server.metrics.stats(*state, self.settings.demo_mode)
+        self.answer_json(stats, fields=[("Cache-Control", "no-store")])
 
-    def post_chat(self):
-        settings, record = self.settings, self.record
-        record.chat = True
+    def refuse_upgrade(self):
+        """Codex asks for a WebSocket first. At a 426, and only then, it POSTs at
+        once."""
+        raise RequestError("Responses are served by POST, not over a WebSocket.",
+                           status=426, code="upgrade_not_supported")
+
+    # Answers of Z.ai
+
+    def post_answer(self):
+        """Any front's request for an answer."""
+        self.record.counted = True
         self.server.metrics.begin()
-        request = read_json_object(self.read_body())
-        request["stream"] = wants_stream(request, self.fields.get("accept", ""), self.fields.get("user-agent", ""), settings.default_stream)
-        record.model = settings.redact(str(request.get("model", "")))[:100]
-        zai_request, record.changed = to_zai_request(request, settings)
-        record.model_id, record.stream = zai_request["model"], request["stream"]
-        if log.isEnabledFor(logging.DEBUG):
-            log.debug("%s to Z.ai: %s", record.id, settings.redact(shape(zai_request)))
-        if not settings.zai_api_key:
-            raise UpstreamError(NO_KEY, code="upstream_auth_error", heals=False)
-        include_usage = (request.get("stream_options") or {}).get("include_usage", False)
-        envelope = Envelope(new_id("chatcmpl-"), int(record.began), request["model"], include_usage)
-        job = Job(encode_request(zai_request), record.model_id, functools.partial(self.translator, request, zai_request))
-        self.set_deadline(None)
-        if record.stream:
-            self.sink = EventSink(self.connection, self.stream_head, envelope, self.request_version != "HTTP/1.0", settings.heartbeat)
-        client = Client(self.connection, settings, self.sink)
-        with self.server.watch.over(client), contextlib.closing(self.server.upstream.relay(job, client, record)) as answer:
-            if record.stream:
-                return self.stream(answer, envelope)
-            message, finish_reason, record.usage = collect_completion(itertools.chain.from_iterable(answer))
-        self.answer_json(envelope.completion(message, finish_reason, record.usage), self.outcome_headers().items())
+        front, job = self.read_request()
+        if front.stream:
+            self.outbox = Outbox(
+                self.connection, self.stream_head, front, chunked=not self.http_1_0)
+            take = self.tell
+        else:
+            fold = Fold()
+            take = functools.partial(self.fold, fold)
+        client = Client(self.connection, self.outbox, self.client_key)
+        # The pump looks after the client now.
+        self.set_deadline(float("inf"))
+        with self.server.pump.minding(client):
+            self.server.upstream.answer(job, client, self.record, take)
+        if not front.stream:
+            self.record.usage = fold.usage
+            self.answer_json(front.whole(fold), fields=self.outcome_fields())
 
-    def translator(self, request, zai_request):
-        tools = {tool["function"]["name"]: tool["function"]["parameters"] for tool in zai_request.get("tools", ()) if tool["type"] == "function"}
-        return ChunkTranslator(
-            reasoning=request.get("reasoning_format") or self.settings.reasoning_format, tools=tools, one_call=request.get("parallel_tool_calls") is False,
-            unfence="response_format" in zai_request, restartable=not self.record.stream,
-            describe=lambda value: zai_error(value, 200, time.time(), zai_request["model"]))
+    def read_request(self):
+        """(front, job). What the client sent is let go of here: an answer may take
+        minutes, and a conversation many megabytes."""
+        record = self.record
+        with self.server.bodies.room_for(self.body_bytes):
+            body = read_json_object(self.read_body())
+            caller = Caller(self.fields, self.client_key, record.began, self.server.memory)
+            record.model = self.settings.redact(str(body.get("model", ""))[:200])[:100]
+            front, request = self.front.read(body, caller, self.settings)
+            asked = to_zai_request(request, self.settings)
+            self.front = front
+            record.changed = tuple(dict.fromkeys([*front.changed, *asked.changed]))
+            record.model_id = asked.body["model"]
+            record.stream = front.stream
+            record.stream_default = front.stream_defaulted
+            if log.isEnabledFor(logging.DEBUG):
+                log.debug("%s to Z.ai: %s", record.id, self.settings.redact(shape(asked.body)))
+            if not self.settings.zai_api_key:
+                raise missing_key()
+            return front, self.server.upstream.job(asked, front.stream)
 
-    def stream(self, answer, envelope):
-        write, encode, record = self.sink.write, envelope.encode, self.record
-        record.status = 200
-        for chunks in answer:
-            last = chunks[-1]
-            write(encode(chunks), last.finish_reason is not None)  # never an empty text, which would be the chunked coding's end
-        record.usage = last.usage
+    def tell(self, steps, now):
+        text = self.front.tell(steps)
+        last = steps[-1]
+        if last.kind == FINISH:
+            self.record.usage = last.usage
+        if text:
+            self.outbox.put(text, now, last.kind == FINISH)
+
+    @staticmethod
+    def fold(fold, steps, now):
+        fold.add(steps)
 
     def stream_head(self):
-        """The head of a streamed answer; asked for when the first bytes go out, so that it can tell how it came about."""
-        self.send_response(200)
-        self.send_common_headers("text/event-stream; charset=utf-8", (
-            ("Cache-Control", "no-cache"), ("X-Accel-Buffering", "no"), *self.outcome_headers().items()))
-        if self.request_version == "HTTP/1.0":
-            self.send_header("Connection", "close")
+        """The head of a streamed answer. It is made when the first bytes go out, so
+        that it can tell how they came about."""
+        self.record.status = 200
+        fields = [
+            *self.common_fields("text/event-stream; charset=utf-8"),
+            ("Cache-Control", "no-cache"),
+            ("X-Accel-Buffering", "no"),
+            *self.outcome_fields(),
+        ]
+        if self.http_1_0:
+            fields.append(("Connection", "close"))
         else:
-            self.send_header("Transfer-Encoding", "chunked")
-        self.end_headers()
-        return self.collected()
+            fields.append(("Transfer-Encoding", "chunked"))
+        return response_head(200, fields)
 
 
-def shape(zai_request):
-    """A request as a log may show it: roles and lengths, never texts."""
-    messages = " ".join(f"{message['role']}:{len(message['content'])}" for message in zai_request["messages"])
-    return f"{zai_request['model']!a} messages=[{messages}] tools={len(zai_request.get('tools', ()))} fields={','.join(sorted(map(ascii, zai_request)))}"
+# Server ###############################################################################
 
+class Budget:
+    """Bytes that may be in use together. Who finds too few left waits."""
 
-# Server ###############################################################################################################
+    # Bodies of that size and smaller are no matter.
+    SMALL_BYTES = 1 << 20
+
+    def __init__(self, total_bytes):
+        self.total_bytes = total_bytes
+        self.left_bytes = total_bytes
+        self.condition = threading.Condition()
+
+    @contextlib.contextmanager
+    def room_for(self, size_bytes):
+        """`size_bytes`: None if unknown, which may be all of it."""
+        if size_bytes is None:
+            size_bytes = self.total_bytes // 4
+        size_bytes = min(size_bytes, self.total_bytes)
+        if size_bytes <= self.SMALL_BYTES:
+            yield
+            return
+        with self.condition:
+            self.condition.wait_for(lambda: self.left_bytes >= size_bytes)
+            self.left_bytes -= size_bytes
+        try:
+            yield
+        finally:
+            with self.condition:
+                self.left_bytes += size_bytes
+                self.condition.notify_all()
+
 
 class Server(http.server.ThreadingHTTPServer):
-    """The proxy: Server(settings).serve_forever(), and stop() from another thread. It owns all its parts."""
+    """The proxy: Server(settings).serve_forever(), and stop() from another thread. It
+    owns all its parts.
 
-    request_queue_size = 1024  # the base class's 5 refuses bursts
-    daemon_threads, block_on_close = True, False  # stop() counts what runs; joining would hang on one idle client
-    allow_reuse_address = os.name != "nt"  # there it would let a second process take a port in use
+    get_request(), verify_request(), process_request(), shutdown_request() and
+    handle_error() are hooks of the base class: they are called in this order for each
+    connection.
+    """
 
-    GRACE = 30.0        # seconds for running answers to finish
-    MOST_REFUSED = 128  # connections kept for a moment beyond MAX_CONNECTIONS, until their 503 has been read
+    # The base class's 5 refuses bursts.
+    request_queue_size = 1024
+    # stop() counts what runs; joining threads would hang on one idle client.
+    daemon_threads = True
+    block_on_close = False
+    # On Windows SO_REUSEADDR lets a second process take a port in use.
+    allow_reuse_address = os.name != "nt"
+
+    # Running answers get that long to finish.
+    GRACE_S = 30.0
+    # Requests that were sent before the end need a moment to be read.
+    SETTLE_S = 0.1
 
     def __init__(self, settings):
         self.demo = DemoZai() if settings.demo_mode else None
         if self.demo:
-            settings = dataclasses.replace(settings, zai_api_key=("demo",), zai_base_url=self.demo.base_url)
-        self.settings, self.metrics, self.watch = settings, Metrics(), Watch()
-        self.upstream = Upstream(settings, proxies={} if self.demo else None)
+            settings = dataclasses.replace(
+                settings, zai_api_key=("demo",), zai_base_url=self.demo.base_url)
+        self.settings = settings
+        self.metrics = Metrics()
+        self.memory = Memory()
+        self.pump = Pump(settings)
+        self.pump.chores.append(self.shut_late)
+        self.upstream = Upstream(settings, self.pump, proxies={} if self.demo else None)
+        self.bodies = Budget(max(256, settings.max_body_mb) << 20)
         self.page_policy = page_policy()
-        self.lock, self.served, self.draining, self.next_service = threading.Lock(), False, False, 0.0
-        self.deadlines, self.busy = {}, set()   # of all connections; those of them with a request under way
-        self.refused = collections.deque()      # (until, socket) of those beyond MAX_CONNECTIONS
+        self.served = False
+        self.draining = False
+        # It guards the keys of `deadlines`.
+        self.lock = threading.Lock()
+        # Connection -> when it is shut. Each handler sets its own.
+        self.deadlines = {}
+        # The connections with a request under way.
+        self.busy = set()
+        # (Until when, socket) of connections that were too many and are being told so.
+        self.refused = collections.deque()
+        self.full_since = None
         host = settings.host.strip("[]")
-        self.address_family, _, _, _, address = socket.getaddrinfo(host, settings.port, 0, socket.SOCK_STREAM, 0, socket.AI_PASSIVE)[0]
+        found = socket.getaddrinfo(
+            host, settings.port, 0, socket.SOCK_STREAM, 0, socket.AI_PASSIVE)
+        self.address_family = found[0][0]
         try:
-            super().__init__(address, Handler)
+            super().__init__(found[0][4], Handler)
         except BaseException:
             self.close_parts()
             raise
@@ -3278,63 +6476,65 @@ class Server(http.server.ThreadingHTTPServer):
         if self.address_family == socket.AF_INET6 and self.server_address[0] == "::":
             with contextlib.suppress(OSError):
                 self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        socketserver.TCPServer.server_bind(self)  # not HTTPServer's, whose getfqdn() can hang on DNS
-        self.server_name, self.server_port = self.settings.host, self.server_address[1]
+        # HTTPServer's own asks for the computer's full name, which can hang on DNS.
+        socketserver.TCPServer.server_bind(self)
+        self.server_name = self.settings.host
+        self.server_port = self.server_address[1]
 
     @property
     def url(self):
         host = self.server_address[0]
-        host = "localhost" if is_loopback(host) or host in ("0.0.0.0", "::") else host
-        return f"http://{f'[{host}]' if ':' in host else host}:{self.server_port}"
+        if is_loopback(host) or host in ("0.0.0.0", "::"):
+            host = "localhost"
+        if ":" in host:
+            host = f"[{host}]"
+        return f"http://{host}:{self.server_port}"
+
+    def idle(self):
+        """Whether nothing is under way: no request, no queue, nothing in flight at
+        Z.ai."""
+        gates, queued = self.upstream.gates.state()
+        in_flight = sum(gate[3] for gate in gates)
+        return not (self.busy or self.pump.clients or self.pump.relays or in_flight or queued)
 
     # The accept loop
 
-    def serve_forever(self, poll_interval=WATCH_INTERVAL):
+    def serve_forever(self, poll_interval=0.5):
         self.served = True
+        self.pump.start()
         super().serve_forever(poll_interval)
-
-    def service_actions(self):
-        """Called by the accept loop all the time: the watch needs no thread of its own."""
-        now = time.monotonic()
-        if now < self.next_service:
-            return
-        self.next_service = now + WATCH_INTERVAL
-        try:
-            self.watch.tick()
-        except Exception:
-            log.exception("The watch failed; this is a bug")  # but no reason for the accept loop to end
-        with self.lock:
-            late = [sock for sock, deadline in self.deadlines.items() if deadline < now]
-        for sock in late:
-            shut(sock)
-        self.upstream.pool.expire()
-        while self.refused and self.refused[0][0] < now:
-            self.refused.popleft()[1].close()
 
     def get_request(self):
         try:
             return super().get_request()
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                time.sleep(0.05)  # the connection stays in the backlog, and the accept loop must not spin on it
+                # The connection stays in the backlog; the loop must not spin on it.
+                time.sleep(0.05)
             raise
 
     def verify_request(self, request, client_address):
-        """Take the connection, or refuse it cheaply: a 503 from here, no thread."""
+        """Take the connection, in place of an idle one if need be, or refuse it."""
         with self.lock:
+            if len(self.deadlines) >= self.settings.max_connections:
+                self.shut_idle()
             if len(self.deadlines) < self.settings.max_connections:
-                self.deadlines[request] = time.monotonic() + self.settings.client_timeout
+                # No less than a connection that has been answered: the newest must not
+                # pass for the one that has idled longest.
+                patience_s = max(self.settings.client_timeout, KEEP_ALIVE_S)
+                self.deadlines[request] = time.monotonic() + patience_s
                 return True
-        body = encode_json(ApiError("Too many connections.", code="too_many_connections").body())
-        with contextlib.suppress(OSError):
-            request.setblocking(False)
-            request.send(b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 5\r\nConnection: close\r\n"
-                         b"x-request-id: %b\r\nContent-Length: %d\r\n\r\n%b" % (new_id("req_").encode(), len(body), body))
-            request.shutdown(socket.SHUT_WR)
-            self.refused.append((time.monotonic() + LINGER, socket.socket(fileno=request.detach())))
-            if len(self.refused) > self.MOST_REFUSED:
-                self.refused.popleft()[1].close()
+        self.refuse(request)
         return False
+
+    def process_request(self, request, client_address):
+        try:
+            super().process_request(request, client_address)
+        # The system has no more threads.
+        except RuntimeError:
+            with self.lock:
+                self.deadlines.pop(request, None)
+            self.refuse(request)
 
     def shutdown_request(self, request):
         with self.lock:
@@ -3342,130 +6542,210 @@ class Server(http.server.ThreadingHTTPServer):
         super().shutdown_request(request)
 
     def handle_error(self, request, client_address):
-        if not isinstance(sys.exc_info()[1], (OSError, ClientGone)):  # a hang-up is none
+        error = sys.exc_info()[1]
+        # A client that hangs up is no bug.
+        if not isinstance(error, (OSError, ClientGone)):
             log.exception("The connection of %s failed; this is a bug", client_address[0])
+
+    def refuse(self, request):
+        """A 503 without a thread. The socket is kept for a moment, until it has been
+        read."""
+        body = encode_json(Chat.error(ApiError(
+            "Too many connections.", code="too_many_connections")))
+        head = response_head(503, [
+            ("Content-Type", "application/json"),
+            ("Content-Length", len(body)),
+            ("Retry-After", 5),
+            ("Connection", "close"),
+            ("x-request-id", new_id("req_")),
+        ])
+        now = time.monotonic()
+        if self.full_since is None:
+            log.warning("More than MAX_CONNECTIONS=%d, or no more threads: 503",
+                        self.settings.max_connections)
+        self.full_since = now
+        with contextlib.suppress(OSError):
+            request.setblocking(False)
+            request.send(head + body)
+            request.shutdown(socket.SHUT_WR)
+            self.refused.append((now + LINGER_S, socket.socket(fileno=request.detach())))
+        if len(self.refused) > 128:
+            self.refused.popleft()[1].close()
+
+    # Time. The pump calls shut_late() some times a second.
+
+    def shut_late(self, now):
+        with self.lock:
+            deadlines = list(self.deadlines.items())
+        late = [sock for sock, deadline in deadlines if deadline < now]
+        for sock in late:
+            shut(sock)
+        while self.refused and self.refused[0][0] < now:
+            self.refused.popleft()[1].close()
+        if self.full_since is not None and now - self.full_since > 60:
+            self.full_since = None
+
+    def shut_idle(self):
+        """Shut the connection that has idled longest; called with the lock held."""
+        idle = [(deadline, sock) for sock, deadline in self.deadlines.items()
+                if sock not in self.busy]
+        if idle:
+            sock = min(idle, key=lambda pair: pair[0])[1]
+            del self.deadlines[sock]
+            shut(sock)
 
     # The end
 
-    def stop(self, grace=GRACE):
-        """Stop accepting, let running answers finish for `grace` seconds, close everything."""
-        self.draining = True
+    def stop(self, grace_s=GRACE_S):
+        """Stop accepting, let running answers finish, close everything. True if nothing
+        was cut."""
         if self.served:
-            self.shutdown()  # would wait for ever for a loop that never ran
-        return self.drain(grace)
+            # It would wait for ever for a loop that never ran.
+            self.shutdown()
+        return self.drain(grace_s)
 
-    def drain(self, grace=GRACE):
-        """What stop() does once serve_forever() has ended. True if nothing was cut."""
+    def drain(self, grace_s=GRACE_S):
+        """What stop() does once serve_forever() has ended."""
+        self.take_backlog()
         self.draining = True
         self.socket.close()
-        deadline = time.monotonic() + grace
+        deadline = time.monotonic() + grace_s
         while True:
             with self.lock:
-                idle, busy = set(self.deadlines) - self.busy, bool(self.busy)
-            for sock in idle:
+                connections = set(self.deadlines)
+            for sock in connections - self.busy:
                 shut(sock)
-            if not busy or time.monotonic() > deadline:
+            if not self.busy or time.monotonic() > deadline:
                 break
-            self.service_actions()
             time.sleep(0.02)
-        with self.lock:
-            late = list(self.deadlines)
-        for sock in late:
+        whole = not self.busy
+        for sock in connections:
             shut(sock)
-        self.watch.tick()  # sees that they have ended, and cuts what runs for them at Z.ai
+        if not whole:
+            # The pump sees that they have ended, and hangs up on Z.ai.
+            time.sleep(2 * TICK_S)
         self.server_close()
         self.close_parts()
-        return not busy
+        return whole
+
+    def take_backlog(self):
+        """Accept what has connected, and give what was sent a moment to be read."""
+        for _ in range(self.request_queue_size):
+            try:
+                self.socket.setblocking(False)
+                request, address = self.socket.accept()
+            except OSError:
+                break
+            request.setblocking(True)
+            if self.verify_request(request, address):
+                self.process_request(request, address)
+        time.sleep(self.SETTLE_S)
 
     def close_parts(self):
+        self.pump.close()
         self.upstream.close()
         if self.demo:
             self.demo.close()
 
 
-# Demo #################################################################################################################
+# Demo #################################################################################
 #
-# A small stand-in for Z.ai with its real dialect, so that the whole road can be tried without a key.
+# A small stand-in for Z.ai that speaks its dialect, so that everything can be tried
+# without a key. It thinks a little and repeats what was said, a word at a time. Only
+# where the last message says "call NAME" it calls the tool of that name: coding agents
+# bring tools that run commands, and a demo should not run any unasked.
+
+DEMO_PACE_S = 0.02
+DEMO_THOUGHT = "This is a demo, so there is nothing to think about."
+DEMO_ECHO = 500  # characters: coding agents send whole files
+
+
+def demo_call(tools, text):
+    """The delta that calls the tool for which `text` asks, or None."""
+    for tool in tools:
+        function = tool.get("function", {})
+        name = function.get("name")
+        if name and f"call {name}" in text:
+            schema = function.get("parameters") or {}
+            arguments = encode_text(dict.fromkeys(schema.get("required", ()), "demo"))
+            call = {"id": new_id("call_"), "index": 0, "type": "function"}
+            call["function"] = {"name": name, "arguments": arguments}
+            return {"tool_calls": [call]}
+    return None
+
+
+def demo_deltas(request):
+    """The deltas that answer a request in Z.ai's dialect."""
+    last = request["messages"][-1]
+    text = last.get("content") or ""
+    if isinstance(text, list):
+        text = " ".join(part.get("text", "") for part in text)
+    if request.get("thinking", {}).get("type") != "disabled":
+        for word in DEMO_THOUGHT.split():
+            yield {"reasoning_content": f"{word} "}
+    # The result of a tool asks for no further call.
+    call = demo_call(request.get("tools", ()), text) if last["role"] == "user" else None
+    if call:
+        yield call
+        return
+    echo = text[-DEMO_ECHO:]
+    answer = f"Demo of ZtoApi. The {last['role']} said: {echo}"
+    if request.get("response_format", {}).get("type") == "json_object":
+        answer = encode_text({"demo": True, "echo": echo})
+    for word in re.findall(r"\S+\s*", answer):
+        yield {"content": word}
+
+
+def demo_events(request):
+    """The answer's SSE events. The last but one finishes it and holds the usage."""
+    event = {"id": new_id("demo"), "created": int(time.time())}
+    event["model"] = request["model"]
+    count = 0
+    for delta in demo_deltas(request):
+        count += 1
+        choice = {"index": 0, "delta": {"role": "assistant", **delta}}
+        yield b"data: %b\n\n" % encode_json({**event, "choices": [choice]})
+        time.sleep(DEMO_PACE_S)
+    words = len(encode_json(request["messages"]).split())
+    usage = {"prompt_tokens": words, "completion_tokens": count}
+    usage["total_tokens"] = words + count
+    reason = "tool_calls" if "tool_calls" in delta else "stop"
+    choice = {"index": 0, "finish_reason": reason, "delta": {"content": ""}}
+    yield b"data: %b\n\n" % encode_json({**event, "choices": [choice], "usage": usage})
+    yield b"data: [DONE]\n\n"
+
 
 class DemoHandler(http.server.BaseHTTPRequestHandler):
-    protocol_version, disable_nagle_algorithm = "HTTP/1.1", True
-    PACE = 0.02  # seconds between events
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
 
     def do_GET(self):
-        body = b'{"object":"list","data":[{"id":"glm-4.6","object":"model","created":1759276800,"owned_by":"z-ai"}]}'
-        self._head({"Content-Type": "application/json", "Content-Length": len(body)})
-        self.wfile.write(body)
+        """GET {base}/models, with which `--check` tries a key."""
+        self.answer("application/json", [b'{"object":"list","data":[]}'])
 
     def do_POST(self):
-        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])).decode())
-        id = time.strftime("%Y%m%d%H%M%S", time.gmtime(time.time() + 8 * 3600)) + new_id("")[:16]
-        self._head({"Content-Type": "text/event-stream;charset=UTF-8", "Transfer-Encoding": "chunked", "X-Log-Id": id})
-        base = {"id": id, "created": int(time.time()), "object": "chat.completion.chunk", "model": request["model"]}
-        for count, delta in enumerate(self.deltas(request), 1):
-            self._chunk(encode_event(dict(base, choices=[{"index": 0, "delta": delta}])))
-            time.sleep(self.PACE)
-        words = len(encode_json(request["messages"]).split())
-        finish = "tool_calls" if "tool_calls" in delta else "stop"
-        self._chunk(encode_event(dict(base, choices=[{"index": 0, "finish_reason": finish, "delta": {"role": "assistant", "content": ""}}], usage={
-            "prompt_tokens": words, "completion_tokens": count, "total_tokens": words + count, "prompt_tokens_details": {"cached_tokens": 0}})))
-        self._chunk(b"data: [DONE]\n\n")
-        self._chunk(b"")
+        length = int(self.headers["Content-Length"])
+        request = json.loads(self.rfile.read(length))
+        self.answer("text/event-stream", demo_events(request))
 
-    def deltas(self, request):
-        """Thinking, then an echo; a call of the first tool instead, unless its result is already there."""
-        last = request["messages"][-1]
-        text = last["content"] if isinstance(last["content"], str) else " ".join(part.get("text", "") for part in last["content"])
-        functions = [tool["function"] for tool in request.get("tools", ()) if tool["type"] == "function"]
-        if request.get("thinking", {}).get("type") != "disabled":
-            for word in ("This", "is", "a", "demo,", "so", "there", "is", "nothing", "to", "think", "about."):
-                yield {"role": "assistant", "reasoning_content": word + " "}
-        if functions and last["role"] != "tool":
-            arguments = self.example(dict(functions[0]["parameters"], type="object"), functions[0]["parameters"], text)
-            yield {"tool_calls": [{"id": new_id("call_"), "index": 0, "type": "function", "function": {
-                "name": functions[0]["name"], "arguments": encode_json(arguments).decode()}}]}
-        elif request.get("response_format", {}).get("type") == "json_object":
-            schemas = [message["content"].partition("JSON Schema")[2].partition("\n")[2] for message in request["messages"] if message["role"] == "system"]
-            schema = next((json.loads(schema) for schema in schemas if schema), {})
-            yield {"role": "assistant", "content": encode_json(self.example(schema, schema, text) if schema else {"demo": True, "echo": text}).decode()}
-        else:
-            for word in re.findall(r"\S+\s*|\s+", "Demo of ZtoApi. You said: " + text):
-                yield {"role": "assistant", "content": word}
-
-    def example(self, schema, root, text, depth=0):
-        """A value that fits a JSON schema, with `text` for its strings."""
-        schema = schema if isinstance(schema, dict) else {}
-        if "$ref" in schema:
-            schema = root.get("$defs", {}).get(str(schema["$ref"]).rsplit("/", 1)[-1], {})
-        for choice in ("anyOf", "oneOf", "allOf"):
-            if schema.get(choice):
-                return self.example(schema[choice][0], root, text, depth + 1)
-        if "const" in schema or schema.get("enum"):
-            return schema["const"] if "const" in schema else schema["enum"][0]
-        kind = schema.get("type")
-        kind = kind[0] if isinstance(kind, list) else kind
-        if depth > 8 or kind not in ("object", "array"):
-            return {"integer": 1, "number": 1, "boolean": True, "null": None, "object": {}, "array": []}.get(kind, text[:40])
-        if kind == "array":
-            return [self.example(schema.get("items"), root, text, depth + 1)]
-        return {name: self.example(part, root, text, depth + 1) for name, part in schema.get("properties", {}).items()}
-
-    def _head(self, fields):
+    def answer(self, content_type, pieces):
         self.send_response(200)
-        for name, value in fields.items():
-            self.send_header(name, value)
+        self.send_header("Content-Type", content_type)
+        self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
-
-    def _chunk(self, data):
-        self.wfile.write(b"%x\r\n%b\r\n" % (len(data), data))
+        for data in itertools.chain(pieces, [b""]):
+            self.wfile.write(b"%x\r\n%b\r\n" % (len(data), data))
 
     def log_message(self, format, *args):
-        pass
+        """Nothing: the proxy's own log tells of the request."""
 
 
 class DemoZai(socketserver.ThreadingTCPServer):
-    """The stand-in, in a thread of its own on a free loopback port."""
+    """The stand-in, in threads of its own on a free loopback port."""
 
-    daemon_threads, block_on_close = True, False
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = 128
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), DemoHandler)
@@ -3473,174 +6753,562 @@ class DemoZai(socketserver.ThreadingTCPServer):
         threading.Thread(target=self.serve_forever, args=(0.1,), daemon=True).start()
 
     def handle_error(self, request, client_address):
-        pass  # the proxy hangs up on us whenever its own client does
+        """Nothing: the proxy hangs up whenever its own client does."""
 
     def close(self):
         self.shutdown()
         self.server_close()
 
 
-# Check ################################################################################################################
+# Check ################################################################################
+#
+# `--check` goes the way to Z.ai step by step, so that what is wrong is found before any
+# client is involved. It prints a line for each step: "ok", or "FAIL" and what to do.
 
-CHECK_MODELS = {True: ("glm-4.7", "glm-4.5-air"), False: ("glm-4.7-flash", "glm-4.6")}  # of the Coding Plan, or not; the free one first
+# The models to try, the cheapest first. The Coding Plan (True) serves others.
+CHECK_MODELS = {True: ("glm-4.7", "glm-4.5-air"), False: ("glm-4.7-flash", "glm-4.6")}
+
+CHECK_REQUEST = {
+    "messages": [{"role": "user", "content": "Say OK."}],
+    "max_tokens": 16,
+    "thinking": {"type": "disabled"},
+    "stream": True,
+}
+
+HTTP_PORTS = {"http": 80, "https": 443}
+
+CHECK_ADVICE = {
+    "proxy": "Set HTTPS_PROXY to an address like http://host:8080, or unset it.",
+    "DNS": "Check the name, the network and the resolver.",
+    "TCP": "A firewall may be in between. If there is a proxy to use, set HTTPS_PROXY.",
+}
 
 
 def check(settings):
-    """Try the road to Z.ai step by step, telling of each step. True if a chat would work."""
-    print(f"Python {sys.version.split()[0]} on {sys.platform}, {ssl.OPENSSL_VERSION}, ztoapi {__version__}")
+    """Print what was found. True if a chat would work."""
+    say(f"Python {sys.version.split()[0]} on {sys.platform}, {ssl.OPENSSL_VERSION}")
+    say(f"ztoapi {__version__}; settings that are not the defaults:")
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
         if value != getattr(Settings(), field.name):
-            print(f"  {field.name.upper()}={', '.join(map(mask, value)) if field.metadata['secret'] else value}")
-    with Server(dataclasses.replace(settings, port=0, host="127.0.0.1")) as server:  # never reached: it brings the demo and the watch
+            shown = ", ".join(map(mask, value)) if field.metadata["secret"] else value
+            say(f"      {field.name.upper()}={shown}")
+    if not (settings.zai_api_key or settings.demo_mode):
+        say(f"FAIL  key: {NO_KEY}")
+        check_network(settings)
+        return False
+    # Nobody connects to this server. It brings all that a chat needs, and the demo.
+    with Server(dataclasses.replace(settings, port=0, host="127.0.0.1")) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        ours, theirs = socket.socketpair()
-        with ours, theirs, server.watch.over(Client(ours, settings)) as client:
-            try:
-                return all(step(server, client) for step in (check_network, check_keys, check_chat))
-            finally:
-                server.stop(0)
+        try:
+            return check_network(server.settings) and check_zai(server)
+        finally:
+            server.stop(0)
 
 
-def check_network(server, client):
-    """DNS, TCP and TLS on the way to ZAI_BASE_URL, or to the proxy that is in force for it."""
-    base = urllib.parse.urlsplit(server.settings.zai_base_url)
-    host, port, proxy = base.hostname, base.port or (443 if base.scheme == "https" else 80), None
-    if not server.demo and not urllib.request.proxy_bypass(host):
-        proxy = urllib.request.getproxies().get(base.scheme)
-    if proxy:
-        parts = urllib.parse.urlsplit(proxy if "//" in proxy else "//" + proxy)
-        host, port = parts.hostname, parts.port or 80
-        print(f"ok    proxy for {base.scheme}: {host}:{port} (NO_PROXY={base.hostname} goes around it)")
-    step, advice = "DNS", "check the name, the network and the resolver"
+def check_network(settings):
+    """DNS, TCP and TLS on the way to ZAI_BASE_URL, or to the HTTP proxy in between."""
+    base = urllib.parse.urlsplit(settings.zai_base_url)
+    step = "proxy"
     try:
-        addresses = sorted({info[4][0] for info in socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)})
-        print(f"ok    DNS: {host} is {', '.join(addresses)}")
-        step, advice = "TCP", "a firewall may be in between; if there is a proxy to use, set HTTPS_PROXY"
-        with socket.create_connection((host, port), CONNECT_TIMEOUT) as sock:
-            print(f"ok    TCP: connected to port {port}")
+        proxy = None if settings.demo_mode else http_proxy(base)
+        host, port = proxy or (base.hostname, base.port or HTTP_PORTS[base.scheme])
+        step = "DNS"
+        found = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
+        addresses = sorted({info[4][0] for info in found})
+        say(f"ok    DNS: {host} is {', '.join(addresses)}")
+        step = "TCP"
+        with socket.create_connection((host, port), CONNECT_TIMEOUT_S) as sock:
+            say(f"ok    TCP: connected to port {port}")
             if base.scheme == "https" and not proxy:
-                step, advice = "TLS", "set SSL_CERT_FILE to the certificates to trust, or check the clock"
-                with KeepAliveHandler(server.upstream.pool).tls.wrap_socket(sock, server_hostname=host) as tls:
-                    print(f"ok    TLS: certificate verified, {tls.version()}")
+                step = "TLS"
+                with make_tls().wrap_socket(sock, server_hostname=host) as tls:
+                    say(f"ok    TLS: certificate verified, {tls.version()}")
         return True
-    except OSError as error:
-        print(f"FAIL  {step}: {error}: {advice}")
+    except (OSError, ValueError) as error:
+        advice = CHECK_ADVICE.get(step) or certificate_advice()
+        say(f"FAIL  {step}: {error}. {advice}")
         return False
 
 
+def http_proxy(base):
+    """(host, port) of the proxy that urllib uses for the URL `base`, or None.
+
+    ValueError if it cannot be used. The text never quotes it: it may hold a password.
+    """
+    text = urllib.request.getproxies().get(base.scheme)
+    if not text or urllib.request.proxy_bypass(base.netloc):
+        return None
+    scheme, _, address = text.rpartition("://")
+    if scheme.startswith("socks"):
+        raise ValueError("SOCKS is not supported")
+    try:
+        parts = urllib.parse.urlsplit(f"//{address}")
+        # urllib's default is not the proxy's, but that of the URL behind it.
+        port = parts.port or HTTP_PORTS[base.scheme]
+    except ValueError:
+        port = None
+    # "http:/host", with one slash, reads as a host called "http" with an empty port.
+    if not port or not parts.hostname or parts.netloc.endswith(":"):
+        raise ValueError("the address is not valid")
+    say(f"ok    proxy: {parts.hostname}:{port} (NO_PROXY={base.hostname} goes around it)")
+    return parts.hostname, port
+
+
+def check_zai(server):
+    """Z.ai takes a key, and answers. The client who asks is one end of a socket
+    pair."""
+    ours, theirs = socket.socketpair()
+    client = Client(ours)
+    with ours, theirs, server.pump.minding(client):
+        return check_keys(server, client) and check_chat(server, client)
+
+
 def check_keys(server, client):
-    """Each key against GET {base}/models. True if there is one that Z.ai takes."""
-    keys = server.upstream.gates.keys
-    if not keys:
-        print("FAIL  key: " + NO_KEY)
-    errors = [server.upstream.check_key(key, client) for key in keys]
-    for key, error in zip(keys, errors):
-        print(f"FAIL  key {key.name}: {server.settings.redact(error.message)}" if error else f"ok    key {key.name}: accepted")
-    return None in errors
+    """Each key against GET {base}/models. True if Z.ai takes at least one."""
+    accepted = False
+    for key in server.upstream.gates.keys:
+        error = server.upstream.check_key(key, client)
+        if error:
+            say(f"FAIL  key {key.name}: {server.settings.redact(error.message)}")
+        else:
+            say(f"ok    key {key.name}: accepted")
+            accepted = True
+    return accepted
 
 
 def check_chat(server, client):
-    """One tiny streamed completion."""
-    for model in CHECK_MODELS["/coding/" in server.settings.zai_base_url]:
-        request = {"model": model, "messages": [{"role": "user", "content": "Say OK."}], "max_tokens": 16, "stream": True, "enable_thinking": False}
-        job, began = Job(encode_json(to_zai_request(request, server.settings)[0]), model, ChunkTranslator), time.monotonic()
+    """A tiny answer of the first model that gives one."""
+    settings = server.settings
+    for model in CHECK_MODELS["/coding/" in settings.zai_base_url]:
+        request = {**CHECK_REQUEST, "model": model}
+        job = server.upstream.job(to_zai_request(request, settings))
+        record = Record("check", "", time.time(), time.monotonic())
         try:
-            with contextlib.closing(server.upstream.relay(job, client, Record("check", "", time.time(), began))) as answer:
-                next(answer)
-                ttft_s = time.monotonic() - began
-                collections.deque(answer, 0)
-            print(f"ok    chat: {model} answered, first token after {ttft_s * 1000:.0f} ms")
-            return True
+            server.upstream.answer(job, client, record, take=lambda steps, now: None)
         except ApiError as error:
-            print(f"FAIL  chat with {model}: {server.settings.redact(error.message)}")
+            say(f"FAIL  chat with {model}: {settings.redact(error.message)}")
+        else:
+            ttft_ms = milliseconds(record.ttft_s)
+            say(f"ok    chat: {model} answered, first token after {ttft_ms} ms")
+            return True
     return False
 
 
-# Main #################################################################################################################
+# Main #################################################################################
+
+# For `python -OO`, which drops docstrings.
+USAGE = "usage: python3 ztoapi.py [--check | --help | --version]; README.md tells the rest"
+
+
+def say(text, stream="stdout"):
+    """print(), for an output that nobody may read any more: that ends no server."""
+    try:
+        print(text, file=getattr(sys, stream), flush=True)
+    except OSError:
+        # What is left in its buffer would fail again, and loudly, when Python ends.
+        setattr(sys, stream, None)
+
 
 def raise_descriptor_limit(connections):
-    """How many of `connections` the descriptor limit allows, once raised as far as it goes: two each, and some to spare."""
+    """How many of `connections` the system allows, its limit raised if need be."""
     try:
         import resource
-    except ImportError:  # Windows, which has no such limit
-        return connections
+    except ImportError:
+        # Windows, where select() takes 512 sockets.
+        return min(connections, 500)
+    # One for each client, one for its connection to Z.ai, and some to spare.
     need = 2 * connections + 64
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < need:
-        soft = need if hard == resource.RLIM_INFINITY else min(need, hard)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft, hard = (need if n == resource.RLIM_INFINITY else n for n in limits)
+    if soft < min(need, hard):
         with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return connections if soft == resource.RLIM_INFINITY else max(1, min(connections, (soft - 64) // 2))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (min(need, hard), limits[1]))
+            soft = min(need, hard)
+    return max(1, min(connections, (soft - 64) // 2))
 
 
 def announce(server):
     """Three lines: where it listens, what it speaks to, where the page is."""
     settings = server.settings
-    keys = WELL_KNOWN_KEY if settings.well_known else ", ".join(map(mask, settings.default_key))
-    print(f"ZtoApi {__version__} listens on {server.url}/v1 (HOST={settings.host}), key {keys}")
+    shown = ", ".join(map(mask, settings.default_key))
+    keys = WELL_KNOWN_KEY if settings.well_known else shown
+    say(f"ZtoApi {__version__} listens on {server.url}/v1 (HOST={settings.host}), key {keys}")
     if server.demo:
-        print("DEMO: answers come from a stand-in inside this program, not from Z.ai")
+        say("DEMO: answers come from a stand-in inside this program, not from Z.ai")
     elif not settings.zai_api_key:
-        print("WARNING: ZAI_API_KEY is not set, so chat will answer 502; get a key at https://z.ai/manage-apikey/apikey-list")
+        say(f"WARNING: chat will answer 403. {NO_KEY}")
     else:
         zai_keys = ", ".join(key.name for key in server.upstream.gates.keys)
-        print(f"Z.ai: {settings.zai_base_url}, key {zai_keys}, {len(listed_models(settings))} models")
-    print(f"Page: {server.url}/   Ctrl-C stops", flush=True)
+        models = len(listed_models(settings))
+        say(f"Z.ai: {settings.zai_base_url}, key {zai_keys}, {models} models")
+    say(f"Page: {server.url}/   Ctrl-C stops")
 
 
 def serve(settings):
     """Serve until a signal comes. The exit status."""
     allowed = raise_descriptor_limit(settings.max_connections)
     if allowed < settings.max_connections:
-        log.warning("the descriptor limit allows %d connections, not MAX_CONNECTIONS=%d", allowed, settings.max_connections)
+        asked = settings.max_connections
+        log.warning("the system allows %d connections, not MAX_CONNECTIONS=%d", allowed, asked)
         settings = dataclasses.replace(settings, max_connections=allowed)
     try:
         server = Server(settings)
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
-        print(f"Cannot listen on HOST={ascii(settings.host)[1:-1]} PORT={settings.port}: {reason}", file=sys.stderr)
+        host = ascii(settings.host)[1:-1]
+        say(f"Cannot listen on HOST={host} PORT={settings.port}: {reason}", "stderr")
         return 1
-    with contextlib.suppress(ValueError):  # not the main thread: then somebody else minds the signals
+    # Outside of the main thread, ValueError: then somebody else minds the signals.
+    with contextlib.suppress(ValueError):
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.default_int_handler)
-    try:
+    with contextlib.suppress(KeyboardInterrupt):
         announce(server)
         server.serve_forever()
-    except KeyboardInterrupt:
-        pass
-    try:
-        return 0 if server.drain() else 1
-    except KeyboardInterrupt:  # a second signal ends at once
-        return 1
+    # A second signal ends the draining at once.
+    whole = False
+    with contextlib.suppress(KeyboardInterrupt):
+        whole = server.drain()
+    say("Stopped.")
+    return 0 if whole else 1
 
 
 def main(environ=os.environ, argv=()):
-    """Run the program; the exit status: 0, 1 for what the machine refuses, 2 for what was asked wrongly."""
+    """Run the program.
+
+    The exit status is 0, 1 for what the machine refuses, or 2 for what was asked
+    wrongly.
+    """
     argv = list(argv)
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError):  # None without a console, or somebody's own
-            stream.reconfigure(errors="backslashreplace")  # Z.ai's words may be Chinese, and the console may not be
+        # Z.ai's words may be Chinese, and the console may not know how to show them.
+        with contextlib.suppress(AttributeError):
+            stream.reconfigure(errors="backslashreplace")
     if argv in (["--help"], ["-h"]):
-        print(__doc__.strip())
+        say((__doc__ or USAGE).strip())
         return 0
     if argv == ["--version"]:
-        print("ztoapi " + __version__)
+        say(f"ztoapi {__version__}")
         return 0
     if argv not in ([], ["--check"]):
-        print(f"ztoapi: unknown argument {argv[0]!a}; --help tells what there is", file=sys.stderr)
+        say(f"ztoapi: unknown argument {argv[0]!a}; --help tells what there is", "stderr")
         return 2
     try:
         settings = Settings.from_environ(environ)
     except SettingsError as error:
-        print(f"ztoapi: {error}", file=sys.stderr)
+        say(f"ztoapi: {error}", "stderr")
         return 2
-    logging.basicConfig(level=logging.DEBUG if settings.debug_mode else logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    logging._srcfile, logging.logThreads, logging.logProcesses, logging.logMultiprocessing = None, False, False, False  # as logging's HOWTO advises
+    level = logging.DEBUG if settings.debug_mode else logging.INFO
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(message)s")
+    # As logging's HOWTO advises for speed: nothing looks for what no line shows.
+    logging._srcfile = None
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     if argv:
         return 0 if check(settings) else 1
     return serve(settings)
+
+
+# Page #################################################################################
+#
+# Data, read at run time only. Foreign text becomes text nodes in it, never HTML.
+
+PAGE = r"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>ZtoApi</title>
+<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 8 8'%3E%3Crect rx='2'
+ width='8' height='8' fill='%234338ca'/%3E%3Cpath d='M2 2h4L2 6h4' fill='none' stroke='white'/%3E%3C/svg%3E">
+<style>
+:root { color-scheme: light dark; --page: #f5f6fa; --card: #fff; --text: #1c222e; --quiet: #566073; --line: #dfe3ea;
+  --edge: #848d9e; --accent: #4338ca; --second: #0b7566; --bad: #b3261e; --tint: #eeeffc; }
+@media (prefers-color-scheme: dark) { :root { --page: #12141b; --card: #1a1e27; --text: #e5e9f0; --quiet: #a0aabb;
+  --line: #303744; --edge: #737e92; --accent: #a5b0ff; --second: #5cc9b5; --bad: #ff9086; --tint: #262b44; } }
+* { box-sizing: border-box; } [hidden], #log:empty { display: none !important; } a { color: var(--accent); }
+body { margin: auto; max-width: 62rem; padding: 1rem; background: var(--page); color: var(--text);
+  font: 1rem/1.5 system-ui, sans-serif; } dd { margin: 0; font-size: 1.4rem; } textarea { resize: vertical; }
+section { margin: 1rem 0; padding: 1rem; border: 1px solid var(--line); border-radius: 1rem; background: var(--card); }
+h1, h2, h3, p, dl, pre, figure { margin: 0 0 .75rem; } h1, h2 { font-size: 1.25rem; } h3 { font-size: 1rem; }
+h1::before { content: "Z" / ""; margin-right: .5rem; padding: 0 .5rem; border-radius: .4rem; background: var(--accent);
+  color: var(--card); } header * { margin: 0; } nav { margin-left: auto; } header p, textarea { flex: 1 0 100%; }
+header, nav, form, #tabs { display: flex; flex-wrap: wrap; align-items: center; gap: .5rem .75rem; }
+.quiet, dt, th, figcaption, summary, .thoughts, .code button, ::placeholder { color: var(--quiet); font-size: .875rem; }
+button, input, select, textarea { max-width: 100%; padding: .3rem .7rem; border: 1px solid var(--edge);
+  border-radius: .5rem; background: var(--card); color: var(--text); font: inherit; accent-color: var(--accent); }
+.main { border-color: var(--accent); background: var(--accent); color: var(--card); } .bad { color: var(--bad); }
+.link { max-width: 14rem; padding: 0; border: 0; text-decoration: underline dotted; overflow: hidden;
+  text-overflow: ellipsis; } :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
+pre, code { font: .875rem/1.5 ui-monospace, Menlo, monospace; white-space: pre-wrap; overflow-wrap: anywhere; }
+pre { min-height: 2.6rem; padding: .6rem 4rem .6rem .75rem; background: var(--page); border-radius: .5rem; }
+.code { position: relative; } .code button { position: absolute; top: .4rem; right: .4rem; padding: 0 .5rem; }
+#log { max-height: max(65vh, 20rem); margin-bottom: .75rem; overflow: auto; overflow-wrap: anywhere; }
+.user { width: fit-content; max-width: 85%; margin: .5rem 0 1rem auto; padding: .5rem .9rem; background: var(--tint);
+  border-radius: .75rem; } .user, .thoughts { white-space: pre-wrap; } .text :is(h3, p) { margin: 0; min-height: .6em; }
+.item { padding-left: 1.5rem; text-indent: -1rem; } .deep { padding-left: 3rem; } label, th, td { white-space: nowrap; }
+.thoughts { padding-left: .75rem; border-left: 3px solid var(--line); } #tabs { margin-bottom: .5rem; }
+dl, #charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(6rem, 1fr)); gap: .5rem 1rem; }
+#charts { grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr)); } .grid { stroke: var(--line); }
+text { fill: var(--quiet); font-size: 12px; } .end { text-anchor: end; } caption { font-weight: bold; }
+.bars { fill: var(--accent); } figure + figure .bars { fill: var(--second); } table { width: 100%; border-spacing: 0; }
+.scroll { max-height: 22rem; margin-bottom: 1rem; overflow: auto; } td { border-top: 1px solid var(--line); }
+th, span { font-weight: 400; } th, td, caption { padding: .35rem .9rem .35rem 0; text-align: left; font-size: .875rem; }
+</style></head><body data-key=""><header>
+  <h1>ZtoApi <span class="quiet" id="version"></span></h1>
+  <nav aria-label="Sections"><a href="#talk">Chat</a> <a href="#now">Numbers</a> <a href="#connect">Connect</a></nav>
+  <form id="key-form" hidden><label>API key <input id="key" type="password" autocomplete="off" required
+      pattern="[!-~]+" title="The key, without spaces"></label> <button class="main">Use key</button>
+    <p class="quiet">The key of this server (its DEFAULT_KEY), for chat and numbers; kept in this tab only.</p></form>
+  <p class="bad" id="state" role="alert"></p></header><main>
+<section aria-labelledby="talk"><h2 id="talk">Chat <span class="quiet">with Z.ai's GLM models</span></h2>
+  <div id="log" role="log" tabindex="0" aria-label="Conversation"></div>
+  <form id="chat"><textarea id="message" rows="3" required aria-label="Message" placeholder="Enter sends"></textarea>
+    <select id="model" aria-label="Model"><option>GLM-4.6</option></select>
+    <label><input id="thinking" type="checkbox" checked> Thinking</label>
+    <button class="main" id="send">Send</button> <button class="main" id="stop" type="button" hidden>Stop</button>
+    <button id="new" type="button">New chat</button> <span class="quiet" id="outcome" role="status"></span>
+  </form></section>
+<section aria-labelledby="now" id="numbers" hidden><h2 id="now">Numbers</h2><dl id="totals"></dl>
+  <div id="charts"><figure><figcaption></figcaption><svg viewBox="0 0 360 130" aria-hidden="true"><g id="axes">
+    <path class="grid" d="M40 10H340M40 55H340M40 100H340"/><text x="34" y="104" class="end">0</text>
+    <text x="40" y="122">10 min ago</text><text x="190" y="122">5</text><text x="340" y="122" class="end">now</text></g>
+    <text x="34" y="14" class="top end"/><text x="34" y="59" class="top end"/><path class="bars"/></svg></figure>
+    <figure><figcaption></figcaption><svg viewBox="0 0 360 130" aria-hidden="true"><use href="#axes"/>
+    <text x="34" y="14" class="top end"/><text x="34" y="59" class="top end"/><path class="bars"/></svg></figure></div>
+  <div class="scroll" id="recent" tabindex="0" role="region" aria-label="Last requests"></div>
+  <p class="bad" id="whole" role="status"></p>
+  <div class="scroll" id="limits" tabindex="0" role="region" aria-label="Limits of Z.ai"></div>
+  <p class="quiet">For Prometheus: <a href="/metrics">/metrics</a>, with the key in the request.</p></section>
+<section aria-labelledby="connect"><h2 id="connect">Connect</h2>
+  <p>The key of this server is <code>sk-your-key</code> unless DEFAULT_KEY says otherwise. The key it needs at Z.ai,
+    for free models too, is <a href="https://z.ai/manage-apikey/apikey-list" rel="noreferrer">made there</a>.</p>
+  <div class="code"><pre aria-label="Base URL">ORIGIN/v1</pre></div>
+  <div id="tabs" role="radiogroup" aria-label="Example for"></div>
+  <div class="code" title="curl"><pre>curl ORIGIN/v1/chat/completions \
+  -H "Authorization: Bearer sk-your-key" -H "Content-Type: application/json" \
+  -d '{"model": "GLM-4.6", "stream": false, "messages": [{"role": "user", "content": "Hello"}]}'</pre></div>
+  <div class="code" title="Python" hidden><pre>from openai import OpenAI
+client = OpenAI(base_url="ORIGIN/v1", api_key="sk-your-key")
+answer = client.chat.completions.create(model="GLM-4.6", messages=[{"role": "user", "content": "Hello"}])
+print(answer.choices[0].message.content)</pre></div>
+  <div class="code" title="JavaScript" hidden><pre>import OpenAI from "openai";
+const client = new OpenAI({ baseURL: "ORIGIN/v1", apiKey: "sk-your-key" });
+const body = { model: "GLM-4.6", messages: [{ role: "user", content: "Hello" }] };
+console.log((await client.chat.completions.create(body)).choices[0].message.content);</pre></div>
+  <div class="code" title="Codex" hidden><pre>ZTOAPI_KEY=sk-your-key codex -m GLM-4.6 -c model_provider=z \
+  -c 'model_providers.z={name="ZtoApi", base_url="ORIGIN/v1", env_key="ZTOAPI_KEY", wire_api="responses"}'</pre></div>
+  <div class="code" title="Claude Code" hidden><pre>ANTHROPIC_BASE_URL=ORIGIN ANTHROPIC_AUTH_TOKEN=sk-your-key \
+  ANTHROPIC_MODEL=GLM-4.6 claude</pre></div>
+  <div class="scroll" id="models" tabindex="0" role="region" aria-label="Models" hidden></div></section></main>
+<script>
+const $ = id => document.getElementById(id);
+const NONE = "\u2013", join = texts => texts.filter(Boolean).join(" \u00b7 ");
+const time = ms => ms == null ? NONE : ms < 1000 ? ms.toFixed() + " ms" : (ms / 1000).toFixed(1) + " s";
+const size = tokens => !tokens ? NONE : tokens < 1e6 ? (tokens / (tokens % 1024 ? 1000 : 1024)).toFixed() + "K" : "1M";
+const clock = unix => new Date(unix * 1000).toLocaleTimeString([], { hourCycle: "h23" });
+const serverError = (error, status) => new Error(join([error?.message ?? "No reason was given.", status, error?.code]));
+const reason = error => (error.name === "Error" ? "" : "The connection to the server failed: ") + error.message;
+const button = (text, onclick, className = "") => element("button", [text], { type: "button", onclick, className });
+let key, running, turns = [];  // running: the AbortController of the latest answer; turns: the messages so far
+
+function element(tag, children = [], properties = {}) {
+  const made = Object.assign(document.createElement(tag), properties);
+  made.append(...children);
+  return made;
+}
+function fill(place, ...children) {
+  const fresh = place.cloneNode();
+  fresh.append(...children);
+  // What has not changed stays, and with it the reader's selection and focus.
+  if (!fresh.isEqualNode(place)) place.replaceChildren(...children);
+}
+function table(caption, heads, rows) {
+  const row = (tag, cells) => element("tr", cells.map(cell => element(tag, [cell ?? NONE])));
+  return element("table", [element("caption", [caption]), row("th", heads), ...rows.map(cells => row("td", cells))]);
+}
+async function ask(path, options) {
+  const used = key;
+  const headers = { "Authorization": "Bearer " + used, "Content-Type": "application/json" };
+  const response = await fetch(path, { ...options, headers });
+  if (response.ok) return response;
+  if (response.status === 401 && used === key) setKey("");
+  throw serverError((await response.json().catch(() => null))?.error, response.status);
+}
+function setKey(value) {
+  sessionStorage.setItem("ztoapi-key", key = value);
+  $("key-form").hidden = key !== "";
+  $("numbers").hidden = $("models").hidden = true;
+  $("key").value = $("state").textContent = "";
+  refresh();
+}
+async function refresh() {
+  if (!key || document.hidden) return;
+  const get = async path => (await ask(path, { signal: AbortSignal.timeout(5000) })).json();
+  try {
+    if ($("models").hidden) showModels((await get("/v1/models")).data);
+    showStats(await get("/stats"));
+    $("state").textContent = "";
+  } catch (error) {
+    $("state").textContent = reason(error);
+  }
+}
+function showModels(models) {
+  const marks = model => join([model.free && "free", model.input_modalities?.includes("image") && "sees images"]);
+  const kept = [localStorage.getItem("ztoapi-model"), "GLM-4.6"].find(id => models.some(model => model.id === id));
+  $("model").replaceChildren(...models.map(model => new Option(join([model.id, marks(model)]), model.id)));
+  $("model").value = kept ?? models[0]?.id;
+  $("models").hidden = false;
+  const row = model => [model.id, marks(model), size(model.context_length), size(model.max_output_tokens)];
+  fill($("models"), table("Models", ["Name", "", "Context", "Longest answer"], models.map(row)));
+}
+function showStats({ history = [], recent = [], ceilings = [], ...stats }) {
+  const totals = { Running: stats.in_flight, Waiting: stats.queued, Answered: stats.served, Failed: stats.failed,
+    Stopped: stats.cancelled, "Wrong key": stats.unauthorized, "Tokens/s": stats.tokens_per_s,
+    "First word": time(stats.ttft_p50_ms) };
+  fill($("totals"), ...Object.entries(totals).map(([name, value]) =>
+    element("div", [element("dt", [name]), element("dd", [value?.toLocaleString("en") ?? NONE])])));
+  const [tokens, requests] = document.querySelectorAll("figure");
+  showChart(tokens, "Tokens per second", history.map(bucket => bucket.tokens / 10));
+  showChart(requests, "Requests in 10 s", history.map(bucket => bucket.requests));
+  fill($("recent"), table(recent.length ? "Last requests" : "No request yet", ["Time", "Model", "Status",
+    "First word", "Total", "Tokens in / out", "API", "Key", "What went wrong"], recent.map(requestCells)));
+  const limits = ceilings.map(row => [row.model, row.key, row.ceiling ?? "unknown", row.in_flight, row.queued]);
+  fill($("limits"), limits.length ? table("How many requests at once Z.ai was seen to allow", ["Model", "Z.ai key",
+    "At most", "Running", "Waiting"], limits) : "");
+  $("version").textContent = join([stats.version, stats.demo && "demo"]);
+  $("numbers").hidden = !key;
+}
+function requestCells({ time: began, model, status, ttft_ms, total_ms, tokens_in, tokens_out, path, key, error }) {
+  const wrong = error && button(error, () => $("whole").textContent = error, "link bad");
+  return [clock(began), model, status, time(ttft_ms), time(total_ms), `${tokens_in ?? NONE} / ${tokens_out ?? NONE}`,
+    path?.replace("/v1/", ""), key, status === 499 ? "stopped by the client" : wrong ?? ""];
+}
+function showChart(figure, name, values) {
+  const most = Math.max(...values, 2), unit = 10 ** Math.floor(Math.log10(most));
+  const top = unit * [1, 2, 4, 10].find(step => step * unit >= most);
+  const bars = values.map((value, place) => `M${40 + 5 * place} 100v${-90 * value / top}h4V100z`);
+  figure.firstChild.textContent = `${name}, at most ${Math.max(0, ...values)}`;
+  figure.querySelectorAll(".top").forEach((label, place) => label.textContent = top / (place + 1));
+  figure.querySelector(".bars").setAttribute("d", bars.join(""));
+}
+function newTurn(question) {
+  const [thoughts, text, foot] = ["thoughts", "text", "quiet"].map(className => element("div", [], { className }));
+  const thinking = element("details", [element("summary", ["Thinking"]), thoughts], { hidden: true });
+  $("log").append(element("article", [question], { className: "user", ariaLabel: "You" }),
+    element("article", [thinking, text, foot], { ariaLabel: "Answer" }));
+  $("log").scrollTop = $("log").scrollHeight;
+  return { thinking, thoughts, text, foot, content: "", drawn: 0, began: performance.now(), model: $("model").value };
+}
+// A finished line becomes an element and stays, so a long answer costs no more a line than a short one.
+function draw(turn, isEnd) {
+  const follows = $("log").scrollHeight - $("log").scrollTop - $("log").clientHeight < 150;
+  const lines = turn.content.slice(turn.drawn).split("\n"), last = lines.pop();
+  turn.loose?.remove();
+  lines.forEach(line => addLine(turn, line));
+  turn.drawn = turn.content.length - last.length;
+  turn.loose = isEnd || !/^ *`{1,3}[^`]*$/.test(last) ? addLine(turn, last) : null;  // what may become a fence waits
+  turn.frame = null;
+  if (follows) $("log").scrollTop = $("log").scrollHeight;
+}
+function addLine(turn, line) {
+  if (/^ *```/.test(line)) return turn.code = turn.code ? null : addCode(turn.text);
+  const [, indent, heading, mark = "", words] = line.match(/^(\s*)(#+ )?((?:[-*+]|\d+[.)]) )?(.*)/);
+  const className = mark && (indent.length > 1 ? "item deep" : "item");
+  const node = turn.code ? new Text(line + "\n") : element(heading ? "h3" : "p",
+    [mark.replace(/[-*+]/, "\u2022"), ...inline(words)], { className });
+  (turn.code ?? turn.text).append(node);
+  return node;
+}
+function addCode(place) {
+  return place.appendChild(element("div", [element("pre"), button("Copy", copy)], { className: "code" })).firstChild;
+}
+function inline(text) {
+  return text.split(/(`[^`]+`|\*\*.+?\*\*)/).map((piece, place) => place % 2 === 0 ? piece :
+    piece[0] === "`" ? element("code", [piece.slice(1, -1)]) : element("strong", inline(piece.slice(2, -2))));
+}
+async function readAnswer(turn, response) {
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  for (let rest = "", part; !(part = await reader.read()).done;) {
+    const lines = (rest + part.value).split("\n");
+    rest = lines.pop();
+    for (const data of lines.filter(line => line.startsWith("data:")).map(line => line.slice(5).trim())) {
+      if (data === "[DONE]") return "Done";
+      addEvent(turn, JSON.parse(data));
+    }
+  }
+  throw new Error("The answer was cut off: its stream ended too early.");
+}
+function addEvent(turn, { error, usage, choices: [choice] = [] }) {
+  if (error) throw serverError(error);
+  const thought = choice?.delta?.reasoning_content ?? "", text = choice?.delta?.content ?? "";
+  if (thought || text) turn.first ??= performance.now() - turn.began;
+  if (thought && turn.thinking.hidden) turn.thinking.hidden = !(turn.thinking.open = true);
+  if (text && !turn.content) turn.thinking.open = false;
+  turn.tokens = usage?.completion_tokens ?? turn.tokens;
+  turn.content += text;
+  turn.thoughts.append(thought);
+  turn.frame ??= requestAnimationFrame(() => draw(turn));
+}
+function showFacts({ foot, model, first, began, tokens }, outcome) {
+  const seconds = [first && "first word " + time(first), "total " + time(performance.now() - began)];
+  foot.textContent = join([model, ...seconds, tokens && tokens + " tokens", outcome]);
+}
+async function answer(turn) {
+  running = new AbortController();
+  const body = JSON.stringify({ model: turn.model, messages: turns, enable_thinking: $("thinking").checked,
+    stream: true, stream_options: { include_usage: true } });
+  try {
+    return await readAnswer(turn, await ask("/v1/chat/completions", { method: "POST", body, signal: running.signal }));
+  } catch (error) {
+    if (running.signal.aborted) return "Stopped";
+    running.abort();  // An error inside the stream leaves the connection open.
+    return "Failed: " + reason(error);
+  }
+}
+async function send(event) {
+  event.preventDefault();
+  if (!key) return $("key-form").reportValidity();
+  if ($("send").hidden || !$("message").reportValidity()) return;
+  const content = $("message").value, turn = newTurn(content), ticking = setInterval(showFacts, 1000, turn);
+  turns.push({ role: "user", content });
+  $("message").value = "";
+  showRunning(true, "Answering");
+  const outcome = await answer(turn);
+  clearInterval(ticking);
+  showFacts(turn, outcome);
+  if (outcome.startsWith("Failed")) turn.foot.className = "bad";
+  draw(turn, true);
+  if (turn.content) turns.push({ role: "assistant", content: turn.content });
+  else $("message").value ||= turns.pop().content;  // nothing came: it can be sent again
+  showRunning(false, outcome.split(":")[0]);
+}
+function showRunning(isRunning, outcome) {
+  $("log").ariaBusy = isRunning;  // an answer is read out when it is complete
+  if ($("chat").querySelector("button:focus-visible")) $("message").focus();  // that button may be about to go
+  [$("send").hidden, $("stop").hidden] = [isRunning, !isRunning];
+  $("outcome").textContent = outcome;
+}
+// Not by navigator.clipboard, which browsers withhold from plain http anywhere but on localhost.
+function copy({ target }) {
+  getSelection().selectAllChildren(target.previousSibling);
+  target.textContent = document.execCommand("copy") ? "Copied" : "Selected";
+  setTimeout(() => target.textContent = "Copy", 2000);
+}
+const examples = [...document.querySelectorAll(".code[title]")];
+$("tabs").append(...examples.map(box => element("label", [element("input", [], { type: "radio", name: "example",
+  checked: !box.hidden, onchange: () => examples.forEach(other => other.hidden = other !== box) }), box.title])));
+for (const pre of document.querySelectorAll("pre")) {
+  pre.textContent = pre.textContent.replace("ORIGIN", location.origin);
+  pre.after(button("Copy", copy));
+}
+document.onvisibilitychange = refresh;
+$("key-form").onsubmit = event => setKey($("key").value, event.preventDefault());
+$("chat").onsubmit = send;
+$("message").onkeydown = event => event.key === "Enter" && !event.shiftKey && !event.isComposing && send(event);
+$("model").onchange = () => localStorage.setItem("ztoapi-model", $("model").value);
+$("stop").onclick = () => running.abort();
+$("new").onclick = () => location.reload();
+setKey(document.body.dataset.key || (sessionStorage.getItem("ztoapi-key") ?? ""));
+setInterval(refresh, 2000);
+</script></body></html>
+"""  # noqa: E501
 
 
 if __name__ == "__main__":
