@@ -6216,12 +6216,12 @@ PHASES = {
 
 
 @contextlib.contextmanager
-def leaving(proxy, caplog, streamed, how="close"):
-    """A chat whose client leaves, and is gone within a second, without an error in the log."""
+def leaving(proxy, caplog, request, how="close"):
+    """A request whose client leaves, and is gone within a second, without an error in the log."""
     caplog.set_level(logging.INFO, "ztoapi")
     caplog.clear()
     sock = proxy.connect()
-    sock.sendall(raw_chat(chat_body(stream=streamed)))
+    sock.sendall(request)
     yield
     if how == "reset":
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -6243,7 +6243,7 @@ def leaving(proxy, caplog, streamed, how="close"):
 def test_the_clients_leaving_is_noticed(zai, brisk, caplog, phase, streamed):
     zai.default, is_reached, connected = PHASES[phase]
     with road(zai) as proxy:
-        with leaving(proxy, caplog, streamed):
+        with leaving(proxy, caplog, raw_chat(chat_body(stream=streamed))):
             assert eventually(lambda: is_reached(proxy, zai))
         assert eventually(lambda: zai.cut_by_client == connected, 1)
         assert len(zai.requests) == 1
@@ -6253,7 +6253,7 @@ def test_the_clients_leaving_is_noticed(zai, brisk, caplog, phase, streamed):
 def test_every_way_of_leaving_is_noticed(zai, caplog, how, streamed):
     zai.default = stream(say("Hel"), 30)
     with road(zai) as proxy:
-        with leaving(proxy, caplog, streamed, how):
+        with leaving(proxy, caplog, raw_chat(chat_body(stream=streamed)), how):
             assert eventually(lambda: zai.in_flight == 1)
         assert eventually(lambda: zai.cut_by_client == 1, 1)
 
@@ -6288,7 +6288,7 @@ def test_a_slot_never_goes_to_one_who_has_left(zai):
 @both
 def test_the_clients_leaving_while_connecting_is_noticed(brisk, caplog, streamed):
     with stuck_listener() as port, road(ZAI_BASE_URL=f"http://127.0.0.1:{port}") as proxy:
-        with leaving(proxy, caplog, streamed):
+        with leaving(proxy, caplog, raw_chat(chat_body(stream=streamed))):
             assert eventually(lambda: is_connecting(proxy))
 
 
@@ -6300,7 +6300,7 @@ def test_the_clients_leaving_in_a_handshake_is_noticed(brisk, caplog, monkeypatc
             through(monkeypatch, "https", f"http://127.0.0.1:{mute.port}")
             url = "https://api.z.ai/api"
         with road(ZAI_BASE_URL=url) as proxy:
-            with leaving(proxy, caplog, True):
+            with leaving(proxy, caplog, raw_chat(chat_body(stream=True))):
                 assert mute.heard.wait(5)
             assert mute.ended.wait(1)
 
@@ -6969,7 +6969,7 @@ def test_what_stands_behind_an_answer_over_tls_never_becomes_the_next(trusted, s
 def test_the_clients_leaving_is_noticed_over_tls(trusted, brisk, caplog, phase):
     trusted.default = PHASES[phase][0]
     with road(trusted) as proxy:
-        with leaving(proxy, caplog, True):
+        with leaving(proxy, caplog, raw_chat(chat_body(stream=True))):
             assert eventually(lambda: trusted.in_flight == 1)
         assert eventually(lambda: trusted.cut_by_client == 1, 1)
 
@@ -7900,6 +7900,177 @@ def test_who_loses_an_error_over_a_cut_gets_a_clean_end(door, lines, clean):
     assert finish_of(events) == []
     assert "1234" in events[-1]["error"]["message"]
     assert was_clean == clean
+
+
+# The other two APIs
+
+MESSAGES_BODY = {"model": "GLM-4.6", "max_tokens": 100, "messages": [{"role": "user", "content": "Hi"}]}
+# To add an API, add a row: its name -> its path, a request.
+APIS = {
+    "messages": ("/v1/messages", MESSAGES_BODY),
+    "responses": ("/v1/responses", {"model": "GLM-4.6", "input": "Hi"}),
+}
+each_api = pytest.mark.parametrize("api", APIS)
+
+
+def api_request(api, streamed, *lines, auth=True, **fields):
+    path, body = APIS[api]
+    data = json.dumps(dict(body, stream=streamed, **fields)).encode()
+    return raw_request("POST", path, *lines, body=data, auth=auth)
+
+
+def ask_api(proxy, api, streamed, **more):
+    """(reply, events) or (reply, JSON)."""
+    reply, = replies_in(talk(proxy, api_request(api, streamed, "Connection: close", **more)))
+    is_stream = reply.headers["Content-Type"].startswith("text/event-stream")
+    return reply, events_of(reply.body.decode()) if is_stream else reply.json()
+
+
+def whole_of(api, events):
+    """The JSON answer that the events of a good stream add up to."""
+    return {"content": check_messages_stream(events)} if api == "messages" else check_responses_stream(events)
+
+
+def text_of(api, answer):
+    if api == "messages":
+        parts = answer["content"]
+    else:
+        parts = [part for item in answer["output"] for part in item.get("content", [])]
+    return "".join(part.get("text", "") for part in parts)
+
+
+# To add a case, add a row: method, path, whether the key is right, the status, the type (Messages) or the code
+# (Responses) of the error.
+API_REFUSALS = [
+    ("POST", "/v1/messages/count_tokens", True, 404, "not_found_error"),
+    ("POST", "/messages/count_tokens", True, 404, "not_found_error"),
+    ("GET", "/v1/messages/batches/abc", True, 404, "not_found_error"),
+    ("GET", "/v1/messages", True, 405, "invalid_request_error"),
+    ("POST", "/v1/messages", True, 400, "invalid_request_error"),
+    ("POST", "/v1/messages", False, 401, "authentication_error"),
+    ("POST", "/v1/messages/count_tokens", False, 401, "authentication_error"),
+    ("GET", "/v1/responses", True, 426, "upgrade_not_supported"),
+    ("GET", "/v1/responses/abc", True, 404, "not_found"),
+    ("DELETE", "/v1/responses/abc", True, 404, "not_found"),
+    ("POST", "/v1/responses/abc/cancel", True, 404, "not_found"),
+    ("POST", "/v1/responses/compact", True, 404, "not_found"),
+    ("DELETE", "/v1/responses", True, 405, "method_not_allowed"),
+    ("POST", "/v1/responses", True, 400, "missing_required_parameter"),
+    ("GET", "/v1/responses", False, 401, "invalid_api_key"),
+    ("POST", "/v1/responses", False, 401, "invalid_api_key"),
+]
+
+
+@table("method,path,key_is_right,status,kind", API_REFUSALS)
+def test_an_api_says_in_its_own_shape_what_it_does_not_serve(door, method, path, key_is_right, status, kind):
+    data = raw_request(method, path, body=b"{}", auth=key_is_right or "sk-wrong")
+    reply = exchange(door, data)[0]
+    assert reply.status == status
+    if "messages" in path:
+        assert list(reply.json()) == ["type", "error", "request_id"]
+        assert reply.json()["type"] == "error"
+        assert reply.json()["request_id"] == reply.headers["request-id"]
+        assert reply.error()["type"] == kind
+    else:
+        check_error(reply)
+        assert reply.error()["code"] == kind
+    assert reply.headers["x-should-retry"] == "false"
+    assert not door.zai.requests
+
+
+def test_a_path_that_an_api_does_not_serve_says_why(door):
+    for path, words in (("/v1/messages/count_tokens", "estimate"), ("/v1/responses/abc", "keeps no responses")):
+        reply = exchange(door, raw_request("POST", path, body=b"{}"))[0]
+        assert words in reply.error()["message"]
+
+
+@each_api
+def test_each_api_streams_and_answers_in_json(proxy, api):
+    reply, events = ask_api(proxy, api, True)
+    assert reply.status == 200
+    assert reply.clean
+    assert text_of(api, whole_of(api, events)) == "Hello"
+    reply, answer = ask_api(proxy, api, False)
+    assert reply.status == 200
+    assert reply.headers["Content-Type"] == "application/json"
+    assert text_of(api, answer) == "Hello"
+    assert answer["usage"]["output_tokens"] == USAGE["completion_tokens"]
+
+
+# To add a case, add a row: an API, the status and the type (Messages) or the code (Responses) of a 1113 of Z.ai's.
+@pytest.mark.parametrize("api,status,field,kind", [
+    ("messages", 403, "type", "permission_error"),
+    ("responses", 400, "code", "insufficient_quota"),
+])
+@both
+def test_an_empty_purse_is_an_error_that_no_client_of_an_api_repeats(zai, api, status, field, kind, streamed):
+    zai.default = refusal(429, "1113")
+    with proxying(zai) as proxy:
+        reply, value = ask_api(proxy, api, streamed)
+    assert reply.status == status
+    assert value["error"][field] == kind
+    assert reply.headers["x-should-retry"] == "false"
+    assert len(zai.requests) == 1
+
+
+@each_api
+def test_a_failure_in_mid_stream_is_the_last_event_of_each_api(zai, api):
+    zai.default = stream(say("Hel"), error_sse("1234"))
+    with proxying(zai) as proxy:
+        reply, events = ask_api(proxy, api, True)
+        assert reply.status == 200
+        assert reply.clean, "nobody overlooks the event"
+        assert "Hel" in reply.body.decode()
+        last = {"messages": "error", "responses": "response.failed"}[api]
+        assert [event["type"] for event in events].index(last) == len(events) - 1
+        reply, value = ask_api(proxy, api, False)
+        assert reply.status == 502
+        assert value["error"]["message"]
+    assert len(zai.requests) == 2
+
+
+@each_api
+def test_each_api_has_heartbeats_of_its_own(zai, brisk, api):
+    zai.default = [0.15, *stream(say("Hel"), 0.15, say("lo"), FINISH, DONE)]
+    with proxying(zai, HEARTBEAT="0.04") as proxy:
+        reply, events = ask_api(proxy, api, True)
+    kinds = [event["type"] for event in events]
+    assert reply.clean
+    if api == "messages":
+        assert kinds[:2] == ["message_start", "ping"]
+        assert "ping" in kinds[kinds.index("content_block_start"):]
+        assert text_of(api, whole_of(api, [event for event in events if event["type"] != "ping"])) == "Hello"
+    else:
+        assert kinds[:3] == ["response.created", "response.in_progress", "response.in_progress"]
+        assert "" in [event.get("delta") for event in events]
+        assert [event["sequence_number"] for event in events] == list(range(len(events)))
+        assert text_of(api, events[-1]["response"]) == "Hello"
+
+
+@each_api
+@both
+def test_the_leaving_of_a_client_of_each_api_is_noticed(zai, brisk, caplog, api, streamed):
+    zai.default = stream(say("Hel"), 30)
+    with road(zai) as proxy:
+        with leaving(proxy, caplog, api_request(api, streamed)):
+            assert eventually(lambda: zai.in_flight == 1)
+        assert eventually(lambda: zai.cut_by_client == 1, 1)
+
+
+def test_an_item_is_remembered_for_the_key_that_got_it_and_for_no_other(zai):
+    with proxying(zai, DEFAULT_KEY=f"{KEY},sk-other") as proxy:
+        _, answer = ask_api(proxy, "responses", False)
+        items = [{"type": "item_reference", "id": item["id"]} for item in answer["output"]]
+        items.append({"role": "user", "content": "And?"})
+        reply, _ = ask_api(proxy, "responses", False, input=items)
+        assert reply.status == 200
+        sent = zai.requests[-1]["body"]["messages"]
+        assert [message["role"] for message in sent] == ["assistant", "user"]
+        assert sent[0]["content"] == "Hello"
+        reply, value = ask_api(proxy, "responses", False, auth="sk-other", input=items)
+        assert reply.status == 404
+        assert "not found" in value["error"]["message"]
+        assert len(zai.requests) == 2
 
 
 # Secure by default
