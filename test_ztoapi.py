@@ -75,6 +75,12 @@ USAGE = {
 LOG_ID = "20260711073209851e7f8c12c44579"
 
 
+def sse(*values):
+    """Values as events; bytes are passed as they are."""
+    texts = [value if isinstance(value, bytes) else b"data: %b\n\n" % json.dumps(value).encode() for value in values]
+    return b"".join(texts)
+
+
 def event(delta=None, finish=None, usage=None, id="202607311536357f405a2f5c6b495d", **more):
     """One SSE event in Z.ai's dialect: no finish_reason until the end, no object key order of OpenAI's."""
     choice = {"index": 0, "delta": delta}
@@ -134,8 +140,40 @@ def answer(status, value, *headers):
     return [("\r\n".join(lines) + "\r\n\r\n").encode() + body]
 
 
-def refusal(status, code, message="no"):
-    return answer(status, {"error": {"code": code, "message": message}})
+def complaint(code, message="no", **more):
+    """The JSON of Z.ai's errors."""
+    return {"error": {"code": code, "message": message}, **more}
+
+
+def refusal(status, code, message="no", *headers):
+    return answer(status, complaint(code, message), *headers)
+
+
+def error_event(code, message="no", **more):
+    return sse(complaint(code, message, **more))
+
+
+LIMITED = complaint("1302", "Rate limit reached for requests")
+NETWORK = complaint("1234", "Network error")
+
+
+def make_reset(sock):
+    """Whatever closes the socket next resets the connection."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+def reset(sock):
+    make_reset(sock)
+    sock.close()
+
+
+def shut_down(sock):
+    with contextlib.suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)
+
+
+def readable(sock):
+    return bool(select.select([sock], [], [], 0)[0])
 
 
 class FakeZai:
@@ -210,7 +248,7 @@ class FakeZai:
     def play(self, sock, script, request):
         for step in script:
             if step == RESET:
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                make_reset(sock)
                 return False
             if step == CLOSE:
                 return False
@@ -239,12 +277,10 @@ class FakeZai:
             sock.settimeout(None)
 
     def close(self):
-        with contextlib.suppress(OSError):
-            self.socket.shutdown(socket.SHUT_RDWR)  # wakes accept()
+        shut_down(self.socket)  # wakes accept()
         self.socket.close()
         for sock in list(self.open):
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
+            shut_down(sock)
 
 
 @pytest.fixture
@@ -289,9 +325,15 @@ def raw_request(method, path, *lines, body=b"", auth=True, version="HTTP/1.1"):
     return "\r\n".join([*head, *lines, "", ""]).encode("latin-1") + body
 
 
-def raw_chat(body, lines=(), key=KEY):
-    data = json.dumps(body).encode()
-    return raw_request("POST", CHAT, "Content-Type: application/json", *lines, body=data, auth=key)
+def raw_chat(body, *lines, **more):
+    """The same of a chat; its body is JSON, or bytes."""
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return raw_request("POST", CHAT, *lines, body=data, **more)
+
+
+def raw_chunks(*pieces):
+    """The same of a chat whose body is said to be chunked."""
+    return raw_chat(b"".join(pieces), "Transfer-Encoding: chunked")
 
 
 def read_reply(file, to_head=False):
@@ -405,12 +447,27 @@ def eventually(condition, seconds=5):
     return True
 
 
+def together(*calls):
+    """Run the calls in threads of their own; their results, in order."""
+    results = [None] * len(calls)
+
+    def run(i):
+        results[i] = calls[i]()
+    threads = [threading.Thread(target=run, args=(i,), daemon=True) for i in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    return results
+
+
 class Proxy:
     """A ztoapi.Server in a thread, and the calls tests make to it."""
 
     def __init__(self, environ):
         self.settings = Settings.from_environ(environ)
         self.server = ztoapi.Server(self.settings)
+        self.server.SETTLE_S = 0  # what was sent before the end has a test of its own
         self.port = self.server.server_port
         self.thread = threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True)
         self.thread.start()
@@ -420,35 +477,31 @@ class Proxy:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return sock
 
-    def call(self, method, path, body=None, headers=(), key=KEY):
-        """(status, headers, parsed JSON or text) over a connection of its own."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
-        fields = {"Authorization": f"Bearer {key}"} if key else {}
-        fields.update(headers)
-        data = json.dumps(body).encode() if isinstance(body, (dict, list)) else body
-        try:
-            connection.request(method, path, data, fields)
-            response = connection.getresponse()
-            text = response.read().decode()
-        finally:
-            connection.close()
-        if text and "json" in response.headers.get("Content-Type", ""):
-            return response.status, response.headers, json.loads(text)
-        return response.status, response.headers, text
+    def call(self, method, path, body=None, lines=(), key=KEY):
+        """(status, headers, parsed JSON or text) over a connection of its own. `lines` are header lines, as in
+        raw_request()."""
+        data = json.dumps(body).encode() if isinstance(body, dict) else body or b""
+        with self.connect(20) as sock:
+            sock.sendall(raw_request(method, path, *lines, body=data, auth=key or False))
+            with sock.makefile("rb") as file:
+                reply = read_reply(file)
+        assert reply.clean
+        is_json = "json" in reply.headers.get("Content-Type", "") and reply.body
+        return reply.status, reply.headers, reply.json() if is_json else reply.body.decode()
 
-    def chat(self, headers=(), **fields):
+    def chat(self, lines=(), **fields):
         """A JSON answer: (status, headers, body)."""
-        return self.call("POST", CHAT, chat_body(stream=False, **fields), headers)
+        return self.call("POST", CHAT, chat_body(stream=False, **fields), lines)
 
-    def open_stream(self, headers=(), **fields):
-        """A raw socket with a streamed request sent; read it with read_stream() or recv(). `headers`: lines."""
+    def open_stream(self, lines=(), **fields):
+        """A raw socket with a streamed request sent; read it with read_stream() or recv()."""
         sock = self.connect()
-        sock.sendall(raw_chat(chat_body(stream=True, **fields), headers))
+        sock.sendall(raw_chat(chat_body(stream=True, **fields), *lines))
         return sock
 
-    def stream(self, headers=(), **fields):
+    def stream(self, lines=(), **fields):
         """A whole streamed answer: (status, headers, events, clean). clean: the last chunk came."""
-        with self.open_stream(headers, **fields) as sock:
+        with self.open_stream(lines, **fields) as sock:
             return read_stream(sock)
 
     def idle(self):
@@ -493,6 +546,32 @@ def log_lines(caplog):
         ours = [record for record in caplog.records if record.name == "ztoapi"]
         return [record.getMessage() for record in ours if level in (None, record.levelno)]
     return lines
+
+
+# What no field holds, anywhere in a request or an answer. To add an oddity, add a value.
+ODDITIES = (
+    None, True, False, 0, -1, 1.5, 10**40, -1e308, "", "x", "none", "auto", "system", "\ud800\0",
+    [], ["x"], [None], [[]], {}, {"x": None}, {"type": "text"}, {"type": "function", "function": {}},
+    [{"type": "image_url"}], "<tool_call>", "get_time<arg_key>",
+)
+
+
+def mutated(value, rng):
+    """A deep copy in which one place holds something odd, or nothing."""
+    value = copy.deepcopy(value)
+    place = value
+    steps = rng.randrange(1, 8)
+    while True:
+        key = rng.choice(list(place) if isinstance(place, dict) else range(len(place)))
+        steps -= 1
+        if not steps or not isinstance(place[key], (dict, list)) or not place[key]:
+            break
+        place = place[key]
+    if rng.random() < 0.1:
+        del place[key]
+    else:
+        place[key] = copy.deepcopy(rng.choice(ODDITIES))
+    return value
 
 
 def table(names, rows):
@@ -596,13 +675,13 @@ BAD_SETTINGS = [
     *((variable, text) for variable in FLAGS for text in ("maybe", "2", "truely", "-1")),
     *((variable, text) for variable in COUNTS for text in ("x", "-1", "1.5", "1e3", "+1")),
     *((variable, text) for variable in DURATIONS for text in ("x", "-1", "nan", "inf", "10s", "1,5", "1e400")),
-    *(("PORT", text) for text in ("x", "-1", "65536", "80.0", "0x50", "8_0", "\u0668\u0660", "0" * 9 + "999999")),
+    *(("PORT", text) for text in ("x", "-1", "65536", "80.0", "0x50", "8_0", "9 0", "9\n9", "\u0661", "\u0668\u0660", "0" * 9 + "999999")),
     *(("MODEL_ALIASES", text) for text in ("gpt-4o", "gpt-4o=", "=glm-4.6", "a=b,c")),
     *(("ZAI_BASE_URL", text) for text in (
         "api.z.ai", "ftp://api.z.ai", "file:///etc/passwd", "https://", "https:///v4", "https://api.z.ai:port",
         "https://api.z.ai:99999", "https://api.z.ai:0", "https://[::1", "https://a b", "https://api..z.ai",
         "https://api.z.ai/v4?x=1", "https://api.z.ai/v4#x", "https://api.z.ai/v4?", "https://api.z.ai/v4#",
-        "https://api.z.ai/\u00e9", "https://api.z.ai/v4\nX: y")),
+        "https://api.z.ai/\u00e9", "https://api.z.ai/v4\nX: y", "http://", "http://x y/", "http://[")),
     ("MAX_BODY_MB", "0"),
     ("MAX_CONNECTIONS", "0"),
     ("UPSTREAM_TIMEOUT", "0"),
@@ -661,8 +740,11 @@ def test_an_empty_default_key_is_refused(text):
         Settings.from_environ({"DEFAULT_KEY": text})
 
 
+# To add a case, add a row: a host that is not this computer.
 FAR_HOSTS = [
-    "0.0.0.0", "::", "192.168.1.2", "example.org", "127.0.0.1.example.org", "localhost.example.org", "1127.0.0.1"]
+    "0.0.0.0", "::", "192.168.1.2", "example.org", "127.0.0.1.example.org", "localhost.example.org", "1127.0.0.1",
+    "1.127.0.0",
+]
 
 
 @pytest.mark.parametrize("host", FAR_HOSTS)
@@ -677,7 +759,7 @@ def test_a_key_of_ones_own_may_go_anywhere(host):
     assert Settings.from_environ({"HOST": host, "DEFAULT_KEY": "my-own-key"}).host == host
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.9.1", "localhost", "LocalHost", "::1"])
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.9.1", "127.3.2.1", "localhost", "LocalHost", "::1"])
 def test_loopback_takes_the_well_known_key(host):
     assert Settings.from_environ({"HOST": host}).well_known
 
@@ -780,10 +862,6 @@ def test_the_head_tells_sdks_whether_to_try_again(code, status, our_code, verdic
     heals = verdict in (TOO_MANY, TOO_FAST, OVERLOAD, TRY_AGAIN)
     assert headers.get("x-should-retry") == (None if heals else "false")
     assert our_code not in ("rate_limit_exceeded", "overloaded") or int(headers["Retry-After"]) >= 1
-
-
-def complaint(code, message="new", **more):
-    return {"error": {"code": code, "message": message}, **more}
 
 
 AUTH, BROKEN, BAD_REQUEST = (403, "upstream_auth_error"), (502, "upstream_error"), (400, "invalid_value")
@@ -1195,7 +1273,11 @@ def to_zai(request, **environ):
 
 
 def user(content):
-    return {"messages": [{"role": "user", "content": content}]}
+    return {"role": "user", "content": content}
+
+
+def asking(content):
+    return {"messages": [user(content)]}
 
 
 def said_by(role, **fields):
@@ -1207,7 +1289,7 @@ def seeing(fields):
 
 
 def image_of(value):
-    return seeing(user([TEXT, {"type": "image_url", "image_url": value}]))
+    return seeing(asking([TEXT, {"type": "image_url", "image_url": value}]))
 
 
 def function(**fields):
@@ -1234,17 +1316,17 @@ BAD_REQUESTS = [
     (said_by("assistant", reasoning_content=5), "messages[0].reasoning_content"),
     (said_by("tool", content="x"), "messages[0].tool_call_id"),
     (said_by("tool", content="x", tool_call_id=5), "messages[0].tool_call_id"),
-    *((user([part]), "messages[0].content[0]") for part in (None, "x", 5, [])),
-    *((user([TEXT, part]), "messages[0].content[1].type")
+    *((asking([part]), "messages[0].content[0]") for part in (None, "x", 5, [])),
+    *((asking([TEXT, part]), "messages[0].content[1].type")
       for part in ({}, {"type": None}, {"type": 5}, AUDIO, {"type": "x"})),
-    *((user([{"type": "text", "text": value}]), "messages[0].content[0].text") for value in (None, 5, [])),
-    (user([{"type": "text"}]), "messages[0].content[0].text"),
+    *((asking([{"type": "text", "text": value}]), "messages[0].content[0].text") for value in (None, 5, [])),
+    (asking([{"type": "text"}]), "messages[0].content[0].text"),
     *((image_of(value), "messages[0].content[1].image_url") for value in (None, 5, [])),
     *((image_of(value), "messages[0].content[1].image_url.url") for value in ({}, {"url": 5})),
-    (user([TEXT, PICTURE]), "messages[0].content[1]"),
-    ({**user([PICTURE]), "model": "glm-5.2"}, "messages[0].content[0]"),
-    (user([TEXT, FILE]), "messages[0].content[1]"),
-    (seeing(user([FILE])), "messages[0].content[0]"),
+    (asking([TEXT, PICTURE]), "messages[0].content[1]"),
+    ({**asking([PICTURE]), "model": "glm-5.2"}, "messages[0].content[0]"),
+    (asking([TEXT, FILE]), "messages[0].content[1]"),
+    (seeing(asking([FILE])), "messages[0].content[0]"),
     *((said_by("assistant", tool_calls=value), "messages[0].tool_calls") for value in ("x", {"a": 1}, 5)),
     (said_by("assistant", tool_calls=["x"]), "messages[0].tool_calls[0]"),
     (said_by("assistant", tool_calls=[{**CALL, "id": None}]), "messages[0].tool_calls[0].id"),
@@ -1315,7 +1397,7 @@ def test_a_bad_request_is_a_400_that_names_the_parameter(fields, param):
 ])
 def test_media_that_a_model_does_not_take_are_refused_with_the_names_of_models_that_do(model, part, words):
     with pytest.raises(ztoapi.RequestError, match=words):
-        to_zai(chat_body(model=model, **user([TEXT, part])))
+        to_zai(chat_body(model=model, **asking([TEXT, part])))
 
 
 @pytest.mark.parametrize("name", [
@@ -1477,10 +1559,6 @@ FROM_TOOLS = {"type": "text", "text": "From the tool results:"}
 NO_PICTURE = {"type": "text", "text": "[image left out: GLM-4.6 takes text only]"}
 
 
-def spoken(*parts):
-    return {"role": "user", "content": list(parts)}
-
-
 def result(*parts):
     return {**RESULT, "content": list(parts)}
 
@@ -1488,17 +1566,17 @@ def result(*parts):
 # To add a case, add a row: a model that sees, OpenAI's messages, Z.ai's.
 @pytest.mark.parametrize("model", ["GLM-4.5V", "glm-5.3-flash", "glm-unheard-of"])
 @pytest.mark.parametrize("messages, expected", [
-    ([spoken(TEXT, PICTURE)], [spoken(TEXT, PICTURE)]),
-    ([spoken(PICTURE)], [spoken(PICTURE, {"type": "text", "text": "."})]),
-    ([spoken(PICTURE, NO_TEXT)], [spoken(PICTURE, {"type": "text", "text": "."})]),
-    ([spoken(TEXT, PICTURE), A, U], [spoken(TEXT, PICTURE), A, U]),
+    ([user([TEXT, PICTURE])], [user([TEXT, PICTURE])]),
+    ([user([PICTURE])], [user([PICTURE, {"type": "text", "text": "."}])]),
+    ([user([PICTURE, NO_TEXT])], [user([PICTURE, {"type": "text", "text": "."}])]),
+    ([user([TEXT, PICTURE]), A, U], [user([TEXT, PICTURE]), A, U]),
     ([calling(), result(TEXT, PICTURE), RESULT, U],
-     [calling(), {**RESULT, "content": TEXT["text"]}, RESULT, spoken(FROM_TOOLS, PICTURE), U]),
-    ([calling(), result(PICTURE)], [calling(), {**RESULT, "content": "(an image)"}, spoken(FROM_TOOLS, PICTURE)]),
+     [calling(), {**RESULT, "content": TEXT["text"]}, RESULT, user([FROM_TOOLS, PICTURE]), U]),
+    ([calling(), result(PICTURE)], [calling(), {**RESULT, "content": "(an image)"}, user([FROM_TOOLS, PICTURE])]),
     ([calling(), result(PICTURE), S, result(PICTURE), A, U, calling(), result(PICTURE), U],
      [calling(), {**RESULT, "content": "(an image)"}, S, {**RESULT, "content": "(an image)"},
-      spoken(FROM_TOOLS, PICTURE, PICTURE), A, U, calling(), {**RESULT, "content": "(an image)"},
-      spoken(FROM_TOOLS, PICTURE), U]),
+      user([FROM_TOOLS, PICTURE, PICTURE]), A, U, calling(), {**RESULT, "content": "(an image)"},
+      user([FROM_TOOLS, PICTURE]), U]),
 ])
 def test_a_model_that_sees_gets_the_pictures(model, messages, expected):
     body, _ = to_zai(chat_body(model=model, messages=messages))
@@ -1507,8 +1585,8 @@ def test_a_model_that_sees_gets_the_pictures(model, messages, expected):
 
 # To add a case, add a row: OpenAI's messages, Z.ai's, for GLM-4.6, which sees nothing.
 @pytest.mark.parametrize("messages, expected", [
-    ([spoken(TEXT, PICTURE), A, U], [{**U, "content": "What is it?\n" + NO_PICTURE["text"]}, A, U]),
-    ([spoken(PICTURE), calling(), RESULT], [{**U, "content": NO_PICTURE["text"]}, calling(), RESULT]),
+    ([user([TEXT, PICTURE]), A, U], [{**U, "content": "What is it?\n" + NO_PICTURE["text"]}, A, U]),
+    ([user([PICTURE]), calling(), RESULT], [{**U, "content": NO_PICTURE["text"]}, calling(), RESULT]),
     ([U, calling(), result(TEXT, PICTURE)],
      [U, calling(), {**RESULT, "content": "What is it?\n" + NO_PICTURE["text"]}]),
     ([U, calling(), result({"type": "image_url"})], [U, calling(), {**RESULT, "content": NO_PICTURE["text"]}]),
@@ -1529,7 +1607,7 @@ def test_who_is_no_user_shows_nothing(model, role, part):
 
 @pytest.mark.parametrize("model", ["glm-4.6", "glm-4.5v"])
 @pytest.mark.parametrize("part", [FILE, AUDIO, {"type": "x,y\r\n"}, {"type": "image_url", "image_url": 5}])
-@pytest.mark.parametrize("before", [lambda part: [spoken(TEXT, part), A], lambda part: [calling(), result(part)]])
+@pytest.mark.parametrize("before", [lambda part: [user([TEXT, part]), A], lambda part: [calling(), result(part)]])
 def test_what_stands_in_the_past_is_never_refused(model, part, before):
     body, _ = to_zai(chat_body(model=model, messages=[*before(part), U]))
     assert "left out" in json.dumps(body)
@@ -1542,7 +1620,7 @@ def test_what_stands_in_the_past_is_never_refused(model, part, before):
     ("glm-4.5v", FILE_URL),
 ])
 def test_a_file_goes_to_models_that_take_files(model, part):
-    assert to_zai(chat_body(model=model, **user([TEXT, part])))[0]["messages"] == [spoken(TEXT, part)]
+    assert to_zai(chat_body(model=model, **asking([TEXT, part])))[0]["messages"] == [user([TEXT, part])]
 
 
 ABSENT = "absent"
@@ -1842,40 +1920,30 @@ def test_clear_thinking_survives_whatever_else_is_said_about_thinking(model, fie
     assert body["thinking"] == {**expected, "clear_thinking": False}
 
 
-ODD = (
-    None, True, False, 0, -1, 1.5, 10**40, "", "x", "none", "\ud800\0", [], ["x"], [None], [[]], {}, {"type": "text"},
-    {"x": None})
-
-
-def mutated(value, rng):
-    """A deep copy in which one place holds something odd, or nothing."""
-    value = copy.deepcopy(value)
-    place, steps = value, rng.randrange(1, 8)
-    while True:
-        key = rng.choice(list(place) if isinstance(place, dict) else range(len(place)))
-        steps -= 1
-        if not steps or not isinstance(place[key], (dict, list)) or not place[key]:
-            break
-        place = place[key]
-    if rng.random() < 0.1:
-        del place[key]
-    else:
-        place[key] = rng.choice(ODD)
-    return value
-
-
-WHOLE = chat_body(
-    model="glm-4.5v", tools=[TOOL, SEARCH, {"type": "mcp"}], tool_choice=allowed("required", "get_weather"),
-    response_format={"type": "json_schema", "json_schema": {"schema": {"a": 1}}}, thinking={"type": "enabled"},
-    reasoning_effort="high", reasoning={"effort": "low"}, chat_template_kwargs={"thinking": True},
-    extra_body={"top_p": 0.5}, stop=["a"], user="somebody", stream_options={"include_usage": True}, temperature=1,
-    max_tokens=5, stream=True, messages=[
+# All that a request may hold.
+FULL_CHAT = chat_body(
+    model="glm-4.5v",
+    tools=[TOOL, SEARCH, {"type": "mcp"}],
+    tool_choice=allowed("required", "get_weather"),
+    response_format={"type": "json_schema", "json_schema": {"schema": {"a": 1}}},
+    thinking={"type": "enabled"},
+    reasoning_effort="high",
+    reasoning={"effort": "low"},
+    chat_template_kwargs={"thinking": True},
+    extra_body={"top_p": 0.5},
+    stop=["a"],
+    user="somebody",
+    stream_options={"include_usage": True},
+    temperature=1,
+    max_tokens=5,
+    stream=True,
+    messages=[
         {"role": "system", "content": [TEXT]},
-        {"role": "user", "content": [TEXT, PICTURE, FILE_URL]},
+        user([TEXT, PICTURE, FILE_URL]),
         {"role": "assistant", "content": None, "reasoning": "r", "tool_calls": [CALL]},
         {"role": "tool", "tool_call_id": "c1", "content": [TEXT, PICTURE]},
         {"role": "assistant", "content": "x", "reasoning_content": "r"},
-        {"role": "user", "content": [PICTURE]},
+        user([PICTURE]),
     ])
 
 
@@ -1883,7 +1951,7 @@ def test_no_request_is_odd_enough_for_anything_but_a_400():
     rng = random.Random(5)
     passed = 0
     for _ in range(4000):
-        request = mutated(WHOLE, rng)
+        request = mutated(FULL_CHAT, rng)
         try:
             ztoapi.encode_request(ztoapi.to_zai_request(request, Settings()).body)
             passed += 1
@@ -1917,7 +1985,7 @@ STRICT_JSON = [
     ('{"a":[1,-2.5e3,"\\u00e9"]}', {"a": [1, -2500.0, "\u00e9"]}), ("null", None), (" 1\n", 1),
     ("9" * 100, int("9" * 100)),
     *((text, ValueError) for text in (
-        "", "nul", "{", '{"a":1}x', "NaN", "Infinity", "-Infinity", "1e999", "-1e999", "9" * 101, "01", "'a'", '"\n"')),
+        "", "nul", "{", '{"a":1}x', "NaN", "Infinity", "-Infinity", "1e999", "-1e999", "9" * 101, "01", "1.", ".5", "0x1", "'a'", '"\n"')),
 ]
 
 
@@ -2279,11 +2347,6 @@ def receive(pieces, **options):
     return steps, failure
 
 
-def as_events(*values):
-    return b"".join(
-        value if isinstance(value, bytes) else b"data: " + json.dumps(value).encode() + b"\n\n" for value in values)
-
-
 def wire(data):
     """The bytes of the whole response for a body: of one JSON value, or of events, each in a chunk of its own."""
     if data.startswith(b"{"):
@@ -2519,22 +2582,22 @@ GOOD_ANSWERS = [
             reasoning="The user wants", usage=None)),
     # Events of many kinds
     ("OpenAI's own chunks",
-     as_events({"choices": [{"index": 0, "delta": {"role": "assistant", "content": "a"}, "finish_reason": None}],
+     sse({"choices": [{"index": 0, "delta": {"role": "assistant", "content": "a"}, "finish_reason": None}],
                 "usage": None},
                {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]},
                {"choices": [], "usage": USAGE}) + DONE,
      says("a")),
     ("no [DONE]", say("a") + FINISH, says("a")),
     ("no [DONE], no usage", say("a") + event(finish="stop"), says("a", usage=None)),
-    ("usage behind the finish, no [DONE]", say("a") + event(finish="stop") + as_events({"usage": USAGE}), says("a")),
+    ("usage behind the finish, no [DONE]", say("a") + event(finish="stop") + sse({"usage": USAGE}), says("a")),
     ("no last blank line", say("a") + FINISH.rstrip(b"\n"), says("a")),
     ("CRLF, comments, names and ids",
      b": hi\r\n\r\nevent: message\r\nid: 1\r\n" + (say("a") + ENDED).replace(b"\n", b"\r\n"), says("a")),
     ("choices null",
-     as_events(dict(MINIMAL, choices=None, usage=None)) + say("a") + as_events({"choices": None}) + say("b") + ENDED,
+     sse(dict(MINIMAL, choices=None, usage=None)) + say("a") + sse({"choices": None}) + say("b") + ENDED,
      says("ab")),
     ("choices of other kinds",
-     say("a") + as_events(*({"choices": choices} for choices in ([], [None], {}, "x", [{}], [{"delta": None}])), {})
+     say("a") + sse(*({"choices": choices} for choices in ([], [None], {}, "x", [{}], [{"delta": None}])), {})
      + say("b") + ENDED, says("ab")),
     ("events that are no objects",
      say("a") + b'data: 42\n\ndata: [1]\n\ndata: null\n\ndata: "x"\n\ndata: true\n\n' + say("b") + ENDED, says("ab")),
@@ -2545,13 +2608,13 @@ GOOD_ANSWERS = [
     ("another model, another id",
      event({"content": "a"}, model="glm-5.3") + event({"content": "b"}, id="x", created=1) + ENDED, says("ab")),
     ("fields of the wrong kind",
-     as_events({"choices": [{"delta": {"content": 5, "reasoning_content": {}, "tool_calls": "x"}}]},
+     sse({"choices": [{"delta": {"content": 5, "reasoning_content": {}, "tool_calls": "x"}}]},
                {"choices": [{"delta": {"tool_calls": [5, None]}}]})
      + say("a")
-     + as_events({"choices": [{"delta": {"content": ["b"]}}]}, {"choices": [{"delta": {"content": {"b": 1}}}]})
+     + sse({"choices": [{"delta": {"content": ["b"]}}]}, {"choices": [{"delta": {"content": {"b": 1}}}]})
      + ENDED, says("a")),
     ("text after the finish", say("a") + FINISH + say("b") + ENDED, says("a")),
-    ("an error after the finish", say("a") + FINISH + as_events({"error": {"code": "500", "message": "x"}}), says("a")),
+    ("an error after the finish", say("a") + FINISH + sse({"error": {"code": "500", "message": "x"}}), says("a")),
     ("content and reasoning in turn", say("a") + think("r") + say("b") + think("s") + ENDED, says("ab", "rs")),
     ("content and reasoning in one event",
      say("a") + event({"reasoning_content": "r", "content": "b"}) + event({"content": "c", "reasoning_content": "s"})
@@ -2571,7 +2634,7 @@ GOOD_ANSWERS = [
      say("a")
      + event({"role": "user", "content": ""}, "sensitive", USAGE, content_filter=[{"role": "user", "level": 0}])
      + DONE, says("a", finish="content_filter")),
-    ("finish empty, then real", as_events({"choices": [{"delta": {"content": "a"}, "finish_reason": ""}]}) + ENDED,
+    ("finish empty, then real", sse({"choices": [{"delta": {"content": "a"}, "finish_reason": ""}]}) + ENDED,
      says("a")),
     ("stop after a call", call() + ENDED, asks(RAIN)),
     ("length within a call", calls_in(item("get_weather", '{"ci', id="c", index=0)) + finished("length"),
@@ -2586,7 +2649,7 @@ GOOD_ANSWERS = [
      says("a", usage=counts(1, 0, 1, reasoning=0))),
     ("usage on every event", event({"content": "a"}, usage=counts(1, 1, 2)) + ENDED, says("a")),
     ("usage before the finish only", event({"content": "a"}, usage=USAGE) + event(finish="stop") + DONE, says("a")),
-    ("usage null", say("a") + as_events({"choices": [{"delta": {}, "finish_reason": "stop"}], "usage": None}) + DONE,
+    ("usage null", say("a") + sse({"choices": [{"delta": {}, "finish_reason": "stop"}], "usage": None}) + DONE,
      says("a", usage=None)),
     *((f"usage of {str(odd):.12}", say("a") + finished("stop", counts(1, odd, 5)), says("a", usage=counts(1, 0, 5)))
       for odd in (-1, 10**12, 10**400, 1.5, "7", True, None, [7], float("nan"), float("inf"))),
@@ -2722,7 +2785,7 @@ GOOD_ANSWERS = [
     # Texts that must arrive as they are
     ("U+2028, NUL and astral", say("a\u2028b\u2029\u0085\0") + say("\U0001f600 \"\\\n") + ENDED,
      says("a\u2028b\u2029\u0085\0\U0001f600 \"\\\n")),
-    ("lone surrogates", as_events(b'data: {"choices":[{"delta":{"content":"\\ud83d \\udfff"}}]}\n\n') + ENDED,
+    ("lone surrogates", sse(b'data: {"choices":[{"delta":{"content":"\\ud83d \\udfff"}}]}\n\n') + ENDED,
      says("\ud83d \udfff")),
     ("data: in the text", say("the line\ndata: {\"a\":1}\n\ndata: [DONE]\n\n") + say(" data: x") + ENDED,
      says("the line\ndata: {\"a\":1}\n\ndata: [DONE]\n\n data: x")),
@@ -2779,10 +2842,6 @@ WRONG_PATH = b'{"code":500,"msg":"404 NOT_FOUND","success":false}'
 KEY_REFUSED = '{"code":1000,"msg":"身份验证失败。","success":false}'.encode()
 
 
-def error_event(code, **more):
-    return as_events(dict({"error": {"code": code, "message": "new"}}, **more))
-
-
 # Failures in an answer with status 200. To add a case, add a row: what is wrong, what Z.ai sends, the code of the
 # error, what is to be done while nothing has been sent.
 FAILURES = [
@@ -2796,7 +2855,7 @@ FAILURES = [
     ("a plan at its limit", PLAN_AT_ITS_LIMIT, "upstream_error", TRY_AGAIN),
     ("stop, no usage", event(finish="stop") + DONE, "upstream_error", TRY_AGAIN),
     ("nothing but line ends", say("\n") + think("\n") + PLAN_AT_ITS_LIMIT, "upstream_error", TRY_AGAIN),
-    ("an empty JSON answer", as_events({"choices": [{"message": {"content": ""}, "finish_reason": "stop"}]})[6:-2],
+    ("an empty JSON answer", sse({"choices": [{"message": {"content": ""}, "finish_reason": "stop"}]})[6:-2],
      "upstream_error", TRY_AGAIN),
     ("tool_calls without a call", say("a") + TOOLS_END, "upstream_error", TRY_AGAIN),
     ("tool_calls without a call at all", TOOLS_END, "upstream_error", TRY_AGAIN),
@@ -2827,7 +2886,7 @@ FAILURES = [
     ("no finish", think("a") + say("b"), "upstream_error", TRY_AGAIN),
     ("no finish but [DONE]", say("b") + DONE, "upstream_error", TRY_AGAIN),
     ("no finish after a call", call() + DONE, "upstream_error", TRY_AGAIN),
-    ("no finish but usage", say("a") + as_events({"choices": [], "usage": USAGE}) + DONE, "upstream_error", TRY_AGAIN),
+    ("no finish but usage", say("a") + sse({"choices": [], "usage": USAGE}) + DONE, "upstream_error", TRY_AGAIN),
     ("cut in the finish", say("b") + FINISH[:-30], "upstream_error", TRY_AGAIN),
     ("nothing", b"", "upstream_error", TRY_AGAIN),
     ("nothing but [DONE]", DONE, "upstream_error", TRY_AGAIN),
@@ -3492,8 +3551,8 @@ STREAMS = [
     (UNSAID, "*/*", "async-openai", "true", False), (None, "*/*", "curl/8", "true", True),
     (None, "application/json", "x", "true", False), (None, "*/*", "curl/8", "false", False),
     *((UNSAID, "*/*", agent, "true", False) for agent in (
-        "node", "undici", "Go-http-client/1.1", "langchaingo/0.1", "Java/17", "okhttp/4.9", "Apache-HttpClient/5",
-        "lm15")),
+        "node", "undici", "Go-http-client/1.1", "langchaingo/0.1", "Java/17", "Java-http-client/21.0.2", "okhttp/4.9",
+        "Apache-HttpClient/5", "lm15", "ai-sdk/openai/2.0 runtime/node.js")),
     *((UNSAID, "*/*", agent, "true", True) for agent in ("node-fetch/1.0", "python-requests/2.31")),
 ]
 
@@ -3706,28 +3765,6 @@ def test_leaked_calls_have_a_bound():
 
 # Any event that is odd
 
-ODDITIES = (None, True, False, 0, -1, 1.5, 10**40, "", "x", "none", "\ud800\0", [], ["x"], [None], [[]], {},
-       {"type": "text"}, {"x": None}, "<tool_call>", "get_time<arg_key>")
-
-
-def with_an_oddity(value, rng):
-    """A deep copy in which one place holds something odd, or nothing."""
-    value = copy.deepcopy(value)
-    place = value
-    steps = rng.randrange(1, 8)
-    while True:
-        key = rng.choice(list(place) if isinstance(place, dict) else range(len(place)))
-        steps -= 1
-        if not steps or not isinstance(place[key], (dict, list)) or not place[key]:
-            break
-        place = place[key]
-    if rng.random() < 0.1:
-        del place[key]
-    else:
-        place[key] = rng.choice(ODDITIES)
-    return value
-
-
 def test_no_event_is_odd_enough_to_break_the_wire():
     """Whatever Z.ai may send: an error of ours, or an answer that keeps every rule."""
     rng = random.Random(7)
@@ -3736,8 +3773,8 @@ def test_no_event_is_odd_enough_to_break_the_wire():
     samples += say(leak("get_weather" + CITY)) + say("```json\n{") + say("st")
     good = [json.loads(text) for text in decode_events([samples]) if text != "[DONE]"]
     for _ in range(3000):
-        values = [with_an_oddity(value, rng) if rng.random() < 0.5 else value for value in rng.sample(good, 6)]
-        data = as_events(*values) + (ENDED if rng.random() < 0.8 else b"")
+        values = [mutated(value, rng) if rng.random() < 0.5 else value for value in rng.sample(good, 6)]
+        data = sse(*values) + (ENDED if rng.random() < 0.8 else b"")
         options = rng.choice(({}, {"unfence": True}, {"one_call": True}, {"stop": ("stop", "x")}))
         try:
             steps, failure = receive([wire(data)], tools=WEATHER, **options)
@@ -3780,7 +3817,7 @@ def test_no_byte_is_odd_enough_to_break_the_wire():
 Step = ztoapi.Step
 TOLD_USAGE = {"prompt_tokens": 50, "completion_tokens": 4, "total_tokens": 54,
               "prompt_tokens_details": {"cached_tokens": 20}, "completion_tokens_details": {"reasoning_tokens": 2}}
-FRONT_PICTURE = "data:image/png;base64,AAAA"
+PNG_URL = "data:image/png;base64,AAAA"
 ANY_TOOLS = [{"type": "function", "name": "f", "parameters": {}}, {"type": "custom", "name": "patch"},
              {"type": "namespace", "name": "mcp__tiny", "tools": [{"type": "function", "name": "g"}]}]
 
@@ -3796,10 +3833,6 @@ def read_messages(settings=None, **body):
 
 def read_responses(settings=None, by=None, **body):
     return ztoapi.Responses.read({"model": "glm-4.6v", "input": "Hi", **body}, by or caller(), settings or Settings())
-
-
-def front_to_zai(request, settings=None):
-    return ztoapi.to_zai_request(request, settings or Settings())
 
 
 def called(index, id, name, text=""):
@@ -3936,16 +3969,12 @@ MESSAGES_CHANGES = [
 @pytest.mark.parametrize("fields,expected", MESSAGES_CHANGES)
 def test_messages_drops_by_name_what_chat_does_not_have(fields, expected):
     front, request = read_messages(**fields)
-    asked = front_to_zai(request)
-    assert {*front.changed, *asked.changed} == expected
-    assert not {"top_k", "container", "invented", "context_management"} & set(asked.body)
+    result = asked(request)
+    assert {*front.changed, *result.changed} == expected
+    assert not {"top_k", "container", "invented", "context_management"} & set(result.body)
 
 
 # Short names for what the cases below are made of.
-def front_user(content):
-    return {"role": "user", "content": content}
-
-
 def system(content):
     return {"role": "system", "content": content}
 
@@ -3964,7 +3993,7 @@ def output(id, content):
     return {"role": "tool", "content": content, "tool_call_id": id}
 
 
-def image(url=FRONT_PICTURE):
+def image(url=PNG_URL):
     return {"type": "image_url", "image_url": {"url": url}}
 
 
@@ -3976,7 +4005,7 @@ def use(id, name="f", input=None):
     return {"type": "tool_use", "id": id, "name": name, "input": input or {}}
 
 
-def front_result(id, *content, **more):
+def tool_result(id, *content, **more):
     return {"type": "tool_result", "tool_use_id": id, "content": content[0] if content else None, **more}
 
 
@@ -3988,63 +4017,63 @@ PNG = source("image", type="base64", media_type="image/png", data="AAAA")
 BILLED = text("x-anthropic-billing-header: cc_version=2.1")
 # To add a case, add a row: system, messages, what Z.ai gets. The model sees.
 CLAUDE_HISTORIES = [
-    ("Be brief.", [front_user("a")], [system("Be brief."), front_user("a")]),
-    ([BILLED, dict(text("Be brief."), cache_control={})], [front_user("a")], [system("Be brief."), front_user("a")]),
+    ("Be brief.", [user("a")], [system("Be brief."), user("a")]),
+    ([BILLED, dict(text("Be brief."), cache_control={})], [user("a")], [system("Be brief."), user("a")]),
     # Claude Code's order.
-    (None, [front_user([text("a")]), system("s"), front_user("b")], [front_user("a"), system("s"), front_user("b")]),
-    (None, [front_user([text("a"), PNG])], [front_user([text("a"), image()])]),
-    (None, [front_user([source("image", type="url", url="http://x/y.png"), text("a")])],
-     [front_user([image("http://x/y.png"), text("a")])]),
-    (None, [front_user([source("document", type="text", data="D", media_type="text/plain")])], [front_user("D")]),
-    (None, [front_user([source("document", type="content", content=[text("D"), text("E")])])], [front_user("D\nE")]),
-    (None, [front_user([source("document", type="url", url="http://x/y.pdf"), text("a")])],
-     [front_user([{"type": "file_url", "file_url": {"url": "http://x/y.pdf"}}, text("a")])]),
+    (None, [user([text("a")]), system("s"), user("b")], [user("a"), system("s"), user("b")]),
+    (None, [user([text("a"), PNG])], [user([text("a"), image()])]),
+    (None, [user([source("image", type="url", url="http://x/y.png"), text("a")])],
+     [user([image("http://x/y.png"), text("a")])]),
+    (None, [user([source("document", type="text", data="D", media_type="text/plain")])], [user("D")]),
+    (None, [user([source("document", type="content", content=[text("D"), text("E")])])], [user("D\nE")]),
+    (None, [user([source("document", type="url", url="http://x/y.pdf"), text("a")])],
+     [user([{"type": "file_url", "file_url": {"url": "http://x/y.pdf"}}, text("a")])]),
     # GLM-4.6V takes no such file; the conversation goes on all the same.
-    (None, [front_user([source("document", type="base64", media_type="application/pdf", data="AA"), text("a")])],
-     [front_user("[file left out: GLM-4.6V takes no such file]\na")]),
-    (None, [front_user([{"type": "search_result", "source": "s", "title": "t", "content": [text("S")]}])], [front_user("S")]),
-    (None, [front_user("a"), {"role": "assistant", "content": [
+    (None, [user([source("document", type="base64", media_type="application/pdf", data="AA"), text("a")])],
+     [user("[file left out: GLM-4.6V takes no such file]\na")]),
+    (None, [user([{"type": "search_result", "source": "s", "title": "t", "content": [text("S")]}])], [user("S")]),
+    (None, [user("a"), {"role": "assistant", "content": [
         {"type": "thinking", "thinking": "T", "signature": ""}, {"type": "redacted_thinking", "data": "x"},
         text("b"), use("1", input={"q": 1}), use("2")]},
-        front_user([front_result("1", "one"), front_result("2", [text("two"), PNG]), text("c")])],
-     [front_user("a"), assistant("b", [("1", "f", '{"q":1}'), ("2", "f", "{}")], "T"), output("1", "one"), output("2", "two"),
-      front_user([text("From the tool results:"), image()]), front_user("c")]),
+        user([tool_result("1", "one"), tool_result("2", [text("two"), PNG]), text("c")])],
+     [user("a"), assistant("b", [("1", "f", '{"q":1}'), ("2", "f", "{}")], "T"), output("1", "one"), output("2", "two"),
+      user([text("From the tool results:"), image()]), user("c")]),
     # Results in the wrong order, one that is missing, one that is nobody's.
-    (None, [front_user("a"), {"role": "assistant", "content": [use("1"), use("2"), use("3")]},
-            front_user([front_result("3", "three"), front_result("1"), front_result("9", "nine")])],
-     [front_user("a"), assistant("", [("1", "f", "{}"), ("2", "f", "{}"), ("3", "f", "{}")]), output("1", "(no output)"),
-      output("2", "(no output)"), output("3", "three"), front_user("Output of the tool call 9:\nnine")]),
-    (None, [front_user("a"), {"role": "assistant", "content": [use("1")]}, front_user([front_result("1", "No.", is_error=True)])],
-     [front_user("a"), assistant("", [("1", "f", "{}")]), output("1", "Error:\nNo.")]),
-    (None, [front_user("a"), {"role": "assistant", "content": [use("1")]}, front_user([front_result("1", "An error!", is_error=True)])],
-     [front_user("a"), assistant("", [("1", "f", "{}")]), output("1", "An error!")]),
+    (None, [user("a"), {"role": "assistant", "content": [use("1"), use("2"), use("3")]},
+            user([tool_result("3", "three"), tool_result("1"), tool_result("9", "nine")])],
+     [user("a"), assistant("", [("1", "f", "{}"), ("2", "f", "{}"), ("3", "f", "{}")]), output("1", "(no output)"),
+      output("2", "(no output)"), output("3", "three"), user("Output of the tool call 9:\nnine")]),
+    (None, [user("a"), {"role": "assistant", "content": [use("1")]}, user([tool_result("1", "No.", is_error=True)])],
+     [user("a"), assistant("", [("1", "f", "{}")]), output("1", "Error:\nNo.")]),
+    (None, [user("a"), {"role": "assistant", "content": [use("1")]}, user([tool_result("1", "An error!", is_error=True)])],
+     [user("a"), assistant("", [("1", "f", "{}")]), output("1", "An error!")]),
     # A system message between a call and its result waits.
-    (None, [front_user("a"), {"role": "assistant", "content": [use("1")]}, system("s"), front_user([front_result("1", "one")])],
-     [front_user("a"), assistant("", [("1", "f", "{}")]), output("1", "one"), system("s")]),
+    (None, [user("a"), {"role": "assistant", "content": [use("1")]}, system("s"), user([tool_result("1", "one")])],
+     [user("a"), assistant("", [("1", "f", "{}")]), output("1", "one"), system("s")]),
     # The beginning of an answer.
-    (None, [front_user("a"), {"role": "assistant", "content": "b"}], [front_user("a"), assistant("b")]),
-    (None, [front_user("a"), {"role": "assistant", "content": "b"}, {"role": "assistant", "content": "c"}, front_user("d")],
-     [front_user("a"), assistant("b\n\nc"), front_user("d")]),
+    (None, [user("a"), {"role": "assistant", "content": "b"}], [user("a"), assistant("b")]),
+    (None, [user("a"), {"role": "assistant", "content": "b"}, {"role": "assistant", "content": "c"}, user("d")],
+     [user("a"), assistant("b\n\nc"), user("d")]),
 ]
 
 
 @pytest.mark.parametrize("prompt,messages,expected", CLAUDE_HISTORIES)
 def test_a_conversation_of_messages_becomes_one_of_chat(prompt, messages, expected):
     _, request = read_messages(system=prompt, messages=messages)
-    assert front_to_zai(request).body["messages"] == expected
+    assert asked(request).body["messages"] == expected
 
 
 def test_a_picture_never_ends_a_conversation_with_a_model_that_sees_none():
-    front, request = read_messages(model="glm-4.6", messages=[front_user([PNG, text("a")])])
-    assert front_to_zai(request).body["messages"] == [front_user("[image left out: GLM-4.6 takes text only]\na")]
+    front, request = read_messages(model="glm-4.6", messages=[user([PNG, text("a")])])
+    assert asked(request).body["messages"] == [user("[image left out: GLM-4.6 takes text only]\na")]
     assert "image" in front.changed
 
 
 # To add a case, add a row: fields of a request that Messages refuses.
 BAD_MESSAGES = [
     {"messages": None}, {"messages": 5}, {"messages": [5]}, {"messages": [{"role": 5, "content": "a"}]},
-    {"messages": [{"role": "user"}]}, {"messages": [front_user([5])]}, {"messages": [front_user([{"type": []}])]},
-    {"messages": [front_user([{"type": "text"}])]}, {"messages": [front_user([front_result([], "a")])]},
+    {"messages": [{"role": "user"}]}, {"messages": [user([5])]}, {"messages": [user([{"type": []}])]},
+    {"messages": [user([{"type": "text"}])]}, {"messages": [user([tool_result([], "a")])]},
     {"messages": [{"role": "assistant", "content": [use("1", name=5)]}]},
     {"messages": [{"role": "assistant", "content": [use(["1"])]}]},
     {"messages": [{"role": "assistant", "content": [{"type": "thinking", "thinking": 5}]}]},
@@ -4061,7 +4090,7 @@ BAD_MESSAGES = [
 @pytest.mark.parametrize("fields", BAD_MESSAGES)
 def test_messages_refuses_what_cannot_be(fields):
     with pytest.raises(RequestError) as caught:
-        front_to_zai(read_messages(**fields)[1])
+        asked(read_messages(**fields)[1])
     assert ztoapi.Messages.status(caught.value) == 400
 
 
@@ -4279,9 +4308,9 @@ def test_a_choice_among_tools():
     allowed = [{"type": "function", "name": "g"}, {"type": "web_search"}]
     choice = {"type": "allowed_tools", "mode": "required", "tools": allowed}
     _, request = read_responses(tools=tools, tool_choice=choice)
-    asked = front_to_zai(request)
-    assert [tool["function"]["name"] for tool in asked.body["tools"]] == ["g"]
-    assert "calling the tool g" in asked.body["messages"][0]["content"]
+    result = asked(request)
+    assert [tool["function"]["name"] for tool in result.body["tools"]] == ["g"]
+    assert "calling the tool g" in result.body["messages"][0]["content"]
 
 
 # To add a case, add a row: fields of a request, what x-ztoapi-changed says of them.
@@ -4294,7 +4323,7 @@ RESPONSES_CHANGES = [
     ({"tools": [{"type": "web_search", "external_web_access": False}, {"type": "local_shell"}]},
      {"web_search", "local_shell"}),
     ({"tools": [{"type": "function", "name": "f", "description": None, "strict": False}]}, set()),
-    ({"input": [front_user("a"), {"type": "web_search_call", "id": "ws_1"}, {"type": "invented"}]},
+    ({"input": [user("a"), {"type": "web_search_call", "id": "ws_1"}, {"type": "invented"}]},
      {"web_search_call", "invented"}),
 ]
 
@@ -4302,16 +4331,17 @@ RESPONSES_CHANGES = [
 @pytest.mark.parametrize("fields,expected", RESPONSES_CHANGES)
 def test_responses_drops_by_name_what_chat_does_not_have(fields, expected):
     front, request = read_responses(**fields)
-    asked = front_to_zai(request)
-    assert {*front.changed, *asked.changed} == expected
-    assert "invented" not in asked.body and not asked.body.get("tools", [{}])[0].get("external_web_access")
+    result = asked(request)
+    assert {*front.changed, *result.changed} == expected
+    assert "invented" not in result.body
+    assert not result.body.get("tools", [{}])[0].get("external_web_access")
 
 
 def message(role, *parts):
     return {"type": "message", "role": role, "content": list(parts)}
 
 
-def front_said(words):
+def output_message(words):
     return message("assistant", {"type": "output_text", "text": words, "annotations": []})
 
 
@@ -4319,7 +4349,7 @@ def thought(words, **more):
     return {"type": "reasoning", "id": "rs_1", "summary": [{"type": "summary_text", "text": words}], **more}
 
 
-def front_call(id, name="f", text="{}", **more):
+def function_call(id, name="f", text="{}", **more):
     return {"type": "function_call", "id": "fc_1", "call_id": id, "name": name, "arguments": text, **more}
 
 
@@ -4327,71 +4357,71 @@ def gave(id, content, kind="function_call_output"):
     return {"type": kind, "call_id": id, "output": content}
 
 
-INPUT_IMAGE = {"type": "input_image", "image_url": FRONT_PICTURE, "detail": "high"}
+INPUT_IMAGE = {"type": "input_image", "image_url": PNG_URL, "detail": "high"}
 ONE_CALL = assistant("", [("1", "f", "{}")])
 # To add a case, add a row: input items, what Z.ai gets. The model sees.
 INPUTS = [
-    ("a", [front_user("a")]),
-    ([front_user("a")], [front_user("a")]),
-    ([message("developer", {"type": "input_text", "text": "d"}), front_user("a")], [system("d"), front_user("a")]),
-    ([message("user", {"type": "input_text", "text": "a"}, INPUT_IMAGE)], [front_user([text("a"), image()])]),
+    ("a", [user("a")]),
+    ([user("a")], [user("a")]),
+    ([message("developer", {"type": "input_text", "text": "d"}), user("a")], [system("d"), user("a")]),
+    ([message("user", {"type": "input_text", "text": "a"}, INPUT_IMAGE)], [user([text("a"), image()])]),
     ([message("user", {"type": "input_file", "file_url": "http://x/y.pdf"}, {"type": "input_text", "text": "a"})],
-     [front_user([{"type": "file_url", "file_url": {"url": "http://x/y.pdf"}}, text("a")])]),
+     [user([{"type": "file_url", "file_url": {"url": "http://x/y.pdf"}}, text("a")])]),
     ([message("user", {"type": "input_file", "filename": "f.pdf", "file_data": "AA"})],
-     [front_user("[file left out: GLM-4.6V takes no such file]")]),
+     [user("[file left out: GLM-4.6V takes no such file]")]),
     # Codex's second turn.
-    ([front_user("a"), thought("T"), front_said("b"), front_call("1"), front_call("2"), gave("1", "one"), gave("2", "two")],
-     [front_user("a"), assistant("b", [("1", "f", "{}"), ("2", "f", "{}")], "T"), output("1", "one"), output("2", "two")]),
-    ([front_user("a"), thought("T", encrypted_content="ztoapi:whole T"), front_said("b"), front_user("c")],
-     [front_user("a"), assistant("b", thinking="whole T"), front_user("c")]),
-    ([front_user("a"), thought("T", encrypted_content="gAAAA"), front_said("b"), front_user("c")],
-     [front_user("a"), assistant("b", thinking="T"), front_user("c")]),
-    ([front_user("a"), thought("T", content=[{"type": "reasoning_text", "text": "U"}]), front_said("b"), front_user("c")],
-     [front_user("a"), assistant("b", thinking="U"), front_user("c")]),
-    ([front_user("a"), thought("T"), thought("U"), front_said("b"), front_said("c"), front_user("d")],
-     [front_user("a"), assistant("b\n\nc", thinking="T\n\nU"), front_user("d")]),
-    ([front_user("a"), thought("T"), front_user("b")], [front_user("a"), front_user("b")]),
+    ([user("a"), thought("T"), output_message("b"), function_call("1"), function_call("2"), gave("1", "one"), gave("2", "two")],
+     [user("a"), assistant("b", [("1", "f", "{}"), ("2", "f", "{}")], "T"), output("1", "one"), output("2", "two")]),
+    ([user("a"), thought("T", encrypted_content="ztoapi:whole T"), output_message("b"), user("c")],
+     [user("a"), assistant("b", thinking="whole T"), user("c")]),
+    ([user("a"), thought("T", encrypted_content="gAAAA"), output_message("b"), user("c")],
+     [user("a"), assistant("b", thinking="T"), user("c")]),
+    ([user("a"), thought("T", content=[{"type": "reasoning_text", "text": "U"}]), output_message("b"), user("c")],
+     [user("a"), assistant("b", thinking="U"), user("c")]),
+    ([user("a"), thought("T"), thought("U"), output_message("b"), output_message("c"), user("d")],
+     [user("a"), assistant("b\n\nc", thinking="T\n\nU"), user("d")]),
+    ([user("a"), thought("T"), user("b")], [user("a"), user("b")]),
     # What comes between a call and its output waits.
-    ([front_user("a"), front_call("1"), message("developer", text("d")), gave("1", "one"), front_user("b")],
-     [front_user("a"), ONE_CALL, output("1", "one"), system("d"), front_user("b")]),
-    ([front_user("a"), front_call("1"), front_call("2"), gave("2", "two"), front_user("b"), gave("1", "one")],
-     [front_user("a"), assistant("", [("1", "f", "{}"), ("2", "f", "{}")]), output("1", "one"), output("2", "two"),
-      front_user("b")]),
-    ([front_user("a"), front_call("1"), gave("1", "one"), front_call("2"), gave("2", "two")],
-     [front_user("a"), ONE_CALL, output("1", "one"), assistant("", [("2", "f", "{}")]), output("2", "two")]),
-    ([front_user("a"), front_call("1"), front_user("b")], [front_user("a"), ONE_CALL, output("1", "(no output)"), front_user("b")]),
-    ([front_user("a"), gave("1", "one")], [front_user("a"), front_user("Output of the tool call 1:\none")]),
-    ([front_user("a"), front_call("1"), gave("1", [{"type": "input_text", "text": "x"}, {"type": "input_text", "text": "y"}])],
-     [front_user("a"), ONE_CALL, output("1", "x\ny")]),
-    ([front_user("a"), front_call("1"), gave("1", [INPUT_IMAGE])],
-     [front_user("a"), ONE_CALL, output("1", "(an image)"), front_user([text("From the tool results:"), image()])]),
-    ([front_user("a"), front_call("1", "g", namespace="mcp__tiny"), gave("1", "one")],
-     [front_user("a"), assistant("", [("1", "mcp__tiny__g", "{}")]), output("1", "one")]),
-    ([front_user("a"), front_call("1", namespace="functions"), gave("1", "one")], [front_user("a"), ONE_CALL, output("1", "one")]),
-    ([front_user("a"), {"type": "custom_tool_call", "call_id": "1", "name": "f", "input": "x"},
+    ([user("a"), function_call("1"), message("developer", text("d")), gave("1", "one"), user("b")],
+     [user("a"), ONE_CALL, output("1", "one"), system("d"), user("b")]),
+    ([user("a"), function_call("1"), function_call("2"), gave("2", "two"), user("b"), gave("1", "one")],
+     [user("a"), assistant("", [("1", "f", "{}"), ("2", "f", "{}")]), output("1", "one"), output("2", "two"),
+      user("b")]),
+    ([user("a"), function_call("1"), gave("1", "one"), function_call("2"), gave("2", "two")],
+     [user("a"), ONE_CALL, output("1", "one"), assistant("", [("2", "f", "{}")]), output("2", "two")]),
+    ([user("a"), function_call("1"), user("b")], [user("a"), ONE_CALL, output("1", "(no output)"), user("b")]),
+    ([user("a"), gave("1", "one")], [user("a"), user("Output of the tool call 1:\none")]),
+    ([user("a"), function_call("1"), gave("1", [{"type": "input_text", "text": "x"}, {"type": "input_text", "text": "y"}])],
+     [user("a"), ONE_CALL, output("1", "x\ny")]),
+    ([user("a"), function_call("1"), gave("1", [INPUT_IMAGE])],
+     [user("a"), ONE_CALL, output("1", "(an image)"), user([text("From the tool results:"), image()])]),
+    ([user("a"), function_call("1", "g", namespace="mcp__tiny"), gave("1", "one")],
+     [user("a"), assistant("", [("1", "mcp__tiny__g", "{}")]), output("1", "one")]),
+    ([user("a"), function_call("1", namespace="functions"), gave("1", "one")], [user("a"), ONE_CALL, output("1", "one")]),
+    ([user("a"), {"type": "custom_tool_call", "call_id": "1", "name": "f", "input": "x"},
       gave("1", "one", "custom_tool_call_output")],
-     [front_user("a"), assistant("", [("1", "f", '{"input":"x"}')]), output("1", "one")]),
-    ([front_user("a"), message("assistant", {"type": "refusal", "refusal": "No."}), front_user("b")],
-     [front_user("a"), assistant("No."), front_user("b")]),
-    ([{"type": "compaction", "encrypted_content": "So far."}, front_user("a")], [front_user("So far."), front_user("a")]),
-    ([{"type": "item_reference", "id": "rs_unknown"}, front_user("a")], [front_user("a")]),
+     [user("a"), assistant("", [("1", "f", '{"input":"x"}')]), output("1", "one")]),
+    ([user("a"), message("assistant", {"type": "refusal", "refusal": "No."}), user("b")],
+     [user("a"), assistant("No."), user("b")]),
+    ([{"type": "compaction", "encrypted_content": "So far."}, user("a")], [user("So far."), user("a")]),
+    ([{"type": "item_reference", "id": "rs_unknown"}, user("a")], [user("a")]),
 ]
 
 
 @pytest.mark.parametrize("items,expected", INPUTS)
 def test_the_input_of_responses_becomes_a_conversation_of_chat(items, expected):
     _, request = read_responses(input=items)
-    assert front_to_zai(request).body["messages"] == expected
+    assert asked(request).body["messages"] == expected
     _, request = read_responses(input=items, instructions="Be brief.")
-    assert front_to_zai(request).body["messages"] == [system("Be brief."), *expected]
+    assert asked(request).body["messages"] == [system("Be brief."), *expected]
 
 
 def test_a_picture_in_an_output_never_ends_a_conversation():
-    front, request = read_responses(model="glm-4.6", input=[front_user("a"), front_call("1"), gave("1", [INPUT_IMAGE])])
-    assert front_to_zai(request).body["messages"][-1] == output("1", "[image left out: GLM-4.6 takes text only]")
+    front, request = read_responses(model="glm-4.6", input=[user("a"), function_call("1"), gave("1", [INPUT_IMAGE])])
+    assert asked(request).body["messages"][-1] == output("1", "[image left out: GLM-4.6 takes text only]")
     assert "image" in front.changed
     _, request = read_responses(model="glm-4.6", input=[message("user", INPUT_IMAGE)])
-    assert front_to_zai(request).body["messages"] == [front_user("[image left out: GLM-4.6 takes text only]")]
+    assert asked(request).body["messages"] == [user("[image left out: GLM-4.6 takes text only]")]
 
 
 def test_tools_of_responses_are_functions():
@@ -4400,8 +4430,8 @@ def test_tools_of_responses_are_functions():
     tools = [*ANY_TOOLS, {"type": "custom", "name": "exec", "description": "Runs.", "format": grammar},
              {"type": "namespace", "name": "functions", "tools": [{"type": "function", "name": "h"}]},
              {"type": "function", "name": "a.b"}, {"type": "function", "name": "x" * 80}]
-    _, request = read_responses(tools=tools, input=[more, front_user("a")])
-    functions = [tool["function"] for tool in front_to_zai(request).body["tools"]]
+    _, request = read_responses(tools=tools, input=[more, user("a")])
+    functions = [tool["function"] for tool in asked(request).body["tools"]]
     names = [function["name"] for function in functions]
     assert names[:5] == ["f", "patch", "mcp__tiny__g", "exec", "h"] and names[-1] == "late"
     assert re.fullmatch("a_b_[0-9a-f]{8}", names[5]) and re.fullmatch("x{55}_[0-9a-f]{8}", names[6])
@@ -4447,9 +4477,9 @@ BAD_RESPONSES = [
     ({"prompt": {"id": "p"}}, "prompt"), ({"background": True}, "background"), ({"input": None}, "input"),
     ({"input": 5}, "input"), ({"input": [5]}, "input"), ({"input": [{"type": 5}]}, "input.type"),
     ({"input": [{"role": "user"}]}, "content"), ({"input": [{"content": "a"}]}, "input.role"),
-    ({"input": [{"role": "user", "content": [5]}]}, "content"), ({"input": [front_call(5)]}, "input.call_id"),
-    ({"input": [front_call([])]}, "input.call_id"), ({"input": [front_call("1", 5)]}, "tools.name"),
-    ({"input": [front_call("1", namespace=5)]}, "tools.namespace"),
+    ({"input": [{"role": "user", "content": [5]}]}, "content"), ({"input": [function_call(5)]}, "input.call_id"),
+    ({"input": [function_call([])]}, "input.call_id"), ({"input": [function_call("1", 5)]}, "tools.name"),
+    ({"input": [function_call("1", namespace=5)]}, "tools.namespace"),
     ({"input": [gave([], "a")]}, "input.call_id"), ({"input": [gave("1", {})]}, "content"),
     ({"input": [{"type": "item_reference"}]}, "input.id"), ({"input": [thought(5, content=5)]}, "content"),
     ({"input": [{"type": "compaction_trigger"}]}, "input"), ({"input": [{"type": "compaction"}]}, "content"),
@@ -4472,7 +4502,7 @@ BAD_RESPONSES = [
 @pytest.mark.parametrize("fields,param", BAD_RESPONSES)
 def test_responses_refuses_what_cannot_be(fields, param):
     with pytest.raises(RequestError) as caught:
-        front_to_zai(read_responses(**fields)[1])
+        asked(read_responses(**fields)[1])
     error = ztoapi.Responses.error(caught.value)["error"]
     assert ztoapi.Responses.status(caught.value) == 400
     assert param in (None, error["param"]) and not str(error["param"]).startswith("messages")
@@ -4707,11 +4737,11 @@ def test_an_error_of_responses(status, code, retryable, told_status, told_code):
 def test_the_ai_sdk_refers_to_items_of_an_answer():
     memory = ztoapi.Memory()
     answer = folded(lambda: read_responses(by=caller(memory=memory)), ANSWERS["two calls"])["output"]
-    items = [front_user("a"), *({"type": "item_reference", "id": item["id"]} for item in answer),
+    items = [user("a"), *({"type": "item_reference", "id": item["id"]} for item in answer),
              gave("call_0", "one"), gave("call_1", "two")]
     _, request = read_responses(by=caller(memory=memory), input=items)
-    assert front_to_zai(request).body["messages"] == [
-        front_user("a"), assistant("B", [("call_0", "f", '{"a":1}'), ("call_1", "f", "{}")], "A"),
+    assert asked(request).body["messages"] == [
+        user("a"), assistant("B", [("call_0", "f", '{"a":1}'), ("call_1", "f", "{}")], "A"),
         output("call_0", "one"), output("call_1", "two")]
     # The id is no secret, so the key counts.
     with pytest.raises(RequestError) as caught:
@@ -4735,17 +4765,7 @@ def test_store_false_fills_no_memory():
 
 both = pytest.mark.parametrize("streamed", (True, False), ids=("stream", "json"))
 WELL = (200, "Hello", None, True)  # what ask() gives for HEALTHY
-LIMITED = {"error": {"code": "1302", "message": "Rate limit reached for requests"}}
-NETWORK = {"error": {"code": "1234", "message": "Network error"}}
-ROAD_KEYS = tuple(f"{i}123456789abcdef.SecretSecret{i}" for i in (1, 2, 3))
-
-
-def sse(value):
-    return b"data: " + json.dumps(value).encode() + b"\n\n"
-
-
-def error_sse(code):
-    return sse({"error": {"code": code, "message": "no"}})
+ZAI_KEYS = tuple(f"{i}123456789abcdef.SecretSecret{i}" for i in (1, 2, 3))
 
 
 def raw_head(*lines):
@@ -4767,7 +4787,6 @@ def road(zai=None, **environ):
     """A proxy that must not leak slots, descriptors or threads. Chance is out of it: retries wait no time, refused
     requests the shortest."""
     with proxying(zai, **environ) as proxy:
-        proxy.server.SETTLE_S = 0
         upstream = proxy.server.upstream
         upstream.rand = upstream.gates.rand = lambda: 0.0
         before = footprint(proxy)
@@ -4782,14 +4801,14 @@ def brisk(monkeypatch):
     monkeypatch.setattr(ztoapi, "TICK_S", 0.02)
 
 
-def ask(proxy, streamed, headers=(), **fields):
+def ask(proxy, streamed, **fields):
     """(status, text, error or None, whether it ended as it should) of a chat, either way."""
     if not streamed:
-        status, _, body = proxy.chat(headers, **fields)
+        status, _, body = proxy.chat(**fields)
         error = body.get("error")
         text = "" if error else body["choices"][0]["message"]["content"]
         return status, text, error, error is None
-    status, _, events, clean = proxy.stream(headers, **fields)
+    status, _, events, clean = proxy.stream(**fields)
     error = next((event["error"] for event in events if "error" in event), None)
     whole = clean and not error
     assert ("[DONE]" in events[-1:]) == whole, events
@@ -4814,20 +4833,6 @@ def is_beat(event):
     return [(choice["delta"], choice["finish_reason"]) for choice in choices_of([event])] == [({}, None)]
 
 
-def together(*calls):
-    """Run the calls in threads of their own; their results, in order."""
-    results = [None] * len(calls)
-
-    def run(i):
-        results[i] = calls[i]()
-    threads = [threading.Thread(target=run, args=(i,), daemon=True) for i in range(len(calls))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-    return results
-
-
 def figures(proxy):
     """What the metrics count: (retries, failed, cancelled)."""
     proxy.idle()
@@ -4848,11 +4853,6 @@ def slots(proxy):
 def keys_at(zai):
     """The keys that arrived at Z.ai, in order."""
     return [request["headers"]["Authorization"].split()[1] for request in zai.requests]
-
-
-def shut_down(sock):
-    with contextlib.suppress(OSError):
-        sock.shutdown(socket.SHUT_RDWR)
 
 
 # Faults: each heals if it comes before the first delta, and ends the answer if it comes later
@@ -4996,7 +4996,7 @@ HOPELESS = ("1100 1110 1111 1112 1113 1121 1210 1211 1212 1213 1214 1215 1220 12
 def test_codes_that_cannot_heal_are_never_tried_again(zai):
     with road(zai) as proxy:
         for code in HOPELESS:
-            for script in (refusal(429, code), stream(error_sse(code))):
+            for script in (refusal(429, code), stream(error_event(code))):
                 zai.scripts.append(script)
                 assert ask(proxy, True)[0] >= 400
         assert len(zai.requests) == 2 * len(HOPELESS)
@@ -6057,8 +6057,8 @@ REST_ROWS = [(code, *rest) for codes, *rest in RESTS for code in codes.split()]
 
 @pytest.mark.parametrize("code,status,whole_key", REST_ROWS)
 def test_a_refused_key_rests_for_ten_minutes_and_the_next_one_serves(zai, on_road, code, status, whole_key):
-    road = on_road(ZAI_API_KEY=",".join(ROAD_KEYS[:2]))
-    first, second = ROAD_KEYS[:2]
+    road = on_road(ZAI_API_KEY=",".join(ZAI_KEYS[:2]))
+    first, second = ZAI_KEYS[:2]
     road.answers.append(refusal(status, code))
     text, error, record = road.ask()
     assert (text, error, record.retries) == ("Hello", None, 1)
@@ -6075,25 +6075,25 @@ def test_a_refused_key_rests_for_ten_minutes_and_the_next_one_serves(zai, on_roa
 
 @pytest.mark.parametrize("code", ("1308", "1310"))
 def test_an_exhausted_key_rests_until_its_reset(zai, on_road, code):
-    road = on_road(ZAI_API_KEY=",".join(ROAD_KEYS[:2]))
+    road = on_road(ZAI_API_KEY=",".join(ZAI_KEYS[:2]))
     road.answers.append(refusal(429, code, road.reset_words(5000)))
     assert road.ask()[0] == "Hello"
     road.clock.now += 4990
     assert road.ask()[0] == "Hello"
     road.clock.now += 20
     assert road.ask()[0] == "Hello"
-    first, second = ROAD_KEYS[:2]
+    first, second = ZAI_KEYS[:2]
     assert keys_at(zai) == [first, second, second, first]
 
 
 def test_no_key_rests_longer_than_six_hours(zai, on_road):
     """The reset may be days away, but somebody may recharge."""
-    road = on_road(ZAI_API_KEY=",".join(ROAD_KEYS[:2]))
+    road = on_road(ZAI_API_KEY=",".join(ZAI_KEYS[:2]))
     road.answers.append(refusal(429, "1310", road.reset_words(3 * 86400)))
     for leap in (6 * 3600 - 1, 2, 0):
         assert road.ask()[0] == "Hello"
         road.clock.now += leap
-    first, second = ROAD_KEYS[:2]
+    first, second = ZAI_KEYS[:2]
     assert keys_at(zai) == [first, second, second, first]
 
 
@@ -6106,7 +6106,7 @@ def test_a_lone_key_is_asked_again_all_the_same(on_road, code):
 
 
 def test_with_all_keys_resting_the_one_whose_turn_comes_first_is_tried(zai, on_road):
-    road = on_road(ZAI_API_KEY=",".join(ROAD_KEYS))
+    road = on_road(ZAI_API_KEY=",".join(ZAI_KEYS))
     for seconds in (7000, 5000, 6000):
         road.answers.append(refusal(429, "1308", road.reset_words(seconds)))
     _, error, record = road.ask()
@@ -6114,7 +6114,7 @@ def test_with_all_keys_resting_the_one_whose_turn_comes_first_is_tried(zai, on_r
     assert error.headers() == {"Retry-After": "6000", "x-should-retry": "false"}
     road.clock.now += 10
     assert road.ask()[0] == "Hello"
-    assert keys_at(zai) == [*ROAD_KEYS, ROAD_KEYS[1]]
+    assert keys_at(zai) == [*ZAI_KEYS, ZAI_KEYS[1]]
 
 
 def test_an_answer_ends_the_rest_of_the_key_that_was_tried_all_the_same():
@@ -6149,23 +6149,19 @@ def test_the_head_of_the_queue_goes_when_a_key_comes_back():
 
 @both
 def test_the_client_sees_nothing_of_a_key_that_fails(zai, streamed):
-    zai.scripts.extend([refusal(401, "401"), stream(error_sse("1311"))])
-    with road(zai, ZAI_API_KEY=",".join(ROAD_KEYS), MAX_RETRIES="0") as proxy:
+    zai.scripts.extend([refusal(401, "401"), stream(error_event("1311"))])
+    with road(zai, ZAI_API_KEY=",".join(ZAI_KEYS), MAX_RETRIES="0") as proxy:
         assert ask(proxy, streamed) == WELL
-        assert keys_at(zai) == list(ROAD_KEYS)
+        assert keys_at(zai) == list(ZAI_KEYS)
 
 
 def test_an_empty_purse_at_every_key_is_told_with_no_second_try(zai):
     zai.default = refusal(429, "1113")
-    with road(zai, ZAI_API_KEY=",".join(ROAD_KEYS)) as proxy:
+    with road(zai, ZAI_API_KEY=",".join(ZAI_KEYS)) as proxy:
         status, headers, body = proxy.chat()
         assert (status, body["error"]["code"]) == (402, "insufficient_quota")
         assert headers["x-should-retry"] == "false"
-        assert keys_at(zai) == list(ROAD_KEYS)
-
-
-def error_with(text):
-    return sse({"error": {"code": "1234", "message": text}})
+        assert keys_at(zai) == list(ZAI_KEYS)
 
 
 # To add a case, add a row: where Z.ai quotes the key -> the script for a key.
@@ -6173,8 +6169,8 @@ QUOTING = {
     "401": lambda key: refusal(401, "401", f"token {key} expired"),
     "halves": lambda key: refusal(500, "1234", "{} and {}".format(*key.split("."))),
     "400": lambda key: refusal(400, "1210", f"key {key}"),
-    "first event": lambda key: stream(error_with(f"Bearer {key}")),
-    "later event": lambda key: stream(say("a"), error_with(f"Bearer {key}")),
+    "first event": lambda key: stream(error_event("1234", f"Bearer {key}")),
+    "later event": lambda key: stream(say("a"), error_event("1234", f"Bearer {key}")),
     "log id": lambda key: [raw_head(f"X-Log-Id: {key}"), CLOSE],
     "head": lambda key: [b"HTTP/1.1 %b\r\n\r\n" % key.encode(), CLOSE],
 }
@@ -6185,12 +6181,12 @@ QUOTING = {
 def test_no_key_is_seen_in_answers_or_logs(zai, caplog, case, streamed):
     caplog.set_level(logging.DEBUG, "ztoapi")
     zai.default = lambda request: QUOTING[case](request["headers"]["Authorization"].split()[1])
-    with road(zai, ZAI_API_KEY=",".join(ROAD_KEYS[:2]), DEBUG_MODE="true") as proxy:
-        seen = talk(proxy, raw_chat(chat_body(stream=streamed), ["Connection: close"])).decode()
+    with road(zai, ZAI_API_KEY=",".join(ZAI_KEYS[:2]), DEBUG_MODE="true") as proxy:
+        seen = talk(proxy, raw_chat(chat_body(stream=streamed), "Connection: close")).decode()
         proxy.idle()
     assert "error" in seen
     assert "key #1" in caplog.text
-    parts = [part for key in ROAD_KEYS[:2] for part in key.split(".")]
+    parts = [part for key in ZAI_KEYS[:2] for part in key.split(".")]
     assert [part for part in parts if part in seen + caplog.text] == []
 
 
@@ -6224,7 +6220,7 @@ def leaving(proxy, caplog, request, how="close"):
     sock.sendall(request)
     yield
     if how == "reset":
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        make_reset(sock)
     if how == "end of file":
         sock.shutdown(socket.SHUT_WR)
     else:
@@ -6671,14 +6667,6 @@ def test_a_client_that_leaves_while_connecting_leaves_nothing_either(brisk):
         assert litter_of(make_request) == []
 
 
-def test_an_event_of_more_than_16_mib_is_an_error(zai):
-    zai.default = [HEAD, chunked(say("x" * (17 << 20))), chunked(FINISH), END]
-    with road(zai) as proxy:
-        status, text, _, _ = ask(proxy, True)
-        assert (status, text) == (502, "")
-        assert len(zai.requests) == 1
-
-
 def test_a_json_answer_of_more_than_64_mib_is_an_error(zai):
     one = chunked(say("\u4e2d" * ((1 << 20) // 3)))  # a mebibyte, whatever the count of characters
     zai.default = [HEAD, *[one] * 66, chunked(FINISH), END]
@@ -7009,14 +6997,6 @@ def door(standing_door, caplog):
     assert [record for record in caplog.get_records("call") if record.levelno >= logging.ERROR] == []
 
 
-def post(body, *lines, **more):
-    return raw_request("POST", CHAT, *lines, body=body, **more)
-
-
-def post_chunked(*pieces):
-    return post(b"".join(pieces), "Transfer-Encoding: chunked")
-
-
 def json_chat(**fields):
     return json.dumps(chat_body(**dict({"stream": False}, **fields))).encode()
 
@@ -7046,10 +7026,6 @@ def hold(proxy, data):
     with sock.makefile("rb") as file:
         assert read_reply(file).status == 200
     return sock
-
-
-def is_open(sock):
-    return not select.select([sock], [], [], 0)[0]
 
 
 # Where a request ends
@@ -7148,7 +7124,7 @@ BROKEN_CHUNKS = [
 
 @table("body", BROKEN_CHUNKS)
 def test_a_broken_chunked_body_is_refused_and_nothing_behind_it_is_answered(door, body):
-    replies = exchange(door, post_chunked(body))
+    replies = exchange(door, raw_chunks(body))
     check_refused(replies, 400)
     assert "chunked" in replies[0].error()["message"]
 
@@ -7168,12 +7144,12 @@ WHOLE_CHUNKS = [
 
 @table("body", WHOLE_CHUNKS)
 def test_a_chunked_body_is_read_however_it_is_cut(door, body):
-    assert statuses(door, post_chunked(body)) == [200, 200]
+    assert statuses(door, raw_chunks(body)) == [200, 200]
     assert door.zai.requests[0]["body"]["messages"] == [{"role": "user", "content": "Hi"}]
 
 
 def test_a_request_may_come_byte_by_byte(door):
-    data = post_chunked(chunked(JSON_CHAT), END) + post(JSON_CHAT, "Connection: close")
+    data = raw_chunks(chunked(JSON_CHAT), END) + raw_chat(JSON_CHAT, "Connection: close")
     with door.connect() as sock:
         for i in range(len(data)):
             sock.sendall(data[i:i + 1])
@@ -7290,18 +7266,18 @@ def test_http_1_1_needs_a_host_and_http_1_0_had_none(door):
 @table("pause_s", [0, 0.05])
 def test_a_blank_line_between_requests_is_none_however_it_is_cut(door, pause_s):
     """Old clients leave one behind a body; no request begins with it."""
-    with hold(door, post(JSON_CHAT)) as sock, sock.makefile("rb") as file:
+    with hold(door, raw_chat(JSON_CHAT)) as sock, sock.makefile("rb") as file:
         sock.sendall(b"\r")
         time.sleep(pause_s)
         sock.sendall(b"\n")
         time.sleep(pause_s)
         assert door.idle()
-        sock.sendall(post(JSON_CHAT))
+        sock.sendall(raw_chat(JSON_CHAT))
         assert read_reply(file).status == 200
 
 
 def test_a_blank_line_at_the_end_is_no_request(proxy, log_lines):
-    with hold(proxy, post(JSON_CHAT)) as sock:
+    with hold(proxy, raw_chat(JSON_CHAT)) as sock:
         sock.sendall(b"\r\n")
     time.sleep(0.05)
     proxy.idle()
@@ -7335,8 +7311,8 @@ def test_connection_headers_are_obeyed(door, lines, kept):
 
 
 def test_pipelined_requests_are_answered_in_order(door):
-    data = (raw_request("GET", "/health") + post(JSON_CHAT) + raw_request("GET", "/v1/models/nope")
-            + post(json_chat(stream=True)) + post(b"{}") + post_chunked(chunked(JSON_CHAT), END)
+    data = (raw_request("GET", "/health") + raw_chat(JSON_CHAT) + raw_request("GET", "/v1/models/nope")
+            + raw_chat(json_chat(stream=True)) + raw_chat(b"{}") + raw_chunks(chunked(JSON_CHAT), END)
             + raw_request("HEAD", "/v1/models/GLM-4.6") + raw_request("GET", "/metrics", "Connection: close"))
     replies = exchange(door, data, 6)
     assert [reply.status for reply in replies] == [200, 200, 404, 200, 400, 200, 200, 200]
@@ -7350,12 +7326,12 @@ def test_pipelined_requests_are_answered_in_order(door):
 def test_http_1_0_gets_closing_unchunked_answers(door, lines):
     old = {"version": "HTTP/1.0"}
     models = raw_request("GET", "/v1/models", *lines, **old)
-    for data in (models, post(JSON_CHAT, *lines, **old)):
+    for data in (models, raw_chat(JSON_CHAT, *lines, **old)):
         reply, = exchange(door, data)
         assert reply.status == 200
         assert reply.headers["Connection"] == "close"
         assert int(reply.headers["Content-Length"]) == len(reply.body)
-    reply, = exchange(door, post(json_chat(stream=True), *lines, **old))
+    reply, = exchange(door, raw_chat(json_chat(stream=True), *lines, **old))
     assert "Transfer-Encoding" not in reply.headers
     assert reply.headers["Connection"] == "close"
     assert reply.body.startswith(b"data: {")
@@ -7363,7 +7339,7 @@ def test_http_1_0_gets_closing_unchunked_answers(door, lines):
 
 
 def test_http_1_0_has_no_chunked_coding(door):
-    data = post(chunked(JSON_CHAT) + END, "Transfer-Encoding: chunked", version="HTTP/1.0")
+    data = raw_chat(chunked(JSON_CHAT) + END, "Transfer-Encoding: chunked", version="HTTP/1.0")
     check_refused(exchange(door, data), 400)
 
 
@@ -7413,7 +7389,7 @@ def test_100_continue_is_only_said_once_nothing_else_can_be(door, lines, key_is_
 
 
 def test_a_client_need_not_wait_for_100_continue(door):
-    assert statuses(door, post(JSON_CHAT, "Expect: 100-Continue")) == [100, 200, 200]
+    assert statuses(door, raw_chat(JSON_CHAT, "Expect: 100-Continue")) == [100, 200, 200]
     assert statuses(door, raw_request("GET", "/health", "Expect: 100-continue")) == [200, 200], "no body, no 100"
 
 
@@ -7485,8 +7461,8 @@ def test_a_refusal_can_be_read_while_more_is_still_being_sent(door, data, status
 @table("kind", ["", "application/json", "application/json; charset=utf-8", "text/plain;charset=UTF-8", "nonsense",
                 "application/octet-stream", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"])
 def test_the_content_type_does_not_matter(door, kind):
-    assert statuses(door, post(JSON_CHAT, "Content-Type: " + kind)) == [200, 200]
-    assert statuses(door, post(JSON_CHAT, "Content-Type: " + kind, auth=False)) == [401]
+    assert statuses(door, raw_chat(JSON_CHAT, "Content-Type: " + kind)) == [200, 200]
+    assert statuses(door, raw_chat(JSON_CHAT, "Content-Type: " + kind, auth=False)) == [401]
 
 
 def with_field(text):
@@ -7527,14 +7503,7 @@ ODD_BODIES = [
     (with_field(b'"\\r\\nX: y":"z"'), 200),
     (with_field(b'"model":NaN'), 400),
     (with_field(b'"temperature":NaN'), 400),
-    (with_field(b'"temperature":Infinity'), 400),
-    (with_field(b'"temperature":-Infinity'), 400),
     (with_field(b'"temperature":1e999'), 400),
-    (with_field(b'"temperature":-1e999'), 400),
-    (with_field(b'"temperature":01'), 400),
-    (with_field(b'"temperature":1.'), 400),
-    (with_field(b'"temperature":.5'), 400),
-    (with_field(b'"temperature":0x1'), 400),
     (with_field(b'"temperature":1e99'), 400),
     (with_field(b'"temperature":1' + b"0" * 101), 400),
     (with_field(b'"temperature":' + b"9" * 5000), 400),
@@ -7556,7 +7525,7 @@ ODD_BODIES = [
 
 @table("body,status", ODD_BODIES)
 def test_odd_bodies_have_a_defined_answer(door, body, status):
-    replies = exchange(door, post(body))
+    replies = exchange(door, raw_chat(body))
     assert [reply.status for reply in replies] == [status, 200]
     assert bool(door.zai.requests) == (status == 200)
     if status != 200:
@@ -7567,7 +7536,7 @@ def test_odd_bodies_have_a_defined_answer(door, body, status):
 @table("choice", ["auto", "required", {"type": "function", "function": {"name": "f"}}])
 def test_tools_that_only_look_like_functions_are_no_bugs(door, function, choice):
     tool = {"type": "x", "function": function}
-    replies = exchange(door, post(json_chat(tools=[tool], tool_choice=choice)))
+    replies = exchange(door, raw_chat(json_chat(tools=[tool], tool_choice=choice)))
     assert replies[0].status in (200, 400)
 
 
@@ -7579,7 +7548,7 @@ def test_nesting_around_the_recursion_limit_is_an_answer_or_a_400(door, field):
     """Reading, writing and translating recurse at different depths; no depth may fall between two of them."""
     for depth in (10, 500, *AROUND_THE_LIMIT, 3000, 9000, 20000):
         deep = b"[" * depth + b"]" * depth
-        assert statuses(door, post(with_field(field % deep)))[0] in (200, 400), depth
+        assert statuses(door, raw_chat(with_field(field % deep)))[0] in (200, 400), depth
 
 
 @table("piece", [b"[],", b"{},"])
@@ -7587,7 +7556,7 @@ def test_a_body_of_more_than_a_million_brackets_is_refused_before_it_is_decoded(
     body = with_field(b'"x":[%b1]' % (piece * 1000000))
     with proxying(zai) as proxy:
         began = time.process_time()
-        replies = exchange(proxy, post(body))
+        replies = exchange(proxy, raw_chat(body))
         assert time.process_time() - began < 0.5
     assert [reply.status for reply in replies] == [400, 200]
     assert "brackets" in replies[0].error()["message"]
@@ -7841,65 +7810,34 @@ def test_what_cannot_heal_is_no_429_and_no_502(zai, script, status, code):
 
 # Streamed or not
 
-# Fields of the request, its headers, and whether the answer is streamed where DEFAULT_STREAM is true.
+# Who gets a stream is a table of Chat's; this is what of it must work on the wire. To add a case, add a row: fields
+# of the request, header lines, whether the answer is streamed where DEFAULT_STREAM is true.
 STREAM_WISHES = [
-    ({}, {}, True),
-    ({"stream": None}, {}, True),
-    ({"stream": True}, {"Accept": "application/json"}, True),
-    ({"stream": True}, {"User-Agent": "node"}, True),
-    ({"stream": False}, {}, False),
-    ({}, {"Accept": "application/json"}, False),
-    ({}, {"Accept": "Application/JSON, */*"}, False),
-    ({}, {"Accept": "*/*", "User-Agent": "curl/8"}, True),
-    ({}, {"User-Agent": "python-requests/2.32"}, True),
-    ({}, {"User-Agent": "node-fetch/1.0"}, True),
-    ({}, {"User-Agent": "ai-sdk/openai/2.0 runtime/node.js"}, False),
-    ({}, {"User-Agent": "async-openai/0.29"}, False),
-    ({}, {"User-Agent": "lm15/stdlib", "Accept": "*/*"}, False),
-    ({}, {"User-Agent": "node", "Accept": "*/*"}, False),
-    ({}, {"User-Agent": "undici"}, False),
-    ({}, {"User-Agent": "Go-http-client/1.1"}, False),
-    ({}, {"User-Agent": "langchaingo/0.1"}, False),
-    ({}, {"User-Agent": "Java-http-client/21.0.2"}, False),
-    ({}, {"User-Agent": "Java/17.0.1"}, False),
-    ({}, {"User-Agent": "okhttp/4.12.0"}, False),
-    ({}, {"User-Agent": "Apache-HttpClient/5.2 (Java/17)"}, False),
+    ({}, [], True),
+    ({"stream": None}, [], True),
+    ({"stream": True}, ["Accept: application/json"], True),
+    ({"stream": False}, [], False),
+    ({}, ["Accept: Application/JSON, */*"], False),
+    ({}, ["User-Agent: node", "Accept: */*"], False),
+    ({}, ["User-Agent: node-fetch/1.0"], True),
 ]
 
 
-def streams(proxy, fields, headers):
-    status, got, _ = proxy.call("POST", CHAT, chat_body(**fields), headers)
+def streams(proxy, fields, lines):
+    status, got, _ = proxy.call("POST", CHAT, chat_body(**fields), lines)
     assert status == 200
     return got["Content-Type"].startswith("text/event-stream")
 
 
-@table("fields,headers,streamed", STREAM_WISHES)
-def test_who_does_not_say_stream_gets_what_its_kind_expects(door, fields, headers, streamed):
-    assert streams(door, fields, headers) == streamed
+@table("fields,lines,streamed", STREAM_WISHES)
+def test_who_does_not_say_stream_gets_what_its_kind_expects(door, fields, lines, streamed):
+    assert streams(door, fields, lines) == streamed
 
 
 def test_default_stream_false_is_openais_default(zai):
     with proxying(zai, DEFAULT_STREAM="false") as proxy:
-        for fields, headers, _ in STREAM_WISHES:
-            assert streams(proxy, fields, headers) == (fields.get("stream") is True), (fields, headers)
-
-
-# Header lines of a client, and whether the stream that fails has a clean end. All others are cut, so that nobody takes
-# a half for a whole.
-@table("lines,clean", [
-    ([], False),
-    (["User-Agent: OpenAI/Python 1.99"], False),
-    (["Origin: https://app.example"], True),
-    (["User-Agent: ai-sdk/openai/2.0 runtime/node.js"], True),
-    (["User-Agent: Python/3.11 aiohttp/3.14.5"], True),
-])
-def test_who_loses_an_error_over_a_cut_gets_a_clean_end(door, lines, clean):
-    door.zai.scripts.append(stream(say("Hel"), b'data: {"error":{"code":"1234","message":"no"}}\n\n', 0.1))
-    status, headers, events, was_clean = door.stream(lines)
-    assert said(events) == "Hel"
-    assert finish_of(events) == []
-    assert "1234" in events[-1]["error"]["message"]
-    assert was_clean == clean
+        for fields, lines, _ in STREAM_WISHES:
+            assert streams(proxy, fields, lines) == (fields.get("stream") is True), (fields, lines)
 
 
 # The other two APIs
@@ -8015,7 +7953,7 @@ def test_an_empty_purse_is_an_error_that_no_client_of_an_api_repeats(zai, api, s
 
 @each_api
 def test_a_failure_in_mid_stream_is_the_last_event_of_each_api(zai, api):
-    zai.default = stream(say("Hel"), error_sse("1234"))
+    zai.default = stream(say("Hel"), error_event("1234"))
     with proxying(zai) as proxy:
         reply, events = ask_api(proxy, api, True)
         assert reply.status == 200
@@ -8123,20 +8061,6 @@ def test_with_the_well_known_key_only_this_computer_is_served(home, host, ours):
             check_error(reply)
 
 
-@table("host", ["0.0.0.0", "::", "192.168.1.7", "example.com", "127.0.0.1.example.com", "localhost.example.com",
-                "1.127.0.0"])
-def test_beyond_loopback_the_well_known_key_is_refused_at_start(host):
-    assert Settings.from_environ({"HOST": host, "DEFAULT_KEY": "own-key"}).host == host
-    for environ in ({}, {"DEFAULT_KEY": "sk-your-key"}, {"DEFAULT_KEY": "own-key, sk-your-key"}):
-        with pytest.raises(ztoapi.SettingsError, match="HOST"):
-            Settings.from_environ(dict(environ, HOST=host))
-
-
-@table("host", ["127.0.0.1", "localhost", "::1", "127.3.2.1"])
-def test_on_loopback_the_well_known_key_is_allowed(host):
-    assert Settings.from_environ({"HOST": host}).host == host
-
-
 PAGE, OTHER = "https://app.example", "https://evil.example"
 
 # CORS_ORIGIN, the Origin of a page, and what Access-Control-Allow-Origin says.
@@ -8152,10 +8076,8 @@ ORIGINS = [
     (PAGE, PAGE.upper(), None),
     ("", PAGE, None),
 ]
-PREFLIGHT = {
-    "Access-Control-Request-Method": "POST",
-    "Access-Control-Request-Headers": "authorization,x-stainless-os, content-type",
-}
+ASKED_HEADERS = "authorization,x-stainless-os, content-type"
+PREFLIGHT = ["Access-Control-Request-Method: POST", f"Access-Control-Request-Headers: {ASKED_HEADERS}"]
 
 
 def words_of(headers, name):
@@ -8164,14 +8086,14 @@ def words_of(headers, name):
 
 @table("setting,origin,allowed", ORIGINS)
 def test_cors_follows_cors_origin(zai, setting, origin, allowed):
-    headers = {"Origin": origin} if origin else {}
+    lines = [f"Origin: {origin}"] if origin else []
     with proxying(zai, CORS_ORIGIN=setting) as proxy:
         answers = [
-            proxy.call("GET", "/v1/models", None, headers),
-            proxy.call("GET", "/v1/nope", None, headers),
-            proxy.call("POST", CHAT, {}, headers, key=None),
-            proxy.call("POST", CHAT, chat_body(stream=True), headers),
-            proxy.call("OPTIONS", CHAT, None, dict(headers, **PREFLIGHT), key=None),
+            proxy.call("GET", "/v1/models", None, lines),
+            proxy.call("GET", "/v1/nope", None, lines),
+            proxy.call("POST", CHAT, {}, lines, key=None),
+            proxy.call("POST", CHAT, chat_body(stream=True), lines),
+            proxy.call("OPTIONS", CHAT, None, lines + PREFLIGHT, key=None),
         ]
     assert [status for status, _, _ in answers] == [200, 404, 401, 200, 204]
     for _, got, _ in answers:
@@ -8182,7 +8104,7 @@ def test_cors_follows_cors_origin(zai, setting, origin, allowed):
             assert {"x-request-id", "retry-after"} <= set(words_of(got, "Access-Control-Expose-Headers"))
     preflight = answers[-1][1]
     if allowed:
-        assert preflight["Access-Control-Allow-Headers"] == PREFLIGHT["Access-Control-Request-Headers"]
+        assert preflight["Access-Control-Allow-Headers"] == ASKED_HEADERS
         assert {"GET", "POST"} <= set(words_of(preflight, "Access-Control-Allow-Methods"))
         assert "Access-Control-Request-Headers" in words_of(preflight, "Vary")
     if not setting:
@@ -8204,22 +8126,12 @@ def test_host_double_colon_serves_both_ip_versions(zai, host):
 
 KEY_ID, KEY_SECRET = ZAI_KEY.split(".")
 
-# What Z.ai says that holds its key, or a half of it.
-QUOTING_KEYS = [
-    refusal(401, "1000", "bad key " + ZAI_KEY),
-    refusal(400, "1210", f"id {KEY_ID}, secret {KEY_SECRET}"),
-    refusal(500, "1234", "Bearer " + ZAI_KEY),
-    stream(say("Hi"), b'data: {"error":{"code":"500","message":"key %b"}}\n\n' % ZAI_KEY.encode()),
-]
-
-
 def test_secrets_are_redacted_wherever_they_could_surface(zai, log_lines, caplog):
     caplog.set_level(logging.DEBUG, "ztoapi")
     quoted = []
     with proxying(zai, DEBUG_MODE="true", MAX_RETRIES="0") as proxy:
-        for script in QUOTING_KEYS:
-            zai.scripts.extend([script, script])
-            quoted += [proxy.chat(), proxy.stream()]
+        zai.scripts.append(refusal(401, "1000", "bad key " + ZAI_KEY))
+        quoted.append(proxy.chat())
         shown = [proxy.call("GET", path) for path in ("/stats", "/metrics", "/v1/models", "/")]
         for fields in ({"model": KEY}, {KEY: 1}, {"tool_choice": KEY}, {"stop": [KEY]}):
             proxy.chat(**fields)
@@ -8245,8 +8157,8 @@ def test_a_full_house_makes_room_for_a_newcomer_by_closing_who_has_idled_longest
             assert read_reply(first.makefile("rb")).status == 200
             assert proxy.chat()[0] == 200
             assert read_to_end(second) == b""
-            assert is_open(first)
-            assert is_open(third)
+            assert not readable(first)
+            assert not readable(third)
 
 
 def test_who_has_just_come_has_not_idled_longest(zai):
@@ -8255,7 +8167,7 @@ def test_who_has_just_come_has_not_idled_longest(zai):
             time.sleep(0.05)
             assert proxy.call("GET", "/health")[0] == 200
             assert read_to_end(idle) == b""
-            assert is_open(silent)
+            assert not readable(silent)
 
 
 def test_where_all_are_busy_a_503_can_be_read_and_the_rest_goes_on(zai, log_lines):
@@ -8263,7 +8175,7 @@ def test_where_all_are_busy_a_503_can_be_read_and_the_rest_goes_on(zai, log_line
     zai.default = stream(say("Hel"), lambda fake, request: go.wait(10), say("lo"), FINISH, DONE)
     with proxying(zai, MAX_CONNECTIONS="3") as proxy:
         busy = [proxy.open_stream() for _ in range(3)]
-        assert eventually(lambda: not any(map(is_open, busy)))
+        assert eventually(lambda: all(map(readable, busy)))
         threads = threading.active_count()
         for _ in range(3):
             status, headers, body = proxy.chat()
@@ -8303,14 +8215,14 @@ def test_where_no_thread_can_be_started_there_is_a_503(zai, monkeypatch, log_lin
     assert not log_lines(logging.ERROR)
 
 
-def life_of(proxy, first, drip, pause_s, longest_s=3.0):
+def life_of(proxy, first, drip, pause_s, longest_s=8.0):
     """How long a connection lives that sends `first`, and then for ever `drip`."""
     began = time.monotonic()
     with proxy.connect(longest_s) as sock, contextlib.suppress(OSError):
         sock.sendall(first)
         while time.monotonic() - began < longest_s:
             sock.sendall(drip)
-            if pause_s and not is_open(sock) and not sock.recv(1):
+            if readable(sock) and not sock.recv(1):
                 break
             time.sleep(pause_s)
     return time.monotonic() - began
@@ -8324,36 +8236,29 @@ DRIPS = {
     "headers": (b"GET /health HTTP/1.1\r\n", b"X: y\r\n", 0.05),
     "one header": (b"GET /health HTTP/1.1\r\nX: ", b"y", 0.05),
     "body": (LONG_POST, b" ", 0.05),
-    "chunked body": (post_chunked(), b"1\r\n \r\n", 0.05),
-    "one chunk": (post_chunked(b"fffff\r\n"), b" ", 0.05),
-    "chunk extension": (post_chunked(b"1;"), b"x", 0.05),
-    "trailers": (post_chunked(b"0\r\n"), b"X: y\r\n", 0.05),
+    "chunked body": (raw_chunks(), b"1\r\n \r\n", 0.05),
+    "one chunk": (raw_chunks(b"fffff\r\n"), b" ", 0.05),
+    "chunk extension": (raw_chunks(b"1;"), b"x", 0.05),
+    "trailers": (raw_chunks(b"0\r\n"), b"X: y\r\n", 0.05),
     "nothing at all": (b"", b"", 0.05),
     "a TLS hello": (b"\x16\x03\x01", b"\0", 0.05),
     "blank lines": (b"\r\n", b"\r\n", 0.05),
-    "a body without pause": (LONG_POST, b" ", 0),
-    "a refused body": (raw_request("POST", CHAT, "Content-Length: 2000000000", auth=False), b" " * 65536, 0),
+    "a body without pause": (LONG_POST, b" " * 1000, 0.0005),
+    "a refused body": (raw_request("POST", CHAT, "Content-Length: 2000000000", auth=False), b" " * 65536, 0.0005),
 }
 
 
 def test_a_request_must_come_within_client_timeout_as_a_whole(zai, monkeypatch, log_lines):
     """Slowloris, in every part of a request, slow and fast."""
     monkeypatch.setattr(ztoapi, "KEEP_ALIVE_S", 0.4)
-    lives = {}
+    monkeypatch.setattr(ztoapi, "LINGER_S", 0.2)
     with proxying(zai, CLIENT_TIMEOUT="0.4", MAX_BODY_MB="2048") as proxy:
         before = threading.active_count()
-
-        def live(name):
-            lives[name] = life_of(proxy, *DRIPS[name])
-        threads = [threading.Thread(target=live, args=(name,)) for name in DRIPS]
-        for thread in threads:
-            thread.start()
-        assert proxy.call("GET", "/health")[0] == 200
-        for thread in threads:
-            thread.join()
+        lives = together(*[lambda drip=drip: life_of(proxy, *drip) for drip in DRIPS.values()])
         assert eventually(lambda: threading.active_count() <= before)
-    assert set(lives) == set(DRIPS)
-    assert {name: life for name, life in lives.items() if life > 2.5} == {}
+        assert proxy.call("GET", "/health")[0] == 200
+    # Far above 0.4 s: that a connection ends is the point, and a busy machine is slow.
+    assert [name for name, life in zip(DRIPS, lives) if life > 6] == []
     assert not zai.requests
     assert not log_lines(logging.ERROR)
 
@@ -8397,7 +8302,7 @@ def test_a_full_descriptor_table_does_not_spin_and_heals(zai, monkeypatch):
 
 def test_quotes_of_a_client_are_bounded(zai, log_lines):
     """An error names what was wrong, and the last twenty are kept; they must not keep megabytes."""
-    choice = {"type": "function", "function": {"name": "n" * (20 << 20)}}
+    choice = {"type": "function", "function": {"name": "n" * (4 << 20)}}
     body = json_chat(tools=[{"type": "function", "function": {"name": "f"}}], tool_choice=choice)
     with proxying(zai) as proxy:
         for _ in range(20):
@@ -8418,6 +8323,7 @@ def test_requests_sent_before_the_end_are_answered(zai):
         new = [proxy.connect(5) for _ in range(40)]
         for sock in kept + new:
             sock.sendall(raw_chat(chat_body(stream=False)))
+        proxy.server.SETTLE_S = ztoapi.Server.SETTLE_S
         proxy.server.stop(5)
         replies = [replies_in(read_to_end(sock)) for sock in kept + new]
         for sock in kept + new:
@@ -8436,24 +8342,7 @@ def test_stop_does_not_wait_for_idle_connections(zai):
             assert read_to_end(silent) == b""
 
 
-def test_stop_twice_does_no_harm(zai):
-    with proxying(zai) as proxy:
-        assert proxy.server.stop(1)
-        assert proxy.server.stop(1)
-
-
 # Bugs of our own
-
-def test_an_os_error_of_our_own_is_a_bug_and_no_client_that_left(proxy, monkeypatch, log_lines):
-    def fail(*args):
-        raise OSError("disk")
-    monkeypatch.setattr(ztoapi, "listed_models", fail)
-    status, headers, body = proxy.call("GET", "/v1/models")
-    assert status == 500
-    assert body["error"]["code"] == "internal_error"
-    assert "disk" not in body["error"]["message"]
-    assert len(log_lines(logging.ERROR)) == 1
-
 
 # The fuzzer
 
@@ -8465,30 +8354,6 @@ LINES = [
     b"Content-Type: multipart/mixed", b"Content-Encoding: gzip", b"Connection: upgrade", b"Upgrade: websocket",
     b"Range: bytes=0-1", b"Accept: application/json",
 ]
-ODD_VALUES = [
-    None, True, 0, -1, 1.5, 10 ** 90, -1e308,
-    "", "x", "\ud800", "\0", "none", "auto", "system",
-    [], {}, [[]], [None],
-    {"type": "text"},
-    {"type": "function", "function": {}},
-    [{"type": "image_url"}],
-]
-FULL_CHAT = {
-    "model": "GLM-4.6",
-    "messages": [
-        {"role": "user", "content": "Hi"},
-        {"role": "assistant", "content": None, "tool_calls": [
-            {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}]},
-        {"role": "tool", "tool_call_id": "c", "content": [{"type": "text", "text": "x"}]},
-    ],
-    "temperature": 1,
-    "stop": ["a"],
-    "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}],
-    "tool_choice": "auto",
-    "response_format": {"type": "json_object"},
-    "thinking": {"type": "enabled"},
-    "stream_options": {"include_usage": True},
-}
 PLAIN_REQUESTS = [
     raw_request("GET", "/v1/models"),
     raw_request("GET", "/v1/models/GLM-4.6?x=%20", "Origin: https://x"),
@@ -8497,7 +8362,7 @@ PLAIN_REQUESTS = [
     raw_request("GET", "/"),
     raw_request("OPTIONS", CHAT, "Origin: x", "Access-Control-Request-Headers: a"),
     raw_request("GET", "http://x/metrics", version="HTTP/1.0"),
-    post(JSON_CHAT, "Expect: 100-continue"),
+    raw_chat(JSON_CHAT, "Expect: 100-continue"),
 ]
 
 
@@ -8531,20 +8396,13 @@ def scramble_lines(rand, data):
 
 def odd_request(rand):
     """A good request, some of whose JSON is replaced."""
-    body = copy.deepcopy(FULL_CHAT)
-    body["stream"] = rand.random() < 0.5
+    body = dict(FULL_CHAT, stream=rand.random() < 0.5)
     for _ in range(rand.randrange(3)):
-        place = body
-        while True:
-            key = rand.choice(list(place) if isinstance(place, dict) else range(len(place)))
-            if not isinstance(place[key], (dict, list)) or not place[key] or rand.random() < 0.4:
-                break
-            place = place[key]
-        place[key] = copy.deepcopy(rand.choice(ODD_VALUES))  # the next may go inside it
+        body = mutated(body, rand)
     data = json.dumps(body).encode()
     if rand.random() < 0.5:
-        return post(data)
-    return post_chunked(chunked(data[:40]), chunked(data[40:]), END)
+        return raw_chat(data)
+    return raw_chunks(chunked(data[:40]), chunked(data[40:]), END)
 
 
 def test_two_thousand_broken_requests_meet_no_hang_no_500_and_a_living_server(proxy, zai, log_lines):
@@ -8570,11 +8428,6 @@ def test_two_thousand_broken_requests_meet_no_hang_no_500_and_a_living_server(pr
 
 # Attacks. More of them stand where they belong: locked doors, nesting, drips, what shapes the log.
 
-def reset(sock):
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    sock.close()
-
-
 def test_attack_resets_at_every_byte_leave_nothing_behind(zai, log_lines):
     data = raw_chat(chat_body(stream=True))
     with proxying(zai) as proxy:
@@ -8597,7 +8450,7 @@ def test_attack_a_flood_of_connections_beyond_the_limit_costs_no_threads_and_few
     zai.default = stream(say("Hel"), 30)
     with proxying(zai, MAX_CONNECTIONS="1") as proxy:
         with proxy.open_stream() as busy:
-            assert eventually(lambda: not is_open(busy))
+            assert eventually(lambda: readable(busy))
             threads, before, most, socks = threading.active_count(), descriptors(), 0, []
             for _ in range(1000):
                 socks.append(proxy.connect())
@@ -8650,11 +8503,11 @@ ONE_LINE = WHOLE_REQUEST.replace("\r\n", " ")
 
 # Whole requests inside another one.
 @table("data", [
-    post(json_chat(messages=[{"role": "user", "content": WHOLE_REQUEST}])),
+    raw_chat(json_chat(messages=[{"role": "user", "content": WHOLE_REQUEST}])),
     raw_request("GET", "/health", "X: " + ONE_LINE),
     raw_request("GET", "/health?" + ONE_LINE.replace(" ", "%20")),
-    post_chunked(b"%x;%b\r\n%b\r\n" % (len(JSON_CHAT), ONE_LINE.encode(), JSON_CHAT), END),
-    post_chunked(chunked(JSON_CHAT), b"0\r\nX: " + ONE_LINE.encode() + b"\r\n\r\n"),
+    raw_chunks(b"%x;%b\r\n%b\r\n" % (len(JSON_CHAT), ONE_LINE.encode(), JSON_CHAT), END),
+    raw_chunks(chunked(JSON_CHAT), b"0\r\nX: " + ONE_LINE.encode() + b"\r\n\r\n"),
 ])
 def test_attack_a_request_inside_a_request_is_text(door, data):
     assert statuses(door, data) == [200, 200]
@@ -8665,9 +8518,9 @@ EVIL = "x\r\nX-Evil: 1\r\n\r\nHTTP/1.1 200 OK\r\n"
 
 # What a client could split an answer's head with, and the status it gets.
 @table("data,status", [
-    (post(json_chat(model=EVIL, store=True, user=EVIL, **{EVIL: 1})), 200),
-    (post(json_chat(stream=True, model=EVIL)), 200),
-    (post(json_chat(messages=[{"role": "user", "content": "Hi", EVIL: 1, "\u6f22\ud800": 1}])), 200),
+    (raw_chat(json_chat(model=EVIL, store=True, user=EVIL, **{EVIL: 1})), 200),
+    (raw_chat(json_chat(stream=True, model=EVIL)), 200),
+    (raw_chat(json_chat(messages=[{"role": "user", "content": "Hi", EVIL: 1, "\u6f22\ud800": 1}])), 200),
     (raw_request("GET", "/v1/models/%0d%0aX-Evil:%201"), 404),
     (raw_request("GET", "/v1/models", "x-request-id: mine", "Origin: https://x\xff\x1b", "X-Evil: 1"), 200),
     (raw_request("OPTIONS", "/", "Access-Control-Request-Headers: a\xff\x1b, X-Evil"), 204),
@@ -8695,15 +8548,11 @@ def test_attack_two_clients_never_see_each_others_answers(zai):
             data = b""
             for j, text in enumerate(texts):
                 messages = [{"role": "user", "content": text}]
-                data += post(json_chat(stream=j == 1, messages=messages))
+                data += raw_chat(json_chat(stream=j == 1, messages=messages))
             for text, reply in zip(texts, exchange(proxy, data)):
                 seen[text] = re.findall("<.*?>", reply.body.decode())
     with proxying(zai) as proxy:
-        threads = [threading.Thread(target=client, args=(number,)) for number in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        together(*[lambda number=number: client(number) for number in range(8)])
     assert len(seen) == len(zai.requests) == 120
     assert {text: found for text, found in seen.items() if found != [text]} == {}
 
@@ -8736,7 +8585,7 @@ def test_attack_names_that_clients_make_up_are_not_kept(zai):
     """A thousand different models and paths leave nothing behind that grows."""
     data = b""
     for i in range(200):
-        data += raw_request("GET", f"/v1/models/m{i}") + post(json_chat(model=f"m{i}", n=2))
+        data += raw_request("GET", f"/v1/models/m{i}") + raw_chat(json_chat(model=f"m{i}", n=2))
     with proxying(zai) as proxy:
         assert statuses(proxy, data) == [404, 400] * 200 + [200]
         for i in range(30):
@@ -8764,10 +8613,6 @@ def test_attack_a_date_and_a_length_are_always_there(door, path):
 # process, --check, and the program in processes of its own.
 
 posix_only = pytest.mark.skipif(os.name == "nt", reason="signals")
-
-
-def readable(sock):
-    return bool(select.select([sock], [], [], 0)[0])
 
 
 def record(**fields):
@@ -8827,14 +8672,6 @@ def test_stats_tell_served_failed_and_cancelled_apart():
     stats = metrics_of(counted(), counted(status=429), counted(status=499), counted(status=502)).stats([], {}, False)
     assert (stats["served"], stats["failed"], stats["cancelled"]) == (1, 2, 1)
     assert stats["in_flight"] == 0
-
-
-def test_a_request_without_a_valid_key_is_counted():
-    metrics = metrics_of()
-    metrics.refuse()
-    metrics.refuse()
-    assert metrics.stats([], {}, False)["unauthorized"] == 2
-    assert "\nztoapi_unauthorized_total 2\n" in metrics.prometheus([], {})
 
 
 def test_the_counters_tell_the_client_keys_apart():
@@ -8916,7 +8753,7 @@ def test_a_request_is_one_line(proxy, log_lines, method, path, body, status):
 
 def test_the_line_of_a_chat_tells_what_happened(zai, log_lines):
     with proxying(zai, DEFAULT_KEY="sk-other-0123456789," + KEY) as proxy:
-        proxy.chat({"X-Client-Request-Id": "run 17"}, store=True)
+        proxy.chat(["X-Client-Request-Id: run 17"], store=True)
         assert eventually(log_lines)
     words = log_lines()[0].split()
     for word in ("key=#2", "rid=run?17", "model=GLM-4.6", "stream=false", "in=28", "out=185", "retries=0",
@@ -8943,12 +8780,6 @@ def test_a_broken_request_is_one_line_too(proxy, log_lines, data):
     exchange(proxy, data)
     assert eventually(log_lines)
     assert not log_lines(logging.ERROR)
-
-
-def test_a_wrong_key_is_counted(proxy):
-    proxy.call("GET", "/v1/models", key="sk-wrong")
-    proxy.call("POST", CHAT, chat_body(), key=None)
-    assert proxy.call("GET", "/stats")[2]["unauthorized"] == 2
 
 
 def test_a_key_is_taken_out_before_a_word_is_cut(zai, log_lines):
@@ -9023,6 +8854,11 @@ def boom(*args, **kwargs):
     raise RuntimeError("boom")
 
 
+def boom_of_the_system(*args, **kwargs):
+    """An OSError of our own must not pass for that of a client that left."""
+    raise OSError("boom")
+
+
 # To add a case, add a row: where a bug is planted, its name there, and the request that meets it.
 BUGS = [
     (ztoapi, "listed_models", "GET", "/v1/models", None),
@@ -9033,16 +8869,17 @@ BUGS = [
 
 
 @pytest.mark.parametrize("place,name,method,path,body", BUGS)
-def test_a_bug_is_one_500_and_one_traceback(proxy, monkeypatch, caplog, place, name, method, path, body):
+@pytest.mark.parametrize("bug", [boom, boom_of_the_system])
+def test_a_bug_is_one_500_and_one_traceback(proxy, monkeypatch, caplog, bug, place, name, method, path, body):
     with monkeypatch.context() as patch:
-        patch.setattr(place, name, boom)
+        patch.setattr(place, name, bug)
         status, headers, answer = proxy.call(method, path, body)
     assert status == 500
     assert answer["error"]["code"] == "internal_error"
     assert headers["x-request-id"] in answer["error"]["message"]
     assert "boom" not in str(answer)
-    bug, = [record for record in caplog.records if record.exc_info]
-    assert headers["x-request-id"] in bug.getMessage()
+    record, = [record for record in caplog.records if record.exc_info]
+    assert headers["x-request-id"] in record.getMessage()
     assert proxy.call(method, path, body)[0] == 200, "it lives on"
 
 
@@ -9065,20 +8902,6 @@ def test_a_bug_during_a_stream_is_the_in_stream_error(zai, proxy, monkeypatch, c
     assert sum(bool(record.exc_info) for record in caplog.records) == 1
     monkeypatch.undo()
     assert proxy.chat()[0] == 200
-
-
-def test_a_bug_in_the_tick_does_not_end_the_pump(zai, monkeypatch, caplog):
-    ticks = []
-
-    def tick(self, *args):
-        ticks.append(1)
-        boom()
-    monkeypatch.setattr(ztoapi.Pump, "_tick", tick)
-    with proxying(zai) as proxy:
-        assert eventually(lambda: len(ticks) > 1, 3)
-        assert proxy.chat()[0] == 200
-        monkeypatch.undo()
-    assert any(record.exc_info for record in caplog.records)
 
 
 # A proxy at work: its numbers
@@ -9149,17 +8972,12 @@ def test_the_metrics_are_prometheus_text_with_the_promised_names(zai):
     assert 0 < samples["ztoapi_process_start_time_seconds"][()] <= time.time()
 
 
-def test_prometheus_own_parser_reads_the_metrics(proxy):
-    parser = pytest.importorskip("prometheus_client.parser")
-    families = {family.name for family in parser.text_string_to_metric_families(proxy.call("GET", "/metrics")[2])}
-    assert families == {name[:-6] if name.endswith("_total") else name for name in METRICS}
-
-
 def test_stats_begin_empty(proxy):
     assert proxy.call("GET", "/stats", key=None)[0] == 401
     stats = proxy.call("GET", "/stats")[2]
     for name in ("in_flight", "queued", "served", "failed", "cancelled"):
         assert stats[name] == 0
+    assert stats["unauthorized"] == 1
     assert stats["ttft_p50_ms"] is None
     assert stats["recent"] == []
     assert stats["demo"] is False
@@ -9196,11 +9014,7 @@ def test_stats_tell_the_page_what_is_going_on(zai):
 def test_a_learned_ceiling_shows(zai):
     zai.limit, zai.default = 2, stream(say("a"), 0.1, FINISH, DONE)
     with proxying(zai) as proxy:
-        threads = [threading.Thread(target=proxy.chat) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        together(*[proxy.chat] * 4)
         row, = proxy.call("GET", "/stats")[2]["ceilings"]
         text = proxy.call("GET", "/metrics")[2]
     assert row["model"] == "glm-4.6"
@@ -9266,30 +9080,13 @@ def run_main(capsys, *argv, **environ):
     return (status, *capsys.readouterr())
 
 
-# To add a case, add a value to its variable's row: one that it cannot have.
-BAD_VALUES = {
-    "PORT": ["abc", "-1", "65536", "9 0", "1.5", "\u0661", "9\n9", "\udcff"],
-    "HOST": ["0.0.0.0", "a\nb"],
-    "DEFAULT_KEY": ["", " , ", "two words", "schl\xfcssel", "a\nb"],
-    "ZAI_API_KEY": ["secret secret", "sec\r\nret"],
-    "ZAI_BASE_URL": ["ftp://api.z.ai/", "api.z.ai", "http://", "http://x:99999/", "http://x y/", "https://x/?a=b",
-                     "file:///etc/passwd", "http://["],
-    "DEFAULT_STREAM": ["maybe"],
-    "ENABLE_THINKING": ["2"],
-    "REASONING_FORMAT": ["xml"],
-    "MODEL_ALIASES": ["gpt-4o", "=glm-4.6", "a="],
-    "MAX_CONCURRENCY": ["-1", "1.5"],
-    "QUEUE_TIMEOUT": ["-1", "nan", "inf", "2m"],
-    "MAX_RETRIES": ["many"],
-    "HEARTBEAT": ["-0.1"],
-    "UPSTREAM_TIMEOUT": ["0"],
-    "CLIENT_TIMEOUT": ["0"],
-    "MAX_BODY_MB": ["0", "1e3"],
-    "MAX_CONNECTIONS": ["0"],
-    "DEBUG_MODE": ["verbose"],
-    "DEMO_MODE": ["y e s"],
-}
-BAD_VARIABLES = [(variable, value) for variable, values in BAD_VALUES.items() for value in values]
+# One bad value of each variable's; BAD_SETTINGS has them all. Keys are refused too, but never shown.
+BAD_VARIABLES = [
+    *dict(BAD_SETTINGS).items(),
+    ("PORT", "\udcff"),
+    *(("DEFAULT_KEY", text) for text in ("", "two words", "schl\xfcssel", "a\nb")),
+    *(("ZAI_API_KEY", text) for text in ("secret secret", "sec\r\nret")),
+]
 
 
 @pytest.mark.parametrize("argv", [(), ("--check",)])
@@ -9298,15 +9095,11 @@ def test_a_bad_variable_is_one_line_and_exit_status_2(capsys, variable, value, a
     status, out, err = run_main(capsys, *argv, **{variable: value})
     assert status == 2
     assert not out
-    assert err.count("\n") == 1 and err.endswith("\n")
+    assert err.count("\n") == 1
+    assert err.endswith("\n")
     assert variable in err
     if value.strip(" ,"):
         assert (ascii(value)[1:-1] in err) != variable.endswith("_KEY"), "a key is not shown, all else is"
-
-
-def test_the_variables_of_the_docstring_are_those_that_are_read():
-    names = re.findall(r"^    ([A-Z_]+) {2,}", ztoapi.__doc__, re.MULTILINE)
-    assert [name.lower() for name in names] == [field.name for field in dataclasses.fields(ztoapi.Settings)]
 
 
 @pytest.mark.parametrize("argument", ["--help", "-h"])
@@ -9807,7 +9600,7 @@ def test_it_can_be_embedded_twice_in_one_process(zai):
                ztoapi.Server(ztoapi.Settings(demo_mode=True, **common))]
     for server in servers:
         server.port = server.server_port
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     for server, text in zip(servers, (b"Hello", b"Demo")):
         reply = exchange(server, raw_request("POST", CHAT, body=JSON_CHAT))[0]
         assert reply.status == 200

@@ -248,7 +248,7 @@ def request(port, chance):
         if dice < 0.21:
             data = t.raw_chat({"model": "glm-4.6"})
         elif dice < 0.22:
-            data = t.raw_chat(t.chat_body(), key="wrong")
+            data = t.raw_chat(t.chat_body(), auth="wrong")
         elif dice > 0.97:
             sock.sendall(data[:int(len(data) * chance.random())])
             return "left before all was sent"
