@@ -6799,7 +6799,8 @@ def check(settings):
         return False
     # Nobody connects to this server. It brings all that a chat needs, and the demo.
     with Server(dataclasses.replace(settings, port=0, host="127.0.0.1")) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        # The loop ends within such a time once it is told to.
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         try:
             return check_network(server.settings) and check_zai(server)
         finally:
