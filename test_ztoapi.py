@@ -285,9 +285,8 @@ class FakeZai:
 
 @pytest.fixture
 def zai():
-    fake = FakeZai()
-    yield fake
-    fake.close()
+    with contextlib.closing(FakeZai()) as fake:
+        yield fake
 
 
 # The raw client #######################################################################################################
@@ -675,7 +674,8 @@ BAD_SETTINGS = [
     *((variable, text) for variable in FLAGS for text in ("maybe", "2", "truely", "-1")),
     *((variable, text) for variable in COUNTS for text in ("x", "-1", "1.5", "1e3", "+1")),
     *((variable, text) for variable in DURATIONS for text in ("x", "-1", "nan", "inf", "10s", "1,5", "1e400")),
-    *(("PORT", text) for text in ("x", "-1", "65536", "80.0", "0x50", "8_0", "9 0", "9\n9", "\u0661", "\u0668\u0660", "0" * 9 + "999999")),
+    *(("PORT", text) for text in (
+        "x", "-1", "65536", "80.0", "0x50", "8_0", "9 0", "9\n9", "\u0661", "\u0668\u0660", "0" * 9 + "999999")),
     *(("MODEL_ALIASES", text) for text in ("gpt-4o", "gpt-4o=", "=glm-4.6", "a=b,c")),
     *(("ZAI_BASE_URL", text) for text in (
         "api.z.ai", "ftp://api.z.ai", "file:///etc/passwd", "https://", "https:///v4", "https://api.z.ai:port",
@@ -704,7 +704,8 @@ def test_a_variable_means_what_the_table_says(variable, text, value):
 
 def test_every_variable_has_its_default():
     settings = Settings.from_environ({"UNHEARD_OF": "x", "PATH": "/bin"})
-    assert {field.name.upper(): getattr(settings, field.name) for field in dataclasses.fields(settings)} == DEFAULTS
+    found = dataclasses.asdict(settings)
+    assert {name.upper(): value for name, value in found.items()} == DEFAULTS
     assert {row[0] for row in GOOD_SETTINGS} == set(DEFAULTS)
 
 
@@ -717,7 +718,8 @@ def test_an_empty_variable_counts_as_unset(variable, text):
 @pytest.mark.parametrize("variable", sorted(DEFAULTS))
 def test_the_help_text_has_a_row_for_each_variable_and_its_default_can_be_copied(variable):
     row = re.search(rf"^    {variable} +(\S+)  ", ztoapi.__doc__, re.MULTILINE)
-    assert getattr(Settings.from_environ({variable: row.group(1)}), variable.lower()) == DEFAULTS[variable]
+    settings = Settings.from_environ({variable: row.group(1)})
+    assert getattr(settings, variable.lower()) == DEFAULTS[variable]
 
 
 def test_the_help_text_fits_a_screen():
@@ -851,7 +853,8 @@ def test_every_code_of_the_sheet_has_a_row():
 def test_the_business_code_decides_and_not_the_http_status(code, status, our_code, verdict, shape):
     for http_status in (200, 400, 401, 403, 429, 500, 503):
         error = zai_error(shape(code), http_status, now=0)
-        assert (error.status, error.code, error.verdict, error.zai_code) == (status, our_code, verdict, code)
+        assert (error.status, error.code) == (status, our_code)
+        assert (error.verdict, error.zai_code) == (verdict, code)
         assert "Z.ai's words." in error.message
         assert code in error.message
 
@@ -931,7 +934,8 @@ CAPTURED = [
     (500, {"status": 500, "error": "Internal Server Error", "path": "/v4/chat"}, BROKEN, "(code 500)"),
     # Keys refused in HTTP 200
     (200, {"code": 1000, "msg": "身份验证失败。", "success": False}, AUTH, "ZAI_API_KEY"),
-    (200, {"code": 1001, "msg": "Header中未收到Authorization参数，无法进行身份验证。", "success": False}, AUTH, "ZAI_API_KEY"),
+    (200, {"code": 1001, "msg": "Header中未收到Authorization参数，无法进行身份验证。", "success": False},
+     AUTH, "ZAI_API_KEY"),
     (200, {"code": 401, "msg": "token expired or incorrect", "success": False}, AUTH, "ZAI_API_KEY"),
     # No JSON at all: an HTML page, a redirect
     *((status, None, BROKEN, str(status)) for status in (
@@ -1081,6 +1085,7 @@ def test_no_money_does_not_heal_however_patient_one_is():
     assert zai_error(complaint("1308", "no"), 429, now=0, patience_s=1e9).status == 402
 
 
+# To add a case, add a row: seconds, the words for them.
 @pytest.mark.parametrize("seconds, words", [
     (1, "1 s"), (119, "119 s"), (120, "2 min"), (3600, "60 min"), (7200, "2 h"), (18000, "5 h"), (604800, "7 days"),
 ])
@@ -1164,7 +1169,9 @@ def test_the_model_table_says_what_the_catalogue_says(id):
     model = ztoapi.MODELS[id]
     context, max_tokens, abilities = CATALOGUE[id]
     assert (model.id, model.context, model.max_tokens) == (id, context, max_tokens)
-    assert (model.sees, model.tool_stream, model.free) == tuple(word in abilities for word in ("sees", "tools", "free"))
+    assert model.sees == ("sees" in abilities)
+    assert model.tool_stream == ("tools" in abilities)
+    assert model.free == ("free" in abilities)
     assert model.thinking in ztoapi.FAMILIES
     assert model.created > 1.7e9
 
@@ -1382,7 +1389,8 @@ def test_a_bad_request_is_a_400_that_names_the_parameter(fields, param):
     with pytest.raises(ztoapi.RequestError) as caught:
         to_zai(chat_body(**fields))
     error = caught.value
-    assert (error.status, error.type, error.param) == (400, "invalid_request_error", param), error.message
+    assert (error.status, error.type) == (400, "invalid_request_error")
+    assert error.param == param, error.message
     assert isinstance(error.code, str)
     assert 0 < len(error.message) < 500
 
@@ -1620,7 +1628,8 @@ def test_what_stands_in_the_past_is_never_refused(model, part, before):
     ("glm-4.5v", FILE_URL),
 ])
 def test_a_file_goes_to_models_that_take_files(model, part):
-    assert to_zai(chat_body(model=model, **asking([TEXT, part])))[0]["messages"] == [user([TEXT, part])]
+    body, _ = to_zai(chat_body(model=model, **asking([TEXT, part])))
+    assert body["messages"] == [user([TEXT, part])]
 
 
 ABSENT = "absent"
@@ -1777,7 +1786,8 @@ def test_a_forced_tool_choice_becomes_auto_with_fewer_tools_and_a_system_line(ch
     assert changed == {"tool_choice"}
     assert [message["role"] for message in added] == ["system"] * told
     assert [message for message in body["messages"] if message in messages] == messages
-    assert not told or len(left) > 1 or left[0]["function"]["name"] in added[0]["content"]
+    if told and len(left) == 1:
+        assert left[0]["function"]["name"] in added[0]["content"]
     # The client's own prefix stays the prefix, for Z.ai's cache.
     assert body["messages"][0] == messages[0]
 
@@ -1985,7 +1995,8 @@ STRICT_JSON = [
     ('{"a":[1,-2.5e3,"\\u00e9"]}', {"a": [1, -2500.0, "\u00e9"]}), ("null", None), (" 1\n", 1),
     ("9" * 100, int("9" * 100)),
     *((text, ValueError) for text in (
-        "", "nul", "{", '{"a":1}x', "NaN", "Infinity", "-Infinity", "1e999", "-1e999", "9" * 101, "01", "1.", ".5", "0x1", "'a'", '"\n"')),
+        "", "nul", "{", '{"a":1}x', "NaN", "Infinity", "-Infinity", "1e999", "-1e999",
+        "9" * 101, "01", "1.", ".5", "0x1", "'a'", '"\n"')),
 ]
 
 
@@ -2185,6 +2196,7 @@ def test_what_stands_before_a_broken_chunk_is_not_lost():
     assert decoder.take() == b"hello!"
 
 
+# To add a case, add a row: the length, the bytes; (body, whether it ended, what is behind).
 @pytest.mark.parametrize("length, data, expected", [
     (0, b"", (b"", True, b"")),
     (5, b"hello", (b"hello", True, b"")),
@@ -2425,8 +2437,10 @@ def fold_call(calls, piece):
     if piece["index"] == len(calls):
         assert list(piece) == ["index", "id", "type", "function"]
         assert piece["type"] == "function"
-        assert isinstance(piece["id"], str) and piece["id"]
-        assert isinstance(function["name"], str) and function["name"]
+        assert isinstance(piece["id"], str)
+        assert piece["id"]
+        assert isinstance(function["name"], str)
+        assert function["name"]
         calls.append({"id": piece["id"], "name": function["name"], "arguments": ""})
     else:
         assert list(piece) == ["index", "function"]
@@ -2859,8 +2873,10 @@ FAILURES = [
      "upstream_error", TRY_AGAIN),
     ("tool_calls without a call", say("a") + TOOLS_END, "upstream_error", TRY_AGAIN),
     ("tool_calls without a call at all", TOOLS_END, "upstream_error", TRY_AGAIN),
-    *((f"arguments cut in the middle, {finish}", calls_in(item("get_weather", text, id="a", index=0)) + finished(finish),
-       "upstream_error", TRY_AGAIN) for finish in ("stop", "tool_calls") for text in ('{"ci', '{"city":"Par', '{"a":[1')),
+    *((f"arguments cut in the middle, {finish}",
+       calls_in(item("get_weather", text, id="a", index=0)) + finished(finish),
+       "upstream_error", TRY_AGAIN)
+      for finish in ("stop", "tool_calls") for text in ('{"ci', '{"city":"Par', '{"a":[1')),
     ("a call without a name", calls_in(item(None, PARIS, id="a", index=0)) + TOOLS_END, "upstream_error", TRY_AGAIN),
     ("a call without a name beside a good one", call() + calls_in(item(None, PARIS, id="a", index=1)) + TOOLS_END,
      "upstream_error", TRY_AGAIN),
@@ -3168,11 +3184,12 @@ def test_nobody_waits_for_the_end_mark():
 def test_after_a_finish_without_usage_silence_may_end_the_answer():
     this = new_answer()
     assert not this.is_finishing
-    steps, failure = feed_answer(this, [HEAD, chunked(say("a <")), chunked(event(finish="stop")), chunked(b": hi\n\n")])
+    feed_answer(this, [HEAD, chunked(say("a <")), chunked(event(finish="stop")), chunked(b": hi\n\n")])
     assert this.is_finishing
     assert not this.complete
     steps, failure = this.close()
-    assert ([(step.kind, step.text) for step in steps], failure) == ([("text", "<"), ("finish", "stop")], None)
+    assert failure is None
+    assert [(step.kind, step.text) for step in steps] == [("text", "<"), ("finish", "stop")]
     assert this.complete
     assert not this.is_finishing
     assert not this.reply.reusable
@@ -3188,12 +3205,14 @@ def test_silence_after_a_finish_that_is_none_is_a_failure():
 
 
 def test_an_answer_has_begun_once_tokens_have_come():
-    for data, expected in ((b"", False), (event({"role": "assistant", "content": ""}), False), (say("\n"), False),
-                           (b"data: x\n\n", False), (think("a"), True), (say("a"), True), (call(), True),
-                           (calls_in(item(None, "", index=0)), True), (ENDED, True)):
+    nothing = (say("\n"), b"data: x\n\n", event({"role": "assistant", "content": ""}))
+    tokens = (think("a"), say("a"), call(), calls_in(item(None, "", index=0)), ENDED)
+    for data in nothing + tokens:
         this = new_answer()
-        feed_answer(this, [HEAD, chunked(data)] if data else [HEAD])
-        assert this.begun is expected, data
+        feed_answer(this, [HEAD])
+        assert not this.begun
+        feed_answer(this, [chunked(data)])
+        assert this.begun == (data in tokens), data
 
 
 # Spliced frames: a frame cut short, and in the same data line the first one of a new answer
@@ -3277,6 +3296,11 @@ def in_parts(parts, speak=say):
     return b"".join(map(speak, parts)) + ENDED
 
 
+def said_in(parts):
+    """The bytes of a text that comes in these parts, an event each, and does not end."""
+    return [HEAD, *(chunked(say(part)) for part in parts if part)]
+
+
 def fold_parts(parts, speak=say, **options):
     """(content, reasoning, calls, finish, usage) of a text that comes in these parts, without all the ways that bytes
     can arrive."""
@@ -3339,7 +3363,7 @@ HELD = [
 @pytest.mark.parametrize("text, held", HELD)
 def test_a_text_is_held_back_only_while_it_can_still_be_a_call(text, held):
     for parts in cuts(text):
-        steps, _ = feed_answer(new_answer(tools=WEATHER), [HEAD, *(chunked(say(part)) for part in parts if part)])
+        steps, _ = feed_answer(new_answer(tools=WEATHER), said_in(parts))
         assert "".join(step.text for step in steps) == text[:len(text) - len(held)], parts
 
 
@@ -3394,7 +3418,7 @@ STOPPED = [
 def test_the_text_ends_before_the_first_stop_word_wherever_it_is_cut(words, text, left, met):
     for parts in cuts(text):
         this = new_answer(stop=words)
-        steps, failure = feed_answer(this, [HEAD, *(chunked(say(part)) for part in parts if part)])
+        steps, failure = feed_answer(this, said_in(parts))
         assert this.complete is met, parts
         if not met:
             more, failure = feed_answer(this, [chunked(FINISH)])
@@ -3526,11 +3550,11 @@ def test_the_model_is_as_the_client_named_it():
 
 def test_a_heartbeat_is_a_chunk_with_an_empty_delta():
     chat = ztoapi.Chat(**NEW_CHAT)
-    for text, delta in ((chat.opening(), {"role": "assistant", "content": ""}), (chat.heartbeat(), {})):
-        value = parse_chunk(text[:-2])
-        assert text.endswith("}\n\n")
-        assert value["choices"][0]["delta"] == delta
-        assert value["choices"][0]["finish_reason"] is None
+    texts = [chat.opening(), chat.heartbeat()]
+    assert [text[-3:] for text in texts] == ["}\n\n"] * 2
+    choices = [parse_chunk(text[:-2])["choices"][0] for text in texts]
+    assert [choice["delta"] for choice in choices] == [{"role": "assistant", "content": ""}, {}]
+    assert [choice["finish_reason"] for choice in choices] == [None, None]
 
 
 def test_the_error_of_a_stream_is_openais_with_error_first():
@@ -4005,6 +4029,10 @@ def use(id, name="f", input=None):
     return {"type": "tool_use", "id": id, "name": name, "input": input or {}}
 
 
+def using(*blocks):
+    return {"role": "assistant", "content": list(blocks)}
+
+
 def tool_result(id, *content, **more):
     return {"type": "tool_result", "tool_use_id": id, "content": content[0] if content else None, **more}
 
@@ -4039,16 +4067,16 @@ CLAUDE_HISTORIES = [
      [user("a"), assistant("b", [("1", "f", '{"q":1}'), ("2", "f", "{}")], "T"), output("1", "one"), output("2", "two"),
       user([text("From the tool results:"), image()]), user("c")]),
     # Results in the wrong order, one that is missing, one that is nobody's.
-    (None, [user("a"), {"role": "assistant", "content": [use("1"), use("2"), use("3")]},
+    (None, [user("a"), using(use("1"), use("2"), use("3")),
             user([tool_result("3", "three"), tool_result("1"), tool_result("9", "nine")])],
      [user("a"), assistant("", [("1", "f", "{}"), ("2", "f", "{}"), ("3", "f", "{}")]), output("1", "(no output)"),
       output("2", "(no output)"), output("3", "three"), user("Output of the tool call 9:\nnine")]),
-    (None, [user("a"), {"role": "assistant", "content": [use("1")]}, user([tool_result("1", "No.", is_error=True)])],
+    (None, [user("a"), using(use("1")), user([tool_result("1", "No.", is_error=True)])],
      [user("a"), assistant("", [("1", "f", "{}")]), output("1", "Error:\nNo.")]),
-    (None, [user("a"), {"role": "assistant", "content": [use("1")]}, user([tool_result("1", "An error!", is_error=True)])],
+    (None, [user("a"), using(use("1")), user([tool_result("1", "An error!", is_error=True)])],
      [user("a"), assistant("", [("1", "f", "{}")]), output("1", "An error!")]),
     # A system message between a call and its result waits.
-    (None, [user("a"), {"role": "assistant", "content": [use("1")]}, system("s"), user([tool_result("1", "one")])],
+    (None, [user("a"), using(use("1")), system("s"), user([tool_result("1", "one")])],
      [user("a"), assistant("", [("1", "f", "{}")]), output("1", "one"), system("s")]),
     # The beginning of an answer.
     (None, [user("a"), {"role": "assistant", "content": "b"}], [user("a"), assistant("b")]),
@@ -4104,28 +4132,35 @@ def read_thinker():
 def check_messages_stream(events):
     """The rules of Anthropic's wire; gives the content that the events add up to."""
     kinds = [event["type"] for event in events]
-    assert kinds[0] == "message_start" and kinds.count("message_start") == 1
-    assert kinds[-2:] == ["message_delta", "message_stop"] and kinds.count("message_delta") == 1
+    assert kinds[0] == "message_start"
+    assert kinds.count("message_start") == 1
+    assert kinds[-2:] == ["message_delta", "message_stop"]
+    assert kinds.count("message_delta") == 1
     start = events[0]["message"]
-    assert start["content"] == [] and start["stop_reason"] is None and start["usage"]["input_tokens"] == 0
+    assert start["content"] == []
+    assert start["stop_reason"] is None
+    assert start["usage"]["input_tokens"] == 0
     content = []
     is_open = False
     for event in events[1:-2]:
         if event["type"] == "content_block_start":
-            assert not is_open and event["index"] == len(content)
+            assert not is_open
+            assert event["index"] == len(content)
             block = event["content_block"]
             assert [value for key, value in block.items() if key in ("text", "thinking", "input")] in ([""], [{}])
             content.append(dict(block, input="") if block["type"] == "tool_use" else block)
             is_open = True
             continue
-        assert is_open and event["index"] == len(content) - 1
+        assert is_open
+        assert event["index"] == len(content) - 1
         if event["type"] == "content_block_stop":
             is_open = False
             continue
         assert event["type"] == "content_block_delta"
         kind, field = {"text": ("text_delta", "text"), "thinking": ("thinking_delta", "thinking"),
                        "tool_use": ("input_json_delta", "partial_json")}[content[-1]["type"]]
-        assert event["delta"]["type"] == kind and event["delta"][field]
+        assert event["delta"]["type"] == kind
+        assert event["delta"][field]
         content[-1]["input" if field == "partial_json" else field] += event["delta"][field]
     assert not is_open
     return content
@@ -4370,7 +4405,8 @@ INPUTS = [
     ([message("user", {"type": "input_file", "filename": "f.pdf", "file_data": "AA"})],
      [user("[file left out: GLM-4.6V takes no such file]")]),
     # Codex's second turn.
-    ([user("a"), thought("T"), output_message("b"), function_call("1"), function_call("2"), gave("1", "one"), gave("2", "two")],
+    ([user("a"), thought("T"), output_message("b"), function_call("1"), function_call("2"),
+      gave("1", "one"), gave("2", "two")],
      [user("a"), assistant("b", [("1", "f", "{}"), ("2", "f", "{}")], "T"), output("1", "one"), output("2", "two")]),
     ([user("a"), thought("T", encrypted_content="ztoapi:whole T"), output_message("b"), user("c")],
      [user("a"), assistant("b", thinking="whole T"), user("c")]),
@@ -4391,13 +4427,15 @@ INPUTS = [
      [user("a"), ONE_CALL, output("1", "one"), assistant("", [("2", "f", "{}")]), output("2", "two")]),
     ([user("a"), function_call("1"), user("b")], [user("a"), ONE_CALL, output("1", "(no output)"), user("b")]),
     ([user("a"), gave("1", "one")], [user("a"), user("Output of the tool call 1:\none")]),
-    ([user("a"), function_call("1"), gave("1", [{"type": "input_text", "text": "x"}, {"type": "input_text", "text": "y"}])],
+    ([user("a"), function_call("1"),
+      gave("1", [{"type": "input_text", "text": "x"}, {"type": "input_text", "text": "y"}])],
      [user("a"), ONE_CALL, output("1", "x\ny")]),
     ([user("a"), function_call("1"), gave("1", [INPUT_IMAGE])],
      [user("a"), ONE_CALL, output("1", "(an image)"), user([text("From the tool results:"), image()])]),
     ([user("a"), function_call("1", "g", namespace="mcp__tiny"), gave("1", "one")],
      [user("a"), assistant("", [("1", "mcp__tiny__g", "{}")]), output("1", "one")]),
-    ([user("a"), function_call("1", namespace="functions"), gave("1", "one")], [user("a"), ONE_CALL, output("1", "one")]),
+    ([user("a"), function_call("1", namespace="functions"), gave("1", "one")],
+     [user("a"), ONE_CALL, output("1", "one")]),
     ([user("a"), {"type": "custom_tool_call", "call_id": "1", "name": "f", "input": "x"},
       gave("1", "one", "custom_tool_call_output")],
      [user("a"), assistant("", [("1", "f", '{"input":"x"}')]), output("1", "one")]),
@@ -4433,8 +4471,10 @@ def test_tools_of_responses_are_functions():
     _, request = read_responses(tools=tools, input=[more, user("a")])
     functions = [tool["function"] for tool in asked(request).body["tools"]]
     names = [function["name"] for function in functions]
-    assert names[:5] == ["f", "patch", "mcp__tiny__g", "exec", "h"] and names[-1] == "late"
-    assert re.fullmatch("a_b_[0-9a-f]{8}", names[5]) and re.fullmatch("x{55}_[0-9a-f]{8}", names[6])
+    assert names[:5] == ["f", "patch", "mcp__tiny__g", "exec", "h"]
+    assert names[-1] == "late"
+    assert re.fullmatch("a_b_[0-9a-f]{8}", names[5])
+    assert re.fullmatch("x{55}_[0-9a-f]{8}", names[6])
     assert functions[3]["description"] == "Runs.\nlark\nstart: x"
     assert functions[3]["parameters"]["required"] == ["input"]
 
@@ -4505,7 +4545,8 @@ def test_responses_refuses_what_cannot_be(fields, param):
         asked(read_responses(**fields)[1])
     error = ztoapi.Responses.error(caught.value)["error"]
     assert ztoapi.Responses.status(caught.value) == 400
-    assert param in (None, error["param"]) and not str(error["param"]).startswith("messages")
+    assert param in (None, error["param"])
+    assert not str(error["param"]).startswith("messages")
 
 
 def test_vs_code_sends_everything_at_exactly_this_code():
@@ -4546,10 +4587,13 @@ def check_item(events, index):
     """The rules for the events of one item, first to last; gives the item."""
     first, last = events[0], events[-1]
     item = last["item"]
-    assert first["type"] == "response.output_item.added" and last["type"] == "response.output_item.done"
+    assert first["type"] == "response.output_item.added"
+    assert last["type"] == "response.output_item.done"
     assert all(event["output_index"] == index for event in events)
-    assert item["id"] == ANY_ID(ID_PREFIXES[item["type"]]) and first["item"]["id"] == item["id"]
-    assert first["item"]["status"] == "in_progress" and item["status"] in ("completed", "incomplete")
+    assert item["id"] == ANY_ID(ID_PREFIXES[item["type"]])
+    assert first["item"]["id"] == item["id"]
+    assert first["item"]["status"] == "in_progress"
+    assert item["status"] in ("completed", "incomplete")
     fields = ("summary", "content", "arguments", "input")
     assert [first["item"][field] for field in fields if field in first["item"]] in ([[]], [""])
     inner = events[1:-1]
@@ -4559,11 +4603,14 @@ def check_item(events, index):
     pieces = [event for event, kind in zip(inner, kinds) if kind == delta]
     assert kinds == [kind for kind in (begin, *[delta] * len(pieces), done, end) if kind]
     field, words = whole_text(item)
-    assert "".join(event["delta"] for event in pieces) == words == inner[kinds.index(done)][field]
+    assert "".join(event["delta"] for event in pieces) == words
+    assert inner[kinds.index(done)][field] == words
     if begin:
         place = "summary_index" if item["type"] == "reasoning" else "content_index"
         assert all(event[place] == 0 for event in inner)
-        assert inner[0]["part"]["text"] == "" and inner[-1]["part"] == (item.get("summary") or item["content"])[0]
+        assert inner[0]["part"]["text"] == ""
+        parts = item.get("summary") or item["content"]
+        assert inner[-1]["part"] == parts[0]
     if item["type"] == "message":
         assert all(event["logprobs"] == [] for event in inner if "text" in event or "delta" in event)
     if item["type"] == "function_call":
@@ -4576,7 +4623,8 @@ def check_responses_stream(events):
     assert [event["sequence_number"] for event in events] == list(range(len(events)))
     assert [event["type"] for event in events[:2]] == ["response.created", "response.in_progress"]
     for event in events[:2]:
-        assert event["response"]["output"] == [] and event["response"]["status"] == "in_progress"
+        assert event["response"]["output"] == []
+        assert event["response"]["status"] == "in_progress"
     items = []
     started = None
     for place, event in enumerate(events[2:-1], 2):
@@ -4590,7 +4638,9 @@ def check_responses_stream(events):
     assert started is None
     response = events[-1]["response"]
     assert events[-1]["type"] == "response." + response["status"]
-    assert response["output"] == items and response["id"] == events[0]["response"]["id"] == ANY_ID("resp_")
+    assert response["output"] == items
+    assert response["id"] == ANY_ID("resp_")
+    assert events[0]["response"]["id"] == response["id"]
     return response
 
 
@@ -4631,10 +4681,13 @@ RESPONSES_ENDS = [
 def test_responses_has_an_item_for_each_thing_said(name, kinds, status, reason):
     whole = folded(read_user_of_tools, ANSWERS[name])
     assert [item["type"] for item in whole["output"]] == kinds
-    assert whole["status"] == status and whole["error"] is None
+    assert whole["status"] == status
+    assert whole["error"] is None
     assert whole["incomplete_details"] == (reason and {"reason": reason})
     # Only what was open at the end is incomplete.
-    assert [item["status"] for item in whole["output"]] == (["completed"] * (len(kinds) - 1) + [status])[:len(kinds)]
+    statuses = [item["status"] for item in whole["output"]]
+    assert statuses[:-1] == ["completed"] * (len(statuses) - 1 if statuses else 0)
+    assert statuses[-1:] == [status] * bool(statuses)
 
 
 def test_a_json_answer_of_responses():
@@ -4674,11 +4727,10 @@ def test_thinking_is_kept_by_the_client_only_if_it_asks():
 def test_responses_beats_without_harm():
     front, _ = read_user_of_tools()
     beats = [front.opening(), front.heartbeat()]
-    for steps in ([Step("thinking", "A")], [Step("text", "B")], [called(0, "call_0", "f", "{")], [arguments(0, "}")],
-                  [called(1, "call_1", "patch", "{")], [arguments(1, "}"), finish("tool_calls")]):
-        beats.append(front.tell(steps))
-        if steps[-1].kind != "finish":
-            beats.append(front.heartbeat())
+    calls = [called(0, "call_0", "f", "{"), arguments(0, "}"), called(1, "call_1", "patch", "{")]
+    for step in (Step("thinking", "A"), Step("text", "B"), *calls):
+        beats += [front.tell([step]), front.heartbeat()]
+    beats.append(front.tell([arguments(1, "}"), finish("tool_calls")]))
     events = events_of("".join(beats))
     assert events[2]["type"] == "response.in_progress"
     numbers = [event["sequence_number"] for event in events]
@@ -4723,13 +4775,16 @@ def test_an_error_of_responses(status, code, retryable, told_status, told_code):
     events = events_of(begin + front.failure(error))
     assert [event["sequence_number"] for event in events] == list(range(len(events)))
     flat, failed = events[-2:]
-    assert flat["type"] == "error" and flat["error"] == inner
+    assert flat["type"] == "error"
+    assert flat["error"] == inner
     assert (flat["code"], flat["message"], flat["param"]) == (code, "No.", None)
-    assert failed["type"] == "response.failed" and failed["response"]["status"] == "failed"
+    assert failed["type"] == "response.failed"
+    assert failed["response"]["status"] == "failed"
     assert failed["response"]["error"] == {"code": told_code, "message": "No. Please try again in 7s."}
     # What was whole, and no more.
     assert [item["type"] for item in failed["response"]["output"]] == ["reasoning"]
-    assert not ztoapi.Responses.cuts_failures and not ztoapi.Messages.cuts_failures
+    assert not ztoapi.Responses.cuts_failures
+    assert not ztoapi.Messages.cuts_failures
 
 
 # Responses, the memory
@@ -4783,8 +4838,8 @@ def footprint(proxy):
 
 
 @contextlib.contextmanager
-def road(zai=None, **environ):
-    """A proxy that must not leak slots, descriptors or threads. Chance is out of it: retries wait no time, refused
+def strict_proxy(zai=None, **environ):
+    """A proxy that must leak no slots, descriptors or threads. Chance is out of it: retries wait no time, refused
     requests the shortest."""
     with proxying(zai, **environ) as proxy:
         upstream = proxy.server.upstream
@@ -4901,7 +4956,7 @@ LATE = {
 
 @pytest.mark.parametrize("fault", EARLY)
 def test_a_fault_before_the_first_delta_is_tried_again_unseen(zai, fault):
-    with road(zai, MAX_RETRIES="2") as proxy:
+    with strict_proxy(zai, MAX_RETRIES="2") as proxy:
         for streamed in (True, False):
             zai.scripts.extend([EARLY[fault], EARLY[fault]])
             assert ask(proxy, streamed) == WELL
@@ -4914,7 +4969,7 @@ def test_a_fault_before_the_first_delta_is_tried_again_unseen(zai, fault):
 @pytest.mark.parametrize("fault", EARLY)
 def test_a_fault_that_does_not_heal_is_an_error_after_max_retries(zai, fault):
     zai.default = EARLY[fault]
-    with road(zai, MAX_RETRIES="1") as proxy:
+    with strict_proxy(zai, MAX_RETRIES="1") as proxy:
         for streamed in (True, False):
             status, text, error, _ = ask(proxy, streamed)
             assert status == (503 if fault == "1120" else 502)
@@ -4933,7 +4988,7 @@ FIRST_DELTAS = {"text": say("Hel"), "thinking": think("Hel"), "call": call()}
 @pytest.mark.parametrize("first,fault", LATE_CASES)
 def test_nothing_is_tried_again_after_the_first_delta(zai, first, fault):
     zai.default = [HEAD, chunked(FIRST_DELTAS[first]), *LATE[fault]]
-    with road(zai) as proxy:
+    with strict_proxy(zai) as proxy:
         events = failed_stream(proxy)
         shown = said(events) + said(events, "reasoning_content")
         assert shown == ("" if first == "call" else "Hel")
@@ -4949,7 +5004,7 @@ def test_nothing_is_tried_again_after_the_first_delta(zai, first, fault):
 @both
 def test_hidden_thinking_is_not_paid_for_twice(zai, fault, streamed):
     zai.default = [HEAD, chunked(think("Hm")), *LATE[fault]]
-    with road(zai, REASONING_FORMAT="hidden") as proxy:
+    with strict_proxy(zai, REASONING_FORMAT="hidden") as proxy:
         status, text, error, _ = ask(proxy, streamed)
         assert text == ""
         assert error["code"] == "upstream_error"
@@ -4963,7 +5018,7 @@ TORN = b'data: {"id":"2026data: {"id":"2027","created":1,"choices":[{"index":0,"
 def test_thinking_that_was_void_is_not_paid_for_twice(zai):
     """Z.ai starts its answer afresh, which takes the thinking back, and then ends it."""
     zai.default = stream(think("Hm"), TORN, 0.02, CLOSE, end=False)
-    with road(zai) as proxy:
+    with strict_proxy(zai) as proxy:
         failed_stream(proxy)
         assert ask(proxy, False)[0] == 502
         assert len(zai.requests) == 2
@@ -4972,7 +5027,7 @@ def test_thinking_that_was_void_is_not_paid_for_twice(zai):
 @both
 def test_starting_afresh_before_anything_came_is_no_beginning(zai, streamed):
     zai.scripts.append(stream(TORN, 0.02, CLOSE, end=False))
-    with road(zai) as proxy:
+    with strict_proxy(zai) as proxy:
         assert ask(proxy, streamed) == WELL
         assert [request["body"]["model"] for request in zai.requests] == ["glm-4.6", "glm-4.6"]
 
@@ -4980,7 +5035,7 @@ def test_starting_afresh_before_anything_came_is_no_beginning(zai, streamed):
 @pytest.mark.parametrize("fault", ("an error as an event", "reset", "network_error"))
 def test_who_loses_an_error_over_a_cut_gets_the_closing_chunk_behind_it(zai, fault):
     zai.default = [HEAD, chunked(say("Hel")), *LATE[fault]]
-    with road(zai) as proxy:
+    with strict_proxy(zai) as proxy:
         for line, closed in (("Origin: https://app.example", True), ("User-Agent: ai/6.0 ai-sdk/openai/3.0", True),
                              ("User-Agent: OpenAI/Python 3.57", False)):
             _, _, events, clean = proxy.stream([line])
@@ -4994,7 +5049,7 @@ HOPELESS = ("1100 1110 1111 1112 1113 1121 1210 1211 1212 1213 1214 1215 1220 12
 
 
 def test_codes_that_cannot_heal_are_never_tried_again(zai):
-    with road(zai) as proxy:
+    with strict_proxy(zai) as proxy:
         for code in HOPELESS:
             for script in (refusal(429, code), stream(error_event(code))):
                 zai.scripts.append(script)
@@ -5005,7 +5060,7 @@ def test_codes_that_cannot_heal_are_never_tried_again(zai):
 
 def test_a_wrong_path_is_never_tried_again_and_names_the_base_url(zai):
     zai.default = answer(404, b"<html>404</html>")
-    with road(zai) as proxy:
+    with strict_proxy(zai) as proxy:
         status, _, error, _ = ask(proxy, True)
         assert status == 502
         assert "ZAI_BASE_URL" in error["message"]
@@ -5014,20 +5069,18 @@ def test_a_wrong_path_is_never_tried_again_and_names_the_base_url(zai):
 
 @pytest.mark.parametrize("status", (301, 307))
 def test_redirects_are_not_followed(zai, status):
-    elsewhere = FakeZai()
-    zai.default = answer(status, b"", f"Location: {elsewhere.url}/chat/completions")
-    with road(zai) as proxy:
+    with contextlib.closing(FakeZai()) as elsewhere, strict_proxy(zai) as proxy:
+        zai.default = answer(status, b"", f"Location: {elsewhere.url}/chat/completions")
         assert ask(proxy, True)[0] == 502
         assert len(zai.requests) == 1
         assert elsewhere.connections == 0
-    elsewhere.close()
 
 
 @both
 def test_bytes_that_come_one_at_a_time_are_an_answer_like_any_other(zai, streamed):
     whole = b"".join(stream(*HEALTHY))
     zai.default = [whole[i:i + 1] for i in range(len(whole))]
-    with road(zai) as proxy:
+    with strict_proxy(zai) as proxy:
         for _ in range(2):
             assert ask(proxy, streamed) == WELL
             proxy.idle()
@@ -5037,7 +5090,7 @@ def test_bytes_that_come_one_at_a_time_are_an_answer_like_any_other(zai, streame
 @both
 def test_a_body_without_a_length_ends_with_its_connection(zai, streamed):
     zai.default = [raw_head("Connection: close"), *HEALTHY, CLOSE]
-    with road(zai) as proxy:
+    with strict_proxy(zai) as proxy:
         assert ask(proxy, streamed) == WELL
 
 
@@ -5045,7 +5098,7 @@ def test_a_body_without_a_length_ends_with_its_connection(zai, streamed):
 @both
 def test_a_cut_behind_the_finish_is_no_failure(zai, end, streamed):
     zai.default = [HEAD, chunked(say("Hello")), chunked(event(finish="stop")), *end]
-    with road(zai) as proxy:
+    with strict_proxy(zai) as proxy:
         assert ask(proxy, streamed) == WELL
         assert len(zai.requests) == 1
 
@@ -5062,7 +5115,7 @@ def test_an_answer_that_comes_before_all_was_sent_is_read():
             time.sleep(0.05)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         threading.Thread(target=refuse, daemon=True).start()
-        with road(ZAI_BASE_URL=f"http://127.0.0.1:{listener.getsockname()[1]}/api") as proxy:
+        with strict_proxy(ZAI_BASE_URL=f"http://127.0.0.1:{listener.getsockname()[1]}/api") as proxy:
             message = {"role": "user", "content": "x" * (8 << 20)}
             _, _, error, _ = ask(proxy, True, messages=[message])
             assert "too long for me" in error["message"]
@@ -5072,7 +5125,7 @@ def test_an_answer_that_comes_before_all_was_sent_is_read():
 def test_a_request_that_zai_does_not_take_is_tried_once_more():
     with socket.create_server(("127.0.0.1", 0)) as deaf:
         url = f"http://127.0.0.1:{deaf.getsockname()[1]}/api"
-        with road(ZAI_BASE_URL=url, UPSTREAM_TIMEOUT="0.1", MAX_RETRIES="5") as proxy:
+        with strict_proxy(ZAI_BASE_URL=url, UPSTREAM_TIMEOUT="0.1", MAX_RETRIES="5") as proxy:
             message = {"role": "user", "content": "x" * (16 << 20)}
             status, _, error, _ = ask(proxy, True, messages=[message])
             assert status == 502
@@ -5089,7 +5142,7 @@ def test_a_bug_in_a_front_ends_one_answer_only(zai, monkeypatch, caplog):
         return tell(front, steps)
     monkeypatch.setattr(ztoapi.Chat, "tell", buggy)
     zai.default = stream(say("Hel"), 0.1, say("lo"), FINISH, DONE)
-    with road(zai) as proxy, proxy.open_stream() as running:
+    with strict_proxy(zai) as proxy, proxy.open_stream() as running:
         assert eventually(lambda: zai.in_flight == 1)
         status, _, error, _ = ask(proxy, True, model="buggy")
         assert (status, error["code"]) == (500, "internal_error")
@@ -5102,7 +5155,7 @@ def test_a_bug_in_a_chore_does_not_end_the_pump(zai, brisk, caplog):
     def buggy(now):
         proxy.server.pump.chores.remove(buggy)
         raise ZeroDivisionError
-    with road(zai) as proxy:
+    with strict_proxy(zai) as proxy:
         proxy.server.pump.chores.append(buggy)
         assert eventually(lambda: "The pump failed" in caplog.text)
         assert ask(proxy, True) == WELL
@@ -5114,7 +5167,7 @@ def test_two_hundred_streams_at_once_are_relayed_whole(zai):
         pieces = [step for i in range(10) for step in (say(f"{word}.{i} "), 0.02)]
         return stream(*pieces, FINISH, DONE)
     zai.default = script
-    with road(zai) as proxy, contextlib.ExitStack() as closing:
+    with strict_proxy(zai) as proxy, contextlib.ExitStack() as closing:
         socks = []
         for i in range(200):
             messages = [{"role": "user", "content": f"n{i}"}]
@@ -5140,7 +5193,7 @@ SILENT = {
 @both
 def test_a_silence_is_tried_again_once(zai, brisk, case, streamed):
     zai.default = SILENT[case]
-    with road(zai, UPSTREAM_TIMEOUT="0.1", MAX_RETRIES="5") as proxy:
+    with strict_proxy(zai, UPSTREAM_TIMEOUT="0.1", MAX_RETRIES="5") as proxy:
         status, _, error, _ = ask(proxy, streamed)
         assert status == 502
         assert "UPSTREAM_TIMEOUT" in error["message"]
@@ -5153,7 +5206,7 @@ def test_a_silence_is_tried_again_once(zai, brisk, case, streamed):
 
 def test_a_silence_behind_the_first_delta_ends_the_answer(zai, brisk):
     zai.default = stream(say("Hel"), 30)
-    with road(zai, UPSTREAM_TIMEOUT="0.1") as proxy:
+    with strict_proxy(zai, UPSTREAM_TIMEOUT="0.1") as proxy:
         assert "UPSTREAM_TIMEOUT" in failed_stream(proxy)[-1]["error"]["message"]
         assert ask(proxy, False)[0] == 502
         assert len(zai.requests) == 2
@@ -5163,7 +5216,7 @@ def test_a_silence_behind_the_first_delta_ends_the_answer(zai, brisk):
 @both
 def test_upstream_timeout_is_of_silence_and_never_of_the_whole(zai, brisk, streamed):
     zai.default = stream(*[say("a"), 0.06] * 6, FINISH, DONE)
-    with road(zai, UPSTREAM_TIMEOUT="0.25") as proxy:
+    with strict_proxy(zai, UPSTREAM_TIMEOUT="0.25") as proxy:
         assert ask(proxy, streamed) == (200, "aaaaaa", None, True)
 
 
@@ -5180,7 +5233,7 @@ def test_an_answer_is_complete_two_seconds_behind_its_finish(zai, brisk, monkeyp
     assert ztoapi.Relay.PATIENCE_S == 2
     monkeypatch.setattr(ztoapi.Relay, "PATIENCE_S", 0.2)
     zai.default = [HEAD, chunked(say("Hello")), chunked(event(finish="stop")), *UNENDING[case]]
-    with road(zai) as proxy:
+    with strict_proxy(zai) as proxy:
         assert ask(proxy, streamed) == WELL
         assert eventually(lambda: zai.cut_by_client == 1)
         assert len(zai.requests) == 1
@@ -5189,7 +5242,7 @@ def test_an_answer_is_complete_two_seconds_behind_its_finish(zai, brisk, monkeyp
 @pytest.mark.parametrize("late", (FINISH, DONE), ids=("usage", "end mark"))
 def test_what_comes_late_behind_a_finish_is_waited_for(zai, brisk, late):
     zai.default = stream(say("Hello"), event(finish="stop"), 0.15, late)
-    with road(zai, UPSTREAM_TIMEOUT="0.1") as proxy:
+    with strict_proxy(zai, UPSTREAM_TIMEOUT="0.1") as proxy:
         options = {"include_usage": True}
         _, _, events, clean = proxy.stream(stream_options=options)
         assert clean
@@ -5200,7 +5253,7 @@ def test_what_comes_late_behind_a_finish_is_waited_for(zai, brisk, late):
 def test_a_stop_word_hangs_up_on_zai(zai, brisk):
     ended = threading.Event()
     zai.default = stream(say("Hello STOP"), *[say(" more"), 0.02] * 500, lambda *_: ended.set())
-    with road(zai) as proxy:
+    with strict_proxy(zai) as proxy:
         _, text, _, whole = ask(proxy, True, stop="STOP")
         assert (text, whole) == ("Hello ", True)
         assert eventually(lambda: zai.cut_by_client == 1, 1)
@@ -5212,7 +5265,7 @@ def test_a_trickle_behind_the_finish_does_not_hold_the_slot(zai, brisk, monkeypa
     monkeypatch.setattr(ztoapi.Relay, "PATIENCE_S", 0.3)
     trickled = threading.Event()
     zai.default = stream(*HEALTHY, *[b":\n", 0.2] * 15, lambda *_: trickled.set())
-    with road(zai) as proxy:
+    with strict_proxy(zai) as proxy:
         assert ask(proxy, streamed) == WELL
         assert eventually(lambda: slots(proxy) == 0)
         assert not trickled.is_set()
@@ -5266,10 +5319,8 @@ class MuteListener:
         shut_down(self.socket)
 
 
-def test_connect_refused_is_an_error_after_max_retries():
-    with socket.create_server(("127.0.0.1", 0)) as closed:
-        url = f"http://127.0.0.1:{closed.getsockname()[1]}/api"
-    with road(ZAI_BASE_URL=url) as proxy:
+def test_connect_refused_is_an_error_after_max_retries(closed_port):
+    with strict_proxy(ZAI_BASE_URL=f"http://127.0.0.1:{closed_port}/api") as proxy:
         for streamed in (True, False):
             status, _, error, _ = ask(proxy, streamed)
             assert (status, error["code"]) == (502, "upstream_error")
@@ -5277,17 +5328,14 @@ def test_connect_refused_is_an_error_after_max_retries():
         assert figures(proxy)[0] == 4
 
 
-def test_connect_refused_then_a_listener_is_an_answer(zai):
-    with socket.create_server(("127.0.0.1", 0)) as closed:
-        place = closed.getsockname()
-
+def test_connect_refused_then_a_listener_is_an_answer(zai, closed_port):
     def open_up():
         """Chance is asked when the first refusal is to be waited out."""
-        zai.socket = socket.create_server(place)
+        zai.socket = socket.create_server(("127.0.0.1", closed_port))
         threading.Thread(target=zai.accept, daemon=True).start()
         return 0.0
     shut_down(zai.socket)
-    with proxying(zai, ZAI_BASE_URL=f"http://127.0.0.1:{place[1]}/api") as proxy:
+    with proxying(zai, ZAI_BASE_URL=f"http://127.0.0.1:{closed_port}/api") as proxy:
         proxy.server.upstream.rand = open_up
         assert ask(proxy, True) == WELL
         assert figures(proxy)[0] == 1
@@ -5301,7 +5349,7 @@ def test_a_name_that_is_not_found_is_told(monkeypatch):
             raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
         return find(host, *args)
     monkeypatch.setattr(socket, "getaddrinfo", find_all_but_one)
-    with road(ZAI_BASE_URL="http://nowhere.example/api", MAX_RETRIES="1") as proxy:
+    with strict_proxy(ZAI_BASE_URL="http://nowhere.example/api", MAX_RETRIES="1") as proxy:
         _, _, error, _ = ask(proxy, True)
         assert error["message"] == "Z.ai's address could not be found: Name or service not known."
         assert figures(proxy) == (1, 1, 0)
@@ -5310,7 +5358,7 @@ def test_a_name_that_is_not_found_is_told(monkeypatch):
 def test_connecting_takes_ten_seconds_at_most(monkeypatch):
     assert ztoapi.CONNECT_TIMEOUT_S == 10
     monkeypatch.setattr(ztoapi, "CONNECT_TIMEOUT_S", 0.1)
-    with stuck_listener() as port, road(ZAI_BASE_URL=f"http://127.0.0.1:{port}", MAX_RETRIES="1") as proxy:
+    with stuck_listener() as port, strict_proxy(ZAI_BASE_URL=f"http://127.0.0.1:{port}", MAX_RETRIES="1") as proxy:
         status, _, error, _ = ask(proxy, True)
         assert status == 502
         assert "within 0.1 s" in error["message"]
@@ -5319,7 +5367,7 @@ def test_connecting_takes_ten_seconds_at_most(monkeypatch):
 
 def test_a_handshake_that_never_comes_takes_ten_seconds_at_most(monkeypatch):
     monkeypatch.setattr(ztoapi, "CONNECT_TIMEOUT_S", 0.1)
-    with MuteListener() as mute, road(ZAI_BASE_URL=f"https://127.0.0.1:{mute.port}", MAX_RETRIES="0") as proxy:
+    with MuteListener() as mute, strict_proxy(ZAI_BASE_URL=f"https://127.0.0.1:{mute.port}", MAX_RETRIES="0") as proxy:
         assert ask(proxy, True)[0] == 502
         assert mute.ended.wait(5)
 
@@ -5345,7 +5393,7 @@ def test_a_dead_address_does_not_use_up_the_time_of_the_next(zai, monkeypatch):
 @contextlib.contextmanager
 def pooled(count):
     """(pool, its clock, `count` sockets in it, their other ends)."""
-    clock = RoadClock()
+    clock = FakeClock()
     pool = ztoapi.Pool(clock)
     ours = []
     theirs = []
@@ -5408,7 +5456,7 @@ def test_a_connection_serves_again_once_its_answer_was_read_to_the_end(zai, bris
     monkeypatch.setattr(ztoapi.Relay, "PATIENCE_S", 0.2)
     script, again = REUSE[case]
     zai.scripts.append(script)
-    with road(zai) as proxy:
+    with strict_proxy(zai) as proxy:
         ask(proxy, streamed)
         proxy.idle()
         assert ask(proxy, streamed) == WELL
@@ -5417,7 +5465,7 @@ def test_a_connection_serves_again_once_its_answer_was_read_to_the_end(zai, bris
 
 def test_a_pooled_connection_found_dead_is_replaced_unseen(zai):
     zai.scripts.append(stream(*HEALTHY) + [CLOSE])
-    with road(zai, MAX_RETRIES="0") as proxy:
+    with strict_proxy(zai, MAX_RETRIES="0") as proxy:
         assert ask(proxy, True) == WELL
         proxy.idle()
         assert eventually(lambda: not zai.open)
@@ -5430,7 +5478,7 @@ def test_a_pooled_connection_found_dead_is_replaced_unseen(zai):
 def three_pooled(zai):
     """A proxy with three idle connections to Z.ai."""
     zai.default = stream(say("Hello"), 0.1, FINISH, DONE)
-    with road(zai, MAX_RETRIES="0") as proxy:
+    with strict_proxy(zai, MAX_RETRIES="0") as proxy:
         assert together(*[lambda: ask(proxy, True)] * 3) == [WELL] * 3
         proxy.idle()
         assert zai.connections == 3
@@ -5457,7 +5505,7 @@ def test_a_pooled_connection_that_ends_after_a_while_was_not_dead(zai, monkeypat
 
 # Time that takes no time
 
-class RoadClock:
+class FakeClock:
     """Time that passes only when somebody waits. at(): what is to happen meanwhile. `chores` are called as the pump
     calls its own: some times a second."""
 
@@ -5486,7 +5534,7 @@ class RoadClock:
             chore(self.now)
 
 
-class RoadClient(ztoapi.Client):
+class ClockClient(ztoapi.Client):
     """A client that waits by that clock."""
 
     def __init__(self, clock, key=""):
@@ -5511,7 +5559,7 @@ class SleepingClient(ztoapi.Client):
             raise ztoapi.ClientGone
 
 
-class Road:
+class TimedUpstream:
     """An Upstream on that clock, and requests over it to a fake Z.ai on a real socket, which gives `answers`, then
     `script` for ever. `times`: when each request arrived there."""
 
@@ -5519,7 +5567,7 @@ class Road:
 
     def __init__(self, zai, rand=0.0, **environ):
         self.zai = zai
-        self.clock = RoadClock()
+        self.clock = FakeClock()
         self.times = []
         self.answers = collections.deque()
         self.script = stream(*HEALTHY)
@@ -5547,7 +5595,7 @@ class Road:
         fold = ztoapi.Fold()
         error = None
         try:
-            self.upstream.answer(self.job(model), RoadClient(self.clock), record, lambda steps, now: fold.add(steps))
+            self.upstream.answer(self.job(model), ClockClient(self.clock), record, lambda steps, now: fold.add(steps))
         except ApiError as failure:
             error = failure
         return fold.text(ztoapi.TEXT), error, record
@@ -5566,25 +5614,25 @@ class Road:
 
 
 @pytest.fixture
-def on_road(zai):
-    """Makes Roads to the fake Z.ai."""
-    roads = []
+def make_timed(zai):
+    """Makes TimedUpstreams to the fake Z.ai."""
+    made = []
 
     def make(*args, **environ):
-        roads.append(Road(zai, *args, **environ))
-        roads[-1].pump.start()
-        return roads[-1]
+        made.append(TimedUpstream(zai, *args, **environ))
+        made[-1].pump.start()
+        return made[-1]
     yield make
-    for each in roads:
+    for each in made:
         each.close()
 
 
 @pytest.mark.parametrize("rand,gaps", ((1.0, [0.5, 1, 2, 4, 8, 8]), (0.5, [0.25, 0.5, 1, 2, 4, 4]), (0.0, [0] * 6)))
-def test_backoff_between_retries_doubles_with_full_jitter(on_road, rand, gaps):
-    road = on_road(rand, MAX_RETRIES="6")
-    road.script = refusal(500, "1234")
-    _, error, record = road.ask()
-    assert road.gaps() == gaps
+def test_backoff_between_retries_doubles_with_full_jitter(make_timed, rand, gaps):
+    timed = make_timed(rand, MAX_RETRIES="6")
+    timed.script = refusal(500, "1234")
+    _, error, record = timed.ask()
+    assert timed.gaps() == gaps
     assert error.status == 502
     assert record.retries == 6
     assert record.queued_s == sum(gaps)
@@ -5598,83 +5646,83 @@ RETRY_AFTER = [
     ("1302", "20", 20),
     ("1305", "7", 7),
     ("1305", "0", 1),  # our own backoff is the least
-    ("1305", email.utils.formatdate(Road.NOW + 1024 + 7, usegmt=True), 7),
+    ("1305", email.utils.formatdate(TimedUpstream.NOW + 1024 + 7, usegmt=True), 7),
 ]
 
 
 @pytest.mark.parametrize("code,header,seconds", RETRY_AFTER)
-def test_retry_after_of_zai_is_honoured(on_road, code, header, seconds):
-    road = on_road()
-    road.answers.append(answer(429, {"error": {"code": code, "message": "no"}}, f"Retry-After: {header}"))
-    text, error, _ = road.ask()
+def test_retry_after_of_zai_is_honoured(make_timed, code, header, seconds):
+    timed = make_timed()
+    timed.answers.append(answer(429, {"error": {"code": code, "message": "no"}}, f"Retry-After: {header}"))
+    text, error, _ = timed.ask()
     assert (text, error) == ("Hello", None)
-    assert seconds <= road.gaps()[0] <= seconds + 1
+    assert seconds <= timed.gaps()[0] <= seconds + 1
 
 
 @pytest.mark.parametrize("code", ("1234", "1302", "1305"))
-def test_a_retry_after_beyond_queue_timeout_is_told_at_once_with_the_true_time(on_road, code):
-    road = on_road(QUEUE_TIMEOUT="60")
-    road.script = answer(429, {"error": {"code": code, "message": "no"}}, "Retry-After: 90")
-    _, error, _ = road.ask()
+def test_a_retry_after_beyond_queue_timeout_is_told_at_once_with_the_true_time(make_timed, code):
+    timed = make_timed(QUEUE_TIMEOUT="60")
+    timed.script = answer(429, {"error": {"code": code, "message": "no"}}, "Retry-After: 90")
+    _, error, _ = timed.ask()
     assert error.headers()["Retry-After"] == "90"
-    assert len(road.times) == 1
-    assert road.clock.now == 1024
+    assert len(timed.times) == 1
+    assert timed.clock.now == 1024
 
 
-def test_an_absurd_retry_after_closes_the_gate_for_a_minute_at_most(on_road):
-    road = on_road()
-    road.answers.append(answer(429, LIMITED, "Retry-After: 86400"))
-    _, error, _ = road.ask()
+def test_an_absurd_retry_after_closes_the_gate_for_a_minute_at_most(make_timed):
+    timed = make_timed()
+    timed.answers.append(answer(429, LIMITED, "Retry-After: 86400"))
+    _, error, _ = timed.ask()
     assert (error.status, error.headers()["Retry-After"]) == (429, "86400")
-    assert road.clock.now == 1024
-    assert road.ask()[0] == "Hello"
-    assert road.gaps() == [60]
+    assert timed.clock.now == 1024
+    assert timed.ask()[0] == "Hello"
+    assert timed.gaps() == [60]
 
 
-def test_a_gate_that_opens_too_late_is_not_waited_for(on_road):
-    road = on_road(QUEUE_TIMEOUT="30")
-    road.answers.append(answer(429, LIMITED, "Retry-After: 86400"))
-    assert road.ask()[1] is not None
-    _, error, _ = road.ask()
+def test_a_gate_that_opens_too_late_is_not_waited_for(make_timed):
+    timed = make_timed(QUEUE_TIMEOUT="30")
+    timed.answers.append(answer(429, LIMITED, "Retry-After: 86400"))
+    assert timed.ask()[1] is not None
+    _, error, _ = timed.ask()
     assert error.headers() == {"Retry-After": "60", "x-should-retry": "false"}
-    assert road.clock.now == 1024
-    assert len(road.times) == 1
+    assert timed.clock.now == 1024
+    assert len(timed.times) == 1
 
 
 @pytest.mark.parametrize("rand", (0.0, 0.5, 1.0))
-def test_a_refused_request_goes_again_after_a_backoff_that_doubles_to_8_seconds(on_road, rand):
-    road = on_road(rand)
-    road.script = refusal(429, "1302")
-    _, error, record = road.ask()
-    for gap, nominal in zip(road.gaps(), (0.5, 1, 2, 4, 8, 8, 8, 8)):
-        assert nominal <= gap <= min(8, nominal * (1 + 0.5 * rand)) + RoadClock.STEP_S
-    assert len(road.times) > 14, "besides MAX_RETRIES"
-    assert record.retries == len(road.times)
+def test_a_refused_request_goes_again_after_a_backoff_that_doubles_to_8_seconds(make_timed, rand):
+    timed = make_timed(rand)
+    timed.script = refusal(429, "1302")
+    _, error, record = timed.ask()
+    for gap, nominal in zip(timed.gaps(), (0.5, 1, 2, 4, 8, 8, 8, 8)):
+        assert nominal <= gap <= min(8, nominal * (1 + 0.5 * rand)) + FakeClock.STEP_S
+    assert len(timed.times) > 14, "besides MAX_RETRIES"
+    assert record.retries == len(timed.times)
     assert (error.status, error.code) == (429, "rate_limit_exceeded")
 
 
-def test_an_overload_is_waited_out_within_queue_timeout(on_road):
-    road = on_road(QUEUE_TIMEOUT="50")
-    road.script = refusal(429, "1305", "The service may be temporarily overloaded")
-    _, error, _ = road.ask()
-    assert road.gaps() == [1, 2, 4, 8, 15, 15]
-    assert road.clock.now == 1024 + 45, "the next pause would be too long"
+def test_an_overload_is_waited_out_within_queue_timeout(make_timed):
+    timed = make_timed(QUEUE_TIMEOUT="50")
+    timed.script = refusal(429, "1305", "The service may be temporarily overloaded")
+    _, error, _ = timed.ask()
+    assert timed.gaps() == [1, 2, 4, 8, 15, 15]
+    assert timed.clock.now == 1024 + 45, "the next pause would be too long"
     assert (error.status, error.code) == (503, "overloaded")
     assert "temporarily overloaded" in error.message
     assert error.headers()["x-should-retry"] == "false"
-    road.script = stream(*HEALTHY)
-    assert road.ask()[0] == "Hello"
+    timed.script = stream(*HEALTHY)
+    assert timed.ask()[0] == "Hello"
 
 
 @pytest.mark.parametrize("timeout", (20, 120))
-def test_queue_timeout_bounds_the_waiting_and_not_the_time_with_zai(on_road, timeout):
-    road = on_road(QUEUE_TIMEOUT=str(timeout))
+def test_queue_timeout_bounds_the_waiting_and_not_the_time_with_zai(make_timed, timeout):
+    timed = make_timed(QUEUE_TIMEOUT=str(timeout))
 
     def with_zai(fake, request):
-        road.clock.now += 100
-    road.script = [with_zai, *refusal(429, "1302", "Slow down, please")]
-    _, error, record = road.ask()
-    waited = road.clock.now - 1024 - 100 * len(road.times)
+        timed.clock.now += 100
+    timed.script = [with_zai, *refusal(429, "1302", "Slow down, please")]
+    _, error, record = timed.ask()
+    waited = timed.clock.now - 1024 - 100 * len(timed.times)
     assert timeout - 8 <= waited <= timeout
     assert record.queued_s == pytest.approx(waited)
     assert "Slow down, please" in error.message
@@ -5682,25 +5730,25 @@ def test_queue_timeout_bounds_the_waiting_and_not_the_time_with_zai(on_road, tim
     assert int(error.headers()["Retry-After"]) >= 1
 
 
-def test_retries_and_queueing_again_are_counted_apart(on_road):
-    road = on_road(MAX_RETRIES="1")
+def test_retries_and_queueing_again_are_counted_apart(make_timed):
+    timed = make_timed(MAX_RETRIES="1")
     refusals = [refusal(429, "1302"), refusal(500, "1234"), stream(sse(LIMITED), DONE), refusal(429, "1303")]
-    road.answers.extend(refusals)
-    text, error, record = road.ask()
+    timed.answers.extend(refusals)
+    text, error, record = timed.ask()
     assert (text, error, record.retries) == ("Hello", None, 4)
 
 
-def test_the_requests_bytes_are_let_go_of_with_the_first_step(on_road):
-    road = on_road()
-    road.answers.append(refusal(500, "1234"))
-    road.script = stream(say("Hel"), 0.05, say("lo"), FINISH, DONE)
-    job = road.job()
+def test_the_requests_bytes_are_let_go_of_with_the_first_step(make_timed):
+    timed = make_timed()
+    timed.answers.append(refusal(500, "1234"))
+    timed.script = stream(say("Hel"), 0.05, say("lo"), FINISH, DONE)
+    job = timed.job()
     data = job.data
     holders = []
 
     def take(steps, now):
         holders.append(sys.getrefcount(data))
-    road.upstream.answer(job, RoadClient(road.clock), ztoapi.Record("req_1", "127.0.0.1", 0.0), take)
+    timed.upstream.answer(job, ClockClient(timed.clock), ztoapi.Record("req_1", "127.0.0.1", 0.0), take)
     assert job.data is None
     assert len(holders) >= 2
     assert set(holders) == {sys.getrefcount(data)}
@@ -5708,11 +5756,11 @@ def test_the_requests_bytes_are_let_go_of_with_the_first_step(on_road):
 
 # Gates
 
-class Line:
+class TimedGates:
     """Gates on that clock, and tickets for them. Tickets that are to wait in the queue do so in threads."""
 
     def __init__(self, keys=1, limit=0, timeout=120.0, rand=0.0):
-        self.clock = RoadClock()
+        self.clock = FakeClock()
         self.admitted = []
         self.threads = []
         names = [f"key-number-{i}" for i in range(1, keys + 1)]
@@ -5721,7 +5769,7 @@ class Line:
 
     def enter(self, ticket=None, model="glm-4.6"):
         """A ticket that got a slot, waiting by the clock if it must."""
-        ticket = ticket or ztoapi.Ticket(model, RoadClient(self.clock))
+        ticket = ticket or ztoapi.Ticket(model, ClockClient(self.clock))
         self.gates.enter(ticket)
         return ticket
 
@@ -5768,49 +5816,49 @@ REFUSED = error_of("1302")
 
 
 def test_first_come_is_first_served():
-    line = Line(limit=1)
-    first = line.enter()
-    tickets = [line.queue() for _ in range(6)]
-    assert line.serve_all(first) == tickets
-    assert line.gates.state()[1] == {}
+    timed = TimedGates(limit=1)
+    first = timed.enter()
+    tickets = [timed.queue() for _ in range(6)]
+    assert timed.serve_all(first) == tickets
+    assert timed.gates.state()[1] == {}
 
 
 def test_client_keys_take_turns_in_the_queue():
-    line = Line(limit=1)
-    first = line.enter()
-    a1, a2, a3, b1, b2 = [line.queue(key) for key in "aaabb"]
-    assert line.serve_all(first) == [a1, b1, a2, b2, a3]
+    timed = TimedGates(limit=1)
+    first = timed.enter()
+    a1, a2, a3, b1, b2 = [timed.queue(key) for key in "aaabb"]
+    assert timed.serve_all(first) == [a1, b1, a2, b2, a3]
 
 
 def test_models_have_queues_of_their_own():
-    line = Line(limit=1)
-    first = line.enter(model="glm-4.6")
-    behind = line.queue(model="glm-4.6")
-    assert line.enter(model="glm-4.5").gate
-    assert line.serve_all(first) == [behind]
+    timed = TimedGates(limit=1)
+    first = timed.enter(model="glm-4.6")
+    behind = timed.queue(model="glm-4.6")
+    assert timed.enter(model="glm-4.5").gate
+    assert timed.serve_all(first) == [behind]
 
 
 @pytest.mark.parametrize("limit", (1, 5))
 def test_max_concurrency_is_a_fixed_ceiling(limit):
-    line = Line(limit=limit)
-    tickets = [line.enter() for _ in range(limit)]
-    began = line.clock.now
+    timed = TimedGates(limit=limit)
+    tickets = [timed.enter() for _ in range(limit)]
+    began = timed.clock.now
     with pytest.raises(ApiError) as caught:
-        line.enter()
-    assert line.clock.now - began == 120, "nothing is probed above it"
+        timed.enter()
+    assert timed.clock.now - began == 120, "nothing is probed above it"
     assert (caught.value.status, caught.value.code) == (429, "rate_limit_exceeded")
     assert caught.value.headers() == {"Retry-After": "5", "x-should-retry": "false"}
-    line.clock.at(line.clock.now + 7, lambda: line.gates.leave(tickets[0]))
-    assert line.seconds_to_enter() == 7
+    timed.clock.at(timed.clock.now + 7, lambda: timed.gates.leave(tickets[0]))
+    assert timed.seconds_to_enter() == 7
 
 
 @pytest.mark.parametrize("code", ("1302", "1305"))
 def test_the_ceiling_becomes_what_is_in_flight_without_the_refused_one(code):
-    line = Line()
-    tickets = [line.enter() for _ in range(12)]
+    timed = TimedGates()
+    tickets = [timed.enter() for _ in range(12)]
     for left in range(11, 0, -1):
-        line.gates.leave(tickets.pop(), error_of(code))
-        assert line.ceilings() == [left]
+        timed.gates.leave(tickets.pop(), error_of(code))
+        assert timed.ceilings() == [left]
 
 
 # To add a case, add a row: code, how many others are in flight, the ceiling then, seconds until it goes again.
@@ -5828,128 +5876,128 @@ LESSONS = [
 
 @pytest.mark.parametrize("code,others,ceiling,seconds", LESSONS)
 def test_what_a_refusal_teaches(code, others, ceiling, seconds):
-    line = Line()
+    timed = TimedGates()
     for _ in range(others):
-        line.enter()
-    refused = line.enter()
-    line.gates.leave(refused, error_of(code))
-    assert line.ceilings() == [ceiling]
+        timed.enter()
+    refused = timed.enter()
+    timed.gates.leave(refused, error_of(code))
+    assert timed.ceilings() == [ceiling]
     if code == "1302" and others:
         seconds = 60
-    assert line.seconds_to_enter(refused) == seconds
+    assert timed.seconds_to_enter(refused) == seconds
 
 
 def test_the_pauses_of_an_overload_double_to_15_seconds():
-    line = Line()
-    ticket = line.enter()
+    timed = TimedGates()
+    ticket = timed.enter()
     pauses = []
     for _ in range(6):
-        line.gates.leave(ticket, error_of("1305"))
-        pauses.append(line.seconds_to_enter(ticket))
+        timed.gates.leave(ticket, error_of("1305"))
+        pauses.append(timed.seconds_to_enter(ticket))
     assert pauses == [1, 2, 4, 8, 15, 15]
 
 
 def test_the_ceiling_is_probed_up_to_max_concurrency_and_no_further():
-    line = Line(limit=3)
-    tickets = [line.enter() for _ in range(3)]
+    timed = TimedGates(limit=3)
+    tickets = [timed.enter() for _ in range(3)]
     for ticket in tickets[1:]:
-        line.gates.leave(ticket, REFUSED)
-    assert line.ceilings() == [1]
-    assert [line.seconds_to_enter(), line.seconds_to_enter()] == [60, 60]
-    assert line.ceilings() == [3]
+        timed.gates.leave(ticket, REFUSED)
+    assert timed.ceilings() == [1]
+    assert [timed.seconds_to_enter(), timed.seconds_to_enter()] == [60, 60]
+    assert timed.ceilings() == [3]
     with pytest.raises(ApiError):
-        line.enter()
-    assert line.ceilings() == [3]
+        timed.enter()
+    assert timed.ceilings() == [3]
 
 
 def test_the_ceiling_is_probed_upward_by_one_after_60_seconds_without_a_refusal():
-    line = Line()
-    tickets = [line.enter() for _ in range(3)]
-    line.gates.leave(tickets.pop(), REFUSED)
-    assert line.seconds_to_enter() == 60
-    assert line.ceilings() == [3]
-    refused = line.enter()
-    assert line.ceilings() == [4]
-    line.clock.now += 30
-    line.gates.leave(refused, REFUSED)
-    assert line.ceilings() == [3]
-    assert line.seconds_to_enter(refused) == 60
+    timed = TimedGates()
+    tickets = [timed.enter() for _ in range(3)]
+    timed.gates.leave(tickets.pop(), REFUSED)
+    assert timed.seconds_to_enter() == 60
+    assert timed.ceilings() == [3]
+    refused = timed.enter()
+    assert timed.ceilings() == [4]
+    timed.clock.now += 30
+    timed.gates.leave(refused, REFUSED)
+    assert timed.ceilings() == [3]
+    assert timed.seconds_to_enter(refused) == 60
 
 
 def test_looking_for_room_changes_nothing():
     """The metrics, the queue and other models may look as often as they like."""
-    line = Line()
-    gate = line.enter().gate
-    line.gates.leave(line.enter(), REFUSED)
-    line.clock.now += 1000
-    assert [gate.room(line.clock.now) for _ in range(2)] == [0, 0]
+    timed = TimedGates()
+    gate = timed.enter().gate
+    timed.gates.leave(timed.enter(), REFUSED)
+    timed.clock.now += 1000
+    assert [gate.room(timed.clock.now) for _ in range(2)] == [0, 0]
     for _ in range(2):
-        gate.probe(line.clock.now)
-    assert gate.room(line.clock.now) == 1
+        gate.probe(timed.clock.now)
+    assert gate.room(timed.clock.now) == 1
 
 
 @pytest.mark.parametrize("slot_frees_after,goes_after", ((0.25, 0.5), (0.5, 0.5), (5, 5)))
 def test_a_refused_request_goes_when_a_slot_frees_but_not_before_its_backoff(slot_frees_after, goes_after):
-    line = Line()
-    other = line.enter()
-    refused = line.enter()
-    line.gates.leave(refused, REFUSED)
-    line.clock.at(line.clock.now + slot_frees_after, lambda: line.gates.leave(other, served=True))
-    assert line.seconds_to_enter(refused) == goes_after
+    timed = TimedGates()
+    other = timed.enter()
+    refused = timed.enter()
+    timed.gates.leave(refused, REFUSED)
+    timed.clock.at(timed.clock.now + slot_frees_after, lambda: timed.gates.leave(other, served=True))
+    assert timed.seconds_to_enter(refused) == goes_after
 
 
 def test_a_refused_request_goes_back_to_the_head_of_the_queue():
-    line = Line(limit=1)
-    refused = line.enter()
-    behind = [line.queue(), line.queue()]
-    line.gates.leave(refused, REFUSED)
-    assert line.queued() == 2, "nobody overtakes while the gate is closed"
-    assert line.seconds_to_enter(refused) == 0.5
-    assert line.serve_all(refused) == behind
+    timed = TimedGates(limit=1)
+    refused = timed.enter()
+    behind = [timed.queue(), timed.queue()]
+    timed.gates.leave(refused, REFUSED)
+    assert timed.queued() == 2, "nobody overtakes while the gate is closed"
+    assert timed.seconds_to_enter(refused) == 0.5
+    assert timed.serve_all(refused) == behind
 
 
 def test_the_next_in_the_queue_goes_on_when_the_head_leaves_it():
-    line = Line()
-    line.gates.leave(line.enter(), error_of("1302", retry_after=30.0))
-    head = line.queue()
-    behind = line.queue()
+    timed = TimedGates()
+    timed.gates.leave(timed.enter(), error_of("1302", retry_after=30.0))
+    head = timed.queue()
+    behind = timed.queue()
     head.client.leave()
-    assert eventually(lambda: line.queued() == 1)
-    line.clock.now += 30
-    line.gates.tick(line.clock.now)
-    assert eventually(lambda: line.admitted == [behind])
+    assert eventually(lambda: timed.queued() == 1)
+    timed.clock.now += 30
+    timed.gates.tick(timed.clock.now)
+    assert eventually(lambda: timed.admitted == [behind])
 
 
 def test_one_who_has_left_keeps_no_slot():
-    line = Line(limit=1)
-    left = ztoapi.Ticket("glm-4.6", RoadClient(line.clock))
+    timed = TimedGates(limit=1)
+    left = ztoapi.Ticket("glm-4.6", ClockClient(timed.clock))
     left.client.gone = True
     with pytest.raises(ztoapi.ClientGone):
-        line.enter(left)
-    assert line.seconds_to_enter() == 0
+        timed.enter(left)
+    assert timed.seconds_to_enter() == 0
 
 
 def test_gates_of_models_that_taught_nothing_are_forgotten():
-    line = Line()
+    timed = TimedGates()
     for i in range(100):
-        line.gates.leave(line.enter(model=f"model-{i}"), served=True)
-    assert line.gates.state() == ([], {})
-    assert line.gates.queues == {}
+        timed.gates.leave(timed.enter(model=f"model-{i}"), served=True)
+    assert timed.gates.state() == ([], {})
+    assert timed.gates.queues == {}
 
 
 def test_the_log_tells_once_when_a_gate_begins_to_refuse_and_once_when_it_clears(caplog):
     caplog.set_level(logging.INFO, "ztoapi")
-    line = Line()
-    refused = line.enter()
+    timed = TimedGates()
+    refused = timed.enter()
     for _ in range(3):
-        line.gates.leave(refused, REFUSED)
-        line.enter(refused)
+        timed.gates.leave(refused, REFUSED)
+        timed.enter(refused)
     assert caplog.messages == ["glm-4.6: Z.ai refuses (1302), 1 at a time, queueing"]
-    behind = line.queue()
-    line.gates.leave(refused, served=True)
+    behind = timed.queue()
+    timed.gates.leave(refused, served=True)
     assert len(caplog.messages) == 1, "somebody still queued"
-    for ticket in (behind, line.enter()):
-        line.gates.leave(ticket, served=True)
+    for ticket in (behind, timed.enter()):
+        timed.gates.leave(ticket, served=True)
     assert caplog.messages[1:] == ["glm-4.6: nobody queues any more"]
 
 
@@ -5970,7 +6018,7 @@ def test_a_burst_of_10_against_a_limit_of_3_succeeds_and_teaches(zai, how):
             return BURSTS[how]
         return stream(say("a"), 0.06, lambda *_: running.release(), say("b"), FINISH, DONE)
     zai.default = limited
-    with road(zai) as proxy:
+    with strict_proxy(zai) as proxy:
         results = together(*[lambda i=i: ask(proxy, i % 3) for i in range(10)])
         assert results == [(200, "ab", None, True)] * 10
         assert [gate[2] in (1, 2, 3) for gate in proxy.server.upstream.gates.state()[0]] == [True]
@@ -5985,7 +6033,7 @@ def test_max_concurrency_bounds_what_is_in_flight_at_zai(zai):
     def end(*_):
         counts.append(-1)
     zai.default = stream(begin, say("a"), 0.03, end, FINISH, DONE)
-    with road(zai, MAX_CONCURRENCY="3") as proxy:
+    with strict_proxy(zai, MAX_CONCURRENCY="3") as proxy:
         results = together(*[lambda i=i: ask(proxy, i % 2) for i in range(12)])
         assert [whole for *_, whole in results] == [True] * 12
         assert max(itertools.accumulate(counts)) == 3
@@ -5993,7 +6041,7 @@ def test_max_concurrency_bounds_what_is_in_flight_at_zai(zai):
 
 def test_queue_timeout_is_a_429_that_sdks_do_not_repeat(zai):
     zai.default = stream(say("a"), 0.3, FINISH, DONE)
-    with road(zai, MAX_CONCURRENCY="1", QUEUE_TIMEOUT="0.1") as proxy, proxy.open_stream() as occupant:
+    with strict_proxy(zai, MAX_CONCURRENCY="1", QUEUE_TIMEOUT="0.1") as proxy, proxy.open_stream() as occupant:
         assert eventually(lambda: zai.in_flight == 1)
         status, headers, body = proxy.chat()
         assert (status, body["error"]["code"]) == (429, "rate_limit_exceeded")
@@ -6007,7 +6055,7 @@ def test_queue_timeout_is_a_429_that_sdks_do_not_repeat(zai):
 @both
 def test_queue_ms_tells_how_long_a_request_waited(zai, streamed):
     zai.default = stream(say("a"), 0.1, FINISH, DONE)
-    with road(zai, MAX_CONCURRENCY="1") as proxy, proxy.open_stream() as occupant:
+    with strict_proxy(zai, MAX_CONCURRENCY="1") as proxy, proxy.open_stream() as occupant:
         assert eventually(lambda: zai.in_flight == 1)
         headers = (proxy.stream() if streamed else proxy.chat())[1]
         assert 20 <= int(headers["x-ztoapi-queue-ms"]) <= 5000
@@ -6017,7 +6065,7 @@ def test_queue_ms_tells_how_long_a_request_waited(zai, streamed):
 def test_retries_are_in_the_log_and_in_the_metrics(zai, caplog):
     caplog.set_level(logging.INFO, "ztoapi")
     zai.scripts.extend([refusal(500, "1234"), refusal(429, "1120")])
-    with road(zai) as proxy:
+    with strict_proxy(zai) as proxy:
         assert ask(proxy, True) == WELL
         proxy.idle()
         assert "retries=2" in caplog.text
@@ -6028,21 +6076,21 @@ def test_retries_are_in_the_log_and_in_the_metrics(zai, caplog):
 
 @pytest.mark.parametrize("limit", (0, 2))
 def test_the_key_with_the_most_room_serves(limit):
-    line = Line(keys=2, limit=limit)
-    tickets = [line.enter() for _ in range(4)]
-    assert [gate[3] for gate in line.gates.state()[0]] == [2, 2]
+    timed = TimedGates(keys=2, limit=limit)
+    tickets = [timed.enter() for _ in range(4)]
+    assert [gate[3] for gate in timed.gates.state()[0]] == [2, 2]
     freed = tickets[1].gate
-    line.gates.leave(tickets[1], served=True)
-    assert line.enter().gate is freed
+    timed.gates.leave(tickets[1], served=True)
+    assert timed.enter().gate is freed
 
 
 def test_a_key_that_learned_a_low_ceiling_gets_less():
-    line = Line(keys=2)
-    refused = line.enter()
-    line.enter()
-    line.gates.leave(refused, REFUSED)
-    line.clock.now += 1
-    positions = [line.enter().gate.key.position for _ in range(3)]
+    timed = TimedGates(keys=2)
+    refused = timed.enter()
+    timed.enter()
+    timed.gates.leave(refused, REFUSED)
+    timed.clock.now += 1
+    positions = [timed.enter().gate.key.position for _ in range(3)]
     assert positions.count(1) <= 1
 
 
@@ -6056,108 +6104,108 @@ REST_ROWS = [(code, *rest) for codes, *rest in RESTS for code in codes.split()]
 
 
 @pytest.mark.parametrize("code,status,whole_key", REST_ROWS)
-def test_a_refused_key_rests_for_ten_minutes_and_the_next_one_serves(zai, on_road, code, status, whole_key):
-    road = on_road(ZAI_API_KEY=",".join(ZAI_KEYS[:2]))
+def test_a_refused_key_rests_for_ten_minutes_and_the_next_one_serves(zai, make_timed, code, status, whole_key):
+    timed = make_timed(ZAI_API_KEY=",".join(ZAI_KEYS[:2]))
     first, second = ZAI_KEYS[:2]
-    road.answers.append(refusal(status, code))
-    text, error, record = road.ask()
+    timed.answers.append(refusal(status, code))
+    text, error, record = timed.ask()
     assert (text, error, record.retries) == ("Hello", None, 1)
-    assert road.gaps() == [0]
-    assert road.ask()[0] == "Hello"
-    assert road.ask("glm-4.5")[0] == "Hello"
+    assert timed.gaps() == [0]
+    assert timed.ask()[0] == "Hello"
+    assert timed.ask("glm-4.5")[0] == "Hello"
     assert keys_at(zai) == [first, second, second, second if whole_key else first]
-    road.clock.now += 599
-    assert road.ask()[0] == "Hello"
-    road.clock.now += 2
-    assert road.ask()[0] == "Hello"
+    timed.clock.now += 599
+    assert timed.ask()[0] == "Hello"
+    timed.clock.now += 2
+    assert timed.ask()[0] == "Hello"
     assert keys_at(zai)[4:] == [second, first]
 
 
 @pytest.mark.parametrize("code", ("1308", "1310"))
-def test_an_exhausted_key_rests_until_its_reset(zai, on_road, code):
-    road = on_road(ZAI_API_KEY=",".join(ZAI_KEYS[:2]))
-    road.answers.append(refusal(429, code, road.reset_words(5000)))
-    assert road.ask()[0] == "Hello"
-    road.clock.now += 4990
-    assert road.ask()[0] == "Hello"
-    road.clock.now += 20
-    assert road.ask()[0] == "Hello"
+def test_an_exhausted_key_rests_until_its_reset(zai, make_timed, code):
+    timed = make_timed(ZAI_API_KEY=",".join(ZAI_KEYS[:2]))
+    timed.answers.append(refusal(429, code, timed.reset_words(5000)))
+    assert timed.ask()[0] == "Hello"
+    timed.clock.now += 4990
+    assert timed.ask()[0] == "Hello"
+    timed.clock.now += 20
+    assert timed.ask()[0] == "Hello"
     first, second = ZAI_KEYS[:2]
     assert keys_at(zai) == [first, second, second, first]
 
 
-def test_no_key_rests_longer_than_six_hours(zai, on_road):
+def test_no_key_rests_longer_than_six_hours(zai, make_timed):
     """The reset may be days away, but somebody may recharge."""
-    road = on_road(ZAI_API_KEY=",".join(ZAI_KEYS[:2]))
-    road.answers.append(refusal(429, "1310", road.reset_words(3 * 86400)))
+    timed = make_timed(ZAI_API_KEY=",".join(ZAI_KEYS[:2]))
+    timed.answers.append(refusal(429, "1310", timed.reset_words(3 * 86400)))
     for leap in (6 * 3600 - 1, 2, 0):
-        assert road.ask()[0] == "Hello"
-        road.clock.now += leap
+        assert timed.ask()[0] == "Hello"
+        timed.clock.now += leap
     first, second = ZAI_KEYS[:2]
     assert keys_at(zai) == [first, second, second, first]
 
 
 @pytest.mark.parametrize("code", ("401", "1113", "1304", "1311"))
-def test_a_lone_key_is_asked_again_all_the_same(on_road, code):
-    road = on_road()
-    road.answers.append(refusal(429, code))
-    assert road.ask()[1].zai_code == code
-    assert road.ask()[0] == "Hello"
+def test_a_lone_key_is_asked_again_all_the_same(make_timed, code):
+    timed = make_timed()
+    timed.answers.append(refusal(429, code))
+    assert timed.ask()[1].zai_code == code
+    assert timed.ask()[0] == "Hello"
 
 
-def test_with_all_keys_resting_the_one_whose_turn_comes_first_is_tried(zai, on_road):
-    road = on_road(ZAI_API_KEY=",".join(ZAI_KEYS))
+def test_with_all_keys_resting_the_one_whose_turn_comes_first_is_tried(zai, make_timed):
+    timed = make_timed(ZAI_API_KEY=",".join(ZAI_KEYS))
     for seconds in (7000, 5000, 6000):
-        road.answers.append(refusal(429, "1308", road.reset_words(seconds)))
-    _, error, record = road.ask()
+        timed.answers.append(refusal(429, "1308", timed.reset_words(seconds)))
+    _, error, record = timed.ask()
     assert (error.status, error.code, record.retries) == (402, "insufficient_quota", 2)
     assert error.headers() == {"Retry-After": "6000", "x-should-retry": "false"}
-    road.clock.now += 10
-    assert road.ask()[0] == "Hello"
+    timed.clock.now += 10
+    assert timed.ask()[0] == "Hello"
     assert keys_at(zai) == [*ZAI_KEYS, ZAI_KEYS[1]]
 
 
 def test_an_answer_ends_the_rest_of_the_key_that_was_tried_all_the_same():
-    line = Line(keys=2)
-    line.gates.leave(line.enter(), UpstreamError("exhausted", KEY_RESTS, retry_after=5000.0))
-    ticket = line.enter()
-    line.gates.leave(ticket, error_of("401"))
-    line.enter(ticket)
+    timed = TimedGates(keys=2)
+    timed.gates.leave(timed.enter(), UpstreamError("exhausted", KEY_RESTS, retry_after=5000.0))
+    ticket = timed.enter()
+    timed.gates.leave(ticket, error_of("401"))
+    timed.enter(ticket)
     assert ticket.gate.key.position == 1, "it has been refused with the other"
-    line.gates.leave(ticket, served=True)
-    assert line.enter().gate.key.position == 1
+    timed.gates.leave(ticket, served=True)
+    assert timed.enter().gate.key.position == 1
 
 
 def test_a_key_goes_on_resting_though_an_earlier_answer_with_it_ends_well():
-    line = Line(keys=2)
-    running, second, refused = [line.enter() for _ in range(3)]
+    timed = TimedGates(keys=2)
+    running, second, refused = [timed.enter() for _ in range(3)]
     assert running.gate is refused.gate
-    line.gates.leave(refused, error_of("1308"))
-    line.gates.leave(running, served=True)
-    line.gates.leave(second, served=True)
-    assert line.enter().gate.key.position == 2
+    timed.gates.leave(refused, error_of("1308"))
+    timed.gates.leave(running, served=True)
+    timed.gates.leave(second, served=True)
+    assert timed.enter().gate.key.position == 2
 
 
 def test_the_head_of_the_queue_goes_when_a_key_comes_back():
-    line = Line(keys=2, limit=1)
-    busy = line.enter()
-    line.gates.leave(line.enter(), UpstreamError("exhausted", KEY_RESTS, retry_after=10.0))
-    ticket = ztoapi.Ticket("glm-4.6", RoadClient(line.clock))
-    assert line.seconds_to_enter(ticket) == 10
+    timed = TimedGates(keys=2, limit=1)
+    busy = timed.enter()
+    timed.gates.leave(timed.enter(), UpstreamError("exhausted", KEY_RESTS, retry_after=10.0))
+    ticket = ztoapi.Ticket("glm-4.6", ClockClient(timed.clock))
+    assert timed.seconds_to_enter(ticket) == 10
     assert ticket.gate.key is not busy.gate.key
 
 
 @both
 def test_the_client_sees_nothing_of_a_key_that_fails(zai, streamed):
     zai.scripts.extend([refusal(401, "401"), stream(error_event("1311"))])
-    with road(zai, ZAI_API_KEY=",".join(ZAI_KEYS), MAX_RETRIES="0") as proxy:
+    with strict_proxy(zai, ZAI_API_KEY=",".join(ZAI_KEYS), MAX_RETRIES="0") as proxy:
         assert ask(proxy, streamed) == WELL
         assert keys_at(zai) == list(ZAI_KEYS)
 
 
 def test_an_empty_purse_at_every_key_is_told_with_no_second_try(zai):
     zai.default = refusal(429, "1113")
-    with road(zai, ZAI_API_KEY=",".join(ZAI_KEYS)) as proxy:
+    with strict_proxy(zai, ZAI_API_KEY=",".join(ZAI_KEYS)) as proxy:
         status, headers, body = proxy.chat()
         assert (status, body["error"]["code"]) == (402, "insufficient_quota")
         assert headers["x-should-retry"] == "false"
@@ -6181,7 +6229,7 @@ QUOTING = {
 def test_no_key_is_seen_in_answers_or_logs(zai, caplog, case, streamed):
     caplog.set_level(logging.DEBUG, "ztoapi")
     zai.default = lambda request: QUOTING[case](request["headers"]["Authorization"].split()[1])
-    with road(zai, ZAI_API_KEY=",".join(ZAI_KEYS[:2]), DEBUG_MODE="true") as proxy:
+    with strict_proxy(zai, ZAI_API_KEY=",".join(ZAI_KEYS[:2]), DEBUG_MODE="true") as proxy:
         seen = talk(proxy, raw_chat(chat_body(stream=streamed), "Connection: close")).decode()
         proxy.idle()
     assert "error" in seen
@@ -6238,7 +6286,7 @@ def leaving(proxy, caplog, request, how="close"):
 @both
 def test_the_clients_leaving_is_noticed(zai, brisk, caplog, phase, streamed):
     zai.default, is_reached, connected = PHASES[phase]
-    with road(zai) as proxy:
+    with strict_proxy(zai) as proxy:
         with leaving(proxy, caplog, raw_chat(chat_body(stream=streamed))):
             assert eventually(lambda: is_reached(proxy, zai))
         assert eventually(lambda: zai.cut_by_client == connected, 1)
@@ -6248,7 +6296,7 @@ def test_the_clients_leaving_is_noticed(zai, brisk, caplog, phase, streamed):
 @pytest.mark.parametrize("how,streamed", (("reset", True), ("end of file", False)))
 def test_every_way_of_leaving_is_noticed(zai, caplog, how, streamed):
     zai.default = stream(say("Hel"), 30)
-    with road(zai) as proxy:
+    with strict_proxy(zai) as proxy:
         with leaving(proxy, caplog, raw_chat(chat_body(stream=streamed)), how):
             assert eventually(lambda: zai.in_flight == 1)
         assert eventually(lambda: zai.cut_by_client == 1, 1)
@@ -6257,7 +6305,7 @@ def test_every_way_of_leaving_is_noticed(zai, caplog, how, streamed):
 @both
 def test_the_clients_leaving_the_queue_is_noticed(zai, brisk, caplog, streamed):
     zai.default = stream(say("Hel"), 30)
-    with road(zai, MAX_CONCURRENCY="1") as proxy, proxy.open_stream() as occupant:
+    with strict_proxy(zai, MAX_CONCURRENCY="1") as proxy, proxy.open_stream() as occupant:
         assert eventually(lambda: zai.in_flight == 1)
         with proxy.connect() as sock:
             sock.sendall(raw_chat(chat_body(stream=streamed)))
@@ -6272,7 +6320,7 @@ def test_the_clients_leaving_the_queue_is_noticed(zai, brisk, caplog, streamed):
 def test_a_slot_never_goes_to_one_who_has_left(zai):
     """Not even when a write that fails frees it, before the pump looks."""
     zai.default = stream(*[say("Hel"), 0.01] * 500)
-    with road(zai, MAX_CONCURRENCY="1") as proxy:
+    with strict_proxy(zai, MAX_CONCURRENCY="1") as proxy:
         socks = [proxy.open_stream() for _ in range(6)]
         assert eventually(lambda: zai.in_flight == 1 and queued(proxy) == 5)
         for sock in socks:
@@ -6283,19 +6331,19 @@ def test_a_slot_never_goes_to_one_who_has_left(zai):
 
 @both
 def test_the_clients_leaving_while_connecting_is_noticed(brisk, caplog, streamed):
-    with stuck_listener() as port, road(ZAI_BASE_URL=f"http://127.0.0.1:{port}") as proxy:
+    with stuck_listener() as port, strict_proxy(ZAI_BASE_URL=f"http://127.0.0.1:{port}") as proxy:
         with leaving(proxy, caplog, raw_chat(chat_body(stream=streamed))):
             assert eventually(lambda: is_connecting(proxy))
 
 
-@pytest.mark.parametrize("road_kind", ("https", "tunnel"))
-def test_the_clients_leaving_in_a_handshake_is_noticed(brisk, caplog, monkeypatch, road_kind):
+@pytest.mark.parametrize("kind", ("https", "tunnel"))
+def test_the_clients_leaving_in_a_handshake_is_noticed(brisk, caplog, monkeypatch, kind):
     with MuteListener() as mute:
         url = f"https://127.0.0.1:{mute.port}/api"
-        if road_kind == "tunnel":
+        if kind == "tunnel":
             through(monkeypatch, "https", f"http://127.0.0.1:{mute.port}")
             url = "https://api.z.ai/api"
-        with road(ZAI_BASE_URL=url) as proxy:
+        with strict_proxy(ZAI_BASE_URL=url) as proxy:
             with leaving(proxy, caplog, raw_chat(chat_body(stream=True))):
                 assert mute.heard.wait(5)
             assert mute.ended.wait(1)
@@ -6303,7 +6351,7 @@ def test_the_clients_leaving_in_a_handshake_is_noticed(brisk, caplog, monkeypatc
 
 def test_the_leaving_of_a_client_that_had_sent_more_is_noticed(zai, brisk):
     zai.default = stream(say("Hel"), 30)
-    with road(zai) as proxy:
+    with strict_proxy(zai) as proxy:
         with proxy.connect() as sock:
             sock.sendall(raw_chat(chat_body(stream=True)))
             assert eventually(lambda: zai.in_flight == 1)
@@ -6316,7 +6364,7 @@ def test_the_leaving_of_a_client_that_had_sent_more_is_noticed(zai, brisk):
 @pytest.mark.parametrize("begin", ([0.15], [HEAD, 0.15]), ids=("before the head", "before the first token"))
 def test_a_heartbeat_is_a_valid_empty_chunk_and_the_opening_one_comes_first(zai, brisk, begin):
     zai.default = begin + stream(*HEALTHY)[len(begin) - 1:]
-    with road(zai, HEARTBEAT="0.04") as proxy, proxy.open_stream() as sock:
+    with strict_proxy(zai, HEARTBEAT="0.04") as proxy, proxy.open_stream() as sock:
         assert sock.recv(12, socket.MSG_PEEK) == b"HTTP/1.1 200"
         assert zai.in_flight == 1, "the head is out before Z.ai has said anything"
         _, _, events, clean = read_stream(sock)
@@ -6332,7 +6380,7 @@ def test_a_heartbeat_is_a_valid_empty_chunk_and_the_opening_one_comes_first(zai,
 
 def test_a_heartbeat_comes_mid_stream_too(zai, brisk):
     zai.default = stream(say("Hel"), 0.15, say("lo"), FINISH, DONE)
-    with road(zai, HEARTBEAT="0.04") as proxy:
+    with strict_proxy(zai, HEARTBEAT="0.04") as proxy:
         _, _, events, clean = proxy.stream()
         assert clean
         deltas = [choice["delta"] for choice in choices_of(events)]
@@ -6342,7 +6390,7 @@ def test_a_heartbeat_comes_mid_stream_too(zai, brisk):
 @pytest.mark.parametrize("heartbeat", ("10", "0"))
 def test_no_heartbeat_comes_before_its_time_or_at_0(zai, brisk, heartbeat):
     zai.default = stream(0.1, *HEALTHY)
-    with road(zai, HEARTBEAT=heartbeat) as proxy:
+    with strict_proxy(zai, HEARTBEAT=heartbeat) as proxy:
         assert not any(map(is_beat, proxy.stream()[2]))
 
 
@@ -6359,7 +6407,7 @@ LATE_ENDS = {
 @pytest.mark.parametrize("case", LATE_ENDS)
 def test_a_heartbeat_never_follows_the_end_of_an_answer(zai, brisk, case):
     zai.default = LATE_ENDS[case]
-    with road(zai, HEARTBEAT="0.05") as proxy, proxy.open_stream() as sock:
+    with strict_proxy(zai, HEARTBEAT="0.05") as proxy, proxy.open_stream() as sock:
         time.sleep(0.3)  # the large write stands still meanwhile
         _, _, events, clean = read_stream(sock)
         assert clean
@@ -6372,21 +6420,21 @@ def test_a_heartbeat_never_follows_the_end_of_an_answer(zai, brisk, case):
 
 def test_a_quick_refusal_keeps_its_status_with_heartbeats_on(zai, brisk):
     zai.default = refusal(400, "1210")
-    with road(zai, HEARTBEAT="0.2") as proxy:
+    with strict_proxy(zai, HEARTBEAT="0.2") as proxy:
         assert ask(proxy, True)[0] == 400
 
 
 def test_a_json_answer_has_no_heartbeats_and_keeps_its_status(zai, brisk):
     zai.scripts.append([0.15, *refusal(400, "1210")])
     zai.default = [0.15, *stream(*HEALTHY)]
-    with road(zai, HEARTBEAT="0.03") as proxy:
+    with strict_proxy(zai, HEARTBEAT="0.03") as proxy:
         assert ask(proxy, False)[0] == 400
         assert ask(proxy, False) == WELL
 
 
 def test_retrying_goes_on_after_a_heartbeat(zai, brisk):
     zai.scripts.extend([[0.1, *refusal(500, "1234")], [HEAD, 0.1, CLOSE]])
-    with road(zai, HEARTBEAT="0.03") as proxy:
+    with strict_proxy(zai, HEARTBEAT="0.03") as proxy:
         _, _, events, clean = proxy.stream()
         assert clean
         assert said(events) == "Hello"
@@ -6396,7 +6444,7 @@ def test_retrying_goes_on_after_a_heartbeat(zai, brisk):
 
 def test_queueing_goes_on_after_a_heartbeat(zai, brisk):
     zai.default = stream(0.2, *HEALTHY)
-    with road(zai, HEARTBEAT="0.03", MAX_CONCURRENCY="1") as proxy, proxy.open_stream() as first:
+    with strict_proxy(zai, HEARTBEAT="0.03", MAX_CONCURRENCY="1") as proxy, proxy.open_stream() as first:
         assert eventually(lambda: zai.in_flight == 1)
         with proxy.open_stream() as second:
             assert second.recv(1, socket.MSG_PEEK) == b"H"
@@ -6417,7 +6465,7 @@ FAILURES_AFTER_BEAT = {
 @pytest.mark.parametrize("case", FAILURES_AFTER_BEAT)
 def test_a_failure_after_a_heartbeat_is_the_in_stream_error(zai, brisk, case):
     zai.default, code = FAILURES_AFTER_BEAT[case]
-    with road(zai, HEARTBEAT="0.03", MAX_RETRIES="0") as proxy:
+    with strict_proxy(zai, HEARTBEAT="0.03", MAX_RETRIES="0") as proxy:
         events = failed_stream(proxy)
         assert events[0]["choices"][0]["delta"]["role"] == "assistant"
         assert events[-1]["error"]["code"] == code
@@ -6425,7 +6473,7 @@ def test_a_failure_after_a_heartbeat_is_the_in_stream_error(zai, brisk, case):
 
 def test_queue_timeout_after_a_heartbeat_is_the_in_stream_error(zai, brisk):
     zai.default = stream(say("Hel"), 30)
-    with road(zai, HEARTBEAT="0.03", MAX_CONCURRENCY="1", QUEUE_TIMEOUT="0.1") as proxy, proxy.open_stream():
+    with strict_proxy(zai, HEARTBEAT="0.03", MAX_CONCURRENCY="1", QUEUE_TIMEOUT="0.1") as proxy, proxy.open_stream():
         assert eventually(lambda: zai.in_flight == 1)
         assert failed_stream(proxy)[-1]["error"]["code"] == "rate_limit_exceeded"
 
@@ -6547,7 +6595,7 @@ def test_nothing_is_read_from_zai_while_its_client_is_behind():
 def test_a_slow_reader_slows_zai_down_and_costs_no_memory(zai):
     torrent = Torrent(600, 1 << 16)
     zai.default = torrent.script
-    with road(zai) as proxy, proxy.open_stream() as sock:
+    with strict_proxy(zai) as proxy, proxy.open_stream() as sock:
         before = rss()
         sent = -1
         while sent != torrent.sent:  # until Z.ai is held up
@@ -6560,14 +6608,14 @@ def test_a_slow_reader_slows_zai_down_and_costs_no_memory(zai):
 
 def test_a_client_that_is_behind_is_no_silence_of_zai(zai, brisk):
     zai.default = Torrent(300, 1 << 16).script
-    with road(zai, UPSTREAM_TIMEOUT="0.1") as proxy, proxy.open_stream() as sock:
+    with strict_proxy(zai, UPSTREAM_TIMEOUT="0.1") as proxy, proxy.open_stream() as sock:
         time.sleep(0.4)
         assert count_text(sock, b"Q") == (300 << 16, True)
 
 
 def test_an_error_that_comes_while_the_client_is_behind_comes_last_and_whole(zai, brisk):
     zai.default = [HEAD, chunked(say("Q" * (4 << 20))) + chunked(sse(NETWORK)), CLOSE]
-    with road(zai) as proxy, proxy.open_stream() as sock:
+    with strict_proxy(zai) as proxy, proxy.open_stream() as sock:
         time.sleep(0.2)
         _, _, events, clean = read_stream(sock)
         assert len(said(events)) == 4 << 20
@@ -6577,21 +6625,21 @@ def test_an_error_that_comes_while_the_client_is_behind_comes_last_and_whole(zai
 
 def test_a_slow_reader_does_not_hold_up_the_others(zai):
     zai.scripts.append(Torrent(600, 1 << 16).script)
-    with road(zai) as proxy, proxy.open_stream():
+    with strict_proxy(zai) as proxy, proxy.open_stream():
         assert eventually(lambda: any(client.is_behind for client in list(proxy.server.pump.clients)))
         assert ask(proxy, True) == WELL
 
 
 def test_a_client_that_takes_no_write_within_client_timeout_is_dropped(zai, brisk):
     zai.default = Torrent(1000, 1 << 16).script
-    with road(zai, CLIENT_TIMEOUT="0.2") as proxy, proxy.open_stream():
+    with strict_proxy(zai, CLIENT_TIMEOUT="0.2") as proxy, proxy.open_stream():
         assert eventually(lambda: zai.cut_by_client == 1)
         assert figures(proxy) == (0, 0, 1)
 
 
 def test_a_slow_reader_is_no_dropped_one(zai, brisk):
     zai.default = Torrent(300, 1 << 16).script
-    with road(zai, CLIENT_TIMEOUT="0.3", UPSTREAM_TIMEOUT="0.3") as proxy, proxy.open_stream() as sock:
+    with strict_proxy(zai, CLIENT_TIMEOUT="0.3", UPSTREAM_TIMEOUT="0.3") as proxy, proxy.open_stream() as sock:
         for _ in range(5):
             time.sleep(0.08)
             sock.recv(1 << 20)
@@ -6641,7 +6689,7 @@ def test_a_request_leaves_nothing_for_the_garbage_collector(zai, brisk, case):
     def make_request():
         ask(proxy, streamed)
         proxy.idle()
-    with road(zai, MAX_RETRIES="1", UPSTREAM_TIMEOUT="0.1") as proxy:
+    with strict_proxy(zai, MAX_RETRIES="1", UPSTREAM_TIMEOUT="0.1") as proxy:
         assert litter_of(make_request) == []
 
 
@@ -6654,7 +6702,7 @@ def test_a_client_that_leaves_an_answer_leaves_nothing_either(zai, brisk, stream
             sock.sendall(raw_chat(chat_body(stream=streamed)))
             assert eventually(lambda: zai.in_flight == 1)
         proxy.idle()
-    with road(zai) as proxy:
+    with strict_proxy(zai) as proxy:
         assert litter_of(make_request) == []
 
 
@@ -6663,14 +6711,14 @@ def test_a_client_that_leaves_while_connecting_leaves_nothing_either(brisk):
         with proxy.open_stream():
             assert eventually(lambda: is_connecting(proxy))
         proxy.idle()
-    with stuck_listener() as port, road(ZAI_BASE_URL=f"http://127.0.0.1:{port}") as proxy:
+    with stuck_listener() as port, strict_proxy(ZAI_BASE_URL=f"http://127.0.0.1:{port}") as proxy:
         assert litter_of(make_request) == []
 
 
 def test_a_json_answer_of_more_than_64_mib_is_an_error(zai):
     one = chunked(say("\u4e2d" * ((1 << 20) // 3)))  # a mebibyte, whatever the count of characters
     zai.default = [HEAD, *[one] * 66, chunked(FINISH), END]
-    with road(zai) as proxy:
+    with strict_proxy(zai) as proxy:
         assert ask(proxy, False)[0] == 502
         assert len(zai.requests) == 1
 
@@ -6679,7 +6727,7 @@ def test_a_json_answer_of_more_than_64_mib_is_an_error(zai):
 def test_the_log_id_of_zai_is_in_the_answer_and_in_the_log(zai, caplog, script):
     caplog.set_level(logging.INFO, "ztoapi")
     zai.default = script
-    with road(zai) as proxy:
+    with strict_proxy(zai) as proxy:
         for get in (proxy.stream, proxy.chat):
             caplog.clear()
             assert get()[1]["x-zai-log-id"] == LOG_ID
@@ -6781,19 +6829,23 @@ class HttpProxy:
 
 @pytest.fixture
 def http_proxy():
-    proxy = HttpProxy()
-    yield proxy
-    proxy.close()
+    with contextlib.closing(HttpProxy()) as proxy:
+        yield proxy
 
 
 @pytest.fixture
 def trusted(monkeypatch):
     """A fake Z.ai with TLS, whose certificate SSL_CERT_FILE vouches for."""
-    with pem_file() as path:
+    with pem_file() as path, contextlib.closing(FakeZai(tls_context(path))) as fake:
         monkeypatch.setenv("SSL_CERT_FILE", path)
-        fake = FakeZai(tls_context(path))
         yield fake
-        fake.close()
+
+
+@pytest.fixture
+def untrusted(trusted, monkeypatch):
+    """The same, but nobody vouches for it."""
+    monkeypatch.delenv("SSL_CERT_FILE")
+    return trusted
 
 
 def through(monkeypatch, scheme, proxy, no_proxy=""):
@@ -6808,7 +6860,7 @@ def through(monkeypatch, scheme, proxy, no_proxy=""):
 @both
 def test_plain_requests_go_through_http_proxy_over_one_connection(zai, http_proxy, monkeypatch, streamed):
     through(monkeypatch, "http", http_proxy.url)
-    with road(zai) as proxy:
+    with strict_proxy(zai) as proxy:
         for _ in range(3):
             assert ask(proxy, streamed) == WELL
             proxy.idle()
@@ -6819,7 +6871,7 @@ def test_plain_requests_go_through_http_proxy_over_one_connection(zai, http_prox
 @both
 def test_tls_goes_through_https_proxy_by_connect_over_one_connection(trusted, http_proxy, monkeypatch, streamed):
     through(monkeypatch, "https", http_proxy.url)
-    with road(trusted) as proxy:
+    with strict_proxy(trusted) as proxy:
         for _ in range(3):
             assert ask(proxy, streamed) == WELL
             proxy.idle()
@@ -6831,14 +6883,14 @@ def test_tls_goes_through_https_proxy_by_connect_over_one_connection(trusted, ht
 @pytest.mark.parametrize("no_proxy", ("localhost", "example.com,localhost", "*"))
 def test_no_proxy_goes_around_the_proxy(trusted, http_proxy, monkeypatch, no_proxy):
     through(monkeypatch, "https", http_proxy.url, no_proxy)
-    with road(trusted) as proxy:
+    with strict_proxy(trusted) as proxy:
         assert ask(proxy, True) == WELL
         assert http_proxy.heads == []
 
 
 def test_a_proxys_password_reaches_the_proxy_alone(trusted, http_proxy, monkeypatch):
     through(monkeypatch, "https", http_proxy.url.replace("//", "//user:pass-word@"))
-    with road(trusted) as proxy:
+    with strict_proxy(trusted) as proxy:
         for _ in range(2):
             assert ask(proxy, True) == WELL
             proxy.idle()
@@ -6851,13 +6903,12 @@ REFUSING = (b"HTTP/1.1 407 Proxy Authentication Required\r\n\r\n", b"what?\r\n\r
 
 @pytest.mark.parametrize("reply", REFUSING, ids=("407", "garbage", "nothing", "no end"))
 def test_a_proxy_that_refuses_is_a_502(trusted, monkeypatch, reply):
-    refusing = HttpProxy(reply)
-    through(monkeypatch, "https", refusing.url)
-    with road(trusted, MAX_RETRIES="1") as proxy:
-        assert ask(proxy, True)[0] == 502
-        assert trusted.connections == 0
-        assert len(refusing.heads) == 2
-    refusing.close()
+    with contextlib.closing(HttpProxy(reply)) as refusing:
+        through(monkeypatch, "https", refusing.url)
+        with strict_proxy(trusted, MAX_RETRIES="1") as proxy:
+            assert ask(proxy, True)[0] == 502
+            assert trusted.connections == 0
+            assert len(refusing.heads) == 2
 
 
 # To add a case, add a row: HTTPS_PROXY, words of the error.
@@ -6876,34 +6927,30 @@ BAD_PROXIES = [
 @pytest.mark.parametrize("url,words", BAD_PROXIES)
 def test_a_proxy_that_cannot_be_used_is_refused_in_words_without_its_password(monkeypatch, caplog, url, words):
     through(monkeypatch, "https", url)
-    with road(ZAI_BASE_URL="https://localhost/api") as proxy:
+    with strict_proxy(ZAI_BASE_URL="https://localhost/api") as proxy:
         status, _, error, _ = ask(proxy, True)
         assert (status, error["code"]) == (502, "upstream_error")
         assert words in error["message"]
         assert "secretpassword" not in error["message"] + caplog.text
 
 
-def test_a_certificate_the_store_does_not_know_is_a_502_that_names_ssl_cert_file(monkeypatch):
-    monkeypatch.delenv("SSL_CERT_FILE", False)
-    with pem_file() as path:
-        fake = FakeZai(tls_context(path))
-        with road(fake) as proxy:
-            status, _, error, _ = ask(proxy, True)
-            assert status == 502
-            assert "SSL_CERT_FILE" in error["message"]
-            assert (fake.connections, fake.requests) == (1, []), "it cannot heal"
-        fake.close()
+def test_a_certificate_the_store_does_not_know_is_a_502_that_names_ssl_cert_file(untrusted):
+    with strict_proxy(untrusted) as proxy:
+        status, _, error, _ = ask(proxy, True)
+        assert status == 502
+        assert "SSL_CERT_FILE" in error["message"]
+        assert (untrusted.connections, untrusted.requests) == (1, []), "it cannot heal"
 
 
 def test_a_certificate_of_another_name_is_a_502(trusted):
-    with road(trusted, ZAI_BASE_URL=trusted.url.replace("localhost", "127.0.0.1")) as proxy:
+    with strict_proxy(trusted, ZAI_BASE_URL=trusted.url.replace("localhost", "127.0.0.1")) as proxy:
         assert ask(proxy, True)[0] == 502
         assert (trusted.connections, trusted.requests) == (1, [])
 
 
 def test_https_to_a_plain_port_is_a_502():
     with MuteListener(b"HTTP/1.1 400 Bad Request\r\n\r\n") as plain:
-        with road(ZAI_BASE_URL=f"https://localhost:{plain.port}", MAX_RETRIES="0") as proxy:
+        with strict_proxy(ZAI_BASE_URL=f"https://localhost:{plain.port}", MAX_RETRIES="0") as proxy:
             status, _, error, _ = ask(proxy, True)
             assert status == 502
             assert "TLS" in error["message"]
@@ -6911,7 +6958,7 @@ def test_https_to_a_plain_port_is_a_502():
 
 @both
 def test_tls_with_ssl_cert_file_answers_over_one_connection(trusted, streamed):
-    with road(trusted) as proxy:
+    with strict_proxy(trusted) as proxy:
         for _ in range(3):
             assert ask(proxy, streamed) == WELL
             proxy.idle()
@@ -6920,7 +6967,7 @@ def test_tls_with_ssl_cert_file_answers_over_one_connection(trusted, streamed):
 
 @pytest.mark.parametrize("fault", ("reset before the head", "closed behind the head", "broken chunk size", "1234"))
 def test_faults_heal_over_tls_too(trusted, fault):
-    with road(trusted) as proxy:
+    with strict_proxy(trusted) as proxy:
         for _ in range(2):  # the second time on a used connection
             trusted.scripts.append(EARLY[fault])
             assert ask(proxy, True) == WELL
@@ -6931,7 +6978,7 @@ def test_faults_heal_over_tls_too(trusted, fault):
 @pytest.mark.parametrize("fault", ("reset", "clean end between chunks", "reset in a chunk"))
 def test_cuts_over_tls_are_cuts(trusted, fault):
     trusted.default = [HEAD, chunked(say("Hel")), *LATE[fault]]
-    with road(trusted) as proxy:
+    with strict_proxy(trusted) as proxy:
         assert said(failed_stream(proxy)) == "Hel"
         assert ask(proxy, False)[0] == 502
         assert len(trusted.requests) == 2
@@ -6946,7 +6993,7 @@ def test_what_stands_behind_an_answer_over_tls_never_becomes_the_next(trusted, s
     padding = b"a" * (size - len(head % (len(good), b"") + good))
     both_answers = head % (len(good), padding) + good + head % (len(other), b"") + other
     trusted.scripts.append([both_answers])
-    with road(trusted) as proxy:
+    with strict_proxy(trusted) as proxy:
         for _ in range(3):
             assert ask(proxy, False) == WELL
             proxy.idle()
@@ -6956,7 +7003,7 @@ def test_what_stands_behind_an_answer_over_tls_never_becomes_the_next(trusted, s
 @pytest.mark.parametrize("phase", ("before the head", "before the first token", "behind the first token"))
 def test_the_clients_leaving_is_noticed_over_tls(trusted, brisk, caplog, phase):
     trusted.default = PHASES[phase][0]
-    with road(trusted) as proxy:
+    with strict_proxy(trusted) as proxy:
         with leaving(proxy, caplog, raw_chat(chat_body(stream=True))):
             assert eventually(lambda: trusted.in_flight == 1)
         assert eventually(lambda: trusted.cut_by_client == 1, 1)
@@ -6964,7 +7011,7 @@ def test_the_clients_leaving_is_noticed_over_tls(trusted, brisk, caplog, phase):
 
 def test_a_slow_reader_over_tls_gets_all(trusted, brisk):
     trusted.default = Torrent(200, 1 << 16).script
-    with road(trusted) as proxy, proxy.open_stream() as sock:
+    with strict_proxy(trusted) as proxy, proxy.open_stream() as sock:
         time.sleep(0.3)
         assert count_text(sock, b"Q") == (200 << 16, True)
 
@@ -6974,26 +7021,24 @@ def test_a_slow_reader_over_tls_gets_all(trusted, brisk):
 # Raw bytes in, raw bytes out. One proxy serves all rows of the tables here. To add a case, add a row.
 
 @contextlib.contextmanager
-def standing(**environ):
+def standing_proxy(**environ):
     """A proxy for many tests; `.zai` is the fake behind it."""
-    fake = FakeZai()
-    with proxying(fake, **environ) as proxy:
+    with contextlib.closing(FakeZai()) as fake, proxying(fake, **environ) as proxy:
         proxy.zai = fake
         yield proxy
-    fake.close()
 
 
 @pytest.fixture(scope="module")
-def standing_door():
-    with standing(MAX_BODY_MB="1", DEFAULT_KEY=KEY + ", key-one, key-two ,,") as proxy:
+def shared_proxy():
+    with standing_proxy(MAX_BODY_MB="1", DEFAULT_KEY=KEY + ", key-one, key-two ,,") as proxy:
         yield proxy
 
 
 @pytest.fixture
-def door(standing_door, caplog):
+def shared(shared_proxy, caplog):
     """The proxy of the tables; no row may be a bug."""
-    standing_door.zai.requests.clear()
-    yield standing_door
+    shared_proxy.zai.requests.clear()
+    yield shared_proxy
     assert [record for record in caplog.get_records("call") if record.levelno >= logging.ERROR] == []
 
 
@@ -7030,7 +7075,8 @@ def hold(proxy, data):
 
 # Where a request ends
 
-# Header lines of a POST whose length two readers could take differently, and the status they get.
+# To add a case, add a row: header lines of a POST whose length two readers could take differently, the status they
+# get.
 BROKEN_LENGTHS = [
     ("Content-Length: 5\r\nTransfer-Encoding: chunked", 400),
     ("Transfer-Encoding: chunked\r\nContent-Length: 5", 400),
@@ -7083,11 +7129,11 @@ BROKEN_LENGTHS = [
 
 
 @table("lines,status", BROKEN_LENGTHS)
-def test_an_ambiguous_length_is_refused_and_nothing_behind_it_is_answered(door, lines, status):
-    check_refused(exchange(door, raw_request("POST", CHAT, lines) + END), status)
+def test_an_ambiguous_length_is_refused_and_nothing_behind_it_is_answered(shared, lines, status):
+    check_refused(exchange(shared, raw_request("POST", CHAT, lines) + END), status)
 
 
-# Bodies in a broken chunked coding.
+# To add a case, add a row: a body in a broken chunked coding.
 BROKEN_CHUNKS = [
     b"\r\n{}\r\n0\r\n\r\n",
     b"g\r\n",
@@ -7123,15 +7169,15 @@ BROKEN_CHUNKS = [
 
 
 @table("body", BROKEN_CHUNKS)
-def test_a_broken_chunked_body_is_refused_and_nothing_behind_it_is_answered(door, body):
-    replies = exchange(door, raw_chunks(body))
+def test_a_broken_chunked_body_is_refused_and_nothing_behind_it_is_answered(shared, body):
+    replies = exchange(shared, raw_chunks(body))
     check_refused(replies, 400)
     assert "chunked" in replies[0].error()["message"]
 
 
 HALF = len(JSON_CHAT) // 2
 
-# The same body in several chunked codings.
+# To add a case, add a row: JSON_CHAT in a chunked coding.
 WHOLE_CHUNKS = [
     chunked(JSON_CHAT) + END,
     chunked(JSON_CHAT[:HALF]) + chunked(JSON_CHAT[HALF:]) + END,
@@ -7143,20 +7189,20 @@ WHOLE_CHUNKS = [
 
 
 @table("body", WHOLE_CHUNKS)
-def test_a_chunked_body_is_read_however_it_is_cut(door, body):
-    assert statuses(door, raw_chunks(body)) == [200, 200]
-    assert door.zai.requests[0]["body"]["messages"] == [{"role": "user", "content": "Hi"}]
+def test_a_chunked_body_is_read_however_it_is_cut(shared, body):
+    assert statuses(shared, raw_chunks(body)) == [200, 200]
+    assert shared.zai.requests[0]["body"]["messages"] == [{"role": "user", "content": "Hi"}]
 
 
-def test_a_request_may_come_byte_by_byte(door):
+def test_a_request_may_come_byte_by_byte(shared):
     data = raw_chunks(chunked(JSON_CHAT), END) + raw_chat(JSON_CHAT, "Connection: close")
-    with door.connect() as sock:
+    with shared.connect() as sock:
         for i in range(len(data)):
             sock.sendall(data[i:i + 1])
         assert [reply.status for reply in replies_in(read_to_end(sock))] == [200, 200]
 
 
-# A request line, and the status it gets.
+# To add a case, add a row: a request line, the status it gets.
 REQUEST_LINES = [
     (b"GET /health HTTP/1.1", 200),
     (b"GET /health HTTP/1.0", 200),
@@ -7195,8 +7241,8 @@ REQUEST_LINES = [
 
 
 @table("line,status", REQUEST_LINES)
-def test_a_request_line_is_taken_to_the_letter(door, line, status):
-    replies = exchange(door, line + b"\r\nHost: localhost\r\n\r\n")
+def test_a_request_line_is_taken_to_the_letter(shared, line, status):
+    replies = exchange(shared, line + b"\r\nHost: localhost\r\n\r\n")
     if status != 200:
         check_refused(replies, status)
     else:
@@ -7204,19 +7250,19 @@ def test_a_request_line_is_taken_to_the_letter(door, line, status):
 
 
 @table("method", ["get", "BREW", "TRACE", "__class__", "-1", "A" * 20])
-def test_an_unknown_method_is_not_a_method_of_the_path(door, method):
-    replies = exchange(door, raw_request(method, "/health"))
+def test_an_unknown_method_is_not_a_method_of_the_path(shared, method):
+    replies = exchange(shared, raw_request(method, "/health"))
     assert [reply.status for reply in replies] == [405, 200]
     assert replies[0].headers["Allow"] == "OPTIONS, GET, HEAD"
     check_error(replies[0])
 
 
-def test_a_tls_client_is_told_that_this_is_http(door):
-    reply, = exchange(door, b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03")
+def test_a_tls_client_is_told_that_this_is_http(shared):
+    reply, = exchange(shared, b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03")
     assert "HTTPS" in reply.error()["message"]
 
 
-# A header line, and the status it gets.
+# To add a case, add a row: a header line, the status it gets.
 HEADER_LINES = [
     ("X: y", 200),
     ("X:y", 200),
@@ -7250,28 +7296,28 @@ HEADER_LINES = [
 
 
 @table("line,status", HEADER_LINES)
-def test_a_header_line_is_taken_to_the_letter(door, line, status):
-    replies = exchange(door, raw_request("GET", "/health", line))
+def test_a_header_line_is_taken_to_the_letter(shared, line, status):
+    replies = exchange(shared, raw_request("GET", "/health", line))
     if status != 200:
         check_refused(replies, status)
     else:
         assert [reply.status for reply in replies] == [200, 200]
 
 
-def test_http_1_1_needs_a_host_and_http_1_0_had_none(door):
-    assert statuses(door, b"GET /health HTTP/1.1\r\nX: y\r\n\r\n") == [400]
-    assert statuses(door, b"GET /health HTTP/1.0\r\n\r\n") == [200]
+def test_http_1_1_needs_a_host_and_http_1_0_had_none(shared):
+    assert statuses(shared, b"GET /health HTTP/1.1\r\nX: y\r\n\r\n") == [400]
+    assert statuses(shared, b"GET /health HTTP/1.0\r\n\r\n") == [200]
 
 
 @table("pause_s", [0, 0.05])
-def test_a_blank_line_between_requests_is_none_however_it_is_cut(door, pause_s):
+def test_a_blank_line_between_requests_is_none_however_it_is_cut(shared, pause_s):
     """Old clients leave one behind a body; no request begins with it."""
-    with hold(door, raw_chat(JSON_CHAT)) as sock, sock.makefile("rb") as file:
+    with hold(shared, raw_chat(JSON_CHAT)) as sock, sock.makefile("rb") as file:
         sock.sendall(b"\r")
         time.sleep(pause_s)
         sock.sendall(b"\n")
         time.sleep(pause_s)
-        assert door.idle()
+        assert shared.idle()
         sock.sendall(raw_chat(JSON_CHAT))
         assert read_reply(file).status == 200
 
@@ -7284,14 +7330,14 @@ def test_a_blank_line_at_the_end_is_no_request(proxy, log_lines):
     assert len(log_lines()) == 1
 
 
-def test_a_blank_line_around_the_end_of_the_buffer_is_none(door):
+def test_a_blank_line_around_the_end_of_the_buffer_is_none(shared):
     request = raw_request("GET", "/health")
     for size in range(2040, 2056):  # the buffer has 2,048 bytes
         padding = "X: " + "y" * (size - len(request) - len("X: \r\n"))
-        assert statuses(door, raw_request("GET", "/health", padding) + b"\r\n" + request) == [200, 200, 200]
+        assert statuses(shared, raw_request("GET", "/health", padding) + b"\r\n" + request) == [200, 200, 200]
 
 
-# Header lines, and whether the connection is kept.
+# To add a case, add a row: header lines, whether the connection is kept.
 CONNECTIONS = [
     (["Connection: close"], False),
     (["Connection: Close"], False),
@@ -7306,15 +7352,15 @@ CONNECTIONS = [
 
 
 @table("lines,kept", CONNECTIONS)
-def test_connection_headers_are_obeyed(door, lines, kept):
-    assert statuses(door, raw_request("GET", "/health", *lines)) == [200] * (1 + kept)
+def test_connection_headers_are_obeyed(shared, lines, kept):
+    assert statuses(shared, raw_request("GET", "/health", *lines)) == [200] * (1 + kept)
 
 
-def test_pipelined_requests_are_answered_in_order(door):
+def test_pipelined_requests_are_answered_in_order(shared):
     data = (raw_request("GET", "/health") + raw_chat(JSON_CHAT) + raw_request("GET", "/v1/models/nope")
             + raw_chat(json_chat(stream=True)) + raw_chat(b"{}") + raw_chunks(chunked(JSON_CHAT), END)
             + raw_request("HEAD", "/v1/models/GLM-4.6") + raw_request("GET", "/metrics", "Connection: close"))
-    replies = exchange(door, data, 6)
+    replies = exchange(shared, data, 6)
     assert [reply.status for reply in replies] == [200, 200, 404, 200, 400, 200, 200, 200]
     assert replies[1].json()["object"] == "chat.completion"
     assert replies[3].body.endswith(b"data: [DONE]\n\n")
@@ -7323,37 +7369,37 @@ def test_pipelined_requests_are_answered_in_order(door):
 
 
 @table("lines", [[], ["Connection: keep-alive"]])
-def test_http_1_0_gets_closing_unchunked_answers(door, lines):
+def test_http_1_0_gets_closing_unchunked_answers(shared, lines):
     old = {"version": "HTTP/1.0"}
     models = raw_request("GET", "/v1/models", *lines, **old)
     for data in (models, raw_chat(JSON_CHAT, *lines, **old)):
-        reply, = exchange(door, data)
+        reply, = exchange(shared, data)
         assert reply.status == 200
         assert reply.headers["Connection"] == "close"
         assert int(reply.headers["Content-Length"]) == len(reply.body)
-    reply, = exchange(door, raw_chat(json_chat(stream=True), *lines, **old))
+    reply, = exchange(shared, raw_chat(json_chat(stream=True), *lines, **old))
     assert "Transfer-Encoding" not in reply.headers
     assert reply.headers["Connection"] == "close"
     assert reply.body.startswith(b"data: {")
     assert reply.body.endswith(b"}\n\ndata: [DONE]\n\n")
 
 
-def test_http_1_0_has_no_chunked_coding(door):
+def test_http_1_0_has_no_chunked_coding(shared):
     data = raw_chat(chunked(JSON_CHAT) + END, "Transfer-Encoding: chunked", version="HTTP/1.0")
-    check_refused(exchange(door, data), 400)
+    check_refused(exchange(shared, data), 400)
 
 
 @table("path", ["/", "/docs", "/dashboard", "/health", "/v1/models", "/models/glm-4.6", "/v1/models/nope", "/metrics",
                 "/nowhere"])
-def test_head_works_where_get_does_and_has_no_body(door, path):
-    head, get, last = exchange(door, raw_request("HEAD", path) + raw_request("GET", path), 0)
+def test_head_works_where_get_does_and_has_no_body(shared, path):
+    head, get, last = exchange(shared, raw_request("HEAD", path) + raw_request("GET", path), 0)
     assert head.status == get.status
     assert head.headers["Content-Type"] == get.headers["Content-Type"]
     assert head.headers["Content-Length"] == str(len(get.body))
 
 
-def test_head_of_the_chat_is_no_method_of_it(door):
-    head, last = exchange(door, raw_request("HEAD", CHAT), 0)
+def test_head_of_the_chat_is_no_method_of_it(shared):
+    head, last = exchange(shared, raw_request("HEAD", CHAT), 0)
     assert head.status == 405
     assert head.headers["Allow"] == "OPTIONS, POST"
 
@@ -7362,7 +7408,8 @@ def test_head_of_the_chat_is_no_method_of_it(door):
 
 JSON_LENGTH = f"Content-Length: {len(JSON_CHAT)}"
 
-# Header lines of a POST that expects 100-continue, whether its key is right, and the statuses it gets.
+# To add a case, add a row: header lines of a POST that expects 100-continue, whether its key is right, the statuses
+# it gets.
 EXPECTING = [
     ([JSON_LENGTH], True, [100, 200]),
     (["Transfer-Encoding: chunked"], True, [100, 200]),
@@ -7376,10 +7423,10 @@ EXPECTING = [
 
 
 @table("lines,key_is_right,expected", EXPECTING)
-def test_100_continue_is_only_said_once_nothing_else_can_be(door, lines, key_is_right, expected):
+def test_100_continue_is_only_said_once_nothing_else_can_be(shared, lines, key_is_right, expected):
     """The body is sent after a 100 only."""
     body = chunked(JSON_CHAT) + END if "chunked" in lines[0] else JSON_CHAT
-    with door.connect(5) as sock, sock.makefile("rb") as file:
+    with shared.connect(5) as sock, sock.makefile("rb") as file:
         sock.sendall(raw_request("POST", CHAT, "Expect: 100-continue", *lines, auth=key_is_right))
         found = [read_reply(file).status]
         if found == [100]:
@@ -7388,14 +7435,15 @@ def test_100_continue_is_only_said_once_nothing_else_can_be(door, lines, key_is_
     assert found == expected
 
 
-def test_a_client_need_not_wait_for_100_continue(door):
-    assert statuses(door, raw_chat(JSON_CHAT, "Expect: 100-Continue")) == [100, 200, 200]
-    assert statuses(door, raw_request("GET", "/health", "Expect: 100-continue")) == [200, 200], "no body, no 100"
+def test_a_client_need_not_wait_for_100_continue(shared):
+    assert statuses(shared, raw_chat(JSON_CHAT, "Expect: 100-Continue")) == [100, 200, 200]
+    assert statuses(shared, raw_request("GET", "/health", "Expect: 100-continue")) == [200, 200], "no body, no 100"
 
 
 MIB = 1 << 20
 
-# The header line of a POST, what comes of its body, and the status: 413 does not wait for a body beyond MAX_BODY_MB=1.
+# To add a case, add a row: the header line of a POST, what comes of its body, the status. 413 does not wait for a
+# body beyond MAX_BODY_MB=1.
 SIZES = [
     (f"Content-Length: {MIB + 1}", b"", 413),
     ("Content-Length: 999999999999", b"", 413),
@@ -7410,15 +7458,16 @@ SIZES = [
 
 
 @table("line,body,status", SIZES)
-def test_the_body_limit_holds_before_the_body_is_there(door, line, body, status):
-    with door.connect(5) as sock, sock.makefile("rb") as file:
+def test_the_body_limit_holds_before_the_body_is_there(shared, line, body, status):
+    with shared.connect(5) as sock, sock.makefile("rb") as file:
         sock.sendall(raw_request("POST", CHAT, line) + body)
         reply = read_reply(file)
     assert reply.status == status
     assert reply.headers["Connection"] == ("close" if status == 413 else None)
 
 
-# Requests whose body nobody reads: method, path, further header lines, whether its key is right, and the status.
+# To add a case, add a row: a request whose body nobody reads (method, path, further header lines, whether its key
+# is right), the status.
 UNREAD = [
     ("POST", CHAT, [], False, 401),
     ("POST", "/nowhere", [], True, 404),
@@ -7433,25 +7482,26 @@ UNREAD = [
 
 
 @table("method,path,lines,key_is_right,status", UNREAD)
-def test_a_body_nobody_read_never_becomes_the_next_request(door, method, path, lines, key_is_right, status):
+def test_a_body_nobody_read_never_becomes_the_next_request(shared, method, path, lines, key_is_right, status):
     body = raw_request("GET", "/health") * 3
     for data in (raw_request(method, path, *lines, body=body, auth=key_is_right),
                  raw_request(method, path, "Transfer-Encoding: chunked", *lines, auth=key_is_right)
                  + chunked(body) + END):
-        replies = exchange(door, data)
+        replies = exchange(shared, data)
         assert [reply.status for reply in replies] == [status]
         assert replies[0].headers["Connection"] == "close"
 
 
-# What is refused before all of it was read: the server must not close on the rest, as that would reset the connection.
+# To add a case, add a row: what is refused before all of it was read, the status. The server must not close on the
+# rest, as that would reset the connection.
 @table("data,status", [
     (raw_request("POST", CHAT, "Content-Length: 8000000", auth=False) + b" " * 4000000, 401),
     (b"nonsense\r\n\r\n" + b"x" * 100000, 400),
     (raw_request("GET", "/health", "X : y") + b"x" * 100000, 400),
     (raw_request("GET", "/health", "X: " + "y" * 1000000), 431),
 ])
-def test_a_refusal_can_be_read_while_more_is_still_being_sent(door, data, status):
-    with door.connect(5) as sock:
+def test_a_refusal_can_be_read_while_more_is_still_being_sent(shared, data, status):
+    with shared.connect(5) as sock:
         sock.sendall(data)
         sock.shutdown(socket.SHUT_WR)
         assert [reply.status for reply in replies_in(read_to_end(sock))] == [status]
@@ -7460,9 +7510,9 @@ def test_a_refusal_can_be_read_while_more_is_still_being_sent(door, data, status
 # A form is what curl -d says it sends. A page of somebody else could send one unasked, but not with the key.
 @table("kind", ["", "application/json", "application/json; charset=utf-8", "text/plain;charset=UTF-8", "nonsense",
                 "application/octet-stream", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"])
-def test_the_content_type_does_not_matter(door, kind):
-    assert statuses(door, raw_chat(JSON_CHAT, "Content-Type: " + kind)) == [200, 200]
-    assert statuses(door, raw_chat(JSON_CHAT, "Content-Type: " + kind, auth=False)) == [401]
+def test_the_content_type_does_not_matter(shared, kind):
+    assert statuses(shared, raw_chat(JSON_CHAT, "Content-Type: " + kind)) == [200, 200]
+    assert statuses(shared, raw_chat(JSON_CHAT, "Content-Type: " + kind, auth=False)) == [401]
 
 
 def with_field(text):
@@ -7470,7 +7520,7 @@ def with_field(text):
     return JSON_CHAT.replace(b'"stream"', text + b',"stream"')
 
 
-# A body, and the status it gets.
+# To add a case, add a row: a body, the status it gets.
 ODD_BODIES = [
     (b"", 400),
     (b" ", 400),
@@ -7524,19 +7574,19 @@ ODD_BODIES = [
 
 
 @table("body,status", ODD_BODIES)
-def test_odd_bodies_have_a_defined_answer(door, body, status):
-    replies = exchange(door, raw_chat(body))
+def test_odd_bodies_have_a_defined_answer(shared, body, status):
+    replies = exchange(shared, raw_chat(body))
     assert [reply.status for reply in replies] == [status, 200]
-    assert bool(door.zai.requests) == (status == 200)
+    assert bool(shared.zai.requests) == (status == 200)
     if status != 200:
         check_error(replies[0])
 
 
 @table("function", [{}, 5, "f", [], None, {"name": []}])
 @table("choice", ["auto", "required", {"type": "function", "function": {"name": "f"}}])
-def test_tools_that_only_look_like_functions_are_no_bugs(door, function, choice):
+def test_tools_that_only_look_like_functions_are_no_bugs(shared, function, choice):
     tool = {"type": "x", "function": function}
-    replies = exchange(door, raw_chat(json_chat(tools=[tool], tool_choice=choice)))
+    replies = exchange(shared, raw_chat(json_chat(tools=[tool], tool_choice=choice)))
     assert replies[0].status in (200, 400)
 
 
@@ -7544,11 +7594,11 @@ AROUND_THE_LIMIT = range(sys.getrecursionlimit() - 60, sys.getrecursionlimit() +
 
 
 @table("field", [b'"x":%b', b'"tools":[{"type":"function","function":{"name":"f","parameters":{"a":%b}}}]'])
-def test_nesting_around_the_recursion_limit_is_an_answer_or_a_400(door, field):
+def test_nesting_around_the_recursion_limit_is_an_answer_or_a_400(shared, field):
     """Reading, writing and translating recurse at different depths; no depth may fall between two of them."""
     for depth in (10, 500, *AROUND_THE_LIMIT, 3000, 9000, 20000):
         deep = b"[" * depth + b"]" * depth
-        assert statuses(door, raw_chat(with_field(field % deep)))[0] in (200, 400), depth
+        assert statuses(shared, raw_chat(with_field(field % deep)))[0] in (200, 400), depth
 
 
 @table("piece", [b"[],", b"{},"])
@@ -7564,7 +7614,7 @@ def test_a_body_of_more_than_a_million_brackets_is_refused_before_it_is_decoded(
 
 # Paths
 
-# A target, and the status it gets.
+# To add a case, add a row: a target, the status it gets.
 TARGETS = [
     ("/v1/models", 200),
     ("/models", 200),
@@ -7619,8 +7669,8 @@ TARGETS = [
 
 
 @table("target,status", TARGETS)
-def test_every_target_has_a_defined_answer(door, target, status):
-    replies = exchange(door, raw_request("GET", target))
+def test_every_target_has_a_defined_answer(shared, target, status):
+    replies = exchange(shared, raw_request("GET", target))
     assert [reply.status for reply in replies] == [status, 200]
     if status != 200:
         check_error(replies[0])
@@ -7628,11 +7678,12 @@ def test_every_target_has_a_defined_answer(door, target, status):
 
 
 @table("path", [CHAT, "/chat/completions", "/v1//chat/completions", "//v1/chat//completions/"])
-def test_the_chat_is_found_however_the_base_url_was_joined(door, path):
-    assert statuses(door, raw_request("POST", path, body=JSON_CHAT)) == [200, 200]
+def test_the_chat_is_found_however_the_base_url_was_joined(shared, path):
+    assert statuses(shared, raw_request("POST", path, body=JSON_CHAT)) == [200, 200]
 
 
-# A path, and patterns of what its 404 says, beside which {base} is the proxy's base URL and {zai} that of Z.ai.
+# To add a case, add a row: a path, patterns of what its 404 says; {base} is the proxy's base URL and {zai} that of
+# Z.ai.
 NOT_HERE = [
     ("/nowhere", ["/nowhere", "base URL to {base}"]),
     ("/api/tags", ["base URL to {base}"]),
@@ -7650,15 +7701,15 @@ NOT_HERE = [
 
 
 @table("path,words", NOT_HERE)
-def test_a_404_says_where_to_go(door, path, words):
-    status, headers, body = door.call("POST", path, {})
+def test_a_404_says_where_to_go(shared, path, words):
+    status, headers, body = shared.call("POST", path, {})
     assert status == 404
     assert body["error"]["code"] == "not_found"
     for word in words:
-        assert word.format(base=f"http://localhost:{door.port}/v1", zai=door.zai.url) in body["error"]["message"]
+        assert word.format(base=f"http://localhost:{shared.port}/v1", zai=shared.zai.url) in body["error"]["message"]
 
 
-# A path, and the method it takes.
+# To add a case, add a row: a path, the method it takes.
 METHODS = [
     ("/v1/models", "GET"),
     ("/models/GLM-4.6", "GET"),
@@ -7673,9 +7724,9 @@ METHODS = [
 
 @table("path,right", METHODS)
 @table("method", ["GET", "POST", "PUT", "PATCH", "DELETE"])
-def test_every_route_takes_its_methods_and_names_them(door, path, right, method):
+def test_every_route_takes_its_methods_and_names_them(shared, path, right, method):
     question = chat_body(stream=False) if right == method == "POST" else None
-    status, headers, body = door.call(method, path, question)
+    status, headers, body = shared.call(method, path, question)
     if method == right:
         assert status == 200
     else:
@@ -7697,13 +7748,14 @@ def test_models_are_listed_as_openai_lists_them(zai):
             assert type(model["created"]) is int
             assert proxy.call("GET", "/v1/models/" + id.upper())[2] == model
         status, _, body = proxy.call("GET", "/v1/models/gpt-9")
-    assert (status, body["error"]["code"], body["error"]["param"]) == (404, "model_not_found", "model")
+    assert status == 404
+    assert (body["error"]["code"], body["error"]["param"]) == ("model_not_found", "model")
     assert "gpt-9" in body["error"]["message"]
 
 
 # Keys
 
-# Header lines, and whether they hold the key.
+# To add a case, add a row: header lines, whether they hold the key.
 KEY_LINES = [
     (["Authorization: Bearer key-one"], True),
     (["authorization: BEARER key-two"], True),
@@ -7731,8 +7783,8 @@ KEY_LINES = [
 
 
 @table("lines,right", KEY_LINES)
-def test_a_key_is_taken_in_three_headers_and_nowhere_else(door, lines, right):
-    reply, _ = exchange(door, raw_request("GET", "/v1/models?key=key-one", *lines, auth=False))
+def test_a_key_is_taken_in_three_headers_and_nowhere_else(shared, lines, right):
+    reply, _ = exchange(shared, raw_request("GET", "/v1/models?key=key-one", *lines, auth=False))
     assert reply.status == (200 if right else 401)
     if not right:
         check_error(reply)
@@ -7741,23 +7793,24 @@ def test_a_key_is_taken_in_three_headers_and_nowhere_else(door, lines, right):
         assert b"key-one" not in reply.body
 
 
-def test_a_401_tells_no_key_from_a_wrong_one_and_names_no_key_of_yours(door):
+def test_a_401_tells_no_key_from_a_wrong_one_and_names_no_key_of_yours(shared):
     for auth, words in ((False, "No API key"), (ZAI_KEY, "Incorrect API key")):
-        reply, _ = exchange(door, raw_request("GET", "/v1/models", auth=auth))
+        reply, _ = exchange(shared, raw_request("GET", "/v1/models", auth=auth))
         assert words in reply.error()["message"]
         assert "not the Z.ai key" in reply.error()["message"]
         assert "sk-your-key" not in reply.error()["message"]
 
 
-def test_a_401_names_the_well_known_key_while_it_is_in_force(home):
-    reply, _ = exchange(home, raw_request("GET", "/v1/models", auth=ZAI_KEY))
+def test_a_401_names_the_well_known_key_while_it_is_in_force(well_known):
+    reply, _ = exchange(well_known, raw_request("GET", "/v1/models", auth=ZAI_KEY))
     assert reply.status == 401
     assert "sk-your-key unless you set it" in reply.error()["message"]
 
 
-# Paths that need the key, and spellings that a careless router could take for one that does not.
+# To add a case, add a row: a path that needs the key. It is tried in spellings that a careless router could take
+# for one that does not.
 @table("path", ["/v1/models", "/metrics", "/stats", CHAT, "/nowhere"])
-def test_no_spelling_of_a_path_opens_a_locked_door(door, path):
+def test_no_spelling_of_a_path_opens_a_locked_door(shared, path):
     hexed = f"/%{ord(path[1]):02x}{path[2:]}"
     spellings = [
         path, "/" + path, path + "/", path + "?x", path + "#",
@@ -7769,15 +7822,15 @@ def test_no_spelling_of_a_path_opens_a_locked_door(door, path):
     ]
     for target in spellings:
         for method in ("GET", "HEAD", "POST", "PUT"):
-            data = talk(door, raw_request(method, target, auth=False) + SENTINEL)
+            data = talk(shared, raw_request(method, target, auth=False) + SENTINEL)
             assert data.startswith(b"HTTP/1.1 401 "), (method, target)
 
 
-# Method, path and status of what is open to all.
+# To add a case, add a row: method, path and status of what is open to all.
 @table("method,path,status", [("GET", "/health", 200), ("GET", "/", 200), ("GET", "/docs", 200),
                               ("GET", "/dashboard/", 200), ("OPTIONS", "/v1/models", 204), ("OPTIONS", "*", 204)])
-def test_what_needs_no_key(door, method, path, status):
-    assert door.call(method, path, key=None)[0] == status
+def test_what_needs_no_key(shared, method, path, status):
+    assert shared.call(method, path, key=None)[0] == status
 
 
 def test_without_a_key_for_zai_models_are_served_and_chat_says_what_to_do(zai):
@@ -7791,7 +7844,8 @@ def test_without_a_key_for_zai_models_are_served_and_chat_says_what_to_do(zai):
     assert "https://z.ai/" in body["error"]["message"]
 
 
-# What Z.ai refuses for good, and the status that makes agents show it rather than try again and say nothing.
+# To add a case, add a row: what Z.ai refuses for good, the status that makes agents show it rather than try again
+# and say nothing, the code.
 @table("script,status,code", [
     (refusal(429, "1113"), 402, "insufficient_quota"),
     (refusal(429, "1309"), 402, "insufficient_quota"),
@@ -7830,14 +7884,15 @@ def streams(proxy, fields, lines):
 
 
 @table("fields,lines,streamed", STREAM_WISHES)
-def test_who_does_not_say_stream_gets_what_its_kind_expects(door, fields, lines, streamed):
-    assert streams(door, fields, lines) == streamed
+def test_who_does_not_say_stream_gets_what_its_kind_expects(shared, fields, lines, streamed):
+    assert streams(shared, fields, lines) == streamed
 
 
 def test_default_stream_false_is_openais_default(zai):
     with proxying(zai, DEFAULT_STREAM="false") as proxy:
         for fields, lines, _ in STREAM_WISHES:
-            assert streams(proxy, fields, lines) == (fields.get("stream") is True), (fields, lines)
+            wanted = fields.get("stream") is True
+            assert streams(proxy, fields, lines) == wanted, (fields, lines)
 
 
 # The other two APIs
@@ -7900,9 +7955,9 @@ API_REFUSALS = [
 
 
 @table("method,path,key_is_right,status,kind", API_REFUSALS)
-def test_an_api_says_in_its_own_shape_what_it_does_not_serve(door, method, path, key_is_right, status, kind):
+def test_an_api_says_in_its_own_shape_what_it_does_not_serve(shared, method, path, key_is_right, status, kind):
     data = raw_request(method, path, body=b"{}", auth=key_is_right or "sk-wrong")
-    reply = exchange(door, data)[0]
+    reply = exchange(shared, data)[0]
     assert reply.status == status
     if "messages" in path:
         assert list(reply.json()) == ["type", "error", "request_id"]
@@ -7913,12 +7968,12 @@ def test_an_api_says_in_its_own_shape_what_it_does_not_serve(door, method, path,
         check_error(reply)
         assert reply.error()["code"] == kind
     assert reply.headers["x-should-retry"] == "false"
-    assert not door.zai.requests
+    assert not shared.zai.requests
 
 
-def test_a_path_that_an_api_does_not_serve_says_why(door):
+def test_a_path_that_an_api_does_not_serve_says_why(shared):
     for path, words in (("/v1/messages/count_tokens", "estimate"), ("/v1/responses/abc", "keeps no responses")):
-        reply = exchange(door, raw_request("POST", path, body=b"{}"))[0]
+        reply = exchange(shared, raw_request("POST", path, body=b"{}"))[0]
         assert words in reply.error()["message"]
 
 
@@ -7989,7 +8044,7 @@ def test_each_api_has_heartbeats_of_its_own(zai, brisk, api):
 @both
 def test_the_leaving_of_a_client_of_each_api_is_noticed(zai, brisk, caplog, api, streamed):
     zai.default = stream(say("Hel"), 30)
-    with road(zai) as proxy:
+    with strict_proxy(zai) as proxy:
         with leaving(proxy, caplog, api_request(api, streamed)):
             assert eventually(lambda: zai.in_flight == 1)
         assert eventually(lambda: zai.cut_by_client == 1, 1)
@@ -8014,13 +8069,13 @@ def test_an_item_is_remembered_for_the_key_that_got_it_and_for_no_other(zai):
 # Secure by default
 
 @pytest.fixture(scope="module")
-def home():
+def well_known():
     """A proxy with the well-known key."""
-    with standing(DEFAULT_KEY="own-key,sk-your-key") as proxy:
+    with standing_proxy(DEFAULT_KEY="own-key,sk-your-key") as proxy:
         yield proxy
 
 
-# What Host says, and whether it names this computer.
+# To add a case, add a row: what Host says, whether it names this computer.
 HOSTS = [
     ("localhost", True),
     ("LocalHost:9090", True),
@@ -8050,11 +8105,11 @@ HOSTS = [
 
 
 @table("host,ours", HOSTS)
-def test_with_the_well_known_key_only_this_computer_is_served(home, host, ours):
+def test_with_the_well_known_key_only_this_computer_is_served(well_known, host, ours):
     for method, path in (("GET", "/v1/models"), ("GET", "/"), ("GET", "/health"), ("OPTIONS", "/v1/models"),
                          ("GET", "/nowhere"), ("POST", CHAT)):
         data = raw_request(method, path, f"Host: {host}", f"Origin: http://{host}", auth="sk-your-key")
-        reply = exchange(home, data)[0]
+        reply = exchange(well_known, data)[0]
         assert (reply.status != 403) == ours, (method, path)
         assert [name for name in reply.headers if name.lower().startswith("access-control")] == []
         if not ours:
@@ -8063,7 +8118,7 @@ def test_with_the_well_known_key_only_this_computer_is_served(home, host, ours):
 
 PAGE, OTHER = "https://app.example", "https://evil.example"
 
-# CORS_ORIGIN, the Origin of a page, and what Access-Control-Allow-Origin says.
+# To add a case, add a row: CORS_ORIGIN, the Origin of a page, what Access-Control-Allow-Origin says.
 ORIGINS = [
     ("*", PAGE, "*"),
     ("*", None, "*"),
@@ -8230,7 +8285,8 @@ def life_of(proxy, first, drip, pause_s, longest_s=8.0):
 
 LONG_POST = raw_request("POST", CHAT, "Content-Length: 2000000000")
 
-# What is sent first, what then drips, and the seconds in between. A 413 would end the fast body, hence the large limit.
+# To add a case, add a row: where it drips -> what is sent first, what then drips, the seconds in between. A 413
+# would end the fast body, hence the large limit.
 DRIPS = {
     "request line": (b"GET /", b"a", 0.05),
     "headers": (b"GET /health HTTP/1.1\r\n", b"X: y\r\n", 0.05),
@@ -8354,6 +8410,7 @@ LINES = [
     b"Content-Type: multipart/mixed", b"Content-Encoding: gzip", b"Connection: upgrade", b"Upgrade: websocket",
     b"Range: bytes=0-1", b"Accept: application/json",
 ]
+# To add a case, add a row: a good request, to be broken by the fuzzer.
 PLAIN_REQUESTS = [
     raw_request("GET", "/v1/models"),
     raw_request("GET", "/v1/models/GLM-4.6?x=%20", "Origin: https://x"),
@@ -8501,7 +8558,7 @@ WHOLE_REQUEST = raw_request("GET", "/v1/models").decode()
 ONE_LINE = WHOLE_REQUEST.replace("\r\n", " ")
 
 
-# Whole requests inside another one.
+# To add a case, add a row: a whole request inside another one.
 @table("data", [
     raw_chat(json_chat(messages=[{"role": "user", "content": WHOLE_REQUEST}])),
     raw_request("GET", "/health", "X: " + ONE_LINE),
@@ -8509,14 +8566,14 @@ ONE_LINE = WHOLE_REQUEST.replace("\r\n", " ")
     raw_chunks(b"%x;%b\r\n%b\r\n" % (len(JSON_CHAT), ONE_LINE.encode(), JSON_CHAT), END),
     raw_chunks(chunked(JSON_CHAT), b"0\r\nX: " + ONE_LINE.encode() + b"\r\n\r\n"),
 ])
-def test_attack_a_request_inside_a_request_is_text(door, data):
-    assert statuses(door, data) == [200, 200]
+def test_attack_a_request_inside_a_request_is_text(shared, data):
+    assert statuses(shared, data) == [200, 200]
 
 
 EVIL = "x\r\nX-Evil: 1\r\n\r\nHTTP/1.1 200 OK\r\n"
 
 
-# What a client could split an answer's head with, and the status it gets.
+# To add a case, add a row: what a client could split an answer's head with, the status it gets.
 @table("data,status", [
     (raw_chat(json_chat(model=EVIL, store=True, user=EVIL, **{EVIL: 1})), 200),
     (raw_chat(json_chat(stream=True, model=EVIL)), 200),
@@ -8525,11 +8582,11 @@ EVIL = "x\r\nX-Evil: 1\r\n\r\nHTTP/1.1 200 OK\r\n"
     (raw_request("GET", "/v1/models", "x-request-id: mine", "Origin: https://x\xff\x1b", "X-Evil: 1"), 200),
     (raw_request("OPTIONS", "/", "Access-Control-Request-Headers: a\xff\x1b, X-Evil"), 204),
 ])
-def test_attack_a_client_cannot_write_our_headers(door, data, status):
+def test_attack_a_client_cannot_write_our_headers(shared, data, status):
     evil_head = HEAD.replace(b"X-Log-Id: 2026", b"X-Log-Id: \x1b\xff<evil>\x85 2026")
-    door.zai.scripts.append([evil_head, *stream(*HEALTHY)[1:]])
-    reply = exchange(door, data)[0]
-    door.zai.scripts.clear()
+    shared.zai.scripts.append([evil_head, *stream(*HEALTHY)[1:]])
+    reply = exchange(shared, data)[0]
+    shared.zai.scripts.clear()
     assert reply.status == status
     assert "X-Evil" not in reply.headers
     assert re.fullmatch("req_[0-9a-f]+", reply.headers["x-request-id"])
@@ -8572,8 +8629,8 @@ def test_attack_a_closed_socket_has_not_ended_and_is_no_bug():
     assert ours not in ended
 
 
-def test_attack_a_header_flood_before_the_key_is_bounded(door):
-    with door.connect(5) as sock:
+def test_attack_a_header_flood_before_the_key_is_bounded(shared):
+    with shared.connect(5) as sock:
         with contextlib.suppress(OSError):
             sock.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n")
             for i in range(200):
@@ -8597,9 +8654,9 @@ def test_attack_names_that_clients_make_up_are_not_kept(zai):
 
 
 @table("path", ["/", "/health", "/v1/models", "/nope", "/metrics"])
-def test_attack_a_date_and_a_length_are_always_there(door, path):
+def test_attack_a_date_and_a_length_are_always_there(shared, path):
     """What a cache or a proxy in front would otherwise guess."""
-    reply, _ = exchange(door, raw_request("GET", path))
+    reply, _ = exchange(shared, raw_request("GET", path))
     assert email.utils.parsedate(reply.headers["Date"])
     assert int(reply.headers["Content-Length"]) == len(reply.body)
     assert reply.headers["X-Content-Type-Options"] == "nosniff"
@@ -8669,7 +8726,8 @@ def metrics_of(*records, now=lambda: 1000.0):
 
 
 def test_stats_tell_served_failed_and_cancelled_apart():
-    stats = metrics_of(counted(), counted(status=429), counted(status=499), counted(status=502)).stats([], {}, False)
+    records = [counted(status=status) for status in (200, 429, 499, 502)]
+    stats = metrics_of(*records).stats([], {}, False)
     assert (stats["served"], stats["failed"], stats["cancelled"]) == (1, 2, 1)
     assert stats["in_flight"] == 0
 
@@ -8683,7 +8741,8 @@ def test_the_counters_tell_the_client_keys_apart():
 
 def test_models_that_the_table_does_not_know_share_a_label():
     gates = [(1, "new-1", 5, 0), (1, "new-2", 3, 0), (1, "glm-4.6", None, 1)]
-    text = metrics_of(*[counted(model_id=f"new-{i}") for i in range(9)]).prometheus(gates, {"new-1": 2, "new-2": 1})
+    records = [counted(model_id=f"new-{i}") for i in range(9)]
+    text = metrics_of(*records).prometheus(gates, {"new-1": 2, "new-2": 1})
     assert 'ztoapi_requests_total{model="other",status="200",key="#1"} 9\n' in text
     assert 'ztoapi_requests_queued{model="other"} 3\n' in text
     assert 'ztoapi_concurrency_ceiling{key="1",model="other"} 3\n' in text
@@ -8700,7 +8759,8 @@ def test_a_histogram_counts_up_to_its_bounds():
 
 
 def test_long_texts_do_not_stay():
-    metrics = metrics_of(*[counted(model="m" * 10**6, error="e" * 10**6, path="/" * 10**5) for _ in range(30)])
+    record = counted(model="m" * 10**6, error="e" * 10**6, path="/" * 10**5)
+    metrics = metrics_of(*[record] * 30)
     assert len(json.dumps(metrics.stats([], {}, False))) < 30000
 
 
@@ -8768,6 +8828,7 @@ def test_the_line_says_when_a_default_decided_on_streaming(proxy, log_lines):
     assert " stream=default " in log_lines()[0]
 
 
+# To add a case, add a row: a request that cannot be read.
 BROKEN_REQUESTS = [
     b"nonsense\r\n\r\n",
     raw_request("BREW", "/health"),
@@ -8906,6 +8967,7 @@ def test_a_bug_during_a_stream_is_the_in_stream_error(zai, proxy, monkeypatch, c
 
 # A proxy at work: its numbers
 
+# To add a case, add a row: a name, its type.
 METRICS = {
     "ztoapi_requests_total": "counter",
     "ztoapi_tokens_total": "counter",
@@ -8963,7 +9025,8 @@ def test_the_metrics_are_prometheus_text_with_the_promised_names(zai):
     requests = samples["ztoapi_requests_total"]
     assert requests[("key", "#1"), ("model", "glm-4.6"), ("status", "200")] == 2
     assert requests[("key", "#1"), ("model", "glm-4.6"), ("status", "400")] == 1
-    assert samples["ztoapi_tokens_total"][("key", "#1"), ("kind", "completion"), ("model", "glm-4.6")] == 2 * 185
+    tokens = samples["ztoapi_tokens_total"]
+    assert tokens[("key", "#1"), ("kind", "completion"), ("model", "glm-4.6")] == 2 * 185
     assert samples["ztoapi_unauthorized_total"][()] == 1
     assert samples["ztoapi_retries_total"][()] == 1
     assert samples["ztoapi_repaired_frames_total"][()] == 1
@@ -9228,10 +9291,7 @@ INVALID_PROXIES = ["http://127.0.0.1:abc", "127.0.0.1:99999", "http://[::1", "ht
 
 @pytest.mark.parametrize("text", INVALID_PROXIES)
 def test_an_address_of_a_proxy_that_is_not_valid_is_a_failure_of_the_check(capsys, monkeypatch, text):
-    monkeypatch.setenv("HTTPS_PROXY", text)
-    monkeypatch.delenv("https_proxy", raising=False)
-    monkeypatch.delenv("no_proxy", raising=False)
-    monkeypatch.delenv("NO_PROXY", raising=False)
+    through(monkeypatch, "https", text)
     status, out = check(capsys, ZAI_API_KEY=ZAI_KEY, ZAI_BASE_URL="https://127.0.0.2/api")
     assert status == 1
     assert failures(out)[0].startswith("FAIL  proxy: ")
@@ -9258,27 +9318,16 @@ def test_the_check_finds_the_proxy_that_urllib_would_use(monkeypatch, base, text
     assert ztoapi.http_proxy(parts) == expected
 
 
-def test_the_check_says_that_the_file_of_certificates_is_missing(capsys, monkeypatch):
-    with pem_file() as path:
-        zai = FakeZai(tls_context(path))
-    try:
-        monkeypatch.setenv("SSL_CERT_FILE", path)  # which is gone by now
-        status, out = check(capsys, ZAI_API_KEY=ZAI_KEY, ZAI_BASE_URL=zai.url)
-    finally:
-        zai.close()
+def test_the_check_says_that_the_file_of_certificates_is_missing(trusted, capsys, monkeypatch):
+    monkeypatch.setenv("SSL_CERT_FILE", os.path.join(HERE, "no-such-file.pem"))
+    status, out = check(capsys, ZAI_API_KEY=ZAI_KEY, ZAI_BASE_URL=trusted.url)
     assert status == 1
     assert failures(out)[0].startswith("FAIL  TLS: ")
     assert "is not there" in failures(out)[0]
 
 
-def test_the_check_says_that_a_certificate_is_not_known(capsys, monkeypatch):
-    monkeypatch.delenv("SSL_CERT_FILE", raising=False)
-    with pem_file() as path:
-        zai = FakeZai(tls_context(path))
-    try:
-        status, out = check(capsys, ZAI_API_KEY=ZAI_KEY, ZAI_BASE_URL=zai.url)
-    finally:
-        zai.close()
+def test_the_check_says_that_a_certificate_is_not_known(untrusted, capsys):
+    status, out = check(capsys, ZAI_API_KEY=ZAI_KEY, ZAI_BASE_URL=untrusted.url)
     assert status == 1
     assert failures(out)[0].startswith("FAIL  TLS: ")
     assert "Set SSL_CERT_FILE" in failures(out)[0]
@@ -9297,7 +9346,9 @@ def test_the_check_can_be_told_on_a_console_that_knows_only_ascii(zai):
 @pytest.mark.parametrize("host", ["a..b", "x" * 70, "no-such-host.invalid"])
 def test_a_host_that_is_no_host_is_no_traceback(capsys, host):
     status, out, err = run_main(capsys, "--check", ZAI_API_KEY=ZAI_KEY, ZAI_BASE_URL=f"http://{host}/api")
-    assert (status == 2 and err.count("\n") == 1) or (status == 1 and failures(out))
+    assert status in (1, 2)
+    assert err.count("\n") == (status == 2)
+    assert bool(failures(out)) == (status == 1)
     status, out, err = run_main(capsys, HOST=host, DEFAULT_KEY=KEY, PORT="0")
     assert status in (1, 2)
     assert err.count("\n") == 1
