@@ -59,10 +59,10 @@ ZAI_KEY = "0123456789abcdef0123.ZaiSecretZaiSecret"
 CHAT = "/v1/chat/completions"
 
 
-# The fake Z.ai ########################################################################################################
+# The fake Z.ai ########################################################################
 #
-# A script is a list: bytes are sent, numbers are seconds slept, callables are called with the fake and the request, and
-# two words end the connection.
+# A script is a list: bytes are sent, numbers are seconds slept, callables are called
+# with the fake and the request, and two words end the connection.
 
 RESET, CLOSE = "reset", "close"
 USAGE = {
@@ -289,10 +289,185 @@ def zai():
         yield fake
 
 
-# The raw client #######################################################################################################
+@contextlib.contextmanager
+def stuck_listener():
+    """The port of a listener whose backlog is full: connecting to it takes for ever."""
+    with socket.socket() as listener, contextlib.ExitStack() as filling:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        for _ in range(8):
+            sock = filling.enter_context(socket.socket())
+            sock.settimeout(0.05)
+            try:
+                sock.connect(listener.getsockname())
+            except OSError:
+                break
+        else:
+            pytest.skip("this system's backlog does not fill")
+        yield listener.getsockname()[1]
+
+
+class MuteListener:
+    """A server that takes connections, says `words` once something has come, and nothing else. `heard`, `ended`: what
+    came to pass."""
+
+    def __init__(self, words=b""):
+        self.words = words
+        self.heard = threading.Event()
+        self.ended = threading.Event()
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.port = self.socket.getsockname()[1]
+        threading.Thread(target=self.serve, daemon=True).start()
+
+    def serve(self):
+        with contextlib.suppress(OSError), self.socket:
+            while True:
+                with self.socket.accept()[0] as sock, contextlib.suppress(ConnectionError):
+                    while sock.recv(65536):
+                        self.heard.set()
+                        sock.sendall(self.words)
+                self.ended.set()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        shut_down(self.socket)
+
+
+# Of nobody but these tests: "localhost", until 2120.
+PEM = """-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQg+b686Zt74WM/8gbS
+kV/HJGf//29GodU3LUl+ciTg9O6hRANCAAQ5w+XOmVw88pJipFzjdFEWbofTLbgr
+AoTh9LNTykRggRZkqrEBSo/1OLA/wSOM4PeLQOT/+7QZqCkZTuURPYjq
+-----END PRIVATE KEY-----
+-----BEGIN CERTIFICATE-----
+MIIBcTCCARegAwIBAgIBATAKBggqhkjOPQQDAjAUMRIwEAYDVQQDDAlsb2NhbGhv
+c3QwIBcNMjAwMTAxMDAwMDAwWhgPMjEyMDAxMDEwMDAwMDBaMBQxEjAQBgNVBAMM
+CWxvY2FsaG9zdDBZMBMGByqGSM49AgEGCCqGSM49AwEHA0IABDnD5c6ZXDzykmKk
+XON0URZuh9MtuCsChOH0s1PKRGCBFmSqsQFKj/U4sD/BI4zg94tA5P/7tBmoKRlO
+5RE9iOqjWDBWMBQGA1UdEQQNMAuCCWxvY2FsaG9zdDAPBgNVHRMBAf8EBTADAQH/
+MA4GA1UdDwEB/wQEAwIChDAdBgNVHQ4EFgQU+swHuFhZz2sSVKo4ybaB3QEWvC4w
+CgYIKoZIzj0EAwIDSAAwRQIgH8ZcK3zBu34C2IgxX4q+HHMp6GO3ZxWX3MQVddbc
+OAkCIQCFRQOQ04IE+Ld+SfS+Ln+mC5ggbJA3uOySyvYj47SiwQ==
+-----END CERTIFICATE-----
+"""
+
+
+@contextlib.contextmanager
+def pem_file():
+    """The path of a file with PEM in it, which serves as certificate, key and store at once."""
+    handle, path = tempfile.mkstemp(".pem")
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(PEM)
+        yield path
+    finally:
+        os.unlink(path)
+
+
+def tls_context(path):
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(path)
+    return context
+
+
+class HttpProxy:
+    """An HTTP proxy: CONNECT, and plain requests passed on. `heads`: the first head of each connection."""
+
+    def __init__(self, reply=b"HTTP/1.1 200 Connection established\r\n\r\n"):
+        self.heads = []
+        self.reply = reply
+        self.socket = socket.create_server(("127.0.0.1", 0), backlog=128)
+        self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self):
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=self.serve, args=self.socket.accept()[:1], daemon=True).start()
+
+    def serve(self, client):
+        with client, contextlib.suppress(OSError):
+            data = b""
+            while b"\r\n\r\n" not in data:
+                more = client.recv(65536)
+                if not more:
+                    return
+                data += more
+            head = data.partition(b"\r\n\r\n")[0].decode()
+            self.heads.append(head)
+            method, target, _ = head.split("\r\n")[0].split()
+            place = urllib.parse.urlsplit(target if method != "CONNECT" else f"//{target}")
+            if method == "CONNECT":
+                client.sendall(self.reply)
+                data = b""
+            if b" 200 " in self.reply:
+                self.pass_on(client, place, data)
+
+    def pass_on(self, client, place, data):
+        with socket.create_connection((place.hostname, place.port)) as server:
+            server.sendall(data)
+            back = threading.Thread(target=self.copy, args=(server, client), daemon=True)
+            back.start()
+            self.copy(client, server)
+            back.join(10)
+
+    @staticmethod
+    def copy(source, sink):
+        with contextlib.suppress(OSError):
+            for data in iter(lambda: source.recv(65536), b""):
+                sink.sendall(data)
+        shut_down(source)
+        shut_down(sink)
+
+    def close(self):
+        shut_down(self.socket)
+        self.socket.close()
+
+
+@pytest.fixture
+def http_proxy():
+    with contextlib.closing(HttpProxy()) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def trusted(monkeypatch):
+    """A fake Z.ai with TLS, whose certificate SSL_CERT_FILE vouches for."""
+    with pem_file() as path, contextlib.closing(FakeZai(tls_context(path))) as fake:
+        monkeypatch.setenv("SSL_CERT_FILE", path)
+        yield fake
+
+
+@pytest.fixture
+def untrusted(trusted, monkeypatch):
+    """The same, but nobody vouches for it."""
+    monkeypatch.delenv("SSL_CERT_FILE")
+    return trusted
+
+
+def through(monkeypatch, scheme, proxy, no_proxy=""):
+    """Set the environment's proxy for a scheme, and no other."""
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"):
+        monkeypatch.delenv(name, False)
+        monkeypatch.delenv(name.lower(), False)
+    monkeypatch.setenv(f"{scheme.upper()}_PROXY", proxy)
+    monkeypatch.setenv("NO_PROXY", no_proxy)
+
+
+@pytest.fixture
+def closed_port():
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        port = sock.getsockname()[1]
+    return port
+
+
+# The raw client #######################################################################
 #
-# Bytes in, replies out. exchange() sends one request more behind what it is given, the sentinel: a good request must
-# leave it to be answered, a broken one must never let it be.
+# Bytes in, replies out. exchange() sends one request more behind what it is given, the
+# sentinel: a good request must leave it to be answered, a broken one must never let it
+# be.
 
 SENTINEL = b"GET /health?last HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
 
@@ -428,13 +603,17 @@ def finish_of(events):
     return [choice["finish_reason"] for choice in choices_of(events) if choice["finish_reason"]]
 
 
-# The proxy under test #################################################################################################
+# The proxy under test #################################################################
 
 def chat_body(**fields):
     return dict({"model": "GLM-4.6", "messages": [{"role": "user", "content": "Hi"}]}, **fields)
 
 
-JSON_CHAT = json.dumps(chat_body(stream=False)).encode()
+def json_chat(**fields):
+    return json.dumps(chat_body(**dict({"stream": False}, **fields))).encode()
+
+
+JSON_CHAT = json_chat()
 
 
 def eventually(condition, seconds=5):
@@ -547,7 +726,164 @@ def log_lines(caplog):
     return lines
 
 
-# What no field holds, anywhere in a request or an answer. To add an oddity, add a value.
+def footprint(proxy):
+    """Threads, and open descriptors where the system tells; idle connections to Z.ai are closed here."""
+    proxy.server.upstream.pool.expire(float("inf"))
+    use = set(threading.enumerate())
+    for number in os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else ():
+        with contextlib.suppress(OSError):
+            use.add((number, os.readlink(f"/proc/self/fd/{number}")))
+    return use
+
+
+@contextlib.contextmanager
+def strict_proxy(zai=None, **environ):
+    """A proxy that must leak no slots, descriptors or threads. Chance is out of it: retries wait no time, refused
+    requests the shortest."""
+    with proxying(zai, **environ) as proxy:
+        upstream = proxy.server.upstream
+        upstream.rand = upstream.gates.rand = lambda: 0.0
+        before = footprint(proxy)
+        yield proxy
+        proxy.idle()
+        assert eventually(lambda: footprint(proxy) <= before), footprint(proxy) - before
+
+
+@pytest.fixture
+def brisk(monkeypatch):
+    """The pump looks often, for tests of the times it keeps."""
+    monkeypatch.setattr(ztoapi, "TICK_S", 0.02)
+
+
+WELL = (200, "Hello", None, True)  # what ask() gives for HEALTHY
+ZAI_KEYS = tuple(f"{i}123456789abcdef.SecretSecret{i}" for i in (1, 2, 3))
+both = pytest.mark.parametrize("streamed", (True, False), ids=("stream", "json"))
+posix_only = pytest.mark.skipif(os.name == "nt", reason="signals")
+
+
+def ask(proxy, streamed, **fields):
+    """(status, text, error or None, whether it ended as it should) of a chat, either way."""
+    if not streamed:
+        status, _, body = proxy.chat(**fields)
+        error = body.get("error")
+        text = "" if error else body["choices"][0]["message"]["content"]
+        return status, text, error, error is None
+    status, _, events, clean = proxy.stream(**fields)
+    error = next((event["error"] for event in events if "error" in event), None)
+    whole = clean and not error
+    assert ("[DONE]" in events[-1:]) == whole, events
+    return status, said(events), error, whole and finish_of(events) != []
+
+
+def failed_stream(proxy, **fields):
+    """The events of a stream that began and failed, once all is checked that holds for each."""
+    status, _, events, clean = proxy.stream(**fields)
+    assert status == 200
+    assert not clean
+    assert "[DONE]" not in events
+    assert finish_of(events) == []
+    assert list(events[-1]) == ["error"]
+    assert isinstance(events[-1]["error"]["code"], str)
+    assert [event for event in events[:-1] if "error" in event] == []
+    return events
+
+
+def is_beat(event):
+    """Whether an event is a heartbeat: an empty delta that ends nothing."""
+    return [(choice["delta"], choice["finish_reason"]) for choice in choices_of([event])] == [({}, None)]
+
+
+def figures(proxy):
+    """What the metrics count: (retries, failed, cancelled)."""
+    proxy.idle()
+    metrics = proxy.server.metrics
+    stats = metrics.stats([], {}, False)
+    return metrics.retries, stats["failed"], stats["cancelled"]
+
+
+def queued(proxy):
+    return sum(proxy.server.upstream.gates.state()[1].values())
+
+
+def slots(proxy):
+    """How many requests the gates think are in flight."""
+    return sum(gate[3] for gate in proxy.server.upstream.gates.state()[0])
+
+
+def keys_at(zai):
+    """The keys that arrived at Z.ai, in order."""
+    return [request["headers"]["Authorization"].split()[1] for request in zai.requests]
+
+
+@contextlib.contextmanager
+def standing_proxy(**environ):
+    """A proxy for many tests; `.zai` is the fake behind it."""
+    with contextlib.closing(FakeZai()) as fake, proxying(fake, **environ) as proxy:
+        proxy.zai = fake
+        yield proxy
+
+
+@pytest.fixture(scope="module")
+def shared_proxy():
+    with standing_proxy(MAX_BODY_MB="1", DEFAULT_KEY=KEY + ", key-one, key-two ,,") as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def shared(shared_proxy, caplog):
+    """The proxy of the tables; no row may be a bug."""
+    shared_proxy.zai.requests.clear()
+    yield shared_proxy
+    assert [record for record in caplog.get_records("call") if record.levelno >= logging.ERROR] == []
+
+
+@pytest.fixture(scope="module")
+def well_known():
+    """A proxy with the well-known key."""
+    with standing_proxy(DEFAULT_KEY="own-key,sk-your-key") as proxy:
+        yield proxy
+
+
+def boom(*args, **kwargs):
+    raise RuntimeError("boom")
+
+
+def boom_of_the_system(*args, **kwargs):
+    """An OSError of our own must not pass for that of a client that left."""
+    raise OSError("boom")
+
+
+def check_error(reply):
+    """OpenAI's four fields, and an id to find it by."""
+    error = reply.error()
+    assert list(error) == ["message", "type", "param", "code"]
+    assert error["message"]
+    assert error["type"]
+    assert isinstance(error["code"], str)
+    assert reply.headers["Content-Type"] == "application/json"
+    assert reply.headers["x-request-id"].startswith("req_")
+
+
+def check_refused(replies, status):
+    """One error, and nothing behind it was answered."""
+    assert [reply.status for reply in replies] == [status]
+    check_error(replies[0])
+    assert replies[0].headers["Connection"] == "close"
+
+
+def hold(proxy, data):
+    """A connection over which one request has been answered, and that is kept."""
+    sock = proxy.connect(5)
+    sock.sendall(data)
+    with sock.makefile("rb") as file:
+        assert read_reply(file).status == 200
+    return sock
+
+
+# Tables, and what is told of both files ###############################################
+
+# What no field holds, anywhere in a request or an answer. To add an oddity, add a
+# value.
 ODDITIES = (
     None, True, False, 0, -1, 1.5, 10**40, -1e308, "", "x", "none", "auto", "system", "\ud800\0",
     [], ["x"], [None], [[]], {}, {"x": None}, {"type": "text"}, {"type": "function", "function": {}},
@@ -576,6 +912,31 @@ def mutated(value, rng):
 def table(names, rows):
     """Parametrize by rows, which may be very long, so that their names are cut."""
     return pytest.mark.parametrize(names, rows, ids=lambda value: ascii(value)[:50])
+
+
+@contextlib.contextmanager
+def under_a_second():
+    """What is in it takes less than a second of this process's time, however busy the machine is."""
+    began = time.process_time()
+    yield
+    assert time.process_time() - began < 1
+
+
+def pieces_of(data):
+    """The ways to feed it: whole, byte by byte, and cut in two at every place."""
+    yield [data]
+    yield [data[i:i + 1] for i in range(len(data))]
+    for i in range(1, len(data)):
+        yield [data[:i], data[i:]]
+
+
+def some_pieces_of(data):
+    """pieces_of(), but of long data not every place is tried: some 50 that lie apart, and move with its length."""
+    stride = len(data) // 50 + 1
+    yield [data]
+    yield [data[i:i + 1] for i in range(len(data))]
+    for i in range(len(data) % stride + 1, len(data), stride):
+        yield [data[:i], data[i:]]
 
 
 def names_bound_in(path):
@@ -612,6 +973,52 @@ def test_what_stands_above_the_line_is_pure():
     impure = {"socket", "select", "ssl", "time", "datetime.datetime.now", "os.environ", "os.getenv", "sys", "signal",
               "threading.Thread", "log", "logging", "open", "print"}
     assert not names & impure
+
+
+def test_the_standard_library_is_all_that_is_imported():
+    with open(ztoapi.__file__, encoding="utf-8") as file:
+        nodes = list(ast.walk(ast.parse(file.read())))
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    packages = {name.split(".")[0] for name in names}
+    assert len(packages) > 10
+    assert packages <= set(getattr(sys, "stdlib_module_names", packages))
+
+
+UNWRITABLE = "/proc" if os.path.isdir("/proc/self") else "/"  # nothing can be written there, not even by root
+
+
+def start(*argv, **environ):
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-I", "-S", "-B", *argv], env=environ, cwd=UNWRITABLE, **pipes)
+
+
+IMPORTING = """
+import logging, signal, sys, threading
+before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)], list(sys.path)
+seen = []
+def hook(event, args):
+    harmless = event in ("os.listdir", "os.scandir", "os.putenv")
+    if event.startswith(("socket.", "subprocess", "os.", "tempfile", "urllib")) and not harmless:
+        seen.append((event, args))
+    if event == "open" and isinstance(args[2], int) and args[2] & 3:
+        seen.append((event, args))
+sys.addaudithook(hook)
+sys.path.insert(0, sys.argv[1])
+import ztoapi
+del sys.path[0]
+assert before == ([signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)], list(sys.path))
+assert not seen, seen
+assert threading.active_count() == 1
+assert not logging.getLogger().handlers
+assert not logging.getLogger("ztoapi").handlers
+print("clean")
+"""
+
+
+def test_importing_has_no_side_effect():
+    process = start("-c", IMPORTING, os.path.dirname(os.path.abspath(ztoapi.__file__)))
+    assert process.communicate(timeout=10) == ("clean\n", "")
 
 
 # Settings #############################################################################
@@ -818,7 +1225,8 @@ def test_a_masked_key_shows_its_end_if_it_is_long(key, shown):
 
 # Errors ###############################################################################
 
-# To add a code of Z.ai's, add it to a row: codes, the status and code of ours, the verdict.
+# To add a code of Z.ai's, add it to a row: codes, the status and code of ours, the
+# verdict.
 CODES = [
     ("1113", 402, "insufficient_quota", MODEL_RESTS),
     ("1304 1308 1309 1310 1314 1316 1317 1318 1319 1320 1321", 402, "insufficient_quota", KEY_RESTS),
@@ -871,7 +1279,8 @@ AUTH, BROKEN, BAD_REQUEST = (403, "upstream_auth_error"), (502, "upstream_error"
 NO_MONEY, NO_MODEL, NO_ROOM = (402, "insufficient_quota"), (404, "model_not_found"), (429, "rate_limit_exceeded")
 TOO_LONG, DENIED = (400, "context_length_exceeded"), (403, "permission_denied")
 FULL, FILTERED = (503, "overloaded"), (400, "content_filter")
-# To add an answer of Z.ai's, add a row: HTTP status, body, the status and code of ours, words that help.
+# To add an answer of Z.ai's, add a row: HTTP status, body, the status and code of ours,
+# words that help.
 CAPTURED = [
     (401, complaint("401", "令牌已过期或验证不正确"), AUTH, "ZAI_API_KEY"),
     (401, complaint("401", "token expired or incorrect"), AUTH, "ZAI_API_KEY"),
@@ -1007,7 +1416,8 @@ def test_too_long_a_prompt_names_the_max_tokens_that_may_be_to_blame():
     assert re.search("max_tokens.*98304", zai_error(too_long, 400, max_tokens=98304).message)
 
 
-# To add a case, add a row: the id that was asked for, words that help, words that would not.
+# To add a case, add a row: the id that was asked for, words that help, words that would
+# not.
 @pytest.mark.parametrize("model, help, absent", [
     ("glm-4.66", "GLM-4.6", "MODEL_ALIASES"),
     ("gpt-4o", "or set MODEL_ALIASES=gpt-4o=glm-4.6", "?"),
@@ -1049,7 +1459,8 @@ def test_the_time_of_a_reset_is_read(message):
     assert "(in 60 min)" in error.message
 
 
-# To add a case, add a row: Z.ai's words, seconds behind RESET_AT, Z.ai's Retry-After, ours.
+# To add a case, add a row: Z.ai's words, seconds behind RESET_AT, Z.ai's Retry-After,
+# ours.
 @pytest.mark.parametrize("message, late, asked, expected", [
     ("Your limit will reset at 2026-09-09 05:38:28", -99.5, 7, "100"),
     ("Your limit will reset at 2026-09-09 05:38:28", 5, None, "1"),
@@ -1064,7 +1475,8 @@ def test_retry_after_comes_from_the_reset_or_else_from_zai(message, late, asked,
     assert error.headers().get("Retry-After") == expected
 
 
-# To add a case, add a row: seconds to the reset, QUEUE_TIMEOUT, the status and code of ours, whether it heals.
+# To add a case, add a row: seconds to the reset, QUEUE_TIMEOUT, the status and code of
+# ours, whether it heals.
 @pytest.mark.parametrize("seconds, patience, expected, retryable", [
     (100, 120, NO_ROOM, None),
     (120, 120, NO_ROOM, None),
@@ -1126,7 +1538,8 @@ def test_without_a_key_of_zais_the_error_says_where_to_get_one():
 
 # Models ###############################################################################
 
-# To add a model, add a row: id -> context, max_tokens, abilities (sees, tools: streams arguments, free).
+# To add a model, add a row: id -> context, max_tokens, abilities (sees, tools: streams
+# arguments, free).
 CATALOGUE = {
     "glm-5.3": (1048576, 131072, "tools"),
     "glm-5.3-flash": (1048576, 131072, "sees tools"),
@@ -1245,6 +1658,340 @@ def test_a_highspeed_model_has_the_row_of_its_model():
     assert to_zai(chat_body(model="glm-5.3-highspeed", max_tokens=10**6))[0]["max_tokens"] == 131072
 
 
+# Bytes ################################################################################
+
+# The JSON of clients is taken strictly. To add a case, add a row: the text, its value
+# or ValueError.
+STRICT_JSON = [
+    ('{"a":[1,-2.5e3,"\\u00e9"]}', {"a": [1, -2500.0, "\u00e9"]}), ("null", None), (" 1\n", 1),
+    ("9" * 100, int("9" * 100)),
+    *((text, ValueError) for text in (
+        "", "nul", "{", '{"a":1}x', "NaN", "Infinity", "-Infinity", "1e999", "-1e999",
+        "9" * 101, "01", "1.", ".5", "0x1", "'a'", '"\n"')),
+]
+
+
+@pytest.mark.parametrize("text, expected", STRICT_JSON, ids=lambda value: str(value)[:20])
+def test_the_json_of_clients_is_taken_strictly(text, expected):
+    if expected is ValueError:
+        with pytest.raises(ValueError):
+            ztoapi.decode_strictly(text)
+    else:
+        assert ztoapi.decode_strictly(text) == expected
+
+
+# The JSON of others is taken kindly. To add a case, add a row: the text, its value
+# (None where it is none).
+LENIENT_JSON = [
+    ('{"a":1}', {"a": 1}), ('{"a":NaN,"b":-Infinity}', {"a": None, "b": None}), ('{"a":1e999}', {"a": None}),
+    ("9" * 400, int("9" * 400)), ("9" * 5000, None), ("", None), ("nul", None), ('{"a":1}x', None),
+    ("[" * 100000, None),
+]
+
+
+@pytest.mark.parametrize("text, expected", LENIENT_JSON, ids=lambda value: str(value)[:20])
+def test_the_json_of_others_is_taken_kindly(text, expected):
+    assert ztoapi.decode_leniently(text) == expected
+
+
+def test_a_lone_surrogate_does_not_break_the_json_we_write():
+    assert ztoapi.encode_json({"a": "\u597d \ud800"}) == '{"a":"\u597d ?"}'.encode()
+    ztoapi.encode_event({"a": "\ud800 \udfff"}).encode("utf-8", "replace")
+
+
+def test_an_event_is_one_line():
+    value = {"error": {"message": "\u597d\u2028\n"}, "b": 1}
+    assert ztoapi.encode_event(value) == 'data: {"error":{"message":"\u597d\u2028\\n"},"b":1}\n\n'
+
+
+def test_ids_look_like_openais():
+    assert re.fullmatch("call_[0-9a-f]{24}", ztoapi.new_id("call_"))
+    assert ztoapi.new_id("req_", lambda bits: 5) == "req_000000000000000000000005"
+    assert ztoapi.new_id("") != ztoapi.new_id("")
+
+
+# Where a JSON object or array ends. To add a case, add a row: the text, how many
+# characters of it belong to the value (-1 while it goes on).
+PROGRESS = [
+    ("{}", 2), ("{} x", 2), ("[]]", 2), ('{"a":"}"}}', 9), ('{"a":"\\"}"} {', 11), ('{"a":"\\\\"}"', 10), ("", -1),
+    ("{", -1), ('{"a":"}', -1), ('{"a":"\\', -1), ('{"a":[{}]', -1), ('[1,[2],"]"]]', 11), ("\n {\"a\":1}\n", 9),
+    ('"{" {}', 6),
+]
+
+
+@pytest.mark.parametrize("text, end", PROGRESS)
+def test_the_end_of_a_json_value_is_found_however_it_arrives(text, end):
+    for pieces in pieces_of(text):
+        progress = ztoapi.JsonProgress()
+        found = -1
+        passed = 0
+        for piece in pieces:
+            found = progress.feed(piece)
+            if found >= 0:
+                break
+            passed += len(piece)
+        assert (found + passed if found >= 0 else -1) == end, pieces[:3]
+
+
+# The fields of a request's head. To add a case, add a row: the lines, the fields or the
+# status of the refusal.
+REQUEST_FIELDS = [
+    ("", {}),
+    ("Host: a\r\n", {"host": "a"}),
+    ("HOST:a\nX-Y_z:\t b c \t\r\n", {"host": "a", "x-y_z": "b c"}),
+    ("X:\r\n", {"x": ""}),
+    ("X: \xff\x01\r\n", {"x": "\xff\x01"}),
+    ("X: a: b\r\n", {"x": "a: b"}),
+    ("X: 1\r\nY: 2\r\nx: 3\r\nX: 4\r\n", {"x": "1, 3, 4", "y": "2"}),
+    ("Connection: TE\r\nConnection: close\r\n", {"connection": "TE, close"}),
+    *((text, 400) for text in (
+        "X\r\n", "X : y\r\n", ": y\r\n", " X: y\r\n", "X: a\r\n b\r\n", "X: a\r\n\tb: c\r\n", "X: a\rb\r\n",
+        "X: a\r\r\n", "X: a\0\r\n", "X(: y\r\n", "X\xc4: y\r\n", "\r\n", "X: a\r\n\r\nY: b\r\n",
+        "Host: a\r\nHost: a\r\n", "host: a\r\nX: y\r\nHOST: b\r\n", "Content-Length: 5\r\ncontent-length: 5\r\n",
+        "Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n")),
+]
+
+
+@pytest.mark.parametrize("text, expected", REQUEST_FIELDS)
+def test_the_fields_of_a_request_are_taken_to_the_letter(text, expected):
+    try:
+        assert ztoapi.parse_request_fields(text) == expected
+    except RequestError as error:
+        assert error.status == expected
+
+
+# The head of a response. To add a case, add a row: the head, what it says or
+# ValueError.
+RESPONSE_HEADS = [
+    ("HTTP/1.1 200 OK\r\n\r\n", ("HTTP/1.1", 200, {})),
+    ("HTTP/1.1 200\r\nA: b\r\n\r\n", ("HTTP/1.1", 200, {"a": "b"})),
+    ("HTTP/1.0 404 Not \xe4 Found\nA: b\nB:c\n\n", ("HTTP/1.0", 404, {"a": "b", "b": "c"})),
+    ("HTTP/1.1 200 OK\r\nA: 1\r\nno field\r\n folded: line\r\nA: 2\r\n\r\n", ("HTTP/1.1", 200, {"a": "1, 2"})),
+    *((head, ValueError) for head in (
+        "\r\n\r\n", "HTTP/2 200 OK\r\n\r\n", "HTTP/1.1 20 OK\r\n\r\n", "HTTP/1.1 200OK\r\n\r\n",
+        "HTTP/1.1  200 OK\r\n\r\n", "SSH-2.0-OpenSSH_9.2\r\n\r\n", " HTTP/1.1 200 OK\r\n\r\n",
+        "HTTP/1.1 000 OK\r\n\r\n")),
+]
+
+
+@pytest.mark.parametrize("head, expected", RESPONSE_HEADS)
+def test_the_head_of_a_response_is_read_kindly(head, expected):
+    try:
+        assert ztoapi.parse_response_head(head) == expected
+    except ValueError as error:
+        assert type(error) is expected
+
+
+# Where a head ends. To add a case, add a row: the bytes, the head (None if it goes on),
+# what is behind it.
+HEAD_ENDS = [
+    (b"GET / HTTP/1.1\r\nA: b\r\n\r\nrest", "GET / HTTP/1.1\r\nA: b\r\n\r\n", b"rest"),
+    (b"GET / HTTP/1.1\nA: b\n\nrest", "GET / HTTP/1.1\nA: b\n\n", b"rest"),
+    (b"GET / HTTP/1.1\r\nA: b\n\r\n\r\n", "GET / HTTP/1.1\r\nA: b\n\r\n", b"\r\n"),
+    (b"A\xff\r\n\r\n", "A\xff\r\n\r\n", b""),
+    (b"GET / HTTP/1.1\r\nA: b\r\n", None, b""),
+]
+
+
+@pytest.mark.parametrize("data, head, rest", HEAD_ENDS)
+def test_a_head_ends_at_its_blank_line_however_it_arrives(data, head, rest):
+    for pieces in pieces_of(data):
+        reader = ztoapi.HeadReader()
+        found = None
+        while pieces and found is None:
+            found = reader.feed(pieces.pop(0))
+        assert found == head
+        assert reader.rest + b"".join(pieces) == rest
+
+
+def test_a_head_has_a_bound():
+    reader = ztoapi.HeadReader()
+    with pytest.raises(OverflowError):
+        for _ in range(20):
+            reader.feed(b"X: " + b"y" * 4000 + b"\r\n")
+
+
+def dechunk(decoder, pieces):
+    """(body, done, rest), or the exception's class."""
+    body = b""
+    try:
+        for i, piece in enumerate(pieces):
+            body += decoder.feed(piece)
+            if decoder.done:
+                return body, True, decoder.rest + b"".join(pieces[i + 1:])
+    except (ValueError, OverflowError) as error:
+        return type(error)
+    return body, decoder.done, decoder.rest if decoder.done else None
+
+
+# Chunked bodies, here of at most 20 bytes. To add a case, add a row: the bytes; (body,
+# whether it ended, what is behind), or the error.
+CHUNKED = [
+    (b"0\r\n\r\n", (b"", True, b"")),
+    (b"5\r\nhello\r\n0\r\n\r\n", (b"hello", True, b"")),
+    (b"5\r\nhello\r\n6\r\n world\r\n0\r\n\r\nGET /", (b"hello world", True, b"GET /")),
+    (b"A\r\n0123456789\r\n00a\r\n\r\n\r\n\r\n\r\nab\r\n0000\r\n\r\n", (b"0123456789\r\n\r\n\r\n\r\nab", True, b"")),
+    (b"5;name=value\r\nhello\r\n5 ; a=\"b\"\r\nworld\r\n0;x\r\n\r\n", (b"helloworld", True, b"")),
+    (b"5\r\nhello\r\n0\r\nX-A: b\r\nX-C: d\r\n\r\nrest", (b"hello", True, b"rest")),
+    (b"5\r\nhel", (b"hel", False, None)),
+    (b"5\r\nhello\r\n", (b"hello", False, None)),
+    (b"5\r\nhello\r\n0\r\n", (b"hello", False, None)),
+    (b"14\r\n01234567890123456789\r\n0\r\n\r\n", (b"01234567890123456789", True, b"")),
+    (b"15\r\n012345678901234567890\r\n0\r\n\r\n", OverflowError),
+    (b"a\r\n0123456789\r\nb\r\n", OverflowError),
+    (b"fffffffffffffff\r\n", OverflowError),
+    *((data, ValueError) for data in (
+        b"\r\n", b"x\r\n", b"-5\r\n", b"+5\r\n", b"0x5\r\n", b"5_0\r\n", b" 5\r\n", b"5 5\r\n", b"\xd9\xa5\r\n",
+        b"5\n", b"5\nhello\r\n", b"5\r\nhelloX\r\n", b"5\r\nhello0\r\n\r\n", b"5\r\nhello\n0\r\n\r\n",
+        b"5\r\nhello\rX\r\n", b"fffffffffffffffff\r\n", b"5;a\x00b\r\nhello\r\n", b"5;a\nb\r\nhello\r\n",
+        b"5\rhello\r\n",
+        b"0\r\nX: a\nb\r\n\r\n", b"0\r\nno field\r\n\r\n", b"0\r\n X: y\r\n\r\n",
+        b"5;" + b"x" * 5000 + b"\r\nhello\r\n0\r\n\r\n")),
+]
+
+
+@pytest.mark.parametrize("data, expected", CHUNKED, ids=lambda value: repr(value)[:40])
+def test_chunked_coding_is_taken_strictly_however_it_arrives(data, expected):
+    for pieces in pieces_of(data):
+        assert dechunk(ztoapi.Dechunker(limit=20), pieces) == expected, pieces[:3]
+
+
+def test_trailers_without_end_are_refused():
+    decoder = ztoapi.Dechunker()
+    decoder.feed(b"0\r\n")
+    with pytest.raises(ValueError):
+        for _ in range(1000):
+            decoder.feed(b"X-Trailer: " + b"y" * 1000 + b"\r\n")
+
+
+def test_what_stands_before_a_broken_chunk_is_not_lost():
+    decoder = ztoapi.Dechunker()
+    with pytest.raises(ValueError):
+        decoder.feed(b"5\r\nhello\r\n1\r\n!\r\nzz\r\n")
+    assert decoder.take() == b"hello!"
+
+
+# To add a case, add a row: the length, the bytes; (body, whether it ended, what is
+# behind).
+@pytest.mark.parametrize("length, data, expected", [
+    (0, b"", (b"", True, b"")),
+    (5, b"hello", (b"hello", True, b"")),
+    (5, b"helloGET /", (b"hello", True, b"GET /")),
+    (5, b"hel", (b"hel", False, None)),
+])
+def test_a_body_of_known_length_ends_there(length, data, expected):
+    for pieces in pieces_of(data):
+        assert dechunk(ztoapi.Counted(length), pieces) == expected
+
+
+def decode_events(pieces, **options):
+    """The events, or the class of the error."""
+    decoder = SSEDecoder(**options)
+    try:
+        return [event for piece in pieces for event in decoder.feed(piece)] + decoder.close()
+    except UpstreamError as error:
+        return type(error)
+
+
+# Server-sent events, here of at most 100 bytes. To add a case, add a row: the bytes;
+# the events, or the error.
+SSE = [
+    (b"", []),
+    (b"\n\n\n", []),
+    (b"data: a\n\n", ["a"]),
+    (b"data: a\n\ndata: b\n\n", ["a", "b"]),
+    # The standard's own examples
+    (b"data: YHOO\ndata: +2\ndata: 10\n\n", ["YHOO\n+2\n10"]),
+    (b": test stream\n\ndata: first event\nid: 1\n\ndata:second event\nid\n\ndata:  third event\n\n",
+     ["first event", "second event", " third event"]),
+    (b"data\n\ndata\ndata\n\n", ["", "\n"]),
+    (b"data:test\n\ndata: test\n\n", ["test", "test"]),
+    # Line ends of all kinds, and those that are none
+    (b"data: a\r\n\r\ndata: b\r\n\r\n", ["a", "b"]),
+    (b"data: a\r\rdata: b\r\r", ["a", "b"]),
+    (b"data: a\n\r\ndata: b\r\n\rdata: c\r\n\n", ["a", "b", "c"]),
+    (b"data: a\r\ndata: b\rdata: c\n\r", ["a\nb\nc"]),
+    ("data: a\u2028b\u2029c\u0085d\x0b\x0c\x1c\x1de\n\n".encode(), ["a\u2028b\u2029c\u0085d\x0b\x0c\x1c\x1de"]),
+    # A last event without its blank line
+    (b"data: a\n\ndata: b", ["a", "b"]),
+    (b"data: a\n\ndata: b\n", ["a", "b"]),
+    (b"data: a\r\n\r\ndata: b\r\n", ["a", "b"]),
+    (b"data: a\r\rdata: b\r", ["a", "b"]),
+    (b"data: a\n\ndata: [DONE]", ["a", "[DONE]"]),
+    # Names, ids, comments and unknown fields are dropped
+    (b"event: error\ndata: a\n\n", ["a"]),
+    (b"id: 5\nretry: 10\ndata: a\nfoo: bar\n\n", ["a"]),
+    (b": ping\n\n:\n\ndata: a\n\n: b", ["a"]),
+    (b"event: ping\n\n", []),
+    (b"datax: a\n\ndat: b\n\n data: c\n\n", []),
+    # A byte order mark at the start
+    (b"\xef\xbb\xbfdata: a\n\n", ["a"]),
+    (b"\xef\xbb\xbfdata:  a\n\n", [" a"]),
+    # A bare line that is JSON
+    (b'data: a\n\n{"error":{"code":"500"}}\n', ["a", '{"error":{"code":"500"}}']),
+    (b'data: a\n\n{"error":{"code":"500"}}', ["a", '{"error":{"code":"500"}}']),
+    (b'data: a\n{"error":1}\n\n', ["a", '{"error":1}']),
+    (b'{"error":1}\r\n\r\n', ['{"error":1}']),
+    (b"<html>\n<body>502</body>\n", []),
+    # Text is UTF-8; what is not becomes U+FFFD
+    ("data: \u597d\U0001f600\u00e9\n\n".encode(), ["\u597d\U0001f600\u00e9"]),
+    (b"data: a\xffb\n\n", ["a\ufffdb"]),
+    # The bound
+    (b"data: " + b"x" * 90 + b"\n\n", ["x" * 90]),
+    (b"data: " + b"x" * 200 + b"\n\n", UpstreamError),
+    (b"data: " + b"x" * 200, UpstreamError),
+    (b"data: 123456789\n" * 20 + b"\n", UpstreamError),
+    (b": " + b"x" * 200, UpstreamError),
+    (b"data: " + b"x" * 90 + b"\n\ndata: " + b"y" * 90 + b"\n\n", ["x" * 90, "y" * 90]),
+    (b"{" + b"x" * 200 + b"\n", UpstreamError),
+]
+
+
+@pytest.mark.parametrize("data, events", SSE, ids=lambda value: repr(value)[:40])
+def test_events_are_the_same_however_they_arrive(data, events):
+    for pieces in pieces_of(data):
+        assert decode_events(pieces, limit=100) == events, pieces[:3]
+
+
+def test_an_event_may_have_16_mib():
+    text = b"x" * (1 << 20)
+    assert decode_events([b"data: "] + [text] * 15 + [b"\n\n"]) == ["x" * (15 << 20)]
+    decoder = SSEDecoder()
+    with pytest.raises(UpstreamError):  # as soon as it is known, not at its end
+        for piece in [b"data: "] + [text] * 17:
+            decoder.feed(piece)
+
+
+READERS = {"sse": SSEDecoder, "chunks": ztoapi.Dechunker, "head": ztoapi.HeadReader, "json": ztoapi.JsonProgress}
+
+# Bytes that could take more than linear time. To add a case, add a row: the reader, the
+# pieces it is fed.
+LONG_INPUTS = {
+    "events": ("sse", [b"data: x\n\n" * 10] * 10000),
+    "lines of data without a blank line": ("sse", [b"data: x\n" * 256] * 2000),
+    "comments": ("sse", [b":\n"] * 100000),
+    "carriage returns": ("sse", [b"\r"] * 100000),
+    "one line in tiny pieces": ("sse", [b"data: "] + [b"x" * 8] * 100000),
+    "blank lines": ("sse", [b"\n" * 65536] * 30),
+    "chunks of a byte": ("chunks", [b"1\r\nx\r\n" * 10000] * 8),
+    "chunks of a byte, byte by byte": ("chunks", [b"1", b"\r", b"\n", b"x", b"\r", b"\n"] * 20000),
+    "a long chunk in tiny pieces": ("chunks", [b"fffffff\r\n"] + [b"x" * 8] * 100000),
+    "a chunk's line in single bytes": ("chunks", [b"5;"] + [b"x"] * 4000),
+    "a head in single bytes": ("head", [b"X"] * 60000),
+    "a JSON value in single characters": ("json", ["["] * 100000),
+    "a JSON string of backslashes": ("json", ['["'] + ["\\"] * 100000),
+}
+
+
+@pytest.mark.parametrize("case", LONG_INPUTS)
+def test_bytes_take_linear_time(case):
+    kind, pieces = LONG_INPUTS[case]
+    decoder = READERS[kind]()
+    with under_a_second():
+        for piece in pieces:
+            decoder.feed(piece)
+
+
 # To Z.ai ##############################################################################
 
 TOOL = {"type": "function", "function": {
@@ -1307,7 +2054,8 @@ def schema(value):
     return {"response_format": {"type": "json_schema", "json_schema": value}}
 
 
-# To add a request that is refused, add a row: the fields that are wrong, the param of the 400.
+# To add a request that is refused, add a row: the fields that are wrong, the param of
+# the 400.
 BAD_REQUESTS = [
     *(({"model": value}, "model") for value in (None, "", "  ", 5, ["glm-4.6"], {}, True, "[1m]", "x" * 257)),
     *(({"messages": value}, "messages") for value in (None, [], "Hi", {}, 5)),
@@ -1528,7 +2276,8 @@ def test_messages_become(messages, expected, changed):
     assert really == changed
 
 
-# To add a case, add a row: the arguments of an earlier call, the text Z.ai gets; None: as they are.
+# To add a case, add a row: the arguments of an earlier call, the text Z.ai gets; None:
+# as they are.
 ARGUMENTS = [
     ('{"path": "a"}', None),
     (' {"path": "a"}\n', None),
@@ -1768,7 +2517,8 @@ def allowed(mode, *names):
     return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": list(map(named, names))}}
 
 
-# To add a case, add a row: tool_choice, the tools that are left, whether the model is told to call one.
+# To add a case, add a row: tool_choice, the tools that are left, whether the model is
+# told to call one.
 @pytest.mark.parametrize("choice, left, told", [
     ("required", [TOOL, TOOL2], True),
     (named("get_time"), [TOOL2], True),
@@ -1792,7 +2542,8 @@ def test_a_forced_tool_choice_becomes_auto_with_fewer_tools_and_a_system_line(ch
     assert body["messages"][0] == messages[0]
 
 
-# To add a case, add a row: a choice that names the tool "gone", which was left out; the tools that are left.
+# To add a case, add a row: a choice that names the tool "gone", which was left out; the
+# tools that are left.
 @pytest.mark.parametrize("choice, left", [
     (named("gone"), [TOOL]),
     (allowed("required", "gone"), [TOOL]),
@@ -1825,7 +2576,8 @@ SWITCHED = (
     "glm-5.1", "glm-5", "glm-5-turbo", "glm-4.7-flash", "glm-4.6", "glm-4.5", "glm-4.5-air", "glm-4.5v", "glm-4.6v",
     "glm-5v-turbo",
     "glm-5.1-highspeed")
-# To add a family, add a row: its models, and what (on or off, effort) becomes: thinking, reasoning_effort.
+# To add a family, add a row: its models, and what (on or off, effort) becomes:
+# thinking, reasoning_effort.
 FAMILIES = {
     "always": (("glm-5.3", "glm-5.3-flash", "GLM-5.3-FlashX", "glm-5.3-highspeed"), lambda on, effort: (
         ON, GRADES.get(effort) if on else "low")),
@@ -1833,8 +2585,8 @@ FAMILIES = {
     "switch": (SWITCHED, lambda on, effort: (ON if on else OFF, None)),
     "none": (("glm-4-flash-250414", "glm-4.1v-thinking-flash"), lambda on, effort: (None, None)),
 }
-# To add a wish, add a row: the fields, ENABLE_THINKING, the wish that wins (None: there is none), the effort
-# that counts.
+# To add a wish, add a row: the fields, ENABLE_THINKING, the wish that wins (None: there
+# is none), the effort that counts.
 WISHES = [
     ({}, "", None, None),
     ({}, "true", True, None),
@@ -1876,7 +2628,8 @@ def test_a_wish_for_thinking_that_is_not_met_is_listed(family, model, fields, de
         assert ("reasoning_effort" in changed) == (effort is not None and not graded)
 
 
-# To add a dialect, add a row: the fields, the same in ours, the names of what was changed.
+# To add a dialect, add a row: the fields, the same in ours, the names of what was
+# changed.
 @pytest.mark.parametrize("fields, ours", [
     ({"reasoning": {"effort": "high"}}, {"reasoning_effort": "high"}),
     ({"reasoning": {"effort": "none"}}, {"reasoning_effort": "none"}),
@@ -1972,352 +2725,10 @@ def test_no_request_is_odd_enough_for_anything_but_a_400():
     assert 500 < passed < 3900
 
 
-# Bytes ################################################################################################################
-
-def pieces_of(data):
-    """The ways to feed it: whole, byte by byte, and cut in two at every place."""
-    yield [data]
-    yield [data[i:i + 1] for i in range(len(data))]
-    for i in range(1, len(data)):
-        yield [data[:i], data[i:]]
-
-
-@contextlib.contextmanager
-def under_a_second():
-    """What is in it takes less than a second of this process's time, however busy the machine is."""
-    began = time.process_time()
-    yield
-    assert time.process_time() - began < 1
-
-
-# The JSON of clients is taken strictly. To add a case, add a row: the text, its value or ValueError.
-STRICT_JSON = [
-    ('{"a":[1,-2.5e3,"\\u00e9"]}', {"a": [1, -2500.0, "\u00e9"]}), ("null", None), (" 1\n", 1),
-    ("9" * 100, int("9" * 100)),
-    *((text, ValueError) for text in (
-        "", "nul", "{", '{"a":1}x', "NaN", "Infinity", "-Infinity", "1e999", "-1e999",
-        "9" * 101, "01", "1.", ".5", "0x1", "'a'", '"\n"')),
-]
-
-
-@pytest.mark.parametrize("text, expected", STRICT_JSON, ids=lambda value: str(value)[:20])
-def test_the_json_of_clients_is_taken_strictly(text, expected):
-    if expected is ValueError:
-        with pytest.raises(ValueError):
-            ztoapi.decode_strictly(text)
-    else:
-        assert ztoapi.decode_strictly(text) == expected
-
-
-# The JSON of others is taken kindly. To add a case, add a row: the text, its value (None where it is none).
-LENIENT_JSON = [
-    ('{"a":1}', {"a": 1}), ('{"a":NaN,"b":-Infinity}', {"a": None, "b": None}), ('{"a":1e999}', {"a": None}),
-    ("9" * 400, int("9" * 400)), ("9" * 5000, None), ("", None), ("nul", None), ('{"a":1}x', None),
-    ("[" * 100000, None),
-]
-
-
-@pytest.mark.parametrize("text, expected", LENIENT_JSON, ids=lambda value: str(value)[:20])
-def test_the_json_of_others_is_taken_kindly(text, expected):
-    assert ztoapi.decode_leniently(text) == expected
-
-
-def test_a_lone_surrogate_does_not_break_the_json_we_write():
-    assert ztoapi.encode_json({"a": "\u597d \ud800"}) == '{"a":"\u597d ?"}'.encode()
-    ztoapi.encode_event({"a": "\ud800 \udfff"}).encode("utf-8", "replace")
-
-
-def test_an_event_is_one_line():
-    value = {"error": {"message": "\u597d\u2028\n"}, "b": 1}
-    assert ztoapi.encode_event(value) == 'data: {"error":{"message":"\u597d\u2028\\n"},"b":1}\n\n'
-
-
-def test_ids_look_like_openais():
-    assert re.fullmatch("call_[0-9a-f]{24}", ztoapi.new_id("call_"))
-    assert ztoapi.new_id("req_", lambda bits: 5) == "req_000000000000000000000005"
-    assert ztoapi.new_id("") != ztoapi.new_id("")
-
-
-# Where a JSON object or array ends. To add a case, add a row: the text, how many characters of it belong to the value
-# (-1 while it goes on).
-PROGRESS = [
-    ("{}", 2), ("{} x", 2), ("[]]", 2), ('{"a":"}"}}', 9), ('{"a":"\\"}"} {', 11), ('{"a":"\\\\"}"', 10), ("", -1),
-    ("{", -1), ('{"a":"}', -1), ('{"a":"\\', -1), ('{"a":[{}]', -1), ('[1,[2],"]"]]', 11), ("\n {\"a\":1}\n", 9),
-    ('"{" {}', 6),
-]
-
-
-@pytest.mark.parametrize("text, end", PROGRESS)
-def test_the_end_of_a_json_value_is_found_however_it_arrives(text, end):
-    for pieces in pieces_of(text):
-        progress = ztoapi.JsonProgress()
-        found = -1
-        passed = 0
-        for piece in pieces:
-            found = progress.feed(piece)
-            if found >= 0:
-                break
-            passed += len(piece)
-        assert (found + passed if found >= 0 else -1) == end, pieces[:3]
-
-
-# The fields of a request's head. To add a case, add a row: the lines, the fields or the status of the refusal.
-REQUEST_FIELDS = [
-    ("", {}),
-    ("Host: a\r\n", {"host": "a"}),
-    ("HOST:a\nX-Y_z:\t b c \t\r\n", {"host": "a", "x-y_z": "b c"}),
-    ("X:\r\n", {"x": ""}),
-    ("X: \xff\x01\r\n", {"x": "\xff\x01"}),
-    ("X: a: b\r\n", {"x": "a: b"}),
-    ("X: 1\r\nY: 2\r\nx: 3\r\nX: 4\r\n", {"x": "1, 3, 4", "y": "2"}),
-    ("Connection: TE\r\nConnection: close\r\n", {"connection": "TE, close"}),
-    *((text, 400) for text in (
-        "X\r\n", "X : y\r\n", ": y\r\n", " X: y\r\n", "X: a\r\n b\r\n", "X: a\r\n\tb: c\r\n", "X: a\rb\r\n",
-        "X: a\r\r\n", "X: a\0\r\n", "X(: y\r\n", "X\xc4: y\r\n", "\r\n", "X: a\r\n\r\nY: b\r\n",
-        "Host: a\r\nHost: a\r\n", "host: a\r\nX: y\r\nHOST: b\r\n", "Content-Length: 5\r\ncontent-length: 5\r\n",
-        "Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n")),
-]
-
-
-@pytest.mark.parametrize("text, expected", REQUEST_FIELDS)
-def test_the_fields_of_a_request_are_taken_to_the_letter(text, expected):
-    try:
-        assert ztoapi.parse_request_fields(text) == expected
-    except RequestError as error:
-        assert error.status == expected
-
-
-# The head of a response. To add a case, add a row: the head, what it says or ValueError.
-RESPONSE_HEADS = [
-    ("HTTP/1.1 200 OK\r\n\r\n", ("HTTP/1.1", 200, {})),
-    ("HTTP/1.1 200\r\nA: b\r\n\r\n", ("HTTP/1.1", 200, {"a": "b"})),
-    ("HTTP/1.0 404 Not \xe4 Found\nA: b\nB:c\n\n", ("HTTP/1.0", 404, {"a": "b", "b": "c"})),
-    ("HTTP/1.1 200 OK\r\nA: 1\r\nno field\r\n folded: line\r\nA: 2\r\n\r\n", ("HTTP/1.1", 200, {"a": "1, 2"})),
-    *((head, ValueError) for head in (
-        "\r\n\r\n", "HTTP/2 200 OK\r\n\r\n", "HTTP/1.1 20 OK\r\n\r\n", "HTTP/1.1 200OK\r\n\r\n",
-        "HTTP/1.1  200 OK\r\n\r\n", "SSH-2.0-OpenSSH_9.2\r\n\r\n", " HTTP/1.1 200 OK\r\n\r\n",
-        "HTTP/1.1 000 OK\r\n\r\n")),
-]
-
-
-@pytest.mark.parametrize("head, expected", RESPONSE_HEADS)
-def test_the_head_of_a_response_is_read_kindly(head, expected):
-    try:
-        assert ztoapi.parse_response_head(head) == expected
-    except ValueError as error:
-        assert type(error) is expected
-
-
-# Where a head ends. To add a case, add a row: the bytes, the head (None if it goes on), what is behind it.
-HEAD_ENDS = [
-    (b"GET / HTTP/1.1\r\nA: b\r\n\r\nrest", "GET / HTTP/1.1\r\nA: b\r\n\r\n", b"rest"),
-    (b"GET / HTTP/1.1\nA: b\n\nrest", "GET / HTTP/1.1\nA: b\n\n", b"rest"),
-    (b"GET / HTTP/1.1\r\nA: b\n\r\n\r\n", "GET / HTTP/1.1\r\nA: b\n\r\n", b"\r\n"),
-    (b"A\xff\r\n\r\n", "A\xff\r\n\r\n", b""),
-    (b"GET / HTTP/1.1\r\nA: b\r\n", None, b""),
-]
-
-
-@pytest.mark.parametrize("data, head, rest", HEAD_ENDS)
-def test_a_head_ends_at_its_blank_line_however_it_arrives(data, head, rest):
-    for pieces in pieces_of(data):
-        reader = ztoapi.HeadReader()
-        found = None
-        while pieces and found is None:
-            found = reader.feed(pieces.pop(0))
-        assert found == head
-        assert reader.rest + b"".join(pieces) == rest
-
-
-def test_a_head_has_a_bound():
-    reader = ztoapi.HeadReader()
-    with pytest.raises(OverflowError):
-        for _ in range(20):
-            reader.feed(b"X: " + b"y" * 4000 + b"\r\n")
-
-
-def dechunk(decoder, pieces):
-    """(body, done, rest), or the exception's class."""
-    body = b""
-    try:
-        for i, piece in enumerate(pieces):
-            body += decoder.feed(piece)
-            if decoder.done:
-                return body, True, decoder.rest + b"".join(pieces[i + 1:])
-    except (ValueError, OverflowError) as error:
-        return type(error)
-    return body, decoder.done, decoder.rest if decoder.done else None
-
-
-# Chunked bodies, here of at most 20 bytes. To add a case, add a row: the bytes; (body, whether it ended, what is
-# behind), or the error.
-CHUNKED = [
-    (b"0\r\n\r\n", (b"", True, b"")),
-    (b"5\r\nhello\r\n0\r\n\r\n", (b"hello", True, b"")),
-    (b"5\r\nhello\r\n6\r\n world\r\n0\r\n\r\nGET /", (b"hello world", True, b"GET /")),
-    (b"A\r\n0123456789\r\n00a\r\n\r\n\r\n\r\n\r\nab\r\n0000\r\n\r\n", (b"0123456789\r\n\r\n\r\n\r\nab", True, b"")),
-    (b"5;name=value\r\nhello\r\n5 ; a=\"b\"\r\nworld\r\n0;x\r\n\r\n", (b"helloworld", True, b"")),
-    (b"5\r\nhello\r\n0\r\nX-A: b\r\nX-C: d\r\n\r\nrest", (b"hello", True, b"rest")),
-    (b"5\r\nhel", (b"hel", False, None)),
-    (b"5\r\nhello\r\n", (b"hello", False, None)),
-    (b"5\r\nhello\r\n0\r\n", (b"hello", False, None)),
-    (b"14\r\n01234567890123456789\r\n0\r\n\r\n", (b"01234567890123456789", True, b"")),
-    (b"15\r\n012345678901234567890\r\n0\r\n\r\n", OverflowError),
-    (b"a\r\n0123456789\r\nb\r\n", OverflowError),
-    (b"fffffffffffffff\r\n", OverflowError),
-    *((data, ValueError) for data in (
-        b"\r\n", b"x\r\n", b"-5\r\n", b"+5\r\n", b"0x5\r\n", b"5_0\r\n", b" 5\r\n", b"5 5\r\n", b"\xd9\xa5\r\n",
-        b"5\n", b"5\nhello\r\n", b"5\r\nhelloX\r\n", b"5\r\nhello0\r\n\r\n", b"5\r\nhello\n0\r\n\r\n",
-        b"5\r\nhello\rX\r\n", b"fffffffffffffffff\r\n", b"5;a\x00b\r\nhello\r\n", b"5;a\nb\r\nhello\r\n",
-        b"5\rhello\r\n",
-        b"0\r\nX: a\nb\r\n\r\n", b"0\r\nno field\r\n\r\n", b"0\r\n X: y\r\n\r\n",
-        b"5;" + b"x" * 5000 + b"\r\nhello\r\n0\r\n\r\n")),
-]
-
-
-@pytest.mark.parametrize("data, expected", CHUNKED, ids=lambda value: repr(value)[:40])
-def test_chunked_coding_is_taken_strictly_however_it_arrives(data, expected):
-    for pieces in pieces_of(data):
-        assert dechunk(ztoapi.Dechunker(limit=20), pieces) == expected, pieces[:3]
-
-
-def test_trailers_without_end_are_refused():
-    decoder = ztoapi.Dechunker()
-    decoder.feed(b"0\r\n")
-    with pytest.raises(ValueError):
-        for _ in range(1000):
-            decoder.feed(b"X-Trailer: " + b"y" * 1000 + b"\r\n")
-
-
-def test_what_stands_before_a_broken_chunk_is_not_lost():
-    decoder = ztoapi.Dechunker()
-    with pytest.raises(ValueError):
-        decoder.feed(b"5\r\nhello\r\n1\r\n!\r\nzz\r\n")
-    assert decoder.take() == b"hello!"
-
-
-# To add a case, add a row: the length, the bytes; (body, whether it ended, what is behind).
-@pytest.mark.parametrize("length, data, expected", [
-    (0, b"", (b"", True, b"")),
-    (5, b"hello", (b"hello", True, b"")),
-    (5, b"helloGET /", (b"hello", True, b"GET /")),
-    (5, b"hel", (b"hel", False, None)),
-])
-def test_a_body_of_known_length_ends_there(length, data, expected):
-    for pieces in pieces_of(data):
-        assert dechunk(ztoapi.Counted(length), pieces) == expected
-
-
-def decode_events(pieces, **options):
-    """The events, or the class of the error."""
-    decoder = SSEDecoder(**options)
-    try:
-        return [event for piece in pieces for event in decoder.feed(piece)] + decoder.close()
-    except UpstreamError as error:
-        return type(error)
-
-
-# Server-sent events, here of at most 100 bytes. To add a case, add a row: the bytes; the events, or the error.
-SSE = [
-    (b"", []),
-    (b"\n\n\n", []),
-    (b"data: a\n\n", ["a"]),
-    (b"data: a\n\ndata: b\n\n", ["a", "b"]),
-    # The standard's own examples
-    (b"data: YHOO\ndata: +2\ndata: 10\n\n", ["YHOO\n+2\n10"]),
-    (b": test stream\n\ndata: first event\nid: 1\n\ndata:second event\nid\n\ndata:  third event\n\n",
-     ["first event", "second event", " third event"]),
-    (b"data\n\ndata\ndata\n\n", ["", "\n"]),
-    (b"data:test\n\ndata: test\n\n", ["test", "test"]),
-    # Line ends of all kinds, and those that are none
-    (b"data: a\r\n\r\ndata: b\r\n\r\n", ["a", "b"]),
-    (b"data: a\r\rdata: b\r\r", ["a", "b"]),
-    (b"data: a\n\r\ndata: b\r\n\rdata: c\r\n\n", ["a", "b", "c"]),
-    (b"data: a\r\ndata: b\rdata: c\n\r", ["a\nb\nc"]),
-    ("data: a\u2028b\u2029c\u0085d\x0b\x0c\x1c\x1de\n\n".encode(), ["a\u2028b\u2029c\u0085d\x0b\x0c\x1c\x1de"]),
-    # A last event without its blank line
-    (b"data: a\n\ndata: b", ["a", "b"]),
-    (b"data: a\n\ndata: b\n", ["a", "b"]),
-    (b"data: a\r\n\r\ndata: b\r\n", ["a", "b"]),
-    (b"data: a\r\rdata: b\r", ["a", "b"]),
-    (b"data: a\n\ndata: [DONE]", ["a", "[DONE]"]),
-    # Names, ids, comments and unknown fields are dropped
-    (b"event: error\ndata: a\n\n", ["a"]),
-    (b"id: 5\nretry: 10\ndata: a\nfoo: bar\n\n", ["a"]),
-    (b": ping\n\n:\n\ndata: a\n\n: b", ["a"]),
-    (b"event: ping\n\n", []),
-    (b"datax: a\n\ndat: b\n\n data: c\n\n", []),
-    # A byte order mark at the start
-    (b"\xef\xbb\xbfdata: a\n\n", ["a"]),
-    (b"\xef\xbb\xbfdata:  a\n\n", [" a"]),
-    # A bare line that is JSON
-    (b'data: a\n\n{"error":{"code":"500"}}\n', ["a", '{"error":{"code":"500"}}']),
-    (b'data: a\n\n{"error":{"code":"500"}}', ["a", '{"error":{"code":"500"}}']),
-    (b'data: a\n{"error":1}\n\n', ["a", '{"error":1}']),
-    (b'{"error":1}\r\n\r\n', ['{"error":1}']),
-    (b"<html>\n<body>502</body>\n", []),
-    # Text is UTF-8; what is not becomes U+FFFD
-    ("data: \u597d\U0001f600\u00e9\n\n".encode(), ["\u597d\U0001f600\u00e9"]),
-    (b"data: a\xffb\n\n", ["a\ufffdb"]),
-    # The bound
-    (b"data: " + b"x" * 90 + b"\n\n", ["x" * 90]),
-    (b"data: " + b"x" * 200 + b"\n\n", UpstreamError),
-    (b"data: " + b"x" * 200, UpstreamError),
-    (b"data: 123456789\n" * 20 + b"\n", UpstreamError),
-    (b": " + b"x" * 200, UpstreamError),
-    (b"data: " + b"x" * 90 + b"\n\ndata: " + b"y" * 90 + b"\n\n", ["x" * 90, "y" * 90]),
-    (b"{" + b"x" * 200 + b"\n", UpstreamError),
-]
-
-
-@pytest.mark.parametrize("data, events", SSE, ids=lambda value: repr(value)[:40])
-def test_events_are_the_same_however_they_arrive(data, events):
-    for pieces in pieces_of(data):
-        assert decode_events(pieces, limit=100) == events, pieces[:3]
-
-
-def test_an_event_may_have_16_mib():
-    text = b"x" * (1 << 20)
-    assert decode_events([b"data: "] + [text] * 15 + [b"\n\n"]) == ["x" * (15 << 20)]
-    decoder = SSEDecoder()
-    with pytest.raises(UpstreamError):  # as soon as it is known, not at its end
-        for piece in [b"data: "] + [text] * 17:
-            decoder.feed(piece)
-
-
-READERS = {"sse": SSEDecoder, "chunks": ztoapi.Dechunker, "head": ztoapi.HeadReader, "json": ztoapi.JsonProgress}
-
-# Bytes that could take more than linear time. To add a case, add a row: the reader, the pieces it is fed.
-LONG_INPUTS = {
-    "events": ("sse", [b"data: x\n\n" * 10] * 10000),
-    "lines of data without a blank line": ("sse", [b"data: x\n" * 256] * 2000),
-    "comments": ("sse", [b":\n"] * 100000),
-    "carriage returns": ("sse", [b"\r"] * 100000),
-    "one line in tiny pieces": ("sse", [b"data: "] + [b"x" * 8] * 100000),
-    "blank lines": ("sse", [b"\n" * 65536] * 30),
-    "chunks of a byte": ("chunks", [b"1\r\nx\r\n" * 10000] * 8),
-    "chunks of a byte, byte by byte": ("chunks", [b"1", b"\r", b"\n", b"x", b"\r", b"\n"] * 20000),
-    "a long chunk in tiny pieces": ("chunks", [b"fffffff\r\n"] + [b"x" * 8] * 100000),
-    "a chunk's line in single bytes": ("chunks", [b"5;"] + [b"x"] * 4000),
-    "a head in single bytes": ("head", [b"X"] * 60000),
-    "a JSON value in single characters": ("json", ["["] * 100000),
-    "a JSON string of backslashes": ("json", ['["'] + ["\\"] * 100000),
-}
-
-
-@pytest.mark.parametrize("case", LONG_INPUTS)
-def test_bytes_take_linear_time(case):
-    kind, pieces = LONG_INPUTS[case]
-    decoder = READERS[kind]()
-    with under_a_second():
-        for piece in pieces:
-            decoder.feed(piece)
-
-
-# From Z.ai, and the chat front ########################################################################################
+# From Z.ai ############################################################################
 #
-# Z.ai's bytes go through an Answer, its steps through a Chat, streamed and folded: both must say the same, and every
-# rule of the wire is checked on the way.
+# Z.ai's bytes go through an Answer, its steps through a Chat, streamed and folded: both
+# must say the same, and every rule of the wire is checked on the way.
 
 WEATHER = {
     "get_weather": {"type": "object", "properties": {"city": {"type": "string"}}},
@@ -2365,15 +2776,6 @@ def wire(data):
         return answer(200, data)[0]
     chunks = re.findall(rb"(?s).+?\n\n|.+", data)
     return b"".join(stream(*chunks))
-
-
-def some_pieces_of(data):
-    """pieces_of(), but of long data not every place is tried: some 50 that lie apart, and move with its length."""
-    stride = len(data) // 50 + 1
-    yield [data]
-    yield [data[i:i + 1] for i in range(len(data))]
-    for i in range(len(data) % stride + 1, len(data), stride):
-        yield [data[:i], data[i:]]
 
 
 def translated(data, **options):
@@ -2537,7 +2939,8 @@ def leak(text):
     return f"<tool_call>{text}</tool_call>"
 
 
-# Verbatim from the dialect sheet, sections 1 and 2; only the line ends inside an event are ours.
+# Verbatim from the dialect sheet, sections 1 and 2; only the line ends inside an event
+# are ours.
 GLM_52_TOOLS = rb"""data: {"id":"20260813125025af371d7f88184d47","created":1786596625,"object":"chat.completion.chunk",
 "model":"glm-5.2","choices":[{"index":0,"delta":{"role":"assistant","reasoning_content":"The"}}]}
 
@@ -2583,7 +2986,8 @@ GLM_52_JSON = r"""{"choices":[{"finish_reason":"tool_calls","index":0,"message":
 "type":"function"}]}}],"id":"1"}""".encode()
 MINIMAL = {"id": "", "object": "", "created": 0, "model": "", "system_fingerprint": None}
 
-# Good answers. To add a case, add a row: what is special, what Z.ai sends, what it says.
+# Good answers. To add a case, add a row: what is special, what Z.ai sends, what it
+# says.
 GOOD_ANSWERS = [
     ("glm-5.2, tools", GLM_52_TOOLS, asks(RAIN, reasoning="The user", usage=counts(178, 37, 215, 0, 25))),
     ("glm-5.2, text", think(" 好") + say("好") + ENDED, says("好", " 好")),
@@ -2856,8 +3260,8 @@ WRONG_PATH = b'{"code":500,"msg":"404 NOT_FOUND","success":false}'
 KEY_REFUSED = '{"code":1000,"msg":"身份验证失败。","success":false}'.encode()
 
 
-# Failures in an answer with status 200. To add a case, add a row: what is wrong, what Z.ai sends, the code of the
-# error, what is to be done while nothing has been sent.
+# Failures in an answer with status 200. To add a case, add a row: what is wrong, what
+# Z.ai sends, the code of the error, what is to be done while nothing has been sent.
 FAILURES = [
     ("network_error", NETWORK_ERROR, "upstream_error", TRY_AGAIN),
     ("network_error in mid-stream", say("a") + finished("network_error"), "upstream_error", TRY_AGAIN),
@@ -2939,7 +3343,8 @@ def test_what_is_no_event_is_counted():
     assert translator.repaired == 8
 
 
-# Responses as a whole: heads, framings, kinds, codings. Behind the bytes the connection ends.
+# Responses as a whole: heads, framings, kinds, codings. Behind the bytes the connection
+# ends.
 
 HELLO = b"".join(HEALTHY)
 UNFINISHED = chunked(say("Hello")) + chunked(event(finish="stop"))  # no usage, no end mark
@@ -3008,8 +3413,8 @@ def status_line(status, *lines):
 CUT_REFUSAL = answer(401, {"error": {"code": "1113", "message": "no"}})[0][:-20]
 SPRING = {"timestamp": "2026-08-13T04:35:22.960+00:00", "status": 404, "error": "Not Found", "path": "/v4/v1"}
 
-# Responses that fail before a word. To add a case, add a row: what is wrong, the bytes, the status and code of the
-# error, what is to be done.
+# Responses that fail before a word. To add a case, add a row: what is wrong, the bytes,
+# the status and code of the error, what is to be done.
 BROKEN_RESPONSES = [
     ("nothing", b"", (502, "upstream_error"), TRY_AGAIN),
     ("SSH for a head", b"SSH-2.0-OpenSSH_9.2\r\n\r\n", (502, "upstream_error"), TRY_AGAIN),
@@ -3124,7 +3529,8 @@ def test_a_fault_behind_the_first_step_leaves_it_told(first, rest):
     broken(HEAD + chunked(first) + rest)
 
 
-# Whether a connection serves again. To add a case, add a row: what is special, the bytes.
+# Whether a connection serves again. To add a case, add a row: what is special, the
+# bytes.
 REUSABLE = [
     ("a stream read to its end", HEAD + BODY),
     ("an answer of known length", answer(200, JSON_ANSWER)[0]),
@@ -3215,7 +3621,8 @@ def test_an_answer_has_begun_once_tokens_have_come():
         assert this.begun == (data in tokens), data
 
 
-# Spliced frames: a frame cut short, and in the same data line the first one of a new answer
+# Spliced frames: a frame cut short, and in the same data line the first one of a new
+# answer
 
 INNER = ('{"id":"2026043020420635c6abc56a2741ac","created":1777552926,"object":"chat.completion.chunk",'
          '"model":"glm-5.1","choices":[{"index":0,"delta":{"role":"assistant",%s}}]}')
@@ -3342,7 +3749,8 @@ def test_a_leaking_call_is_found_wherever_the_text_is_cut(text):
         assert fold_parts(parts)[0] == text  # no tools were sent
 
 
-# What is shown of a text at once, with tools sent. To add a case, add a row: the text, what of it is held back.
+# What is shown of a text at once, with tools sent. To add a case, add a row: the text,
+# what of it is held back.
 HELD = [
     ("GLM writes calls as <tool_call> followed by a name", ""),
     ("<tool_call>get_weather", "<tool_call>get_weather"),
@@ -3367,7 +3775,8 @@ def test_a_text_is_held_back_only_while_it_can_still_be_a_call(text, held):
         assert "".join(step.text for step in steps) == text[:len(text) - len(held)], parts
 
 
-# Fences around JSON that was asked for. To add a case, add a row: a text, what is left of it.
+# Fences around JSON that was asked for. To add a case, add a row: a text, what is left
+# of it.
 FENCED = [
     ('```json\n{"a":"b"}\n```', '{"a":"b"}'), ('\n```json\n{"a":"b"}\n```\n', '{"a":"b"}'),
     ('```\n{"a":"b"}```', '{"a":"b"}'), ('```JSON\r\n{"a":"b"}\n```', '{"a":"b"}'),
@@ -3387,8 +3796,8 @@ def test_a_json_answer_comes_without_its_fence_wherever_it_is_cut(text, left):
         assert fold_parts(parts)[0] == text.lstrip("\r\n")
 
 
-# Stop words. To add a case, add a row: the words, a text, what is left of it, whether one was met (in which case
-# nothing more is waited for).
+# Stop words. To add a case, add a row: the words, a text, what is left of it, whether
+# one was met (in which case nothing more is waited for).
 STOPPED = [
     (("Observation",), "a = 1\nObservation: 5", "a = 1\n", True),
     (("Observation",), "Obser, Observatio", "Obser, ", False),  # Z.ai stops with most of the word in the text
@@ -3481,144 +3890,6 @@ def test_what_is_held_back_is_not_overtaken():
     assert [step.text for step in steps[:-1]] == ["a", "b", "r", "c", "<", "s"]
 
 
-# The choices a client has
-
-@pytest.mark.parametrize("data", [
-    in_parts(["<think>hm so</think>Yes!"]), in_parts(["<thi", "nk>hm", " so</thi", "nk>\nYes!"]),
-    think("hm ") + think("so") + in_parts(["Yes", "!"])])
-def test_thinking_is_parsed_raw_or_hidden(data):
-    check_answer(data, says("Yes!", "hm so"), reasoning="parsed")
-    check_answer(data, says("Yes!"), reasoning="hidden")
-    check_answer(data, says("<think>hm so</think>Yes!"), reasoning="raw")
-
-
-# Raw thinking is closed whatever follows. To add a case, add a row: what follows, what it says.
-AFTER_RAW = [
-    (ENDED, says("<think>hm</think>")),
-    (finished("length"), says("<think>hm</think>", finish="length")),
-    (call() + TOOLS_END, asks(RAIN, content="<think>hm</think>")),
-    (say("a") + think("hm") + say("b") + ENDED, says("<think>hm</think>a<think>hm</think>b")),
-]
-
-
-@pytest.mark.parametrize("rest, expected", AFTER_RAW)
-def test_raw_thinking_is_closed_whatever_follows(rest, expected):
-    check_answer(think("hm") + rest, expected, reasoning="raw")
-
-
-def test_the_tags_of_raw_thinking_have_chunks_of_their_own():
-    chat = ztoapi.Chat(**NEW_CHAT, reasoning="raw")
-    text = chat.tell(translated(think("hm") + think("so") + say("a") + ENDED))
-    events = [json.loads(block[6:]) for block in text.split("\n\n")[:-2]]
-    assert [choice["delta"].get("content") for choice in choices_of(events)] == [
-        "<think>", "hm", "so", "</think>", "a", None]
-
-
-@pytest.mark.parametrize("data", [
-    call() + call("get_time", "{}", "c2", 1),
-    calls_in(item(*RAIN, id="a", index=0), item(*TIME, id="b", index=1)),
-    calls_in(item("get_weather", '{"city":', id="a", index=0)) + calls_in(item("get_time", "{", id="b", index=1))
-    + calls_in(item(None, '"Paris"}', index=0), item(None, "}", index=1)),
-    say(leak("get_weather" + CITY) + leak("get_time")),
-    call() + calls_in(item(None, '{"a":', id="b", index=1)) + calls_in(item("get_time", "1}", index=1)),
-])
-def test_without_parallel_calls_only_the_first_goes_out(data):
-    check_answer(data + TOOLS_END, asks(RAIN), one_call=True, tools=WEATHER)
-
-
-def test_usage_comes_only_if_it_was_asked_for():
-    steps = translated(say("a") + ENDED)
-    chat = ztoapi.Chat("chatcmpl-1", 5, "x")
-    text = chat.opening() + chat.tell(steps)
-    assert "usage" not in text
-    assert '"choices":[]' not in text
-    assert text.endswith("\n\ndata: [DONE]\n\n")
-    asked = ztoapi.Chat("chatcmpl-1", 5, "x", include_usage=True)
-    last = json.loads(asked.tell(steps).split("\n\n")[-3][6:])
-    assert (last["choices"], last["usage"]) == ([], USAGE)
-    # Z.ai gave none.
-    assert '"choices":[]' not in asked.tell(translated(say("a") + event(finish="stop")))
-
-
-def test_the_model_is_as_the_client_named_it():
-    name = 'gpt-\u2028"4o'
-    chat = ztoapi.Chat("chatcmpl-1", 5, name)
-    blocks = (chat.opening() + chat.tell(translated(say("a") + ENDED))).split("\n\n")
-    assert [json.loads(block[6:])["model"] for block in blocks[:-2]] == [name] * 3
-    assert chat.whole(ztoapi.Fold())["model"] == name
-
-
-def test_a_heartbeat_is_a_chunk_with_an_empty_delta():
-    chat = ztoapi.Chat(**NEW_CHAT)
-    texts = [chat.opening(), chat.heartbeat()]
-    assert [text[-3:] for text in texts] == ["}\n\n"] * 2
-    choices = [parse_chunk(text[:-2])["choices"][0] for text in texts]
-    assert [choice["delta"] for choice in choices] == [{"role": "assistant", "content": ""}, {}]
-    assert [choice["finish_reason"] for choice in choices] == [None, None]
-
-
-def test_the_error_of_a_stream_is_openais_with_error_first():
-    text = ztoapi.Chat(**NEW_CHAT).failure(UpstreamError("no\n", param="x"))
-    assert text == 'data: {"error":{"message":"no\\n","type":"upstream_error","param":"x","code":"upstream_error"}}\n\n'
-
-
-UNSAID = "unsaid"
-# Who gets a stream. To add a case, add a row: the request's stream, Accept, User-Agent, DEFAULT_STREAM; whether.
-STREAMS = [
-    (True, "application/json", "ai-sdk/6", "false", True), (False, "text/event-stream", "curl/8", "true", False),
-    (UNSAID, "*/*", "curl/8.5.0", "true", True), (UNSAID, "*/*", "curl/8.5.0", "false", False),
-    (UNSAID, "", "", "true", True), (UNSAID, "application/json", "OpenAI/Python 3.54.0", "true", False),
-    (UNSAID, "Application/JSON", "OpenAI/JS 6.49.0", "true", False),
-    (UNSAID, "application/json, text/plain, */*", "axios/1.7", "true", False),
-    (UNSAID, "text/event-stream", "x", "false", False),
-    (UNSAID, "*/*", "ai/6.0.0 ai-sdk/provider-utils/4.0.0 runtime/node.js/22", "true", False),
-    (UNSAID, "*/*", "async-openai", "true", False), (None, "*/*", "curl/8", "true", True),
-    (None, "application/json", "x", "true", False), (None, "*/*", "curl/8", "false", False),
-    *((UNSAID, "*/*", agent, "true", False) for agent in (
-        "node", "undici", "Go-http-client/1.1", "langchaingo/0.1", "Java/17", "Java-http-client/21.0.2", "okhttp/4.9",
-        "Apache-HttpClient/5", "lm15", "ai-sdk/openai/2.0 runtime/node.js")),
-    *((UNSAID, "*/*", agent, "true", True) for agent in ("node-fetch/1.0", "python-requests/2.31")),
-]
-
-
-def read_chat(body, headers, **environ):
-    settings = Settings.from_environ(environ)
-    return ztoapi.Chat.read(body, ztoapi.Caller(headers, "k", 1790000000.7, ztoapi.Memory()), settings)
-
-
-@pytest.mark.parametrize("asked, accept, agent, default, expected", STREAMS)
-def test_who_gets_a_stream(asked, accept, agent, default, expected):
-    body = {} if asked == UNSAID else {"stream": asked}
-    front, request = read_chat(body, {"accept": accept, "user-agent": agent}, DEFAULT_STREAM=default)
-    assert front.stream is expected
-    assert request["stream"] is expected
-    assert body == ({} if asked == UNSAID else {"stream": asked})  # the client's own stays as it is
-
-
-# Who reads an error only if no cut follows it. To add a case, add a row: the header fields, whether a failed stream
-# is cut.
-CUTS = [
-    ({}, True), ({"user-agent": "OpenAI/Python 3.57"}, True), ({"origin": "https://app.example"}, False),
-    ({"user-agent": "ai/6.0 ai-sdk/openai/3.0"}, False), ({"user-agent": "Python/3.11 aiohttp/3.9"}, False),
-]
-
-
-@pytest.mark.parametrize("headers, expected", CUTS)
-def test_a_failed_stream_is_cut_unless_the_error_would_be_lost_over_it(headers, expected):
-    assert read_chat({}, headers)[0].cuts_failures is expected
-
-
-def test_a_chat_request_is_read():
-    body = {"model": "GLM-4.6", "reasoning_format": "raw", "stream_options": {"include_usage": 1}}
-    front, request = read_chat(body, {})
-    assert request["model"] == front.model == "GLM-4.6"
-    assert front.created == 1790000000
-    assert front.reasoning == "raw"
-    assert front.include_usage is True
-    assert front.id.startswith("chatcmpl-")
-    assert read_chat({"model": 5}, {}, REASONING_FORMAT="hidden")[0].reasoning == "hidden"
-
-
 # Bounds
 
 def test_a_json_answer_has_a_bound_in_bytes():
@@ -3678,8 +3949,8 @@ def test_an_error_body_has_a_bound_and_its_status_counts():
     assert this.feed(END)[1].code == "upstream_auth_error"
 
 
-# What a model may be told to write, and a gateway may send. Each takes less than a second. To add a case, add a row:
-# the Translator's options, the events.
+# What a model may be told to write, and a gateway may send. Each takes less than a
+# second. To add a case, add a row: the Translator's options, the events.
 KEYS = "<arg_key>" * 50000
 ATTACKS = {
     "<arg_key> without end in a leak": ({}, [say("<tool_call>get_time" + KEYS), ENDED]),
@@ -3833,10 +4104,153 @@ def test_no_byte_is_odd_enough_to_break_the_wire():
     assert 300 < failures < 1400
 
 
-# Messages and Responses ###############################################################################################
+# Fronts ###############################################################################
 #
-# What read() makes of a client's request, and what tell() and whole() make of steps. The rules of both wires are
-# checked event by event, for each answer in ANSWERS, told as a whole and step by step.
+# What read() makes of a client's request, and what tell() and whole() make of steps.
+# The rules of both wires are checked event by event, for each answer in ANSWERS, told
+# as a whole and step by step.
+
+# Chat
+
+@pytest.mark.parametrize("data", [
+    in_parts(["<think>hm so</think>Yes!"]), in_parts(["<thi", "nk>hm", " so</thi", "nk>\nYes!"]),
+    think("hm ") + think("so") + in_parts(["Yes", "!"])])
+def test_thinking_is_parsed_raw_or_hidden(data):
+    check_answer(data, says("Yes!", "hm so"), reasoning="parsed")
+    check_answer(data, says("Yes!"), reasoning="hidden")
+    check_answer(data, says("<think>hm so</think>Yes!"), reasoning="raw")
+
+
+# Raw thinking is closed whatever follows. To add a case, add a row: what follows, what
+# it says.
+AFTER_RAW = [
+    (ENDED, says("<think>hm</think>")),
+    (finished("length"), says("<think>hm</think>", finish="length")),
+    (call() + TOOLS_END, asks(RAIN, content="<think>hm</think>")),
+    (say("a") + think("hm") + say("b") + ENDED, says("<think>hm</think>a<think>hm</think>b")),
+]
+
+
+@pytest.mark.parametrize("rest, expected", AFTER_RAW)
+def test_raw_thinking_is_closed_whatever_follows(rest, expected):
+    check_answer(think("hm") + rest, expected, reasoning="raw")
+
+
+def test_the_tags_of_raw_thinking_have_chunks_of_their_own():
+    chat = ztoapi.Chat(**NEW_CHAT, reasoning="raw")
+    text = chat.tell(translated(think("hm") + think("so") + say("a") + ENDED))
+    events = [json.loads(block[6:]) for block in text.split("\n\n")[:-2]]
+    assert [choice["delta"].get("content") for choice in choices_of(events)] == [
+        "<think>", "hm", "so", "</think>", "a", None]
+
+
+@pytest.mark.parametrize("data", [
+    call() + call("get_time", "{}", "c2", 1),
+    calls_in(item(*RAIN, id="a", index=0), item(*TIME, id="b", index=1)),
+    calls_in(item("get_weather", '{"city":', id="a", index=0)) + calls_in(item("get_time", "{", id="b", index=1))
+    + calls_in(item(None, '"Paris"}', index=0), item(None, "}", index=1)),
+    say(leak("get_weather" + CITY) + leak("get_time")),
+    call() + calls_in(item(None, '{"a":', id="b", index=1)) + calls_in(item("get_time", "1}", index=1)),
+])
+def test_without_parallel_calls_only_the_first_goes_out(data):
+    check_answer(data + TOOLS_END, asks(RAIN), one_call=True, tools=WEATHER)
+
+
+def test_usage_comes_only_if_it_was_asked_for():
+    steps = translated(say("a") + ENDED)
+    chat = ztoapi.Chat("chatcmpl-1", 5, "x")
+    text = chat.opening() + chat.tell(steps)
+    assert "usage" not in text
+    assert '"choices":[]' not in text
+    assert text.endswith("\n\ndata: [DONE]\n\n")
+    asked = ztoapi.Chat("chatcmpl-1", 5, "x", include_usage=True)
+    last = json.loads(asked.tell(steps).split("\n\n")[-3][6:])
+    assert (last["choices"], last["usage"]) == ([], USAGE)
+    # Z.ai gave none.
+    assert '"choices":[]' not in asked.tell(translated(say("a") + event(finish="stop")))
+
+
+def test_the_model_is_as_the_client_named_it():
+    name = 'gpt-\u2028"4o'
+    chat = ztoapi.Chat("chatcmpl-1", 5, name)
+    blocks = (chat.opening() + chat.tell(translated(say("a") + ENDED))).split("\n\n")
+    assert [json.loads(block[6:])["model"] for block in blocks[:-2]] == [name] * 3
+    assert chat.whole(ztoapi.Fold())["model"] == name
+
+
+def test_a_heartbeat_is_a_chunk_with_an_empty_delta():
+    chat = ztoapi.Chat(**NEW_CHAT)
+    texts = [chat.opening(), chat.heartbeat()]
+    assert [text[-3:] for text in texts] == ["}\n\n"] * 2
+    choices = [parse_chunk(text[:-2])["choices"][0] for text in texts]
+    assert [choice["delta"] for choice in choices] == [{"role": "assistant", "content": ""}, {}]
+    assert [choice["finish_reason"] for choice in choices] == [None, None]
+
+
+def test_the_error_of_a_stream_is_openais_with_error_first():
+    text = ztoapi.Chat(**NEW_CHAT).failure(UpstreamError("no\n", param="x"))
+    assert text == 'data: {"error":{"message":"no\\n","type":"upstream_error","param":"x","code":"upstream_error"}}\n\n'
+
+
+UNSAID = "unsaid"
+# Who gets a stream. To add a case, add a row: the request's stream, Accept, User-Agent,
+# DEFAULT_STREAM; whether.
+STREAMS = [
+    (True, "application/json", "ai-sdk/6", "false", True), (False, "text/event-stream", "curl/8", "true", False),
+    (UNSAID, "*/*", "curl/8.5.0", "true", True), (UNSAID, "*/*", "curl/8.5.0", "false", False),
+    (UNSAID, "", "", "true", True), (UNSAID, "application/json", "OpenAI/Python 3.54.0", "true", False),
+    (UNSAID, "Application/JSON", "OpenAI/JS 6.49.0", "true", False),
+    (UNSAID, "application/json, text/plain, */*", "axios/1.7", "true", False),
+    (UNSAID, "text/event-stream", "x", "false", False),
+    (UNSAID, "*/*", "ai/6.0.0 ai-sdk/provider-utils/4.0.0 runtime/node.js/22", "true", False),
+    (UNSAID, "*/*", "async-openai", "true", False), (None, "*/*", "curl/8", "true", True),
+    (None, "application/json", "x", "true", False), (None, "*/*", "curl/8", "false", False),
+    *((UNSAID, "*/*", agent, "true", False) for agent in (
+        "node", "undici", "Go-http-client/1.1", "langchaingo/0.1", "Java/17", "Java-http-client/21.0.2", "okhttp/4.9",
+        "Apache-HttpClient/5", "lm15", "ai-sdk/openai/2.0 runtime/node.js")),
+    *((UNSAID, "*/*", agent, "true", True) for agent in ("node-fetch/1.0", "python-requests/2.31")),
+]
+
+
+def read_chat(body, headers, **environ):
+    settings = Settings.from_environ(environ)
+    return ztoapi.Chat.read(body, ztoapi.Caller(headers, "k", 1790000000.7, ztoapi.Memory()), settings)
+
+
+@pytest.mark.parametrize("asked, accept, agent, default, expected", STREAMS)
+def test_who_gets_a_stream(asked, accept, agent, default, expected):
+    body = {} if asked == UNSAID else {"stream": asked}
+    front, request = read_chat(body, {"accept": accept, "user-agent": agent}, DEFAULT_STREAM=default)
+    assert front.stream is expected
+    assert request["stream"] is expected
+    assert body == ({} if asked == UNSAID else {"stream": asked})  # the client's own stays as it is
+
+
+# Who reads an error only if no cut follows it. To add a case, add a row: the header
+# fields, whether a failed stream is cut.
+CUTS = [
+    ({}, True), ({"user-agent": "OpenAI/Python 3.57"}, True), ({"origin": "https://app.example"}, False),
+    ({"user-agent": "ai/6.0 ai-sdk/openai/3.0"}, False), ({"user-agent": "Python/3.11 aiohttp/3.9"}, False),
+]
+
+
+@pytest.mark.parametrize("headers, expected", CUTS)
+def test_a_failed_stream_is_cut_unless_the_error_would_be_lost_over_it(headers, expected):
+    assert read_chat({}, headers)[0].cuts_failures is expected
+
+
+def test_a_chat_request_is_read():
+    body = {"model": "GLM-4.6", "reasoning_format": "raw", "stream_options": {"include_usage": 1}}
+    front, request = read_chat(body, {})
+    assert request["model"] == front.model == "GLM-4.6"
+    assert front.created == 1790000000
+    assert front.reasoning == "raw"
+    assert front.include_usage is True
+    assert front.id.startswith("chatcmpl-")
+    assert read_chat({"model": 5}, {}, REASONING_FORMAT="hidden")[0].reasoning == "hidden"
+
+
+# Messages and Responses
 
 Step = ztoapi.Step
 TOLD_USAGE = {"prompt_tokens": 50, "completion_tokens": 4, "total_tokens": 54,
@@ -4183,7 +4597,8 @@ def test_messages_streams_by_the_rules_what_the_json_answer_says(name, at_once):
         assert content == whole["content"]
 
 
-# To add a case, add a row: a name in ANSWERS, the types of its blocks, the reason for its end.
+# To add a case, add a row: a name in ANSWERS, the types of its blocks, the reason for
+# its end.
 MESSAGES_ENDS = [
     ("text", ["text"], "end_turn"),
     ("nothing", [], "max_tokens"),
@@ -4254,7 +4669,8 @@ def test_messages_beats_with_a_ping():
     assert front.heartbeat() == 'event: ping\ndata: {"type":"ping"}\n\n'
 
 
-# To add a case, add a row: status and code of an error, whether it can heal, Anthropic's status and type.
+# To add a case, add a row: status and code of an error, whether it can heal,
+# Anthropic's status and type.
 MESSAGES_ERRORS = [
     (400, "invalid_value", False, 400, "invalid_request_error"),
     (401, "invalid_api_key", False, 401, "authentication_error"),
@@ -4496,7 +4912,8 @@ def test_a_called_tool_has_the_name_that_the_client_gave_it(name, expected):
     assert {key: item.get(key) for key in ("type", "name", "namespace")} == {"namespace": None, **expected}
 
 
-# To add a case, add a row: the arguments that Z.ai sends, the text that the custom tool gets.
+# To add a case, add a row: the arguments that Z.ai sends, the text that the custom tool
+# gets.
 CUSTOM_INPUTS = [
     ('{"input":"x"}', "x"), ('{"patch":"x"}', "x"), ('{"input":"x","other":"y"}', "x"), ('"x"', "x"), ("x y", "x y"),
     ('{"a":"x","b":"y"}', '{"a":"x","b":"y"}'), ("{}", "{}"), ('{"input":', '{"input":'), ("[1]", "[1]"),
@@ -4511,7 +4928,8 @@ def test_a_custom_tool_gets_its_text(words, expected):
                     "name": "patch", "input": expected}
 
 
-# To add a case, add a row: fields of a request that Responses refuses, the parameter it names.
+# To add a case, add a row: fields of a request that Responses refuses, the parameter it
+# names.
 BAD_RESPONSES = [
     ({"previous_response_id": "resp_1"}, "previous_response_id"), ({"conversation": "conv_1"}, "conversation"),
     ({"prompt": {"id": "p"}}, "prompt"), ({"background": True}, "background"), ({"input": None}, "input"),
@@ -4561,7 +4979,8 @@ def read_user_of_tools():
     return read_responses(tools=ANY_TOOLS, include=["reasoning.encrypted_content"])
 
 
-# The events between an item's first and last, of which the middle one comes any number of times.
+# The events between an item's first and last, of which the middle one comes any number
+# of times.
 LIVES = {
     "reasoning": ("reasoning_summary_part.added", "reasoning_summary_text.delta", "reasoning_summary_text.done",
                   "reasoning_summary_part.done"),
@@ -4661,7 +5080,8 @@ def test_responses_streams_by_the_rules_what_the_json_answer_says(name, at_once)
         assert without_ids(whole) == without_ids(response)
 
 
-# To add a case, add a row: a name in ANSWERS, the types of its items, status, the reason for being incomplete.
+# To add a case, add a row: a name in ANSWERS, the types of its items, status, the
+# reason for being incomplete.
 RESPONSES_ENDS = [
     ("text", ["message"], "completed", None),
     ("nothing", [], "incomplete", "max_output_tokens"),
@@ -4745,7 +5165,8 @@ def test_responses_beats_without_harm():
                      "response.custom_tool_call_input.delta"]
 
 
-# To add a case, add a row: status, code, whether it can heal; the status before a stream, the code in one.
+# To add a case, add a row: status, code, whether it can heal; the status before a
+# stream, the code in one.
 RESPONSES_ERRORS = [
     (400, "invalid_value", False, 400, "invalid_prompt"),
     (401, "invalid_api_key", False, 401, "invalid_prompt"),
@@ -4813,104 +5234,1156 @@ def test_store_false_fills_no_memory():
     assert len(memory.values) == 4
 
 
-# The road to Z.ai #####################################################################################################
+# Gates ################################################################################
 #
-# Queue, retries, connections, leaving, heartbeats, TLS, proxies: through real sockets wherever bytes matter, and by a
-# clock that passes only while somebody waits wherever time does.
+# By a clock that passes only while somebody waits. What must be seen at Z.ai goes
+# through real sockets.
 
-both = pytest.mark.parametrize("streamed", (True, False), ids=("stream", "json"))
-WELL = (200, "Hello", None, True)  # what ask() gives for HEALTHY
-ZAI_KEYS = tuple(f"{i}123456789abcdef.SecretSecret{i}" for i in (1, 2, 3))
+class FakeClock:
+    """Time that passes only when somebody waits. at(): what is to happen meanwhile. `chores` are called as the pump
+    calls its own: some times a second."""
 
+    STEP_S = 1 / 16
+
+    def __init__(self):
+        self.now = 1024.0
+        self.plan = []
+        self.chores = []
+
+    def __call__(self):
+        return self.now
+
+    def at(self, when, what):
+        self.plan = sorted([*self.plan, (when, what)], key=lambda pair: pair[0])
+
+    def wait(self, seconds):
+        """Let time pass, that long or less."""
+        until = self.now + min(seconds, self.STEP_S)
+        if self.plan and self.plan[0][0] <= until:
+            self.now, what = self.plan.pop(0)
+            what()
+        else:
+            self.now = max(self.now, until)
+        for chore in self.chores:
+            chore(self.now)
+
+
+class ClockClient(ztoapi.Client):
+    """A client that waits by that clock."""
+
+    def __init__(self, clock, key=""):
+        super().__init__(None, key=key)
+        self.clock = clock
+
+    def wait(self, seconds):
+        self.clock.wait(seconds)
+        if self.gone:
+            raise ztoapi.ClientGone
+
+
+class SleepingClient(ztoapi.Client):
+    """A client that waits in a thread of its own, until it is woken."""
+
+    def __init__(self, key=""):
+        super().__init__(None, key=key)
+
+    def wait(self, seconds):
+        self.alarm.acquire(timeout=10)
+        if self.gone:
+            raise ztoapi.ClientGone
+
+
+class TimedUpstream:
+    """An Upstream on that clock, and requests over it to a fake Z.ai on a real socket, which gives `answers`, then
+    `script` for ever. `times`: when each request arrived there."""
+
+    NOW = 1780000000  # Unix time when the clock says 0
+
+    def __init__(self, zai, rand=0.0, **environ):
+        self.zai = zai
+        self.clock = FakeClock()
+        self.times = []
+        self.answers = collections.deque()
+        self.script = stream(*HEALTHY)
+        # The clock leaps: that is no silence of Z.ai.
+        usual = {"ZAI_API_KEY": ZAI_KEY, "ZAI_BASE_URL": zai.url, "UPSTREAM_TIMEOUT": "1000000"}
+        self.settings = Settings.from_environ(dict(usual, **environ))
+        self.pump = ztoapi.Pump(self.settings, self.clock)
+        self.upstream = ztoapi.Upstream(self.settings, self.pump, self.unix_now, lambda: rand, proxies={})
+        self.clock.chores.append(self.upstream.gates.tick)
+        zai.default = self.arrived
+
+    def unix_now(self):
+        return self.NOW + self.clock.now
+
+    def arrived(self, request):
+        self.times.append(self.clock.now)
+        return self.answers.popleft() if self.answers else self.script
+
+    def job(self, model="glm-4.6"):
+        return self.upstream.job(ztoapi.to_zai_request(chat_body(model=model, stream=True), self.settings))
+
+    def ask(self, model="glm-4.6"):
+        """(text, error, record)"""
+        record = ztoapi.Record("req_1", "127.0.0.1", 0.0)
+        fold = ztoapi.Fold()
+        error = None
+        try:
+            self.upstream.answer(self.job(model), ClockClient(self.clock), record, lambda steps, now: fold.add(steps))
+        except ApiError as failure:
+            error = failure
+        return fold.text(ztoapi.TEXT), error, record
+
+    def gaps(self):
+        return [after - before for before, after in zip(self.times, self.times[1:])]
+
+    def reset_words(self, seconds):
+        """Z.ai's words for a limit that ends after so long."""
+        reset = time.gmtime(self.unix_now() + 8 * 3600 + seconds)
+        return time.strftime("Your limit will reset at %Y-%m-%d %H:%M:%S", reset)  # Beijing time
+
+    def close(self):
+        self.pump.close()
+        self.upstream.close()
+
+
+@pytest.fixture
+def make_timed(zai):
+    """Makes TimedUpstreams to the fake Z.ai."""
+    made = []
+
+    def make(*args, **environ):
+        made.append(TimedUpstream(zai, *args, **environ))
+        made[-1].pump.start()
+        return made[-1]
+    yield make
+    for each in made:
+        each.close()
+
+
+class TimedGates:
+    """Gates on that clock, and tickets for them. Tickets that are to wait in the queue do so in threads."""
+
+    def __init__(self, keys=1, limit=0, timeout=120.0, rand=0.0):
+        self.clock = FakeClock()
+        self.admitted = []
+        self.threads = []
+        names = [f"key-number-{i}" for i in range(1, keys + 1)]
+        self.gates = ztoapi.Gates(names, limit, timeout, self.clock, lambda: rand)
+        self.clock.chores.append(self.gates.tick)
+
+    def enter(self, ticket=None, model="glm-4.6"):
+        """A ticket that got a slot, waiting by the clock if it must."""
+        ticket = ticket or ztoapi.Ticket(model, ClockClient(self.clock))
+        self.gates.enter(ticket)
+        return ticket
+
+    def seconds_to_enter(self, ticket=None):
+        began = self.clock.now
+        self.enter(ticket)
+        return self.clock.now - began
+
+    def queue(self, key="", model="glm-4.6"):
+        """A ticket that waits in the queue, in its thread."""
+        ticket = ztoapi.Ticket(model, SleepingClient(key))
+        before = self.queued(model)
+
+        def wait():
+            with contextlib.suppress(ztoapi.ClientGone):
+                self.gates.enter(ticket)
+                self.admitted.append(ticket)
+        self.threads.append(threading.Thread(target=wait, daemon=True))
+        self.threads[-1].start()
+        assert eventually(lambda: self.queued(model) == before + 1)
+        return ticket
+
+    def queued(self, model="glm-4.6"):
+        return self.gates.state()[1].get(model, 0)
+
+    def ceilings(self):
+        return [ceiling for _, _, ceiling, _ in self.gates.state()[0]]
+
+    def serve_all(self, ticket):
+        """Let the ticket end, then each that is admitted thereby; in which order they came."""
+        for i in range(len(self.threads) + 1):
+            self.gates.leave(ticket, served=True)
+            if i < len(self.threads):
+                assert eventually(lambda i=i: len(self.admitted) > i)
+                ticket = self.admitted[i]
+        return self.admitted
+
+
+def error_of(code, message="no", status=429, **more):
+    return zai_error({"error": {"code": code, "message": message}}, status, **more)
+
+
+REFUSED = error_of("1302")
+
+
+def test_first_come_is_first_served():
+    timed = TimedGates(limit=1)
+    first = timed.enter()
+    tickets = [timed.queue() for _ in range(6)]
+    assert timed.serve_all(first) == tickets
+    assert timed.gates.state()[1] == {}
+
+
+def test_client_keys_take_turns_in_the_queue():
+    timed = TimedGates(limit=1)
+    first = timed.enter()
+    a1, a2, a3, b1, b2 = [timed.queue(key) for key in "aaabb"]
+    assert timed.serve_all(first) == [a1, b1, a2, b2, a3]
+
+
+def test_models_have_queues_of_their_own():
+    timed = TimedGates(limit=1)
+    first = timed.enter(model="glm-4.6")
+    behind = timed.queue(model="glm-4.6")
+    assert timed.enter(model="glm-4.5").gate
+    assert timed.serve_all(first) == [behind]
+
+
+@pytest.mark.parametrize("limit", (1, 5))
+def test_max_concurrency_is_a_fixed_ceiling(limit):
+    timed = TimedGates(limit=limit)
+    tickets = [timed.enter() for _ in range(limit)]
+    began = timed.clock.now
+    with pytest.raises(ApiError) as caught:
+        timed.enter()
+    assert timed.clock.now - began == 120, "nothing is probed above it"
+    assert (caught.value.status, caught.value.code) == (429, "rate_limit_exceeded")
+    assert caught.value.headers() == {"Retry-After": "5", "x-should-retry": "false"}
+    timed.clock.at(timed.clock.now + 7, lambda: timed.gates.leave(tickets[0]))
+    assert timed.seconds_to_enter() == 7
+
+
+@pytest.mark.parametrize("code", ("1302", "1305"))
+def test_the_ceiling_becomes_what_is_in_flight_without_the_refused_one(code):
+    timed = TimedGates()
+    tickets = [timed.enter() for _ in range(12)]
+    for left in range(11, 0, -1):
+        timed.gates.leave(tickets.pop(), error_of(code))
+        assert timed.ceilings() == [left]
+
+
+# To add a case, add a row: code, how many others are in flight, the ceiling then,
+# seconds until it goes again.
+LESSONS = [
+    ("1302", 1, 1, 0.5),
+    ("1302", 0, 1, 0.5),
+    ("1303", 1, None, 0.5),
+    ("1305", 1, 1, 60),  # one is in flight, one is allowed: until the probing
+    ("1305", 2, 2, 60),
+    ("1305", 0, None, 1),
+    ("1312", 1, None, 1),
+    ("1312", 0, None, 1),
+]
+
+
+@pytest.mark.parametrize("code,others,ceiling,seconds", LESSONS)
+def test_what_a_refusal_teaches(code, others, ceiling, seconds):
+    timed = TimedGates()
+    for _ in range(others):
+        timed.enter()
+    refused = timed.enter()
+    timed.gates.leave(refused, error_of(code))
+    assert timed.ceilings() == [ceiling]
+    if code == "1302" and others:
+        seconds = 60
+    assert timed.seconds_to_enter(refused) == seconds
+
+
+def test_the_pauses_of_an_overload_double_to_15_seconds():
+    timed = TimedGates()
+    ticket = timed.enter()
+    pauses = []
+    for _ in range(6):
+        timed.gates.leave(ticket, error_of("1305"))
+        pauses.append(timed.seconds_to_enter(ticket))
+    assert pauses == [1, 2, 4, 8, 15, 15]
+
+
+def test_the_ceiling_is_probed_up_to_max_concurrency_and_no_further():
+    timed = TimedGates(limit=3)
+    tickets = [timed.enter() for _ in range(3)]
+    for ticket in tickets[1:]:
+        timed.gates.leave(ticket, REFUSED)
+    assert timed.ceilings() == [1]
+    assert [timed.seconds_to_enter(), timed.seconds_to_enter()] == [60, 60]
+    assert timed.ceilings() == [3]
+    with pytest.raises(ApiError):
+        timed.enter()
+    assert timed.ceilings() == [3]
+
+
+def test_the_ceiling_is_probed_upward_by_one_after_60_seconds_without_a_refusal():
+    timed = TimedGates()
+    tickets = [timed.enter() for _ in range(3)]
+    timed.gates.leave(tickets.pop(), REFUSED)
+    assert timed.seconds_to_enter() == 60
+    assert timed.ceilings() == [3]
+    refused = timed.enter()
+    assert timed.ceilings() == [4]
+    timed.clock.now += 30
+    timed.gates.leave(refused, REFUSED)
+    assert timed.ceilings() == [3]
+    assert timed.seconds_to_enter(refused) == 60
+
+
+def test_looking_for_room_changes_nothing():
+    """The metrics, the queue and other models may look as often as they like."""
+    timed = TimedGates()
+    gate = timed.enter().gate
+    timed.gates.leave(timed.enter(), REFUSED)
+    timed.clock.now += 1000
+    assert [gate.room(timed.clock.now) for _ in range(2)] == [0, 0]
+    for _ in range(2):
+        gate.probe(timed.clock.now)
+    assert gate.room(timed.clock.now) == 1
+
+
+@pytest.mark.parametrize("slot_frees_after,goes_after", ((0.25, 0.5), (0.5, 0.5), (5, 5)))
+def test_a_refused_request_goes_when_a_slot_frees_but_not_before_its_backoff(slot_frees_after, goes_after):
+    timed = TimedGates()
+    other = timed.enter()
+    refused = timed.enter()
+    timed.gates.leave(refused, REFUSED)
+    timed.clock.at(timed.clock.now + slot_frees_after, lambda: timed.gates.leave(other, served=True))
+    assert timed.seconds_to_enter(refused) == goes_after
+
+
+def test_a_refused_request_goes_back_to_the_head_of_the_queue():
+    timed = TimedGates(limit=1)
+    refused = timed.enter()
+    behind = [timed.queue(), timed.queue()]
+    timed.gates.leave(refused, REFUSED)
+    assert timed.queued() == 2, "nobody overtakes while the gate is closed"
+    assert timed.seconds_to_enter(refused) == 0.5
+    assert timed.serve_all(refused) == behind
+
+
+def test_the_next_in_the_queue_goes_on_when_the_head_leaves_it():
+    timed = TimedGates()
+    timed.gates.leave(timed.enter(), error_of("1302", retry_after=30.0))
+    head = timed.queue()
+    behind = timed.queue()
+    head.client.leave()
+    assert eventually(lambda: timed.queued() == 1)
+    timed.clock.now += 30
+    timed.gates.tick(timed.clock.now)
+    assert eventually(lambda: timed.admitted == [behind])
+
+
+def test_one_who_has_left_keeps_no_slot():
+    timed = TimedGates(limit=1)
+    left = ztoapi.Ticket("glm-4.6", ClockClient(timed.clock))
+    left.client.gone = True
+    with pytest.raises(ztoapi.ClientGone):
+        timed.enter(left)
+    assert timed.seconds_to_enter() == 0
+
+
+def test_gates_of_models_that_taught_nothing_are_forgotten():
+    timed = TimedGates()
+    for i in range(100):
+        timed.gates.leave(timed.enter(model=f"model-{i}"), served=True)
+    assert timed.gates.state() == ([], {})
+    assert timed.gates.queues == {}
+
+
+def test_the_log_tells_once_when_a_gate_begins_to_refuse_and_once_when_it_clears(caplog):
+    caplog.set_level(logging.INFO, "ztoapi")
+    timed = TimedGates()
+    refused = timed.enter()
+    for _ in range(3):
+        timed.gates.leave(refused, REFUSED)
+        timed.enter(refused)
+    assert caplog.messages == ["glm-4.6: Z.ai refuses (1302), 1 at a time, queueing"]
+    behind = timed.queue()
+    timed.gates.leave(refused, served=True)
+    assert len(caplog.messages) == 1, "somebody still queued"
+    for ticket in (behind, timed.enter()):
+        timed.gates.leave(ticket, served=True)
+    assert caplog.messages[1:] == ["glm-4.6: nobody queues any more"]
+
+
+# To add a case, add a row: how Z.ai refuses -> what too many requests get.
+BURSTS = {
+    "1302": refusal(429, "1302"),
+    "1305": refusal(429, "1305"),
+    "1302 as first event": stream(sse(LIMITED), DONE),
+}
+
+
+@pytest.mark.parametrize("how", BURSTS)
+def test_a_burst_of_10_against_a_limit_of_3_succeeds_and_teaches(zai, how):
+    running = threading.BoundedSemaphore(3)
+
+    def limited(request):
+        if not running.acquire(blocking=False):
+            return BURSTS[how]
+        return stream(say("a"), 0.06, lambda *_: running.release(), say("b"), FINISH, DONE)
+    zai.default = limited
+    with strict_proxy(zai) as proxy:
+        results = together(*[lambda i=i: ask(proxy, i % 3) for i in range(10)])
+        assert results == [(200, "ab", None, True)] * 10
+        assert [gate[2] in (1, 2, 3) for gate in proxy.server.upstream.gates.state()[0]] == [True]
+
+
+def test_max_concurrency_bounds_what_is_in_flight_at_zai(zai):
+    counts = []
+
+    def begin(*_):
+        counts.append(1)
+
+    def end(*_):
+        counts.append(-1)
+    zai.default = stream(begin, say("a"), 0.03, end, FINISH, DONE)
+    with strict_proxy(zai, MAX_CONCURRENCY="3") as proxy:
+        results = together(*[lambda i=i: ask(proxy, i % 2) for i in range(12)])
+        assert [whole for *_, whole in results] == [True] * 12
+        assert max(itertools.accumulate(counts)) == 3
+
+
+def test_queue_timeout_is_a_429_that_sdks_do_not_repeat(zai):
+    zai.default = stream(say("a"), 0.3, FINISH, DONE)
+    with strict_proxy(zai, MAX_CONCURRENCY="1", QUEUE_TIMEOUT="0.1") as proxy, proxy.open_stream() as occupant:
+        assert eventually(lambda: zai.in_flight == 1)
+        status, headers, body = proxy.chat()
+        assert (status, body["error"]["code"]) == (429, "rate_limit_exceeded")
+        assert headers["x-should-retry"] == "false"
+        assert int(headers["Retry-After"]) >= 1
+        assert int(headers["x-ztoapi-queue-ms"]) >= 100
+        assert read_stream(occupant)[3]
+        assert len(zai.requests) == 1
+
+
+@both
+def test_queue_ms_tells_how_long_a_request_waited(zai, streamed):
+    zai.default = stream(say("a"), 0.1, FINISH, DONE)
+    with strict_proxy(zai, MAX_CONCURRENCY="1") as proxy, proxy.open_stream() as occupant:
+        assert eventually(lambda: zai.in_flight == 1)
+        headers = (proxy.stream() if streamed else proxy.chat())[1]
+        assert 20 <= int(headers["x-ztoapi-queue-ms"]) <= 5000
+        assert int(read_stream(occupant)[1].get("x-ztoapi-queue-ms", 0)) < 50
+
+
+def test_retries_are_in_the_log_and_in_the_metrics(zai, caplog):
+    caplog.set_level(logging.INFO, "ztoapi")
+    zai.scripts.extend([refusal(500, "1234"), refusal(429, "1120")])
+    with strict_proxy(zai) as proxy:
+        assert ask(proxy, True) == WELL
+        proxy.idle()
+        assert "retries=2" in caplog.text
+        assert "ztoapi_retries_total 2" in proxy.call("GET", "/metrics")[2]
+
+
+# Several keys
+
+@pytest.mark.parametrize("limit", (0, 2))
+def test_the_key_with_the_most_room_serves(limit):
+    timed = TimedGates(keys=2, limit=limit)
+    tickets = [timed.enter() for _ in range(4)]
+    assert [gate[3] for gate in timed.gates.state()[0]] == [2, 2]
+    freed = tickets[1].gate
+    timed.gates.leave(tickets[1], served=True)
+    assert timed.enter().gate is freed
+
+
+def test_a_key_that_learned_a_low_ceiling_gets_less():
+    timed = TimedGates(keys=2)
+    refused = timed.enter()
+    timed.enter()
+    timed.gates.leave(refused, REFUSED)
+    timed.clock.now += 1
+    positions = [timed.enter().gate.key.position for _ in range(3)]
+    assert positions.count(1) <= 1
+
+
+# To add a case, add a row: codes, their HTTP status, whether the whole key rests or its
+# serving that model.
+RESTS = [
+    ("401 1000 1001 1002 1003 1004 1005 1315", 401, True),
+    ("1110 1111 1112 1304 1308 1309 1310", 429, True),
+    ("1113 1311", 429, False),
+]
+REST_ROWS = [(code, *rest) for codes, *rest in RESTS for code in codes.split()]
+
+
+@pytest.mark.parametrize("code,status,whole_key", REST_ROWS)
+def test_a_refused_key_rests_for_ten_minutes_and_the_next_one_serves(zai, make_timed, code, status, whole_key):
+    timed = make_timed(ZAI_API_KEY=",".join(ZAI_KEYS[:2]))
+    first, second = ZAI_KEYS[:2]
+    timed.answers.append(refusal(status, code))
+    text, error, record = timed.ask()
+    assert (text, error, record.retries) == ("Hello", None, 1)
+    assert timed.gaps() == [0]
+    assert timed.ask()[0] == "Hello"
+    assert timed.ask("glm-4.5")[0] == "Hello"
+    assert keys_at(zai) == [first, second, second, second if whole_key else first]
+    timed.clock.now += 599
+    assert timed.ask()[0] == "Hello"
+    timed.clock.now += 2
+    assert timed.ask()[0] == "Hello"
+    assert keys_at(zai)[4:] == [second, first]
+
+
+@pytest.mark.parametrize("code", ("1308", "1310"))
+def test_an_exhausted_key_rests_until_its_reset(zai, make_timed, code):
+    timed = make_timed(ZAI_API_KEY=",".join(ZAI_KEYS[:2]))
+    timed.answers.append(refusal(429, code, timed.reset_words(5000)))
+    assert timed.ask()[0] == "Hello"
+    timed.clock.now += 4990
+    assert timed.ask()[0] == "Hello"
+    timed.clock.now += 20
+    assert timed.ask()[0] == "Hello"
+    first, second = ZAI_KEYS[:2]
+    assert keys_at(zai) == [first, second, second, first]
+
+
+def test_no_key_rests_longer_than_six_hours(zai, make_timed):
+    """The reset may be days away, but somebody may recharge."""
+    timed = make_timed(ZAI_API_KEY=",".join(ZAI_KEYS[:2]))
+    timed.answers.append(refusal(429, "1310", timed.reset_words(3 * 86400)))
+    for leap in (6 * 3600 - 1, 2, 0):
+        assert timed.ask()[0] == "Hello"
+        timed.clock.now += leap
+    first, second = ZAI_KEYS[:2]
+    assert keys_at(zai) == [first, second, second, first]
+
+
+@pytest.mark.parametrize("code", ("401", "1113", "1304", "1311"))
+def test_a_lone_key_is_asked_again_all_the_same(make_timed, code):
+    timed = make_timed()
+    timed.answers.append(refusal(429, code))
+    assert timed.ask()[1].zai_code == code
+    assert timed.ask()[0] == "Hello"
+
+
+def test_with_all_keys_resting_the_one_whose_turn_comes_first_is_tried(zai, make_timed):
+    timed = make_timed(ZAI_API_KEY=",".join(ZAI_KEYS))
+    for seconds in (7000, 5000, 6000):
+        timed.answers.append(refusal(429, "1308", timed.reset_words(seconds)))
+    _, error, record = timed.ask()
+    assert (error.status, error.code, record.retries) == (402, "insufficient_quota", 2)
+    assert error.headers() == {"Retry-After": "6000", "x-should-retry": "false"}
+    timed.clock.now += 10
+    assert timed.ask()[0] == "Hello"
+    assert keys_at(zai) == [*ZAI_KEYS, ZAI_KEYS[1]]
+
+
+def test_an_answer_ends_the_rest_of_the_key_that_was_tried_all_the_same():
+    timed = TimedGates(keys=2)
+    timed.gates.leave(timed.enter(), UpstreamError("exhausted", KEY_RESTS, retry_after=5000.0))
+    ticket = timed.enter()
+    timed.gates.leave(ticket, error_of("401"))
+    timed.enter(ticket)
+    assert ticket.gate.key.position == 1, "it has been refused with the other"
+    timed.gates.leave(ticket, served=True)
+    assert timed.enter().gate.key.position == 1
+
+
+def test_a_key_goes_on_resting_though_an_earlier_answer_with_it_ends_well():
+    timed = TimedGates(keys=2)
+    running, second, refused = [timed.enter() for _ in range(3)]
+    assert running.gate is refused.gate
+    timed.gates.leave(refused, error_of("1308"))
+    timed.gates.leave(running, served=True)
+    timed.gates.leave(second, served=True)
+    assert timed.enter().gate.key.position == 2
+
+
+def test_the_head_of_the_queue_goes_when_a_key_comes_back():
+    timed = TimedGates(keys=2, limit=1)
+    busy = timed.enter()
+    timed.gates.leave(timed.enter(), UpstreamError("exhausted", KEY_RESTS, retry_after=10.0))
+    ticket = ztoapi.Ticket("glm-4.6", ClockClient(timed.clock))
+    assert timed.seconds_to_enter(ticket) == 10
+    assert ticket.gate.key is not busy.gate.key
+
+
+@both
+def test_the_client_sees_nothing_of_a_key_that_fails(zai, streamed):
+    zai.scripts.extend([refusal(401, "401"), stream(error_event("1311"))])
+    with strict_proxy(zai, ZAI_API_KEY=",".join(ZAI_KEYS), MAX_RETRIES="0") as proxy:
+        assert ask(proxy, streamed) == WELL
+        assert keys_at(zai) == list(ZAI_KEYS)
+
+
+def test_an_empty_purse_at_every_key_is_told_with_no_second_try(zai):
+    zai.default = refusal(429, "1113")
+    with strict_proxy(zai, ZAI_API_KEY=",".join(ZAI_KEYS)) as proxy:
+        status, headers, body = proxy.chat()
+        assert (status, body["error"]["code"]) == (402, "insufficient_quota")
+        assert headers["x-should-retry"] == "false"
+        assert keys_at(zai) == list(ZAI_KEYS)
+
+
+# To add a case, add a row: where Z.ai quotes the key -> the script for a key.
+QUOTING = {
+    "401": lambda key: refusal(401, "401", f"token {key} expired"),
+    "halves": lambda key: refusal(500, "1234", "{} and {}".format(*key.split("."))),
+    "400": lambda key: refusal(400, "1210", f"key {key}"),
+    "first event": lambda key: stream(error_event("1234", f"Bearer {key}")),
+    "later event": lambda key: stream(say("a"), error_event("1234", f"Bearer {key}")),
+    "log id": lambda key: [raw_head(f"X-Log-Id: {key}"), CLOSE],
+    "head": lambda key: [b"HTTP/1.1 %b\r\n\r\n" % key.encode(), CLOSE],
+}
+
+
+@pytest.mark.parametrize("case", QUOTING)
+@both
+def test_no_key_is_seen_in_answers_or_logs(zai, caplog, case, streamed):
+    caplog.set_level(logging.DEBUG, "ztoapi")
+    zai.default = lambda request: QUOTING[case](request["headers"]["Authorization"].split()[1])
+    with strict_proxy(zai, ZAI_API_KEY=",".join(ZAI_KEYS[:2]), DEBUG_MODE="true") as proxy:
+        seen = talk(proxy, raw_chat(chat_body(stream=streamed), "Connection: close")).decode()
+        proxy.idle()
+    assert "error" in seen
+    assert "key #1" in caplog.text
+    parts = [part for key in ZAI_KEYS[:2] for part in key.split(".")]
+    assert [part for part in parts if part in seen + caplog.text] == []
+
+
+# Pump #################################################################################
+
+def test_two_hundred_streams_at_once_are_relayed_whole(zai):
+    def script(request):
+        word = request["body"]["messages"][0]["content"]
+        pieces = [step for i in range(10) for step in (say(f"{word}.{i} "), 0.02)]
+        return stream(*pieces, FINISH, DONE)
+    zai.default = script
+    with strict_proxy(zai) as proxy, contextlib.ExitStack() as closing:
+        socks = []
+        for i in range(200):
+            messages = [{"role": "user", "content": f"n{i}"}]
+            socks.append(closing.enter_context(proxy.open_stream(messages=messages)))
+        for i, sock in enumerate(socks):
+            _, _, events, clean = read_stream(sock)
+            assert clean
+            assert said(events).split() == [f"n{i}.{j}" for j in range(10)]
+            assert events[-1] == "[DONE]"
+
+
+def test_a_bug_in_a_chore_does_not_end_the_pump(zai, brisk, caplog):
+    def buggy(now):
+        proxy.server.pump.chores.remove(buggy)
+        raise ZeroDivisionError
+    with strict_proxy(zai) as proxy:
+        proxy.server.pump.chores.append(buggy)
+        assert eventually(lambda: "The pump failed" in caplog.text)
+        assert ask(proxy, True) == WELL
+
+
+# The client's leaving
+
+@contextlib.contextmanager
+def leaving(proxy, caplog, request, how="close"):
+    """A request whose client leaves, and is gone within a second, without an error in the log."""
+    caplog.set_level(logging.INFO, "ztoapi")
+    caplog.clear()
+    sock = proxy.connect()
+    sock.sendall(request)
+    yield
+    if how == "reset":
+        make_reset(sock)
+    if how == "end of file":
+        sock.shutdown(socket.SHUT_WR)
+    else:
+        sock.close()
+    left = time.monotonic()
+    assert eventually(proxy.server.idle, 3)
+    assert time.monotonic() - left < 1
+    sock.close()
+    assert figures(proxy)[1:] == (0, 1)
+    assert " 499 " in caplog.text
+    assert [record for record in caplog.records if record.levelno > logging.INFO] == []
+
+
+def is_connecting(proxy):
+    return any(client.dialing for client in list(proxy.server.pump.clients))
+
+
+def is_pausing(proxy, zai):
+    return len(zai.requests) == 1 and not zai.in_flight and not slots(proxy)
+
+
+PAUSE = "Retry-After: 60"
+# To add a case, add a row: a phase -> what Z.ai does; when it is reached; how many
+# connections to Z.ai are then open.
+PHASES = {
+    "before the head": ([30], lambda proxy, zai: zai.in_flight == 1, 1),
+    "before the first token": ([HEAD, 30], lambda proxy, zai: zai.in_flight == 1, 1),
+    "behind the first token": (stream(say("Hel"), 30), lambda proxy, zai: zai.in_flight == 1, 1),
+    "in a backoff": (answer(500, NETWORK, PAUSE), is_pausing, 0),
+    "refused, in the queue": (answer(429, LIMITED, PAUSE), is_pausing, 0),
+}
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@both
+def test_the_clients_leaving_is_noticed(zai, brisk, caplog, phase, streamed):
+    zai.default, is_reached, connected = PHASES[phase]
+    with strict_proxy(zai) as proxy:
+        with leaving(proxy, caplog, raw_chat(chat_body(stream=streamed))):
+            assert eventually(lambda: is_reached(proxy, zai))
+        assert eventually(lambda: zai.cut_by_client == connected, 1)
+        assert len(zai.requests) == 1
+
+
+@pytest.mark.parametrize("how,streamed", (("reset", True), ("end of file", False)))
+def test_every_way_of_leaving_is_noticed(zai, caplog, how, streamed):
+    zai.default = stream(say("Hel"), 30)
+    with strict_proxy(zai) as proxy:
+        with leaving(proxy, caplog, raw_chat(chat_body(stream=streamed)), how):
+            assert eventually(lambda: zai.in_flight == 1)
+        assert eventually(lambda: zai.cut_by_client == 1, 1)
+
+
+@both
+def test_the_clients_leaving_the_queue_is_noticed(zai, brisk, caplog, streamed):
+    zai.default = stream(say("Hel"), 30)
+    with strict_proxy(zai, MAX_CONCURRENCY="1") as proxy, proxy.open_stream() as occupant:
+        assert eventually(lambda: zai.in_flight == 1)
+        with proxy.connect() as sock:
+            sock.sendall(raw_chat(chat_body(stream=streamed)))
+            assert eventually(lambda: queued(proxy) == 1)
+        assert eventually(lambda: queued(proxy) == 0, 1)
+        occupant.close()
+        assert figures(proxy) == (0, 0, 2)
+        assert len(zai.requests) == 1
+        assert [record for record in caplog.records if record.levelno > logging.INFO] == []
+
+
+def test_a_slot_never_goes_to_one_who_has_left(zai):
+    """Not even when a write that fails frees it, before the pump looks."""
+    zai.default = stream(*[say("Hel"), 0.01] * 500)
+    with strict_proxy(zai, MAX_CONCURRENCY="1") as proxy:
+        socks = [proxy.open_stream() for _ in range(6)]
+        assert eventually(lambda: zai.in_flight == 1 and queued(proxy) == 5)
+        for sock in socks:
+            sock.close()
+        proxy.idle()
+        assert len(zai.requests) == 1
+
+
+@both
+def test_the_clients_leaving_while_connecting_is_noticed(brisk, caplog, streamed):
+    with stuck_listener() as port, strict_proxy(ZAI_BASE_URL=f"http://127.0.0.1:{port}") as proxy:
+        with leaving(proxy, caplog, raw_chat(chat_body(stream=streamed))):
+            assert eventually(lambda: is_connecting(proxy))
+
+
+@pytest.mark.parametrize("kind", ("https", "tunnel"))
+def test_the_clients_leaving_in_a_handshake_is_noticed(brisk, caplog, monkeypatch, kind):
+    with MuteListener() as mute:
+        url = f"https://127.0.0.1:{mute.port}/api"
+        if kind == "tunnel":
+            through(monkeypatch, "https", f"http://127.0.0.1:{mute.port}")
+            url = "https://api.z.ai/api"
+        with strict_proxy(ZAI_BASE_URL=url) as proxy:
+            with leaving(proxy, caplog, raw_chat(chat_body(stream=True))):
+                assert mute.heard.wait(5)
+            assert mute.ended.wait(1)
+
+
+def test_the_leaving_of_a_client_that_had_sent_more_is_noticed(zai, brisk):
+    zai.default = stream(say("Hel"), 30)
+    with strict_proxy(zai) as proxy:
+        with proxy.connect() as sock:
+            sock.sendall(raw_chat(chat_body(stream=True)))
+            assert eventually(lambda: zai.in_flight == 1)
+            sock.sendall(raw_chat(chat_body(stream=True)))  # pipelined
+        assert eventually(lambda: zai.cut_by_client == 1, 1)
+
+
+# Heartbeats
+
+@pytest.mark.parametrize("begin", ([0.15], [HEAD, 0.15]), ids=("before the head", "before the first token"))
+def test_a_heartbeat_is_a_valid_empty_chunk_and_the_opening_one_comes_first(zai, brisk, begin):
+    zai.default = begin + stream(*HEALTHY)[len(begin) - 1:]
+    with strict_proxy(zai, HEARTBEAT="0.04") as proxy, proxy.open_stream() as sock:
+        assert sock.recv(12, socket.MSG_PEEK) == b"HTTP/1.1 200"
+        assert zai.in_flight == 1, "the head is out before Z.ai has said anything"
+        _, _, events, clean = read_stream(sock)
+        assert clean
+        assert said(events) == "Hello"
+        deltas = [choice["delta"] for choice in choices_of(events)]
+        assert deltas[0] == {"role": "assistant", "content": ""}
+        assert ["role" in delta for delta in deltas].count(True) == 1
+        assert any(map(is_beat, events))
+        constants = {(e["id"], e["created"], e["model"], e["object"]) for e in events[:-1]}
+        assert len(constants) == 1
+
+
+def test_a_heartbeat_comes_mid_stream_too(zai, brisk):
+    zai.default = stream(say("Hel"), 0.15, say("lo"), FINISH, DONE)
+    with strict_proxy(zai, HEARTBEAT="0.04") as proxy:
+        _, _, events, clean = proxy.stream()
+        assert clean
+        deltas = [choice["delta"] for choice in choices_of(events)]
+        assert {} in deltas[deltas.index({"content": "Hel"}):deltas.index({"content": "lo"})]
+
+
+@pytest.mark.parametrize("heartbeat", ("10", "0"))
+def test_no_heartbeat_comes_before_its_time_or_at_0(zai, brisk, heartbeat):
+    zai.default = stream(0.1, *HEALTHY)
+    with strict_proxy(zai, HEARTBEAT=heartbeat) as proxy:
+        assert not any(map(is_beat, proxy.stream()[2]))
+
+
+# To add a case, add a row: what comes late -> the script.
+LATE_ENDS = {
+    "the end mark": stream(say("Hello"), FINISH, 0.2, DONE),
+    "the end of the body": stream(say("Hello"), FINISH, DONE, 0.2),
+    "the finish": stream(say("Hello"), 0.2, FINISH, DONE),
+    "the usage": stream(say("Hello"), event(finish="stop"), 0.2, FINISH, DONE),
+    "nothing, after a large write": [b"".join(stream(say("Hello" * (1 << 20)), FINISH, DONE))],
+}
+
+
+@pytest.mark.parametrize("case", LATE_ENDS)
+def test_a_heartbeat_never_follows_the_end_of_an_answer(zai, brisk, case):
+    zai.default = LATE_ENDS[case]
+    with strict_proxy(zai, HEARTBEAT="0.05") as proxy, proxy.open_stream() as sock:
+        time.sleep(0.3)  # the large write stands still meanwhile
+        _, _, events, clean = read_stream(sock)
+        assert clean
+        assert events[-1] == "[DONE]"
+        assert said(events).replace("Hello", "") == ""
+        sock.settimeout(0.2)
+        with pytest.raises(socket.timeout):
+            sock.recv(1)
+
+
+def test_a_quick_refusal_keeps_its_status_with_heartbeats_on(zai, brisk):
+    zai.default = refusal(400, "1210")
+    with strict_proxy(zai, HEARTBEAT="0.2") as proxy:
+        assert ask(proxy, True)[0] == 400
+
+
+def test_a_json_answer_has_no_heartbeats_and_keeps_its_status(zai, brisk):
+    zai.scripts.append([0.15, *refusal(400, "1210")])
+    zai.default = [0.15, *stream(*HEALTHY)]
+    with strict_proxy(zai, HEARTBEAT="0.03") as proxy:
+        assert ask(proxy, False)[0] == 400
+        assert ask(proxy, False) == WELL
+
+
+def test_retrying_goes_on_after_a_heartbeat(zai, brisk):
+    zai.scripts.extend([[0.1, *refusal(500, "1234")], [HEAD, 0.1, CLOSE]])
+    with strict_proxy(zai, HEARTBEAT="0.03") as proxy:
+        _, _, events, clean = proxy.stream()
+        assert clean
+        assert said(events) == "Hello"
+        assert len(zai.requests) == 3
+        assert ["role" in choice["delta"] for choice in choices_of(events)].count(True) == 1
+
+
+def test_queueing_goes_on_after_a_heartbeat(zai, brisk):
+    zai.default = stream(0.2, *HEALTHY)
+    with strict_proxy(zai, HEARTBEAT="0.03", MAX_CONCURRENCY="1") as proxy, proxy.open_stream() as first:
+        assert eventually(lambda: zai.in_flight == 1)
+        with proxy.open_stream() as second:
+            assert second.recv(1, socket.MSG_PEEK) == b"H"
+            assert queued(proxy) == 1
+            for _, _, events, clean in together(lambda: read_stream(first), lambda: read_stream(second)):
+                assert (said(events), clean) == ("Hello", True)
+
+
+# To add a case, add a row: what Z.ai does after a heartbeat, the code of the error
+# then.
+FAILURES_AFTER_BEAT = {
+    "400": ([0.1, *refusal(400, "1210")], "invalid_value"),
+    "429": ([0.1, *refusal(429, "1113")], "insufficient_quota"),
+    "reset": ([0.1, RESET], "upstream_error"),
+    "event": ([0.1, *stream(sse(NETWORK))], "upstream_error"),
+}
+
+
+@pytest.mark.parametrize("case", FAILURES_AFTER_BEAT)
+def test_a_failure_after_a_heartbeat_is_the_in_stream_error(zai, brisk, case):
+    zai.default, code = FAILURES_AFTER_BEAT[case]
+    with strict_proxy(zai, HEARTBEAT="0.03", MAX_RETRIES="0") as proxy:
+        events = failed_stream(proxy)
+        assert events[0]["choices"][0]["delta"]["role"] == "assistant"
+        assert events[-1]["error"]["code"] == code
+
+
+def test_queue_timeout_after_a_heartbeat_is_the_in_stream_error(zai, brisk):
+    zai.default = stream(say("Hel"), 30)
+    with strict_proxy(zai, HEARTBEAT="0.03", MAX_CONCURRENCY="1", QUEUE_TIMEOUT="0.1") as proxy, proxy.open_stream():
+        assert eventually(lambda: zai.in_flight == 1)
+        assert failed_stream(proxy)[-1]["error"]["code"] == "rate_limit_exceeded"
+
+
+@contextlib.contextmanager
+def minded_stream(make_head, **environ):
+    """(pump, client, the other end of its socket): a pump at work, and a client that it does not mind yet."""
+    pump = ztoapi.Pump(Settings.from_environ(environ))
+    ours, theirs = socket.socketpair()
+    ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    front = ztoapi.Chat("chatcmpl-1", 1, "glm-4.6")
+    pump.start()
+    with ours, theirs:
+        theirs.settimeout(5)
+        yield pump, ztoapi.Client(ours, ztoapi.Outbox(ours, make_head, front)), theirs
+    pump.close()
+
+
+def test_who_takes_a_client_back_from_the_pump_finds_no_heartbeat_under_way(monkeypatch):
+    """An error must see whether a stream has begun; else it would answer a second time."""
+    monkeypatch.setattr(ztoapi, "TICK_S", 0.01)
+    beating = threading.Event()
+
+    def slow_head():
+        beating.set()
+        time.sleep(0.1)
+        return b"HEAD"
+    with minded_stream(slow_head, HEARTBEAT="0.01") as (pump, client, theirs):
+        with pump.minding(client):
+            assert beating.wait(5)
+        assert client.outbox.started
+        theirs.setblocking(False)
+        assert theirs.recv(4) == b"HEAD"
+
+
+def test_an_outbox_that_has_ended_its_answer_beats_no_more(monkeypatch):
+    monkeypatch.setattr(ztoapi, "TICK_S", 0.01)
+    with minded_stream(lambda: b"HEAD", HEARTBEAT="0.01") as (pump, client, theirs):
+        with pump.minding(client):
+            client.outbox.put("the end", time.monotonic(), last=True)
+            time.sleep(0.1)
+        client.connection.shutdown(socket.SHUT_WR)
+        assert read_to_end(theirs).endswith(b"the end\r\n" + END)
+
+
+def test_heartbeats_into_a_full_window_wait_for_room_and_come_whole(monkeypatch):
+    monkeypatch.setattr(ztoapi, "TICK_S", 0.0005)
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with minded_stream(lambda: head, HEARTBEAT="0.0005") as (pump, client, theirs):
+        with pump.minding(client):
+            assert eventually(lambda: client.is_behind)
+            time.sleep(0.05)
+            owed = len(client.outbox.unsent)
+            assert owed < 1000, "no beat is put behind another that waits"
+            reading = threading.Thread(target=lambda: got.append(read_stream(theirs)), daemon=True)
+            got = []
+            reading.start()
+            assert eventually(lambda: not client.is_behind)
+        client.connection.sendall(client.outbox.frame("data: [DONE]\n\n", last=True))
+        reading.join(5)
+        _, _, events, clean = got[0]
+        assert clean
+        assert events[-1] == "[DONE]"
+        assert events[0]["choices"][0]["delta"]["role"] == "assistant"
+        assert all(map(is_beat, events[1:-1]))
+
+
+# Slow readers and large answers
+
+def test_nothing_is_read_from_zai_while_its_client_is_behind():
+    outbox = ztoapi.Outbox(FullSocket(), bytes, ztoapi.Chat("chatcmpl-1", 1, "glm-4.6"))
+    outbox.put("text", 0)
+    received = []
+    connection = types.SimpleNamespace(receive=received.append)
+    answer_to_come = ztoapi.Answer(ztoapi.Translator(), zai_error)
+    relay = ztoapi.Relay(connection, answer_to_come, ztoapi.Client(FullSocket(), outbox), None)
+    assert not relay.step(1, bytearray(10))
+    assert received == []
+
+
+class FullSocket:
+    """A client's socket that takes nothing."""
+
+    def send(self, data):
+        raise BlockingIOError
+
+
+def count_text(sock, letter):
+    """How often `letter`, which is nowhere else, comes in a streamed answer; and whether that ends as it should."""
+    count = 0
+    tail = b""
+    while not tail.endswith(b"data: [DONE]\n\n\r\n" + END):
+        data = sock.recv(1 << 20)
+        if not data:
+            return count, False
+        count += data.count(letter)
+        tail = (tail + data)[-64:]
+    return count, True
+
+
+def rss():
+    """Resident bytes of this process; 0 where the system does not tell."""
+    with contextlib.suppress(OSError), open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return 0
+
+
+class Torrent:
+    """A script of `count` equal events of `size` letters; `sent` counts them."""
+
+    def __init__(self, count, size):
+        self.sent = 0
+        self.script = [HEAD, *[chunked(say("Q" * size)), self.count] * count, chunked(FINISH), END]
+
+    def count(self, fake, request):
+        self.sent += 1
+
+
+def test_a_slow_reader_slows_zai_down_and_costs_no_memory(zai):
+    torrent = Torrent(600, 1 << 16)
+    zai.default = torrent.script
+    with strict_proxy(zai) as proxy, proxy.open_stream() as sock:
+        before = rss()
+        sent = -1
+        while sent != torrent.sent:  # until Z.ai is held up
+            sent = torrent.sent
+            time.sleep(0.2)
+        assert sent < 500
+        assert rss() - before < 16 << 20
+        assert count_text(sock, b"Q") == (600 << 16, True)
+
+
+def test_a_client_that_is_behind_is_no_silence_of_zai(zai, brisk):
+    zai.default = Torrent(300, 1 << 16).script
+    with strict_proxy(zai, UPSTREAM_TIMEOUT="0.1") as proxy, proxy.open_stream() as sock:
+        time.sleep(0.4)
+        assert count_text(sock, b"Q") == (300 << 16, True)
+
+
+def test_an_error_that_comes_while_the_client_is_behind_comes_last_and_whole(zai, brisk):
+    zai.default = [HEAD, chunked(say("Q" * (4 << 20))) + chunked(sse(NETWORK)), CLOSE]
+    with strict_proxy(zai) as proxy, proxy.open_stream() as sock:
+        time.sleep(0.2)
+        _, _, events, clean = read_stream(sock)
+        assert len(said(events)) == 4 << 20
+        assert "Network error" in events[-1]["error"]["message"]
+        assert not clean
+
+
+def test_a_slow_reader_does_not_hold_up_the_others(zai):
+    zai.scripts.append(Torrent(600, 1 << 16).script)
+    with strict_proxy(zai) as proxy, proxy.open_stream():
+        assert eventually(lambda: any(client.is_behind for client in list(proxy.server.pump.clients)))
+        assert ask(proxy, True) == WELL
+
+
+def test_a_client_that_takes_no_write_within_client_timeout_is_dropped(zai, brisk):
+    zai.default = Torrent(1000, 1 << 16).script
+    with strict_proxy(zai, CLIENT_TIMEOUT="0.2") as proxy, proxy.open_stream():
+        assert eventually(lambda: zai.cut_by_client == 1)
+        assert figures(proxy) == (0, 0, 1)
+
+
+def test_a_slow_reader_is_no_dropped_one(zai, brisk):
+    zai.default = Torrent(300, 1 << 16).script
+    with strict_proxy(zai, CLIENT_TIMEOUT="0.3", UPSTREAM_TIMEOUT="0.3") as proxy, proxy.open_stream() as sock:
+        for _ in range(5):
+            time.sleep(0.08)
+            sock.recv(1 << 20)
+        assert count_text(sock, b"Q")[1]
+
+
+# What is made for one request, and must go with it.
+PER_REQUEST = (
+    ztoapi.Handler, ztoapi.Client, ztoapi.Outbox, ztoapi.Relay, ztoapi.Connection, ztoapi.ZaiRequest, ztoapi.Answer,
+    ztoapi.Reply, ztoapi.SSEDecoder, ztoapi.Translator, ztoapi.Job, ztoapi.Ticket, ztoapi.Fold, ztoapi.Chat)
+
+# To add a case, add a row: what happens -> what Z.ai does (None: it is not there),
+# streamed or not.
+LITTER = {
+    "well": (stream(*HEALTHY), True),
+    "well, json": (stream(*HEALTHY), False),
+    "reset": ([RESET], True),
+    "first event, json": (stream(sse(NETWORK), DONE), False),
+    "HTML 502": (answer(502, b"<html><h1>502 Bad Gateway</h1></html>"), True),
+    "cut": ([HEAD, chunked(say("Hel")), CLOSE], True),
+    "silence": ([HEAD, 30], True),
+    "not there": (None, True),
+}
+
+
+def litter_of(make_request):
+    """The kinds of things of one request that are still there after it, with the garbage collector off."""
+    def left():
+        return {id(thing): type(thing).__name__ for thing in gc.get_objects() if isinstance(thing, PER_REQUEST)}
+    gc.collect()
+    before = left()
+    gc.disable()
+    try:
+        make_request()
+        eventually(lambda: left().keys() <= before.keys(), 1)
+        return [kind for key, kind in left().items() if key not in before]
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("case", LITTER)
+def test_a_request_leaves_nothing_for_the_garbage_collector(zai, brisk, case):
+    """What it leaves, it leaves with its body and its buffers, for as long as the collector likes."""
+    zai.default, streamed = LITTER[case]
+    if zai.default is None:
+        zai.close()
+
+    def make_request():
+        ask(proxy, streamed)
+        proxy.idle()
+    with strict_proxy(zai, MAX_RETRIES="1", UPSTREAM_TIMEOUT="0.1") as proxy:
+        assert litter_of(make_request) == []
+
+
+@both
+def test_a_client_that_leaves_an_answer_leaves_nothing_either(zai, brisk, streamed):
+    zai.default = stream(say("Hel"), 30)
+
+    def make_request():
+        with proxy.connect() as sock:
+            sock.sendall(raw_chat(chat_body(stream=streamed)))
+            assert eventually(lambda: zai.in_flight == 1)
+        proxy.idle()
+    with strict_proxy(zai) as proxy:
+        assert litter_of(make_request) == []
+
+
+def test_a_client_that_leaves_while_connecting_leaves_nothing_either(brisk):
+    def make_request():
+        with proxy.open_stream():
+            assert eventually(lambda: is_connecting(proxy))
+        proxy.idle()
+    with stuck_listener() as port, strict_proxy(ZAI_BASE_URL=f"http://127.0.0.1:{port}") as proxy:
+        assert litter_of(make_request) == []
+
+
+def test_a_json_answer_of_more_than_64_mib_is_an_error(zai):
+    one = chunked(say("\u4e2d" * ((1 << 20) // 3)))  # a mebibyte, whatever the count of characters
+    zai.default = [HEAD, *[one] * 66, chunked(FINISH), END]
+    with strict_proxy(zai) as proxy:
+        assert ask(proxy, False)[0] == 502
+        assert len(zai.requests) == 1
+
+
+@pytest.mark.parametrize("script", (stream(*HEALTHY), refusal(400, "1210")), ids=("answer", "refusal"))
+def test_the_log_id_of_zai_is_in_the_answer_and_in_the_log(zai, caplog, script):
+    caplog.set_level(logging.INFO, "ztoapi")
+    zai.default = script
+    with strict_proxy(zai) as proxy:
+        for get in (proxy.stream, proxy.chat):
+            caplog.clear()
+            assert get()[1]["x-zai-log-id"] == LOG_ID
+            assert eventually(lambda: LOG_ID in caplog.text)
+
+
+# Upstream #############################################################################
+#
+# Through real sockets wherever bytes matter, and by the clock wherever time does.
 
 def raw_head(*lines):
     return "\r\n".join(["HTTP/1.1 200 OK", "Content-Type: text/event-stream", *lines, "", ""]).encode()
 
 
-def footprint(proxy):
-    """Threads, and open descriptors where the system tells; idle connections to Z.ai are closed here."""
-    proxy.server.upstream.pool.expire(float("inf"))
-    use = set(threading.enumerate())
-    for number in os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else ():
-        with contextlib.suppress(OSError):
-            use.add((number, os.readlink(f"/proc/self/fd/{number}")))
-    return use
-
-
-@contextlib.contextmanager
-def strict_proxy(zai=None, **environ):
-    """A proxy that must leak no slots, descriptors or threads. Chance is out of it: retries wait no time, refused
-    requests the shortest."""
-    with proxying(zai, **environ) as proxy:
-        upstream = proxy.server.upstream
-        upstream.rand = upstream.gates.rand = lambda: 0.0
-        before = footprint(proxy)
-        yield proxy
-        proxy.idle()
-        assert eventually(lambda: footprint(proxy) <= before), footprint(proxy) - before
-
-
-@pytest.fixture
-def brisk(monkeypatch):
-    """The pump looks often, for tests of the times it keeps."""
-    monkeypatch.setattr(ztoapi, "TICK_S", 0.02)
-
-
-def ask(proxy, streamed, **fields):
-    """(status, text, error or None, whether it ended as it should) of a chat, either way."""
-    if not streamed:
-        status, _, body = proxy.chat(**fields)
-        error = body.get("error")
-        text = "" if error else body["choices"][0]["message"]["content"]
-        return status, text, error, error is None
-    status, _, events, clean = proxy.stream(**fields)
-    error = next((event["error"] for event in events if "error" in event), None)
-    whole = clean and not error
-    assert ("[DONE]" in events[-1:]) == whole, events
-    return status, said(events), error, whole and finish_of(events) != []
-
-
-def failed_stream(proxy, **fields):
-    """The events of a stream that began and failed, once all is checked that holds for each."""
-    status, _, events, clean = proxy.stream(**fields)
-    assert status == 200
-    assert not clean
-    assert "[DONE]" not in events
-    assert finish_of(events) == []
-    assert list(events[-1]) == ["error"]
-    assert isinstance(events[-1]["error"]["code"], str)
-    assert [event for event in events[:-1] if "error" in event] == []
-    return events
-
-
-def is_beat(event):
-    """Whether an event is a heartbeat: an empty delta that ends nothing."""
-    return [(choice["delta"], choice["finish_reason"]) for choice in choices_of([event])] == [({}, None)]
-
-
-def figures(proxy):
-    """What the metrics count: (retries, failed, cancelled)."""
-    proxy.idle()
-    metrics = proxy.server.metrics
-    stats = metrics.stats([], {}, False)
-    return metrics.retries, stats["failed"], stats["cancelled"]
-
-
-def queued(proxy):
-    return sum(proxy.server.upstream.gates.state()[1].values())
-
-
-def slots(proxy):
-    """How many requests the gates think are in flight."""
-    return sum(gate[3] for gate in proxy.server.upstream.gates.state()[0])
-
-
-def keys_at(zai):
-    """The keys that arrived at Z.ai, in order."""
-    return [request["headers"]["Authorization"].split()[1] for request in zai.requests]
-
-
-# Faults: each heals if it comes before the first delta, and ends the answer if it comes later
+# Faults: each heals if it comes before the first delta, and ends the answer if it comes
+# later
 
 # To add a case, add a row: a fault -> what Z.ai does.
 EARLY = {
@@ -5151,34 +6624,6 @@ def test_a_bug_in_a_front_ends_one_answer_only(zai, monkeypatch, caplog):
     assert "this is a bug" in caplog.text
 
 
-def test_a_bug_in_a_chore_does_not_end_the_pump(zai, brisk, caplog):
-    def buggy(now):
-        proxy.server.pump.chores.remove(buggy)
-        raise ZeroDivisionError
-    with strict_proxy(zai) as proxy:
-        proxy.server.pump.chores.append(buggy)
-        assert eventually(lambda: "The pump failed" in caplog.text)
-        assert ask(proxy, True) == WELL
-
-
-def test_two_hundred_streams_at_once_are_relayed_whole(zai):
-    def script(request):
-        word = request["body"]["messages"][0]["content"]
-        pieces = [step for i in range(10) for step in (say(f"{word}.{i} "), 0.02)]
-        return stream(*pieces, FINISH, DONE)
-    zai.default = script
-    with strict_proxy(zai) as proxy, contextlib.ExitStack() as closing:
-        socks = []
-        for i in range(200):
-            messages = [{"role": "user", "content": f"n{i}"}]
-            socks.append(closing.enter_context(proxy.open_stream(messages=messages)))
-        for i, sock in enumerate(socks):
-            _, _, events, clean = read_stream(sock)
-            assert clean
-            assert said(events).split() == [f"n{i}.{j}" for j in range(10)]
-            assert events[-1] == "[DONE]"
-
-
 # Silence, and other times
 
 # To add a case, add a row: what Z.ai does before it falls silent -> the script.
@@ -5271,53 +6716,137 @@ def test_a_trickle_behind_the_finish_does_not_hold_the_slot(zai, brisk, monkeypa
         assert not trickled.is_set()
 
 
+# Retries, by the clock
+
+@pytest.mark.parametrize("rand,gaps", ((1.0, [0.5, 1, 2, 4, 8, 8]), (0.5, [0.25, 0.5, 1, 2, 4, 4]), (0.0, [0] * 6)))
+def test_backoff_between_retries_doubles_with_full_jitter(make_timed, rand, gaps):
+    timed = make_timed(rand, MAX_RETRIES="6")
+    timed.script = refusal(500, "1234")
+    _, error, record = timed.ask()
+    assert timed.gaps() == gaps
+    assert error.status == 502
+    assert record.retries == 6
+    assert record.queued_s == sum(gaps)
+
+
+# To add a case, add a row: code, Z.ai's Retry-After header, seconds until the next
+# attempt.
+RETRY_AFTER = [
+    ("1234", "7", 7),
+    ("1234", "0", 0),
+    ("1302", "7", 7),
+    ("1302", "20", 20),
+    ("1305", "7", 7),
+    ("1305", "0", 1),  # our own backoff is the least
+    ("1305", email.utils.formatdate(TimedUpstream.NOW + 1024 + 7, usegmt=True), 7),
+]
+
+
+@pytest.mark.parametrize("code,header,seconds", RETRY_AFTER)
+def test_retry_after_of_zai_is_honoured(make_timed, code, header, seconds):
+    timed = make_timed()
+    timed.answers.append(answer(429, {"error": {"code": code, "message": "no"}}, f"Retry-After: {header}"))
+    text, error, _ = timed.ask()
+    assert (text, error) == ("Hello", None)
+    assert seconds <= timed.gaps()[0] <= seconds + 1
+
+
+@pytest.mark.parametrize("code", ("1234", "1302", "1305"))
+def test_a_retry_after_beyond_queue_timeout_is_told_at_once_with_the_true_time(make_timed, code):
+    timed = make_timed(QUEUE_TIMEOUT="60")
+    timed.script = answer(429, {"error": {"code": code, "message": "no"}}, "Retry-After: 90")
+    _, error, _ = timed.ask()
+    assert error.headers()["Retry-After"] == "90"
+    assert len(timed.times) == 1
+    assert timed.clock.now == 1024
+
+
+def test_an_absurd_retry_after_closes_the_gate_for_a_minute_at_most(make_timed):
+    timed = make_timed()
+    timed.answers.append(answer(429, LIMITED, "Retry-After: 86400"))
+    _, error, _ = timed.ask()
+    assert (error.status, error.headers()["Retry-After"]) == (429, "86400")
+    assert timed.clock.now == 1024
+    assert timed.ask()[0] == "Hello"
+    assert timed.gaps() == [60]
+
+
+def test_a_gate_that_opens_too_late_is_not_waited_for(make_timed):
+    timed = make_timed(QUEUE_TIMEOUT="30")
+    timed.answers.append(answer(429, LIMITED, "Retry-After: 86400"))
+    assert timed.ask()[1] is not None
+    _, error, _ = timed.ask()
+    assert error.headers() == {"Retry-After": "60", "x-should-retry": "false"}
+    assert timed.clock.now == 1024
+    assert len(timed.times) == 1
+
+
+@pytest.mark.parametrize("rand", (0.0, 0.5, 1.0))
+def test_a_refused_request_goes_again_after_a_backoff_that_doubles_to_8_seconds(make_timed, rand):
+    timed = make_timed(rand)
+    timed.script = refusal(429, "1302")
+    _, error, record = timed.ask()
+    for gap, nominal in zip(timed.gaps(), (0.5, 1, 2, 4, 8, 8, 8, 8)):
+        assert nominal <= gap <= min(8, nominal * (1 + 0.5 * rand)) + FakeClock.STEP_S
+    assert len(timed.times) > 14, "besides MAX_RETRIES"
+    assert record.retries == len(timed.times)
+    assert (error.status, error.code) == (429, "rate_limit_exceeded")
+
+
+def test_an_overload_is_waited_out_within_queue_timeout(make_timed):
+    timed = make_timed(QUEUE_TIMEOUT="50")
+    timed.script = refusal(429, "1305", "The service may be temporarily overloaded")
+    _, error, _ = timed.ask()
+    assert timed.gaps() == [1, 2, 4, 8, 15, 15]
+    assert timed.clock.now == 1024 + 45, "the next pause would be too long"
+    assert (error.status, error.code) == (503, "overloaded")
+    assert "temporarily overloaded" in error.message
+    assert error.headers()["x-should-retry"] == "false"
+    timed.script = stream(*HEALTHY)
+    assert timed.ask()[0] == "Hello"
+
+
+@pytest.mark.parametrize("timeout", (20, 120))
+def test_queue_timeout_bounds_the_waiting_and_not_the_time_with_zai(make_timed, timeout):
+    timed = make_timed(QUEUE_TIMEOUT=str(timeout))
+
+    def with_zai(fake, request):
+        timed.clock.now += 100
+    timed.script = [with_zai, *refusal(429, "1302", "Slow down, please")]
+    _, error, record = timed.ask()
+    waited = timed.clock.now - 1024 - 100 * len(timed.times)
+    assert timeout - 8 <= waited <= timeout
+    assert record.queued_s == pytest.approx(waited)
+    assert "Slow down, please" in error.message
+    assert error.headers()["x-should-retry"] == "false"
+    assert int(error.headers()["Retry-After"]) >= 1
+
+
+def test_retries_and_queueing_again_are_counted_apart(make_timed):
+    timed = make_timed(MAX_RETRIES="1")
+    refusals = [refusal(429, "1302"), refusal(500, "1234"), stream(sse(LIMITED), DONE), refusal(429, "1303")]
+    timed.answers.extend(refusals)
+    text, error, record = timed.ask()
+    assert (text, error, record.retries) == ("Hello", None, 4)
+
+
+def test_the_requests_bytes_are_let_go_of_with_the_first_step(make_timed):
+    timed = make_timed()
+    timed.answers.append(refusal(500, "1234"))
+    timed.script = stream(say("Hel"), 0.05, say("lo"), FINISH, DONE)
+    job = timed.job()
+    data = job.data
+    holders = []
+
+    def take(steps, now):
+        holders.append(sys.getrefcount(data))
+    timed.upstream.answer(job, ClockClient(timed.clock), ztoapi.Record("req_1", "127.0.0.1", 0.0), take)
+    assert job.data is None
+    assert len(holders) >= 2
+    assert set(holders) == {sys.getrefcount(data)}
+
+
 # Connecting
-
-@contextlib.contextmanager
-def stuck_listener():
-    """The port of a listener whose backlog is full: connecting to it takes for ever."""
-    with socket.socket() as listener, contextlib.ExitStack() as filling:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen(0)
-        for _ in range(8):
-            sock = filling.enter_context(socket.socket())
-            sock.settimeout(0.05)
-            try:
-                sock.connect(listener.getsockname())
-            except OSError:
-                break
-        else:
-            pytest.skip("this system's backlog does not fill")
-        yield listener.getsockname()[1]
-
-
-class MuteListener:
-    """A server that takes connections, says `words` once something has come, and nothing else. `heard`, `ended`: what
-    came to pass."""
-
-    def __init__(self, words=b""):
-        self.words = words
-        self.heard = threading.Event()
-        self.ended = threading.Event()
-        self.socket = socket.create_server(("127.0.0.1", 0))
-        self.port = self.socket.getsockname()[1]
-        threading.Thread(target=self.serve, daemon=True).start()
-
-    def serve(self):
-        with contextlib.suppress(OSError), self.socket:
-            while True:
-                with self.socket.accept()[0] as sock, contextlib.suppress(ConnectionError):
-                    while sock.recv(65536):
-                        self.heard.set()
-                        sock.sendall(self.words)
-                self.ended.set()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        shut_down(self.socket)
-
 
 def test_connect_refused_is_an_error_after_max_retries(closed_port):
     with strict_proxy(ZAI_BASE_URL=f"http://127.0.0.1:{closed_port}/api") as proxy:
@@ -5437,7 +6966,8 @@ def test_the_pool_closes_what_was_idle_for_60_seconds():
         assert pool.take("key") is None, "too old, though nobody has closed it yet"
 
 
-# To add a case, add a row: an answer -> its script, and whether its connection serves again.
+# To add a case, add a row: an answer -> its script, and whether its connection serves
+# again.
 REUSE = {
     "a stream read to its end": (stream(*HEALTHY), True),
     "a stream in one go": ([b"".join(stream(*HEALTHY))], True),
@@ -5503,1359 +7033,7 @@ def test_a_pooled_connection_that_ends_after_a_while_was_not_dead(zai, monkeypat
         assert len(zai.requests) == 4
 
 
-# Time that takes no time
-
-class FakeClock:
-    """Time that passes only when somebody waits. at(): what is to happen meanwhile. `chores` are called as the pump
-    calls its own: some times a second."""
-
-    STEP_S = 1 / 16
-
-    def __init__(self):
-        self.now = 1024.0
-        self.plan = []
-        self.chores = []
-
-    def __call__(self):
-        return self.now
-
-    def at(self, when, what):
-        self.plan = sorted([*self.plan, (when, what)], key=lambda pair: pair[0])
-
-    def wait(self, seconds):
-        """Let time pass, that long or less."""
-        until = self.now + min(seconds, self.STEP_S)
-        if self.plan and self.plan[0][0] <= until:
-            self.now, what = self.plan.pop(0)
-            what()
-        else:
-            self.now = max(self.now, until)
-        for chore in self.chores:
-            chore(self.now)
-
-
-class ClockClient(ztoapi.Client):
-    """A client that waits by that clock."""
-
-    def __init__(self, clock, key=""):
-        super().__init__(None, key=key)
-        self.clock = clock
-
-    def wait(self, seconds):
-        self.clock.wait(seconds)
-        if self.gone:
-            raise ztoapi.ClientGone
-
-
-class SleepingClient(ztoapi.Client):
-    """A client that waits in a thread of its own, until it is woken."""
-
-    def __init__(self, key=""):
-        super().__init__(None, key=key)
-
-    def wait(self, seconds):
-        self.alarm.acquire(timeout=10)
-        if self.gone:
-            raise ztoapi.ClientGone
-
-
-class TimedUpstream:
-    """An Upstream on that clock, and requests over it to a fake Z.ai on a real socket, which gives `answers`, then
-    `script` for ever. `times`: when each request arrived there."""
-
-    NOW = 1780000000  # Unix time when the clock says 0
-
-    def __init__(self, zai, rand=0.0, **environ):
-        self.zai = zai
-        self.clock = FakeClock()
-        self.times = []
-        self.answers = collections.deque()
-        self.script = stream(*HEALTHY)
-        # The clock leaps: that is no silence of Z.ai.
-        usual = {"ZAI_API_KEY": ZAI_KEY, "ZAI_BASE_URL": zai.url, "UPSTREAM_TIMEOUT": "1000000"}
-        self.settings = Settings.from_environ(dict(usual, **environ))
-        self.pump = ztoapi.Pump(self.settings, self.clock)
-        self.upstream = ztoapi.Upstream(self.settings, self.pump, self.unix_now, lambda: rand, proxies={})
-        self.clock.chores.append(self.upstream.gates.tick)
-        zai.default = self.arrived
-
-    def unix_now(self):
-        return self.NOW + self.clock.now
-
-    def arrived(self, request):
-        self.times.append(self.clock.now)
-        return self.answers.popleft() if self.answers else self.script
-
-    def job(self, model="glm-4.6"):
-        return self.upstream.job(ztoapi.to_zai_request(chat_body(model=model, stream=True), self.settings))
-
-    def ask(self, model="glm-4.6"):
-        """(text, error, record)"""
-        record = ztoapi.Record("req_1", "127.0.0.1", 0.0)
-        fold = ztoapi.Fold()
-        error = None
-        try:
-            self.upstream.answer(self.job(model), ClockClient(self.clock), record, lambda steps, now: fold.add(steps))
-        except ApiError as failure:
-            error = failure
-        return fold.text(ztoapi.TEXT), error, record
-
-    def gaps(self):
-        return [after - before for before, after in zip(self.times, self.times[1:])]
-
-    def reset_words(self, seconds):
-        """Z.ai's words for a limit that ends after so long."""
-        reset = time.gmtime(self.unix_now() + 8 * 3600 + seconds)
-        return time.strftime("Your limit will reset at %Y-%m-%d %H:%M:%S", reset)  # Beijing time
-
-    def close(self):
-        self.pump.close()
-        self.upstream.close()
-
-
-@pytest.fixture
-def make_timed(zai):
-    """Makes TimedUpstreams to the fake Z.ai."""
-    made = []
-
-    def make(*args, **environ):
-        made.append(TimedUpstream(zai, *args, **environ))
-        made[-1].pump.start()
-        return made[-1]
-    yield make
-    for each in made:
-        each.close()
-
-
-@pytest.mark.parametrize("rand,gaps", ((1.0, [0.5, 1, 2, 4, 8, 8]), (0.5, [0.25, 0.5, 1, 2, 4, 4]), (0.0, [0] * 6)))
-def test_backoff_between_retries_doubles_with_full_jitter(make_timed, rand, gaps):
-    timed = make_timed(rand, MAX_RETRIES="6")
-    timed.script = refusal(500, "1234")
-    _, error, record = timed.ask()
-    assert timed.gaps() == gaps
-    assert error.status == 502
-    assert record.retries == 6
-    assert record.queued_s == sum(gaps)
-
-
-# To add a case, add a row: code, Z.ai's Retry-After header, seconds until the next attempt.
-RETRY_AFTER = [
-    ("1234", "7", 7),
-    ("1234", "0", 0),
-    ("1302", "7", 7),
-    ("1302", "20", 20),
-    ("1305", "7", 7),
-    ("1305", "0", 1),  # our own backoff is the least
-    ("1305", email.utils.formatdate(TimedUpstream.NOW + 1024 + 7, usegmt=True), 7),
-]
-
-
-@pytest.mark.parametrize("code,header,seconds", RETRY_AFTER)
-def test_retry_after_of_zai_is_honoured(make_timed, code, header, seconds):
-    timed = make_timed()
-    timed.answers.append(answer(429, {"error": {"code": code, "message": "no"}}, f"Retry-After: {header}"))
-    text, error, _ = timed.ask()
-    assert (text, error) == ("Hello", None)
-    assert seconds <= timed.gaps()[0] <= seconds + 1
-
-
-@pytest.mark.parametrize("code", ("1234", "1302", "1305"))
-def test_a_retry_after_beyond_queue_timeout_is_told_at_once_with_the_true_time(make_timed, code):
-    timed = make_timed(QUEUE_TIMEOUT="60")
-    timed.script = answer(429, {"error": {"code": code, "message": "no"}}, "Retry-After: 90")
-    _, error, _ = timed.ask()
-    assert error.headers()["Retry-After"] == "90"
-    assert len(timed.times) == 1
-    assert timed.clock.now == 1024
-
-
-def test_an_absurd_retry_after_closes_the_gate_for_a_minute_at_most(make_timed):
-    timed = make_timed()
-    timed.answers.append(answer(429, LIMITED, "Retry-After: 86400"))
-    _, error, _ = timed.ask()
-    assert (error.status, error.headers()["Retry-After"]) == (429, "86400")
-    assert timed.clock.now == 1024
-    assert timed.ask()[0] == "Hello"
-    assert timed.gaps() == [60]
-
-
-def test_a_gate_that_opens_too_late_is_not_waited_for(make_timed):
-    timed = make_timed(QUEUE_TIMEOUT="30")
-    timed.answers.append(answer(429, LIMITED, "Retry-After: 86400"))
-    assert timed.ask()[1] is not None
-    _, error, _ = timed.ask()
-    assert error.headers() == {"Retry-After": "60", "x-should-retry": "false"}
-    assert timed.clock.now == 1024
-    assert len(timed.times) == 1
-
-
-@pytest.mark.parametrize("rand", (0.0, 0.5, 1.0))
-def test_a_refused_request_goes_again_after_a_backoff_that_doubles_to_8_seconds(make_timed, rand):
-    timed = make_timed(rand)
-    timed.script = refusal(429, "1302")
-    _, error, record = timed.ask()
-    for gap, nominal in zip(timed.gaps(), (0.5, 1, 2, 4, 8, 8, 8, 8)):
-        assert nominal <= gap <= min(8, nominal * (1 + 0.5 * rand)) + FakeClock.STEP_S
-    assert len(timed.times) > 14, "besides MAX_RETRIES"
-    assert record.retries == len(timed.times)
-    assert (error.status, error.code) == (429, "rate_limit_exceeded")
-
-
-def test_an_overload_is_waited_out_within_queue_timeout(make_timed):
-    timed = make_timed(QUEUE_TIMEOUT="50")
-    timed.script = refusal(429, "1305", "The service may be temporarily overloaded")
-    _, error, _ = timed.ask()
-    assert timed.gaps() == [1, 2, 4, 8, 15, 15]
-    assert timed.clock.now == 1024 + 45, "the next pause would be too long"
-    assert (error.status, error.code) == (503, "overloaded")
-    assert "temporarily overloaded" in error.message
-    assert error.headers()["x-should-retry"] == "false"
-    timed.script = stream(*HEALTHY)
-    assert timed.ask()[0] == "Hello"
-
-
-@pytest.mark.parametrize("timeout", (20, 120))
-def test_queue_timeout_bounds_the_waiting_and_not_the_time_with_zai(make_timed, timeout):
-    timed = make_timed(QUEUE_TIMEOUT=str(timeout))
-
-    def with_zai(fake, request):
-        timed.clock.now += 100
-    timed.script = [with_zai, *refusal(429, "1302", "Slow down, please")]
-    _, error, record = timed.ask()
-    waited = timed.clock.now - 1024 - 100 * len(timed.times)
-    assert timeout - 8 <= waited <= timeout
-    assert record.queued_s == pytest.approx(waited)
-    assert "Slow down, please" in error.message
-    assert error.headers()["x-should-retry"] == "false"
-    assert int(error.headers()["Retry-After"]) >= 1
-
-
-def test_retries_and_queueing_again_are_counted_apart(make_timed):
-    timed = make_timed(MAX_RETRIES="1")
-    refusals = [refusal(429, "1302"), refusal(500, "1234"), stream(sse(LIMITED), DONE), refusal(429, "1303")]
-    timed.answers.extend(refusals)
-    text, error, record = timed.ask()
-    assert (text, error, record.retries) == ("Hello", None, 4)
-
-
-def test_the_requests_bytes_are_let_go_of_with_the_first_step(make_timed):
-    timed = make_timed()
-    timed.answers.append(refusal(500, "1234"))
-    timed.script = stream(say("Hel"), 0.05, say("lo"), FINISH, DONE)
-    job = timed.job()
-    data = job.data
-    holders = []
-
-    def take(steps, now):
-        holders.append(sys.getrefcount(data))
-    timed.upstream.answer(job, ClockClient(timed.clock), ztoapi.Record("req_1", "127.0.0.1", 0.0), take)
-    assert job.data is None
-    assert len(holders) >= 2
-    assert set(holders) == {sys.getrefcount(data)}
-
-
-# Gates
-
-class TimedGates:
-    """Gates on that clock, and tickets for them. Tickets that are to wait in the queue do so in threads."""
-
-    def __init__(self, keys=1, limit=0, timeout=120.0, rand=0.0):
-        self.clock = FakeClock()
-        self.admitted = []
-        self.threads = []
-        names = [f"key-number-{i}" for i in range(1, keys + 1)]
-        self.gates = ztoapi.Gates(names, limit, timeout, self.clock, lambda: rand)
-        self.clock.chores.append(self.gates.tick)
-
-    def enter(self, ticket=None, model="glm-4.6"):
-        """A ticket that got a slot, waiting by the clock if it must."""
-        ticket = ticket or ztoapi.Ticket(model, ClockClient(self.clock))
-        self.gates.enter(ticket)
-        return ticket
-
-    def seconds_to_enter(self, ticket=None):
-        began = self.clock.now
-        self.enter(ticket)
-        return self.clock.now - began
-
-    def queue(self, key="", model="glm-4.6"):
-        """A ticket that waits in the queue, in its thread."""
-        ticket = ztoapi.Ticket(model, SleepingClient(key))
-        before = self.queued(model)
-
-        def wait():
-            with contextlib.suppress(ztoapi.ClientGone):
-                self.gates.enter(ticket)
-                self.admitted.append(ticket)
-        self.threads.append(threading.Thread(target=wait, daemon=True))
-        self.threads[-1].start()
-        assert eventually(lambda: self.queued(model) == before + 1)
-        return ticket
-
-    def queued(self, model="glm-4.6"):
-        return self.gates.state()[1].get(model, 0)
-
-    def ceilings(self):
-        return [ceiling for _, _, ceiling, _ in self.gates.state()[0]]
-
-    def serve_all(self, ticket):
-        """Let the ticket end, then each that is admitted thereby; in which order they came."""
-        for i in range(len(self.threads) + 1):
-            self.gates.leave(ticket, served=True)
-            if i < len(self.threads):
-                assert eventually(lambda i=i: len(self.admitted) > i)
-                ticket = self.admitted[i]
-        return self.admitted
-
-
-def error_of(code, message="no", status=429, **more):
-    return zai_error({"error": {"code": code, "message": message}}, status, **more)
-
-
-REFUSED = error_of("1302")
-
-
-def test_first_come_is_first_served():
-    timed = TimedGates(limit=1)
-    first = timed.enter()
-    tickets = [timed.queue() for _ in range(6)]
-    assert timed.serve_all(first) == tickets
-    assert timed.gates.state()[1] == {}
-
-
-def test_client_keys_take_turns_in_the_queue():
-    timed = TimedGates(limit=1)
-    first = timed.enter()
-    a1, a2, a3, b1, b2 = [timed.queue(key) for key in "aaabb"]
-    assert timed.serve_all(first) == [a1, b1, a2, b2, a3]
-
-
-def test_models_have_queues_of_their_own():
-    timed = TimedGates(limit=1)
-    first = timed.enter(model="glm-4.6")
-    behind = timed.queue(model="glm-4.6")
-    assert timed.enter(model="glm-4.5").gate
-    assert timed.serve_all(first) == [behind]
-
-
-@pytest.mark.parametrize("limit", (1, 5))
-def test_max_concurrency_is_a_fixed_ceiling(limit):
-    timed = TimedGates(limit=limit)
-    tickets = [timed.enter() for _ in range(limit)]
-    began = timed.clock.now
-    with pytest.raises(ApiError) as caught:
-        timed.enter()
-    assert timed.clock.now - began == 120, "nothing is probed above it"
-    assert (caught.value.status, caught.value.code) == (429, "rate_limit_exceeded")
-    assert caught.value.headers() == {"Retry-After": "5", "x-should-retry": "false"}
-    timed.clock.at(timed.clock.now + 7, lambda: timed.gates.leave(tickets[0]))
-    assert timed.seconds_to_enter() == 7
-
-
-@pytest.mark.parametrize("code", ("1302", "1305"))
-def test_the_ceiling_becomes_what_is_in_flight_without_the_refused_one(code):
-    timed = TimedGates()
-    tickets = [timed.enter() for _ in range(12)]
-    for left in range(11, 0, -1):
-        timed.gates.leave(tickets.pop(), error_of(code))
-        assert timed.ceilings() == [left]
-
-
-# To add a case, add a row: code, how many others are in flight, the ceiling then, seconds until it goes again.
-LESSONS = [
-    ("1302", 1, 1, 0.5),
-    ("1302", 0, 1, 0.5),
-    ("1303", 1, None, 0.5),
-    ("1305", 1, 1, 60),  # one is in flight, one is allowed: until the probing
-    ("1305", 2, 2, 60),
-    ("1305", 0, None, 1),
-    ("1312", 1, None, 1),
-    ("1312", 0, None, 1),
-]
-
-
-@pytest.mark.parametrize("code,others,ceiling,seconds", LESSONS)
-def test_what_a_refusal_teaches(code, others, ceiling, seconds):
-    timed = TimedGates()
-    for _ in range(others):
-        timed.enter()
-    refused = timed.enter()
-    timed.gates.leave(refused, error_of(code))
-    assert timed.ceilings() == [ceiling]
-    if code == "1302" and others:
-        seconds = 60
-    assert timed.seconds_to_enter(refused) == seconds
-
-
-def test_the_pauses_of_an_overload_double_to_15_seconds():
-    timed = TimedGates()
-    ticket = timed.enter()
-    pauses = []
-    for _ in range(6):
-        timed.gates.leave(ticket, error_of("1305"))
-        pauses.append(timed.seconds_to_enter(ticket))
-    assert pauses == [1, 2, 4, 8, 15, 15]
-
-
-def test_the_ceiling_is_probed_up_to_max_concurrency_and_no_further():
-    timed = TimedGates(limit=3)
-    tickets = [timed.enter() for _ in range(3)]
-    for ticket in tickets[1:]:
-        timed.gates.leave(ticket, REFUSED)
-    assert timed.ceilings() == [1]
-    assert [timed.seconds_to_enter(), timed.seconds_to_enter()] == [60, 60]
-    assert timed.ceilings() == [3]
-    with pytest.raises(ApiError):
-        timed.enter()
-    assert timed.ceilings() == [3]
-
-
-def test_the_ceiling_is_probed_upward_by_one_after_60_seconds_without_a_refusal():
-    timed = TimedGates()
-    tickets = [timed.enter() for _ in range(3)]
-    timed.gates.leave(tickets.pop(), REFUSED)
-    assert timed.seconds_to_enter() == 60
-    assert timed.ceilings() == [3]
-    refused = timed.enter()
-    assert timed.ceilings() == [4]
-    timed.clock.now += 30
-    timed.gates.leave(refused, REFUSED)
-    assert timed.ceilings() == [3]
-    assert timed.seconds_to_enter(refused) == 60
-
-
-def test_looking_for_room_changes_nothing():
-    """The metrics, the queue and other models may look as often as they like."""
-    timed = TimedGates()
-    gate = timed.enter().gate
-    timed.gates.leave(timed.enter(), REFUSED)
-    timed.clock.now += 1000
-    assert [gate.room(timed.clock.now) for _ in range(2)] == [0, 0]
-    for _ in range(2):
-        gate.probe(timed.clock.now)
-    assert gate.room(timed.clock.now) == 1
-
-
-@pytest.mark.parametrize("slot_frees_after,goes_after", ((0.25, 0.5), (0.5, 0.5), (5, 5)))
-def test_a_refused_request_goes_when_a_slot_frees_but_not_before_its_backoff(slot_frees_after, goes_after):
-    timed = TimedGates()
-    other = timed.enter()
-    refused = timed.enter()
-    timed.gates.leave(refused, REFUSED)
-    timed.clock.at(timed.clock.now + slot_frees_after, lambda: timed.gates.leave(other, served=True))
-    assert timed.seconds_to_enter(refused) == goes_after
-
-
-def test_a_refused_request_goes_back_to_the_head_of_the_queue():
-    timed = TimedGates(limit=1)
-    refused = timed.enter()
-    behind = [timed.queue(), timed.queue()]
-    timed.gates.leave(refused, REFUSED)
-    assert timed.queued() == 2, "nobody overtakes while the gate is closed"
-    assert timed.seconds_to_enter(refused) == 0.5
-    assert timed.serve_all(refused) == behind
-
-
-def test_the_next_in_the_queue_goes_on_when_the_head_leaves_it():
-    timed = TimedGates()
-    timed.gates.leave(timed.enter(), error_of("1302", retry_after=30.0))
-    head = timed.queue()
-    behind = timed.queue()
-    head.client.leave()
-    assert eventually(lambda: timed.queued() == 1)
-    timed.clock.now += 30
-    timed.gates.tick(timed.clock.now)
-    assert eventually(lambda: timed.admitted == [behind])
-
-
-def test_one_who_has_left_keeps_no_slot():
-    timed = TimedGates(limit=1)
-    left = ztoapi.Ticket("glm-4.6", ClockClient(timed.clock))
-    left.client.gone = True
-    with pytest.raises(ztoapi.ClientGone):
-        timed.enter(left)
-    assert timed.seconds_to_enter() == 0
-
-
-def test_gates_of_models_that_taught_nothing_are_forgotten():
-    timed = TimedGates()
-    for i in range(100):
-        timed.gates.leave(timed.enter(model=f"model-{i}"), served=True)
-    assert timed.gates.state() == ([], {})
-    assert timed.gates.queues == {}
-
-
-def test_the_log_tells_once_when_a_gate_begins_to_refuse_and_once_when_it_clears(caplog):
-    caplog.set_level(logging.INFO, "ztoapi")
-    timed = TimedGates()
-    refused = timed.enter()
-    for _ in range(3):
-        timed.gates.leave(refused, REFUSED)
-        timed.enter(refused)
-    assert caplog.messages == ["glm-4.6: Z.ai refuses (1302), 1 at a time, queueing"]
-    behind = timed.queue()
-    timed.gates.leave(refused, served=True)
-    assert len(caplog.messages) == 1, "somebody still queued"
-    for ticket in (behind, timed.enter()):
-        timed.gates.leave(ticket, served=True)
-    assert caplog.messages[1:] == ["glm-4.6: nobody queues any more"]
-
-
-# To add a case, add a row: how Z.ai refuses -> what too many requests get.
-BURSTS = {
-    "1302": refusal(429, "1302"),
-    "1305": refusal(429, "1305"),
-    "1302 as first event": stream(sse(LIMITED), DONE),
-}
-
-
-@pytest.mark.parametrize("how", BURSTS)
-def test_a_burst_of_10_against_a_limit_of_3_succeeds_and_teaches(zai, how):
-    running = threading.BoundedSemaphore(3)
-
-    def limited(request):
-        if not running.acquire(blocking=False):
-            return BURSTS[how]
-        return stream(say("a"), 0.06, lambda *_: running.release(), say("b"), FINISH, DONE)
-    zai.default = limited
-    with strict_proxy(zai) as proxy:
-        results = together(*[lambda i=i: ask(proxy, i % 3) for i in range(10)])
-        assert results == [(200, "ab", None, True)] * 10
-        assert [gate[2] in (1, 2, 3) for gate in proxy.server.upstream.gates.state()[0]] == [True]
-
-
-def test_max_concurrency_bounds_what_is_in_flight_at_zai(zai):
-    counts = []
-
-    def begin(*_):
-        counts.append(1)
-
-    def end(*_):
-        counts.append(-1)
-    zai.default = stream(begin, say("a"), 0.03, end, FINISH, DONE)
-    with strict_proxy(zai, MAX_CONCURRENCY="3") as proxy:
-        results = together(*[lambda i=i: ask(proxy, i % 2) for i in range(12)])
-        assert [whole for *_, whole in results] == [True] * 12
-        assert max(itertools.accumulate(counts)) == 3
-
-
-def test_queue_timeout_is_a_429_that_sdks_do_not_repeat(zai):
-    zai.default = stream(say("a"), 0.3, FINISH, DONE)
-    with strict_proxy(zai, MAX_CONCURRENCY="1", QUEUE_TIMEOUT="0.1") as proxy, proxy.open_stream() as occupant:
-        assert eventually(lambda: zai.in_flight == 1)
-        status, headers, body = proxy.chat()
-        assert (status, body["error"]["code"]) == (429, "rate_limit_exceeded")
-        assert headers["x-should-retry"] == "false"
-        assert int(headers["Retry-After"]) >= 1
-        assert int(headers["x-ztoapi-queue-ms"]) >= 100
-        assert read_stream(occupant)[3]
-        assert len(zai.requests) == 1
-
-
-@both
-def test_queue_ms_tells_how_long_a_request_waited(zai, streamed):
-    zai.default = stream(say("a"), 0.1, FINISH, DONE)
-    with strict_proxy(zai, MAX_CONCURRENCY="1") as proxy, proxy.open_stream() as occupant:
-        assert eventually(lambda: zai.in_flight == 1)
-        headers = (proxy.stream() if streamed else proxy.chat())[1]
-        assert 20 <= int(headers["x-ztoapi-queue-ms"]) <= 5000
-        assert int(read_stream(occupant)[1].get("x-ztoapi-queue-ms", 0)) < 50
-
-
-def test_retries_are_in_the_log_and_in_the_metrics(zai, caplog):
-    caplog.set_level(logging.INFO, "ztoapi")
-    zai.scripts.extend([refusal(500, "1234"), refusal(429, "1120")])
-    with strict_proxy(zai) as proxy:
-        assert ask(proxy, True) == WELL
-        proxy.idle()
-        assert "retries=2" in caplog.text
-        assert "ztoapi_retries_total 2" in proxy.call("GET", "/metrics")[2]
-
-
-# Several keys
-
-@pytest.mark.parametrize("limit", (0, 2))
-def test_the_key_with_the_most_room_serves(limit):
-    timed = TimedGates(keys=2, limit=limit)
-    tickets = [timed.enter() for _ in range(4)]
-    assert [gate[3] for gate in timed.gates.state()[0]] == [2, 2]
-    freed = tickets[1].gate
-    timed.gates.leave(tickets[1], served=True)
-    assert timed.enter().gate is freed
-
-
-def test_a_key_that_learned_a_low_ceiling_gets_less():
-    timed = TimedGates(keys=2)
-    refused = timed.enter()
-    timed.enter()
-    timed.gates.leave(refused, REFUSED)
-    timed.clock.now += 1
-    positions = [timed.enter().gate.key.position for _ in range(3)]
-    assert positions.count(1) <= 1
-
-
-# To add a case, add a row: codes, their HTTP status, whether the whole key rests or its serving that model.
-RESTS = [
-    ("401 1000 1001 1002 1003 1004 1005 1315", 401, True),
-    ("1110 1111 1112 1304 1308 1309 1310", 429, True),
-    ("1113 1311", 429, False),
-]
-REST_ROWS = [(code, *rest) for codes, *rest in RESTS for code in codes.split()]
-
-
-@pytest.mark.parametrize("code,status,whole_key", REST_ROWS)
-def test_a_refused_key_rests_for_ten_minutes_and_the_next_one_serves(zai, make_timed, code, status, whole_key):
-    timed = make_timed(ZAI_API_KEY=",".join(ZAI_KEYS[:2]))
-    first, second = ZAI_KEYS[:2]
-    timed.answers.append(refusal(status, code))
-    text, error, record = timed.ask()
-    assert (text, error, record.retries) == ("Hello", None, 1)
-    assert timed.gaps() == [0]
-    assert timed.ask()[0] == "Hello"
-    assert timed.ask("glm-4.5")[0] == "Hello"
-    assert keys_at(zai) == [first, second, second, second if whole_key else first]
-    timed.clock.now += 599
-    assert timed.ask()[0] == "Hello"
-    timed.clock.now += 2
-    assert timed.ask()[0] == "Hello"
-    assert keys_at(zai)[4:] == [second, first]
-
-
-@pytest.mark.parametrize("code", ("1308", "1310"))
-def test_an_exhausted_key_rests_until_its_reset(zai, make_timed, code):
-    timed = make_timed(ZAI_API_KEY=",".join(ZAI_KEYS[:2]))
-    timed.answers.append(refusal(429, code, timed.reset_words(5000)))
-    assert timed.ask()[0] == "Hello"
-    timed.clock.now += 4990
-    assert timed.ask()[0] == "Hello"
-    timed.clock.now += 20
-    assert timed.ask()[0] == "Hello"
-    first, second = ZAI_KEYS[:2]
-    assert keys_at(zai) == [first, second, second, first]
-
-
-def test_no_key_rests_longer_than_six_hours(zai, make_timed):
-    """The reset may be days away, but somebody may recharge."""
-    timed = make_timed(ZAI_API_KEY=",".join(ZAI_KEYS[:2]))
-    timed.answers.append(refusal(429, "1310", timed.reset_words(3 * 86400)))
-    for leap in (6 * 3600 - 1, 2, 0):
-        assert timed.ask()[0] == "Hello"
-        timed.clock.now += leap
-    first, second = ZAI_KEYS[:2]
-    assert keys_at(zai) == [first, second, second, first]
-
-
-@pytest.mark.parametrize("code", ("401", "1113", "1304", "1311"))
-def test_a_lone_key_is_asked_again_all_the_same(make_timed, code):
-    timed = make_timed()
-    timed.answers.append(refusal(429, code))
-    assert timed.ask()[1].zai_code == code
-    assert timed.ask()[0] == "Hello"
-
-
-def test_with_all_keys_resting_the_one_whose_turn_comes_first_is_tried(zai, make_timed):
-    timed = make_timed(ZAI_API_KEY=",".join(ZAI_KEYS))
-    for seconds in (7000, 5000, 6000):
-        timed.answers.append(refusal(429, "1308", timed.reset_words(seconds)))
-    _, error, record = timed.ask()
-    assert (error.status, error.code, record.retries) == (402, "insufficient_quota", 2)
-    assert error.headers() == {"Retry-After": "6000", "x-should-retry": "false"}
-    timed.clock.now += 10
-    assert timed.ask()[0] == "Hello"
-    assert keys_at(zai) == [*ZAI_KEYS, ZAI_KEYS[1]]
-
-
-def test_an_answer_ends_the_rest_of_the_key_that_was_tried_all_the_same():
-    timed = TimedGates(keys=2)
-    timed.gates.leave(timed.enter(), UpstreamError("exhausted", KEY_RESTS, retry_after=5000.0))
-    ticket = timed.enter()
-    timed.gates.leave(ticket, error_of("401"))
-    timed.enter(ticket)
-    assert ticket.gate.key.position == 1, "it has been refused with the other"
-    timed.gates.leave(ticket, served=True)
-    assert timed.enter().gate.key.position == 1
-
-
-def test_a_key_goes_on_resting_though_an_earlier_answer_with_it_ends_well():
-    timed = TimedGates(keys=2)
-    running, second, refused = [timed.enter() for _ in range(3)]
-    assert running.gate is refused.gate
-    timed.gates.leave(refused, error_of("1308"))
-    timed.gates.leave(running, served=True)
-    timed.gates.leave(second, served=True)
-    assert timed.enter().gate.key.position == 2
-
-
-def test_the_head_of_the_queue_goes_when_a_key_comes_back():
-    timed = TimedGates(keys=2, limit=1)
-    busy = timed.enter()
-    timed.gates.leave(timed.enter(), UpstreamError("exhausted", KEY_RESTS, retry_after=10.0))
-    ticket = ztoapi.Ticket("glm-4.6", ClockClient(timed.clock))
-    assert timed.seconds_to_enter(ticket) == 10
-    assert ticket.gate.key is not busy.gate.key
-
-
-@both
-def test_the_client_sees_nothing_of_a_key_that_fails(zai, streamed):
-    zai.scripts.extend([refusal(401, "401"), stream(error_event("1311"))])
-    with strict_proxy(zai, ZAI_API_KEY=",".join(ZAI_KEYS), MAX_RETRIES="0") as proxy:
-        assert ask(proxy, streamed) == WELL
-        assert keys_at(zai) == list(ZAI_KEYS)
-
-
-def test_an_empty_purse_at_every_key_is_told_with_no_second_try(zai):
-    zai.default = refusal(429, "1113")
-    with strict_proxy(zai, ZAI_API_KEY=",".join(ZAI_KEYS)) as proxy:
-        status, headers, body = proxy.chat()
-        assert (status, body["error"]["code"]) == (402, "insufficient_quota")
-        assert headers["x-should-retry"] == "false"
-        assert keys_at(zai) == list(ZAI_KEYS)
-
-
-# To add a case, add a row: where Z.ai quotes the key -> the script for a key.
-QUOTING = {
-    "401": lambda key: refusal(401, "401", f"token {key} expired"),
-    "halves": lambda key: refusal(500, "1234", "{} and {}".format(*key.split("."))),
-    "400": lambda key: refusal(400, "1210", f"key {key}"),
-    "first event": lambda key: stream(error_event("1234", f"Bearer {key}")),
-    "later event": lambda key: stream(say("a"), error_event("1234", f"Bearer {key}")),
-    "log id": lambda key: [raw_head(f"X-Log-Id: {key}"), CLOSE],
-    "head": lambda key: [b"HTTP/1.1 %b\r\n\r\n" % key.encode(), CLOSE],
-}
-
-
-@pytest.mark.parametrize("case", QUOTING)
-@both
-def test_no_key_is_seen_in_answers_or_logs(zai, caplog, case, streamed):
-    caplog.set_level(logging.DEBUG, "ztoapi")
-    zai.default = lambda request: QUOTING[case](request["headers"]["Authorization"].split()[1])
-    with strict_proxy(zai, ZAI_API_KEY=",".join(ZAI_KEYS[:2]), DEBUG_MODE="true") as proxy:
-        seen = talk(proxy, raw_chat(chat_body(stream=streamed), "Connection: close")).decode()
-        proxy.idle()
-    assert "error" in seen
-    assert "key #1" in caplog.text
-    parts = [part for key in ZAI_KEYS[:2] for part in key.split(".")]
-    assert [part for part in parts if part in seen + caplog.text] == []
-
-
-# The client's leaving
-
-def is_connecting(proxy):
-    return any(client.dialing for client in list(proxy.server.pump.clients))
-
-
-def is_pausing(proxy, zai):
-    return len(zai.requests) == 1 and not zai.in_flight and not slots(proxy)
-
-
-PAUSE = "Retry-After: 60"
-# To add a case, add a row: a phase -> what Z.ai does; when it is reached; how many connections to Z.ai are then open.
-PHASES = {
-    "before the head": ([30], lambda proxy, zai: zai.in_flight == 1, 1),
-    "before the first token": ([HEAD, 30], lambda proxy, zai: zai.in_flight == 1, 1),
-    "behind the first token": (stream(say("Hel"), 30), lambda proxy, zai: zai.in_flight == 1, 1),
-    "in a backoff": (answer(500, NETWORK, PAUSE), is_pausing, 0),
-    "refused, in the queue": (answer(429, LIMITED, PAUSE), is_pausing, 0),
-}
-
-
-@contextlib.contextmanager
-def leaving(proxy, caplog, request, how="close"):
-    """A request whose client leaves, and is gone within a second, without an error in the log."""
-    caplog.set_level(logging.INFO, "ztoapi")
-    caplog.clear()
-    sock = proxy.connect()
-    sock.sendall(request)
-    yield
-    if how == "reset":
-        make_reset(sock)
-    if how == "end of file":
-        sock.shutdown(socket.SHUT_WR)
-    else:
-        sock.close()
-    left = time.monotonic()
-    assert eventually(proxy.server.idle, 3)
-    assert time.monotonic() - left < 1
-    sock.close()
-    assert figures(proxy)[1:] == (0, 1)
-    assert " 499 " in caplog.text
-    assert [record for record in caplog.records if record.levelno > logging.INFO] == []
-
-
-@pytest.mark.parametrize("phase", PHASES)
-@both
-def test_the_clients_leaving_is_noticed(zai, brisk, caplog, phase, streamed):
-    zai.default, is_reached, connected = PHASES[phase]
-    with strict_proxy(zai) as proxy:
-        with leaving(proxy, caplog, raw_chat(chat_body(stream=streamed))):
-            assert eventually(lambda: is_reached(proxy, zai))
-        assert eventually(lambda: zai.cut_by_client == connected, 1)
-        assert len(zai.requests) == 1
-
-
-@pytest.mark.parametrize("how,streamed", (("reset", True), ("end of file", False)))
-def test_every_way_of_leaving_is_noticed(zai, caplog, how, streamed):
-    zai.default = stream(say("Hel"), 30)
-    with strict_proxy(zai) as proxy:
-        with leaving(proxy, caplog, raw_chat(chat_body(stream=streamed)), how):
-            assert eventually(lambda: zai.in_flight == 1)
-        assert eventually(lambda: zai.cut_by_client == 1, 1)
-
-
-@both
-def test_the_clients_leaving_the_queue_is_noticed(zai, brisk, caplog, streamed):
-    zai.default = stream(say("Hel"), 30)
-    with strict_proxy(zai, MAX_CONCURRENCY="1") as proxy, proxy.open_stream() as occupant:
-        assert eventually(lambda: zai.in_flight == 1)
-        with proxy.connect() as sock:
-            sock.sendall(raw_chat(chat_body(stream=streamed)))
-            assert eventually(lambda: queued(proxy) == 1)
-        assert eventually(lambda: queued(proxy) == 0, 1)
-        occupant.close()
-        assert figures(proxy) == (0, 0, 2)
-        assert len(zai.requests) == 1
-        assert [record for record in caplog.records if record.levelno > logging.INFO] == []
-
-
-def test_a_slot_never_goes_to_one_who_has_left(zai):
-    """Not even when a write that fails frees it, before the pump looks."""
-    zai.default = stream(*[say("Hel"), 0.01] * 500)
-    with strict_proxy(zai, MAX_CONCURRENCY="1") as proxy:
-        socks = [proxy.open_stream() for _ in range(6)]
-        assert eventually(lambda: zai.in_flight == 1 and queued(proxy) == 5)
-        for sock in socks:
-            sock.close()
-        proxy.idle()
-        assert len(zai.requests) == 1
-
-
-@both
-def test_the_clients_leaving_while_connecting_is_noticed(brisk, caplog, streamed):
-    with stuck_listener() as port, strict_proxy(ZAI_BASE_URL=f"http://127.0.0.1:{port}") as proxy:
-        with leaving(proxy, caplog, raw_chat(chat_body(stream=streamed))):
-            assert eventually(lambda: is_connecting(proxy))
-
-
-@pytest.mark.parametrize("kind", ("https", "tunnel"))
-def test_the_clients_leaving_in_a_handshake_is_noticed(brisk, caplog, monkeypatch, kind):
-    with MuteListener() as mute:
-        url = f"https://127.0.0.1:{mute.port}/api"
-        if kind == "tunnel":
-            through(monkeypatch, "https", f"http://127.0.0.1:{mute.port}")
-            url = "https://api.z.ai/api"
-        with strict_proxy(ZAI_BASE_URL=url) as proxy:
-            with leaving(proxy, caplog, raw_chat(chat_body(stream=True))):
-                assert mute.heard.wait(5)
-            assert mute.ended.wait(1)
-
-
-def test_the_leaving_of_a_client_that_had_sent_more_is_noticed(zai, brisk):
-    zai.default = stream(say("Hel"), 30)
-    with strict_proxy(zai) as proxy:
-        with proxy.connect() as sock:
-            sock.sendall(raw_chat(chat_body(stream=True)))
-            assert eventually(lambda: zai.in_flight == 1)
-            sock.sendall(raw_chat(chat_body(stream=True)))  # pipelined
-        assert eventually(lambda: zai.cut_by_client == 1, 1)
-
-
-# Heartbeats
-
-@pytest.mark.parametrize("begin", ([0.15], [HEAD, 0.15]), ids=("before the head", "before the first token"))
-def test_a_heartbeat_is_a_valid_empty_chunk_and_the_opening_one_comes_first(zai, brisk, begin):
-    zai.default = begin + stream(*HEALTHY)[len(begin) - 1:]
-    with strict_proxy(zai, HEARTBEAT="0.04") as proxy, proxy.open_stream() as sock:
-        assert sock.recv(12, socket.MSG_PEEK) == b"HTTP/1.1 200"
-        assert zai.in_flight == 1, "the head is out before Z.ai has said anything"
-        _, _, events, clean = read_stream(sock)
-        assert clean
-        assert said(events) == "Hello"
-        deltas = [choice["delta"] for choice in choices_of(events)]
-        assert deltas[0] == {"role": "assistant", "content": ""}
-        assert ["role" in delta for delta in deltas].count(True) == 1
-        assert any(map(is_beat, events))
-        constants = {(e["id"], e["created"], e["model"], e["object"]) for e in events[:-1]}
-        assert len(constants) == 1
-
-
-def test_a_heartbeat_comes_mid_stream_too(zai, brisk):
-    zai.default = stream(say("Hel"), 0.15, say("lo"), FINISH, DONE)
-    with strict_proxy(zai, HEARTBEAT="0.04") as proxy:
-        _, _, events, clean = proxy.stream()
-        assert clean
-        deltas = [choice["delta"] for choice in choices_of(events)]
-        assert {} in deltas[deltas.index({"content": "Hel"}):deltas.index({"content": "lo"})]
-
-
-@pytest.mark.parametrize("heartbeat", ("10", "0"))
-def test_no_heartbeat_comes_before_its_time_or_at_0(zai, brisk, heartbeat):
-    zai.default = stream(0.1, *HEALTHY)
-    with strict_proxy(zai, HEARTBEAT=heartbeat) as proxy:
-        assert not any(map(is_beat, proxy.stream()[2]))
-
-
-# To add a case, add a row: what comes late -> the script.
-LATE_ENDS = {
-    "the end mark": stream(say("Hello"), FINISH, 0.2, DONE),
-    "the end of the body": stream(say("Hello"), FINISH, DONE, 0.2),
-    "the finish": stream(say("Hello"), 0.2, FINISH, DONE),
-    "the usage": stream(say("Hello"), event(finish="stop"), 0.2, FINISH, DONE),
-    "nothing, after a large write": [b"".join(stream(say("Hello" * (1 << 20)), FINISH, DONE))],
-}
-
-
-@pytest.mark.parametrize("case", LATE_ENDS)
-def test_a_heartbeat_never_follows_the_end_of_an_answer(zai, brisk, case):
-    zai.default = LATE_ENDS[case]
-    with strict_proxy(zai, HEARTBEAT="0.05") as proxy, proxy.open_stream() as sock:
-        time.sleep(0.3)  # the large write stands still meanwhile
-        _, _, events, clean = read_stream(sock)
-        assert clean
-        assert events[-1] == "[DONE]"
-        assert said(events).replace("Hello", "") == ""
-        sock.settimeout(0.2)
-        with pytest.raises(socket.timeout):
-            sock.recv(1)
-
-
-def test_a_quick_refusal_keeps_its_status_with_heartbeats_on(zai, brisk):
-    zai.default = refusal(400, "1210")
-    with strict_proxy(zai, HEARTBEAT="0.2") as proxy:
-        assert ask(proxy, True)[0] == 400
-
-
-def test_a_json_answer_has_no_heartbeats_and_keeps_its_status(zai, brisk):
-    zai.scripts.append([0.15, *refusal(400, "1210")])
-    zai.default = [0.15, *stream(*HEALTHY)]
-    with strict_proxy(zai, HEARTBEAT="0.03") as proxy:
-        assert ask(proxy, False)[0] == 400
-        assert ask(proxy, False) == WELL
-
-
-def test_retrying_goes_on_after_a_heartbeat(zai, brisk):
-    zai.scripts.extend([[0.1, *refusal(500, "1234")], [HEAD, 0.1, CLOSE]])
-    with strict_proxy(zai, HEARTBEAT="0.03") as proxy:
-        _, _, events, clean = proxy.stream()
-        assert clean
-        assert said(events) == "Hello"
-        assert len(zai.requests) == 3
-        assert ["role" in choice["delta"] for choice in choices_of(events)].count(True) == 1
-
-
-def test_queueing_goes_on_after_a_heartbeat(zai, brisk):
-    zai.default = stream(0.2, *HEALTHY)
-    with strict_proxy(zai, HEARTBEAT="0.03", MAX_CONCURRENCY="1") as proxy, proxy.open_stream() as first:
-        assert eventually(lambda: zai.in_flight == 1)
-        with proxy.open_stream() as second:
-            assert second.recv(1, socket.MSG_PEEK) == b"H"
-            assert queued(proxy) == 1
-            for _, _, events, clean in together(lambda: read_stream(first), lambda: read_stream(second)):
-                assert (said(events), clean) == ("Hello", True)
-
-
-# To add a case, add a row: what Z.ai does after a heartbeat, the code of the error then.
-FAILURES_AFTER_BEAT = {
-    "400": ([0.1, *refusal(400, "1210")], "invalid_value"),
-    "429": ([0.1, *refusal(429, "1113")], "insufficient_quota"),
-    "reset": ([0.1, RESET], "upstream_error"),
-    "event": ([0.1, *stream(sse(NETWORK))], "upstream_error"),
-}
-
-
-@pytest.mark.parametrize("case", FAILURES_AFTER_BEAT)
-def test_a_failure_after_a_heartbeat_is_the_in_stream_error(zai, brisk, case):
-    zai.default, code = FAILURES_AFTER_BEAT[case]
-    with strict_proxy(zai, HEARTBEAT="0.03", MAX_RETRIES="0") as proxy:
-        events = failed_stream(proxy)
-        assert events[0]["choices"][0]["delta"]["role"] == "assistant"
-        assert events[-1]["error"]["code"] == code
-
-
-def test_queue_timeout_after_a_heartbeat_is_the_in_stream_error(zai, brisk):
-    zai.default = stream(say("Hel"), 30)
-    with strict_proxy(zai, HEARTBEAT="0.03", MAX_CONCURRENCY="1", QUEUE_TIMEOUT="0.1") as proxy, proxy.open_stream():
-        assert eventually(lambda: zai.in_flight == 1)
-        assert failed_stream(proxy)[-1]["error"]["code"] == "rate_limit_exceeded"
-
-
-@contextlib.contextmanager
-def minded_stream(make_head, **environ):
-    """(pump, client, the other end of its socket): a pump at work, and a client that it does not mind yet."""
-    pump = ztoapi.Pump(Settings.from_environ(environ))
-    ours, theirs = socket.socketpair()
-    ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-    front = ztoapi.Chat("chatcmpl-1", 1, "glm-4.6")
-    pump.start()
-    with ours, theirs:
-        theirs.settimeout(5)
-        yield pump, ztoapi.Client(ours, ztoapi.Outbox(ours, make_head, front)), theirs
-    pump.close()
-
-
-def test_who_takes_a_client_back_from_the_pump_finds_no_heartbeat_under_way(monkeypatch):
-    """An error must see whether a stream has begun; else it would answer a second time."""
-    monkeypatch.setattr(ztoapi, "TICK_S", 0.01)
-    beating = threading.Event()
-
-    def slow_head():
-        beating.set()
-        time.sleep(0.1)
-        return b"HEAD"
-    with minded_stream(slow_head, HEARTBEAT="0.01") as (pump, client, theirs):
-        with pump.minding(client):
-            assert beating.wait(5)
-        assert client.outbox.started
-        theirs.setblocking(False)
-        assert theirs.recv(4) == b"HEAD"
-
-
-def test_an_outbox_that_has_ended_its_answer_beats_no_more(monkeypatch):
-    monkeypatch.setattr(ztoapi, "TICK_S", 0.01)
-    with minded_stream(lambda: b"HEAD", HEARTBEAT="0.01") as (pump, client, theirs):
-        with pump.minding(client):
-            client.outbox.put("the end", time.monotonic(), last=True)
-            time.sleep(0.1)
-        client.connection.shutdown(socket.SHUT_WR)
-        assert read_to_end(theirs).endswith(b"the end\r\n" + END)
-
-
-def test_heartbeats_into_a_full_window_wait_for_room_and_come_whole(monkeypatch):
-    monkeypatch.setattr(ztoapi, "TICK_S", 0.0005)
-    head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
-    with minded_stream(lambda: head, HEARTBEAT="0.0005") as (pump, client, theirs):
-        with pump.minding(client):
-            assert eventually(lambda: client.is_behind)
-            time.sleep(0.05)
-            owed = len(client.outbox.unsent)
-            assert owed < 1000, "no beat is put behind another that waits"
-            reading = threading.Thread(target=lambda: got.append(read_stream(theirs)), daemon=True)
-            got = []
-            reading.start()
-            assert eventually(lambda: not client.is_behind)
-        client.connection.sendall(client.outbox.frame("data: [DONE]\n\n", last=True))
-        reading.join(5)
-        _, _, events, clean = got[0]
-        assert clean
-        assert events[-1] == "[DONE]"
-        assert events[0]["choices"][0]["delta"]["role"] == "assistant"
-        assert all(map(is_beat, events[1:-1]))
-
-
-# Slow readers and large answers
-
-def count_text(sock, letter):
-    """How often `letter`, which is nowhere else, comes in a streamed answer; and whether that ends as it should."""
-    count = 0
-    tail = b""
-    while not tail.endswith(b"data: [DONE]\n\n\r\n" + END):
-        data = sock.recv(1 << 20)
-        if not data:
-            return count, False
-        count += data.count(letter)
-        tail = (tail + data)[-64:]
-    return count, True
-
-
-def rss():
-    """Resident bytes of this process; 0 where the system does not tell."""
-    with contextlib.suppress(OSError), open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    return 0
-
-
-class Torrent:
-    """A script of `count` equal events of `size` letters; `sent` counts them."""
-
-    def __init__(self, count, size):
-        self.sent = 0
-        self.script = [HEAD, *[chunked(say("Q" * size)), self.count] * count, chunked(FINISH), END]
-
-    def count(self, fake, request):
-        self.sent += 1
-
-
-class FullSocket:
-    """A client's socket that takes nothing."""
-
-    def send(self, data):
-        raise BlockingIOError
-
-
-def test_nothing_is_read_from_zai_while_its_client_is_behind():
-    outbox = ztoapi.Outbox(FullSocket(), bytes, ztoapi.Chat("chatcmpl-1", 1, "glm-4.6"))
-    outbox.put("text", 0)
-    received = []
-    connection = types.SimpleNamespace(receive=received.append)
-    answer_to_come = ztoapi.Answer(ztoapi.Translator(), zai_error)
-    relay = ztoapi.Relay(connection, answer_to_come, ztoapi.Client(FullSocket(), outbox), None)
-    assert not relay.step(1, bytearray(10))
-    assert received == []
-
-
-def test_a_slow_reader_slows_zai_down_and_costs_no_memory(zai):
-    torrent = Torrent(600, 1 << 16)
-    zai.default = torrent.script
-    with strict_proxy(zai) as proxy, proxy.open_stream() as sock:
-        before = rss()
-        sent = -1
-        while sent != torrent.sent:  # until Z.ai is held up
-            sent = torrent.sent
-            time.sleep(0.2)
-        assert sent < 500
-        assert rss() - before < 16 << 20
-        assert count_text(sock, b"Q") == (600 << 16, True)
-
-
-def test_a_client_that_is_behind_is_no_silence_of_zai(zai, brisk):
-    zai.default = Torrent(300, 1 << 16).script
-    with strict_proxy(zai, UPSTREAM_TIMEOUT="0.1") as proxy, proxy.open_stream() as sock:
-        time.sleep(0.4)
-        assert count_text(sock, b"Q") == (300 << 16, True)
-
-
-def test_an_error_that_comes_while_the_client_is_behind_comes_last_and_whole(zai, brisk):
-    zai.default = [HEAD, chunked(say("Q" * (4 << 20))) + chunked(sse(NETWORK)), CLOSE]
-    with strict_proxy(zai) as proxy, proxy.open_stream() as sock:
-        time.sleep(0.2)
-        _, _, events, clean = read_stream(sock)
-        assert len(said(events)) == 4 << 20
-        assert "Network error" in events[-1]["error"]["message"]
-        assert not clean
-
-
-def test_a_slow_reader_does_not_hold_up_the_others(zai):
-    zai.scripts.append(Torrent(600, 1 << 16).script)
-    with strict_proxy(zai) as proxy, proxy.open_stream():
-        assert eventually(lambda: any(client.is_behind for client in list(proxy.server.pump.clients)))
-        assert ask(proxy, True) == WELL
-
-
-def test_a_client_that_takes_no_write_within_client_timeout_is_dropped(zai, brisk):
-    zai.default = Torrent(1000, 1 << 16).script
-    with strict_proxy(zai, CLIENT_TIMEOUT="0.2") as proxy, proxy.open_stream():
-        assert eventually(lambda: zai.cut_by_client == 1)
-        assert figures(proxy) == (0, 0, 1)
-
-
-def test_a_slow_reader_is_no_dropped_one(zai, brisk):
-    zai.default = Torrent(300, 1 << 16).script
-    with strict_proxy(zai, CLIENT_TIMEOUT="0.3", UPSTREAM_TIMEOUT="0.3") as proxy, proxy.open_stream() as sock:
-        for _ in range(5):
-            time.sleep(0.08)
-            sock.recv(1 << 20)
-        assert count_text(sock, b"Q")[1]
-
-
-# What is made for one request, and must go with it.
-PER_REQUEST = (
-    ztoapi.Handler, ztoapi.Client, ztoapi.Outbox, ztoapi.Relay, ztoapi.Connection, ztoapi.ZaiRequest, ztoapi.Answer,
-    ztoapi.Reply, ztoapi.SSEDecoder, ztoapi.Translator, ztoapi.Job, ztoapi.Ticket, ztoapi.Fold, ztoapi.Chat)
-
-# To add a case, add a row: what happens -> what Z.ai does (None: it is not there), streamed or not.
-LITTER = {
-    "well": (stream(*HEALTHY), True),
-    "well, json": (stream(*HEALTHY), False),
-    "reset": (EARLY["reset before the head"], True),
-    "first event, json": (EARLY["an error as first event"], False),
-    "HTML 502": (EARLY["HTML 502"], True),
-    "cut": ([HEAD, chunked(say("Hel")), CLOSE], True),
-    "silence": ([HEAD, 30], True),
-    "not there": (None, True),
-}
-
-
-def litter_of(make_request):
-    """The kinds of things of one request that are still there after it, with the garbage collector off."""
-    def left():
-        return {id(thing): type(thing).__name__ for thing in gc.get_objects() if isinstance(thing, PER_REQUEST)}
-    gc.collect()
-    before = left()
-    gc.disable()
-    try:
-        make_request()
-        eventually(lambda: left().keys() <= before.keys(), 1)
-        return [kind for key, kind in left().items() if key not in before]
-    finally:
-        gc.enable()
-
-
-@pytest.mark.parametrize("case", LITTER)
-def test_a_request_leaves_nothing_for_the_garbage_collector(zai, brisk, case):
-    """What it leaves, it leaves with its body and its buffers, for as long as the collector likes."""
-    zai.default, streamed = LITTER[case]
-    if zai.default is None:
-        zai.close()
-
-    def make_request():
-        ask(proxy, streamed)
-        proxy.idle()
-    with strict_proxy(zai, MAX_RETRIES="1", UPSTREAM_TIMEOUT="0.1") as proxy:
-        assert litter_of(make_request) == []
-
-
-@both
-def test_a_client_that_leaves_an_answer_leaves_nothing_either(zai, brisk, streamed):
-    zai.default = stream(say("Hel"), 30)
-
-    def make_request():
-        with proxy.connect() as sock:
-            sock.sendall(raw_chat(chat_body(stream=streamed)))
-            assert eventually(lambda: zai.in_flight == 1)
-        proxy.idle()
-    with strict_proxy(zai) as proxy:
-        assert litter_of(make_request) == []
-
-
-def test_a_client_that_leaves_while_connecting_leaves_nothing_either(brisk):
-    def make_request():
-        with proxy.open_stream():
-            assert eventually(lambda: is_connecting(proxy))
-        proxy.idle()
-    with stuck_listener() as port, strict_proxy(ZAI_BASE_URL=f"http://127.0.0.1:{port}") as proxy:
-        assert litter_of(make_request) == []
-
-
-def test_a_json_answer_of_more_than_64_mib_is_an_error(zai):
-    one = chunked(say("\u4e2d" * ((1 << 20) // 3)))  # a mebibyte, whatever the count of characters
-    zai.default = [HEAD, *[one] * 66, chunked(FINISH), END]
-    with strict_proxy(zai) as proxy:
-        assert ask(proxy, False)[0] == 502
-        assert len(zai.requests) == 1
-
-
-@pytest.mark.parametrize("script", (stream(*HEALTHY), refusal(400, "1210")), ids=("answer", "refusal"))
-def test_the_log_id_of_zai_is_in_the_answer_and_in_the_log(zai, caplog, script):
-    caplog.set_level(logging.INFO, "ztoapi")
-    zai.default = script
-    with strict_proxy(zai) as proxy:
-        for get in (proxy.stream, proxy.chat):
-            caplog.clear()
-            assert get()[1]["x-zai-log-id"] == LOG_ID
-            assert eventually(lambda: LOG_ID in caplog.text)
-
-
-# Roads through proxies, and TLS
-
-# Of nobody but these tests: "localhost", until 2120.
-PEM = """-----BEGIN PRIVATE KEY-----
-MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQg+b686Zt74WM/8gbS
-kV/HJGf//29GodU3LUl+ciTg9O6hRANCAAQ5w+XOmVw88pJipFzjdFEWbofTLbgr
-AoTh9LNTykRggRZkqrEBSo/1OLA/wSOM4PeLQOT/+7QZqCkZTuURPYjq
------END PRIVATE KEY-----
------BEGIN CERTIFICATE-----
-MIIBcTCCARegAwIBAgIBATAKBggqhkjOPQQDAjAUMRIwEAYDVQQDDAlsb2NhbGhv
-c3QwIBcNMjAwMTAxMDAwMDAwWhgPMjEyMDAxMDEwMDAwMDBaMBQxEjAQBgNVBAMM
-CWxvY2FsaG9zdDBZMBMGByqGSM49AgEGCCqGSM49AwEHA0IABDnD5c6ZXDzykmKk
-XON0URZuh9MtuCsChOH0s1PKRGCBFmSqsQFKj/U4sD/BI4zg94tA5P/7tBmoKRlO
-5RE9iOqjWDBWMBQGA1UdEQQNMAuCCWxvY2FsaG9zdDAPBgNVHRMBAf8EBTADAQH/
-MA4GA1UdDwEB/wQEAwIChDAdBgNVHQ4EFgQU+swHuFhZz2sSVKo4ybaB3QEWvC4w
-CgYIKoZIzj0EAwIDSAAwRQIgH8ZcK3zBu34C2IgxX4q+HHMp6GO3ZxWX3MQVddbc
-OAkCIQCFRQOQ04IE+Ld+SfS+Ln+mC5ggbJA3uOySyvYj47SiwQ==
------END CERTIFICATE-----
-"""
-
-
-@contextlib.contextmanager
-def pem_file():
-    """The path of a file with PEM in it, which serves as certificate, key and store at once."""
-    handle, path = tempfile.mkstemp(".pem")
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(PEM)
-        yield path
-    finally:
-        os.unlink(path)
-
-
-def tls_context(path):
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(path)
-    return context
-
-
-class HttpProxy:
-    """An HTTP proxy: CONNECT, and plain requests passed on. `heads`: the first head of each connection."""
-
-    def __init__(self, reply=b"HTTP/1.1 200 Connection established\r\n\r\n"):
-        self.heads = []
-        self.reply = reply
-        self.socket = socket.create_server(("127.0.0.1", 0), backlog=128)
-        self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
-        threading.Thread(target=self.accept, daemon=True).start()
-
-    def accept(self):
-        with contextlib.suppress(OSError):
-            while True:
-                threading.Thread(target=self.serve, args=self.socket.accept()[:1], daemon=True).start()
-
-    def serve(self, client):
-        with client, contextlib.suppress(OSError):
-            data = b""
-            while b"\r\n\r\n" not in data:
-                more = client.recv(65536)
-                if not more:
-                    return
-                data += more
-            head = data.partition(b"\r\n\r\n")[0].decode()
-            self.heads.append(head)
-            method, target, _ = head.split("\r\n")[0].split()
-            place = urllib.parse.urlsplit(target if method != "CONNECT" else f"//{target}")
-            if method == "CONNECT":
-                client.sendall(self.reply)
-                data = b""
-            if b" 200 " in self.reply:
-                self.pass_on(client, place, data)
-
-    def pass_on(self, client, place, data):
-        with socket.create_connection((place.hostname, place.port)) as server:
-            server.sendall(data)
-            back = threading.Thread(target=self.copy, args=(server, client), daemon=True)
-            back.start()
-            self.copy(client, server)
-            back.join(10)
-
-    @staticmethod
-    def copy(source, sink):
-        with contextlib.suppress(OSError):
-            for data in iter(lambda: source.recv(65536), b""):
-                sink.sendall(data)
-        shut_down(source)
-        shut_down(sink)
-
-    def close(self):
-        shut_down(self.socket)
-        self.socket.close()
-
-
-@pytest.fixture
-def http_proxy():
-    with contextlib.closing(HttpProxy()) as proxy:
-        yield proxy
-
-
-@pytest.fixture
-def trusted(monkeypatch):
-    """A fake Z.ai with TLS, whose certificate SSL_CERT_FILE vouches for."""
-    with pem_file() as path, contextlib.closing(FakeZai(tls_context(path))) as fake:
-        monkeypatch.setenv("SSL_CERT_FILE", path)
-        yield fake
-
-
-@pytest.fixture
-def untrusted(trusted, monkeypatch):
-    """The same, but nobody vouches for it."""
-    monkeypatch.delenv("SSL_CERT_FILE")
-    return trusted
-
-
-def through(monkeypatch, scheme, proxy, no_proxy=""):
-    """Set the environment's proxy for a scheme, and no other."""
-    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"):
-        monkeypatch.delenv(name, False)
-        monkeypatch.delenv(name.lower(), False)
-    monkeypatch.setenv(f"{scheme.upper()}_PROXY", proxy)
-    monkeypatch.setenv("NO_PROXY", no_proxy)
-
+# Through proxies, and over TLS
 
 @both
 def test_plain_requests_go_through_http_proxy_over_one_connection(zai, http_proxy, monkeypatch, streamed):
@@ -7016,67 +7194,133 @@ def test_a_slow_reader_over_tls_gets_all(trusted, brisk):
         assert count_text(sock, b"Q") == (200 << 16, True)
 
 
-# The front door #######################################################################################################
+# Metrics ##############################################################################
+
+def record(**fields):
+    return ztoapi.Record(**dict({"id": "req_1", "client": "127.0.0.1", "began": 1000.0}, **fields))
+
+
+def counted(**fields):
+    """A request that was answered as it should be."""
+    usual = {"counted": True, "status": 200, "model": "GLM-4.6", "model_id": "glm-4.6", "key": "#1", "path": CHAT,
+             "ttft_s": 0.2, "total_s": 1.5, "usage": {"prompt_tokens": 3, "completion_tokens": 7}}
+    return record(**dict(usual, **fields))
+
+
+# The log line
+
+# To add a case, add a row: fields of a Record, words its line holds, words it does not
+# hold.
+LOG_LINES = [
+    ({"method": "GET", "path": "/health", "status": 200}, ["req_1 127.0.0.1 GET /health 200"], ["model=", "key="]),
+    ({"key": "#2"}, ["key=#2"], []),
+    ({"client_request_id": "run-17"}, ["rid=run-17"], []),
+    ({"client_request_id": "a b\r\n" + "x" * 500}, ["rid=a?b??xxx"], ["x" * 101]),
+    ({"counted": True, "stream": True}, ["stream=true"], []),
+    ({"counted": True, "stream": False}, ["stream=false"], []),
+    ({"counted": True, "stream": True, "stream_default": True}, ["stream=default"], ["stream=true"]),
+    ({"counted": True, "model": "m out=7\u202e"}, ["model=m?out=7?"], []),
+    ({"counted": True, "model": "m" * 5000}, ["model=mmm"], ["m" * 101]),
+    ({"counted": True, "ttft_s": 0.1234, "total_s": 2.0}, ["ttft=0.123 total=2.000 queue=0.000"], ["in=", "out="]),
+    ({"counted": True, "usage": {"prompt_tokens": 0, "completion_tokens": 7}}, ["in=0 out=7"], []),
+    ({"counted": True, "changed": ("store", "a b")}, ["changed=store,a?b"], ["repaired="]),
+    ({"counted": True, "retries": 2, "repaired": 1}, ["retries=2 repaired=1"], ["changed="]),
+    ({"error": "no\n\u6c34" + "e" * 5000}, [r"error='no\n\u6c34eee"], ["e" * 301]),
+]
+
+
+@pytest.mark.parametrize("fields,present,absent", LOG_LINES)
+def test_a_record_is_one_line_of_printable_ascii(fields, present, absent):
+    line = record(**fields).line()
+    assert re.fullmatch("[ -~]+", line)
+    for words in present:
+        assert words in line
+    for words in absent:
+        assert words not in line
+
+
+# The counters
+
+def metrics_of(*records, now=lambda: 1000.0):
+    """Metrics that these requests were told to."""
+    metrics = ztoapi.Metrics(now)
+    for each in records:
+        metrics.begin()
+        metrics.finish(each)
+    return metrics
+
+
+def test_stats_tell_served_failed_and_cancelled_apart():
+    records = [counted(status=status) for status in (200, 429, 499, 502)]
+    stats = metrics_of(*records).stats([], {}, False)
+    assert (stats["served"], stats["failed"], stats["cancelled"]) == (1, 2, 1)
+    assert stats["in_flight"] == 0
+
+
+def test_the_counters_tell_the_client_keys_apart():
+    text = metrics_of(counted(), counted(key="#2"), counted(key="#2")).prometheus([], {})
+    assert 'ztoapi_requests_total{model="glm-4.6",status="200",key="#1"} 1\n' in text
+    assert 'ztoapi_requests_total{model="glm-4.6",status="200",key="#2"} 2\n' in text
+    assert 'ztoapi_tokens_total{model="glm-4.6",kind="completion",key="#2"} 14\n' in text
+
+
+def test_models_that_the_table_does_not_know_share_a_label():
+    gates = [(1, "new-1", 5, 0), (1, "new-2", 3, 0), (1, "glm-4.6", None, 1)]
+    records = [counted(model_id=f"new-{i}") for i in range(9)]
+    text = metrics_of(*records).prometheus(gates, {"new-1": 2, "new-2": 1})
+    assert 'ztoapi_requests_total{model="other",status="200",key="#1"} 9\n' in text
+    assert 'ztoapi_requests_queued{model="other"} 3\n' in text
+    assert 'ztoapi_concurrency_ceiling{key="1",model="other"} 3\n' in text
+    assert text.count("\nztoapi_concurrency_ceiling{") == 1
+
+
+def test_a_histogram_counts_up_to_its_bounds():
+    records = [counted(ttft_s=ttft_s) for ttft_s in (0.1, 0.11, 1000.0, None)]
+    text = metrics_of(*records).prometheus([], {})
+    name = "ztoapi_time_to_first_token_seconds"
+    assert f'{name}_bucket{{le="0.1"}} 1\n{name}_bucket{{le="0.25"}} 2\n' in text
+    assert f'{name}_bucket{{le="300"}} 2\n{name}_bucket{{le="+Inf"}} 3\n' in text
+    assert f"{name}_sum 1000.210000\n{name}_count 3\n" in text
+
+
+def test_long_texts_do_not_stay():
+    record = counted(model="m" * 10**6, error="e" * 10**6, path="/" * 10**5)
+    metrics = metrics_of(*[record] * 30)
+    assert len(json.dumps(metrics.stats([], {}, False))) < 30000
+
+
+def test_the_history_is_ten_minutes_without_gaps():
+    clock = [1000.0]
+    metrics = metrics_of(counted(), now=lambda: clock[0])
+    for now in (1009.0, 1040.0, 990.0, 1200.0, 1.8e9):
+        clock[0] = now
+        metrics.begin()
+        metrics.finish(counted())
+    history = metrics.stats([], {}, False)["history"]
+    assert [row["t"] for row in history] == list(range(1800000000 - 590, 1800000001, 10))
+    assert [row["requests"] for row in history] == [0] * 59 + [1]
+    assert history[-1]["tokens"] == 7
+
+
+def test_stats_tell_the_last_minute_and_the_median():
+    metrics = metrics_of(*[counted(ttft_s=ttft_s) for ttft_s in (0.1, 0.2, 5.0)])
+    stats = metrics.stats([(1, "glm-4.6", 2, 1)], {"glm-4.6": 4}, True)
+    assert stats["ttft_p50_ms"] == 200.0
+    assert stats["tokens_per_s"] == round(21 / 60, 1)
+    assert stats["queued"] == 4
+    assert stats["demo"] is True
+    assert stats["ceilings"] == [{"key": 1, "model": "glm-4.6", "ceiling": 2, "in_flight": 1, "queued": 4}]
+
+
+# Handler ##############################################################################
 #
-# Raw bytes in, raw bytes out. One proxy serves all rows of the tables here. To add a case, add a row.
-
-@contextlib.contextmanager
-def standing_proxy(**environ):
-    """A proxy for many tests; `.zai` is the fake behind it."""
-    with contextlib.closing(FakeZai()) as fake, proxying(fake, **environ) as proxy:
-        proxy.zai = fake
-        yield proxy
-
-
-@pytest.fixture(scope="module")
-def shared_proxy():
-    with standing_proxy(MAX_BODY_MB="1", DEFAULT_KEY=KEY + ", key-one, key-two ,,") as proxy:
-        yield proxy
-
-
-@pytest.fixture
-def shared(shared_proxy, caplog):
-    """The proxy of the tables; no row may be a bug."""
-    shared_proxy.zai.requests.clear()
-    yield shared_proxy
-    assert [record for record in caplog.get_records("call") if record.levelno >= logging.ERROR] == []
-
-
-def json_chat(**fields):
-    return json.dumps(chat_body(**dict({"stream": False}, **fields))).encode()
-
-
-def check_error(reply):
-    """OpenAI's four fields, and an id to find it by."""
-    error = reply.error()
-    assert list(error) == ["message", "type", "param", "code"]
-    assert error["message"]
-    assert error["type"]
-    assert isinstance(error["code"], str)
-    assert reply.headers["Content-Type"] == "application/json"
-    assert reply.headers["x-request-id"].startswith("req_")
-
-
-def check_refused(replies, status):
-    """One error, and nothing behind it was answered."""
-    assert [reply.status for reply in replies] == [status]
-    check_error(replies[0])
-    assert replies[0].headers["Connection"] == "close"
-
-
-def hold(proxy, data):
-    """A connection over which one request has been answered, and that is kept."""
-    sock = proxy.connect(5)
-    sock.sendall(data)
-    with sock.makefile("rb") as file:
-        assert read_reply(file).status == 200
-    return sock
+# Raw bytes in, raw bytes out. One proxy serves all rows of the tables here.
 
 
 # Where a request ends
 
-# To add a case, add a row: header lines of a POST whose length two readers could take differently, the status they
-# get.
+# To add a case, add a row: header lines of a POST whose length two readers could take
+# differently, the status they get.
 BROKEN_LENGTHS = [
     ("Content-Length: 5\r\nTransfer-Encoding: chunked", 400),
     ("Transfer-Encoding: chunked\r\nContent-Length: 5", 400),
@@ -7408,8 +7652,8 @@ def test_head_of_the_chat_is_no_method_of_it(shared):
 
 JSON_LENGTH = f"Content-Length: {len(JSON_CHAT)}"
 
-# To add a case, add a row: header lines of a POST that expects 100-continue, whether its key is right, the statuses
-# it gets.
+# To add a case, add a row: header lines of a POST that expects 100-continue, whether
+# its key is right, the statuses it gets.
 EXPECTING = [
     ([JSON_LENGTH], True, [100, 200]),
     (["Transfer-Encoding: chunked"], True, [100, 200]),
@@ -7442,8 +7686,8 @@ def test_a_client_need_not_wait_for_100_continue(shared):
 
 MIB = 1 << 20
 
-# To add a case, add a row: the header line of a POST, what comes of its body, the status. 413 does not wait for a
-# body beyond MAX_BODY_MB=1.
+# To add a case, add a row: the header line of a POST, what comes of its body, the
+# status. 413 does not wait for a body beyond MAX_BODY_MB=1.
 SIZES = [
     (f"Content-Length: {MIB + 1}", b"", 413),
     ("Content-Length: 999999999999", b"", 413),
@@ -7466,8 +7710,8 @@ def test_the_body_limit_holds_before_the_body_is_there(shared, line, body, statu
     assert reply.headers["Connection"] == ("close" if status == 413 else None)
 
 
-# To add a case, add a row: a request whose body nobody reads (method, path, further header lines, whether its key
-# is right), the status.
+# To add a case, add a row: a request whose body nobody reads (method, path, further
+# header lines, whether its key is right), the status.
 UNREAD = [
     ("POST", CHAT, [], False, 401),
     ("POST", "/nowhere", [], True, 404),
@@ -7492,8 +7736,8 @@ def test_a_body_nobody_read_never_becomes_the_next_request(shared, method, path,
         assert replies[0].headers["Connection"] == "close"
 
 
-# To add a case, add a row: what is refused before all of it was read, the status. The server must not close on the
-# rest, as that would reset the connection.
+# To add a case, add a row: what is refused before all of it was read, the status. The
+# server must not close on the rest, as that would reset the connection.
 @table("data,status", [
     (raw_request("POST", CHAT, "Content-Length: 8000000", auth=False) + b" " * 4000000, 401),
     (b"nonsense\r\n\r\n" + b"x" * 100000, 400),
@@ -7507,7 +7751,8 @@ def test_a_refusal_can_be_read_while_more_is_still_being_sent(shared, data, stat
         assert [reply.status for reply in replies_in(read_to_end(sock))] == [status]
 
 
-# A form is what curl -d says it sends. A page of somebody else could send one unasked, but not with the key.
+# A form is what curl -d says it sends. A page of somebody else could send one unasked,
+# but not with the key.
 @table("kind", ["", "application/json", "application/json; charset=utf-8", "text/plain;charset=UTF-8", "nonsense",
                 "application/octet-stream", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"])
 def test_the_content_type_does_not_matter(shared, kind):
@@ -7682,8 +7927,8 @@ def test_the_chat_is_found_however_the_base_url_was_joined(shared, path):
     assert statuses(shared, raw_request("POST", path, body=JSON_CHAT)) == [200, 200]
 
 
-# To add a case, add a row: a path, patterns of what its 404 says; {base} is the proxy's base URL and {zai} that of
-# Z.ai.
+# To add a case, add a row: a path, patterns of what its 404 says; {base} is the proxy's
+# base URL and {zai} that of Z.ai.
 NOT_HERE = [
     ("/nowhere", ["/nowhere", "base URL to {base}"]),
     ("/api/tags", ["base URL to {base}"]),
@@ -7807,8 +8052,8 @@ def test_a_401_names_the_well_known_key_while_it_is_in_force(well_known):
     assert "sk-your-key unless you set it" in reply.error()["message"]
 
 
-# To add a case, add a row: a path that needs the key. It is tried in spellings that a careless router could take
-# for one that does not.
+# To add a case, add a row: a path that needs the key. It is tried in spellings that a
+# careless router could take for one that does not.
 @table("path", ["/v1/models", "/metrics", "/stats", CHAT, "/nowhere"])
 def test_no_spelling_of_a_path_opens_a_locked_door(shared, path):
     hexed = f"/%{ord(path[1]):02x}{path[2:]}"
@@ -7844,8 +8089,8 @@ def test_without_a_key_for_zai_models_are_served_and_chat_says_what_to_do(zai):
     assert "https://z.ai/" in body["error"]["message"]
 
 
-# To add a case, add a row: what Z.ai refuses for good, the status that makes agents show it rather than try again
-# and say nothing, the code.
+# To add a case, add a row: what Z.ai refuses for good, the status that makes agents
+# show it rather than try again and say nothing, the code.
 @table("script,status,code", [
     (refusal(429, "1113"), 402, "insufficient_quota"),
     (refusal(429, "1309"), 402, "insufficient_quota"),
@@ -7862,10 +8107,126 @@ def test_what_cannot_heal_is_no_429_and_no_502(zai, script, status, code):
             assert headers["x-should-retry"] == "false"
 
 
+# Secure by default
+
+# To add a case, add a row: what Host says, whether it names this computer.
+HOSTS = [
+    ("localhost", True),
+    ("LocalHost:9090", True),
+    ("127.0.0.1", True),
+    ("127.0.0.1:9090", True),
+    ("127.8.9.10:1", True),
+    ("[::1]:9090", True),
+    ("[::1]", True),
+    ("evil.example", False),
+    ("evil.example:9090", False),
+    ("localhost.evil.example", False),
+    ("127.0.0.1.nip.io", False),
+    ("", False),
+    ("0.0.0.0", False),
+    ("[", False),
+    ("[::1", False),
+    ("localhost@evil.example", False),
+    ("localhost:80@evil.example", False),
+    ("127.0.0.1evil", False),
+    ("192.168.1.7", False),
+    ("::ffff:1", False),
+    ("[::ffff:192.168.1.7]", False),
+    ("1270.0.1", False),
+    ("evil.example/127.0.0.1", False),
+    ("evil.example#localhost", False),
+]
+
+
+@table("host,ours", HOSTS)
+def test_with_the_well_known_key_only_this_computer_is_served(well_known, host, ours):
+    for method, path in (("GET", "/v1/models"), ("GET", "/"), ("GET", "/health"), ("OPTIONS", "/v1/models"),
+                         ("GET", "/nowhere"), ("POST", CHAT)):
+        data = raw_request(method, path, f"Host: {host}", f"Origin: http://{host}", auth="sk-your-key")
+        reply = exchange(well_known, data)[0]
+        assert (reply.status != 403) == ours, (method, path)
+        assert [name for name in reply.headers if name.lower().startswith("access-control")] == []
+        if not ours:
+            check_error(reply)
+
+
+PAGE, OTHER = "https://app.example", "https://evil.example"
+
+# To add a case, add a row: CORS_ORIGIN, the Origin of a page, what
+# Access-Control-Allow-Origin says.
+ORIGINS = [
+    ("*", PAGE, "*"),
+    ("*", None, "*"),
+    (PAGE, PAGE, PAGE),
+    ("https://a.example, " + PAGE, PAGE, PAGE),
+    (PAGE, OTHER, None),
+    (PAGE, None, None),
+    (PAGE, PAGE + ".evil.example", None),
+    (PAGE, "null", None),
+    (PAGE, PAGE.upper(), None),
+    ("", PAGE, None),
+]
+ASKED_HEADERS = "authorization,x-stainless-os, content-type"
+PREFLIGHT = ["Access-Control-Request-Method: POST", f"Access-Control-Request-Headers: {ASKED_HEADERS}"]
+
+
+def words_of(headers, name):
+    return [word.strip() for line in headers.get_all(name, []) for word in line.split(",")]
+
+
+@table("setting,origin,allowed", ORIGINS)
+def test_cors_follows_cors_origin(zai, setting, origin, allowed):
+    lines = [f"Origin: {origin}"] if origin else []
+    with proxying(zai, CORS_ORIGIN=setting) as proxy:
+        answers = [
+            proxy.call("GET", "/v1/models", None, lines),
+            proxy.call("GET", "/v1/nope", None, lines),
+            proxy.call("POST", CHAT, {}, lines, key=None),
+            proxy.call("POST", CHAT, chat_body(stream=True), lines),
+            proxy.call("OPTIONS", CHAT, None, lines + PREFLIGHT, key=None),
+        ]
+    assert [status for status, _, _ in answers] == [200, 404, 401, 200, 204]
+    for _, got, _ in answers:
+        assert got["Access-Control-Allow-Origin"] == allowed
+        assert "Access-Control-Allow-Credentials" not in got
+        assert ("Origin" in words_of(got, "Vary")) == (setting not in ("*", ""))
+        if allowed:
+            assert {"x-request-id", "retry-after"} <= set(words_of(got, "Access-Control-Expose-Headers"))
+    preflight = answers[-1][1]
+    if allowed:
+        assert preflight["Access-Control-Allow-Headers"] == ASKED_HEADERS
+        assert {"GET", "POST"} <= set(words_of(preflight, "Access-Control-Allow-Methods"))
+        assert "Access-Control-Request-Headers" in words_of(preflight, "Vary")
+    if not setting:
+        assert [name for name in preflight if name.lower().startswith("access-control")] == []
+
+
+KEY_ID, KEY_SECRET = ZAI_KEY.split(".")
+
+def test_secrets_are_redacted_wherever_they_could_surface(zai, log_lines, caplog):
+    caplog.set_level(logging.DEBUG, "ztoapi")
+    quoted = []
+    with proxying(zai, DEBUG_MODE="true", MAX_RETRIES="0") as proxy:
+        zai.scripts.append(refusal(401, "1000", "bad key " + ZAI_KEY))
+        quoted.append(proxy.chat())
+        shown = [proxy.call("GET", path) for path in ("/stats", "/metrics", "/v1/models", "/")]
+        for fields in ({"model": KEY}, {KEY: 1}, {"tool_choice": KEY}, {"stop": [KEY]}):
+            proxy.chat(**fields)
+        zai.scripts.append(refusal(429, "1302"))
+        assert proxy.chat(model=KEY)[0] == 200
+        for path in (f"/v1/models?key={KEY}", f"/{KEY}", f"/v1/models/{KEY}", f"{CHAT}/{KEY}"):
+            proxy.call("GET", path)
+        shown += [repr(proxy.settings), repr(proxy.server), proxy.call("GET", "/stats")]
+    text = str([quoted, shown, log_lines()])
+    assert [secret for secret in (ZAI_KEY, KEY_ID, KEY_SECRET, KEY) if secret in text] == []
+    assert [answer for answer in quoted if "[redacted]" not in str(answer)] == []
+
+
 # Streamed or not
 
-# Who gets a stream is a table of Chat's; this is what of it must work on the wire. To add a case, add a row: fields
-# of the request, header lines, whether the answer is streamed where DEFAULT_STREAM is true.
+# Who gets a stream is a table of Chat's; this is what of it must work on the wire. To
+# add a case, add a row: fields of the request, header lines, whether the answer is
+# streamed where DEFAULT_STREAM is true.
 STREAM_WISHES = [
     ({}, [], True),
     ({"stream": None}, [], True),
@@ -7932,8 +8293,8 @@ def text_of(api, answer):
     return "".join(part.get("text", "") for part in parts)
 
 
-# To add a case, add a row: method, path, whether the key is right, the status, the type (Messages) or the code
-# (Responses) of the error.
+# To add a case, add a row: method, path, whether the key is right, the status, the type
+# (Messages) or the code (Responses) of the error.
 API_REFUSALS = [
     ("POST", "/v1/messages/count_tokens", True, 404, "not_found_error"),
     ("POST", "/messages/count_tokens", True, 404, "not_found_error"),
@@ -7990,7 +8351,8 @@ def test_each_api_streams_and_answers_in_json(proxy, api):
     assert answer["usage"]["output_tokens"] == USAGE["completion_tokens"]
 
 
-# To add a case, add a row: an API, the status and the type (Messages) or the code (Responses) of a 1113 of Z.ai's.
+# To add a case, add a row: an API, the status and the type (Messages) or the code
+# (Responses) of a 1113 of Z.ai's.
 @pytest.mark.parametrize("api,status,field,kind", [
     ("messages", 403, "type", "permission_error"),
     ("responses", 400, "code", "insufficient_quota"),
@@ -8066,728 +8428,7 @@ def test_an_item_is_remembered_for_the_key_that_got_it_and_for_no_other(zai):
         assert len(zai.requests) == 2
 
 
-# Secure by default
-
-@pytest.fixture(scope="module")
-def well_known():
-    """A proxy with the well-known key."""
-    with standing_proxy(DEFAULT_KEY="own-key,sk-your-key") as proxy:
-        yield proxy
-
-
-# To add a case, add a row: what Host says, whether it names this computer.
-HOSTS = [
-    ("localhost", True),
-    ("LocalHost:9090", True),
-    ("127.0.0.1", True),
-    ("127.0.0.1:9090", True),
-    ("127.8.9.10:1", True),
-    ("[::1]:9090", True),
-    ("[::1]", True),
-    ("evil.example", False),
-    ("evil.example:9090", False),
-    ("localhost.evil.example", False),
-    ("127.0.0.1.nip.io", False),
-    ("", False),
-    ("0.0.0.0", False),
-    ("[", False),
-    ("[::1", False),
-    ("localhost@evil.example", False),
-    ("localhost:80@evil.example", False),
-    ("127.0.0.1evil", False),
-    ("192.168.1.7", False),
-    ("::ffff:1", False),
-    ("[::ffff:192.168.1.7]", False),
-    ("1270.0.1", False),
-    ("evil.example/127.0.0.1", False),
-    ("evil.example#localhost", False),
-]
-
-
-@table("host,ours", HOSTS)
-def test_with_the_well_known_key_only_this_computer_is_served(well_known, host, ours):
-    for method, path in (("GET", "/v1/models"), ("GET", "/"), ("GET", "/health"), ("OPTIONS", "/v1/models"),
-                         ("GET", "/nowhere"), ("POST", CHAT)):
-        data = raw_request(method, path, f"Host: {host}", f"Origin: http://{host}", auth="sk-your-key")
-        reply = exchange(well_known, data)[0]
-        assert (reply.status != 403) == ours, (method, path)
-        assert [name for name in reply.headers if name.lower().startswith("access-control")] == []
-        if not ours:
-            check_error(reply)
-
-
-PAGE, OTHER = "https://app.example", "https://evil.example"
-
-# To add a case, add a row: CORS_ORIGIN, the Origin of a page, what Access-Control-Allow-Origin says.
-ORIGINS = [
-    ("*", PAGE, "*"),
-    ("*", None, "*"),
-    (PAGE, PAGE, PAGE),
-    ("https://a.example, " + PAGE, PAGE, PAGE),
-    (PAGE, OTHER, None),
-    (PAGE, None, None),
-    (PAGE, PAGE + ".evil.example", None),
-    (PAGE, "null", None),
-    (PAGE, PAGE.upper(), None),
-    ("", PAGE, None),
-]
-ASKED_HEADERS = "authorization,x-stainless-os, content-type"
-PREFLIGHT = ["Access-Control-Request-Method: POST", f"Access-Control-Request-Headers: {ASKED_HEADERS}"]
-
-
-def words_of(headers, name):
-    return [word.strip() for line in headers.get_all(name, []) for word in line.split(",")]
-
-
-@table("setting,origin,allowed", ORIGINS)
-def test_cors_follows_cors_origin(zai, setting, origin, allowed):
-    lines = [f"Origin: {origin}"] if origin else []
-    with proxying(zai, CORS_ORIGIN=setting) as proxy:
-        answers = [
-            proxy.call("GET", "/v1/models", None, lines),
-            proxy.call("GET", "/v1/nope", None, lines),
-            proxy.call("POST", CHAT, {}, lines, key=None),
-            proxy.call("POST", CHAT, chat_body(stream=True), lines),
-            proxy.call("OPTIONS", CHAT, None, lines + PREFLIGHT, key=None),
-        ]
-    assert [status for status, _, _ in answers] == [200, 404, 401, 200, 204]
-    for _, got, _ in answers:
-        assert got["Access-Control-Allow-Origin"] == allowed
-        assert "Access-Control-Allow-Credentials" not in got
-        assert ("Origin" in words_of(got, "Vary")) == (setting not in ("*", ""))
-        if allowed:
-            assert {"x-request-id", "retry-after"} <= set(words_of(got, "Access-Control-Expose-Headers"))
-    preflight = answers[-1][1]
-    if allowed:
-        assert preflight["Access-Control-Allow-Headers"] == ASKED_HEADERS
-        assert {"GET", "POST"} <= set(words_of(preflight, "Access-Control-Allow-Methods"))
-        assert "Access-Control-Request-Headers" in words_of(preflight, "Vary")
-    if not setting:
-        assert [name for name in preflight if name.lower().startswith("access-control")] == []
-
-
-@table("host", ["::", "[::]"])
-def test_host_double_colon_serves_both_ip_versions(zai, host):
-    try:
-        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
-    except OSError:
-        pytest.skip("no IPv6 here")
-    with proxying(zai, HOST=host) as proxy:
-        for place in ("127.0.0.1", "::1"):
-            with socket.create_connection((place, proxy.port), 5) as sock:
-                sock.sendall(SENTINEL)
-                assert read_to_end(sock).startswith(b"HTTP/1.1 200"), place
-
-
-KEY_ID, KEY_SECRET = ZAI_KEY.split(".")
-
-def test_secrets_are_redacted_wherever_they_could_surface(zai, log_lines, caplog):
-    caplog.set_level(logging.DEBUG, "ztoapi")
-    quoted = []
-    with proxying(zai, DEBUG_MODE="true", MAX_RETRIES="0") as proxy:
-        zai.scripts.append(refusal(401, "1000", "bad key " + ZAI_KEY))
-        quoted.append(proxy.chat())
-        shown = [proxy.call("GET", path) for path in ("/stats", "/metrics", "/v1/models", "/")]
-        for fields in ({"model": KEY}, {KEY: 1}, {"tool_choice": KEY}, {"stop": [KEY]}):
-            proxy.chat(**fields)
-        zai.scripts.append(refusal(429, "1302"))
-        assert proxy.chat(model=KEY)[0] == 200
-        for path in (f"/v1/models?key={KEY}", f"/{KEY}", f"/v1/models/{KEY}", f"{CHAT}/{KEY}"):
-            proxy.call("GET", path)
-        shown += [repr(proxy.settings), repr(proxy.server), proxy.call("GET", "/stats")]
-    text = str([quoted, shown, log_lines()])
-    assert [secret for secret in (ZAI_KEY, KEY_ID, KEY_SECRET, KEY) if secret in text] == []
-    assert [answer for answer in quoted if "[redacted]" not in str(answer)] == []
-
-
-# Bounds
-
-def test_a_full_house_makes_room_for_a_newcomer_by_closing_who_has_idled_longest(zai):
-    with proxying(zai, MAX_CONNECTIONS="3") as proxy:
-        first = hold(proxy, raw_request("GET", "/health"))
-        second = hold(proxy, raw_request("GET", "/health"))
-        third = hold(proxy, raw_request("GET", "/health"))
-        with first, second, third:
-            first.sendall(raw_request("GET", "/health"))
-            assert read_reply(first.makefile("rb")).status == 200
-            assert proxy.chat()[0] == 200
-            assert read_to_end(second) == b""
-            assert not readable(first)
-            assert not readable(third)
-
-
-def test_who_has_just_come_has_not_idled_longest(zai):
-    with proxying(zai, MAX_CONNECTIONS="2") as proxy:
-        with hold(proxy, raw_request("GET", "/health")) as idle, proxy.connect(5) as silent:
-            time.sleep(0.05)
-            assert proxy.call("GET", "/health")[0] == 200
-            assert read_to_end(idle) == b""
-            assert not readable(silent)
-
-
-def test_where_all_are_busy_a_503_can_be_read_and_the_rest_goes_on(zai, log_lines):
-    go = threading.Event()
-    zai.default = stream(say("Hel"), lambda fake, request: go.wait(10), say("lo"), FINISH, DONE)
-    with proxying(zai, MAX_CONNECTIONS="3") as proxy:
-        busy = [proxy.open_stream() for _ in range(3)]
-        assert eventually(lambda: all(map(readable, busy)))
-        threads = threading.active_count()
-        for _ in range(3):
-            status, headers, body = proxy.chat()
-            assert status == 503
-            assert int(headers["Retry-After"]) > 0
-            assert headers["Connection"] == "close"
-            assert headers["x-request-id"]
-            assert body["error"]["code"] == "too_many_connections"
-        assert threading.active_count() == threads, "a refusal needs no thread"
-        assert len(zai.requests) == 3
-        go.set()
-        for sock in busy:
-            assert said(read_stream(sock)[2]) == "Hello"
-        assert proxy.chat()[0] == 200
-        for sock in busy:
-            sock.close()
-    assert len(log_lines(logging.WARNING)) == 1
-    assert not log_lines(logging.ERROR)
-
-
-def test_where_no_thread_can_be_started_there_is_a_503(zai, monkeypatch, log_lines):
-    start = threading.Thread.start
-
-    def fail(thread):
-        if "process_request_thread" in str(getattr(thread, "_target", "")):
-            raise RuntimeError("can't start new thread")
-        start(thread)
-    with proxying(zai) as proxy:
-        with monkeypatch.context() as patch:
-            patch.setattr(threading.Thread, "start", fail)
-            for _ in range(3):
-                reply, = exchange(proxy, raw_request("GET", "/health"))
-                assert reply.status == 503
-                assert int(reply.headers["Retry-After"]) > 0
-        assert proxy.chat()[0] == 200
-    assert len(log_lines(logging.WARNING)) == 1
-    assert not log_lines(logging.ERROR)
-
-
-def life_of(proxy, first, drip, pause_s, longest_s=8.0):
-    """How long a connection lives that sends `first`, and then for ever `drip`."""
-    began = time.monotonic()
-    with proxy.connect(longest_s) as sock, contextlib.suppress(OSError):
-        sock.sendall(first)
-        while time.monotonic() - began < longest_s:
-            sock.sendall(drip)
-            if readable(sock) and not sock.recv(1):
-                break
-            time.sleep(pause_s)
-    return time.monotonic() - began
-
-
-LONG_POST = raw_request("POST", CHAT, "Content-Length: 2000000000")
-
-# To add a case, add a row: where it drips -> what is sent first, what then drips, the seconds in between. A 413
-# would end the fast body, hence the large limit.
-DRIPS = {
-    "request line": (b"GET /", b"a", 0.05),
-    "headers": (b"GET /health HTTP/1.1\r\n", b"X: y\r\n", 0.05),
-    "one header": (b"GET /health HTTP/1.1\r\nX: ", b"y", 0.05),
-    "body": (LONG_POST, b" ", 0.05),
-    "chunked body": (raw_chunks(), b"1\r\n \r\n", 0.05),
-    "one chunk": (raw_chunks(b"fffff\r\n"), b" ", 0.05),
-    "chunk extension": (raw_chunks(b"1;"), b"x", 0.05),
-    "trailers": (raw_chunks(b"0\r\n"), b"X: y\r\n", 0.05),
-    "nothing at all": (b"", b"", 0.05),
-    "a TLS hello": (b"\x16\x03\x01", b"\0", 0.05),
-    "blank lines": (b"\r\n", b"\r\n", 0.05),
-    "a body without pause": (LONG_POST, b" " * 1000, 0.0005),
-    "a refused body": (raw_request("POST", CHAT, "Content-Length: 2000000000", auth=False), b" " * 65536, 0.0005),
-}
-
-
-def test_a_request_must_come_within_client_timeout_as_a_whole(zai, monkeypatch, log_lines):
-    """Slowloris, in every part of a request, slow and fast."""
-    monkeypatch.setattr(ztoapi, "KEEP_ALIVE_S", 0.4)
-    monkeypatch.setattr(ztoapi, "LINGER_S", 0.2)
-    with proxying(zai, CLIENT_TIMEOUT="0.4", MAX_BODY_MB="2048") as proxy:
-        before = threading.active_count()
-        lives = together(*[lambda drip=drip: life_of(proxy, *drip) for drip in DRIPS.values()])
-        assert eventually(lambda: threading.active_count() <= before)
-        assert proxy.call("GET", "/health")[0] == 200
-    # Far above 0.4 s: that a connection ends is the point, and a busy machine is slow.
-    assert [name for name, life in zip(DRIPS, lives) if life > 6] == []
-    assert not zai.requests
-    assert not log_lines(logging.ERROR)
-
-
-def test_an_idle_connection_is_kept_for_keep_alive_seconds(zai, monkeypatch):
-    with proxying(zai, CLIENT_TIMEOUT="0.3") as proxy:
-        with hold(proxy, raw_request("GET", "/health")) as sock, sock.makefile("rb") as file:
-            time.sleep(0.7)  # longer than a request may take, shorter than keep-alive
-            monkeypatch.setattr(ztoapi, "KEEP_ALIVE_S", 0.2)
-            sock.sendall(raw_request("GET", "/health"))
-            assert read_reply(file).status == 200
-            assert file.read() == b""
-
-
-def test_a_full_descriptor_table_does_not_spin_and_heals(zai, monkeypatch):
-    resource = pytest.importorskip("resource")
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    accepts = []
-    get_request = ztoapi.Server.get_request
-    monkeypatch.setattr(ztoapi.Server, "get_request", lambda self: accepts.append(1) or get_request(self))
-    with proxying(zai) as proxy, socket.socket() as sock:
-        sock.settimeout(5)
-        spare = [os.dup(0)]
-        try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (max(spare) + 20, limits[1]))
-            with contextlib.suppress(OSError):
-                while True:
-                    spare.append(os.dup(0))
-            sock.connect(("127.0.0.1", proxy.port))
-            assert eventually(lambda: accepts, 2)
-            time.sleep(0.25)
-            tries = len(accepts)
-        finally:
-            for fileno in spare:
-                os.close(fileno)
-            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-        assert 0 < tries < 50
-        sock.sendall(SENTINEL)
-        assert read_to_end(sock).startswith(b"HTTP/1.1 200"), "who waited is served"
-
-
-def test_quotes_of_a_client_are_bounded(zai, log_lines):
-    """An error names what was wrong, and the last twenty are kept; they must not keep megabytes."""
-    choice = {"type": "function", "function": {"name": "n" * (4 << 20)}}
-    body = json_chat(tools=[{"type": "function", "function": {"name": "f"}}], tool_choice=choice)
-    with proxying(zai) as proxy:
-        for _ in range(20):
-            status, headers, answer = proxy.call("POST", CHAT, body)
-            assert status == 400
-            assert len(str(answer)) < 2000
-        proxy.idle()
-        assert len(str(proxy.call("GET", "/stats")[2])) < 20000
-    assert max(map(len, log_lines())) < 2000
-
-
-# The end
-
-def test_requests_sent_before_the_end_are_answered(zai):
-    """Kept connections, new ones, and those in the backlog that nobody has accepted yet."""
-    with proxying(zai) as proxy:
-        kept = [hold(proxy, raw_request("GET", "/health")) for _ in range(10)]
-        new = [proxy.connect(5) for _ in range(40)]
-        for sock in kept + new:
-            sock.sendall(raw_chat(chat_body(stream=False)))
-        proxy.server.SETTLE_S = ztoapi.Server.SETTLE_S
-        proxy.server.stop(5)
-        replies = [replies_in(read_to_end(sock)) for sock in kept + new]
-        for sock in kept + new:
-            sock.close()
-    assert [[reply.status for reply in found] for found in replies] == [[200]] * 50
-    assert {found[0].headers["Connection"] for found in replies} <= {"close", None}
-
-
-def test_stop_does_not_wait_for_idle_connections(zai):
-    with proxying(zai) as proxy:
-        with proxy.connect() as silent, hold(proxy, raw_request("GET", "/health")) as idle:
-            idle.sendall(b"\r\n")
-            began = time.monotonic()
-            assert proxy.server.stop(5)
-            assert time.monotonic() - began < 1
-            assert read_to_end(silent) == b""
-
-
-# Bugs of our own
-
-# The fuzzer
-
-PIECES = [b"\r\n", b"\n", b"\r", b"\0", b" ", b"\t", b":", b"\xff", b"%00", b"//", b"\r\n\r\n", END, b"HTTP/1.0", b"[",
-          b"{", b'"', b"1e999", b"\\ud800"]
-LINES = [
-    b"Content-Length: 3", b"Content-Length: -1", b"Transfer-Encoding: chunked", b"Transfer-Encoding: gzip",
-    b"Expect: 100-continue", b"Connection: close", b"Host: evil", b"X: \xff\x1b", b" fold", b"X", b"Origin: x",
-    b"Content-Type: multipart/mixed", b"Content-Encoding: gzip", b"Connection: upgrade", b"Upgrade: websocket",
-    b"Range: bytes=0-1", b"Accept: application/json",
-]
-# To add a case, add a row: a good request, to be broken by the fuzzer.
-PLAIN_REQUESTS = [
-    raw_request("GET", "/v1/models"),
-    raw_request("GET", "/v1/models/GLM-4.6?x=%20", "Origin: https://x"),
-    raw_request("GET", "/health", "Connection: close"),
-    raw_request("HEAD", "/stats"),
-    raw_request("GET", "/"),
-    raw_request("OPTIONS", CHAT, "Origin: x", "Access-Control-Request-Headers: a"),
-    raw_request("GET", "http://x/metrics", version="HTTP/1.0"),
-    raw_chat(JSON_CHAT, "Expect: 100-continue"),
-]
-
-
-def scramble_bytes(rand, data):
-    at = rand.randrange(len(data) + 1)
-    size = rand.choice((1, 1, 2, 5, 30))
-    before, piece, after = data[:at], data[at:at + size], data[at + size:]
-    byte = bytes([rand.randrange(256)])
-    return rand.choice((
-        before,
-        before + after,
-        before + byte + piece[1:] + after,
-        before + piece * rand.choice((2, 3, 101)) + after,
-        before + rand.choice(PIECES) + piece + after,
-    ))
-
-
-def scramble_lines(rand, data):
-    lines = data.split(b"\r\n")
-    kind = rand.randrange(4)
-    if kind == 0:
-        lines.insert(rand.randrange(len(lines)), rand.choice(lines))
-    elif kind == 1:
-        lines.pop(rand.randrange(len(lines)))
-    elif kind == 2:
-        lines.insert(rand.randrange(1, len(lines) + 1), rand.choice(LINES))
-    else:
-        rand.shuffle(lines)
-    return b"\r\n".join(lines)
-
-
-def odd_request(rand):
-    """A good request, some of whose JSON is replaced."""
-    body = dict(FULL_CHAT, stream=rand.random() < 0.5)
-    for _ in range(rand.randrange(3)):
-        body = mutated(body, rand)
-    data = json.dumps(body).encode()
-    if rand.random() < 0.5:
-        return raw_chat(data)
-    return raw_chunks(chunked(data[:40]), chunked(data[40:]), END)
-
-
-def test_two_thousand_broken_requests_meet_no_hang_no_500_and_a_living_server(proxy, zai, log_lines):
-    rand = random.Random(4)
-    for case in range(2000):
-        data = rand.choice(PLAIN_REQUESTS) if rand.random() < 0.6 else odd_request(rand)
-        for _ in range(rand.choice((0, 1, 1, 2, 5))):
-            scramble = scramble_bytes if rand.random() < 0.55 else scramble_lines
-            data = scramble(rand, data)
-        try:
-            with proxy.connect(5) as sock:
-                sock.sendall(data + rand.choice((b"", b"", SENTINEL)))
-                sock.shutdown(socket.SHUT_WR)  # a request cut short must not wait for its rest
-                got = read_to_end(sock)
-        except socket.timeout:
-            pytest.fail(f"case {case} hangs: {data!r}")
-        assert got[:9] in (b"", b"HTTP/1.1 "), (case, data)
-        assert not re.search(rb"HTTP/1\.1 500|internal_error", got), (case, data)
-    assert not log_lines(logging.ERROR)
-    assert len(zai.requests) > 100
-    assert proxy.chat()[0] == 200
-
-
-# Attacks. More of them stand where they belong: locked doors, nesting, drips, what shapes the log.
-
-def test_attack_resets_at_every_byte_leave_nothing_behind(zai, log_lines):
-    data = raw_chat(chat_body(stream=True))
-    with proxying(zai) as proxy:
-        threads = threading.active_count()
-        for i in [*range(0, len(data), 3), *[len(data)] * 20]:
-            sock = proxy.connect()
-            sock.sendall(data[:i])
-            reset(sock)
-        assert proxy.idle()
-        zai.close()  # a thread of the fake waits at the other end of each kept connection
-        assert eventually(lambda: threading.active_count() <= threads)
-    assert not log_lines(logging.ERROR)
-
-
-@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts descriptors")
-def test_attack_a_flood_of_connections_beyond_the_limit_costs_no_threads_and_few_descriptors(zai, monkeypatch):
-    def descriptors():
-        return len(os.listdir("/proc/self/fd"))
-    monkeypatch.setattr(ztoapi, "LINGER_S", 0.2)
-    zai.default = stream(say("Hel"), 30)
-    with proxying(zai, MAX_CONNECTIONS="1") as proxy:
-        with proxy.open_stream() as busy:
-            assert eventually(lambda: readable(busy))
-            threads, before, most, socks = threading.active_count(), descriptors(), 0, []
-            for _ in range(1000):
-                socks.append(proxy.connect())
-                most = max(most, descriptors() - before - len(socks))
-                if len(socks) > 100:
-                    reset(socks.pop(0))
-            assert threading.active_count() <= threads
-            assert most <= 300
-            assert len(zai.requests) == 1
-        for sock in socks:
-            sock.close()
-        assert eventually(lambda: proxy.call("GET", "/health")[0] == 200)
-        assert eventually(lambda: descriptors() <= before + 2, 3)
-
-
-def test_attack_a_deaf_client_that_pipelines_is_dropped(zai):
-    """It sends requests for ever and reads nothing: the answers fill the buffers, and then CLIENT_TIMEOUT is over."""
-    with proxying(zai, CLIENT_TIMEOUT="0.2") as proxy, proxy.connect(5) as sock:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        began = time.monotonic()
-        with pytest.raises(OSError):
-            while time.monotonic() - began < 8:
-                sock.sendall(raw_request("GET", "/") * 50)
-        assert time.monotonic() - began < 6
-        assert proxy.idle()
-
-
-def test_attack_a_large_error_does_not_keep_the_thread_of_a_deaf_client(zai):
-    """The error of a stream that has begun is a write like any other: CLIENT_TIMEOUT bounds it."""
-    error = b'data: {"error":{"code":"1234","message":"%b"}}\n\n' % (b"x" * 12000000)
-    zai.default = stream(say("Hi"), 0.1, error)
-    with proxying(zai, CLIENT_TIMEOUT="0.2") as proxy, socket.socket() as sock:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        sock.connect(("127.0.0.1", proxy.port))
-        sock.sendall(raw_chat(chat_body(stream=True)))
-        assert eventually(lambda: zai.requests)
-        assert eventually(proxy.server.idle, 4)
-
-
-def test_attack_a_continue_that_is_never_followed_is_dropped(zai):
-    with proxying(zai, CLIENT_TIMEOUT="0.1") as proxy:
-        data = raw_request("POST", CHAT, "Content-Length: 5", "Expect: 100-continue")
-        assert talk(proxy, data) == b"HTTP/1.1 100 Continue\r\n\r\n"
-    assert not zai.requests
-
-
-WHOLE_REQUEST = raw_request("GET", "/v1/models").decode()
-ONE_LINE = WHOLE_REQUEST.replace("\r\n", " ")
-
-
-# To add a case, add a row: a whole request inside another one.
-@table("data", [
-    raw_chat(json_chat(messages=[{"role": "user", "content": WHOLE_REQUEST}])),
-    raw_request("GET", "/health", "X: " + ONE_LINE),
-    raw_request("GET", "/health?" + ONE_LINE.replace(" ", "%20")),
-    raw_chunks(b"%x;%b\r\n%b\r\n" % (len(JSON_CHAT), ONE_LINE.encode(), JSON_CHAT), END),
-    raw_chunks(chunked(JSON_CHAT), b"0\r\nX: " + ONE_LINE.encode() + b"\r\n\r\n"),
-])
-def test_attack_a_request_inside_a_request_is_text(shared, data):
-    assert statuses(shared, data) == [200, 200]
-
-
-EVIL = "x\r\nX-Evil: 1\r\n\r\nHTTP/1.1 200 OK\r\n"
-
-
-# To add a case, add a row: what a client could split an answer's head with, the status it gets.
-@table("data,status", [
-    (raw_chat(json_chat(model=EVIL, store=True, user=EVIL, **{EVIL: 1})), 200),
-    (raw_chat(json_chat(stream=True, model=EVIL)), 200),
-    (raw_chat(json_chat(messages=[{"role": "user", "content": "Hi", EVIL: 1, "\u6f22\ud800": 1}])), 200),
-    (raw_request("GET", "/v1/models/%0d%0aX-Evil:%201"), 404),
-    (raw_request("GET", "/v1/models", "x-request-id: mine", "Origin: https://x\xff\x1b", "X-Evil: 1"), 200),
-    (raw_request("OPTIONS", "/", "Access-Control-Request-Headers: a\xff\x1b, X-Evil"), 204),
-])
-def test_attack_a_client_cannot_write_our_headers(shared, data, status):
-    evil_head = HEAD.replace(b"X-Log-Id: 2026", b"X-Log-Id: \x1b\xff<evil>\x85 2026")
-    shared.zai.scripts.append([evil_head, *stream(*HEALTHY)[1:]])
-    reply = exchange(shared, data)[0]
-    shared.zai.scripts.clear()
-    assert reply.status == status
-    assert "X-Evil" not in reply.headers
-    assert re.fullmatch("req_[0-9a-f]+", reply.headers["x-request-id"])
-    fields = [(name, value) for name, value in reply.headers.items() if name != "Access-Control-Allow-Headers"]
-    assert [(name, value) for name, value in fields if not re.fullmatch("[ -~]*", value)] == []
-
-
-def test_attack_two_clients_never_see_each_others_answers(zai):
-    """Many connections at once, kept alive and pipelined, each with a text of its own: the echo must match."""
-    zai.default = lambda request: stream(say(request["body"]["messages"][0]["content"]), FINISH, DONE)
-    seen = {}
-
-    def client(number):
-        for i in range(5):
-            texts = [f"<{number}-{i}-{j}>" for j in range(3)]
-            data = b""
-            for j, text in enumerate(texts):
-                messages = [{"role": "user", "content": text}]
-                data += raw_chat(json_chat(stream=j == 1, messages=messages))
-            for text, reply in zip(texts, exchange(proxy, data)):
-                seen[text] = re.findall("<.*?>", reply.body.decode())
-    with proxying(zai) as proxy:
-        together(*[lambda number=number: client(number) for number in range(8)])
-    assert len(seen) == len(zai.requests) == 120
-    assert {text: found for text, found in seen.items() if found != [text]} == {}
-
-
-def test_attack_a_closed_socket_has_not_ended_and_is_no_bug():
-    """Between two looks at its number another thread may close it."""
-    ours, theirs = socket.socketpair()
-    gone, left = socket.socketpair()
-    left.close()
-    closed = socket.socket()
-    closed.close()
-    with ours, theirs, gone:
-        for sock in (ours, gone):
-            sock.setblocking(False)
-        ended = ztoapi.ended([ours, closed, gone])
-    assert gone in ended
-    assert ours not in ended
-
-
-def test_attack_a_header_flood_before_the_key_is_bounded(shared):
-    with shared.connect(5) as sock:
-        with contextlib.suppress(OSError):
-            sock.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n")
-            for i in range(200):
-                sock.sendall(b"X%d: %b\r\n" % (i, b"y" * 60000))
-        assert read_reply(sock.makefile("rb")).status == 431
-
-
-def test_attack_names_that_clients_make_up_are_not_kept(zai):
-    """A thousand different models and paths leave nothing behind that grows."""
-    data = b""
-    for i in range(200):
-        data += raw_request("GET", f"/v1/models/m{i}") + raw_chat(json_chat(model=f"m{i}", n=2))
-    with proxying(zai) as proxy:
-        assert statuses(proxy, data) == [404, 400] * 200 + [200]
-        for i in range(30):
-            assert proxy.chat(model=f"unknown-{i}")[0] == 200
-        proxy.idle()
-        assert len(str(proxy.call("GET", "/stats")[2])) < 20000
-        assert "unknown-" not in proxy.call("GET", "/metrics")[2]
-        assert proxy.server.upstream.gates.state() == ([], {})
-
-
-@table("path", ["/", "/health", "/v1/models", "/nope", "/metrics"])
-def test_attack_a_date_and_a_length_are_always_there(shared, path):
-    """What a cache or a proxy in front would otherwise guess."""
-    reply, _ = exchange(shared, raw_request("GET", path))
-    assert email.utils.parsedate(reply.headers["Date"])
-    assert int(reply.headers["Content-Length"]) == len(reply.body)
-    assert reply.headers["X-Content-Type-Options"] == "nosniff"
-    assert "Python" not in reply.headers["Server"]
-    assert "Set-Cookie" not in reply.headers
-
-
-# The log, the numbers, the program ####################################################
-#
-# Metrics and Record by themselves; then what /metrics, /stats and the log tell of a proxy at work; then main() in this
-# process, --check, and the program in processes of its own.
-
-posix_only = pytest.mark.skipif(os.name == "nt", reason="signals")
-
-
-def record(**fields):
-    return ztoapi.Record(**dict({"id": "req_1", "client": "127.0.0.1", "began": 1000.0}, **fields))
-
-
-def counted(**fields):
-    """A request that was answered as it should be."""
-    usual = {"counted": True, "status": 200, "model": "GLM-4.6", "model_id": "glm-4.6", "key": "#1", "path": CHAT,
-             "ttft_s": 0.2, "total_s": 1.5, "usage": {"prompt_tokens": 3, "completion_tokens": 7}}
-    return record(**dict(usual, **fields))
-
-
-# The log line
-
-# To add a case, add a row: fields of a Record, words its line holds, words it does not hold.
-LOG_LINES = [
-    ({"method": "GET", "path": "/health", "status": 200}, ["req_1 127.0.0.1 GET /health 200"], ["model=", "key="]),
-    ({"key": "#2"}, ["key=#2"], []),
-    ({"client_request_id": "run-17"}, ["rid=run-17"], []),
-    ({"client_request_id": "a b\r\n" + "x" * 500}, ["rid=a?b??xxx"], ["x" * 101]),
-    ({"counted": True, "stream": True}, ["stream=true"], []),
-    ({"counted": True, "stream": False}, ["stream=false"], []),
-    ({"counted": True, "stream": True, "stream_default": True}, ["stream=default"], ["stream=true"]),
-    ({"counted": True, "model": "m out=7\u202e"}, ["model=m?out=7?"], []),
-    ({"counted": True, "model": "m" * 5000}, ["model=mmm"], ["m" * 101]),
-    ({"counted": True, "ttft_s": 0.1234, "total_s": 2.0}, ["ttft=0.123 total=2.000 queue=0.000"], ["in=", "out="]),
-    ({"counted": True, "usage": {"prompt_tokens": 0, "completion_tokens": 7}}, ["in=0 out=7"], []),
-    ({"counted": True, "changed": ("store", "a b")}, ["changed=store,a?b"], ["repaired="]),
-    ({"counted": True, "retries": 2, "repaired": 1}, ["retries=2 repaired=1"], ["changed="]),
-    ({"error": "no\n\u6c34" + "e" * 5000}, [r"error='no\n\u6c34eee"], ["e" * 301]),
-]
-
-
-@pytest.mark.parametrize("fields,present,absent", LOG_LINES)
-def test_a_record_is_one_line_of_printable_ascii(fields, present, absent):
-    line = record(**fields).line()
-    assert re.fullmatch("[ -~]+", line)
-    for words in present:
-        assert words in line
-    for words in absent:
-        assert words not in line
-
-
-# The counters
-
-def metrics_of(*records, now=lambda: 1000.0):
-    """Metrics that these requests were told to."""
-    metrics = ztoapi.Metrics(now)
-    for each in records:
-        metrics.begin()
-        metrics.finish(each)
-    return metrics
-
-
-def test_stats_tell_served_failed_and_cancelled_apart():
-    records = [counted(status=status) for status in (200, 429, 499, 502)]
-    stats = metrics_of(*records).stats([], {}, False)
-    assert (stats["served"], stats["failed"], stats["cancelled"]) == (1, 2, 1)
-    assert stats["in_flight"] == 0
-
-
-def test_the_counters_tell_the_client_keys_apart():
-    text = metrics_of(counted(), counted(key="#2"), counted(key="#2")).prometheus([], {})
-    assert 'ztoapi_requests_total{model="glm-4.6",status="200",key="#1"} 1\n' in text
-    assert 'ztoapi_requests_total{model="glm-4.6",status="200",key="#2"} 2\n' in text
-    assert 'ztoapi_tokens_total{model="glm-4.6",kind="completion",key="#2"} 14\n' in text
-
-
-def test_models_that_the_table_does_not_know_share_a_label():
-    gates = [(1, "new-1", 5, 0), (1, "new-2", 3, 0), (1, "glm-4.6", None, 1)]
-    records = [counted(model_id=f"new-{i}") for i in range(9)]
-    text = metrics_of(*records).prometheus(gates, {"new-1": 2, "new-2": 1})
-    assert 'ztoapi_requests_total{model="other",status="200",key="#1"} 9\n' in text
-    assert 'ztoapi_requests_queued{model="other"} 3\n' in text
-    assert 'ztoapi_concurrency_ceiling{key="1",model="other"} 3\n' in text
-    assert text.count("\nztoapi_concurrency_ceiling{") == 1
-
-
-def test_a_histogram_counts_up_to_its_bounds():
-    records = [counted(ttft_s=ttft_s) for ttft_s in (0.1, 0.11, 1000.0, None)]
-    text = metrics_of(*records).prometheus([], {})
-    name = "ztoapi_time_to_first_token_seconds"
-    assert f'{name}_bucket{{le="0.1"}} 1\n{name}_bucket{{le="0.25"}} 2\n' in text
-    assert f'{name}_bucket{{le="300"}} 2\n{name}_bucket{{le="+Inf"}} 3\n' in text
-    assert f"{name}_sum 1000.210000\n{name}_count 3\n" in text
-
-
-def test_long_texts_do_not_stay():
-    record = counted(model="m" * 10**6, error="e" * 10**6, path="/" * 10**5)
-    metrics = metrics_of(*[record] * 30)
-    assert len(json.dumps(metrics.stats([], {}, False))) < 30000
-
-
-def test_the_history_is_ten_minutes_without_gaps():
-    clock = [1000.0]
-    metrics = metrics_of(counted(), now=lambda: clock[0])
-    for now in (1009.0, 1040.0, 990.0, 1200.0, 1.8e9):
-        clock[0] = now
-        metrics.begin()
-        metrics.finish(counted())
-    history = metrics.stats([], {}, False)["history"]
-    assert [row["t"] for row in history] == list(range(1800000000 - 590, 1800000001, 10))
-    assert [row["requests"] for row in history] == [0] * 59 + [1]
-    assert history[-1]["tokens"] == 7
-
-
-def test_stats_tell_the_last_minute_and_the_median():
-    metrics = metrics_of(*[counted(ttft_s=ttft_s) for ttft_s in (0.1, 0.2, 5.0)])
-    stats = metrics.stats([(1, "glm-4.6", 2, 1)], {"glm-4.6": 4}, True)
-    assert stats["ttft_p50_ms"] == 200.0
-    assert stats["tokens_per_s"] == round(21 / 60, 1)
-    assert stats["queued"] == 4
-    assert stats["demo"] is True
-    assert stats["ceilings"] == [{"key": 1, "model": "glm-4.6", "ceiling": 2, "in_flight": 1, "queued": 4}]
-
-
-# A proxy at work: its log
+# What the log tells
 
 # To add a case, add a row: method, path, JSON body, and the status it gets.
 LOGGED = [
@@ -8909,63 +8550,7 @@ def test_nothing_a_client_sends_can_shape_the_log(zai, log_lines, caplog):
     assert [line for line in requests if line.count(" out=") > 1] == [], "a model's name is one word of the line"
 
 
-# Bugs of our own
-
-def boom(*args, **kwargs):
-    raise RuntimeError("boom")
-
-
-def boom_of_the_system(*args, **kwargs):
-    """An OSError of our own must not pass for that of a client that left."""
-    raise OSError("boom")
-
-
-# To add a case, add a row: where a bug is planted, its name there, and the request that meets it.
-BUGS = [
-    (ztoapi, "listed_models", "GET", "/v1/models", None),
-    (ztoapi.Metrics, "stats", "GET", "/stats", None),
-    (ztoapi, "to_zai_request", "POST", CHAT, chat_body()),
-    (ztoapi.Answer, "feed", "POST", CHAT, chat_body()),
-]
-
-
-@pytest.mark.parametrize("place,name,method,path,body", BUGS)
-@pytest.mark.parametrize("bug", [boom, boom_of_the_system])
-def test_a_bug_is_one_500_and_one_traceback(proxy, monkeypatch, caplog, bug, place, name, method, path, body):
-    with monkeypatch.context() as patch:
-        patch.setattr(place, name, bug)
-        status, headers, answer = proxy.call(method, path, body)
-    assert status == 500
-    assert answer["error"]["code"] == "internal_error"
-    assert headers["x-request-id"] in answer["error"]["message"]
-    assert "boom" not in str(answer)
-    record, = [record for record in caplog.records if record.exc_info]
-    assert headers["x-request-id"] in record.getMessage()
-    assert proxy.call(method, path, body)[0] == 200, "it lives on"
-
-
-def test_a_bug_during_a_stream_is_the_in_stream_error(zai, proxy, monkeypatch, caplog):
-    tell, calls = ztoapi.Chat.tell, []
-
-    def third_time(self, steps):
-        calls.append(steps)
-        return boom() if len(calls) == 3 else tell(self, steps)
-    monkeypatch.setattr(ztoapi.Chat, "tell", third_time)
-    zai.default = stream(say("ab"), 0.05, say("cd"), 0.05, say("ef"), FINISH, DONE)
-    status, headers, events, clean = proxy.stream()
-    assert status == 200
-    assert said(events) == "abcd"
-    assert not clean
-    assert finish_of(events) == []
-    assert list(events[-1]) == ["error"]
-    assert events[-1]["error"]["code"] == "internal_error"
-    assert headers["x-request-id"] in events[-1]["error"]["message"]
-    assert sum(bool(record.exc_info) for record in caplog.records) == 1
-    monkeypatch.undo()
-    assert proxy.chat()[0] == 200
-
-
-# A proxy at work: its numbers
+# What the numbers tell
 
 # To add a case, add a row: a name, its type.
 METRICS = {
@@ -9085,7 +8670,594 @@ def test_a_learned_ceiling_shows(zai):
     assert f'ztoapi_concurrency_ceiling{{key="1",model="glm-4.6"}} {row["ceiling"]}\n' in text
 
 
-# The demo
+# Bugs of our own
+
+# To add a case, add a row: where a bug is planted, its name there, and the request that
+# meets it.
+BUGS = [
+    (ztoapi, "listed_models", "GET", "/v1/models", None),
+    (ztoapi.Metrics, "stats", "GET", "/stats", None),
+    (ztoapi, "to_zai_request", "POST", CHAT, chat_body()),
+    (ztoapi.Answer, "feed", "POST", CHAT, chat_body()),
+]
+
+
+@pytest.mark.parametrize("place,name,method,path,body", BUGS)
+@pytest.mark.parametrize("bug", [boom, boom_of_the_system])
+def test_a_bug_is_one_500_and_one_traceback(proxy, monkeypatch, caplog, bug, place, name, method, path, body):
+    with monkeypatch.context() as patch:
+        patch.setattr(place, name, bug)
+        status, headers, answer = proxy.call(method, path, body)
+    assert status == 500
+    assert answer["error"]["code"] == "internal_error"
+    assert headers["x-request-id"] in answer["error"]["message"]
+    assert "boom" not in str(answer)
+    record, = [record for record in caplog.records if record.exc_info]
+    assert headers["x-request-id"] in record.getMessage()
+    assert proxy.call(method, path, body)[0] == 200, "it lives on"
+
+
+def test_a_bug_during_a_stream_is_the_in_stream_error(zai, proxy, monkeypatch, caplog):
+    tell, calls = ztoapi.Chat.tell, []
+
+    def third_time(self, steps):
+        calls.append(steps)
+        return boom() if len(calls) == 3 else tell(self, steps)
+    monkeypatch.setattr(ztoapi.Chat, "tell", third_time)
+    zai.default = stream(say("ab"), 0.05, say("cd"), 0.05, say("ef"), FINISH, DONE)
+    status, headers, events, clean = proxy.stream()
+    assert status == 200
+    assert said(events) == "abcd"
+    assert not clean
+    assert finish_of(events) == []
+    assert list(events[-1]) == ["error"]
+    assert events[-1]["error"]["code"] == "internal_error"
+    assert headers["x-request-id"] in events[-1]["error"]["message"]
+    assert sum(bool(record.exc_info) for record in caplog.records) == 1
+    monkeypatch.undo()
+    assert proxy.chat()[0] == 200
+
+
+# Server ###############################################################################
+
+def test_stop_cuts_what_still_runs_after_the_grace(zai):
+    zai.default = stream(say("Hel"), 30)
+    with proxying(zai) as proxy:
+        with proxy.open_stream() as sock:
+            assert eventually(lambda: readable(sock))
+            began = time.monotonic()
+            proxy.server.stop(0.3)
+            assert 0.3 <= time.monotonic() - began < 2
+            status, headers, events, clean = read_stream(sock)
+            assert said(events) == "Hel"
+            assert not clean
+            assert eventually(lambda: zai.cut_by_client == 1)
+
+
+def test_client_timeout_holds_while_the_server_drains(zai):
+    with proxying(zai, CLIENT_TIMEOUT="0.3") as proxy, proxy.connect() as sock:
+        sock.sendall(raw_request("POST", CHAT, body=JSON_CHAT)[:-5])
+        time.sleep(0.1)
+        began = time.monotonic()
+        proxy.server.stop(4)
+        assert time.monotonic() - began < 2.5
+
+
+def test_it_can_be_embedded_twice_in_one_process(zai):
+    handlers = [signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)]
+    threads = threading.active_count()
+    common = {"port": 0, "default_key": (KEY,)}
+    servers = [ztoapi.Server(ztoapi.Settings(zai_api_key=(ZAI_KEY,), zai_base_url=zai.url, **common)),
+               ztoapi.Server(ztoapi.Settings(demo_mode=True, **common))]
+    for server in servers:
+        server.port = server.server_port
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    for server, text in zip(servers, (b"Hello", b"Demo")):
+        reply = exchange(server, raw_request("POST", CHAT, body=JSON_CHAT))[0]
+        assert reply.status == 200
+        assert text in reply.body
+    for server in servers:
+        server.stop()
+        server.stop()  # twice does no harm
+        with pytest.raises(OSError):
+            socket.create_connection(("127.0.0.1", server.port), 1)
+    assert eventually(lambda: threading.active_count() <= threads + 1)
+    assert handlers == [signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)]
+
+
+def test_settings_of_a_program_of_ones_own_are_checked_too():
+    with pytest.raises(ztoapi.SettingsError):
+        ztoapi.Settings(host="0.0.0.0")
+
+
+def test_a_server_that_never_served_can_be_stopped():
+    server = ztoapi.Server(ztoapi.Settings(port=0))
+    thread = threading.Thread(target=server.stop, args=(1,), daemon=True)
+    thread.start()
+    thread.join(3)
+    assert not thread.is_alive()
+
+
+@table("host", ["::", "[::]"])
+def test_host_double_colon_serves_both_ip_versions(zai, host):
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("no IPv6 here")
+    with proxying(zai, HOST=host) as proxy:
+        for place in ("127.0.0.1", "::1"):
+            with socket.create_connection((place, proxy.port), 5) as sock:
+                sock.sendall(SENTINEL)
+                assert read_to_end(sock).startswith(b"HTTP/1.1 200"), place
+
+
+# Bounds
+
+def test_a_full_house_makes_room_for_a_newcomer_by_closing_who_has_idled_longest(zai):
+    with proxying(zai, MAX_CONNECTIONS="3") as proxy:
+        first = hold(proxy, raw_request("GET", "/health"))
+        second = hold(proxy, raw_request("GET", "/health"))
+        third = hold(proxy, raw_request("GET", "/health"))
+        with first, second, third:
+            first.sendall(raw_request("GET", "/health"))
+            assert read_reply(first.makefile("rb")).status == 200
+            assert proxy.chat()[0] == 200
+            assert read_to_end(second) == b""
+            assert not readable(first)
+            assert not readable(third)
+
+
+def test_who_has_just_come_has_not_idled_longest(zai):
+    with proxying(zai, MAX_CONNECTIONS="2") as proxy:
+        with hold(proxy, raw_request("GET", "/health")) as idle, proxy.connect(5) as silent:
+            time.sleep(0.05)
+            assert proxy.call("GET", "/health")[0] == 200
+            assert read_to_end(idle) == b""
+            assert not readable(silent)
+
+
+def test_where_all_are_busy_a_503_can_be_read_and_the_rest_goes_on(zai, log_lines):
+    go = threading.Event()
+    zai.default = stream(say("Hel"), lambda fake, request: go.wait(10), say("lo"), FINISH, DONE)
+    with proxying(zai, MAX_CONNECTIONS="3") as proxy:
+        busy = [proxy.open_stream() for _ in range(3)]
+        assert eventually(lambda: all(map(readable, busy)))
+        threads = threading.active_count()
+        for _ in range(3):
+            status, headers, body = proxy.chat()
+            assert status == 503
+            assert int(headers["Retry-After"]) > 0
+            assert headers["Connection"] == "close"
+            assert headers["x-request-id"]
+            assert body["error"]["code"] == "too_many_connections"
+        assert threading.active_count() == threads, "a refusal needs no thread"
+        assert len(zai.requests) == 3
+        go.set()
+        for sock in busy:
+            assert said(read_stream(sock)[2]) == "Hello"
+        assert proxy.chat()[0] == 200
+        for sock in busy:
+            sock.close()
+    assert len(log_lines(logging.WARNING)) == 1
+    assert not log_lines(logging.ERROR)
+
+
+def test_where_no_thread_can_be_started_there_is_a_503(zai, monkeypatch, log_lines):
+    start = threading.Thread.start
+
+    def fail(thread):
+        if "process_request_thread" in str(getattr(thread, "_target", "")):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+    with proxying(zai) as proxy:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", fail)
+            for _ in range(3):
+                reply, = exchange(proxy, raw_request("GET", "/health"))
+                assert reply.status == 503
+                assert int(reply.headers["Retry-After"]) > 0
+        assert proxy.chat()[0] == 200
+    assert len(log_lines(logging.WARNING)) == 1
+    assert not log_lines(logging.ERROR)
+
+
+def life_of(proxy, first, drip, pause_s, longest_s=8.0):
+    """How long a connection lives that sends `first`, and then for ever `drip`."""
+    began = time.monotonic()
+    with proxy.connect(longest_s) as sock, contextlib.suppress(OSError):
+        sock.sendall(first)
+        while time.monotonic() - began < longest_s:
+            sock.sendall(drip)
+            if readable(sock) and not sock.recv(1):
+                break
+            time.sleep(pause_s)
+    return time.monotonic() - began
+
+
+LONG_POST = raw_request("POST", CHAT, "Content-Length: 2000000000")
+
+# To add a case, add a row: where it drips -> what is sent first, what then drips, the
+# seconds in between. A 413 would end the fast body, hence the large limit.
+DRIPS = {
+    "request line": (b"GET /", b"a", 0.05),
+    "headers": (b"GET /health HTTP/1.1\r\n", b"X: y\r\n", 0.05),
+    "one header": (b"GET /health HTTP/1.1\r\nX: ", b"y", 0.05),
+    "body": (LONG_POST, b" ", 0.05),
+    "chunked body": (raw_chunks(), b"1\r\n \r\n", 0.05),
+    "one chunk": (raw_chunks(b"fffff\r\n"), b" ", 0.05),
+    "chunk extension": (raw_chunks(b"1;"), b"x", 0.05),
+    "trailers": (raw_chunks(b"0\r\n"), b"X: y\r\n", 0.05),
+    "nothing at all": (b"", b"", 0.05),
+    "a TLS hello": (b"\x16\x03\x01", b"\0", 0.05),
+    "blank lines": (b"\r\n", b"\r\n", 0.05),
+    "a body without pause": (LONG_POST, b" " * 1000, 0.0005),
+    "a refused body": (raw_request("POST", CHAT, "Content-Length: 2000000000", auth=False), b" " * 65536, 0.0005),
+}
+
+
+def test_a_request_must_come_within_client_timeout_as_a_whole(zai, monkeypatch, log_lines):
+    """Slowloris, in every part of a request, slow and fast."""
+    monkeypatch.setattr(ztoapi, "KEEP_ALIVE_S", 0.4)
+    monkeypatch.setattr(ztoapi, "LINGER_S", 0.2)
+    with proxying(zai, CLIENT_TIMEOUT="0.4", MAX_BODY_MB="2048") as proxy:
+        before = threading.active_count()
+        lives = together(*[lambda drip=drip: life_of(proxy, *drip) for drip in DRIPS.values()])
+        assert eventually(lambda: threading.active_count() <= before)
+        assert proxy.call("GET", "/health")[0] == 200
+    # Far above 0.4 s: that a connection ends is the point, and a busy machine is slow.
+    assert [name for name, life in zip(DRIPS, lives) if life > 6] == []
+    assert not zai.requests
+    assert not log_lines(logging.ERROR)
+
+
+def test_an_idle_connection_is_kept_for_keep_alive_seconds(zai, monkeypatch):
+    with proxying(zai, CLIENT_TIMEOUT="0.3") as proxy:
+        with hold(proxy, raw_request("GET", "/health")) as sock, sock.makefile("rb") as file:
+            time.sleep(0.7)  # longer than a request may take, shorter than keep-alive
+            monkeypatch.setattr(ztoapi, "KEEP_ALIVE_S", 0.2)
+            sock.sendall(raw_request("GET", "/health"))
+            assert read_reply(file).status == 200
+            assert file.read() == b""
+
+
+def test_a_full_descriptor_table_does_not_spin_and_heals(zai, monkeypatch):
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    accepts = []
+    get_request = ztoapi.Server.get_request
+    monkeypatch.setattr(ztoapi.Server, "get_request", lambda self: accepts.append(1) or get_request(self))
+    with proxying(zai) as proxy, socket.socket() as sock:
+        sock.settimeout(5)
+        spare = [os.dup(0)]
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (max(spare) + 20, limits[1]))
+            with contextlib.suppress(OSError):
+                while True:
+                    spare.append(os.dup(0))
+            sock.connect(("127.0.0.1", proxy.port))
+            assert eventually(lambda: accepts, 2)
+            time.sleep(0.25)
+            tries = len(accepts)
+        finally:
+            for fileno in spare:
+                os.close(fileno)
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        assert 0 < tries < 50
+        sock.sendall(SENTINEL)
+        assert read_to_end(sock).startswith(b"HTTP/1.1 200"), "who waited is served"
+
+
+def test_quotes_of_a_client_are_bounded(zai, log_lines):
+    """An error names what was wrong, and the last twenty are kept; they must not keep megabytes."""
+    choice = {"type": "function", "function": {"name": "n" * (4 << 20)}}
+    body = json_chat(tools=[{"type": "function", "function": {"name": "f"}}], tool_choice=choice)
+    with proxying(zai) as proxy:
+        for _ in range(20):
+            status, headers, answer = proxy.call("POST", CHAT, body)
+            assert status == 400
+            assert len(str(answer)) < 2000
+        proxy.idle()
+        assert len(str(proxy.call("GET", "/stats")[2])) < 20000
+    assert max(map(len, log_lines())) < 2000
+
+
+# The end
+
+def test_requests_sent_before_the_end_are_answered(zai):
+    """Kept connections, new ones, and those in the backlog that nobody has accepted yet."""
+    with proxying(zai) as proxy:
+        kept = [hold(proxy, raw_request("GET", "/health")) for _ in range(10)]
+        new = [proxy.connect(5) for _ in range(40)]
+        for sock in kept + new:
+            sock.sendall(raw_chat(chat_body(stream=False)))
+        proxy.server.SETTLE_S = ztoapi.Server.SETTLE_S
+        proxy.server.stop(5)
+        replies = [replies_in(read_to_end(sock)) for sock in kept + new]
+        for sock in kept + new:
+            sock.close()
+    assert [[reply.status for reply in found] for found in replies] == [[200]] * 50
+    assert {found[0].headers["Connection"] for found in replies} <= {"close", None}
+
+
+def test_stop_does_not_wait_for_idle_connections(zai):
+    with proxying(zai) as proxy:
+        with proxy.connect() as silent, hold(proxy, raw_request("GET", "/health")) as idle:
+            idle.sendall(b"\r\n")
+            began = time.monotonic()
+            assert proxy.server.stop(5)
+            assert time.monotonic() - began < 1
+            assert read_to_end(silent) == b""
+
+
+# Attacks ##############################################################################
+#
+# More of them stand where they belong: locked doors, nesting, drips, what shapes the
+# log.
+
+def test_attack_resets_at_every_byte_leave_nothing_behind(zai, log_lines):
+    data = raw_chat(chat_body(stream=True))
+    with proxying(zai) as proxy:
+        threads = threading.active_count()
+        for i in [*range(0, len(data), 3), *[len(data)] * 20]:
+            sock = proxy.connect()
+            sock.sendall(data[:i])
+            reset(sock)
+        assert proxy.idle()
+        zai.close()  # a thread of the fake waits at the other end of each kept connection
+        assert eventually(lambda: threading.active_count() <= threads)
+    assert not log_lines(logging.ERROR)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts descriptors")
+def test_attack_a_flood_of_connections_beyond_the_limit_costs_no_threads_and_few_descriptors(zai, monkeypatch):
+    def descriptors():
+        return len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(ztoapi, "LINGER_S", 0.2)
+    zai.default = stream(say("Hel"), 30)
+    with proxying(zai, MAX_CONNECTIONS="1") as proxy:
+        with proxy.open_stream() as busy:
+            assert eventually(lambda: readable(busy))
+            threads, before, most, socks = threading.active_count(), descriptors(), 0, []
+            for _ in range(1000):
+                socks.append(proxy.connect())
+                most = max(most, descriptors() - before - len(socks))
+                if len(socks) > 100:
+                    reset(socks.pop(0))
+            assert threading.active_count() <= threads
+            assert most <= 300
+            assert len(zai.requests) == 1
+        for sock in socks:
+            sock.close()
+        assert eventually(lambda: proxy.call("GET", "/health")[0] == 200)
+        assert eventually(lambda: descriptors() <= before + 2, 3)
+
+
+def test_attack_a_deaf_client_that_pipelines_is_dropped(zai):
+    """It sends requests for ever and reads nothing: the answers fill the buffers, and then CLIENT_TIMEOUT is over."""
+    with proxying(zai, CLIENT_TIMEOUT="0.2") as proxy, proxy.connect(5) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        began = time.monotonic()
+        with pytest.raises(OSError):
+            while time.monotonic() - began < 8:
+                sock.sendall(raw_request("GET", "/") * 50)
+        assert time.monotonic() - began < 6
+        assert proxy.idle()
+
+
+def test_attack_a_large_error_does_not_keep_the_thread_of_a_deaf_client(zai):
+    """The error of a stream that has begun is a write like any other: CLIENT_TIMEOUT bounds it."""
+    error = b'data: {"error":{"code":"1234","message":"%b"}}\n\n' % (b"x" * 12000000)
+    zai.default = stream(say("Hi"), 0.1, error)
+    with proxying(zai, CLIENT_TIMEOUT="0.2") as proxy, socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.connect(("127.0.0.1", proxy.port))
+        sock.sendall(raw_chat(chat_body(stream=True)))
+        assert eventually(lambda: zai.requests)
+        assert eventually(proxy.server.idle, 4)
+
+
+def test_attack_a_continue_that_is_never_followed_is_dropped(zai):
+    with proxying(zai, CLIENT_TIMEOUT="0.1") as proxy:
+        data = raw_request("POST", CHAT, "Content-Length: 5", "Expect: 100-continue")
+        assert talk(proxy, data) == b"HTTP/1.1 100 Continue\r\n\r\n"
+    assert not zai.requests
+
+
+WHOLE_REQUEST = raw_request("GET", "/v1/models").decode()
+ONE_LINE = WHOLE_REQUEST.replace("\r\n", " ")
+
+
+# To add a case, add a row: a whole request inside another one.
+@table("data", [
+    raw_chat(json_chat(messages=[{"role": "user", "content": WHOLE_REQUEST}])),
+    raw_request("GET", "/health", "X: " + ONE_LINE),
+    raw_request("GET", "/health?" + ONE_LINE.replace(" ", "%20")),
+    raw_chunks(b"%x;%b\r\n%b\r\n" % (len(JSON_CHAT), ONE_LINE.encode(), JSON_CHAT), END),
+    raw_chunks(chunked(JSON_CHAT), b"0\r\nX: " + ONE_LINE.encode() + b"\r\n\r\n"),
+])
+def test_attack_a_request_inside_a_request_is_text(shared, data):
+    assert statuses(shared, data) == [200, 200]
+
+
+EVIL = "x\r\nX-Evil: 1\r\n\r\nHTTP/1.1 200 OK\r\n"
+
+
+# To add a case, add a row: what a client could split an answer's head with, the status
+# it gets.
+@table("data,status", [
+    (raw_chat(json_chat(model=EVIL, store=True, user=EVIL, **{EVIL: 1})), 200),
+    (raw_chat(json_chat(stream=True, model=EVIL)), 200),
+    (raw_chat(json_chat(messages=[{"role": "user", "content": "Hi", EVIL: 1, "\u6f22\ud800": 1}])), 200),
+    (raw_request("GET", "/v1/models/%0d%0aX-Evil:%201"), 404),
+    (raw_request("GET", "/v1/models", "x-request-id: mine", "Origin: https://x\xff\x1b", "X-Evil: 1"), 200),
+    (raw_request("OPTIONS", "/", "Access-Control-Request-Headers: a\xff\x1b, X-Evil"), 204),
+])
+def test_attack_a_client_cannot_write_our_headers(shared, data, status):
+    evil_head = HEAD.replace(b"X-Log-Id: 2026", b"X-Log-Id: \x1b\xff<evil>\x85 2026")
+    shared.zai.scripts.append([evil_head, *stream(*HEALTHY)[1:]])
+    reply = exchange(shared, data)[0]
+    shared.zai.scripts.clear()
+    assert reply.status == status
+    assert "X-Evil" not in reply.headers
+    assert re.fullmatch("req_[0-9a-f]+", reply.headers["x-request-id"])
+    fields = [(name, value) for name, value in reply.headers.items() if name != "Access-Control-Allow-Headers"]
+    assert [(name, value) for name, value in fields if not re.fullmatch("[ -~]*", value)] == []
+
+
+def test_attack_two_clients_never_see_each_others_answers(zai):
+    """Many connections at once, kept alive and pipelined, each with a text of its own: the echo must match."""
+    zai.default = lambda request: stream(say(request["body"]["messages"][0]["content"]), FINISH, DONE)
+    seen = {}
+
+    def client(number):
+        for i in range(5):
+            texts = [f"<{number}-{i}-{j}>" for j in range(3)]
+            data = b""
+            for j, text in enumerate(texts):
+                messages = [{"role": "user", "content": text}]
+                data += raw_chat(json_chat(stream=j == 1, messages=messages))
+            for text, reply in zip(texts, exchange(proxy, data)):
+                seen[text] = re.findall("<.*?>", reply.body.decode())
+    with proxying(zai) as proxy:
+        together(*[lambda number=number: client(number) for number in range(8)])
+    assert len(seen) == len(zai.requests) == 120
+    assert {text: found for text, found in seen.items() if found != [text]} == {}
+
+
+def test_attack_a_closed_socket_has_not_ended_and_is_no_bug():
+    """Between two looks at its number another thread may close it."""
+    ours, theirs = socket.socketpair()
+    gone, left = socket.socketpair()
+    left.close()
+    closed = socket.socket()
+    closed.close()
+    with ours, theirs, gone:
+        for sock in (ours, gone):
+            sock.setblocking(False)
+        ended = ztoapi.ended([ours, closed, gone])
+    assert gone in ended
+    assert ours not in ended
+
+
+def test_attack_a_header_flood_before_the_key_is_bounded(shared):
+    with shared.connect(5) as sock:
+        with contextlib.suppress(OSError):
+            sock.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n")
+            for i in range(200):
+                sock.sendall(b"X%d: %b\r\n" % (i, b"y" * 60000))
+        assert read_reply(sock.makefile("rb")).status == 431
+
+
+def test_attack_names_that_clients_make_up_are_not_kept(zai):
+    """A thousand different models and paths leave nothing behind that grows."""
+    data = b""
+    for i in range(200):
+        data += raw_request("GET", f"/v1/models/m{i}") + raw_chat(json_chat(model=f"m{i}", n=2))
+    with proxying(zai) as proxy:
+        assert statuses(proxy, data) == [404, 400] * 200 + [200]
+        for i in range(30):
+            assert proxy.chat(model=f"unknown-{i}")[0] == 200
+        proxy.idle()
+        assert len(str(proxy.call("GET", "/stats")[2])) < 20000
+        assert "unknown-" not in proxy.call("GET", "/metrics")[2]
+        assert proxy.server.upstream.gates.state() == ([], {})
+
+
+@table("path", ["/", "/health", "/v1/models", "/nope", "/metrics"])
+def test_attack_a_date_and_a_length_are_always_there(shared, path):
+    """What a cache or a proxy in front would otherwise guess."""
+    reply, _ = exchange(shared, raw_request("GET", path))
+    assert email.utils.parsedate(reply.headers["Date"])
+    assert int(reply.headers["Content-Length"]) == len(reply.body)
+    assert reply.headers["X-Content-Type-Options"] == "nosniff"
+    assert "Python" not in reply.headers["Server"]
+    assert "Set-Cookie" not in reply.headers
+
+
+# The fuzzer
+
+PIECES = [b"\r\n", b"\n", b"\r", b"\0", b" ", b"\t", b":", b"\xff", b"%00", b"//", b"\r\n\r\n", END, b"HTTP/1.0", b"[",
+          b"{", b'"', b"1e999", b"\\ud800"]
+LINES = [
+    b"Content-Length: 3", b"Content-Length: -1", b"Transfer-Encoding: chunked", b"Transfer-Encoding: gzip",
+    b"Expect: 100-continue", b"Connection: close", b"Host: evil", b"X: \xff\x1b", b" fold", b"X", b"Origin: x",
+    b"Content-Type: multipart/mixed", b"Content-Encoding: gzip", b"Connection: upgrade", b"Upgrade: websocket",
+    b"Range: bytes=0-1", b"Accept: application/json",
+]
+# To add a case, add a row: a good request, to be broken by the fuzzer.
+PLAIN_REQUESTS = [
+    raw_request("GET", "/v1/models"),
+    raw_request("GET", "/v1/models/GLM-4.6?x=%20", "Origin: https://x"),
+    raw_request("GET", "/health", "Connection: close"),
+    raw_request("HEAD", "/stats"),
+    raw_request("GET", "/"),
+    raw_request("OPTIONS", CHAT, "Origin: x", "Access-Control-Request-Headers: a"),
+    raw_request("GET", "http://x/metrics", version="HTTP/1.0"),
+    raw_chat(JSON_CHAT, "Expect: 100-continue"),
+]
+
+
+def scramble_bytes(rand, data):
+    at = rand.randrange(len(data) + 1)
+    size = rand.choice((1, 1, 2, 5, 30))
+    before, piece, after = data[:at], data[at:at + size], data[at + size:]
+    byte = bytes([rand.randrange(256)])
+    return rand.choice((
+        before,
+        before + after,
+        before + byte + piece[1:] + after,
+        before + piece * rand.choice((2, 3, 101)) + after,
+        before + rand.choice(PIECES) + piece + after,
+    ))
+
+
+def scramble_lines(rand, data):
+    lines = data.split(b"\r\n")
+    kind = rand.randrange(4)
+    if kind == 0:
+        lines.insert(rand.randrange(len(lines)), rand.choice(lines))
+    elif kind == 1:
+        lines.pop(rand.randrange(len(lines)))
+    elif kind == 2:
+        lines.insert(rand.randrange(1, len(lines) + 1), rand.choice(LINES))
+    else:
+        rand.shuffle(lines)
+    return b"\r\n".join(lines)
+
+
+def odd_request(rand):
+    """A good request, some of whose JSON is replaced."""
+    body = dict(FULL_CHAT, stream=rand.random() < 0.5)
+    for _ in range(rand.randrange(3)):
+        body = mutated(body, rand)
+    data = json.dumps(body).encode()
+    if rand.random() < 0.5:
+        return raw_chat(data)
+    return raw_chunks(chunked(data[:40]), chunked(data[40:]), END)
+
+
+def test_two_thousand_broken_requests_meet_no_hang_no_500_and_a_living_server(proxy, zai, log_lines):
+    rand = random.Random(4)
+    for case in range(2000):
+        data = rand.choice(PLAIN_REQUESTS) if rand.random() < 0.6 else odd_request(rand)
+        for _ in range(rand.choice((0, 1, 1, 2, 5))):
+            scramble = scramble_bytes if rand.random() < 0.55 else scramble_lines
+            data = scramble(rand, data)
+        try:
+            with proxy.connect(5) as sock:
+                sock.sendall(data + rand.choice((b"", b"", SENTINEL)))
+                sock.shutdown(socket.SHUT_WR)  # a request cut short must not wait for its rest
+                got = read_to_end(sock)
+        except socket.timeout:
+            pytest.fail(f"case {case} hangs: {data!r}")
+        assert got[:9] in (b"", b"HTTP/1.1 "), (case, data)
+        assert not re.search(rb"HTTP/1\.1 500|internal_error", got), (case, data)
+    assert not log_lines(logging.ERROR)
+    assert len(zai.requests) > 100
+    assert proxy.chat()[0] == 200
+
+
+# Demo #################################################################################
 
 def demo_request(text="Hi", **fields):
     return dict({"model": "glm-4.6", "messages": [{"role": "user", "content": text}]}, **fields)
@@ -9134,61 +9306,7 @@ def test_the_demo_is_a_whole_answer_to_a_client():
         assert answer["choices"][0]["message"]["tool_calls"][0]["function"]["name"] == "get_weather"
 
 
-# The program: arguments and variables
-
-def run_main(capsys, *argv, **environ):
-    """(exit status, stdout, stderr) of main() in this process."""
-    capsys.readouterr()
-    status = ztoapi.main(environ, argv)
-    return (status, *capsys.readouterr())
-
-
-# One bad value of each variable's; BAD_SETTINGS has them all. Keys are refused too, but never shown.
-BAD_VARIABLES = [
-    *dict(BAD_SETTINGS).items(),
-    ("PORT", "\udcff"),
-    *(("DEFAULT_KEY", text) for text in ("", "two words", "schl\xfcssel", "a\nb")),
-    *(("ZAI_API_KEY", text) for text in ("secret secret", "sec\r\nret")),
-]
-
-
-@pytest.mark.parametrize("argv", [(), ("--check",)])
-@pytest.mark.parametrize("variable,value", BAD_VARIABLES)
-def test_a_bad_variable_is_one_line_and_exit_status_2(capsys, variable, value, argv):
-    status, out, err = run_main(capsys, *argv, **{variable: value})
-    assert status == 2
-    assert not out
-    assert err.count("\n") == 1
-    assert err.endswith("\n")
-    assert variable in err
-    if value.strip(" ,"):
-        assert (ascii(value)[1:-1] in err) != variable.endswith("_KEY"), "a key is not shown, all else is"
-
-
-@pytest.mark.parametrize("argument", ["--help", "-h"])
-def test_help_is_the_docstring(capsys, argument):
-    status, out, err = run_main(capsys, argument, PORT="bad")
-    assert (status, err) == (0, "")
-    assert out.strip() == ztoapi.__doc__.strip()
-    assert out.isascii()
-
-
-def test_the_version_is_one_line(capsys):
-    assert run_main(capsys, "--version", DEFAULT_KEY="") == (0, f"ztoapi {ztoapi.__version__}\n", "")
-
-
-WRONG_ARGUMENTS = [["--nope"], ["serve"], ["--check", "--check"], ["--help", "x"], [""], ["--port", "80"],
-                   ["--version", "--help"], ["\udcff\n"]]
-
-
-@pytest.mark.parametrize("argv", WRONG_ARGUMENTS)
-def test_any_other_argument_is_one_line_and_exit_status_2(capsys, argv):
-    status, out, err = run_main(capsys, *argv)
-    assert (status, out) == (2, "")
-    assert err.count("\n") == 1
-
-
-# The program: --check
+# Check ################################################################################
 
 LISTING = answer(200, {"object": "list", "data": []})
 OTHER_KEY = "fedcba9876543210.OtherOtherOther"
@@ -9208,13 +9326,6 @@ def check(capsys, **environ):
 
 def failures(out):
     return [line for line in out.splitlines() if line.startswith("FAIL")]
-
-
-@pytest.fixture
-def closed_port():
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        port = sock.getsockname()[1]
-    return port
 
 
 def test_the_check_passes_in_the_demo(capsys):
@@ -9245,7 +9356,8 @@ def test_the_check_names_a_short_key_by_its_position(zai, capsys):
     assert "ok    key #1 ...: accepted\n" in out
 
 
-# To add a case, add a row: a name, what Z.ai does, and a pattern of what the first FAIL says.
+# To add a case, add a row: a name, what Z.ai does, and a pattern of what the first FAIL
+# says.
 CHECK_FAILURES = {
     "bad key": ([refusal(401, "1000", "Authentication failed " + ZAI_KEY)], "ZAI_API_KEY"),
     "HTML": ([answer(200, b"<html>portal</html>")], "ZAI_BASE_URL"),
@@ -9298,7 +9410,8 @@ def test_an_address_of_a_proxy_that_is_not_valid_is_a_failure_of_the_check(capsy
     assert "hidden" not in out
 
 
-# To add a case, add a row: a base URL, the value of its scheme's _PROXY, and the (host, port) that urllib connects to.
+# To add a case, add a row: a base URL, the value of its scheme's _PROXY, and the (host,
+# port) that urllib connects to.
 PROXIES = [
     ("https://api.z.ai/x", "http://me:pw@p.example:3128/", ("p.example", 3128)),
     ("https://api.z.ai/x", "p.example:3128", ("p.example", 3128)),
@@ -9355,15 +9468,64 @@ def test_a_host_that_is_no_host_is_no_traceback(capsys, host):
     assert host in err
 
 
-# The program: its life, in processes of its own
+# Main #################################################################################
 
-UNWRITABLE = "/proc" if os.path.isdir("/proc/self") else "/"  # nothing can be written there, not even by root
+# Arguments and variables
+
+def run_main(capsys, *argv, **environ):
+    """(exit status, stdout, stderr) of main() in this process."""
+    capsys.readouterr()
+    status = ztoapi.main(environ, argv)
+    return (status, *capsys.readouterr())
 
 
-def start(*argv, **environ):
-    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, "-I", "-S", "-B", *argv], env=environ, cwd=UNWRITABLE, **pipes)
+# One bad value of each variable's; BAD_SETTINGS has them all. Keys are refused too, but
+# never shown.
+BAD_VARIABLES = [
+    *dict(BAD_SETTINGS).items(),
+    ("PORT", "\udcff"),
+    *(("DEFAULT_KEY", text) for text in ("", "two words", "schl\xfcssel", "a\nb")),
+    *(("ZAI_API_KEY", text) for text in ("secret secret", "sec\r\nret")),
+]
 
+
+@pytest.mark.parametrize("argv", [(), ("--check",)])
+@pytest.mark.parametrize("variable,value", BAD_VARIABLES)
+def test_a_bad_variable_is_one_line_and_exit_status_2(capsys, variable, value, argv):
+    status, out, err = run_main(capsys, *argv, **{variable: value})
+    assert status == 2
+    assert not out
+    assert err.count("\n") == 1
+    assert err.endswith("\n")
+    assert variable in err
+    if value.strip(" ,"):
+        assert (ascii(value)[1:-1] in err) != variable.endswith("_KEY"), "a key is not shown, all else is"
+
+
+@pytest.mark.parametrize("argument", ["--help", "-h"])
+def test_help_is_the_docstring(capsys, argument):
+    status, out, err = run_main(capsys, argument, PORT="bad")
+    assert (status, err) == (0, "")
+    assert out.strip() == ztoapi.__doc__.strip()
+    assert out.isascii()
+
+
+def test_the_version_is_one_line(capsys):
+    assert run_main(capsys, "--version", DEFAULT_KEY="") == (0, f"ztoapi {ztoapi.__version__}\n", "")
+
+
+WRONG_ARGUMENTS = [["--nope"], ["serve"], ["--check", "--check"], ["--help", "x"], [""], ["--port", "80"],
+                   ["--version", "--help"], ["\udcff\n"]]
+
+
+@pytest.mark.parametrize("argv", WRONG_ARGUMENTS)
+def test_any_other_argument_is_one_line_and_exit_status_2(capsys, argv):
+    status, out, err = run_main(capsys, *argv)
+    assert (status, out) == (2, "")
+    assert err.count("\n") == 1
+
+
+# Its life, in processes of its own
 
 @contextlib.contextmanager
 def program(*argv, **environ):
@@ -9493,29 +9655,6 @@ def test_a_second_signal_ends_at_once(zai):
     assert process.out == "Stopped.\n"
 
 
-def test_stop_cuts_what_still_runs_after_the_grace(zai):
-    zai.default = stream(say("Hel"), 30)
-    with proxying(zai) as proxy:
-        with proxy.open_stream() as sock:
-            assert eventually(lambda: readable(sock))
-            began = time.monotonic()
-            proxy.server.stop(0.3)
-            assert 0.3 <= time.monotonic() - began < 2
-            status, headers, events, clean = read_stream(sock)
-            assert said(events) == "Hel"
-            assert not clean
-            assert eventually(lambda: zai.cut_by_client == 1)
-
-
-def test_client_timeout_holds_while_the_server_drains(zai):
-    with proxying(zai, CLIENT_TIMEOUT="0.3") as proxy, proxy.connect() as sock:
-        sock.sendall(raw_request("POST", CHAT, body=JSON_CHAT)[:-5])
-        time.sleep(0.1)
-        began = time.monotonic()
-        proxy.server.stop(4)
-        assert time.monotonic() - began < 2.5
-
-
 # To add a case, add a row: variables of an address that the machine refuses.
 @posix_only
 @pytest.mark.parametrize("environ", [{"HOST": "203.0.113.77"}, {"HOST": "256.1.1.1"}, {"PORT": "taken"}])
@@ -9603,79 +9742,6 @@ def test_windows_serves_at_most_500_connections(monkeypatch):
     monkeypatch.setitem(sys.modules, "resource", None)
     assert ztoapi.raise_descriptor_limit(1024) == 500
     assert ztoapi.raise_descriptor_limit(100) == 100
-
-
-IMPORTING = """
-import logging, signal, sys, threading
-before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)], list(sys.path)
-seen = []
-def hook(event, args):
-    harmless = event in ("os.listdir", "os.scandir", "os.putenv")
-    if event.startswith(("socket.", "subprocess", "os.", "tempfile", "urllib")) and not harmless:
-        seen.append((event, args))
-    if event == "open" and isinstance(args[2], int) and args[2] & 3:
-        seen.append((event, args))
-sys.addaudithook(hook)
-sys.path.insert(0, sys.argv[1])
-import ztoapi
-del sys.path[0]
-assert before == ([signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)], list(sys.path))
-assert not seen, seen
-assert threading.active_count() == 1
-assert not logging.getLogger().handlers
-assert not logging.getLogger("ztoapi").handlers
-print("clean")
-"""
-
-
-def test_importing_has_no_side_effect():
-    process = start("-c", IMPORTING, os.path.dirname(os.path.abspath(ztoapi.__file__)))
-    assert process.communicate(timeout=10) == ("clean\n", "")
-
-
-def test_the_standard_library_is_all_that_is_imported():
-    with open(ztoapi.__file__, encoding="utf-8") as file:
-        nodes = list(ast.walk(ast.parse(file.read())))
-    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
-    packages = {name.split(".")[0] for name in names}
-    assert len(packages) > 10
-    assert packages <= set(getattr(sys, "stdlib_module_names", packages))
-
-
-def test_it_can_be_embedded_twice_in_one_process(zai):
-    handlers = [signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)]
-    threads = threading.active_count()
-    common = {"port": 0, "default_key": (KEY,)}
-    servers = [ztoapi.Server(ztoapi.Settings(zai_api_key=(ZAI_KEY,), zai_base_url=zai.url, **common)),
-               ztoapi.Server(ztoapi.Settings(demo_mode=True, **common))]
-    for server in servers:
-        server.port = server.server_port
-        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-    for server, text in zip(servers, (b"Hello", b"Demo")):
-        reply = exchange(server, raw_request("POST", CHAT, body=JSON_CHAT))[0]
-        assert reply.status == 200
-        assert text in reply.body
-    for server in servers:
-        server.stop()
-        server.stop()  # twice does no harm
-        with pytest.raises(OSError):
-            socket.create_connection(("127.0.0.1", server.port), 1)
-    assert eventually(lambda: threading.active_count() <= threads + 1)
-    assert handlers == [signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)]
-
-
-def test_settings_of_a_program_of_ones_own_are_checked_too():
-    with pytest.raises(ztoapi.SettingsError):
-        ztoapi.Settings(host="0.0.0.0")
-
-
-def test_a_server_that_never_served_can_be_stopped():
-    server = ztoapi.Server(ztoapi.Settings(port=0))
-    thread = threading.Thread(target=server.stop, args=(1,), daemon=True)
-    thread.start()
-    thread.join(3)
-    assert not thread.is_alive()
 
 
 # README ###############################################################################
