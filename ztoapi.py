@@ -6539,6 +6539,13 @@ class Server(http.server.ThreadingHTTPServer):
     def shutdown_request(self, request):
         with self.lock:
             self.deadlines.pop(request, None)
+        # Closing on bytes that nobody has read would reset the connection, and the
+        # answer might be lost. A client that goes on and on is cut all the same.
+        with contextlib.suppress(OSError):
+            request.setblocking(False)
+            for _ in range(16):
+                if not request.recv(65536):
+                    break
         super().shutdown_request(request)
 
     def handle_error(self, request, client_address):
