@@ -25,6 +25,7 @@ sys.path.insert(0, ROOT)
 import test_ztoapi as t
 
 CLIENTS = 32
+WARM_UP_S = 30
 SEED = 1
 ZAI_KEYS = ("0123456789abcdef.SecretSecret1", "1123456789abcdef.SecretSecret2")
 ENVIRON = {
@@ -35,6 +36,10 @@ ENVIRON = {
     "HEARTBEAT": "0.3",
     "QUEUE_TIMEOUT": "5",
     "CLIENT_TIMEOUT": "2",
+    # glibc would keep what has been freed, by chance much or little of it.
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_TRIM_THRESHOLD_": "131072",
+    "MALLOC_MMAP_THRESHOLD_": "131072",
 }
 
 # Idle connections to Z.ai are closed after a second: what is open afterwards was leaked.
@@ -109,6 +114,8 @@ class SoakZai(t.FakeZai):
         self.limited = 0
         super().__init__(tls)
         self.default = self.any_script
+        # First of all some of the largest, so that memory has been as high as it gets.
+        self.scripts.extend([self.huge_script() for _ in range(6)])
 
     def any_script(self, request):
         if request["body"] is None or request["body"]["model"] == LIMITED:
@@ -346,7 +353,7 @@ def soak(seconds):
             SoakProxy("refused", ZAI_BASE_URL=nobody),
         ]
         # The first figures count once every buffer has been as large as it gets.
-        before = soak_for(min(30, seconds), proxies, outcomes)
+        before = soak_for(WARM_UP_S, proxies, outcomes)
         outcomes.clear()
         after = soak_for(seconds, proxies, outcomes)
         ends = [proxy.stop() for proxy in proxies]
