@@ -605,12 +605,16 @@ def finish_of(events):
 
 # The proxy under test #################################################################
 
+def user(content):
+    return {"role": "user", "content": content}
+
+
 def chat_body(**fields):
-    return dict({"model": "GLM-4.6", "messages": [{"role": "user", "content": "Hi"}]}, **fields)
+    return {"model": "GLM-4.6", "messages": [user("Hi")], **fields}
 
 
 def json_chat(**fields):
-    return json.dumps(chat_body(**dict({"stream": False}, **fields))).encode()
+    return json.dumps(chat_body(**{"stream": False, **fields})).encode()
 
 
 JSON_CHAT = json_chat()
@@ -2038,16 +2042,12 @@ def to_zai(request, **environ):
     return result.body, set(result.changed)
 
 
-def user(content):
-    return {"role": "user", "content": content}
-
-
 def asking(content):
     return {"messages": [user(content)]}
 
 
 def said_by(role, **fields):
-    return {"messages": [{"role": role, **fields}, {"role": "user", "content": "Hi"}]}
+    return {"messages": [{"role": role, **fields}, user("Hi")]}
 
 
 def seeing(fields):
@@ -2227,7 +2227,7 @@ def test_a_schema_too_deep_to_be_written_is_a_400():
         deep = deep.pop("a")
 
 
-S, U, DOT = {"role": "system", "content": "S"}, {"role": "user", "content": "U"}, {"role": "user", "content": "."}
+S, U, DOT = {"role": "system", "content": "S"}, user("U"), user(".")
 A = {"role": "assistant", "content": "A"}
 RESULT = {"role": "tool", "tool_call_id": "c1", "content": "20"}
 PARTS = [{"type": "text", "text": "a"}, NO_TEXT, {"type": "text", "text": "b"}]
@@ -2242,11 +2242,11 @@ def calling(arguments='{"city":"Paris"}', **fields):
 MESSAGES = [
     ([S, U], [S, U], set()),
     ([{"role": "developer", "content": "S"}, U], [S, U], {"developer"}),
-    ([{"role": "user", "content": PARTS}], [{"role": "user", "content": "a\nb"}], set()),
+    ([user(PARTS)], [user("a\nb")], set()),
     *(([{"role": role, "content": PARTS}, U], [{"role": role, "content": "a\nb"}, U], set())
       for role in ("system", "assistant")),
     ([{**RESULT, "content": PARTS}, U], [{**RESULT, "content": "a\nb"}, U], set()),
-    *(([{"role": "user", "content": content}], [DOT], {"empty_message"}) for content in ("", [], [NO_TEXT])),
+    *(([user(content)], [DOT], {"empty_message"}) for content in ("", [], [NO_TEXT])),
     *(([{"role": "assistant", "tool_calls": [CALL], **content}, RESULT, U], [calling(), RESULT, U], set())
       for content in ({}, {"content": None}, {"content": ""}, {"content": []})),
     ([{**A, "reasoning_content": "because"}, U], [{**A, "reasoning_content": "because"}, U], set()),
@@ -2269,7 +2269,7 @@ MESSAGES = [
     ([A], [A, DOT], {"user_message"}),
     ([U, {**S, "content": "late"}, {**S, "content": "later"}],
      [U, {**S, "content": "late"}, {**S, "content": "later"}], set()),
-    ([{"role": "user", "content": "a\u2028b\0\U0001f600"}], [{"role": "user", "content": "a\u2028b\0\U0001f600"}],
+    ([user("a\u2028b\0\U0001f600")], [user("a\u2028b\0\U0001f600")],
      set()),
     # What is empty
     *(([calling(), {**RESULT, "content": content}], [calling(), {**RESULT, "content": "(no output)"}, DOT],
@@ -2579,7 +2579,7 @@ def test_a_json_schema_becomes_json_object_with_the_schema_in_a_system_line():
     assert line["role"] == "system"
     assert json.loads(line["content"][line["content"].index("{"):]) == wanted
     assert "größe" in line["content"]
-    assert body["messages"][1:] == [{"role": "user", "content": "Hi"}]
+    assert body["messages"][1:] == [user("Hi")]
 
 
 ALL_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
@@ -3066,7 +3066,7 @@ GOOD_ANSWERS = [
     ("finish function_call, as gateways say", call() + finished("function_call"), asks(RAIN)),
     ("finish sensitive, as documented",
      say("a")
-     + event({"role": "user", "content": ""}, "sensitive", USAGE, content_filter=[{"role": "user", "level": 0}])
+     + event(user(""), "sensitive", USAGE, content_filter=[{"role": "user", "level": 0}])
      + DONE, says("a", finish="content_filter")),
     ("finish empty, then real", sse({"choices": [{"delta": {"content": "a"}, "finish_reason": ""}]}) + ENDED,
      says("a")),
@@ -4281,7 +4281,7 @@ def caller(key="k", memory=None):
 
 
 def read_messages(settings=None, **body):
-    body = {"model": "glm-4.6v", "messages": [{"role": "user", "content": "Hi"}], **body}
+    body = {"model": "glm-4.6v", "messages": [user("Hi")], **body}
     return ztoapi.Messages.read(body, caller(), settings or Settings())
 
 
@@ -4414,9 +4414,9 @@ MESSAGES_CHANGES = [
      {"container_upload"}),
     ({"messages": [{"role": "user", "content": [{"type": "image", "source": {"type": "file", "file_id": "f"}}]}]},
      {"image"}),
-    ({"messages": [{"role": "user", "content": "a"},
+    ({"messages": [user("a"),
                    {"role": "assistant", "content": [{"type": "server_tool_use"}, {"type": "text", "text": "b"}]},
-                   {"role": "user", "content": "c"}]}, {"server_tool_use"}),
+                   user("c")]}, {"server_tool_use"}),
 ]
 
 
@@ -5877,7 +5877,7 @@ def test_two_hundred_streams_at_once_are_relayed_whole(zai):
     with strict_proxy(zai) as proxy, contextlib.ExitStack() as closing:
         socks = []
         for i in range(200):
-            messages = [{"role": "user", "content": f"n{i}"}]
+            messages = [user(f"n{i}")]
             socks.append(closing.enter_context(proxy.open_stream(messages=messages)))
         for i, sock in enumerate(socks):
             _, _, events, clean = read_stream(sock)
@@ -5913,8 +5913,8 @@ def leaving(proxy, caplog, request, how="close"):
     else:
         sock.close()
     left = time.monotonic()
-    assert eventually(proxy.server.idle, 3)
-    assert time.monotonic() - left < 1
+    assert eventually(proxy.server.idle, 5)
+    assert time.monotonic() - left < 2
     sock.close()
     assert figures(proxy)[1:] == (0, 1)
     assert " 499 " in caplog.text
@@ -5948,7 +5948,7 @@ def test_the_clients_leaving_is_noticed(zai, brisk, caplog, phase, streamed):
     with strict_proxy(zai) as proxy:
         with leaving(proxy, caplog, raw_chat(chat_body(stream=streamed))):
             assert eventually(lambda: is_reached(proxy, zai))
-        assert eventually(lambda: zai.cut_by_client == connected, 1)
+        assert eventually(lambda: zai.cut_by_client == connected, 2)
         assert len(zai.requests) == 1
 
 
@@ -5958,7 +5958,7 @@ def test_every_way_of_leaving_is_noticed(zai, caplog, how, streamed):
     with strict_proxy(zai) as proxy:
         with leaving(proxy, caplog, raw_chat(chat_body(stream=streamed)), how):
             assert eventually(lambda: zai.in_flight == 1)
-        assert eventually(lambda: zai.cut_by_client == 1, 1)
+        assert eventually(lambda: zai.cut_by_client == 1, 2)
 
 
 @both
@@ -6015,7 +6015,7 @@ def test_the_leaving_of_a_client_that_had_sent_more_is_noticed(zai, brisk):
             sock.sendall(raw_chat(chat_body(stream=True)))
             assert eventually(lambda: zai.in_flight == 1)
             sock.sendall(raw_chat(chat_body(stream=True)))  # pipelined
-        assert eventually(lambda: zai.cut_by_client == 1, 1)
+        assert eventually(lambda: zai.cut_by_client == 1, 2)
 
 
 # Heartbeats
@@ -6722,7 +6722,7 @@ def test_a_stop_word_hangs_up_on_zai(zai, brisk):
     with strict_proxy(zai) as proxy:
         _, text, _, whole = ask(proxy, True, stop="STOP")
         assert (text, whole) == ("Hello ", True)
-        assert eventually(lambda: zai.cut_by_client == 1, 1)
+        assert eventually(lambda: zai.cut_by_client == 1, 2)
     assert not ended.is_set()
 
 
@@ -6931,10 +6931,10 @@ def test_a_dead_address_does_not_use_up_the_time_of_the_next(zai, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(socket, "getaddrinfo", lambda *_: found)
             began = time.monotonic()
-            sock = ztoapi.dial("three.example", 80, ztoapi.Client(None), 0.6)
-            assert time.monotonic() - began < 0.5
+            sock = ztoapi.dial("three.example", 80, ztoapi.Client(None), 0.9)
+            assert time.monotonic() - began < 0.8
         assert sock.getpeername() == places[1]
-        assert sock.gettimeout() == 0.6
+        assert sock.gettimeout() == 0.9
         sock.close()
 
 
@@ -7205,7 +7205,7 @@ def test_the_clients_leaving_is_noticed_over_tls(trusted, brisk, caplog, phase):
     with strict_proxy(trusted) as proxy:
         with leaving(proxy, caplog, raw_chat(chat_body(stream=True))):
             assert eventually(lambda: trusted.in_flight == 1)
-        assert eventually(lambda: trusted.cut_by_client == 1, 1)
+        assert eventually(lambda: trusted.cut_by_client == 1, 2)
 
 
 def test_a_slow_reader_over_tls_gets_all(trusted, brisk):
@@ -7456,7 +7456,7 @@ WHOLE_CHUNKS = [
 @table("body", WHOLE_CHUNKS)
 def test_a_chunked_body_is_read_however_it_is_cut(shared, body):
     assert statuses(shared, raw_chunks(body)) == [200, 200]
-    assert shared.zai.requests[0]["body"]["messages"] == [{"role": "user", "content": "Hi"}]
+    assert shared.zai.requests[0]["body"]["messages"] == [user("Hi")]
 
 
 def test_a_request_may_come_byte_by_byte(shared):
@@ -7880,9 +7880,8 @@ def test_nesting_around_the_recursion_limit_is_an_answer_or_a_400(shared, field)
 def test_a_body_of_more_than_a_million_brackets_is_refused_before_it_is_decoded(zai, piece):
     body = with_field(b'"x":[%b1]' % (piece * 1000000))
     with proxying(zai) as proxy:
-        began = time.process_time()
-        replies = exchange(proxy, raw_chat(body))
-        assert time.process_time() - began < 0.5
+        with under_a_second():
+            replies = exchange(proxy, raw_chat(body))
     assert [reply.status for reply in replies] == [400, 200]
     assert "brackets" in replies[0].error()["message"]
 
@@ -8288,7 +8287,7 @@ def test_default_stream_false_is_openais_default(zai):
 
 # The other two APIs
 
-MESSAGES_BODY = {"model": "GLM-4.6", "max_tokens": 100, "messages": [{"role": "user", "content": "Hi"}]}
+MESSAGES_BODY = {"model": "GLM-4.6", "max_tokens": 100, "messages": [user("Hi")]}
 # To add an API, add a row: its name -> its path, a request.
 APIS = {
     "messages": ("/v1/messages", MESSAGES_BODY),
@@ -8439,14 +8438,14 @@ def test_the_leaving_of_a_client_of_each_api_is_noticed(zai, brisk, caplog, api,
     with strict_proxy(zai) as proxy:
         with leaving(proxy, caplog, api_request(api, streamed)):
             assert eventually(lambda: zai.in_flight == 1)
-        assert eventually(lambda: zai.cut_by_client == 1, 1)
+        assert eventually(lambda: zai.cut_by_client == 1, 2)
 
 
 def test_an_item_is_remembered_for_the_key_that_got_it_and_for_no_other(zai):
     with proxying(zai, DEFAULT_KEY=f"{KEY},sk-other") as proxy:
         _, answer = ask_api(proxy, "responses", False)
         items = [{"type": "item_reference", "id": item["id"]} for item in answer["output"]]
-        items.append({"role": "user", "content": "And?"})
+        items.append(user("And?"))
         reply, _ = ask_api(proxy, "responses", False, input=items)
         assert reply.status == 200
         sent = zai.requests[-1]["body"]["messages"]
@@ -8664,7 +8663,7 @@ def test_stats_begin_empty(proxy):
 def test_stats_tell_the_page_what_is_going_on(zai):
     with proxying(zai, MAX_RETRIES="0") as proxy:
         for i in range(23):
-            assert proxy.chat(model=f"m{i}", messages=[{"role": "user", "content": "PROMPT"}])[0] == 200
+            assert proxy.chat(model=f"m{i}", messages=[user("PROMPT")])[0] == 200
         proxy.idle()  # a handler tells the counters after its answer is out
         zai.scripts.append(refusal(400, "1210", "no such"))
         assert proxy.chat()[0] == 400
@@ -9016,7 +9015,7 @@ def test_stop_does_not_wait_for_idle_connections(zai):
             idle.sendall(b"\r\n")
             began = time.monotonic()
             assert proxy.server.stop(5)
-            assert time.monotonic() - began < 1
+            assert time.monotonic() - began < 2
             assert read_to_end(silent) == b""
 
 
@@ -9100,7 +9099,7 @@ ONE_LINE = WHOLE_REQUEST.replace("\r\n", " ")
 
 # To add a case, add a row: a whole request inside another one.
 @table("data", [
-    raw_chat(json_chat(messages=[{"role": "user", "content": WHOLE_REQUEST}])),
+    raw_chat(json_chat(messages=[user(WHOLE_REQUEST)])),
     raw_request("GET", "/health", "X: " + ONE_LINE),
     raw_request("GET", "/health?" + ONE_LINE.replace(" ", "%20")),
     raw_chunks(b"%x;%b\r\n%b\r\n" % (len(JSON_CHAT), ONE_LINE.encode(), JSON_CHAT), END),
@@ -9145,7 +9144,7 @@ def test_attack_two_clients_never_see_each_others_answers(zai):
             texts = [f"<{number}-{i}-{j}>" for j in range(3)]
             data = b""
             for j, text in enumerate(texts):
-                messages = [{"role": "user", "content": text}]
+                messages = [user(text)]
                 data += raw_chat(json_chat(stream=j == 1, messages=messages))
             for text, reply in zip(texts, exchange(proxy, data)):
                 seen[text] = re.findall("<.*?>", reply.body.decode())
@@ -9291,7 +9290,7 @@ def test_two_thousand_broken_requests_meet_no_hang_no_500_and_a_living_server(pr
 # Demo #################################################################################
 
 def demo_request(text="Hi", **fields):
-    return dict({"model": "glm-4.6", "messages": [{"role": "user", "content": text}]}, **fields)
+    return dict({"model": "glm-4.6", "messages": [user(text)]}, **fields)
 
 
 DEMO_TOOLS = [{"type": "function", "function": {"name": name, "parameters": {"type": "object", "required": ["city"]}}}
@@ -9312,7 +9311,7 @@ def test_the_demo_calls_only_the_tool_it_is_told_to_call():
 
 
 def test_the_demo_ends_a_loop_of_tools():
-    messages = [{"role": "user", "content": "call get_weather"}, {"role": "tool", "content": "call get_weather: sunny"}]
+    messages = [user("call get_weather"), {"role": "tool", "content": "call get_weather: sunny"}]
     deltas = list(ztoapi.demo_deltas(demo_request(messages=messages, tools=DEMO_TOOLS)))
     assert not any("tool_calls" in delta for delta in deltas)
     assert "sunny" in "".join(delta.get("content", "") for delta in deltas)
@@ -9332,7 +9331,7 @@ def test_the_demo_is_a_whole_answer_to_a_client():
         assert said(events).endswith("said: Hi")
         assert finish_of(events) == ["stop"]
         assert events[-2]["usage"]["completion_tokens"] > 0
-        _, _, answer = proxy.chat(tools=DEMO_TOOLS, messages=[{"role": "user", "content": "call get_weather"}])
+        _, _, answer = proxy.chat(tools=DEMO_TOOLS, messages=[user("call get_weather")])
         assert answer["choices"][0]["finish_reason"] == "tool_calls"
         assert answer["choices"][0]["message"]["tool_calls"][0]["function"]["name"] == "get_weather"
 
@@ -9575,14 +9574,11 @@ def program(*argv, **environ):
         process.out, process.err = process.communicate(timeout=5)
 
 
-def end(process, *signals, seconds=1.5):
-    """The exit status after these signals; it must come within that time."""
+def end(process, *signals):
+    """The exit status after these signals, which must come soon."""
     for number in signals:
         process.send_signal(number)
-    began = time.monotonic()
-    status = process.wait(5)
-    assert time.monotonic() - began < seconds
-    return status
+    return process.wait(4)
 
 
 AUDITED = """
@@ -9627,7 +9623,7 @@ def test_the_start_lines_mask_keys_and_sigint_ends_it(zai):
         with socket.create_connection(("127.0.0.1", process.port), 5) as half:
             half.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: lo")  # half a request is nothing that runs
             assert exchange(process, raw_request("GET", "/health"))[0].status == 200
-            assert end(process, signal.SIGINT, seconds=3) == 0
+            assert end(process, signal.SIGINT) == 0
     assert "Traceback" not in process.err
     text = "".join(process.lines)
     assert text.count("\n") == 3
@@ -9668,7 +9664,7 @@ def test_sigterm_lets_a_running_answer_finish_and_takes_no_new_one(zai):
             status, headers, events, clean = read_stream(sock)
             assert said(events) == "Hello"
             assert clean
-        assert end(process, seconds=3) == 0
+        assert end(process) == 0
 
 
 @posix_only
