@@ -1403,6 +1403,7 @@ def test_zais_own_words_are_quoted(status, body, expected, help):
     *((status, None, TRY_AGAIN) for status in (500, 502, 503, 504)),
     (429, None, TOO_FAST),
     (429, complaint("1999"), TOO_FAST),
+    (500, complaint("9999"), TRY_AGAIN),
 ])
 def test_the_verdict_on(status, body, verdict):
     assert zai_error(body, status).verdict == verdict
@@ -2625,19 +2626,15 @@ def test_thinking_is_asked_for_as_each_family_takes_it(family, model, fields, de
     thinking, grade = (None, None) if on is None else FAMILIES[family][1](on, effort)
     assert (body.get("thinking"), body.get("reasoning_effort")) == (thinking, grade)
     assert "enable_thinking" not in body
+    # A wish that is not met is listed.
     assert changed <= (set(fields) or {"thinking"})
-
-
-@pytest.mark.parametrize("family, model, fields, default, on, effort", WISH_CASES)
-def test_a_wish_for_thinking_that_is_not_met_is_listed(family, model, fields, default, on, effort):
-    changed = to_zai(chat_body(model=model, **fields), ENABLE_THINKING=default)[1]
-    graded = family in ("graded", "always") and on and GRADES.get(effort) == effort
+    is_met = family in ("graded", "always") and on and GRADES.get(effort) == effort
     if family == "none":
         assert changed == set(fields)
     elif family == "always" and on is False:
         assert changed
     else:
-        assert ("reasoning_effort" in changed) == (effort is not None and not graded)
+        assert ("reasoning_effort" in changed) == (effort is not None and not is_met)
 
 
 # To add a dialect, add a row: the fields, the same in ours, the names of what was
@@ -6406,30 +6403,23 @@ def raw_head(*lines):
 # Faults: each heals if it comes before the first delta, and ends the answer if it comes
 # later
 
+# One of each kind; which answers are faults at all is told by the tables of From Z.ai.
 # To add a case, add a row: a fault -> what Z.ai does.
 EARLY = {
     "reset before the head": [RESET],
     "closed before the head": [CLOSE],
-    "garbage for a head": [b"SSH-2.0-OpenSSH_9.2\r\n\r\n", CLOSE],
-    "a head without an end": [b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 12000, 30],
-    "cut in its head": [HEAD[:60], CLOSE],
     "reset behind the head": [HEAD, 0.02, RESET],
     "closed behind the head": [HEAD, CLOSE],
     "reset in an event": [HEAD, chunked(say("Hel")[:40]), 0.02, RESET],
     "broken chunk size": [HEAD, b"zz\r\n", CLOSE],
     "cut behind an empty delta": stream(event({"role": "assistant", "content": ""}), CLOSE, end=False),
     "empty 200": stream(),
-    "end mark alone": stream(DONE),
-    "garbage to the end": stream(b"data: oops\n\n", b"\x00\xff\xfe"),
     "an error as first event": stream(sse(NETWORK), DONE),
     "an error as JSON in a 200": answer(200, NETWORK),
     "network_error": stream(event(finish="network_error"), DONE),
     "HTML 502": answer(502, b"<html><h1>502 Bad Gateway</h1></html>"),
-    "503 without a word": answer(503, b""),
     "1120": refusal(429, "1120"),
     "1234": refusal(500, "1234"),
-    "1234 as 400": refusal(400, "1234"),
-    "an unknown code": refusal(500, "9999"),
 }
 
 # To add a case, add a row: a fault -> what Z.ai does behind the first delta.
@@ -6991,12 +6981,9 @@ def test_the_pool_closes_what_was_idle_for_60_seconds():
 # again.
 REUSE = {
     "a stream read to its end": (stream(*HEALTHY), True),
-    "a stream in one go": ([b"".join(stream(*HEALTHY))], True),
     "a refusal": (refusal(400, "1210"), True),
     "no last chunk": (stream(*HEALTHY, end=False) + [30], False),
-    "bytes behind the end": ([b"".join(stream(*HEALTHY)) + b"HTTP/1.1 200 OK\r\n"], False),
     "Connection: close": ([HEAD[:-2] + b"Connection: close\r\n\r\n", *stream(*HEALTHY)[1:]], False),
-    "HTTP/1.0": ([b"HTTP/1.0 200 OK\r\nContent-Type: text/event-stream\r\n\r\n", *HEALTHY, CLOSE], False),
     "a cut": (stream(say("Hel"), CLOSE, end=False), False),
 }
 
