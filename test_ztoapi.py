@@ -4286,6 +4286,11 @@ def read_responses(settings=None, by=None, **body):
     return ztoapi.Responses.read({"model": "glm-4.6v", "input": "Hi", **body}, by or caller(), settings or Settings())
 
 
+def asked_by_front(request):
+    """What becomes of the chat request that a front makes."""
+    return asked(request)
+
+
 def called(index, id, name, text=""):
     return Step("call", text, index, id, name)
 
@@ -4420,7 +4425,7 @@ MESSAGES_CHANGES = [
 @pytest.mark.parametrize("fields,expected", MESSAGES_CHANGES)
 def test_messages_drops_by_name_what_chat_does_not_have(fields, expected):
     front, request = read_messages(**fields)
-    result = asked(request)
+    result = asked_by_front(request)
     assert {*front.changed, *result.changed} == expected
     assert not {"top_k", "container", "invented", "context_management"} & set(result.body)
 
@@ -4515,12 +4520,12 @@ CLAUDE_HISTORIES = [
 @pytest.mark.parametrize("prompt,messages,expected", CLAUDE_HISTORIES)
 def test_a_conversation_of_messages_becomes_one_of_chat(prompt, messages, expected):
     _, request = read_messages(system=prompt, messages=messages)
-    assert asked(request).body["messages"] == expected
+    assert asked_by_front(request).body["messages"] == expected
 
 
 def test_a_picture_never_ends_a_conversation_with_a_model_that_sees_none():
     front, request = read_messages(model="glm-4.6", messages=[user([PNG, text("a")])])
-    assert asked(request).body["messages"] == [user("[image left out: GLM-4.6 takes text only]\na")]
+    assert asked_by_front(request).body["messages"] == [user("[image left out: GLM-4.6 takes text only]\na")]
     assert "image" in front.changed
 
 
@@ -4545,7 +4550,7 @@ BAD_MESSAGES = [
 @pytest.mark.parametrize("fields", BAD_MESSAGES)
 def test_messages_refuses_what_cannot_be(fields):
     with pytest.raises(RequestError) as caught:
-        asked(read_messages(**fields)[1])
+        asked_by_front(read_messages(**fields)[1])
     assert ztoapi.Messages.status(caught.value) == 400
 
 
@@ -4776,7 +4781,7 @@ def test_a_choice_among_tools():
     allowed = [{"type": "function", "name": "g"}, {"type": "web_search"}]
     choice = {"type": "allowed_tools", "mode": "required", "tools": allowed}
     _, request = read_responses(tools=tools, tool_choice=choice)
-    result = asked(request)
+    result = asked_by_front(request)
     assert [tool["function"]["name"] for tool in result.body["tools"]] == ["g"]
     assert "calling the tool g" in result.body["messages"][0]["content"]
 
@@ -4799,7 +4804,7 @@ RESPONSES_CHANGES = [
 @pytest.mark.parametrize("fields,expected", RESPONSES_CHANGES)
 def test_responses_drops_by_name_what_chat_does_not_have(fields, expected):
     front, request = read_responses(**fields)
-    result = asked(request)
+    result = asked_by_front(request)
     assert {*front.changed, *result.changed} == expected
     assert "invented" not in result.body
     assert not result.body.get("tools", [{}])[0].get("external_web_access")
@@ -4882,17 +4887,17 @@ INPUTS = [
 @pytest.mark.parametrize("items,expected", INPUTS)
 def test_the_input_of_responses_becomes_a_conversation_of_chat(items, expected):
     _, request = read_responses(input=items)
-    assert asked(request).body["messages"] == expected
+    assert asked_by_front(request).body["messages"] == expected
     _, request = read_responses(input=items, instructions="Be brief.")
-    assert asked(request).body["messages"] == [system("Be brief."), *expected]
+    assert asked_by_front(request).body["messages"] == [system("Be brief."), *expected]
 
 
 def test_a_picture_in_an_output_never_ends_a_conversation():
     front, request = read_responses(model="glm-4.6", input=[user("a"), function_call("1"), gave("1", [INPUT_IMAGE])])
-    assert asked(request).body["messages"][-1] == output("1", "[image left out: GLM-4.6 takes text only]")
+    assert asked_by_front(request).body["messages"][-1] == output("1", "[image left out: GLM-4.6 takes text only]")
     assert "image" in front.changed
     _, request = read_responses(model="glm-4.6", input=[message("user", INPUT_IMAGE)])
-    assert asked(request).body["messages"] == [user("[image left out: GLM-4.6 takes text only]")]
+    assert asked_by_front(request).body["messages"] == [user("[image left out: GLM-4.6 takes text only]")]
 
 
 def test_tools_of_responses_are_functions():
@@ -4902,7 +4907,7 @@ def test_tools_of_responses_are_functions():
              {"type": "namespace", "name": "functions", "tools": [{"type": "function", "name": "h"}]},
              {"type": "function", "name": "a.b"}, {"type": "function", "name": "x" * 80}]
     _, request = read_responses(tools=tools, input=[more, user("a")])
-    functions = [tool["function"] for tool in asked(request).body["tools"]]
+    functions = [tool["function"] for tool in asked_by_front(request).body["tools"]]
     names = [function["name"] for function in functions]
     assert names[:5] == ["f", "patch", "mcp__tiny__g", "exec", "h"]
     assert names[-1] == "late"
@@ -4977,7 +4982,7 @@ BAD_RESPONSES = [
 @pytest.mark.parametrize("fields,param", BAD_RESPONSES)
 def test_responses_refuses_what_cannot_be(fields, param):
     with pytest.raises(RequestError) as caught:
-        asked(read_responses(**fields)[1])
+        asked_by_front(read_responses(**fields)[1])
     error = ztoapi.Responses.error(caught.value)["error"]
     assert ztoapi.Responses.status(caught.value) == 400
     assert param in (None, error["param"])
@@ -5233,7 +5238,7 @@ def test_the_ai_sdk_refers_to_items_of_an_answer():
     items = [user("a"), *({"type": "item_reference", "id": item["id"]} for item in answer),
              gave("call_0", "one"), gave("call_1", "two")]
     _, request = read_responses(by=caller(memory=memory), input=items)
-    assert asked(request).body["messages"] == [
+    assert asked_by_front(request).body["messages"] == [
         user("a"), assistant("B", [("call_0", "f", '{"a":1}'), ("call_1", "f", "{}")], "A"),
         output("call_0", "one"), output("call_1", "two")]
     # The id is no secret, so the key counts.
