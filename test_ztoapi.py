@@ -1,7 +1,9 @@
 """Tests of ztoapi: `python -m pytest`. `.ci/` holds the benchmark and the soak test.
 
-The pure parts are tested by tables; the rest through real sockets, against a fake Z.ai whose every answer is a script:
-a list of what it sends, sleeps and does. Z.ai's bytes are as they were captured (see each case).
+First come the fakes, the raw client and the proxy under test, then a section for each of
+ztoapi.py's. The pure parts are tested by tables; the rest through real sockets, against a
+fake Z.ai whose every answer is a script: a list of what it sends, sleeps and does. Z.ai's
+bytes are as they were captured (see each case).
 """
 
 import ast
@@ -59,10 +61,10 @@ ZAI_KEY = "0123456789abcdef0123.ZaiSecretZaiSecret"
 CHAT = "/v1/chat/completions"
 
 
-# The fake Z.ai ########################################################################################################
+# The fake Z.ai ########################################################################
 #
-# A script is a list: bytes are sent, numbers are seconds slept, callables are called with the fake and the request, and
-# two words end the connection.
+# A script is a list: bytes are sent, numbers are seconds slept, callables are called
+# with the fake and the request, and two words end the connection.
 
 RESET, CLOSE = "reset", "close"
 USAGE = {
@@ -73,6 +75,12 @@ USAGE = {
     "completion_tokens_details": {"reasoning_tokens": 182},
 }
 LOG_ID = "20260711073209851e7f8c12c44579"
+
+
+def sse(*values):
+    """Values as events; bytes are passed as they are."""
+    texts = [value if isinstance(value, bytes) else b"data: %b\n\n" % json.dumps(value).encode() for value in values]
+    return b"".join(texts)
 
 
 def event(delta=None, finish=None, usage=None, id="202607311536357f405a2f5c6b495d", **more):
@@ -134,8 +142,40 @@ def answer(status, value, *headers):
     return [("\r\n".join(lines) + "\r\n\r\n").encode() + body]
 
 
-def refusal(status, code, message="no"):
-    return answer(status, {"error": {"code": code, "message": message}})
+def complaint(code, message="no", **more):
+    """The JSON of Z.ai's errors."""
+    return {"error": {"code": code, "message": message}, **more}
+
+
+def refusal(status, code, message="no", *headers):
+    return answer(status, complaint(code, message), *headers)
+
+
+def error_event(code, message="no", **more):
+    return sse(complaint(code, message, **more))
+
+
+LIMITED = complaint("1302", "Rate limit reached for requests")
+NETWORK = complaint("1234", "Network error")
+
+
+def make_reset(sock):
+    """Whatever closes the socket next resets the connection."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+def reset(sock):
+    make_reset(sock)
+    sock.close()
+
+
+def shut_down(sock):
+    with contextlib.suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)
+
+
+def readable(sock):
+    return bool(select.select([sock], [], [], 0)[0])
 
 
 class FakeZai:
@@ -210,7 +250,7 @@ class FakeZai:
     def play(self, sock, script, request):
         for step in script:
             if step == RESET:
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                make_reset(sock)
                 return False
             if step == CLOSE:
                 return False
@@ -239,25 +279,197 @@ class FakeZai:
             sock.settimeout(None)
 
     def close(self):
-        with contextlib.suppress(OSError):
-            self.socket.shutdown(socket.SHUT_RDWR)  # wakes accept()
+        shut_down(self.socket)  # wakes accept()
         self.socket.close()
         for sock in list(self.open):
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
+            shut_down(sock)
 
 
 @pytest.fixture
 def zai():
-    fake = FakeZai()
-    yield fake
-    fake.close()
+    with contextlib.closing(FakeZai()) as fake:
+        yield fake
 
 
-# The raw client #######################################################################################################
+@contextlib.contextmanager
+def stuck_listener():
+    """The port of a listener whose backlog is full: connecting to it takes for ever."""
+    with socket.socket() as listener, contextlib.ExitStack() as filling:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        for _ in range(8):
+            sock = filling.enter_context(socket.socket())
+            sock.settimeout(0.05)
+            try:
+                sock.connect(listener.getsockname())
+            except OSError:
+                break
+        else:
+            pytest.skip("this system's backlog does not fill")
+        yield listener.getsockname()[1]
+
+
+class MuteListener:
+    """A server that takes connections, says `words` once something has come, and nothing else. `heard`, `ended`: what
+    came to pass."""
+
+    def __init__(self, words=b""):
+        self.words = words
+        self.heard = threading.Event()
+        self.ended = threading.Event()
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.port = self.socket.getsockname()[1]
+        threading.Thread(target=self.serve, daemon=True).start()
+
+    def serve(self):
+        with contextlib.suppress(OSError), self.socket:
+            while True:
+                with self.socket.accept()[0] as sock, contextlib.suppress(ConnectionError):
+                    while sock.recv(65536):
+                        self.heard.set()
+                        sock.sendall(self.words)
+                self.ended.set()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        shut_down(self.socket)
+
+
+# Of nobody but these tests: "localhost", until 2120.
+PEM = """-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQg+b686Zt74WM/8gbS
+kV/HJGf//29GodU3LUl+ciTg9O6hRANCAAQ5w+XOmVw88pJipFzjdFEWbofTLbgr
+AoTh9LNTykRggRZkqrEBSo/1OLA/wSOM4PeLQOT/+7QZqCkZTuURPYjq
+-----END PRIVATE KEY-----
+-----BEGIN CERTIFICATE-----
+MIIBcTCCARegAwIBAgIBATAKBggqhkjOPQQDAjAUMRIwEAYDVQQDDAlsb2NhbGhv
+c3QwIBcNMjAwMTAxMDAwMDAwWhgPMjEyMDAxMDEwMDAwMDBaMBQxEjAQBgNVBAMM
+CWxvY2FsaG9zdDBZMBMGByqGSM49AgEGCCqGSM49AwEHA0IABDnD5c6ZXDzykmKk
+XON0URZuh9MtuCsChOH0s1PKRGCBFmSqsQFKj/U4sD/BI4zg94tA5P/7tBmoKRlO
+5RE9iOqjWDBWMBQGA1UdEQQNMAuCCWxvY2FsaG9zdDAPBgNVHRMBAf8EBTADAQH/
+MA4GA1UdDwEB/wQEAwIChDAdBgNVHQ4EFgQU+swHuFhZz2sSVKo4ybaB3QEWvC4w
+CgYIKoZIzj0EAwIDSAAwRQIgH8ZcK3zBu34C2IgxX4q+HHMp6GO3ZxWX3MQVddbc
+OAkCIQCFRQOQ04IE+Ld+SfS+Ln+mC5ggbJA3uOySyvYj47SiwQ==
+-----END CERTIFICATE-----
+"""
+
+
+@contextlib.contextmanager
+def pem_file():
+    """The path of a file with PEM in it, which serves as certificate, key and store at once."""
+    handle, path = tempfile.mkstemp(".pem")
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(PEM)
+        yield path
+    finally:
+        os.unlink(path)
+
+
+def tls_context(path):
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(path)
+    return context
+
+
+class HttpProxy:
+    """An HTTP proxy: CONNECT, and plain requests passed on. `heads`: the first head of each connection."""
+
+    def __init__(self, reply=b"HTTP/1.1 200 Connection established\r\n\r\n"):
+        self.heads = []
+        self.reply = reply
+        self.socket = socket.create_server(("127.0.0.1", 0), backlog=128)
+        self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self):
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=self.serve, args=self.socket.accept()[:1], daemon=True).start()
+
+    def serve(self, client):
+        with client, contextlib.suppress(OSError):
+            data = b""
+            while b"\r\n\r\n" not in data:
+                more = client.recv(65536)
+                if not more:
+                    return
+                data += more
+            head = data.partition(b"\r\n\r\n")[0].decode()
+            self.heads.append(head)
+            method, target, _ = head.split("\r\n")[0].split()
+            place = urllib.parse.urlsplit(target if method != "CONNECT" else f"//{target}")
+            if method == "CONNECT":
+                client.sendall(self.reply)
+                data = b""
+            if b" 200 " in self.reply:
+                self.pass_on(client, place, data)
+
+    def pass_on(self, client, place, data):
+        with socket.create_connection((place.hostname, place.port)) as server:
+            server.sendall(data)
+            back = threading.Thread(target=self.copy, args=(server, client), daemon=True)
+            back.start()
+            self.copy(client, server)
+            back.join(10)
+
+    @staticmethod
+    def copy(source, sink):
+        with contextlib.suppress(OSError):
+            for data in iter(lambda: source.recv(65536), b""):
+                sink.sendall(data)
+        shut_down(source)
+        shut_down(sink)
+
+    def close(self):
+        shut_down(self.socket)
+        self.socket.close()
+
+
+@pytest.fixture
+def http_proxy():
+    with contextlib.closing(HttpProxy()) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def trusted(monkeypatch):
+    """A fake Z.ai with TLS, whose certificate SSL_CERT_FILE vouches for."""
+    with pem_file() as path, contextlib.closing(FakeZai(tls_context(path))) as fake:
+        monkeypatch.setenv("SSL_CERT_FILE", path)
+        yield fake
+
+
+@pytest.fixture
+def untrusted(trusted, monkeypatch):
+    """The same, but nobody vouches for it."""
+    monkeypatch.delenv("SSL_CERT_FILE")
+    return trusted
+
+
+def through(monkeypatch, scheme, proxy, no_proxy=""):
+    """Set the environment's proxy for a scheme, and no other."""
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"):
+        monkeypatch.delenv(name, False)
+        monkeypatch.delenv(name.lower(), False)
+    monkeypatch.setenv(f"{scheme.upper()}_PROXY", proxy)
+    monkeypatch.setenv("NO_PROXY", no_proxy)
+
+
+@pytest.fixture
+def closed_port():
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        port = sock.getsockname()[1]
+    return port
+
+
+# The raw client #######################################################################
 #
-# Bytes in, replies out. exchange() sends one request more behind what it is given, the sentinel: a good request must
-# leave it to be answered, a broken one must never let it be.
+# Bytes in, replies out. exchange() sends one request more behind what it is given, the
+# sentinel: a good request must leave it to be answered, a broken one must never let it
+# be.
 
 SENTINEL = b"GET /health?last HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
 
@@ -289,9 +501,15 @@ def raw_request(method, path, *lines, body=b"", auth=True, version="HTTP/1.1"):
     return "\r\n".join([*head, *lines, "", ""]).encode("latin-1") + body
 
 
-def raw_chat(body, lines=(), key=KEY):
-    data = json.dumps(body).encode()
-    return raw_request("POST", CHAT, "Content-Type: application/json", *lines, body=data, auth=key)
+def raw_chat(body, *lines, **more):
+    """The same of a chat; its body is JSON, or bytes."""
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return raw_request("POST", CHAT, *lines, body=data, **more)
+
+
+def raw_chunks(*pieces):
+    """The same of a chat whose body is said to be chunked."""
+    return raw_chat(b"".join(pieces), "Transfer-Encoding: chunked")
 
 
 def read_reply(file, to_head=False):
@@ -387,13 +605,21 @@ def finish_of(events):
     return [choice["finish_reason"] for choice in choices_of(events) if choice["finish_reason"]]
 
 
-# The proxy under test #################################################################################################
+# The proxy under test #################################################################
+
+def user(content):
+    return {"role": "user", "content": content}
+
 
 def chat_body(**fields):
-    return dict({"model": "GLM-4.6", "messages": [{"role": "user", "content": "Hi"}]}, **fields)
+    return {"model": "GLM-4.6", "messages": [user("Hi")], **fields}
 
 
-JSON_CHAT = json.dumps(chat_body(stream=False)).encode()
+def json_chat(**fields):
+    return json.dumps(chat_body(**{"stream": False, **fields})).encode()
+
+
+JSON_CHAT = json_chat()
 
 
 def eventually(condition, seconds=5):
@@ -405,12 +631,27 @@ def eventually(condition, seconds=5):
     return True
 
 
+def together(*calls):
+    """Run the calls in threads of their own; their results, in order."""
+    results = [None] * len(calls)
+
+    def run(i):
+        results[i] = calls[i]()
+    threads = [threading.Thread(target=run, args=(i,), daemon=True) for i in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    return results
+
+
 class Proxy:
     """A ztoapi.Server in a thread, and the calls tests make to it."""
 
     def __init__(self, environ):
         self.settings = Settings.from_environ(environ)
         self.server = ztoapi.Server(self.settings)
+        self.server.SETTLE_S = 0  # what was sent before the end has a test of its own
         self.port = self.server.server_port
         self.thread = threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True)
         self.thread.start()
@@ -420,40 +661,47 @@ class Proxy:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return sock
 
-    def call(self, method, path, body=None, headers=(), key=KEY):
-        """(status, headers, parsed JSON or text) over a connection of its own."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
-        fields = {"Authorization": f"Bearer {key}"} if key else {}
-        fields.update(headers)
-        data = json.dumps(body).encode() if isinstance(body, (dict, list)) else body
-        try:
-            connection.request(method, path, data, fields)
-            response = connection.getresponse()
-            text = response.read().decode()
-        finally:
-            connection.close()
-        if text and "json" in response.headers.get("Content-Type", ""):
-            return response.status, response.headers, json.loads(text)
-        return response.status, response.headers, text
+    def call(self, method, path, body=None, lines=(), key=KEY):
+        """(status, headers, parsed JSON or text) over a connection of its own. `lines` are header lines, as in
+        raw_request()."""
+        data = json.dumps(body).encode() if isinstance(body, dict) else body or b""
+        with self.connect(20) as sock:
+            sock.sendall(raw_request(method, path, *lines, body=data, auth=key or False))
+            with sock.makefile("rb") as file:
+                reply = read_reply(file)
+        assert reply.clean
+        is_json = "json" in reply.headers.get("Content-Type", "") and reply.body
+        return reply.status, reply.headers, reply.json() if is_json else reply.body.decode()
 
-    def chat(self, headers=(), **fields):
+    def chat(self, lines=(), **fields):
         """A JSON answer: (status, headers, body)."""
-        return self.call("POST", CHAT, chat_body(stream=False, **fields), headers)
+        return self.call("POST", CHAT, chat_body(stream=False, **fields), lines)
 
-    def open_stream(self, headers=(), **fields):
-        """A raw socket with a streamed request sent; read it with read_stream() or recv(). `headers`: lines."""
+    def open_stream(self, lines=(), **fields):
+        """A raw socket with a streamed request sent; read it with read_stream() or recv()."""
         sock = self.connect()
-        sock.sendall(raw_chat(chat_body(stream=True, **fields), headers))
+        sock.sendall(raw_chat(chat_body(stream=True, **fields), *lines))
         return sock
 
-    def stream(self, headers=(), **fields):
+    def stream(self, lines=(), **fields):
         """A whole streamed answer: (status, headers, events, clean). clean: the last chunk came."""
-        with self.open_stream(headers, **fields) as sock:
+        with self.open_stream(lines, **fields) as sock:
             return read_stream(sock)
 
     def idle(self):
         """Nothing is in use any more: waits for it, as handler threads end a moment after their answers."""
         return eventually(self.server.idle) or pytest.fail("still in use")
+
+    def gates(self):
+        """A row for each gate: (key, model, ceiling, requests in flight)."""
+        return self.server.upstream.gates.state()[0]
+
+    def queued(self):
+        return sum(self.server.upstream.gates.state()[1].values())
+
+    def close_idle(self):
+        """Close the idle connections to Z.ai."""
+        self.server.upstream.pool.expire(float("inf"))
 
     def stop(self):
         self.server.stop(2)
@@ -495,9 +743,218 @@ def log_lines(caplog):
     return lines
 
 
+def footprint(proxy):
+    """Threads, and open descriptors where the system tells; idle connections to Z.ai are closed here."""
+    proxy.close_idle()
+    use = set(threading.enumerate())
+    for number in os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else ():
+        with contextlib.suppress(OSError):
+            use.add((number, os.readlink(f"/proc/self/fd/{number}")))
+    return use
+
+
+@contextlib.contextmanager
+def strict_proxy(zai=None, **environ):
+    """A proxy that must leak no slots, descriptors or threads. Chance is out of it: retries wait no time, refused
+    requests the shortest."""
+    with proxying(zai, **environ) as proxy:
+        upstream = proxy.server.upstream
+        upstream.rand = upstream.gates.rand = lambda: 0.0
+        before = footprint(proxy)
+        yield proxy
+        proxy.idle()
+        assert eventually(lambda: footprint(proxy) <= before), footprint(proxy) - before
+
+
+@pytest.fixture
+def brisk(monkeypatch):
+    """The pump looks often, for tests of the times it keeps."""
+    monkeypatch.setattr(ztoapi, "TICK_S", 0.02)
+
+
+WELL = (200, "Hello", None, True)  # what ask() gives for HEALTHY
+ZAI_KEYS = tuple(f"{i}123456789abcdef.SecretSecret{i}" for i in (1, 2, 3))
+both = pytest.mark.parametrize("streamed", (True, False), ids=("stream", "json"))
+posix_only = pytest.mark.skipif(os.name == "nt", reason="signals")
+
+
+def ask(proxy, streamed, **fields):
+    """(status, text, error or None, whether it ended as it should) of a chat, either way."""
+    if not streamed:
+        status, _, body = proxy.chat(**fields)
+        error = body.get("error")
+        text = "" if error else body["choices"][0]["message"]["content"]
+        return status, text, error, error is None
+    status, _, events, clean = proxy.stream(**fields)
+    error = next((event["error"] for event in events if "error" in event), None)
+    whole = clean and not error
+    assert ("[DONE]" in events[-1:]) == whole, events
+    return status, said(events), error, whole and finish_of(events) != []
+
+
+def failed_stream(proxy, **fields):
+    """The events of a stream that began and failed, once all is checked that holds for each."""
+    status, _, events, clean = proxy.stream(**fields)
+    assert status == 200
+    assert not clean
+    assert "[DONE]" not in events
+    assert finish_of(events) == []
+    assert list(events[-1]) == ["error"]
+    assert isinstance(events[-1]["error"]["code"], str)
+    assert [event for event in events[:-1] if "error" in event] == []
+    return events
+
+
+def is_beat(event):
+    """Whether an event is a heartbeat: an empty delta that ends nothing."""
+    return [(choice["delta"], choice["finish_reason"]) for choice in choices_of([event])] == [({}, None)]
+
+
+def figures(proxy):
+    """What the metrics count: (retries, failed, cancelled)."""
+    proxy.idle()
+    metrics = proxy.server.metrics
+    stats = metrics.stats([], {}, False)
+    return metrics.retries, stats["failed"], stats["cancelled"]
+
+
+def slots(proxy):
+    """How many requests the gates think are in flight."""
+    return sum(gate[3] for gate in proxy.gates())
+
+
+def keys_at(zai):
+    """The keys that arrived at Z.ai, in order."""
+    return [request["headers"]["Authorization"].split()[1] for request in zai.requests]
+
+
+@contextlib.contextmanager
+def standing_proxy(**environ):
+    """A proxy for many tests; `.zai` is the fake behind it."""
+    with contextlib.closing(FakeZai()) as fake, proxying(fake, **environ) as proxy:
+        proxy.zai = fake
+        yield proxy
+
+
+@pytest.fixture(scope="module")
+def shared_proxy():
+    with standing_proxy(MAX_BODY_MB="1", DEFAULT_KEY=KEY + ", key-one, key-two ,,") as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def shared(shared_proxy, caplog):
+    """The proxy of the tables; no row may be a bug."""
+    shared_proxy.zai.requests.clear()
+    yield shared_proxy
+    assert [record for record in caplog.get_records("call") if record.levelno >= logging.ERROR] == []
+
+
+@pytest.fixture(scope="module")
+def well_known():
+    """A proxy with the well-known key."""
+    with standing_proxy(DEFAULT_KEY="own-key,sk-your-key") as proxy:
+        yield proxy
+
+
+def boom(*args, **kwargs):
+    raise RuntimeError("boom")
+
+
+def boom_of_the_system(*args, **kwargs):
+    """An OSError of our own must not pass for that of a client that left."""
+    raise OSError("boom")
+
+
+def check_error(reply):
+    """OpenAI's four fields, and an id to find it by."""
+    error = reply.error()
+    assert list(error) == ["message", "type", "param", "code"]
+    assert error["message"]
+    assert error["type"]
+    assert isinstance(error["code"], str)
+    assert reply.headers["Content-Type"] == "application/json"
+    assert reply.headers["x-request-id"].startswith("req_")
+
+
+def check_refused(replies, status):
+    """One error, and nothing behind it was answered."""
+    assert [reply.status for reply in replies] == [status]
+    check_error(replies[0])
+    assert replies[0].headers["Connection"] == "close"
+
+
+def hold(proxy, data):
+    """A connection over which one request has been answered, and that is kept."""
+    sock = proxy.connect(5)
+    sock.sendall(data)
+    with sock.makefile("rb") as file:
+        assert read_reply(file).status == 200
+    return sock
+
+
+# Tables, and what is told of both files ###############################################
+
+# What no field holds, anywhere in a request or an answer. To add an oddity, add a
+# value.
+ODDITIES = (
+    None, True, False, 0, -1, 1.5, 10**40, -1e308, "", "x", "none", "auto", "system", "\ud800\0",
+    [], ["x"], [None], [[]], {}, {"x": None}, {"type": "text"}, {"type": "function", "function": {}},
+    [{"type": "image_url"}], "<tool_call>", "get_time<arg_key>",
+)
+
+
+def mutated(value, rng):
+    """A deep copy in which one place holds something odd, or nothing."""
+    value = copy.deepcopy(value)
+    place = value
+    steps = rng.randrange(1, 8)
+    while True:
+        key = rng.choice(list(place) if isinstance(place, dict) else range(len(place)))
+        steps -= 1
+        if not steps or not isinstance(place[key], (dict, list)) or not place[key]:
+            break
+        place = place[key]
+    if rng.random() < 0.1:
+        del place[key]
+    else:
+        place[key] = copy.deepcopy(rng.choice(ODDITIES))
+    return value
+
+
 def table(names, rows):
     """Parametrize by rows, which may be very long, so that their names are cut."""
     return pytest.mark.parametrize(names, rows, ids=lambda value: ascii(value)[:50])
+
+
+@contextlib.contextmanager
+def under_a_second():
+    """What is in it takes less than a second of this process's time, however busy the machine is."""
+    began = time.process_time()
+    yield
+    assert time.process_time() - began < 1
+
+
+def pieces_of(data):
+    """The ways to feed it: whole, byte by byte, and cut in two at every place."""
+    yield [data]
+    yield [data[i:i + 1] for i in range(len(data))]
+    for i in range(1, len(data)):
+        yield [data[:i], data[i:]]
+
+
+def blocks_of(data):
+    """As a socket gives it."""
+    return [data[i:i + 65536] for i in range(0, len(data), 65536)]
+
+
+def some_pieces_of(data):
+    """pieces_of(), but of long data not every place is tried: some 50 that lie apart, and move with its length."""
+    stride = len(data) // 50 + 1
+    yield [data]
+    yield [data[i:i + 1] for i in range(len(data))]
+    for i in range(len(data) % stride + 1, len(data), stride):
+        yield [data[:i], data[i:]]
 
 
 def names_bound_in(path):
@@ -534,6 +991,52 @@ def test_what_stands_above_the_line_is_pure():
     impure = {"socket", "select", "ssl", "time", "datetime.datetime.now", "os.environ", "os.getenv", "sys", "signal",
               "threading.Thread", "log", "logging", "open", "print"}
     assert not names & impure
+
+
+def test_the_standard_library_is_all_that_is_imported():
+    with open(ztoapi.__file__, encoding="utf-8") as file:
+        nodes = list(ast.walk(ast.parse(file.read())))
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    packages = {name.split(".")[0] for name in names}
+    assert len(packages) > 10
+    assert packages <= set(getattr(sys, "stdlib_module_names", packages))
+
+
+UNWRITABLE = "/proc" if os.path.isdir("/proc/self") else "/"  # nothing can be written there, not even by root
+
+
+def start(*argv, **environ):
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-I", "-S", "-B", *argv], env=environ, cwd=UNWRITABLE, **pipes)
+
+
+IMPORTING = """
+import logging, signal, sys, threading
+before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)], list(sys.path)
+seen = []
+def hook(event, args):
+    harmless = event in ("os.listdir", "os.scandir", "os.putenv")
+    if event.startswith(("socket.", "subprocess", "os.", "tempfile", "urllib")) and not harmless:
+        seen.append((event, args))
+    if event == "open" and isinstance(args[2], int) and args[2] & 3:
+        seen.append((event, args))
+sys.addaudithook(hook)
+sys.path.insert(0, sys.argv[1])
+import ztoapi
+del sys.path[0]
+assert before == ([signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)], list(sys.path))
+assert not seen, seen
+assert threading.active_count() == 1
+assert not logging.getLogger().handlers
+assert not logging.getLogger("ztoapi").handlers
+print("clean")
+"""
+
+
+def test_importing_has_no_side_effect():
+    process = start("-c", IMPORTING, os.path.dirname(os.path.abspath(ztoapi.__file__)))
+    assert process.communicate(timeout=10) == ("clean\n", "")
 
 
 # Settings #############################################################################
@@ -596,13 +1099,14 @@ BAD_SETTINGS = [
     *((variable, text) for variable in FLAGS for text in ("maybe", "2", "truely", "-1")),
     *((variable, text) for variable in COUNTS for text in ("x", "-1", "1.5", "1e3", "+1")),
     *((variable, text) for variable in DURATIONS for text in ("x", "-1", "nan", "inf", "10s", "1,5", "1e400")),
-    *(("PORT", text) for text in ("x", "-1", "65536", "80.0", "0x50", "8_0", "\u0668\u0660", "0" * 9 + "999999")),
+    *(("PORT", text) for text in (
+        "x", "-1", "65536", "80.0", "0x50", "8_0", "9 0", "9\n9", "\u0661", "\u0668\u0660", "0" * 9 + "999999")),
     *(("MODEL_ALIASES", text) for text in ("gpt-4o", "gpt-4o=", "=glm-4.6", "a=b,c")),
     *(("ZAI_BASE_URL", text) for text in (
         "api.z.ai", "ftp://api.z.ai", "file:///etc/passwd", "https://", "https:///v4", "https://api.z.ai:port",
         "https://api.z.ai:99999", "https://api.z.ai:0", "https://[::1", "https://a b", "https://api..z.ai",
         "https://api.z.ai/v4?x=1", "https://api.z.ai/v4#x", "https://api.z.ai/v4?", "https://api.z.ai/v4#",
-        "https://api.z.ai/\u00e9", "https://api.z.ai/v4\nX: y")),
+        "https://api.z.ai/\u00e9", "https://api.z.ai/v4\nX: y", "http://", "http://x y/", "http://[")),
     ("MAX_BODY_MB", "0"),
     ("MAX_CONNECTIONS", "0"),
     ("UPSTREAM_TIMEOUT", "0"),
@@ -625,7 +1129,8 @@ def test_a_variable_means_what_the_table_says(variable, text, value):
 
 def test_every_variable_has_its_default():
     settings = Settings.from_environ({"UNHEARD_OF": "x", "PATH": "/bin"})
-    assert {field.name.upper(): getattr(settings, field.name) for field in dataclasses.fields(settings)} == DEFAULTS
+    found = dataclasses.asdict(settings)
+    assert {name.upper(): value for name, value in found.items()} == DEFAULTS
     assert {row[0] for row in GOOD_SETTINGS} == set(DEFAULTS)
 
 
@@ -638,7 +1143,8 @@ def test_an_empty_variable_counts_as_unset(variable, text):
 @pytest.mark.parametrize("variable", sorted(DEFAULTS))
 def test_the_help_text_has_a_row_for_each_variable_and_its_default_can_be_copied(variable):
     row = re.search(rf"^    {variable} +(\S+)  ", ztoapi.__doc__, re.MULTILINE)
-    assert getattr(Settings.from_environ({variable: row.group(1)}), variable.lower()) == DEFAULTS[variable]
+    settings = Settings.from_environ({variable: row.group(1)})
+    assert getattr(settings, variable.lower()) == DEFAULTS[variable]
 
 
 def test_the_help_text_fits_a_screen():
@@ -661,8 +1167,11 @@ def test_an_empty_default_key_is_refused(text):
         Settings.from_environ({"DEFAULT_KEY": text})
 
 
+# To add a case, add a row: a host that is not this computer.
 FAR_HOSTS = [
-    "0.0.0.0", "::", "192.168.1.2", "example.org", "127.0.0.1.example.org", "localhost.example.org", "1127.0.0.1"]
+    "0.0.0.0", "::", "192.168.1.2", "example.org", "127.0.0.1.example.org", "localhost.example.org", "1127.0.0.1",
+    "1.127.0.0",
+]
 
 
 @pytest.mark.parametrize("host", FAR_HOSTS)
@@ -677,7 +1186,7 @@ def test_a_key_of_ones_own_may_go_anywhere(host):
     assert Settings.from_environ({"HOST": host, "DEFAULT_KEY": "my-own-key"}).host == host
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.9.1", "localhost", "LocalHost", "::1"])
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.9.1", "127.3.2.1", "localhost", "LocalHost", "::1"])
 def test_loopback_takes_the_well_known_key(host):
     assert Settings.from_environ({"HOST": host}).well_known
 
@@ -734,7 +1243,8 @@ def test_a_masked_key_shows_its_end_if_it_is_long(key, shown):
 
 # Errors ###############################################################################
 
-# To add a code of Z.ai's, add it to a row: codes, the status and code of ours, the verdict.
+# To add a code of Z.ai's, add it to a row: codes, the status and code of ours, the
+# verdict.
 CODES = [
     ("1113", 402, "insufficient_quota", MODEL_RESTS),
     ("1304 1308 1309 1310 1314 1316 1317 1318 1319 1320 1321", 402, "insufficient_quota", KEY_RESTS),
@@ -769,7 +1279,8 @@ def test_every_code_of_the_sheet_has_a_row():
 def test_the_business_code_decides_and_not_the_http_status(code, status, our_code, verdict, shape):
     for http_status in (200, 400, 401, 403, 429, 500, 503):
         error = zai_error(shape(code), http_status, now=0)
-        assert (error.status, error.code, error.verdict, error.zai_code) == (status, our_code, verdict, code)
+        assert (error.status, error.code) == (status, our_code)
+        assert (error.verdict, error.zai_code) == (verdict, code)
         assert "Z.ai's words." in error.message
         assert code in error.message
 
@@ -782,15 +1293,12 @@ def test_the_head_tells_sdks_whether_to_try_again(code, status, our_code, verdic
     assert our_code not in ("rate_limit_exceeded", "overloaded") or int(headers["Retry-After"]) >= 1
 
 
-def complaint(code, message="new", **more):
-    return {"error": {"code": code, "message": message}, **more}
-
-
 AUTH, BROKEN, BAD_REQUEST = (403, "upstream_auth_error"), (502, "upstream_error"), (400, "invalid_value")
 NO_MONEY, NO_MODEL, NO_ROOM = (402, "insufficient_quota"), (404, "model_not_found"), (429, "rate_limit_exceeded")
 TOO_LONG, DENIED = (400, "context_length_exceeded"), (403, "permission_denied")
 FULL, FILTERED = (503, "overloaded"), (400, "content_filter")
-# To add an answer of Z.ai's, add a row: HTTP status, body, the status and code of ours, words that help.
+# To add an answer of Z.ai's, add a row: HTTP status, body, the status and code of ours,
+# words that help.
 CAPTURED = [
     (401, complaint("401", "令牌已过期或验证不正确"), AUTH, "ZAI_API_KEY"),
     (401, complaint("401", "token expired or incorrect"), AUTH, "ZAI_API_KEY"),
@@ -853,7 +1361,8 @@ CAPTURED = [
     (500, {"status": 500, "error": "Internal Server Error", "path": "/v4/chat"}, BROKEN, "(code 500)"),
     # Keys refused in HTTP 200
     (200, {"code": 1000, "msg": "身份验证失败。", "success": False}, AUTH, "ZAI_API_KEY"),
-    (200, {"code": 1001, "msg": "Header中未收到Authorization参数，无法进行身份验证。", "success": False}, AUTH, "ZAI_API_KEY"),
+    (200, {"code": 1001, "msg": "Header中未收到Authorization参数，无法进行身份验证。", "success": False},
+     AUTH, "ZAI_API_KEY"),
     (200, {"code": 401, "msg": "token expired or incorrect", "success": False}, AUTH, "ZAI_API_KEY"),
     # No JSON at all: an HTML page, a redirect
     *((status, None, BROKEN, str(status)) for status in (
@@ -896,6 +1405,7 @@ def test_zais_own_words_are_quoted(status, body, expected, help):
     *((status, None, TRY_AGAIN) for status in (500, 502, 503, 504)),
     (429, None, TOO_FAST),
     (429, complaint("1999"), TOO_FAST),
+    (500, complaint("9999"), TRY_AGAIN),
 ])
 def test_the_verdict_on(status, body, verdict):
     assert zai_error(body, status).verdict == verdict
@@ -925,7 +1435,8 @@ def test_too_long_a_prompt_names_the_max_tokens_that_may_be_to_blame():
     assert re.search("max_tokens.*98304", zai_error(too_long, 400, max_tokens=98304).message)
 
 
-# To add a case, add a row: the id that was asked for, words that help, words that would not.
+# To add a case, add a row: the id that was asked for, words that help, words that would
+# not.
 @pytest.mark.parametrize("model, help, absent", [
     ("glm-4.66", "GLM-4.6", "MODEL_ALIASES"),
     ("gpt-4o", "or set MODEL_ALIASES=gpt-4o=glm-4.6", "?"),
@@ -967,7 +1478,8 @@ def test_the_time_of_a_reset_is_read(message):
     assert "(in 60 min)" in error.message
 
 
-# To add a case, add a row: Z.ai's words, seconds behind RESET_AT, Z.ai's Retry-After, ours.
+# To add a case, add a row: Z.ai's words, seconds behind RESET_AT, Z.ai's Retry-After,
+# ours.
 @pytest.mark.parametrize("message, late, asked, expected", [
     ("Your limit will reset at 2026-09-09 05:38:28", -99.5, 7, "100"),
     ("Your limit will reset at 2026-09-09 05:38:28", 5, None, "1"),
@@ -982,7 +1494,8 @@ def test_retry_after_comes_from_the_reset_or_else_from_zai(message, late, asked,
     assert error.headers().get("Retry-After") == expected
 
 
-# To add a case, add a row: seconds to the reset, QUEUE_TIMEOUT, the status and code of ours, whether it heals.
+# To add a case, add a row: seconds to the reset, QUEUE_TIMEOUT, the status and code of
+# ours, whether it heals.
 @pytest.mark.parametrize("seconds, patience, expected, retryable", [
     (100, 120, NO_ROOM, None),
     (120, 120, NO_ROOM, None),
@@ -1003,6 +1516,7 @@ def test_no_money_does_not_heal_however_patient_one_is():
     assert zai_error(complaint("1308", "no"), 429, now=0, patience_s=1e9).status == 402
 
 
+# To add a case, add a row: seconds, the words for them.
 @pytest.mark.parametrize("seconds, words", [
     (1, "1 s"), (119, "119 s"), (120, "2 min"), (3600, "60 min"), (7200, "2 h"), (18000, "5 h"), (604800, "7 days"),
 ])
@@ -1043,7 +1557,8 @@ def test_without_a_key_of_zais_the_error_says_where_to_get_one():
 
 # Models ###############################################################################
 
-# To add a model, add a row: id -> context, max_tokens, abilities (sees, tools: streams arguments, free).
+# To add a model, add a row: id -> context, max_tokens, abilities (sees, tools: streams
+# arguments, free).
 CATALOGUE = {
     "glm-5.3": (1048576, 131072, "tools"),
     "glm-5.3-flash": (1048576, 131072, "sees tools"),
@@ -1086,7 +1601,9 @@ def test_the_model_table_says_what_the_catalogue_says(id):
     model = ztoapi.MODELS[id]
     context, max_tokens, abilities = CATALOGUE[id]
     assert (model.id, model.context, model.max_tokens) == (id, context, max_tokens)
-    assert (model.sees, model.tool_stream, model.free) == tuple(word in abilities for word in ("sees", "tools", "free"))
+    assert model.sees == ("sees" in abilities)
+    assert model.tool_stream == ("tools" in abilities)
+    assert model.free == ("free" in abilities)
     assert model.thinking in ztoapi.FAMILIES
     assert model.created > 1.7e9
 
@@ -1160,6 +1677,340 @@ def test_a_highspeed_model_has_the_row_of_its_model():
     assert to_zai(chat_body(model="glm-5.3-highspeed", max_tokens=10**6))[0]["max_tokens"] == 131072
 
 
+# Bytes ################################################################################
+
+# The JSON of clients is taken strictly. To add a case, add a row: the text, its value
+# or ValueError.
+STRICT_JSON = [
+    ('{"a":[1,-2.5e3,"\\u00e9"]}', {"a": [1, -2500.0, "\u00e9"]}), ("null", None), (" 1\n", 1),
+    ("9" * 100, int("9" * 100)),
+    *((text, ValueError) for text in (
+        "", "nul", "{", '{"a":1}x', "NaN", "Infinity", "-Infinity", "1e999", "-1e999",
+        "9" * 101, "01", "1.", ".5", "0x1", "'a'", '"\n"')),
+]
+
+
+@pytest.mark.parametrize("text, expected", STRICT_JSON, ids=lambda value: str(value)[:20])
+def test_the_json_of_clients_is_taken_strictly(text, expected):
+    if expected is ValueError:
+        with pytest.raises(ValueError):
+            ztoapi.decode_strictly(text)
+    else:
+        assert ztoapi.decode_strictly(text) == expected
+
+
+# The JSON of others is taken kindly. To add a case, add a row: the text, its value
+# (None where it is none).
+LENIENT_JSON = [
+    ('{"a":1}', {"a": 1}), ('{"a":NaN,"b":-Infinity}', {"a": None, "b": None}), ('{"a":1e999}', {"a": None}),
+    ("9" * 400, int("9" * 400)), ("9" * 5000, None), ("", None), ("nul", None), ('{"a":1}x', None),
+    ("[" * 100000, None),
+]
+
+
+@pytest.mark.parametrize("text, expected", LENIENT_JSON, ids=lambda value: str(value)[:20])
+def test_the_json_of_others_is_taken_kindly(text, expected):
+    assert ztoapi.decode_leniently(text) == expected
+
+
+def test_a_lone_surrogate_does_not_break_the_json_we_write():
+    assert ztoapi.encode_json({"a": "\u597d \ud800"}) == '{"a":"\u597d ?"}'.encode()
+    ztoapi.encode_event({"a": "\ud800 \udfff"}).encode("utf-8", "replace")
+
+
+def test_an_event_is_one_line():
+    value = {"error": {"message": "\u597d\u2028\n"}, "b": 1}
+    assert ztoapi.encode_event(value) == 'data: {"error":{"message":"\u597d\u2028\\n"},"b":1}\n\n'
+
+
+def test_ids_look_like_openais():
+    assert re.fullmatch("call_[0-9a-f]{24}", ztoapi.new_id("call_"))
+    assert ztoapi.new_id("req_", lambda bits: 5) == "req_000000000000000000000005"
+    assert ztoapi.new_id("") != ztoapi.new_id("")
+
+
+# Where a JSON object or array ends. To add a case, add a row: the text, how many
+# characters of it belong to the value (-1 while it goes on).
+PROGRESS = [
+    ("{}", 2), ("{} x", 2), ("[]]", 2), ('{"a":"}"}}', 9), ('{"a":"\\"}"} {', 11), ('{"a":"\\\\"}"', 10), ("", -1),
+    ("{", -1), ('{"a":"}', -1), ('{"a":"\\', -1), ('{"a":[{}]', -1), ('[1,[2],"]"]]', 11), ("\n {\"a\":1}\n", 9),
+    ('"{" {}', 6),
+]
+
+
+@pytest.mark.parametrize("text, end", PROGRESS)
+def test_the_end_of_a_json_value_is_found_however_it_arrives(text, end):
+    for pieces in pieces_of(text):
+        progress = ztoapi.JsonProgress()
+        found = -1
+        passed = 0
+        for piece in pieces:
+            found = progress.feed(piece)
+            if found >= 0:
+                break
+            passed += len(piece)
+        assert (found + passed if found >= 0 else -1) == end, pieces[:3]
+
+
+# The fields of a request's head. To add a case, add a row: the lines, the fields or the
+# status of the refusal.
+REQUEST_FIELDS = [
+    ("", {}),
+    ("Host: a\r\n", {"host": "a"}),
+    ("HOST:a\nX-Y_z:\t b c \t\r\n", {"host": "a", "x-y_z": "b c"}),
+    ("X:\r\n", {"x": ""}),
+    ("X: \xff\x01\r\n", {"x": "\xff\x01"}),
+    ("X: a: b\r\n", {"x": "a: b"}),
+    ("X: 1\r\nY: 2\r\nx: 3\r\nX: 4\r\n", {"x": "1, 3, 4", "y": "2"}),
+    ("Connection: TE\r\nConnection: close\r\n", {"connection": "TE, close"}),
+    *((text, 400) for text in (
+        "X\r\n", "X : y\r\n", ": y\r\n", " X: y\r\n", "X: a\r\n b\r\n", "X: a\r\n\tb: c\r\n", "X: a\rb\r\n",
+        "X: a\r\r\n", "X: a\0\r\n", "X(: y\r\n", "X\xc4: y\r\n", "\r\n", "X: a\r\n\r\nY: b\r\n",
+        "Host: a\r\nHost: a\r\n", "host: a\r\nX: y\r\nHOST: b\r\n", "Content-Length: 5\r\ncontent-length: 5\r\n",
+        "Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n")),
+]
+
+
+@pytest.mark.parametrize("text, expected", REQUEST_FIELDS)
+def test_the_fields_of_a_request_are_taken_to_the_letter(text, expected):
+    try:
+        assert ztoapi.parse_request_fields(text) == expected
+    except RequestError as error:
+        assert error.status == expected
+
+
+# The head of a response. To add a case, add a row: the head, what it says or
+# ValueError.
+RESPONSE_HEADS = [
+    ("HTTP/1.1 200 OK\r\n\r\n", ("HTTP/1.1", 200, {})),
+    ("HTTP/1.1 200\r\nA: b\r\n\r\n", ("HTTP/1.1", 200, {"a": "b"})),
+    ("HTTP/1.0 404 Not \xe4 Found\nA: b\nB:c\n\n", ("HTTP/1.0", 404, {"a": "b", "b": "c"})),
+    ("HTTP/1.1 200 OK\r\nA: 1\r\nno field\r\n folded: line\r\nA: 2\r\n\r\n", ("HTTP/1.1", 200, {"a": "1, 2"})),
+    *((head, ValueError) for head in (
+        "\r\n\r\n", "HTTP/2 200 OK\r\n\r\n", "HTTP/1.1 20 OK\r\n\r\n", "HTTP/1.1 200OK\r\n\r\n",
+        "HTTP/1.1  200 OK\r\n\r\n", "SSH-2.0-OpenSSH_9.2\r\n\r\n", " HTTP/1.1 200 OK\r\n\r\n",
+        "HTTP/1.1 000 OK\r\n\r\n")),
+]
+
+
+@pytest.mark.parametrize("head, expected", RESPONSE_HEADS)
+def test_the_head_of_a_response_is_read_kindly(head, expected):
+    try:
+        assert ztoapi.parse_response_head(head) == expected
+    except ValueError as error:
+        assert type(error) is expected
+
+
+# Where a head ends. To add a case, add a row: the bytes, the head (None if it goes on),
+# what is behind it.
+HEAD_ENDS = [
+    (b"GET / HTTP/1.1\r\nA: b\r\n\r\nrest", "GET / HTTP/1.1\r\nA: b\r\n\r\n", b"rest"),
+    (b"GET / HTTP/1.1\nA: b\n\nrest", "GET / HTTP/1.1\nA: b\n\n", b"rest"),
+    (b"GET / HTTP/1.1\r\nA: b\n\r\n\r\n", "GET / HTTP/1.1\r\nA: b\n\r\n", b"\r\n"),
+    (b"A\xff\r\n\r\n", "A\xff\r\n\r\n", b""),
+    (b"GET / HTTP/1.1\r\nA: b\r\n", None, b""),
+]
+
+
+@pytest.mark.parametrize("data, head, rest", HEAD_ENDS)
+def test_a_head_ends_at_its_blank_line_however_it_arrives(data, head, rest):
+    for pieces in pieces_of(data):
+        reader = ztoapi.HeadReader()
+        found = None
+        while pieces and found is None:
+            found = reader.feed(pieces.pop(0))
+        assert found == head
+        assert reader.rest + b"".join(pieces) == rest
+
+
+def test_a_head_has_a_bound():
+    reader = ztoapi.HeadReader()
+    with pytest.raises(OverflowError):
+        for _ in range(20):
+            reader.feed(b"X: " + b"y" * 4000 + b"\r\n")
+
+
+def dechunk(decoder, pieces):
+    """(body, done, rest), or the exception's class."""
+    body = b""
+    try:
+        for i, piece in enumerate(pieces):
+            body += decoder.feed(piece)
+            if decoder.done:
+                return body, True, decoder.rest + b"".join(pieces[i + 1:])
+    except (ValueError, OverflowError) as error:
+        return type(error)
+    return body, decoder.done, decoder.rest if decoder.done else None
+
+
+# Chunked bodies, here of at most 20 bytes. To add a case, add a row: the bytes; (body,
+# whether it ended, what is behind), or the error.
+CHUNKED = [
+    (b"0\r\n\r\n", (b"", True, b"")),
+    (b"5\r\nhello\r\n0\r\n\r\n", (b"hello", True, b"")),
+    (b"5\r\nhello\r\n6\r\n world\r\n0\r\n\r\nGET /", (b"hello world", True, b"GET /")),
+    (b"A\r\n0123456789\r\n00a\r\n\r\n\r\n\r\n\r\nab\r\n0000\r\n\r\n", (b"0123456789\r\n\r\n\r\n\r\nab", True, b"")),
+    (b"5;name=value\r\nhello\r\n5 ; a=\"b\"\r\nworld\r\n0;x\r\n\r\n", (b"helloworld", True, b"")),
+    (b"5\r\nhello\r\n0\r\nX-A: b\r\nX-C: d\r\n\r\nrest", (b"hello", True, b"rest")),
+    (b"5\r\nhel", (b"hel", False, None)),
+    (b"5\r\nhello\r\n", (b"hello", False, None)),
+    (b"5\r\nhello\r\n0\r\n", (b"hello", False, None)),
+    (b"14\r\n01234567890123456789\r\n0\r\n\r\n", (b"01234567890123456789", True, b"")),
+    (b"15\r\n012345678901234567890\r\n0\r\n\r\n", OverflowError),
+    (b"a\r\n0123456789\r\nb\r\n", OverflowError),
+    (b"fffffffffffffff\r\n", OverflowError),
+    *((data, ValueError) for data in (
+        b"\r\n", b"x\r\n", b"-5\r\n", b"+5\r\n", b"0x5\r\n", b"5_0\r\n", b" 5\r\n", b"5 5\r\n", b"\xd9\xa5\r\n",
+        b"5\n", b"5\nhello\r\n", b"5\r\nhelloX\r\n", b"5\r\nhello0\r\n\r\n", b"5\r\nhello\n0\r\n\r\n",
+        b"5\r\nhello\rX\r\n", b"fffffffffffffffff\r\n", b"5;a\x00b\r\nhello\r\n", b"5;a\nb\r\nhello\r\n",
+        b"5\rhello\r\n",
+        b"0\r\nX: a\nb\r\n\r\n", b"0\r\nno field\r\n\r\n", b"0\r\n X: y\r\n\r\n",
+        b"5;" + b"x" * 5000 + b"\r\nhello\r\n0\r\n\r\n")),
+]
+
+
+@pytest.mark.parametrize("data, expected", CHUNKED, ids=lambda value: repr(value)[:40])
+def test_chunked_coding_is_taken_strictly_however_it_arrives(data, expected):
+    for pieces in pieces_of(data):
+        assert dechunk(ztoapi.Dechunker(limit=20), pieces) == expected, pieces[:3]
+
+
+def test_trailers_without_end_are_refused():
+    decoder = ztoapi.Dechunker()
+    decoder.feed(b"0\r\n")
+    with pytest.raises(ValueError):
+        for _ in range(1000):
+            decoder.feed(b"X-Trailer: " + b"y" * 1000 + b"\r\n")
+
+
+def test_what_stands_before_a_broken_chunk_is_not_lost():
+    decoder = ztoapi.Dechunker()
+    with pytest.raises(ValueError):
+        decoder.feed(b"5\r\nhello\r\n1\r\n!\r\nzz\r\n")
+    assert decoder.take() == b"hello!"
+
+
+# To add a case, add a row: the length, the bytes; (body, whether it ended, what is
+# behind).
+@pytest.mark.parametrize("length, data, expected", [
+    (0, b"", (b"", True, b"")),
+    (5, b"hello", (b"hello", True, b"")),
+    (5, b"helloGET /", (b"hello", True, b"GET /")),
+    (5, b"hel", (b"hel", False, None)),
+])
+def test_a_body_of_known_length_ends_there(length, data, expected):
+    for pieces in pieces_of(data):
+        assert dechunk(ztoapi.Counted(length), pieces) == expected
+
+
+def decode_events(pieces, **options):
+    """The events, or the class of the error."""
+    decoder = SSEDecoder(**options)
+    try:
+        return [event for piece in pieces for event in decoder.feed(piece)] + decoder.close()
+    except UpstreamError as error:
+        return type(error)
+
+
+# Server-sent events, here of at most 100 bytes. To add a case, add a row: the bytes;
+# the events, or the error.
+SSE = [
+    (b"", []),
+    (b"\n\n\n", []),
+    (b"data: a\n\n", ["a"]),
+    (b"data: a\n\ndata: b\n\n", ["a", "b"]),
+    # The standard's own examples
+    (b"data: YHOO\ndata: +2\ndata: 10\n\n", ["YHOO\n+2\n10"]),
+    (b": test stream\n\ndata: first event\nid: 1\n\ndata:second event\nid\n\ndata:  third event\n\n",
+     ["first event", "second event", " third event"]),
+    (b"data\n\ndata\ndata\n\n", ["", "\n"]),
+    (b"data:test\n\ndata: test\n\n", ["test", "test"]),
+    # Line ends of all kinds, and those that are none
+    (b"data: a\r\n\r\ndata: b\r\n\r\n", ["a", "b"]),
+    (b"data: a\r\rdata: b\r\r", ["a", "b"]),
+    (b"data: a\n\r\ndata: b\r\n\rdata: c\r\n\n", ["a", "b", "c"]),
+    (b"data: a\r\ndata: b\rdata: c\n\r", ["a\nb\nc"]),
+    ("data: a\u2028b\u2029c\u0085d\x0b\x0c\x1c\x1de\n\n".encode(), ["a\u2028b\u2029c\u0085d\x0b\x0c\x1c\x1de"]),
+    # A last event without its blank line
+    (b"data: a\n\ndata: b", ["a", "b"]),
+    (b"data: a\n\ndata: b\n", ["a", "b"]),
+    (b"data: a\r\n\r\ndata: b\r\n", ["a", "b"]),
+    (b"data: a\r\rdata: b\r", ["a", "b"]),
+    (b"data: a\n\ndata: [DONE]", ["a", "[DONE]"]),
+    # Names, ids, comments and unknown fields are dropped
+    (b"event: error\ndata: a\n\n", ["a"]),
+    (b"id: 5\nretry: 10\ndata: a\nfoo: bar\n\n", ["a"]),
+    (b": ping\n\n:\n\ndata: a\n\n: b", ["a"]),
+    (b"event: ping\n\n", []),
+    (b"datax: a\n\ndat: b\n\n data: c\n\n", []),
+    # A byte order mark at the start
+    (b"\xef\xbb\xbfdata: a\n\n", ["a"]),
+    (b"\xef\xbb\xbfdata:  a\n\n", [" a"]),
+    # A bare line that is JSON
+    (b'data: a\n\n{"error":{"code":"500"}}\n', ["a", '{"error":{"code":"500"}}']),
+    (b'data: a\n\n{"error":{"code":"500"}}', ["a", '{"error":{"code":"500"}}']),
+    (b'data: a\n{"error":1}\n\n', ["a", '{"error":1}']),
+    (b'{"error":1}\r\n\r\n', ['{"error":1}']),
+    (b"<html>\n<body>502</body>\n", []),
+    # Text is UTF-8; what is not becomes U+FFFD
+    ("data: \u597d\U0001f600\u00e9\n\n".encode(), ["\u597d\U0001f600\u00e9"]),
+    (b"data: a\xffb\n\n", ["a\ufffdb"]),
+    # The bound
+    (b"data: " + b"x" * 90 + b"\n\n", ["x" * 90]),
+    (b"data: " + b"x" * 200 + b"\n\n", UpstreamError),
+    (b"data: " + b"x" * 200, UpstreamError),
+    (b"data: 123456789\n" * 20 + b"\n", UpstreamError),
+    (b": " + b"x" * 200, UpstreamError),
+    (b"data: " + b"x" * 90 + b"\n\ndata: " + b"y" * 90 + b"\n\n", ["x" * 90, "y" * 90]),
+    (b"{" + b"x" * 200 + b"\n", UpstreamError),
+]
+
+
+@pytest.mark.parametrize("data, events", SSE, ids=lambda value: repr(value)[:40])
+def test_events_are_the_same_however_they_arrive(data, events):
+    for pieces in pieces_of(data):
+        assert decode_events(pieces, limit=100) == events, pieces[:3]
+
+
+def test_an_event_may_have_16_mib():
+    text = b"x" * (1 << 20)
+    assert decode_events([b"data: "] + [text] * 15 + [b"\n\n"]) == ["x" * (15 << 20)]
+    decoder = SSEDecoder()
+    with pytest.raises(UpstreamError):  # as soon as it is known, not at its end
+        for piece in [b"data: "] + [text] * 17:
+            decoder.feed(piece)
+
+
+READERS = {"sse": SSEDecoder, "chunks": ztoapi.Dechunker, "head": ztoapi.HeadReader, "json": ztoapi.JsonProgress}
+
+# Bytes that could take more than linear time. To add a case, add a row: the reader, the
+# pieces it is fed.
+LONG_INPUTS = {
+    "events": ("sse", [b"data: x\n\n" * 10] * 10000),
+    "lines of data without a blank line": ("sse", [b"data: x\n" * 256] * 2000),
+    "comments": ("sse", [b":\n"] * 100000),
+    "carriage returns": ("sse", [b"\r"] * 100000),
+    "one line in tiny pieces": ("sse", [b"data: "] + [b"x" * 8] * 100000),
+    "blank lines": ("sse", [b"\n" * 65536] * 30),
+    "chunks of a byte": ("chunks", [b"1\r\nx\r\n" * 10000] * 8),
+    "chunks of a byte, byte by byte": ("chunks", [b"1", b"\r", b"\n", b"x", b"\r", b"\n"] * 20000),
+    "a long chunk in tiny pieces": ("chunks", [b"fffffff\r\n"] + [b"x" * 8] * 100000),
+    "a chunk's line in single bytes": ("chunks", [b"5;"] + [b"x"] * 4000),
+    "a head in single bytes": ("head", [b"X"] * 60000),
+    "a JSON value in single characters": ("json", ["["] * 100000),
+    "a JSON string of backslashes": ("json", ['["'] + ["\\"] * 100000),
+}
+
+
+@pytest.mark.parametrize("case", LONG_INPUTS)
+def test_bytes_take_linear_time(case):
+    kind, pieces = LONG_INPUTS[case]
+    decoder = READERS[kind]()
+    with under_a_second():
+        for piece in pieces:
+            decoder.feed(piece)
+
+
 # To Z.ai ##############################################################################
 
 TOOL = {"type": "function", "function": {
@@ -1194,12 +2045,12 @@ def to_zai(request, **environ):
     return result.body, set(result.changed)
 
 
-def user(content):
-    return {"messages": [{"role": "user", "content": content}]}
+def asking(content):
+    return {"messages": [user(content)]}
 
 
 def said_by(role, **fields):
-    return {"messages": [{"role": role, **fields}, {"role": "user", "content": "Hi"}]}
+    return {"messages": [{"role": role, **fields}, user("Hi")]}
 
 
 def seeing(fields):
@@ -1207,7 +2058,7 @@ def seeing(fields):
 
 
 def image_of(value):
-    return seeing(user([TEXT, {"type": "image_url", "image_url": value}]))
+    return seeing(asking([TEXT, {"type": "image_url", "image_url": value}]))
 
 
 def function(**fields):
@@ -1218,7 +2069,8 @@ def schema(value):
     return {"response_format": {"type": "json_schema", "json_schema": value}}
 
 
-# To add a request that is refused, add a row: the fields that are wrong, the param of the 400.
+# To add a request that is refused, add a row: the fields that are wrong, the param of
+# the 400.
 BAD_REQUESTS = [
     *(({"model": value}, "model") for value in (None, "", "  ", 5, ["glm-4.6"], {}, True, "[1m]", "x" * 257)),
     *(({"messages": value}, "messages") for value in (None, [], "Hi", {}, 5)),
@@ -1234,17 +2086,17 @@ BAD_REQUESTS = [
     (said_by("assistant", reasoning_content=5), "messages[0].reasoning_content"),
     (said_by("tool", content="x"), "messages[0].tool_call_id"),
     (said_by("tool", content="x", tool_call_id=5), "messages[0].tool_call_id"),
-    *((user([part]), "messages[0].content[0]") for part in (None, "x", 5, [])),
-    *((user([TEXT, part]), "messages[0].content[1].type")
+    *((asking([part]), "messages[0].content[0]") for part in (None, "x", 5, [])),
+    *((asking([TEXT, part]), "messages[0].content[1].type")
       for part in ({}, {"type": None}, {"type": 5}, AUDIO, {"type": "x"})),
-    *((user([{"type": "text", "text": value}]), "messages[0].content[0].text") for value in (None, 5, [])),
-    (user([{"type": "text"}]), "messages[0].content[0].text"),
+    *((asking([{"type": "text", "text": value}]), "messages[0].content[0].text") for value in (None, 5, [])),
+    (asking([{"type": "text"}]), "messages[0].content[0].text"),
     *((image_of(value), "messages[0].content[1].image_url") for value in (None, 5, [])),
     *((image_of(value), "messages[0].content[1].image_url.url") for value in ({}, {"url": 5})),
-    (user([TEXT, PICTURE]), "messages[0].content[1]"),
-    ({**user([PICTURE]), "model": "glm-5.2"}, "messages[0].content[0]"),
-    (user([TEXT, FILE]), "messages[0].content[1]"),
-    (seeing(user([FILE])), "messages[0].content[0]"),
+    (asking([TEXT, PICTURE]), "messages[0].content[1]"),
+    ({**asking([PICTURE]), "model": "glm-5.2"}, "messages[0].content[0]"),
+    (asking([TEXT, FILE]), "messages[0].content[1]"),
+    (seeing(asking([FILE])), "messages[0].content[0]"),
     *((said_by("assistant", tool_calls=value), "messages[0].tool_calls") for value in ("x", {"a": 1}, 5)),
     (said_by("assistant", tool_calls=["x"]), "messages[0].tool_calls[0]"),
     (said_by("assistant", tool_calls=[{**CALL, "id": None}]), "messages[0].tool_calls[0].id"),
@@ -1300,7 +2152,8 @@ def test_a_bad_request_is_a_400_that_names_the_parameter(fields, param):
     with pytest.raises(ztoapi.RequestError) as caught:
         to_zai(chat_body(**fields))
     error = caught.value
-    assert (error.status, error.type, error.param) == (400, "invalid_request_error", param), error.message
+    assert (error.status, error.type) == (400, "invalid_request_error")
+    assert error.param == param, error.message
     assert isinstance(error.code, str)
     assert 0 < len(error.message) < 500
 
@@ -1315,7 +2168,7 @@ def test_a_bad_request_is_a_400_that_names_the_parameter(fields, param):
 ])
 def test_media_that_a_model_does_not_take_are_refused_with_the_names_of_models_that_do(model, part, words):
     with pytest.raises(ztoapi.RequestError, match=words):
-        to_zai(chat_body(model=model, **user([TEXT, part])))
+        to_zai(chat_body(model=model, **asking([TEXT, part])))
 
 
 @pytest.mark.parametrize("name", [
@@ -1377,7 +2230,7 @@ def test_a_schema_too_deep_to_be_written_is_a_400():
         deep = deep.pop("a")
 
 
-S, U, DOT = {"role": "system", "content": "S"}, {"role": "user", "content": "U"}, {"role": "user", "content": "."}
+S, U, DOT = {"role": "system", "content": "S"}, user("U"), user(".")
 A = {"role": "assistant", "content": "A"}
 RESULT = {"role": "tool", "tool_call_id": "c1", "content": "20"}
 PARTS = [{"type": "text", "text": "a"}, NO_TEXT, {"type": "text", "text": "b"}]
@@ -1392,11 +2245,11 @@ def calling(arguments='{"city":"Paris"}', **fields):
 MESSAGES = [
     ([S, U], [S, U], set()),
     ([{"role": "developer", "content": "S"}, U], [S, U], {"developer"}),
-    ([{"role": "user", "content": PARTS}], [{"role": "user", "content": "a\nb"}], set()),
+    ([user(PARTS)], [user("a\nb")], set()),
     *(([{"role": role, "content": PARTS}, U], [{"role": role, "content": "a\nb"}, U], set())
       for role in ("system", "assistant")),
     ([{**RESULT, "content": PARTS}, U], [{**RESULT, "content": "a\nb"}, U], set()),
-    *(([{"role": "user", "content": content}], [DOT], {"empty_message"}) for content in ("", [], [NO_TEXT])),
+    *(([user(content)], [DOT], {"empty_message"}) for content in ("", [], [NO_TEXT])),
     *(([{"role": "assistant", "tool_calls": [CALL], **content}, RESULT, U], [calling(), RESULT, U], set())
       for content in ({}, {"content": None}, {"content": ""}, {"content": []})),
     ([{**A, "reasoning_content": "because"}, U], [{**A, "reasoning_content": "because"}, U], set()),
@@ -1419,7 +2272,7 @@ MESSAGES = [
     ([A], [A, DOT], {"user_message"}),
     ([U, {**S, "content": "late"}, {**S, "content": "later"}],
      [U, {**S, "content": "late"}, {**S, "content": "later"}], set()),
-    ([{"role": "user", "content": "a\u2028b\0\U0001f600"}], [{"role": "user", "content": "a\u2028b\0\U0001f600"}],
+    ([user("a\u2028b\0\U0001f600")], [user("a\u2028b\0\U0001f600")],
      set()),
     # What is empty
     *(([calling(), {**RESULT, "content": content}], [calling(), {**RESULT, "content": "(no output)"}, DOT],
@@ -1438,7 +2291,8 @@ def test_messages_become(messages, expected, changed):
     assert really == changed
 
 
-# To add a case, add a row: the arguments of an earlier call, the text Z.ai gets; None: as they are.
+# To add a case, add a row: the arguments of an earlier call, the text Z.ai gets; None:
+# as they are.
 ARGUMENTS = [
     ('{"path": "a"}', None),
     (' {"path": "a"}\n', None),
@@ -1477,10 +2331,6 @@ FROM_TOOLS = {"type": "text", "text": "From the tool results:"}
 NO_PICTURE = {"type": "text", "text": "[image left out: GLM-4.6 takes text only]"}
 
 
-def spoken(*parts):
-    return {"role": "user", "content": list(parts)}
-
-
 def result(*parts):
     return {**RESULT, "content": list(parts)}
 
@@ -1488,17 +2338,17 @@ def result(*parts):
 # To add a case, add a row: a model that sees, OpenAI's messages, Z.ai's.
 @pytest.mark.parametrize("model", ["GLM-4.5V", "glm-5.3-flash", "glm-unheard-of"])
 @pytest.mark.parametrize("messages, expected", [
-    ([spoken(TEXT, PICTURE)], [spoken(TEXT, PICTURE)]),
-    ([spoken(PICTURE)], [spoken(PICTURE, {"type": "text", "text": "."})]),
-    ([spoken(PICTURE, NO_TEXT)], [spoken(PICTURE, {"type": "text", "text": "."})]),
-    ([spoken(TEXT, PICTURE), A, U], [spoken(TEXT, PICTURE), A, U]),
+    ([user([TEXT, PICTURE])], [user([TEXT, PICTURE])]),
+    ([user([PICTURE])], [user([PICTURE, {"type": "text", "text": "."}])]),
+    ([user([PICTURE, NO_TEXT])], [user([PICTURE, {"type": "text", "text": "."}])]),
+    ([user([TEXT, PICTURE]), A, U], [user([TEXT, PICTURE]), A, U]),
     ([calling(), result(TEXT, PICTURE), RESULT, U],
-     [calling(), {**RESULT, "content": TEXT["text"]}, RESULT, spoken(FROM_TOOLS, PICTURE), U]),
-    ([calling(), result(PICTURE)], [calling(), {**RESULT, "content": "(an image)"}, spoken(FROM_TOOLS, PICTURE)]),
+     [calling(), {**RESULT, "content": TEXT["text"]}, RESULT, user([FROM_TOOLS, PICTURE]), U]),
+    ([calling(), result(PICTURE)], [calling(), {**RESULT, "content": "(an image)"}, user([FROM_TOOLS, PICTURE])]),
     ([calling(), result(PICTURE), S, result(PICTURE), A, U, calling(), result(PICTURE), U],
      [calling(), {**RESULT, "content": "(an image)"}, S, {**RESULT, "content": "(an image)"},
-      spoken(FROM_TOOLS, PICTURE, PICTURE), A, U, calling(), {**RESULT, "content": "(an image)"},
-      spoken(FROM_TOOLS, PICTURE), U]),
+      user([FROM_TOOLS, PICTURE, PICTURE]), A, U, calling(), {**RESULT, "content": "(an image)"},
+      user([FROM_TOOLS, PICTURE]), U]),
 ])
 def test_a_model_that_sees_gets_the_pictures(model, messages, expected):
     body, _ = to_zai(chat_body(model=model, messages=messages))
@@ -1507,8 +2357,8 @@ def test_a_model_that_sees_gets_the_pictures(model, messages, expected):
 
 # To add a case, add a row: OpenAI's messages, Z.ai's, for GLM-4.6, which sees nothing.
 @pytest.mark.parametrize("messages, expected", [
-    ([spoken(TEXT, PICTURE), A, U], [{**U, "content": "What is it?\n" + NO_PICTURE["text"]}, A, U]),
-    ([spoken(PICTURE), calling(), RESULT], [{**U, "content": NO_PICTURE["text"]}, calling(), RESULT]),
+    ([user([TEXT, PICTURE]), A, U], [{**U, "content": "What is it?\n" + NO_PICTURE["text"]}, A, U]),
+    ([user([PICTURE]), calling(), RESULT], [{**U, "content": NO_PICTURE["text"]}, calling(), RESULT]),
     ([U, calling(), result(TEXT, PICTURE)],
      [U, calling(), {**RESULT, "content": "What is it?\n" + NO_PICTURE["text"]}]),
     ([U, calling(), result({"type": "image_url"})], [U, calling(), {**RESULT, "content": NO_PICTURE["text"]}]),
@@ -1529,7 +2379,7 @@ def test_who_is_no_user_shows_nothing(model, role, part):
 
 @pytest.mark.parametrize("model", ["glm-4.6", "glm-4.5v"])
 @pytest.mark.parametrize("part", [FILE, AUDIO, {"type": "x,y\r\n"}, {"type": "image_url", "image_url": 5}])
-@pytest.mark.parametrize("before", [lambda part: [spoken(TEXT, part), A], lambda part: [calling(), result(part)]])
+@pytest.mark.parametrize("before", [lambda part: [user([TEXT, part]), A], lambda part: [calling(), result(part)]])
 def test_what_stands_in_the_past_is_never_refused(model, part, before):
     body, _ = to_zai(chat_body(model=model, messages=[*before(part), U]))
     assert "left out" in json.dumps(body)
@@ -1542,7 +2392,8 @@ def test_what_stands_in_the_past_is_never_refused(model, part, before):
     ("glm-4.5v", FILE_URL),
 ])
 def test_a_file_goes_to_models_that_take_files(model, part):
-    assert to_zai(chat_body(model=model, **user([TEXT, part])))[0]["messages"] == [spoken(TEXT, part)]
+    body, _ = to_zai(chat_body(model=model, **asking([TEXT, part])))
+    assert body["messages"] == [user([TEXT, part])]
 
 
 ABSENT = "absent"
@@ -1681,7 +2532,8 @@ def allowed(mode, *names):
     return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": list(map(named, names))}}
 
 
-# To add a case, add a row: tool_choice, the tools that are left, whether the model is told to call one.
+# To add a case, add a row: tool_choice, the tools that are left, whether the model is
+# told to call one.
 @pytest.mark.parametrize("choice, left, told", [
     ("required", [TOOL, TOOL2], True),
     (named("get_time"), [TOOL2], True),
@@ -1699,12 +2551,14 @@ def test_a_forced_tool_choice_becomes_auto_with_fewer_tools_and_a_system_line(ch
     assert changed == {"tool_choice"}
     assert [message["role"] for message in added] == ["system"] * told
     assert [message for message in body["messages"] if message in messages] == messages
-    assert not told or len(left) > 1 or left[0]["function"]["name"] in added[0]["content"]
+    if told and len(left) == 1:
+        assert left[0]["function"]["name"] in added[0]["content"]
     # The client's own prefix stays the prefix, for Z.ai's cache.
     assert body["messages"][0] == messages[0]
 
 
-# To add a case, add a row: a choice that names the tool "gone", which was left out; the tools that are left.
+# To add a case, add a row: a choice that names the tool "gone", which was left out; the
+# tools that are left.
 @pytest.mark.parametrize("choice, left", [
     (named("gone"), [TOOL]),
     (allowed("required", "gone"), [TOOL]),
@@ -1728,7 +2582,7 @@ def test_a_json_schema_becomes_json_object_with_the_schema_in_a_system_line():
     assert line["role"] == "system"
     assert json.loads(line["content"][line["content"].index("{"):]) == wanted
     assert "größe" in line["content"]
-    assert body["messages"][1:] == [{"role": "user", "content": "Hi"}]
+    assert body["messages"][1:] == [user("Hi")]
 
 
 ALL_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
@@ -1737,7 +2591,8 @@ SWITCHED = (
     "glm-5.1", "glm-5", "glm-5-turbo", "glm-4.7-flash", "glm-4.6", "glm-4.5", "glm-4.5-air", "glm-4.5v", "glm-4.6v",
     "glm-5v-turbo",
     "glm-5.1-highspeed")
-# To add a family, add a row: its models, and what (on or off, effort) becomes: thinking, reasoning_effort.
+# To add a family, add a row: its models, and what (on or off, effort) becomes:
+# thinking, reasoning_effort.
 FAMILIES = {
     "always": (("glm-5.3", "glm-5.3-flash", "GLM-5.3-FlashX", "glm-5.3-highspeed"), lambda on, effort: (
         ON, GRADES.get(effort) if on else "low")),
@@ -1745,8 +2600,8 @@ FAMILIES = {
     "switch": (SWITCHED, lambda on, effort: (ON if on else OFF, None)),
     "none": (("glm-4-flash-250414", "glm-4.1v-thinking-flash"), lambda on, effort: (None, None)),
 }
-# To add a wish, add a row: the fields, ENABLE_THINKING, the wish that wins (None: there is none), the effort
-# that counts.
+# To add a wish, add a row: the fields, ENABLE_THINKING, the wish that wins (None: there
+# is none), the effort that counts.
 WISHES = [
     ({}, "", None, None),
     ({}, "true", True, None),
@@ -1773,22 +2628,19 @@ def test_thinking_is_asked_for_as_each_family_takes_it(family, model, fields, de
     thinking, grade = (None, None) if on is None else FAMILIES[family][1](on, effort)
     assert (body.get("thinking"), body.get("reasoning_effort")) == (thinking, grade)
     assert "enable_thinking" not in body
+    # A wish that is not met is listed.
     assert changed <= (set(fields) or {"thinking"})
-
-
-@pytest.mark.parametrize("family, model, fields, default, on, effort", WISH_CASES)
-def test_a_wish_for_thinking_that_is_not_met_is_listed(family, model, fields, default, on, effort):
-    changed = to_zai(chat_body(model=model, **fields), ENABLE_THINKING=default)[1]
-    graded = family in ("graded", "always") and on and GRADES.get(effort) == effort
+    is_met = family in ("graded", "always") and on and GRADES.get(effort) == effort
     if family == "none":
         assert changed == set(fields)
     elif family == "always" and on is False:
         assert changed
     else:
-        assert ("reasoning_effort" in changed) == (effort is not None and not graded)
+        assert ("reasoning_effort" in changed) == (effort is not None and not is_met)
 
 
-# To add a dialect, add a row: the fields, the same in ours, the names of what was changed.
+# To add a dialect, add a row: the fields, the same in ours, the names of what was
+# changed.
 @pytest.mark.parametrize("fields, ours", [
     ({"reasoning": {"effort": "high"}}, {"reasoning_effort": "high"}),
     ({"reasoning": {"effort": "none"}}, {"reasoning_effort": "none"}),
@@ -1842,40 +2694,30 @@ def test_clear_thinking_survives_whatever_else_is_said_about_thinking(model, fie
     assert body["thinking"] == {**expected, "clear_thinking": False}
 
 
-ODD = (
-    None, True, False, 0, -1, 1.5, 10**40, "", "x", "none", "\ud800\0", [], ["x"], [None], [[]], {}, {"type": "text"},
-    {"x": None})
-
-
-def mutated(value, rng):
-    """A deep copy in which one place holds something odd, or nothing."""
-    value = copy.deepcopy(value)
-    place, steps = value, rng.randrange(1, 8)
-    while True:
-        key = rng.choice(list(place) if isinstance(place, dict) else range(len(place)))
-        steps -= 1
-        if not steps or not isinstance(place[key], (dict, list)) or not place[key]:
-            break
-        place = place[key]
-    if rng.random() < 0.1:
-        del place[key]
-    else:
-        place[key] = rng.choice(ODD)
-    return value
-
-
-WHOLE = chat_body(
-    model="glm-4.5v", tools=[TOOL, SEARCH, {"type": "mcp"}], tool_choice=allowed("required", "get_weather"),
-    response_format={"type": "json_schema", "json_schema": {"schema": {"a": 1}}}, thinking={"type": "enabled"},
-    reasoning_effort="high", reasoning={"effort": "low"}, chat_template_kwargs={"thinking": True},
-    extra_body={"top_p": 0.5}, stop=["a"], user="somebody", stream_options={"include_usage": True}, temperature=1,
-    max_tokens=5, stream=True, messages=[
+# All that a request may hold.
+FULL_CHAT = chat_body(
+    model="glm-4.5v",
+    tools=[TOOL, SEARCH, {"type": "mcp"}],
+    tool_choice=allowed("required", "get_weather"),
+    response_format={"type": "json_schema", "json_schema": {"schema": {"a": 1}}},
+    thinking={"type": "enabled"},
+    reasoning_effort="high",
+    reasoning={"effort": "low"},
+    chat_template_kwargs={"thinking": True},
+    extra_body={"top_p": 0.5},
+    stop=["a"],
+    user="somebody",
+    stream_options={"include_usage": True},
+    temperature=1,
+    max_tokens=5,
+    stream=True,
+    messages=[
         {"role": "system", "content": [TEXT]},
-        {"role": "user", "content": [TEXT, PICTURE, FILE_URL]},
+        user([TEXT, PICTURE, FILE_URL]),
         {"role": "assistant", "content": None, "reasoning": "r", "tool_calls": [CALL]},
         {"role": "tool", "tool_call_id": "c1", "content": [TEXT, PICTURE]},
         {"role": "assistant", "content": "x", "reasoning_content": "r"},
-        {"role": "user", "content": [PICTURE]},
+        user([PICTURE]),
     ])
 
 
@@ -1883,7 +2725,7 @@ def test_no_request_is_odd_enough_for_anything_but_a_400():
     rng = random.Random(5)
     passed = 0
     for _ in range(4000):
-        request = mutated(WHOLE, rng)
+        request = mutated(FULL_CHAT, rng)
         try:
             ztoapi.encode_request(ztoapi.to_zai_request(request, Settings()).body)
             passed += 1
@@ -1894,350 +2736,10 @@ def test_no_request_is_odd_enough_for_anything_but_a_400():
     assert 500 < passed < 3900
 
 
-# Bytes ################################################################################################################
-
-def pieces_of(data):
-    """The ways to feed it: whole, byte by byte, and cut in two at every place."""
-    yield [data]
-    yield [data[i:i + 1] for i in range(len(data))]
-    for i in range(1, len(data)):
-        yield [data[:i], data[i:]]
-
-
-@contextlib.contextmanager
-def under_a_second():
-    """What is in it takes less than a second of this process's time, however busy the machine is."""
-    began = time.process_time()
-    yield
-    assert time.process_time() - began < 1
-
-
-# The JSON of clients is taken strictly. To add a case, add a row: the text, its value or ValueError.
-STRICT_JSON = [
-    ('{"a":[1,-2.5e3,"\\u00e9"]}', {"a": [1, -2500.0, "\u00e9"]}), ("null", None), (" 1\n", 1),
-    ("9" * 100, int("9" * 100)),
-    *((text, ValueError) for text in (
-        "", "nul", "{", '{"a":1}x', "NaN", "Infinity", "-Infinity", "1e999", "-1e999", "9" * 101, "01", "'a'", '"\n"')),
-]
-
-
-@pytest.mark.parametrize("text, expected", STRICT_JSON, ids=lambda value: str(value)[:20])
-def test_the_json_of_clients_is_taken_strictly(text, expected):
-    if expected is ValueError:
-        with pytest.raises(ValueError):
-            ztoapi.decode_strictly(text)
-    else:
-        assert ztoapi.decode_strictly(text) == expected
-
-
-# The JSON of others is taken kindly. To add a case, add a row: the text, its value (None where it is none).
-LENIENT_JSON = [
-    ('{"a":1}', {"a": 1}), ('{"a":NaN,"b":-Infinity}', {"a": None, "b": None}), ('{"a":1e999}', {"a": None}),
-    ("9" * 400, int("9" * 400)), ("9" * 5000, None), ("", None), ("nul", None), ('{"a":1}x', None),
-    ("[" * 100000, None),
-]
-
-
-@pytest.mark.parametrize("text, expected", LENIENT_JSON, ids=lambda value: str(value)[:20])
-def test_the_json_of_others_is_taken_kindly(text, expected):
-    assert ztoapi.decode_leniently(text) == expected
-
-
-def test_a_lone_surrogate_does_not_break_the_json_we_write():
-    assert ztoapi.encode_json({"a": "\u597d \ud800"}) == '{"a":"\u597d ?"}'.encode()
-    ztoapi.encode_event({"a": "\ud800 \udfff"}).encode("utf-8", "replace")
-
-
-def test_an_event_is_one_line():
-    value = {"error": {"message": "\u597d\u2028\n"}, "b": 1}
-    assert ztoapi.encode_event(value) == 'data: {"error":{"message":"\u597d\u2028\\n"},"b":1}\n\n'
-
-
-def test_ids_look_like_openais():
-    assert re.fullmatch("call_[0-9a-f]{24}", ztoapi.new_id("call_"))
-    assert ztoapi.new_id("req_", lambda bits: 5) == "req_000000000000000000000005"
-    assert ztoapi.new_id("") != ztoapi.new_id("")
-
-
-# Where a JSON object or array ends. To add a case, add a row: the text, how many characters of it belong to the value
-# (-1 while it goes on).
-PROGRESS = [
-    ("{}", 2), ("{} x", 2), ("[]]", 2), ('{"a":"}"}}', 9), ('{"a":"\\"}"} {', 11), ('{"a":"\\\\"}"', 10), ("", -1),
-    ("{", -1), ('{"a":"}', -1), ('{"a":"\\', -1), ('{"a":[{}]', -1), ('[1,[2],"]"]]', 11), ("\n {\"a\":1}\n", 9),
-    ('"{" {}', 6),
-]
-
-
-@pytest.mark.parametrize("text, end", PROGRESS)
-def test_the_end_of_a_json_value_is_found_however_it_arrives(text, end):
-    for pieces in pieces_of(text):
-        progress = ztoapi.JsonProgress()
-        found = -1
-        passed = 0
-        for piece in pieces:
-            found = progress.feed(piece)
-            if found >= 0:
-                break
-            passed += len(piece)
-        assert (found + passed if found >= 0 else -1) == end, pieces[:3]
-
-
-# The fields of a request's head. To add a case, add a row: the lines, the fields or the status of the refusal.
-REQUEST_FIELDS = [
-    ("", {}),
-    ("Host: a\r\n", {"host": "a"}),
-    ("HOST:a\nX-Y_z:\t b c \t\r\n", {"host": "a", "x-y_z": "b c"}),
-    ("X:\r\n", {"x": ""}),
-    ("X: \xff\x01\r\n", {"x": "\xff\x01"}),
-    ("X: a: b\r\n", {"x": "a: b"}),
-    ("X: 1\r\nY: 2\r\nx: 3\r\nX: 4\r\n", {"x": "1, 3, 4", "y": "2"}),
-    ("Connection: TE\r\nConnection: close\r\n", {"connection": "TE, close"}),
-    *((text, 400) for text in (
-        "X\r\n", "X : y\r\n", ": y\r\n", " X: y\r\n", "X: a\r\n b\r\n", "X: a\r\n\tb: c\r\n", "X: a\rb\r\n",
-        "X: a\r\r\n", "X: a\0\r\n", "X(: y\r\n", "X\xc4: y\r\n", "\r\n", "X: a\r\n\r\nY: b\r\n",
-        "Host: a\r\nHost: a\r\n", "host: a\r\nX: y\r\nHOST: b\r\n", "Content-Length: 5\r\ncontent-length: 5\r\n",
-        "Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n")),
-]
-
-
-@pytest.mark.parametrize("text, expected", REQUEST_FIELDS)
-def test_the_fields_of_a_request_are_taken_to_the_letter(text, expected):
-    try:
-        assert ztoapi.parse_request_fields(text) == expected
-    except RequestError as error:
-        assert error.status == expected
-
-
-# The head of a response. To add a case, add a row: the head, what it says or ValueError.
-RESPONSE_HEADS = [
-    ("HTTP/1.1 200 OK\r\n\r\n", ("HTTP/1.1", 200, {})),
-    ("HTTP/1.1 200\r\nA: b\r\n\r\n", ("HTTP/1.1", 200, {"a": "b"})),
-    ("HTTP/1.0 404 Not \xe4 Found\nA: b\nB:c\n\n", ("HTTP/1.0", 404, {"a": "b", "b": "c"})),
-    ("HTTP/1.1 200 OK\r\nA: 1\r\nno field\r\n folded: line\r\nA: 2\r\n\r\n", ("HTTP/1.1", 200, {"a": "1, 2"})),
-    *((head, ValueError) for head in (
-        "\r\n\r\n", "HTTP/2 200 OK\r\n\r\n", "HTTP/1.1 20 OK\r\n\r\n", "HTTP/1.1 200OK\r\n\r\n",
-        "HTTP/1.1  200 OK\r\n\r\n", "SSH-2.0-OpenSSH_9.2\r\n\r\n", " HTTP/1.1 200 OK\r\n\r\n",
-        "HTTP/1.1 000 OK\r\n\r\n")),
-]
-
-
-@pytest.mark.parametrize("head, expected", RESPONSE_HEADS)
-def test_the_head_of_a_response_is_read_kindly(head, expected):
-    try:
-        assert ztoapi.parse_response_head(head) == expected
-    except ValueError as error:
-        assert type(error) is expected
-
-
-# Where a head ends. To add a case, add a row: the bytes, the head (None if it goes on), what is behind it.
-HEAD_ENDS = [
-    (b"GET / HTTP/1.1\r\nA: b\r\n\r\nrest", "GET / HTTP/1.1\r\nA: b\r\n\r\n", b"rest"),
-    (b"GET / HTTP/1.1\nA: b\n\nrest", "GET / HTTP/1.1\nA: b\n\n", b"rest"),
-    (b"GET / HTTP/1.1\r\nA: b\n\r\n\r\n", "GET / HTTP/1.1\r\nA: b\n\r\n", b"\r\n"),
-    (b"A\xff\r\n\r\n", "A\xff\r\n\r\n", b""),
-    (b"GET / HTTP/1.1\r\nA: b\r\n", None, b""),
-]
-
-
-@pytest.mark.parametrize("data, head, rest", HEAD_ENDS)
-def test_a_head_ends_at_its_blank_line_however_it_arrives(data, head, rest):
-    for pieces in pieces_of(data):
-        reader = ztoapi.HeadReader()
-        found = None
-        while pieces and found is None:
-            found = reader.feed(pieces.pop(0))
-        assert found == head
-        assert reader.rest + b"".join(pieces) == rest
-
-
-def test_a_head_has_a_bound():
-    reader = ztoapi.HeadReader()
-    with pytest.raises(OverflowError):
-        for _ in range(20):
-            reader.feed(b"X: " + b"y" * 4000 + b"\r\n")
-
-
-def dechunk(decoder, pieces):
-    """(body, done, rest), or the exception's class."""
-    body = b""
-    try:
-        for i, piece in enumerate(pieces):
-            body += decoder.feed(piece)
-            if decoder.done:
-                return body, True, decoder.rest + b"".join(pieces[i + 1:])
-    except (ValueError, OverflowError) as error:
-        return type(error)
-    return body, decoder.done, decoder.rest if decoder.done else None
-
-
-# Chunked bodies, here of at most 20 bytes. To add a case, add a row: the bytes; (body, whether it ended, what is
-# behind), or the error.
-CHUNKED = [
-    (b"0\r\n\r\n", (b"", True, b"")),
-    (b"5\r\nhello\r\n0\r\n\r\n", (b"hello", True, b"")),
-    (b"5\r\nhello\r\n6\r\n world\r\n0\r\n\r\nGET /", (b"hello world", True, b"GET /")),
-    (b"A\r\n0123456789\r\n00a\r\n\r\n\r\n\r\n\r\nab\r\n0000\r\n\r\n", (b"0123456789\r\n\r\n\r\n\r\nab", True, b"")),
-    (b"5;name=value\r\nhello\r\n5 ; a=\"b\"\r\nworld\r\n0;x\r\n\r\n", (b"helloworld", True, b"")),
-    (b"5\r\nhello\r\n0\r\nX-A: b\r\nX-C: d\r\n\r\nrest", (b"hello", True, b"rest")),
-    (b"5\r\nhel", (b"hel", False, None)),
-    (b"5\r\nhello\r\n", (b"hello", False, None)),
-    (b"5\r\nhello\r\n0\r\n", (b"hello", False, None)),
-    (b"14\r\n01234567890123456789\r\n0\r\n\r\n", (b"01234567890123456789", True, b"")),
-    (b"15\r\n012345678901234567890\r\n0\r\n\r\n", OverflowError),
-    (b"a\r\n0123456789\r\nb\r\n", OverflowError),
-    (b"fffffffffffffff\r\n", OverflowError),
-    *((data, ValueError) for data in (
-        b"\r\n", b"x\r\n", b"-5\r\n", b"+5\r\n", b"0x5\r\n", b"5_0\r\n", b" 5\r\n", b"5 5\r\n", b"\xd9\xa5\r\n",
-        b"5\n", b"5\nhello\r\n", b"5\r\nhelloX\r\n", b"5\r\nhello0\r\n\r\n", b"5\r\nhello\n0\r\n\r\n",
-        b"5\r\nhello\rX\r\n", b"fffffffffffffffff\r\n", b"5;a\x00b\r\nhello\r\n", b"5;a\nb\r\nhello\r\n",
-        b"5\rhello\r\n",
-        b"0\r\nX: a\nb\r\n\r\n", b"0\r\nno field\r\n\r\n", b"0\r\n X: y\r\n\r\n",
-        b"5;" + b"x" * 5000 + b"\r\nhello\r\n0\r\n\r\n")),
-]
-
-
-@pytest.mark.parametrize("data, expected", CHUNKED, ids=lambda value: repr(value)[:40])
-def test_chunked_coding_is_taken_strictly_however_it_arrives(data, expected):
-    for pieces in pieces_of(data):
-        assert dechunk(ztoapi.Dechunker(limit=20), pieces) == expected, pieces[:3]
-
-
-def test_trailers_without_end_are_refused():
-    decoder = ztoapi.Dechunker()
-    decoder.feed(b"0\r\n")
-    with pytest.raises(ValueError):
-        for _ in range(1000):
-            decoder.feed(b"X-Trailer: " + b"y" * 1000 + b"\r\n")
-
-
-def test_what_stands_before_a_broken_chunk_is_not_lost():
-    decoder = ztoapi.Dechunker()
-    with pytest.raises(ValueError):
-        decoder.feed(b"5\r\nhello\r\n1\r\n!\r\nzz\r\n")
-    assert decoder.take() == b"hello!"
-
-
-@pytest.mark.parametrize("length, data, expected", [
-    (0, b"", (b"", True, b"")),
-    (5, b"hello", (b"hello", True, b"")),
-    (5, b"helloGET /", (b"hello", True, b"GET /")),
-    (5, b"hel", (b"hel", False, None)),
-])
-def test_a_body_of_known_length_ends_there(length, data, expected):
-    for pieces in pieces_of(data):
-        assert dechunk(ztoapi.Counted(length), pieces) == expected
-
-
-def decode_events(pieces, **options):
-    """The events, or the class of the error."""
-    decoder = SSEDecoder(**options)
-    try:
-        return [event for piece in pieces for event in decoder.feed(piece)] + decoder.close()
-    except UpstreamError as error:
-        return type(error)
-
-
-# Server-sent events, here of at most 100 bytes. To add a case, add a row: the bytes; the events, or the error.
-SSE = [
-    (b"", []),
-    (b"\n\n\n", []),
-    (b"data: a\n\n", ["a"]),
-    (b"data: a\n\ndata: b\n\n", ["a", "b"]),
-    # The standard's own examples
-    (b"data: YHOO\ndata: +2\ndata: 10\n\n", ["YHOO\n+2\n10"]),
-    (b": test stream\n\ndata: first event\nid: 1\n\ndata:second event\nid\n\ndata:  third event\n\n",
-     ["first event", "second event", " third event"]),
-    (b"data\n\ndata\ndata\n\n", ["", "\n"]),
-    (b"data:test\n\ndata: test\n\n", ["test", "test"]),
-    # Line ends of all kinds, and those that are none
-    (b"data: a\r\n\r\ndata: b\r\n\r\n", ["a", "b"]),
-    (b"data: a\r\rdata: b\r\r", ["a", "b"]),
-    (b"data: a\n\r\ndata: b\r\n\rdata: c\r\n\n", ["a", "b", "c"]),
-    (b"data: a\r\ndata: b\rdata: c\n\r", ["a\nb\nc"]),
-    ("data: a\u2028b\u2029c\u0085d\x0b\x0c\x1c\x1de\n\n".encode(), ["a\u2028b\u2029c\u0085d\x0b\x0c\x1c\x1de"]),
-    # A last event without its blank line
-    (b"data: a\n\ndata: b", ["a", "b"]),
-    (b"data: a\n\ndata: b\n", ["a", "b"]),
-    (b"data: a\r\n\r\ndata: b\r\n", ["a", "b"]),
-    (b"data: a\r\rdata: b\r", ["a", "b"]),
-    (b"data: a\n\ndata: [DONE]", ["a", "[DONE]"]),
-    # Names, ids, comments and unknown fields are dropped
-    (b"event: error\ndata: a\n\n", ["a"]),
-    (b"id: 5\nretry: 10\ndata: a\nfoo: bar\n\n", ["a"]),
-    (b": ping\n\n:\n\ndata: a\n\n: b", ["a"]),
-    (b"event: ping\n\n", []),
-    (b"datax: a\n\ndat: b\n\n data: c\n\n", []),
-    # A byte order mark at the start
-    (b"\xef\xbb\xbfdata: a\n\n", ["a"]),
-    (b"\xef\xbb\xbfdata:  a\n\n", [" a"]),
-    # A bare line that is JSON
-    (b'data: a\n\n{"error":{"code":"500"}}\n', ["a", '{"error":{"code":"500"}}']),
-    (b'data: a\n\n{"error":{"code":"500"}}', ["a", '{"error":{"code":"500"}}']),
-    (b'data: a\n{"error":1}\n\n', ["a", '{"error":1}']),
-    (b'{"error":1}\r\n\r\n', ['{"error":1}']),
-    (b"<html>\n<body>502</body>\n", []),
-    # Text is UTF-8; what is not becomes U+FFFD
-    ("data: \u597d\U0001f600\u00e9\n\n".encode(), ["\u597d\U0001f600\u00e9"]),
-    (b"data: a\xffb\n\n", ["a\ufffdb"]),
-    # The bound
-    (b"data: " + b"x" * 90 + b"\n\n", ["x" * 90]),
-    (b"data: " + b"x" * 200 + b"\n\n", UpstreamError),
-    (b"data: " + b"x" * 200, UpstreamError),
-    (b"data: 123456789\n" * 20 + b"\n", UpstreamError),
-    (b": " + b"x" * 200, UpstreamError),
-    (b"data: " + b"x" * 90 + b"\n\ndata: " + b"y" * 90 + b"\n\n", ["x" * 90, "y" * 90]),
-    (b"{" + b"x" * 200 + b"\n", UpstreamError),
-]
-
-
-@pytest.mark.parametrize("data, events", SSE, ids=lambda value: repr(value)[:40])
-def test_events_are_the_same_however_they_arrive(data, events):
-    for pieces in pieces_of(data):
-        assert decode_events(pieces, limit=100) == events, pieces[:3]
-
-
-def test_an_event_may_have_16_mib():
-    text = b"x" * (1 << 20)
-    assert decode_events([b"data: "] + [text] * 15 + [b"\n\n"]) == ["x" * (15 << 20)]
-    decoder = SSEDecoder()
-    with pytest.raises(UpstreamError):  # as soon as it is known, not at its end
-        for piece in [b"data: "] + [text] * 17:
-            decoder.feed(piece)
-
-
-READERS = {"sse": SSEDecoder, "chunks": ztoapi.Dechunker, "head": ztoapi.HeadReader, "json": ztoapi.JsonProgress}
-
-# Bytes that could take more than linear time. To add a case, add a row: the reader, the pieces it is fed.
-LONG_INPUTS = {
-    "events": ("sse", [b"data: x\n\n" * 10] * 10000),
-    "lines of data without a blank line": ("sse", [b"data: x\n" * 256] * 2000),
-    "comments": ("sse", [b":\n"] * 100000),
-    "carriage returns": ("sse", [b"\r"] * 100000),
-    "one line in tiny pieces": ("sse", [b"data: "] + [b"x" * 8] * 100000),
-    "blank lines": ("sse", [b"\n" * 65536] * 30),
-    "chunks of a byte": ("chunks", [b"1\r\nx\r\n" * 10000] * 8),
-    "chunks of a byte, byte by byte": ("chunks", [b"1", b"\r", b"\n", b"x", b"\r", b"\n"] * 20000),
-    "a long chunk in tiny pieces": ("chunks", [b"fffffff\r\n"] + [b"x" * 8] * 100000),
-    "a chunk's line in single bytes": ("chunks", [b"5;"] + [b"x"] * 4000),
-    "a head in single bytes": ("head", [b"X"] * 60000),
-    "a JSON value in single characters": ("json", ["["] * 100000),
-    "a JSON string of backslashes": ("json", ['["'] + ["\\"] * 100000),
-}
-
-
-@pytest.mark.parametrize("case", LONG_INPUTS)
-def test_bytes_take_linear_time(case):
-    kind, pieces = LONG_INPUTS[case]
-    decoder = READERS[kind]()
-    with under_a_second():
-        for piece in pieces:
-            decoder.feed(piece)
-
-
-# From Z.ai, and the chat front ########################################################################################
+# From Z.ai ############################################################################
 #
-# Z.ai's bytes go through an Answer, its steps through a Chat, streamed and folded: both must say the same, and every
-# rule of the wire is checked on the way.
+# Z.ai's bytes go through an Answer, its steps through a Chat, streamed and folded: both
+# must say the same, and every rule of the wire is checked on the way.
 
 WEATHER = {
     "get_weather": {"type": "object", "properties": {"city": {"type": "string"}}},
@@ -2271,6 +2773,10 @@ def feed_answer(this, pieces):
     return steps, None
 
 
+def words_in(steps):
+    return [(step.kind, step.text) for step in steps]
+
+
 def receive(pieces, **options):
     """(steps, failure) of these bytes; behind them the connection ends."""
     this = new_answer(**options)
@@ -2279,26 +2785,12 @@ def receive(pieces, **options):
     return steps, failure
 
 
-def as_events(*values):
-    return b"".join(
-        value if isinstance(value, bytes) else b"data: " + json.dumps(value).encode() + b"\n\n" for value in values)
-
-
 def wire(data):
     """The bytes of the whole response for a body: of one JSON value, or of events, each in a chunk of its own."""
     if data.startswith(b"{"):
         return answer(200, data)[0]
     chunks = re.findall(rb"(?s).+?\n\n|.+", data)
     return b"".join(stream(*chunks))
-
-
-def some_pieces_of(data):
-    """pieces_of(), but of long data not every place is tried: some 50 that lie apart, and move with its length."""
-    stride = len(data) // 50 + 1
-    yield [data]
-    yield [data[i:i + 1] for i in range(len(data))]
-    for i in range(len(data) % stride + 1, len(data), stride):
-        yield [data[:i], data[i:]]
 
 
 def translated(data, **options):
@@ -2362,8 +2854,10 @@ def fold_call(calls, piece):
     if piece["index"] == len(calls):
         assert list(piece) == ["index", "id", "type", "function"]
         assert piece["type"] == "function"
-        assert isinstance(piece["id"], str) and piece["id"]
-        assert isinstance(function["name"], str) and function["name"]
+        assert isinstance(piece["id"], str)
+        assert piece["id"]
+        assert isinstance(function["name"], str)
+        assert function["name"]
         calls.append({"id": piece["id"], "name": function["name"], "arguments": ""})
     else:
         assert list(piece) == ["index", "function"]
@@ -2460,7 +2954,8 @@ def leak(text):
     return f"<tool_call>{text}</tool_call>"
 
 
-# Verbatim from the dialect sheet, sections 1 and 2; only the line ends inside an event are ours.
+# Verbatim from the dialect sheet, sections 1 and 2; only the line ends inside an event
+# are ours.
 GLM_52_TOOLS = rb"""data: {"id":"20260813125025af371d7f88184d47","created":1786596625,"object":"chat.completion.chunk",
 "model":"glm-5.2","choices":[{"index":0,"delta":{"role":"assistant","reasoning_content":"The"}}]}
 
@@ -2506,7 +3001,8 @@ GLM_52_JSON = r"""{"choices":[{"finish_reason":"tool_calls","index":0,"message":
 "type":"function"}]}}],"id":"1"}""".encode()
 MINIMAL = {"id": "", "object": "", "created": 0, "model": "", "system_fingerprint": None}
 
-# Good answers. To add a case, add a row: what is special, what Z.ai sends, what it says.
+# Good answers. To add a case, add a row: what is special, what Z.ai sends, what it
+# says.
 GOOD_ANSWERS = [
     ("glm-5.2, tools", GLM_52_TOOLS, asks(RAIN, reasoning="The user", usage=counts(178, 37, 215, 0, 25))),
     ("glm-5.2, text", think(" 好") + say("好") + ENDED, says("好", " 好")),
@@ -2519,22 +3015,22 @@ GOOD_ANSWERS = [
             reasoning="The user wants", usage=None)),
     # Events of many kinds
     ("OpenAI's own chunks",
-     as_events({"choices": [{"index": 0, "delta": {"role": "assistant", "content": "a"}, "finish_reason": None}],
+     sse({"choices": [{"index": 0, "delta": {"role": "assistant", "content": "a"}, "finish_reason": None}],
                 "usage": None},
                {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]},
                {"choices": [], "usage": USAGE}) + DONE,
      says("a")),
     ("no [DONE]", say("a") + FINISH, says("a")),
     ("no [DONE], no usage", say("a") + event(finish="stop"), says("a", usage=None)),
-    ("usage behind the finish, no [DONE]", say("a") + event(finish="stop") + as_events({"usage": USAGE}), says("a")),
+    ("usage behind the finish, no [DONE]", say("a") + event(finish="stop") + sse({"usage": USAGE}), says("a")),
     ("no last blank line", say("a") + FINISH.rstrip(b"\n"), says("a")),
     ("CRLF, comments, names and ids",
      b": hi\r\n\r\nevent: message\r\nid: 1\r\n" + (say("a") + ENDED).replace(b"\n", b"\r\n"), says("a")),
     ("choices null",
-     as_events(dict(MINIMAL, choices=None, usage=None)) + say("a") + as_events({"choices": None}) + say("b") + ENDED,
+     sse(dict(MINIMAL, choices=None, usage=None)) + say("a") + sse({"choices": None}) + say("b") + ENDED,
      says("ab")),
     ("choices of other kinds",
-     say("a") + as_events(*({"choices": choices} for choices in ([], [None], {}, "x", [{}], [{"delta": None}])), {})
+     say("a") + sse(*({"choices": choices} for choices in ([], [None], {}, "x", [{}], [{"delta": None}])), {})
      + say("b") + ENDED, says("ab")),
     ("events that are no objects",
      say("a") + b'data: 42\n\ndata: [1]\n\ndata: null\n\ndata: "x"\n\ndata: true\n\n' + say("b") + ENDED, says("ab")),
@@ -2545,13 +3041,13 @@ GOOD_ANSWERS = [
     ("another model, another id",
      event({"content": "a"}, model="glm-5.3") + event({"content": "b"}, id="x", created=1) + ENDED, says("ab")),
     ("fields of the wrong kind",
-     as_events({"choices": [{"delta": {"content": 5, "reasoning_content": {}, "tool_calls": "x"}}]},
+     sse({"choices": [{"delta": {"content": 5, "reasoning_content": {}, "tool_calls": "x"}}]},
                {"choices": [{"delta": {"tool_calls": [5, None]}}]})
      + say("a")
-     + as_events({"choices": [{"delta": {"content": ["b"]}}]}, {"choices": [{"delta": {"content": {"b": 1}}}]})
+     + sse({"choices": [{"delta": {"content": ["b"]}}]}, {"choices": [{"delta": {"content": {"b": 1}}}]})
      + ENDED, says("a")),
     ("text after the finish", say("a") + FINISH + say("b") + ENDED, says("a")),
-    ("an error after the finish", say("a") + FINISH + as_events({"error": {"code": "500", "message": "x"}}), says("a")),
+    ("an error after the finish", say("a") + FINISH + sse({"error": {"code": "500", "message": "x"}}), says("a")),
     ("content and reasoning in turn", say("a") + think("r") + say("b") + think("s") + ENDED, says("ab", "rs")),
     ("content and reasoning in one event",
      say("a") + event({"reasoning_content": "r", "content": "b"}) + event({"content": "c", "reasoning_content": "s"})
@@ -2569,9 +3065,9 @@ GOOD_ANSWERS = [
     ("finish function_call, as gateways say", call() + finished("function_call"), asks(RAIN)),
     ("finish sensitive, as documented",
      say("a")
-     + event({"role": "user", "content": ""}, "sensitive", USAGE, content_filter=[{"role": "user", "level": 0}])
+     + event(user(""), "sensitive", USAGE, content_filter=[{"role": "user", "level": 0}])
      + DONE, says("a", finish="content_filter")),
-    ("finish empty, then real", as_events({"choices": [{"delta": {"content": "a"}, "finish_reason": ""}]}) + ENDED,
+    ("finish empty, then real", sse({"choices": [{"delta": {"content": "a"}, "finish_reason": ""}]}) + ENDED,
      says("a")),
     ("stop after a call", call() + ENDED, asks(RAIN)),
     ("length within a call", calls_in(item("get_weather", '{"ci', id="c", index=0)) + finished("length"),
@@ -2586,7 +3082,7 @@ GOOD_ANSWERS = [
      says("a", usage=counts(1, 0, 1, reasoning=0))),
     ("usage on every event", event({"content": "a"}, usage=counts(1, 1, 2)) + ENDED, says("a")),
     ("usage before the finish only", event({"content": "a"}, usage=USAGE) + event(finish="stop") + DONE, says("a")),
-    ("usage null", say("a") + as_events({"choices": [{"delta": {}, "finish_reason": "stop"}], "usage": None}) + DONE,
+    ("usage null", say("a") + sse({"choices": [{"delta": {}, "finish_reason": "stop"}], "usage": None}) + DONE,
      says("a", usage=None)),
     *((f"usage of {str(odd):.12}", say("a") + finished("stop", counts(1, odd, 5)), says("a", usage=counts(1, 0, 5)))
       for odd in (-1, 10**12, 10**400, 1.5, "7", True, None, [7], float("nan"), float("inf"))),
@@ -2722,7 +3218,7 @@ GOOD_ANSWERS = [
     # Texts that must arrive as they are
     ("U+2028, NUL and astral", say("a\u2028b\u2029\u0085\0") + say("\U0001f600 \"\\\n") + ENDED,
      says("a\u2028b\u2029\u0085\0\U0001f600 \"\\\n")),
-    ("lone surrogates", as_events(b'data: {"choices":[{"delta":{"content":"\\ud83d \\udfff"}}]}\n\n') + ENDED,
+    ("lone surrogates", sse(b'data: {"choices":[{"delta":{"content":"\\ud83d \\udfff"}}]}\n\n') + ENDED,
      says("\ud83d \udfff")),
     ("data: in the text", say("the line\ndata: {\"a\":1}\n\ndata: [DONE]\n\n") + say(" data: x") + ENDED,
      says("the line\ndata: {\"a\":1}\n\ndata: [DONE]\n\n data: x")),
@@ -2779,12 +3275,8 @@ WRONG_PATH = b'{"code":500,"msg":"404 NOT_FOUND","success":false}'
 KEY_REFUSED = '{"code":1000,"msg":"身份验证失败。","success":false}'.encode()
 
 
-def error_event(code, **more):
-    return as_events(dict({"error": {"code": code, "message": "new"}}, **more))
-
-
-# Failures in an answer with status 200. To add a case, add a row: what is wrong, what Z.ai sends, the code of the
-# error, what is to be done while nothing has been sent.
+# Failures in an answer with status 200. To add a case, add a row: what is wrong, what
+# Z.ai sends, the code of the error, what is to be done while nothing has been sent.
 FAILURES = [
     ("network_error", NETWORK_ERROR, "upstream_error", TRY_AGAIN),
     ("network_error in mid-stream", say("a") + finished("network_error"), "upstream_error", TRY_AGAIN),
@@ -2796,12 +3288,14 @@ FAILURES = [
     ("a plan at its limit", PLAN_AT_ITS_LIMIT, "upstream_error", TRY_AGAIN),
     ("stop, no usage", event(finish="stop") + DONE, "upstream_error", TRY_AGAIN),
     ("nothing but line ends", say("\n") + think("\n") + PLAN_AT_ITS_LIMIT, "upstream_error", TRY_AGAIN),
-    ("an empty JSON answer", as_events({"choices": [{"message": {"content": ""}, "finish_reason": "stop"}]})[6:-2],
+    ("an empty JSON answer", sse({"choices": [{"message": {"content": ""}, "finish_reason": "stop"}]})[6:-2],
      "upstream_error", TRY_AGAIN),
     ("tool_calls without a call", say("a") + TOOLS_END, "upstream_error", TRY_AGAIN),
     ("tool_calls without a call at all", TOOLS_END, "upstream_error", TRY_AGAIN),
-    *((f"arguments cut in the middle, {finish}", calls_in(item("get_weather", text, id="a", index=0)) + finished(finish),
-       "upstream_error", TRY_AGAIN) for finish in ("stop", "tool_calls") for text in ('{"ci', '{"city":"Par', '{"a":[1')),
+    *((f"arguments cut in the middle, {finish}",
+       calls_in(item("get_weather", text, id="a", index=0)) + finished(finish),
+       "upstream_error", TRY_AGAIN)
+      for finish in ("stop", "tool_calls") for text in ('{"ci', '{"city":"Par', '{"a":[1')),
     ("a call without a name", calls_in(item(None, PARIS, id="a", index=0)) + TOOLS_END, "upstream_error", TRY_AGAIN),
     ("a call without a name beside a good one", call() + calls_in(item(None, PARIS, id="a", index=1)) + TOOLS_END,
      "upstream_error", TRY_AGAIN),
@@ -2827,7 +3321,7 @@ FAILURES = [
     ("no finish", think("a") + say("b"), "upstream_error", TRY_AGAIN),
     ("no finish but [DONE]", say("b") + DONE, "upstream_error", TRY_AGAIN),
     ("no finish after a call", call() + DONE, "upstream_error", TRY_AGAIN),
-    ("no finish but usage", say("a") + as_events({"choices": [], "usage": USAGE}) + DONE, "upstream_error", TRY_AGAIN),
+    ("no finish but usage", say("a") + sse({"choices": [], "usage": USAGE}) + DONE, "upstream_error", TRY_AGAIN),
     ("cut in the finish", say("b") + FINISH[:-30], "upstream_error", TRY_AGAIN),
     ("nothing", b"", "upstream_error", TRY_AGAIN),
     ("nothing but [DONE]", DONE, "upstream_error", TRY_AGAIN),
@@ -2852,7 +3346,7 @@ def test_a_failure_is_an_error_and_never_an_answer(data, code, verdict):
 
 def test_what_came_before_a_failure_is_told():
     _, steps = broken(wire(think("a") + say("b") + BARE_LINE))
-    assert [(step.kind, step.text) for step in steps] == [("thinking", "a"), ("text", "b")]
+    assert words_in(steps) == [("thinking", "a"), ("text", "b")]
 
 
 def test_what_is_no_event_is_counted():
@@ -2864,7 +3358,8 @@ def test_what_is_no_event_is_counted():
     assert translator.repaired == 8
 
 
-# Responses as a whole: heads, framings, kinds, codings. Behind the bytes the connection ends.
+# Responses as a whole: heads, framings, kinds, codings. Behind the bytes the connection
+# ends.
 
 HELLO = b"".join(HEALTHY)
 UNFINISHED = chunked(say("Hello")) + chunked(event(finish="stop"))  # no usage, no end mark
@@ -2933,8 +3428,8 @@ def status_line(status, *lines):
 CUT_REFUSAL = answer(401, {"error": {"code": "1113", "message": "no"}})[0][:-20]
 SPRING = {"timestamp": "2026-08-13T04:35:22.960+00:00", "status": 404, "error": "Not Found", "path": "/v4/v1"}
 
-# Responses that fail before a word. To add a case, add a row: what is wrong, the bytes, the status and code of the
-# error, what is to be done.
+# Responses that fail before a word. To add a case, add a row: what is wrong, the bytes,
+# the status and code of the error, what is to be done.
 BROKEN_RESPONSES = [
     ("nothing", b"", (502, "upstream_error"), TRY_AGAIN),
     ("SSH for a head", b"SSH-2.0-OpenSSH_9.2\r\n\r\n", (502, "upstream_error"), TRY_AGAIN),
@@ -3049,7 +3544,8 @@ def test_a_fault_behind_the_first_step_leaves_it_told(first, rest):
     broken(HEAD + chunked(first) + rest)
 
 
-# Whether a connection serves again. To add a case, add a row: what is special, the bytes.
+# Whether a connection serves again. To add a case, add a row: what is special, the
+# bytes.
 REUSABLE = [
     ("a stream read to its end", HEAD + BODY),
     ("an answer of known length", answer(200, JSON_ANSWER)[0]),
@@ -3109,11 +3605,12 @@ def test_nobody_waits_for_the_end_mark():
 def test_after_a_finish_without_usage_silence_may_end_the_answer():
     this = new_answer()
     assert not this.is_finishing
-    steps, failure = feed_answer(this, [HEAD, chunked(say("a <")), chunked(event(finish="stop")), chunked(b": hi\n\n")])
+    feed_answer(this, [HEAD, chunked(say("a <")), chunked(event(finish="stop")), chunked(b": hi\n\n")])
     assert this.is_finishing
     assert not this.complete
     steps, failure = this.close()
-    assert ([(step.kind, step.text) for step in steps], failure) == ([("text", "<"), ("finish", "stop")], None)
+    assert failure is None
+    assert words_in(steps) == [("text", "<"), ("finish", "stop")]
     assert this.complete
     assert not this.is_finishing
     assert not this.reply.reusable
@@ -3129,15 +3626,18 @@ def test_silence_after_a_finish_that_is_none_is_a_failure():
 
 
 def test_an_answer_has_begun_once_tokens_have_come():
-    for data, expected in ((b"", False), (event({"role": "assistant", "content": ""}), False), (say("\n"), False),
-                           (b"data: x\n\n", False), (think("a"), True), (say("a"), True), (call(), True),
-                           (calls_in(item(None, "", index=0)), True), (ENDED, True)):
+    nothing = (say("\n"), b"data: x\n\n", event({"role": "assistant", "content": ""}))
+    tokens = (think("a"), say("a"), call(), calls_in(item(None, "", index=0)), ENDED)
+    for data in nothing + tokens:
         this = new_answer()
-        feed_answer(this, [HEAD, chunked(data)] if data else [HEAD])
-        assert this.begun is expected, data
+        feed_answer(this, [HEAD])
+        assert not this.begun
+        feed_answer(this, [chunked(data)])
+        assert this.begun == (data in tokens), data
 
 
-# Spliced frames: a frame cut short, and in the same data line the first one of a new answer
+# Spliced frames: a frame cut short, and in the same data line the first one of a new
+# answer
 
 INNER = ('{"id":"2026043020420635c6abc56a2741ac","created":1777552926,"object":"chat.completion.chunk",'
          '"model":"glm-5.1","choices":[{"index":0,"delta":{"role":"assistant",%s}}]}')
@@ -3218,6 +3718,11 @@ def in_parts(parts, speak=say):
     return b"".join(map(speak, parts)) + ENDED
 
 
+def said_in(parts):
+    """The bytes of a text that comes in these parts, an event each, and does not end."""
+    return [HEAD, *(chunked(say(part)) for part in parts if part)]
+
+
 def fold_parts(parts, speak=say, **options):
     """(content, reasoning, calls, finish, usage) of a text that comes in these parts, without all the ways that bytes
     can arrive."""
@@ -3259,7 +3764,8 @@ def test_a_leaking_call_is_found_wherever_the_text_is_cut(text):
         assert fold_parts(parts)[0] == text  # no tools were sent
 
 
-# What is shown of a text at once, with tools sent. To add a case, add a row: the text, what of it is held back.
+# What is shown of a text at once, with tools sent. To add a case, add a row: the text,
+# what of it is held back.
 HELD = [
     ("GLM writes calls as <tool_call> followed by a name", ""),
     ("<tool_call>get_weather", "<tool_call>get_weather"),
@@ -3280,11 +3786,12 @@ HELD = [
 @pytest.mark.parametrize("text, held", HELD)
 def test_a_text_is_held_back_only_while_it_can_still_be_a_call(text, held):
     for parts in cuts(text):
-        steps, _ = feed_answer(new_answer(tools=WEATHER), [HEAD, *(chunked(say(part)) for part in parts if part)])
+        steps, _ = feed_answer(new_answer(tools=WEATHER), said_in(parts))
         assert "".join(step.text for step in steps) == text[:len(text) - len(held)], parts
 
 
-# Fences around JSON that was asked for. To add a case, add a row: a text, what is left of it.
+# Fences around JSON that was asked for. To add a case, add a row: a text, what is left
+# of it.
 FENCED = [
     ('```json\n{"a":"b"}\n```', '{"a":"b"}'), ('\n```json\n{"a":"b"}\n```\n', '{"a":"b"}'),
     ('```\n{"a":"b"}```', '{"a":"b"}'), ('```JSON\r\n{"a":"b"}\n```', '{"a":"b"}'),
@@ -3304,8 +3811,8 @@ def test_a_json_answer_comes_without_its_fence_wherever_it_is_cut(text, left):
         assert fold_parts(parts)[0] == text.lstrip("\r\n")
 
 
-# Stop words. To add a case, add a row: the words, a text, what is left of it, whether one was met (in which case
-# nothing more is waited for).
+# Stop words. To add a case, add a row: the words, a text, what is left of it, whether
+# one was met (in which case nothing more is waited for).
 STOPPED = [
     (("Observation",), "a = 1\nObservation: 5", "a = 1\n", True),
     (("Observation",), "Obser, Observatio", "Obser, ", False),  # Z.ai stops with most of the word in the text
@@ -3335,7 +3842,7 @@ STOPPED = [
 def test_the_text_ends_before_the_first_stop_word_wherever_it_is_cut(words, text, left, met):
     for parts in cuts(text):
         this = new_answer(stop=words)
-        steps, failure = feed_answer(this, [HEAD, *(chunked(say(part)) for part in parts if part)])
+        steps, failure = feed_answer(this, said_in(parts))
         assert this.complete is met, parts
         if not met:
             more, failure = feed_answer(this, [chunked(FINISH)])
@@ -3348,7 +3855,7 @@ def test_the_text_ends_before_the_first_stop_word_wherever_it_is_cut(words, text
 def test_a_stop_word_ends_the_answer_before_zai_does():
     this = new_answer(stop=("b",))
     steps, failure = feed_answer(this, [HEAD, chunked(say("abc"))])
-    assert [(step.kind, step.text) for step in steps] == [("text", "a"), ("finish", "stop")]
+    assert words_in(steps) == [("text", "a"), ("finish", "stop")]
     assert this.complete
     assert this.is_cut_short  # Z.ai goes on talking: the connection is closed
     assert not this.reply.reusable
@@ -3391,149 +3898,11 @@ def test_what_only_begins_a_stop_word_waits_and_comes():
 def test_what_is_held_back_is_not_overtaken():
     """A "<" that may become a tag waits in its lane; text of the other lane comes behind it."""
     steps = translated(think("a") + say("b") + think("c<") + say("d") + FINISH)
-    assert [(step.kind, step.text) for step in steps[:-1]] == [
+    assert words_in(steps[:-1]) == [
         ("thinking", "a"), ("text", "b"), ("thinking", "c"), ("thinking", "<"), ("text", "d")]
     both = event({"reasoning_content": "r", "content": "c<"})
     steps = translated(think("a") + say("b") + both + think("s") + FINISH)
     assert [step.text for step in steps[:-1]] == ["a", "b", "r", "c", "<", "s"]
-
-
-# The choices a client has
-
-@pytest.mark.parametrize("data", [
-    in_parts(["<think>hm so</think>Yes!"]), in_parts(["<thi", "nk>hm", " so</thi", "nk>\nYes!"]),
-    think("hm ") + think("so") + in_parts(["Yes", "!"])])
-def test_thinking_is_parsed_raw_or_hidden(data):
-    check_answer(data, says("Yes!", "hm so"), reasoning="parsed")
-    check_answer(data, says("Yes!"), reasoning="hidden")
-    check_answer(data, says("<think>hm so</think>Yes!"), reasoning="raw")
-
-
-# Raw thinking is closed whatever follows. To add a case, add a row: what follows, what it says.
-AFTER_RAW = [
-    (ENDED, says("<think>hm</think>")),
-    (finished("length"), says("<think>hm</think>", finish="length")),
-    (call() + TOOLS_END, asks(RAIN, content="<think>hm</think>")),
-    (say("a") + think("hm") + say("b") + ENDED, says("<think>hm</think>a<think>hm</think>b")),
-]
-
-
-@pytest.mark.parametrize("rest, expected", AFTER_RAW)
-def test_raw_thinking_is_closed_whatever_follows(rest, expected):
-    check_answer(think("hm") + rest, expected, reasoning="raw")
-
-
-def test_the_tags_of_raw_thinking_have_chunks_of_their_own():
-    chat = ztoapi.Chat(**NEW_CHAT, reasoning="raw")
-    text = chat.tell(translated(think("hm") + think("so") + say("a") + ENDED))
-    events = [json.loads(block[6:]) for block in text.split("\n\n")[:-2]]
-    assert [choice["delta"].get("content") for choice in choices_of(events)] == [
-        "<think>", "hm", "so", "</think>", "a", None]
-
-
-@pytest.mark.parametrize("data", [
-    call() + call("get_time", "{}", "c2", 1),
-    calls_in(item(*RAIN, id="a", index=0), item(*TIME, id="b", index=1)),
-    calls_in(item("get_weather", '{"city":', id="a", index=0)) + calls_in(item("get_time", "{", id="b", index=1))
-    + calls_in(item(None, '"Paris"}', index=0), item(None, "}", index=1)),
-    say(leak("get_weather" + CITY) + leak("get_time")),
-    call() + calls_in(item(None, '{"a":', id="b", index=1)) + calls_in(item("get_time", "1}", index=1)),
-])
-def test_without_parallel_calls_only_the_first_goes_out(data):
-    check_answer(data + TOOLS_END, asks(RAIN), one_call=True, tools=WEATHER)
-
-
-def test_usage_comes_only_if_it_was_asked_for():
-    steps = translated(say("a") + ENDED)
-    chat = ztoapi.Chat("chatcmpl-1", 5, "x")
-    text = chat.opening() + chat.tell(steps)
-    assert "usage" not in text
-    assert '"choices":[]' not in text
-    assert text.endswith("\n\ndata: [DONE]\n\n")
-    asked = ztoapi.Chat("chatcmpl-1", 5, "x", include_usage=True)
-    last = json.loads(asked.tell(steps).split("\n\n")[-3][6:])
-    assert (last["choices"], last["usage"]) == ([], USAGE)
-    # Z.ai gave none.
-    assert '"choices":[]' not in asked.tell(translated(say("a") + event(finish="stop")))
-
-
-def test_the_model_is_as_the_client_named_it():
-    name = 'gpt-\u2028"4o'
-    chat = ztoapi.Chat("chatcmpl-1", 5, name)
-    blocks = (chat.opening() + chat.tell(translated(say("a") + ENDED))).split("\n\n")
-    assert [json.loads(block[6:])["model"] for block in blocks[:-2]] == [name] * 3
-    assert chat.whole(ztoapi.Fold())["model"] == name
-
-
-def test_a_heartbeat_is_a_chunk_with_an_empty_delta():
-    chat = ztoapi.Chat(**NEW_CHAT)
-    for text, delta in ((chat.opening(), {"role": "assistant", "content": ""}), (chat.heartbeat(), {})):
-        value = parse_chunk(text[:-2])
-        assert text.endswith("}\n\n")
-        assert value["choices"][0]["delta"] == delta
-        assert value["choices"][0]["finish_reason"] is None
-
-
-def test_the_error_of_a_stream_is_openais_with_error_first():
-    text = ztoapi.Chat(**NEW_CHAT).failure(UpstreamError("no\n", param="x"))
-    assert text == 'data: {"error":{"message":"no\\n","type":"upstream_error","param":"x","code":"upstream_error"}}\n\n'
-
-
-UNSAID = "unsaid"
-# Who gets a stream. To add a case, add a row: the request's stream, Accept, User-Agent, DEFAULT_STREAM; whether.
-STREAMS = [
-    (True, "application/json", "ai-sdk/6", "false", True), (False, "text/event-stream", "curl/8", "true", False),
-    (UNSAID, "*/*", "curl/8.5.0", "true", True), (UNSAID, "*/*", "curl/8.5.0", "false", False),
-    (UNSAID, "", "", "true", True), (UNSAID, "application/json", "OpenAI/Python 3.54.0", "true", False),
-    (UNSAID, "Application/JSON", "OpenAI/JS 6.49.0", "true", False),
-    (UNSAID, "application/json, text/plain, */*", "axios/1.7", "true", False),
-    (UNSAID, "text/event-stream", "x", "false", False),
-    (UNSAID, "*/*", "ai/6.0.0 ai-sdk/provider-utils/4.0.0 runtime/node.js/22", "true", False),
-    (UNSAID, "*/*", "async-openai", "true", False), (None, "*/*", "curl/8", "true", True),
-    (None, "application/json", "x", "true", False), (None, "*/*", "curl/8", "false", False),
-    *((UNSAID, "*/*", agent, "true", False) for agent in (
-        "node", "undici", "Go-http-client/1.1", "langchaingo/0.1", "Java/17", "okhttp/4.9", "Apache-HttpClient/5",
-        "lm15")),
-    *((UNSAID, "*/*", agent, "true", True) for agent in ("node-fetch/1.0", "python-requests/2.31")),
-]
-
-
-def read_chat(body, headers, **environ):
-    settings = Settings.from_environ(environ)
-    return ztoapi.Chat.read(body, ztoapi.Caller(headers, "k", 1790000000.7, ztoapi.Memory()), settings)
-
-
-@pytest.mark.parametrize("asked, accept, agent, default, expected", STREAMS)
-def test_who_gets_a_stream(asked, accept, agent, default, expected):
-    body = {} if asked == UNSAID else {"stream": asked}
-    front, request = read_chat(body, {"accept": accept, "user-agent": agent}, DEFAULT_STREAM=default)
-    assert front.stream is expected
-    assert request["stream"] is expected
-    assert body == ({} if asked == UNSAID else {"stream": asked})  # the client's own stays as it is
-
-
-# Who reads an error only if no cut follows it. To add a case, add a row: the header fields, whether a failed stream
-# is cut.
-CUTS = [
-    ({}, True), ({"user-agent": "OpenAI/Python 3.57"}, True), ({"origin": "https://app.example"}, False),
-    ({"user-agent": "ai/6.0 ai-sdk/openai/3.0"}, False), ({"user-agent": "Python/3.11 aiohttp/3.9"}, False),
-]
-
-
-@pytest.mark.parametrize("headers, expected", CUTS)
-def test_a_failed_stream_is_cut_unless_the_error_would_be_lost_over_it(headers, expected):
-    assert read_chat({}, headers)[0].cuts_failures is expected
-
-
-def test_a_chat_request_is_read():
-    body = {"model": "GLM-4.6", "reasoning_format": "raw", "stream_options": {"include_usage": 1}}
-    front, request = read_chat(body, {})
-    assert request["model"] == front.model == "GLM-4.6"
-    assert front.created == 1790000000
-    assert front.reasoning == "raw"
-    assert front.include_usage is True
-    assert front.id.startswith("chatcmpl-")
-    assert read_chat({"model": 5}, {}, REASONING_FORMAT="hidden")[0].reasoning == "hidden"
 
 
 # Bounds
@@ -3572,7 +3941,7 @@ def test_an_event_of_almost_16_mib_passes():
 def test_an_event_of_more_than_16_mib_is_an_error_whatever_came_before(body):
     for before in (b"", chunked(say("Hel"))):
         data = HEAD + before + body
-        steps, failure = receive([data[i:i + 65536] for i in range(0, len(data), 65536)])
+        steps, failure = receive(blocks_of(data))
         assert (failure.code, failure.verdict) == ("upstream_error", GIVE_UP)
         assert len(steps) == bool(before)
 
@@ -3595,8 +3964,8 @@ def test_an_error_body_has_a_bound_and_its_status_counts():
     assert this.feed(END)[1].code == "upstream_auth_error"
 
 
-# What a model may be told to write, and a gateway may send. Each takes less than a second. To add a case, add a row:
-# the Translator's options, the events.
+# What a model may be told to write, and a gateway may send. Each takes less than a
+# second. To add a case, add a row: the Translator's options, the events.
 KEYS = "<arg_key>" * 50000
 ATTACKS = {
     "<arg_key> without end in a leak": ({}, [say("<tool_call>get_time" + KEYS), ENDED]),
@@ -3665,7 +4034,7 @@ ATTACKS = {
 def test_no_answer_takes_more_than_linear_time(case):
     options, events = ATTACKS[case]
     data = b"".join(stream(*events))
-    pieces = [data[i:i + 65536] for i in range(0, len(data), 65536)]
+    pieces = blocks_of(data)
     with under_a_second():
         steps, failure = receive(pieces, tools=WEATHER, **options)
     assert failure or steps[-1].kind == ztoapi.FINISH
@@ -3706,38 +4075,16 @@ def test_leaked_calls_have_a_bound():
 
 # Any event that is odd
 
-ODDITIES = (None, True, False, 0, -1, 1.5, 10**40, "", "x", "none", "\ud800\0", [], ["x"], [None], [[]], {},
-       {"type": "text"}, {"x": None}, "<tool_call>", "get_time<arg_key>")
-
-
-def with_an_oddity(value, rng):
-    """A deep copy in which one place holds something odd, or nothing."""
-    value = copy.deepcopy(value)
-    place = value
-    steps = rng.randrange(1, 8)
-    while True:
-        key = rng.choice(list(place) if isinstance(place, dict) else range(len(place)))
-        steps -= 1
-        if not steps or not isinstance(place[key], (dict, list)) or not place[key]:
-            break
-        place = place[key]
-    if rng.random() < 0.1:
-        del place[key]
-    else:
-        place[key] = rng.choice(ODDITIES)
-    return value
-
-
 def test_no_event_is_odd_enough_to_break_the_wire():
     """Whatever Z.ai may send: an error of ours, or an answer that keeps every rule."""
     rng = random.Random(7)
     answers = 0
-    samples = GLM_52_TOOLS + call("get_time", "", 5, -1) + think("a") + say("b") + error_event("1")
-    samples += say(leak("get_weather" + CITY)) + say("```json\n{") + say("st")
+    samples = GLM_52_TOOLS + call("get_time", "", 5, -1) + error_event("1")
+    samples += think("a") + say("b") + say(leak("get_weather" + CITY)) + say("```json\n{") + say("st")
     good = [json.loads(text) for text in decode_events([samples]) if text != "[DONE]"]
     for _ in range(3000):
-        values = [with_an_oddity(value, rng) if rng.random() < 0.5 else value for value in rng.sample(good, 6)]
-        data = as_events(*values) + (ENDED if rng.random() < 0.8 else b"")
+        values = [mutated(value, rng) if rng.random() < 0.5 else value for value in rng.sample(good, 6)]
+        data = sse(*values) + (ENDED if rng.random() < 0.8 else b"")
         options = rng.choice(({}, {"unfence": True}, {"one_call": True}, {"stop": ("stop", "x")}))
         try:
             steps, failure = receive([wire(data)], tools=WEATHER, **options)
@@ -3772,15 +4119,158 @@ def test_no_byte_is_odd_enough_to_break_the_wire():
     assert 300 < failures < 1400
 
 
-# Messages and Responses ###############################################################################################
+# Fronts ###############################################################################
 #
-# What read() makes of a client's request, and what tell() and whole() make of steps. The rules of both wires are
-# checked event by event, for each answer in ANSWERS, told as a whole and step by step.
+# What read() makes of a client's request, and what tell() and whole() make of steps.
+# The rules of both wires are checked event by event, for each answer in ANSWERS, told
+# as a whole and step by step.
+
+# Chat
+
+@pytest.mark.parametrize("data", [
+    in_parts(["<think>hm so</think>Yes!"]), in_parts(["<thi", "nk>hm", " so</thi", "nk>\nYes!"]),
+    think("hm ") + think("so") + in_parts(["Yes", "!"])])
+def test_thinking_is_parsed_raw_or_hidden(data):
+    check_answer(data, says("Yes!", "hm so"), reasoning="parsed")
+    check_answer(data, says("Yes!"), reasoning="hidden")
+    check_answer(data, says("<think>hm so</think>Yes!"), reasoning="raw")
+
+
+# Raw thinking is closed whatever follows. To add a case, add a row: what follows, what
+# it says.
+AFTER_RAW = [
+    (ENDED, says("<think>hm</think>")),
+    (finished("length"), says("<think>hm</think>", finish="length")),
+    (call() + TOOLS_END, asks(RAIN, content="<think>hm</think>")),
+    (say("a") + think("hm") + say("b") + ENDED, says("<think>hm</think>a<think>hm</think>b")),
+]
+
+
+@pytest.mark.parametrize("rest, expected", AFTER_RAW)
+def test_raw_thinking_is_closed_whatever_follows(rest, expected):
+    check_answer(think("hm") + rest, expected, reasoning="raw")
+
+
+def test_the_tags_of_raw_thinking_have_chunks_of_their_own():
+    chat = ztoapi.Chat(**NEW_CHAT, reasoning="raw")
+    text = chat.tell(translated(think("hm") + think("so") + say("a") + ENDED))
+    events = [json.loads(block[6:]) for block in text.split("\n\n")[:-2]]
+    assert [choice["delta"].get("content") for choice in choices_of(events)] == [
+        "<think>", "hm", "so", "</think>", "a", None]
+
+
+@pytest.mark.parametrize("data", [
+    call() + call("get_time", "{}", "c2", 1),
+    calls_in(item(*RAIN, id="a", index=0), item(*TIME, id="b", index=1)),
+    calls_in(item("get_weather", '{"city":', id="a", index=0)) + calls_in(item("get_time", "{", id="b", index=1))
+    + calls_in(item(None, '"Paris"}', index=0), item(None, "}", index=1)),
+    say(leak("get_weather" + CITY) + leak("get_time")),
+    call() + calls_in(item(None, '{"a":', id="b", index=1)) + calls_in(item("get_time", "1}", index=1)),
+])
+def test_without_parallel_calls_only_the_first_goes_out(data):
+    check_answer(data + TOOLS_END, asks(RAIN), one_call=True, tools=WEATHER)
+
+
+def test_usage_comes_only_if_it_was_asked_for():
+    steps = translated(say("a") + ENDED)
+    chat = ztoapi.Chat("chatcmpl-1", 5, "x")
+    text = chat.opening() + chat.tell(steps)
+    assert "usage" not in text
+    assert '"choices":[]' not in text
+    assert text.endswith("\n\ndata: [DONE]\n\n")
+    asked = ztoapi.Chat("chatcmpl-1", 5, "x", include_usage=True)
+    last = json.loads(asked.tell(steps).split("\n\n")[-3][6:])
+    assert (last["choices"], last["usage"]) == ([], USAGE)
+    # Z.ai gave none.
+    assert '"choices":[]' not in asked.tell(translated(say("a") + event(finish="stop")))
+
+
+def test_the_model_is_as_the_client_named_it():
+    name = 'gpt-\u2028"4o'
+    chat = ztoapi.Chat("chatcmpl-1", 5, name)
+    blocks = (chat.opening() + chat.tell(translated(say("a") + ENDED))).split("\n\n")
+    assert [json.loads(block[6:])["model"] for block in blocks[:-2]] == [name] * 3
+    assert chat.whole(ztoapi.Fold())["model"] == name
+
+
+def test_a_heartbeat_is_a_chunk_with_an_empty_delta():
+    chat = ztoapi.Chat(**NEW_CHAT)
+    texts = [chat.opening(), chat.heartbeat()]
+    assert [text[-3:] for text in texts] == ["}\n\n"] * 2
+    choices = [parse_chunk(text[:-2])["choices"][0] for text in texts]
+    assert [choice["delta"] for choice in choices] == [{"role": "assistant", "content": ""}, {}]
+    assert [choice["finish_reason"] for choice in choices] == [None, None]
+
+
+def test_the_error_of_a_stream_is_openais_with_error_first():
+    text = ztoapi.Chat(**NEW_CHAT).failure(UpstreamError("no\n", param="x"))
+    assert text == 'data: {"error":{"message":"no\\n","type":"upstream_error","param":"x","code":"upstream_error"}}\n\n'
+
+
+UNSAID = "unsaid"
+# Who gets a stream. To add a case, add a row: the request's stream, Accept, User-Agent,
+# DEFAULT_STREAM; whether.
+STREAMS = [
+    (True, "application/json", "ai-sdk/6", "false", True), (False, "text/event-stream", "curl/8", "true", False),
+    (UNSAID, "*/*", "curl/8.5.0", "true", True), (UNSAID, "*/*", "curl/8.5.0", "false", False),
+    (UNSAID, "", "", "true", True), (UNSAID, "application/json", "OpenAI/Python 3.54.0", "true", False),
+    (UNSAID, "Application/JSON", "OpenAI/JS 6.49.0", "true", False),
+    (UNSAID, "application/json, text/plain, */*", "axios/1.7", "true", False),
+    (UNSAID, "text/event-stream", "x", "false", False),
+    (UNSAID, "*/*", "ai/6.0.0 ai-sdk/provider-utils/4.0.0 runtime/node.js/22", "true", False),
+    (UNSAID, "*/*", "async-openai", "true", False), (None, "*/*", "curl/8", "true", True),
+    (None, "application/json", "x", "true", False), (None, "*/*", "curl/8", "false", False),
+    *((UNSAID, "*/*", agent, "true", False) for agent in (
+        "node", "undici", "Go-http-client/1.1", "langchaingo/0.1", "Java/17", "Java-http-client/21.0.2", "okhttp/4.9",
+        "Apache-HttpClient/5", "lm15", "ai-sdk/openai/2.0 runtime/node.js")),
+    *((UNSAID, "*/*", agent, "true", True) for agent in ("node-fetch/1.0", "python-requests/2.31")),
+]
+
+
+def read_chat(body, headers, **environ):
+    settings = Settings.from_environ(environ)
+    return ztoapi.Chat.read(body, ztoapi.Caller(headers, "k", 1790000000.7, ztoapi.Memory()), settings)
+
+
+@pytest.mark.parametrize("asked, accept, agent, default, expected", STREAMS)
+def test_who_gets_a_stream(asked, accept, agent, default, expected):
+    body = {} if asked == UNSAID else {"stream": asked}
+    front, request = read_chat(body, {"accept": accept, "user-agent": agent}, DEFAULT_STREAM=default)
+    assert front.stream is expected
+    assert request["stream"] is expected
+    assert body == ({} if asked == UNSAID else {"stream": asked})  # the client's own stays as it is
+
+
+# Who reads an error only if no cut follows it. To add a case, add a row: the header
+# fields, whether a failed stream is cut.
+CUTS = [
+    ({}, True), ({"user-agent": "OpenAI/Python 3.57"}, True), ({"origin": "https://app.example"}, False),
+    ({"user-agent": "ai/6.0 ai-sdk/openai/3.0"}, False), ({"user-agent": "Python/3.11 aiohttp/3.9"}, False),
+]
+
+
+@pytest.mark.parametrize("headers, expected", CUTS)
+def test_a_failed_stream_is_cut_unless_the_error_would_be_lost_over_it(headers, expected):
+    assert read_chat({}, headers)[0].cuts_failures is expected
+
+
+def test_a_chat_request_is_read():
+    body = {"model": "GLM-4.6", "reasoning_format": "raw", "stream_options": {"include_usage": 1}}
+    front, request = read_chat(body, {})
+    assert request["model"] == front.model == "GLM-4.6"
+    assert front.created == 1790000000
+    assert front.reasoning == "raw"
+    assert front.include_usage is True
+    assert front.id.startswith("chatcmpl-")
+    assert read_chat({"model": 5}, {}, REASONING_FORMAT="hidden")[0].reasoning == "hidden"
+
+
+# Messages and Responses
 
 Step = ztoapi.Step
 TOLD_USAGE = {"prompt_tokens": 50, "completion_tokens": 4, "total_tokens": 54,
               "prompt_tokens_details": {"cached_tokens": 20}, "completion_tokens_details": {"reasoning_tokens": 2}}
-FRONT_PICTURE = "data:image/png;base64,AAAA"
+PNG_URL = "data:image/png;base64,AAAA"
 ANY_TOOLS = [{"type": "function", "name": "f", "parameters": {}}, {"type": "custom", "name": "patch"},
              {"type": "namespace", "name": "mcp__tiny", "tools": [{"type": "function", "name": "g"}]}]
 
@@ -3790,7 +4280,7 @@ def caller(key="k", memory=None):
 
 
 def read_messages(settings=None, **body):
-    body = {"model": "glm-4.6v", "messages": [{"role": "user", "content": "Hi"}], **body}
+    body = {"model": "glm-4.6v", "messages": [user("Hi")], **body}
     return ztoapi.Messages.read(body, caller(), settings or Settings())
 
 
@@ -3798,8 +4288,9 @@ def read_responses(settings=None, by=None, **body):
     return ztoapi.Responses.read({"model": "glm-4.6v", "input": "Hi", **body}, by or caller(), settings or Settings())
 
 
-def front_to_zai(request, settings=None):
-    return ztoapi.to_zai_request(request, settings or Settings())
+def asked_by_front(request):
+    """What becomes of the chat request that a front makes."""
+    return asked(request)
 
 
 def called(index, id, name, text=""):
@@ -3927,25 +4418,21 @@ MESSAGES_CHANGES = [
      {"container_upload"}),
     ({"messages": [{"role": "user", "content": [{"type": "image", "source": {"type": "file", "file_id": "f"}}]}]},
      {"image"}),
-    ({"messages": [{"role": "user", "content": "a"},
+    ({"messages": [user("a"),
                    {"role": "assistant", "content": [{"type": "server_tool_use"}, {"type": "text", "text": "b"}]},
-                   {"role": "user", "content": "c"}]}, {"server_tool_use"}),
+                   user("c")]}, {"server_tool_use"}),
 ]
 
 
 @pytest.mark.parametrize("fields,expected", MESSAGES_CHANGES)
 def test_messages_drops_by_name_what_chat_does_not_have(fields, expected):
     front, request = read_messages(**fields)
-    asked = front_to_zai(request)
-    assert {*front.changed, *asked.changed} == expected
-    assert not {"top_k", "container", "invented", "context_management"} & set(asked.body)
+    result = asked_by_front(request)
+    assert {*front.changed, *result.changed} == expected
+    assert not {"top_k", "container", "invented", "context_management"} & set(result.body)
 
 
 # Short names for what the cases below are made of.
-def front_user(content):
-    return {"role": "user", "content": content}
-
-
 def system(content):
     return {"role": "system", "content": content}
 
@@ -3964,7 +4451,7 @@ def output(id, content):
     return {"role": "tool", "content": content, "tool_call_id": id}
 
 
-def image(url=FRONT_PICTURE):
+def image(url=PNG_URL):
     return {"type": "image_url", "image_url": {"url": url}}
 
 
@@ -3976,7 +4463,11 @@ def use(id, name="f", input=None):
     return {"type": "tool_use", "id": id, "name": name, "input": input or {}}
 
 
-def front_result(id, *content, **more):
+def using(*blocks):
+    return {"role": "assistant", "content": list(blocks)}
+
+
+def tool_result(id, *content, **more):
     return {"type": "tool_result", "tool_use_id": id, "content": content[0] if content else None, **more}
 
 
@@ -3988,63 +4479,63 @@ PNG = source("image", type="base64", media_type="image/png", data="AAAA")
 BILLED = text("x-anthropic-billing-header: cc_version=2.1")
 # To add a case, add a row: system, messages, what Z.ai gets. The model sees.
 CLAUDE_HISTORIES = [
-    ("Be brief.", [front_user("a")], [system("Be brief."), front_user("a")]),
-    ([BILLED, dict(text("Be brief."), cache_control={})], [front_user("a")], [system("Be brief."), front_user("a")]),
+    ("Be brief.", [user("a")], [system("Be brief."), user("a")]),
+    ([BILLED, dict(text("Be brief."), cache_control={})], [user("a")], [system("Be brief."), user("a")]),
     # Claude Code's order.
-    (None, [front_user([text("a")]), system("s"), front_user("b")], [front_user("a"), system("s"), front_user("b")]),
-    (None, [front_user([text("a"), PNG])], [front_user([text("a"), image()])]),
-    (None, [front_user([source("image", type="url", url="http://x/y.png"), text("a")])],
-     [front_user([image("http://x/y.png"), text("a")])]),
-    (None, [front_user([source("document", type="text", data="D", media_type="text/plain")])], [front_user("D")]),
-    (None, [front_user([source("document", type="content", content=[text("D"), text("E")])])], [front_user("D\nE")]),
-    (None, [front_user([source("document", type="url", url="http://x/y.pdf"), text("a")])],
-     [front_user([{"type": "file_url", "file_url": {"url": "http://x/y.pdf"}}, text("a")])]),
+    (None, [user([text("a")]), system("s"), user("b")], [user("a"), system("s"), user("b")]),
+    (None, [user([text("a"), PNG])], [user([text("a"), image()])]),
+    (None, [user([source("image", type="url", url="http://x/y.png"), text("a")])],
+     [user([image("http://x/y.png"), text("a")])]),
+    (None, [user([source("document", type="text", data="D", media_type="text/plain")])], [user("D")]),
+    (None, [user([source("document", type="content", content=[text("D"), text("E")])])], [user("D\nE")]),
+    (None, [user([source("document", type="url", url="http://x/y.pdf"), text("a")])],
+     [user([{"type": "file_url", "file_url": {"url": "http://x/y.pdf"}}, text("a")])]),
     # GLM-4.6V takes no such file; the conversation goes on all the same.
-    (None, [front_user([source("document", type="base64", media_type="application/pdf", data="AA"), text("a")])],
-     [front_user("[file left out: GLM-4.6V takes no such file]\na")]),
-    (None, [front_user([{"type": "search_result", "source": "s", "title": "t", "content": [text("S")]}])], [front_user("S")]),
-    (None, [front_user("a"), {"role": "assistant", "content": [
+    (None, [user([source("document", type="base64", media_type="application/pdf", data="AA"), text("a")])],
+     [user("[file left out: GLM-4.6V takes no such file]\na")]),
+    (None, [user([{"type": "search_result", "source": "s", "title": "t", "content": [text("S")]}])], [user("S")]),
+    (None, [user("a"), {"role": "assistant", "content": [
         {"type": "thinking", "thinking": "T", "signature": ""}, {"type": "redacted_thinking", "data": "x"},
         text("b"), use("1", input={"q": 1}), use("2")]},
-        front_user([front_result("1", "one"), front_result("2", [text("two"), PNG]), text("c")])],
-     [front_user("a"), assistant("b", [("1", "f", '{"q":1}'), ("2", "f", "{}")], "T"), output("1", "one"), output("2", "two"),
-      front_user([text("From the tool results:"), image()]), front_user("c")]),
+        user([tool_result("1", "one"), tool_result("2", [text("two"), PNG]), text("c")])],
+     [user("a"), assistant("b", [("1", "f", '{"q":1}'), ("2", "f", "{}")], "T"), output("1", "one"), output("2", "two"),
+      user([text("From the tool results:"), image()]), user("c")]),
     # Results in the wrong order, one that is missing, one that is nobody's.
-    (None, [front_user("a"), {"role": "assistant", "content": [use("1"), use("2"), use("3")]},
-            front_user([front_result("3", "three"), front_result("1"), front_result("9", "nine")])],
-     [front_user("a"), assistant("", [("1", "f", "{}"), ("2", "f", "{}"), ("3", "f", "{}")]), output("1", "(no output)"),
-      output("2", "(no output)"), output("3", "three"), front_user("Output of the tool call 9:\nnine")]),
-    (None, [front_user("a"), {"role": "assistant", "content": [use("1")]}, front_user([front_result("1", "No.", is_error=True)])],
-     [front_user("a"), assistant("", [("1", "f", "{}")]), output("1", "Error:\nNo.")]),
-    (None, [front_user("a"), {"role": "assistant", "content": [use("1")]}, front_user([front_result("1", "An error!", is_error=True)])],
-     [front_user("a"), assistant("", [("1", "f", "{}")]), output("1", "An error!")]),
+    (None, [user("a"), using(use("1"), use("2"), use("3")),
+            user([tool_result("3", "three"), tool_result("1"), tool_result("9", "nine")])],
+     [user("a"), assistant("", [("1", "f", "{}"), ("2", "f", "{}"), ("3", "f", "{}")]), output("1", "(no output)"),
+      output("2", "(no output)"), output("3", "three"), user("Output of the tool call 9:\nnine")]),
+    (None, [user("a"), using(use("1")), user([tool_result("1", "No.", is_error=True)])],
+     [user("a"), assistant("", [("1", "f", "{}")]), output("1", "Error:\nNo.")]),
+    (None, [user("a"), using(use("1")), user([tool_result("1", "An error!", is_error=True)])],
+     [user("a"), assistant("", [("1", "f", "{}")]), output("1", "An error!")]),
     # A system message between a call and its result waits.
-    (None, [front_user("a"), {"role": "assistant", "content": [use("1")]}, system("s"), front_user([front_result("1", "one")])],
-     [front_user("a"), assistant("", [("1", "f", "{}")]), output("1", "one"), system("s")]),
+    (None, [user("a"), using(use("1")), system("s"), user([tool_result("1", "one")])],
+     [user("a"), assistant("", [("1", "f", "{}")]), output("1", "one"), system("s")]),
     # The beginning of an answer.
-    (None, [front_user("a"), {"role": "assistant", "content": "b"}], [front_user("a"), assistant("b")]),
-    (None, [front_user("a"), {"role": "assistant", "content": "b"}, {"role": "assistant", "content": "c"}, front_user("d")],
-     [front_user("a"), assistant("b\n\nc"), front_user("d")]),
+    (None, [user("a"), {"role": "assistant", "content": "b"}], [user("a"), assistant("b")]),
+    (None, [user("a"), {"role": "assistant", "content": "b"}, {"role": "assistant", "content": "c"}, user("d")],
+     [user("a"), assistant("b\n\nc"), user("d")]),
 ]
 
 
 @pytest.mark.parametrize("prompt,messages,expected", CLAUDE_HISTORIES)
 def test_a_conversation_of_messages_becomes_one_of_chat(prompt, messages, expected):
     _, request = read_messages(system=prompt, messages=messages)
-    assert front_to_zai(request).body["messages"] == expected
+    assert asked_by_front(request).body["messages"] == expected
 
 
 def test_a_picture_never_ends_a_conversation_with_a_model_that_sees_none():
-    front, request = read_messages(model="glm-4.6", messages=[front_user([PNG, text("a")])])
-    assert front_to_zai(request).body["messages"] == [front_user("[image left out: GLM-4.6 takes text only]\na")]
+    front, request = read_messages(model="glm-4.6", messages=[user([PNG, text("a")])])
+    assert asked_by_front(request).body["messages"] == [user("[image left out: GLM-4.6 takes text only]\na")]
     assert "image" in front.changed
 
 
 # To add a case, add a row: fields of a request that Messages refuses.
 BAD_MESSAGES = [
     {"messages": None}, {"messages": 5}, {"messages": [5]}, {"messages": [{"role": 5, "content": "a"}]},
-    {"messages": [{"role": "user"}]}, {"messages": [front_user([5])]}, {"messages": [front_user([{"type": []}])]},
-    {"messages": [front_user([{"type": "text"}])]}, {"messages": [front_user([front_result([], "a")])]},
+    {"messages": [{"role": "user"}]}, {"messages": [user([5])]}, {"messages": [user([{"type": []}])]},
+    {"messages": [user([{"type": "text"}])]}, {"messages": [user([tool_result([], "a")])]},
     {"messages": [{"role": "assistant", "content": [use("1", name=5)]}]},
     {"messages": [{"role": "assistant", "content": [use(["1"])]}]},
     {"messages": [{"role": "assistant", "content": [{"type": "thinking", "thinking": 5}]}]},
@@ -4061,7 +4552,7 @@ BAD_MESSAGES = [
 @pytest.mark.parametrize("fields", BAD_MESSAGES)
 def test_messages_refuses_what_cannot_be(fields):
     with pytest.raises(RequestError) as caught:
-        front_to_zai(read_messages(**fields)[1])
+        asked_by_front(read_messages(**fields)[1])
     assert ztoapi.Messages.status(caught.value) == 400
 
 
@@ -4072,34 +4563,45 @@ def read_thinker():
     return read_messages(tools=tools, thinking={"type": "adaptive"})
 
 
+# Of each type of block: how it begins, what its deltas are called, where their text is.
+BLOCKS = {
+    "text": ({"text": ""}, "text_delta", "text"),
+    "thinking": ({"thinking": "", "signature": ""}, "thinking_delta", "thinking"),
+    "tool_use": ({"input": {}}, "input_json_delta", "partial_json"),
+}
+
+
 def check_messages_stream(events):
     """The rules of Anthropic's wire; gives the content that the events add up to."""
     kinds = [event["type"] for event in events]
-    assert kinds[0] == "message_start" and kinds.count("message_start") == 1
-    assert kinds[-2:] == ["message_delta", "message_stop"] and kinds.count("message_delta") == 1
+    assert kinds[0] == "message_start"
+    assert kinds[-2:] == ["message_delta", "message_stop"]
     start = events[0]["message"]
-    assert start["content"] == [] and start["stop_reason"] is None and start["usage"]["input_tokens"] == 0
+    assert start["content"] == []
+    assert start["stop_reason"] is None
+    assert start["usage"]["input_tokens"] == 0
     content = []
-    is_open = False
-    for event in events[1:-2]:
-        if event["type"] == "content_block_start":
-            assert not is_open and event["index"] == len(content)
-            block = event["content_block"]
-            assert [value for key, value in block.items() if key in ("text", "thinking", "input")] in ([""], [{}])
-            content.append(dict(block, input="") if block["type"] == "tool_use" else block)
-            is_open = True
-            continue
-        assert is_open and event["index"] == len(content) - 1
-        if event["type"] == "content_block_stop":
-            is_open = False
-            continue
-        assert event["type"] == "content_block_delta"
-        kind, field = {"text": ("text_delta", "text"), "thinking": ("thinking_delta", "thinking"),
-                       "tool_use": ("input_json_delta", "partial_json")}[content[-1]["type"]]
-        assert event["delta"]["type"] == kind and event["delta"][field]
-        content[-1]["input" if field == "partial_json" else field] += event["delta"][field]
-    assert not is_open
+    rest = collections.deque(events[1:-2])
+    while rest:
+        content.append(check_block(rest, len(content)))
     return content
+
+
+def check_block(rest, index):
+    """Take the events of one block, first to last, off the rest of a stream; gives the block."""
+    first = rest.popleft()
+    assert first["type"] == "content_block_start"
+    assert first["index"] == index
+    block = first["content_block"]
+    empty, kind, field = BLOCKS[block["type"]]
+    assert {name: block[name] for name in empty} == empty
+    text = ""
+    for event in iter(rest.popleft, {"type": "content_block_stop", "index": index}):
+        assert (event["type"], event["index"]) == ("content_block_delta", index)
+        assert event["delta"]["type"] == kind
+        assert event["delta"][field] != ""
+        text += event["delta"][field]
+    return dict(block, **{"input" if block["type"] == "tool_use" else field: text})
 
 
 @pytest.mark.parametrize("at_once", [True, False])
@@ -4119,7 +4621,8 @@ def test_messages_streams_by_the_rules_what_the_json_answer_says(name, at_once):
         assert content == whole["content"]
 
 
-# To add a case, add a row: a name in ANSWERS, the types of its blocks, the reason for its end.
+# To add a case, add a row: a name in ANSWERS, the types of its blocks, the reason for
+# its end.
 MESSAGES_ENDS = [
     ("text", ["text"], "end_turn"),
     ("nothing", [], "max_tokens"),
@@ -4190,7 +4693,8 @@ def test_messages_beats_with_a_ping():
     assert front.heartbeat() == 'event: ping\ndata: {"type":"ping"}\n\n'
 
 
-# To add a case, add a row: status and code of an error, whether it can heal, Anthropic's status and type.
+# To add a case, add a row: status and code of an error, whether it can heal,
+# Anthropic's status and type.
 MESSAGES_ERRORS = [
     (400, "invalid_value", False, 400, "invalid_request_error"),
     (401, "invalid_api_key", False, 401, "authentication_error"),
@@ -4279,9 +4783,9 @@ def test_a_choice_among_tools():
     allowed = [{"type": "function", "name": "g"}, {"type": "web_search"}]
     choice = {"type": "allowed_tools", "mode": "required", "tools": allowed}
     _, request = read_responses(tools=tools, tool_choice=choice)
-    asked = front_to_zai(request)
-    assert [tool["function"]["name"] for tool in asked.body["tools"]] == ["g"]
-    assert "calling the tool g" in asked.body["messages"][0]["content"]
+    result = asked_by_front(request)
+    assert [tool["function"]["name"] for tool in result.body["tools"]] == ["g"]
+    assert "calling the tool g" in result.body["messages"][0]["content"]
 
 
 # To add a case, add a row: fields of a request, what x-ztoapi-changed says of them.
@@ -4294,7 +4798,7 @@ RESPONSES_CHANGES = [
     ({"tools": [{"type": "web_search", "external_web_access": False}, {"type": "local_shell"}]},
      {"web_search", "local_shell"}),
     ({"tools": [{"type": "function", "name": "f", "description": None, "strict": False}]}, set()),
-    ({"input": [front_user("a"), {"type": "web_search_call", "id": "ws_1"}, {"type": "invented"}]},
+    ({"input": [user("a"), {"type": "web_search_call", "id": "ws_1"}, {"type": "invented"}]},
      {"web_search_call", "invented"}),
 ]
 
@@ -4302,16 +4806,17 @@ RESPONSES_CHANGES = [
 @pytest.mark.parametrize("fields,expected", RESPONSES_CHANGES)
 def test_responses_drops_by_name_what_chat_does_not_have(fields, expected):
     front, request = read_responses(**fields)
-    asked = front_to_zai(request)
-    assert {*front.changed, *asked.changed} == expected
-    assert "invented" not in asked.body and not asked.body.get("tools", [{}])[0].get("external_web_access")
+    result = asked_by_front(request)
+    assert {*front.changed, *result.changed} == expected
+    assert "invented" not in result.body
+    assert not result.body.get("tools", [{}])[0].get("external_web_access")
 
 
 def message(role, *parts):
     return {"type": "message", "role": role, "content": list(parts)}
 
 
-def front_said(words):
+def output_message(words):
     return message("assistant", {"type": "output_text", "text": words, "annotations": []})
 
 
@@ -4319,7 +4824,7 @@ def thought(words, **more):
     return {"type": "reasoning", "id": "rs_1", "summary": [{"type": "summary_text", "text": words}], **more}
 
 
-def front_call(id, name="f", text="{}", **more):
+def function_call(id, name="f", text="{}", **more):
     return {"type": "function_call", "id": "fc_1", "call_id": id, "name": name, "arguments": text, **more}
 
 
@@ -4327,71 +4832,74 @@ def gave(id, content, kind="function_call_output"):
     return {"type": kind, "call_id": id, "output": content}
 
 
-INPUT_IMAGE = {"type": "input_image", "image_url": FRONT_PICTURE, "detail": "high"}
+INPUT_IMAGE = {"type": "input_image", "image_url": PNG_URL, "detail": "high"}
 ONE_CALL = assistant("", [("1", "f", "{}")])
 # To add a case, add a row: input items, what Z.ai gets. The model sees.
 INPUTS = [
-    ("a", [front_user("a")]),
-    ([front_user("a")], [front_user("a")]),
-    ([message("developer", {"type": "input_text", "text": "d"}), front_user("a")], [system("d"), front_user("a")]),
-    ([message("user", {"type": "input_text", "text": "a"}, INPUT_IMAGE)], [front_user([text("a"), image()])]),
+    ("a", [user("a")]),
+    ([user("a")], [user("a")]),
+    ([message("developer", {"type": "input_text", "text": "d"}), user("a")], [system("d"), user("a")]),
+    ([message("user", {"type": "input_text", "text": "a"}, INPUT_IMAGE)], [user([text("a"), image()])]),
     ([message("user", {"type": "input_file", "file_url": "http://x/y.pdf"}, {"type": "input_text", "text": "a"})],
-     [front_user([{"type": "file_url", "file_url": {"url": "http://x/y.pdf"}}, text("a")])]),
+     [user([{"type": "file_url", "file_url": {"url": "http://x/y.pdf"}}, text("a")])]),
     ([message("user", {"type": "input_file", "filename": "f.pdf", "file_data": "AA"})],
-     [front_user("[file left out: GLM-4.6V takes no such file]")]),
+     [user("[file left out: GLM-4.6V takes no such file]")]),
     # Codex's second turn.
-    ([front_user("a"), thought("T"), front_said("b"), front_call("1"), front_call("2"), gave("1", "one"), gave("2", "two")],
-     [front_user("a"), assistant("b", [("1", "f", "{}"), ("2", "f", "{}")], "T"), output("1", "one"), output("2", "two")]),
-    ([front_user("a"), thought("T", encrypted_content="ztoapi:whole T"), front_said("b"), front_user("c")],
-     [front_user("a"), assistant("b", thinking="whole T"), front_user("c")]),
-    ([front_user("a"), thought("T", encrypted_content="gAAAA"), front_said("b"), front_user("c")],
-     [front_user("a"), assistant("b", thinking="T"), front_user("c")]),
-    ([front_user("a"), thought("T", content=[{"type": "reasoning_text", "text": "U"}]), front_said("b"), front_user("c")],
-     [front_user("a"), assistant("b", thinking="U"), front_user("c")]),
-    ([front_user("a"), thought("T"), thought("U"), front_said("b"), front_said("c"), front_user("d")],
-     [front_user("a"), assistant("b\n\nc", thinking="T\n\nU"), front_user("d")]),
-    ([front_user("a"), thought("T"), front_user("b")], [front_user("a"), front_user("b")]),
+    ([user("a"), thought("T"), output_message("b"), function_call("1"), function_call("2"),
+      gave("1", "one"), gave("2", "two")],
+     [user("a"), assistant("b", [("1", "f", "{}"), ("2", "f", "{}")], "T"), output("1", "one"), output("2", "two")]),
+    ([user("a"), thought("T", encrypted_content="ztoapi:whole T"), output_message("b"), user("c")],
+     [user("a"), assistant("b", thinking="whole T"), user("c")]),
+    ([user("a"), thought("T", encrypted_content="gAAAA"), output_message("b"), user("c")],
+     [user("a"), assistant("b", thinking="T"), user("c")]),
+    ([user("a"), thought("T", content=[{"type": "reasoning_text", "text": "U"}]), output_message("b"), user("c")],
+     [user("a"), assistant("b", thinking="U"), user("c")]),
+    ([user("a"), thought("T"), thought("U"), output_message("b"), output_message("c"), user("d")],
+     [user("a"), assistant("b\n\nc", thinking="T\n\nU"), user("d")]),
+    ([user("a"), thought("T"), user("b")], [user("a"), user("b")]),
     # What comes between a call and its output waits.
-    ([front_user("a"), front_call("1"), message("developer", text("d")), gave("1", "one"), front_user("b")],
-     [front_user("a"), ONE_CALL, output("1", "one"), system("d"), front_user("b")]),
-    ([front_user("a"), front_call("1"), front_call("2"), gave("2", "two"), front_user("b"), gave("1", "one")],
-     [front_user("a"), assistant("", [("1", "f", "{}"), ("2", "f", "{}")]), output("1", "one"), output("2", "two"),
-      front_user("b")]),
-    ([front_user("a"), front_call("1"), gave("1", "one"), front_call("2"), gave("2", "two")],
-     [front_user("a"), ONE_CALL, output("1", "one"), assistant("", [("2", "f", "{}")]), output("2", "two")]),
-    ([front_user("a"), front_call("1"), front_user("b")], [front_user("a"), ONE_CALL, output("1", "(no output)"), front_user("b")]),
-    ([front_user("a"), gave("1", "one")], [front_user("a"), front_user("Output of the tool call 1:\none")]),
-    ([front_user("a"), front_call("1"), gave("1", [{"type": "input_text", "text": "x"}, {"type": "input_text", "text": "y"}])],
-     [front_user("a"), ONE_CALL, output("1", "x\ny")]),
-    ([front_user("a"), front_call("1"), gave("1", [INPUT_IMAGE])],
-     [front_user("a"), ONE_CALL, output("1", "(an image)"), front_user([text("From the tool results:"), image()])]),
-    ([front_user("a"), front_call("1", "g", namespace="mcp__tiny"), gave("1", "one")],
-     [front_user("a"), assistant("", [("1", "mcp__tiny__g", "{}")]), output("1", "one")]),
-    ([front_user("a"), front_call("1", namespace="functions"), gave("1", "one")], [front_user("a"), ONE_CALL, output("1", "one")]),
-    ([front_user("a"), {"type": "custom_tool_call", "call_id": "1", "name": "f", "input": "x"},
+    ([user("a"), function_call("1"), message("developer", text("d")), gave("1", "one"), user("b")],
+     [user("a"), ONE_CALL, output("1", "one"), system("d"), user("b")]),
+    ([user("a"), function_call("1"), function_call("2"), gave("2", "two"), user("b"), gave("1", "one")],
+     [user("a"), assistant("", [("1", "f", "{}"), ("2", "f", "{}")]), output("1", "one"), output("2", "two"),
+      user("b")]),
+    ([user("a"), function_call("1"), gave("1", "one"), function_call("2"), gave("2", "two")],
+     [user("a"), ONE_CALL, output("1", "one"), assistant("", [("2", "f", "{}")]), output("2", "two")]),
+    ([user("a"), function_call("1"), user("b")], [user("a"), ONE_CALL, output("1", "(no output)"), user("b")]),
+    ([user("a"), gave("1", "one")], [user("a"), user("Output of the tool call 1:\none")]),
+    ([user("a"), function_call("1"),
+      gave("1", [{"type": "input_text", "text": "x"}, {"type": "input_text", "text": "y"}])],
+     [user("a"), ONE_CALL, output("1", "x\ny")]),
+    ([user("a"), function_call("1"), gave("1", [INPUT_IMAGE])],
+     [user("a"), ONE_CALL, output("1", "(an image)"), user([text("From the tool results:"), image()])]),
+    ([user("a"), function_call("1", "g", namespace="mcp__tiny"), gave("1", "one")],
+     [user("a"), assistant("", [("1", "mcp__tiny__g", "{}")]), output("1", "one")]),
+    ([user("a"), function_call("1", namespace="functions"), gave("1", "one")],
+     [user("a"), ONE_CALL, output("1", "one")]),
+    ([user("a"), {"type": "custom_tool_call", "call_id": "1", "name": "f", "input": "x"},
       gave("1", "one", "custom_tool_call_output")],
-     [front_user("a"), assistant("", [("1", "f", '{"input":"x"}')]), output("1", "one")]),
-    ([front_user("a"), message("assistant", {"type": "refusal", "refusal": "No."}), front_user("b")],
-     [front_user("a"), assistant("No."), front_user("b")]),
-    ([{"type": "compaction", "encrypted_content": "So far."}, front_user("a")], [front_user("So far."), front_user("a")]),
-    ([{"type": "item_reference", "id": "rs_unknown"}, front_user("a")], [front_user("a")]),
+     [user("a"), assistant("", [("1", "f", '{"input":"x"}')]), output("1", "one")]),
+    ([user("a"), message("assistant", {"type": "refusal", "refusal": "No."}), user("b")],
+     [user("a"), assistant("No."), user("b")]),
+    ([{"type": "compaction", "encrypted_content": "So far."}, user("a")], [user("So far."), user("a")]),
+    ([{"type": "item_reference", "id": "rs_unknown"}, user("a")], [user("a")]),
 ]
 
 
 @pytest.mark.parametrize("items,expected", INPUTS)
 def test_the_input_of_responses_becomes_a_conversation_of_chat(items, expected):
     _, request = read_responses(input=items)
-    assert front_to_zai(request).body["messages"] == expected
+    assert asked_by_front(request).body["messages"] == expected
     _, request = read_responses(input=items, instructions="Be brief.")
-    assert front_to_zai(request).body["messages"] == [system("Be brief."), *expected]
+    assert asked_by_front(request).body["messages"] == [system("Be brief."), *expected]
 
 
 def test_a_picture_in_an_output_never_ends_a_conversation():
-    front, request = read_responses(model="glm-4.6", input=[front_user("a"), front_call("1"), gave("1", [INPUT_IMAGE])])
-    assert front_to_zai(request).body["messages"][-1] == output("1", "[image left out: GLM-4.6 takes text only]")
+    front, request = read_responses(model="glm-4.6", input=[user("a"), function_call("1"), gave("1", [INPUT_IMAGE])])
+    assert asked_by_front(request).body["messages"][-1] == output("1", "[image left out: GLM-4.6 takes text only]")
     assert "image" in front.changed
     _, request = read_responses(model="glm-4.6", input=[message("user", INPUT_IMAGE)])
-    assert front_to_zai(request).body["messages"] == [front_user("[image left out: GLM-4.6 takes text only]")]
+    assert asked_by_front(request).body["messages"] == [user("[image left out: GLM-4.6 takes text only]")]
 
 
 def test_tools_of_responses_are_functions():
@@ -4400,11 +4908,13 @@ def test_tools_of_responses_are_functions():
     tools = [*ANY_TOOLS, {"type": "custom", "name": "exec", "description": "Runs.", "format": grammar},
              {"type": "namespace", "name": "functions", "tools": [{"type": "function", "name": "h"}]},
              {"type": "function", "name": "a.b"}, {"type": "function", "name": "x" * 80}]
-    _, request = read_responses(tools=tools, input=[more, front_user("a")])
-    functions = [tool["function"] for tool in front_to_zai(request).body["tools"]]
+    _, request = read_responses(tools=tools, input=[more, user("a")])
+    functions = [tool["function"] for tool in asked_by_front(request).body["tools"]]
     names = [function["name"] for function in functions]
-    assert names[:5] == ["f", "patch", "mcp__tiny__g", "exec", "h"] and names[-1] == "late"
-    assert re.fullmatch("a_b_[0-9a-f]{8}", names[5]) and re.fullmatch("x{55}_[0-9a-f]{8}", names[6])
+    assert names[:5] == ["f", "patch", "mcp__tiny__g", "exec", "h"]
+    assert names[-1] == "late"
+    assert re.fullmatch("a_b_[0-9a-f]{8}", names[5])
+    assert re.fullmatch("x{55}_[0-9a-f]{8}", names[6])
     assert functions[3]["description"] == "Runs.\nlark\nstart: x"
     assert functions[3]["parameters"]["required"] == ["input"]
 
@@ -4426,7 +4936,8 @@ def test_a_called_tool_has_the_name_that_the_client_gave_it(name, expected):
     assert {key: item.get(key) for key in ("type", "name", "namespace")} == {"namespace": None, **expected}
 
 
-# To add a case, add a row: the arguments that Z.ai sends, the text that the custom tool gets.
+# To add a case, add a row: the arguments that Z.ai sends, the text that the custom tool
+# gets.
 CUSTOM_INPUTS = [
     ('{"input":"x"}', "x"), ('{"patch":"x"}', "x"), ('{"input":"x","other":"y"}', "x"), ('"x"', "x"), ("x y", "x y"),
     ('{"a":"x","b":"y"}', '{"a":"x","b":"y"}'), ("{}", "{}"), ('{"input":', '{"input":'), ("[1]", "[1]"),
@@ -4441,15 +4952,16 @@ def test_a_custom_tool_gets_its_text(words, expected):
                     "name": "patch", "input": expected}
 
 
-# To add a case, add a row: fields of a request that Responses refuses, the parameter it names.
+# To add a case, add a row: fields of a request that Responses refuses, the parameter it
+# names.
 BAD_RESPONSES = [
     ({"previous_response_id": "resp_1"}, "previous_response_id"), ({"conversation": "conv_1"}, "conversation"),
     ({"prompt": {"id": "p"}}, "prompt"), ({"background": True}, "background"), ({"input": None}, "input"),
     ({"input": 5}, "input"), ({"input": [5]}, "input"), ({"input": [{"type": 5}]}, "input.type"),
     ({"input": [{"role": "user"}]}, "content"), ({"input": [{"content": "a"}]}, "input.role"),
-    ({"input": [{"role": "user", "content": [5]}]}, "content"), ({"input": [front_call(5)]}, "input.call_id"),
-    ({"input": [front_call([])]}, "input.call_id"), ({"input": [front_call("1", 5)]}, "tools.name"),
-    ({"input": [front_call("1", namespace=5)]}, "tools.namespace"),
+    ({"input": [{"role": "user", "content": [5]}]}, "content"), ({"input": [function_call(5)]}, "input.call_id"),
+    ({"input": [function_call([])]}, "input.call_id"), ({"input": [function_call("1", 5)]}, "tools.name"),
+    ({"input": [function_call("1", namespace=5)]}, "tools.namespace"),
     ({"input": [gave([], "a")]}, "input.call_id"), ({"input": [gave("1", {})]}, "content"),
     ({"input": [{"type": "item_reference"}]}, "input.id"), ({"input": [thought(5, content=5)]}, "content"),
     ({"input": [{"type": "compaction_trigger"}]}, "input"), ({"input": [{"type": "compaction"}]}, "content"),
@@ -4472,10 +4984,11 @@ BAD_RESPONSES = [
 @pytest.mark.parametrize("fields,param", BAD_RESPONSES)
 def test_responses_refuses_what_cannot_be(fields, param):
     with pytest.raises(RequestError) as caught:
-        front_to_zai(read_responses(**fields)[1])
+        asked_by_front(read_responses(**fields)[1])
     error = ztoapi.Responses.error(caught.value)["error"]
     assert ztoapi.Responses.status(caught.value) == 400
-    assert param in (None, error["param"]) and not str(error["param"]).startswith("messages")
+    assert param in (None, error["param"])
+    assert not str(error["param"]).startswith("messages")
 
 
 def test_vs_code_sends_everything_at_exactly_this_code():
@@ -4490,7 +5003,8 @@ def read_user_of_tools():
     return read_responses(tools=ANY_TOOLS, include=["reasoning.encrypted_content"])
 
 
-# The events between an item's first and last, of which the middle one comes any number of times.
+# The events between an item's first and last, of which the middle one comes any number
+# of times.
 LIVES = {
     "reasoning": ("reasoning_summary_part.added", "reasoning_summary_text.delta", "reasoning_summary_text.done",
                   "reasoning_summary_part.done"),
@@ -4516,10 +5030,13 @@ def check_item(events, index):
     """The rules for the events of one item, first to last; gives the item."""
     first, last = events[0], events[-1]
     item = last["item"]
-    assert first["type"] == "response.output_item.added" and last["type"] == "response.output_item.done"
+    assert first["type"] == "response.output_item.added"
+    assert last["type"] == "response.output_item.done"
     assert all(event["output_index"] == index for event in events)
-    assert item["id"] == ANY_ID(ID_PREFIXES[item["type"]]) and first["item"]["id"] == item["id"]
-    assert first["item"]["status"] == "in_progress" and item["status"] in ("completed", "incomplete")
+    assert item["id"] == ANY_ID(ID_PREFIXES[item["type"]])
+    assert first["item"]["id"] == item["id"]
+    assert first["item"]["status"] == "in_progress"
+    assert item["status"] in ("completed", "incomplete")
     fields = ("summary", "content", "arguments", "input")
     assert [first["item"][field] for field in fields if field in first["item"]] in ([[]], [""])
     inner = events[1:-1]
@@ -4529,11 +5046,14 @@ def check_item(events, index):
     pieces = [event for event, kind in zip(inner, kinds) if kind == delta]
     assert kinds == [kind for kind in (begin, *[delta] * len(pieces), done, end) if kind]
     field, words = whole_text(item)
-    assert "".join(event["delta"] for event in pieces) == words == inner[kinds.index(done)][field]
+    assert "".join(event["delta"] for event in pieces) == words
+    assert inner[kinds.index(done)][field] == words
     if begin:
         place = "summary_index" if item["type"] == "reasoning" else "content_index"
         assert all(event[place] == 0 for event in inner)
-        assert inner[0]["part"]["text"] == "" and inner[-1]["part"] == (item.get("summary") or item["content"])[0]
+        assert inner[0]["part"]["text"] == ""
+        parts = item.get("summary") or item["content"]
+        assert inner[-1]["part"] == parts[0]
     if item["type"] == "message":
         assert all(event["logprobs"] == [] for event in inner if "text" in event or "delta" in event)
     if item["type"] == "function_call":
@@ -4546,7 +5066,8 @@ def check_responses_stream(events):
     assert [event["sequence_number"] for event in events] == list(range(len(events)))
     assert [event["type"] for event in events[:2]] == ["response.created", "response.in_progress"]
     for event in events[:2]:
-        assert event["response"]["output"] == [] and event["response"]["status"] == "in_progress"
+        assert event["response"]["output"] == []
+        assert event["response"]["status"] == "in_progress"
     items = []
     started = None
     for place, event in enumerate(events[2:-1], 2):
@@ -4560,7 +5081,9 @@ def check_responses_stream(events):
     assert started is None
     response = events[-1]["response"]
     assert events[-1]["type"] == "response." + response["status"]
-    assert response["output"] == items and response["id"] == events[0]["response"]["id"] == ANY_ID("resp_")
+    assert response["output"] == items
+    assert response["id"] == ANY_ID("resp_")
+    assert events[0]["response"]["id"] == response["id"]
     return response
 
 
@@ -4581,7 +5104,8 @@ def test_responses_streams_by_the_rules_what_the_json_answer_says(name, at_once)
         assert without_ids(whole) == without_ids(response)
 
 
-# To add a case, add a row: a name in ANSWERS, the types of its items, status, the reason for being incomplete.
+# To add a case, add a row: a name in ANSWERS, the types of its items, status, the
+# reason for being incomplete.
 RESPONSES_ENDS = [
     ("text", ["message"], "completed", None),
     ("nothing", [], "incomplete", "max_output_tokens"),
@@ -4601,10 +5125,13 @@ RESPONSES_ENDS = [
 def test_responses_has_an_item_for_each_thing_said(name, kinds, status, reason):
     whole = folded(read_user_of_tools, ANSWERS[name])
     assert [item["type"] for item in whole["output"]] == kinds
-    assert whole["status"] == status and whole["error"] is None
+    assert whole["status"] == status
+    assert whole["error"] is None
     assert whole["incomplete_details"] == (reason and {"reason": reason})
     # Only what was open at the end is incomplete.
-    assert [item["status"] for item in whole["output"]] == (["completed"] * (len(kinds) - 1) + [status])[:len(kinds)]
+    statuses = [item["status"] for item in whole["output"]]
+    assert statuses[:-1] == ["completed"] * (len(statuses) - 1 if statuses else 0)
+    assert statuses[-1:] == [status] * bool(statuses)
 
 
 def test_a_json_answer_of_responses():
@@ -4644,11 +5171,10 @@ def test_thinking_is_kept_by_the_client_only_if_it_asks():
 def test_responses_beats_without_harm():
     front, _ = read_user_of_tools()
     beats = [front.opening(), front.heartbeat()]
-    for steps in ([Step("thinking", "A")], [Step("text", "B")], [called(0, "call_0", "f", "{")], [arguments(0, "}")],
-                  [called(1, "call_1", "patch", "{")], [arguments(1, "}"), finish("tool_calls")]):
-        beats.append(front.tell(steps))
-        if steps[-1].kind != "finish":
-            beats.append(front.heartbeat())
+    calls = [called(0, "call_0", "f", "{"), arguments(0, "}"), called(1, "call_1", "patch", "{")]
+    for step in (Step("thinking", "A"), Step("text", "B"), *calls):
+        beats += [front.tell([step]), front.heartbeat()]
+    beats.append(front.tell([arguments(1, "}"), finish("tool_calls")]))
     events = events_of("".join(beats))
     assert events[2]["type"] == "response.in_progress"
     numbers = [event["sequence_number"] for event in events]
@@ -4663,7 +5189,8 @@ def test_responses_beats_without_harm():
                      "response.custom_tool_call_input.delta"]
 
 
-# To add a case, add a row: status, code, whether it can heal; the status before a stream, the code in one.
+# To add a case, add a row: status, code, whether it can heal; the status before a
+# stream, the code in one.
 RESPONSES_ERRORS = [
     (400, "invalid_value", False, 400, "invalid_prompt"),
     (401, "invalid_api_key", False, 401, "invalid_prompt"),
@@ -4693,13 +5220,16 @@ def test_an_error_of_responses(status, code, retryable, told_status, told_code):
     events = events_of(begin + front.failure(error))
     assert [event["sequence_number"] for event in events] == list(range(len(events)))
     flat, failed = events[-2:]
-    assert flat["type"] == "error" and flat["error"] == inner
+    assert flat["type"] == "error"
+    assert flat["error"] == inner
     assert (flat["code"], flat["message"], flat["param"]) == (code, "No.", None)
-    assert failed["type"] == "response.failed" and failed["response"]["status"] == "failed"
+    assert failed["type"] == "response.failed"
+    assert failed["response"]["status"] == "failed"
     assert failed["response"]["error"] == {"code": told_code, "message": "No. Please try again in 7s."}
     # What was whole, and no more.
     assert [item["type"] for item in failed["response"]["output"]] == ["reasoning"]
-    assert not ztoapi.Responses.cuts_failures and not ztoapi.Messages.cuts_failures
+    assert not ztoapi.Responses.cuts_failures
+    assert not ztoapi.Messages.cuts_failures
 
 
 # Responses, the memory
@@ -4707,11 +5237,11 @@ def test_an_error_of_responses(status, code, retryable, told_status, told_code):
 def test_the_ai_sdk_refers_to_items_of_an_answer():
     memory = ztoapi.Memory()
     answer = folded(lambda: read_responses(by=caller(memory=memory)), ANSWERS["two calls"])["output"]
-    items = [front_user("a"), *({"type": "item_reference", "id": item["id"]} for item in answer),
+    items = [user("a"), *({"type": "item_reference", "id": item["id"]} for item in answer),
              gave("call_0", "one"), gave("call_1", "two")]
     _, request = read_responses(by=caller(memory=memory), input=items)
-    assert front_to_zai(request).body["messages"] == [
-        front_user("a"), assistant("B", [("call_0", "f", '{"a":1}'), ("call_1", "f", "{}")], "A"),
+    assert asked_by_front(request).body["messages"] == [
+        user("a"), assistant("B", [("call_0", "f", '{"a":1}'), ("call_1", "f", "{}")], "A"),
         output("call_0", "one"), output("call_1", "two")]
     # The id is no secret, so the key counts.
     with pytest.raises(RequestError) as caught:
@@ -4728,736 +5258,12 @@ def test_store_false_fills_no_memory():
     assert len(memory.values) == 4
 
 
-# The road to Z.ai #####################################################################################################
+# Gates ################################################################################
 #
-# Queue, retries, connections, leaving, heartbeats, TLS, proxies: through real sockets wherever bytes matter, and by a
-# clock that passes only while somebody waits wherever time does.
+# By a clock that passes only while somebody waits. What must be seen at Z.ai goes
+# through real sockets.
 
-both = pytest.mark.parametrize("streamed", (True, False), ids=("stream", "json"))
-WELL = (200, "Hello", None, True)  # what ask() gives for HEALTHY
-LIMITED = {"error": {"code": "1302", "message": "Rate limit reached for requests"}}
-NETWORK = {"error": {"code": "1234", "message": "Network error"}}
-ROAD_KEYS = tuple(f"{i}123456789abcdef.SecretSecret{i}" for i in (1, 2, 3))
-
-
-def sse(value):
-    return b"data: " + json.dumps(value).encode() + b"\n\n"
-
-
-def error_sse(code):
-    return sse({"error": {"code": code, "message": "no"}})
-
-
-def raw_head(*lines):
-    return "\r\n".join(["HTTP/1.1 200 OK", "Content-Type: text/event-stream", *lines, "", ""]).encode()
-
-
-def footprint(proxy):
-    """Threads, and open descriptors where the system tells; idle connections to Z.ai are closed here."""
-    proxy.server.upstream.pool.expire(float("inf"))
-    use = set(threading.enumerate())
-    for number in os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else ():
-        with contextlib.suppress(OSError):
-            use.add((number, os.readlink(f"/proc/self/fd/{number}")))
-    return use
-
-
-@contextlib.contextmanager
-def road(zai=None, **environ):
-    """A proxy that must not leak slots, descriptors or threads. Chance is out of it: retries wait no time, refused
-    requests the shortest."""
-    with proxying(zai, **environ) as proxy:
-        proxy.server.SETTLE_S = 0
-        upstream = proxy.server.upstream
-        upstream.rand = upstream.gates.rand = lambda: 0.0
-        before = footprint(proxy)
-        yield proxy
-        proxy.idle()
-        assert eventually(lambda: footprint(proxy) <= before), footprint(proxy) - before
-
-
-@pytest.fixture
-def brisk(monkeypatch):
-    """The pump looks often, for tests of the times it keeps."""
-    monkeypatch.setattr(ztoapi, "TICK_S", 0.02)
-
-
-def ask(proxy, streamed, headers=(), **fields):
-    """(status, text, error or None, whether it ended as it should) of a chat, either way."""
-    if not streamed:
-        status, _, body = proxy.chat(headers, **fields)
-        error = body.get("error")
-        text = "" if error else body["choices"][0]["message"]["content"]
-        return status, text, error, error is None
-    status, _, events, clean = proxy.stream(headers, **fields)
-    error = next((event["error"] for event in events if "error" in event), None)
-    whole = clean and not error
-    assert ("[DONE]" in events[-1:]) == whole, events
-    return status, said(events), error, whole and finish_of(events) != []
-
-
-def failed_stream(proxy, **fields):
-    """The events of a stream that began and failed, once all is checked that holds for each."""
-    status, _, events, clean = proxy.stream(**fields)
-    assert status == 200
-    assert not clean
-    assert "[DONE]" not in events
-    assert finish_of(events) == []
-    assert list(events[-1]) == ["error"]
-    assert isinstance(events[-1]["error"]["code"], str)
-    assert [event for event in events[:-1] if "error" in event] == []
-    return events
-
-
-def is_beat(event):
-    """Whether an event is a heartbeat: an empty delta that ends nothing."""
-    return [(choice["delta"], choice["finish_reason"]) for choice in choices_of([event])] == [({}, None)]
-
-
-def together(*calls):
-    """Run the calls in threads of their own; their results, in order."""
-    results = [None] * len(calls)
-
-    def run(i):
-        results[i] = calls[i]()
-    threads = [threading.Thread(target=run, args=(i,), daemon=True) for i in range(len(calls))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-    return results
-
-
-def figures(proxy):
-    """What the metrics count: (retries, failed, cancelled)."""
-    proxy.idle()
-    metrics = proxy.server.metrics
-    stats = metrics.stats([], {}, False)
-    return metrics.retries, stats["failed"], stats["cancelled"]
-
-
-def queued(proxy):
-    return sum(proxy.server.upstream.gates.state()[1].values())
-
-
-def slots(proxy):
-    """How many requests the gates think are in flight."""
-    return sum(gate[3] for gate in proxy.server.upstream.gates.state()[0])
-
-
-def keys_at(zai):
-    """The keys that arrived at Z.ai, in order."""
-    return [request["headers"]["Authorization"].split()[1] for request in zai.requests]
-
-
-def shut_down(sock):
-    with contextlib.suppress(OSError):
-        sock.shutdown(socket.SHUT_RDWR)
-
-
-# Faults: each heals if it comes before the first delta, and ends the answer if it comes later
-
-# To add a case, add a row: a fault -> what Z.ai does.
-EARLY = {
-    "reset before the head": [RESET],
-    "closed before the head": [CLOSE],
-    "garbage for a head": [b"SSH-2.0-OpenSSH_9.2\r\n\r\n", CLOSE],
-    "a head without an end": [b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 12000, 30],
-    "cut in its head": [HEAD[:60], CLOSE],
-    "reset behind the head": [HEAD, 0.02, RESET],
-    "closed behind the head": [HEAD, CLOSE],
-    "reset in an event": [HEAD, chunked(say("Hel")[:40]), 0.02, RESET],
-    "broken chunk size": [HEAD, b"zz\r\n", CLOSE],
-    "cut behind an empty delta": stream(event({"role": "assistant", "content": ""}), CLOSE, end=False),
-    "empty 200": stream(),
-    "end mark alone": stream(DONE),
-    "garbage to the end": stream(b"data: oops\n\n", b"\x00\xff\xfe"),
-    "an error as first event": stream(sse(NETWORK), DONE),
-    "an error as JSON in a 200": answer(200, NETWORK),
-    "network_error": stream(event(finish="network_error"), DONE),
-    "HTML 502": answer(502, b"<html><h1>502 Bad Gateway</h1></html>"),
-    "503 without a word": answer(503, b""),
-    "1120": refusal(429, "1120"),
-    "1234": refusal(500, "1234"),
-    "1234 as 400": refusal(400, "1234"),
-    "an unknown code": refusal(500, "9999"),
-}
-
-# To add a case, add a row: a fault -> what Z.ai does behind the first delta.
-LATE = {
-    "reset": [0.02, RESET],
-    "clean end between chunks": [CLOSE],
-    "clean end of the body without a finish": [END],
-    "end mark without a finish": [chunked(DONE), END],
-    "reset in an event": [chunked(say("lo")[:40]), 0.02, RESET],
-    "reset in a chunk": [b"ff\r\ndata: {", 0.02, RESET],
-    "broken chunk size": [0.02, b"zz\r\n", CLOSE],
-    "an error as an event": [chunked(sse(NETWORK)), chunked(DONE), END],
-    "1302 as an event": [chunked(sse(LIMITED)), END],
-    "network_error": [chunked(event(finish="network_error")), chunked(DONE), END],
-    "garbage to the end": [chunked(b"data: oops\n\n"), END],
-}
-
-
-@pytest.mark.parametrize("fault", EARLY)
-def test_a_fault_before_the_first_delta_is_tried_again_unseen(zai, fault):
-    with road(zai, MAX_RETRIES="2") as proxy:
-        for streamed in (True, False):
-            zai.scripts.extend([EARLY[fault], EARLY[fault]])
-            assert ask(proxy, streamed) == WELL
-            proxy.idle()
-            proxy.server.upstream.pool.expire(float("inf"))  # a dead pooled connection would be no retry
-        assert len(zai.requests) == 6
-        assert figures(proxy) == (4, 0, 0)
-
-
-@pytest.mark.parametrize("fault", EARLY)
-def test_a_fault_that_does_not_heal_is_an_error_after_max_retries(zai, fault):
-    zai.default = EARLY[fault]
-    with road(zai, MAX_RETRIES="1") as proxy:
-        for streamed in (True, False):
-            status, text, error, _ = ask(proxy, streamed)
-            assert status == (503 if fault == "1120" else 502)
-            assert text == ""
-            assert error["type"] in ("upstream_error", "server_error")
-        assert len(zai.requests) == 4
-        assert figures(proxy) == (2, 2, 0)
-
-
-# Each fault behind text; behind thinking and behind a call some of them.
-LATE_CASES = [("text", fault) for fault in LATE]
-LATE_CASES += itertools.product(("thinking", "call"), ("reset", "network_error", "1302 as an event"))
-FIRST_DELTAS = {"text": say("Hel"), "thinking": think("Hel"), "call": call()}
-
-
-@pytest.mark.parametrize("first,fault", LATE_CASES)
-def test_nothing_is_tried_again_after_the_first_delta(zai, first, fault):
-    zai.default = [HEAD, chunked(FIRST_DELTAS[first]), *LATE[fault]]
-    with road(zai) as proxy:
-        events = failed_stream(proxy)
-        shown = said(events) + said(events, "reasoning_content")
-        assert shown == ("" if first == "call" else "Hel")
-        assert any("tool_calls" in choice["delta"] for choice in choices_of(events)) == (first == "call")
-        status, _, error, _ = ask(proxy, False)
-        assert status == (429 if "1302" in fault else 502)
-        assert error["message"]
-        assert len(zai.requests) == 2
-        assert figures(proxy)[0] == 0
-
-
-@pytest.mark.parametrize("fault", ("reset", "clean end of the body without a finish", "network_error"))
-@both
-def test_hidden_thinking_is_not_paid_for_twice(zai, fault, streamed):
-    zai.default = [HEAD, chunked(think("Hm")), *LATE[fault]]
-    with road(zai, REASONING_FORMAT="hidden") as proxy:
-        status, text, error, _ = ask(proxy, streamed)
-        assert text == ""
-        assert error["code"] == "upstream_error"
-        assert len(zai.requests) == 1
-
-
-# A frame cut short, with the first frame of a new answer inside.
-TORN = b'data: {"id":"2026data: {"id":"2027","created":1,"choices":[{"index":0,"delta":{"role":"assistant"}}]}\n\n'
-
-
-def test_thinking_that_was_void_is_not_paid_for_twice(zai):
-    """Z.ai starts its answer afresh, which takes the thinking back, and then ends it."""
-    zai.default = stream(think("Hm"), TORN, 0.02, CLOSE, end=False)
-    with road(zai) as proxy:
-        failed_stream(proxy)
-        assert ask(proxy, False)[0] == 502
-        assert len(zai.requests) == 2
-
-
-@both
-def test_starting_afresh_before_anything_came_is_no_beginning(zai, streamed):
-    zai.scripts.append(stream(TORN, 0.02, CLOSE, end=False))
-    with road(zai) as proxy:
-        assert ask(proxy, streamed) == WELL
-        assert [request["body"]["model"] for request in zai.requests] == ["glm-4.6", "glm-4.6"]
-
-
-@pytest.mark.parametrize("fault", ("an error as an event", "reset", "network_error"))
-def test_who_loses_an_error_over_a_cut_gets_the_closing_chunk_behind_it(zai, fault):
-    zai.default = [HEAD, chunked(say("Hel")), *LATE[fault]]
-    with road(zai) as proxy:
-        for line, closed in (("Origin: https://app.example", True), ("User-Agent: ai/6.0 ai-sdk/openai/3.0", True),
-                             ("User-Agent: OpenAI/Python 3.57", False)):
-            _, _, events, clean = proxy.stream([line])
-            assert list(events[-1]) == ["error"]
-            assert finish_of(events) == []
-            assert clean == closed
-
-
-HOPELESS = ("1100 1110 1111 1112 1113 1121 1210 1211 1212 1213 1214 1215 1220 1221 1222 1231 1261 1300 1301 1304 1308"
-            " 1309 1310 1311 1313 1314 1321 401 1000 1001 1002 1003 1004 1005 1315").split()
-
-
-def test_codes_that_cannot_heal_are_never_tried_again(zai):
-    with road(zai) as proxy:
-        for code in HOPELESS:
-            for script in (refusal(429, code), stream(error_sse(code))):
-                zai.scripts.append(script)
-                assert ask(proxy, True)[0] >= 400
-        assert len(zai.requests) == 2 * len(HOPELESS)
-        assert figures(proxy)[0] == 0
-
-
-def test_a_wrong_path_is_never_tried_again_and_names_the_base_url(zai):
-    zai.default = answer(404, b"<html>404</html>")
-    with road(zai) as proxy:
-        status, _, error, _ = ask(proxy, True)
-        assert status == 502
-        assert "ZAI_BASE_URL" in error["message"]
-        assert len(zai.requests) == 1
-
-
-@pytest.mark.parametrize("status", (301, 307))
-def test_redirects_are_not_followed(zai, status):
-    elsewhere = FakeZai()
-    zai.default = answer(status, b"", f"Location: {elsewhere.url}/chat/completions")
-    with road(zai) as proxy:
-        assert ask(proxy, True)[0] == 502
-        assert len(zai.requests) == 1
-        assert elsewhere.connections == 0
-    elsewhere.close()
-
-
-@both
-def test_bytes_that_come_one_at_a_time_are_an_answer_like_any_other(zai, streamed):
-    whole = b"".join(stream(*HEALTHY))
-    zai.default = [whole[i:i + 1] for i in range(len(whole))]
-    with road(zai) as proxy:
-        for _ in range(2):
-            assert ask(proxy, streamed) == WELL
-            proxy.idle()
-        assert zai.connections == 1
-
-
-@both
-def test_a_body_without_a_length_ends_with_its_connection(zai, streamed):
-    zai.default = [raw_head("Connection: close"), *HEALTHY, CLOSE]
-    with road(zai) as proxy:
-        assert ask(proxy, streamed) == WELL
-
-
-@pytest.mark.parametrize("end", ([CLOSE], [0.02, RESET]), ids=("end", "reset"))
-@both
-def test_a_cut_behind_the_finish_is_no_failure(zai, end, streamed):
-    zai.default = [HEAD, chunked(say("Hello")), chunked(event(finish="stop")), *end]
-    with road(zai) as proxy:
-        assert ask(proxy, streamed) == WELL
-        assert len(zai.requests) == 1
-
-
-def test_an_answer_that_comes_before_all_was_sent_is_read():
-    """A front end that refuses a large body closes without reading it."""
-    refusing = b"".join(answer(413, {"error": {"code": "1210", "message": "too long for me"}}))
-
-    def refuse():
-        with listener.accept()[0] as sock:
-            sock.recv(1024)
-            sock.sendall(refusing)
-            sock.shutdown(socket.SHUT_WR)
-            time.sleep(0.05)
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        threading.Thread(target=refuse, daemon=True).start()
-        with road(ZAI_BASE_URL=f"http://127.0.0.1:{listener.getsockname()[1]}/api") as proxy:
-            message = {"role": "user", "content": "x" * (8 << 20)}
-            _, _, error, _ = ask(proxy, True, messages=[message])
-            assert "too long for me" in error["message"]
-            assert figures(proxy)[0] == 0
-
-
-def test_a_request_that_zai_does_not_take_is_tried_once_more():
-    with socket.create_server(("127.0.0.1", 0)) as deaf:
-        url = f"http://127.0.0.1:{deaf.getsockname()[1]}/api"
-        with road(ZAI_BASE_URL=url, UPSTREAM_TIMEOUT="0.1", MAX_RETRIES="5") as proxy:
-            message = {"role": "user", "content": "x" * (16 << 20)}
-            status, _, error, _ = ask(proxy, True, messages=[message])
-            assert status == 502
-            assert "took no data for 0.1 s" in error["message"]
-            assert figures(proxy) == (1, 1, 0)
-
-
-def test_a_bug_in_a_front_ends_one_answer_only(zai, monkeypatch, caplog):
-    tell = ztoapi.Chat.tell
-
-    def buggy(front, steps):
-        if front.model == "buggy":
-            raise ZeroDivisionError
-        return tell(front, steps)
-    monkeypatch.setattr(ztoapi.Chat, "tell", buggy)
-    zai.default = stream(say("Hel"), 0.1, say("lo"), FINISH, DONE)
-    with road(zai) as proxy, proxy.open_stream() as running:
-        assert eventually(lambda: zai.in_flight == 1)
-        status, _, error, _ = ask(proxy, True, model="buggy")
-        assert (status, error["code"]) == (500, "internal_error")
-        assert said(read_stream(running)[2]) == "Hello"
-        assert ask(proxy, True) == WELL
-    assert "this is a bug" in caplog.text
-
-
-def test_a_bug_in_a_chore_does_not_end_the_pump(zai, brisk, caplog):
-    def buggy(now):
-        proxy.server.pump.chores.remove(buggy)
-        raise ZeroDivisionError
-    with road(zai) as proxy:
-        proxy.server.pump.chores.append(buggy)
-        assert eventually(lambda: "The pump failed" in caplog.text)
-        assert ask(proxy, True) == WELL
-
-
-def test_two_hundred_streams_at_once_are_relayed_whole(zai):
-    def script(request):
-        word = request["body"]["messages"][0]["content"]
-        pieces = [step for i in range(10) for step in (say(f"{word}.{i} "), 0.02)]
-        return stream(*pieces, FINISH, DONE)
-    zai.default = script
-    with road(zai) as proxy, contextlib.ExitStack() as closing:
-        socks = []
-        for i in range(200):
-            messages = [{"role": "user", "content": f"n{i}"}]
-            socks.append(closing.enter_context(proxy.open_stream(messages=messages)))
-        for i, sock in enumerate(socks):
-            _, _, events, clean = read_stream(sock)
-            assert clean
-            assert said(events).split() == [f"n{i}.{j}" for j in range(10)]
-            assert events[-1] == "[DONE]"
-
-
-# Silence, and other times
-
-# To add a case, add a row: what Z.ai does before it falls silent -> the script.
-SILENT = {
-    "before the head": [30],
-    "behind the head": [HEAD, 30],
-    "behind an empty delta": stream(event({"role": "assistant", "content": ""}), 30),
-}
-
-
-@pytest.mark.parametrize("case", SILENT)
-@both
-def test_a_silence_is_tried_again_once(zai, brisk, case, streamed):
-    zai.default = SILENT[case]
-    with road(zai, UPSTREAM_TIMEOUT="0.1", MAX_RETRIES="5") as proxy:
-        status, _, error, _ = ask(proxy, streamed)
-        assert status == 502
-        assert "UPSTREAM_TIMEOUT" in error["message"]
-        assert len(zai.requests) == 2
-        assert eventually(lambda: zai.cut_by_client == 2)
-        zai.scripts.append(SILENT[case])
-        zai.default = stream(*HEALTHY)
-        assert ask(proxy, streamed) == WELL
-
-
-def test_a_silence_behind_the_first_delta_ends_the_answer(zai, brisk):
-    zai.default = stream(say("Hel"), 30)
-    with road(zai, UPSTREAM_TIMEOUT="0.1") as proxy:
-        assert "UPSTREAM_TIMEOUT" in failed_stream(proxy)[-1]["error"]["message"]
-        assert ask(proxy, False)[0] == 502
-        assert len(zai.requests) == 2
-        assert eventually(lambda: zai.cut_by_client == 2)
-
-
-@both
-def test_upstream_timeout_is_of_silence_and_never_of_the_whole(zai, brisk, streamed):
-    zai.default = stream(*[say("a"), 0.06] * 6, FINISH, DONE)
-    with road(zai, UPSTREAM_TIMEOUT="0.25") as proxy:
-        assert ask(proxy, streamed) == (200, "aaaaaa", None, True)
-
-
-# To add a case, add a row: what Z.ai does behind a finish without usage -> the script.
-UNENDING = {
-    "silence": [30],
-    "comments": [step for _ in range(300) for step in (chunked(b": keep-alive\n\n"), 0.02)],
-}
-
-
-@pytest.mark.parametrize("case", UNENDING)
-@both
-def test_an_answer_is_complete_two_seconds_behind_its_finish(zai, brisk, monkeypatch, case, streamed):
-    assert ztoapi.Relay.PATIENCE_S == 2
-    monkeypatch.setattr(ztoapi.Relay, "PATIENCE_S", 0.2)
-    zai.default = [HEAD, chunked(say("Hello")), chunked(event(finish="stop")), *UNENDING[case]]
-    with road(zai) as proxy:
-        assert ask(proxy, streamed) == WELL
-        assert eventually(lambda: zai.cut_by_client == 1)
-        assert len(zai.requests) == 1
-
-
-@pytest.mark.parametrize("late", (FINISH, DONE), ids=("usage", "end mark"))
-def test_what_comes_late_behind_a_finish_is_waited_for(zai, brisk, late):
-    zai.default = stream(say("Hello"), event(finish="stop"), 0.15, late)
-    with road(zai, UPSTREAM_TIMEOUT="0.1") as proxy:
-        options = {"include_usage": True}
-        _, _, events, clean = proxy.stream(stream_options=options)
-        assert clean
-        assert finish_of(events) == ["stop"]
-        assert any(event.get("usage") for event in events[:-1]) == (late is FINISH)
-
-
-def test_a_stop_word_hangs_up_on_zai(zai, brisk):
-    ended = threading.Event()
-    zai.default = stream(say("Hello STOP"), *[say(" more"), 0.02] * 500, lambda *_: ended.set())
-    with road(zai) as proxy:
-        _, text, _, whole = ask(proxy, True, stop="STOP")
-        assert (text, whole) == ("Hello ", True)
-        assert eventually(lambda: zai.cut_by_client == 1, 1)
-    assert not ended.is_set()
-
-
-@both
-def test_a_trickle_behind_the_finish_does_not_hold_the_slot(zai, brisk, monkeypatch, streamed):
-    monkeypatch.setattr(ztoapi.Relay, "PATIENCE_S", 0.3)
-    trickled = threading.Event()
-    zai.default = stream(*HEALTHY, *[b":\n", 0.2] * 15, lambda *_: trickled.set())
-    with road(zai) as proxy:
-        assert ask(proxy, streamed) == WELL
-        assert eventually(lambda: slots(proxy) == 0)
-        assert not trickled.is_set()
-
-
-# Connecting
-
-@contextlib.contextmanager
-def stuck_listener():
-    """The port of a listener whose backlog is full: connecting to it takes for ever."""
-    with socket.socket() as listener, contextlib.ExitStack() as filling:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen(0)
-        for _ in range(8):
-            sock = filling.enter_context(socket.socket())
-            sock.settimeout(0.05)
-            try:
-                sock.connect(listener.getsockname())
-            except OSError:
-                break
-        else:
-            pytest.skip("this system's backlog does not fill")
-        yield listener.getsockname()[1]
-
-
-class MuteListener:
-    """A server that takes connections, says `words` once something has come, and nothing else. `heard`, `ended`: what
-    came to pass."""
-
-    def __init__(self, words=b""):
-        self.words = words
-        self.heard = threading.Event()
-        self.ended = threading.Event()
-        self.socket = socket.create_server(("127.0.0.1", 0))
-        self.port = self.socket.getsockname()[1]
-        threading.Thread(target=self.serve, daemon=True).start()
-
-    def serve(self):
-        with contextlib.suppress(OSError), self.socket:
-            while True:
-                with self.socket.accept()[0] as sock, contextlib.suppress(ConnectionError):
-                    while sock.recv(65536):
-                        self.heard.set()
-                        sock.sendall(self.words)
-                self.ended.set()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        shut_down(self.socket)
-
-
-def test_connect_refused_is_an_error_after_max_retries():
-    with socket.create_server(("127.0.0.1", 0)) as closed:
-        url = f"http://127.0.0.1:{closed.getsockname()[1]}/api"
-    with road(ZAI_BASE_URL=url) as proxy:
-        for streamed in (True, False):
-            status, _, error, _ = ask(proxy, streamed)
-            assert (status, error["code"]) == (502, "upstream_error")
-            assert "refused" in error["message"].lower()
-        assert figures(proxy)[0] == 4
-
-
-def test_connect_refused_then_a_listener_is_an_answer(zai):
-    with socket.create_server(("127.0.0.1", 0)) as closed:
-        place = closed.getsockname()
-
-    def open_up():
-        """Chance is asked when the first refusal is to be waited out."""
-        zai.socket = socket.create_server(place)
-        threading.Thread(target=zai.accept, daemon=True).start()
-        return 0.0
-    shut_down(zai.socket)
-    with proxying(zai, ZAI_BASE_URL=f"http://127.0.0.1:{place[1]}/api") as proxy:
-        proxy.server.upstream.rand = open_up
-        assert ask(proxy, True) == WELL
-        assert figures(proxy)[0] == 1
-
-
-def test_a_name_that_is_not_found_is_told(monkeypatch):
-    find = socket.getaddrinfo
-
-    def find_all_but_one(host, *args):
-        if host == "nowhere.example":
-            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
-        return find(host, *args)
-    monkeypatch.setattr(socket, "getaddrinfo", find_all_but_one)
-    with road(ZAI_BASE_URL="http://nowhere.example/api", MAX_RETRIES="1") as proxy:
-        _, _, error, _ = ask(proxy, True)
-        assert error["message"] == "Z.ai's address could not be found: Name or service not known."
-        assert figures(proxy) == (1, 1, 0)
-
-
-def test_connecting_takes_ten_seconds_at_most(monkeypatch):
-    assert ztoapi.CONNECT_TIMEOUT_S == 10
-    monkeypatch.setattr(ztoapi, "CONNECT_TIMEOUT_S", 0.1)
-    with stuck_listener() as port, road(ZAI_BASE_URL=f"http://127.0.0.1:{port}", MAX_RETRIES="1") as proxy:
-        status, _, error, _ = ask(proxy, True)
-        assert status == 502
-        assert "within 0.1 s" in error["message"]
-        assert figures(proxy)[0] == 1
-
-
-def test_a_handshake_that_never_comes_takes_ten_seconds_at_most(monkeypatch):
-    monkeypatch.setattr(ztoapi, "CONNECT_TIMEOUT_S", 0.1)
-    with MuteListener() as mute, road(ZAI_BASE_URL=f"https://127.0.0.1:{mute.port}", MAX_RETRIES="0") as proxy:
-        assert ask(proxy, True)[0] == 502
-        assert mute.ended.wait(5)
-
-
-def test_a_dead_address_does_not_use_up_the_time_of_the_next(zai, monkeypatch):
-    """Nor does one of a kind that this system does not have."""
-    with stuck_listener() as port:
-        places = [("127.0.0.1", port), ("127.0.0.1", zai.port)]
-        found = [(socket.AF_INET, socket.SOCK_STREAM, 0, "", place) for place in places]
-        found.insert(0, (9999, socket.SOCK_STREAM, 0, "", places[0]))
-        with monkeypatch.context() as patch:
-            patch.setattr(socket, "getaddrinfo", lambda *_: found)
-            began = time.monotonic()
-            sock = ztoapi.dial("three.example", 80, ztoapi.Client(None), 0.6)
-            assert time.monotonic() - began < 0.5
-        assert sock.getpeername() == places[1]
-        assert sock.gettimeout() == 0.6
-        sock.close()
-
-
-# The pool
-
-@contextlib.contextmanager
-def pooled(count):
-    """(pool, its clock, `count` sockets in it, their other ends)."""
-    clock = RoadClock()
-    pool = ztoapi.Pool(clock)
-    ours = []
-    theirs = []
-    for _ in range(count):
-        pair = socket.socketpair()
-        pair[0].setblocking(False)
-        pool.put("key", pair[0])
-        ours.append(pair[0])
-        theirs.append(pair[1])
-    yield pool, clock, ours, theirs
-    for sock in ours + theirs:
-        sock.close()
-
-
-def test_the_pool_gives_the_last_used_first():
-    with pooled(3) as (pool, _, ours, _):
-        assert pool.take("other key") is None
-        assert [pool.take("key") for _ in range(4)] == [*ours[::-1], None]
-
-
-@pytest.mark.parametrize("last_word", (b"", b"HTTP/1.1 408 Request Timeout\r\n\r\n"), ids=("end", "a word"))
-def test_the_pool_drops_a_connection_that_has_something_to_say(last_word):
-    with pooled(2) as (pool, _, ours, theirs):
-        theirs[1].sendall(last_word)
-        theirs[1].close()
-        assert pool.take("key") is ours[0]
-        assert ours[1].fileno() == -1
-
-
-def test_the_pool_closes_what_was_idle_for_60_seconds():
-    with pooled(2) as (pool, clock, ours, _):
-        clock.now += 30
-        pool.put("key", pool.take("key"))
-        clock.now += 29
-        pool.expire(clock.now)
-        assert [sock.fileno() >= 0 for sock in ours] == [True, True]
-        clock.now += 1
-        pool.expire(clock.now)
-        assert [sock.fileno() >= 0 for sock in ours] == [False, True]
-        clock.now += 30
-        assert pool.take("key") is None, "too old, though nobody has closed it yet"
-
-
-# To add a case, add a row: an answer -> its script, and whether its connection serves again.
-REUSE = {
-    "a stream read to its end": (stream(*HEALTHY), True),
-    "a stream in one go": ([b"".join(stream(*HEALTHY))], True),
-    "a refusal": (refusal(400, "1210"), True),
-    "no last chunk": (stream(*HEALTHY, end=False) + [30], False),
-    "bytes behind the end": ([b"".join(stream(*HEALTHY)) + b"HTTP/1.1 200 OK\r\n"], False),
-    "Connection: close": ([HEAD[:-2] + b"Connection: close\r\n\r\n", *stream(*HEALTHY)[1:]], False),
-    "HTTP/1.0": ([b"HTTP/1.0 200 OK\r\nContent-Type: text/event-stream\r\n\r\n", *HEALTHY, CLOSE], False),
-    "a cut": (stream(say("Hel"), CLOSE, end=False), False),
-}
-
-
-@pytest.mark.parametrize("case", REUSE)
-@both
-def test_a_connection_serves_again_once_its_answer_was_read_to_the_end(zai, brisk, monkeypatch, case, streamed):
-    monkeypatch.setattr(ztoapi.Relay, "PATIENCE_S", 0.2)
-    script, again = REUSE[case]
-    zai.scripts.append(script)
-    with road(zai) as proxy:
-        ask(proxy, streamed)
-        proxy.idle()
-        assert ask(proxy, streamed) == WELL
-        assert zai.connections == (1 if again else 2)
-
-
-def test_a_pooled_connection_found_dead_is_replaced_unseen(zai):
-    zai.scripts.append(stream(*HEALTHY) + [CLOSE])
-    with road(zai, MAX_RETRIES="0") as proxy:
-        assert ask(proxy, True) == WELL
-        proxy.idle()
-        assert eventually(lambda: not zai.open)
-        assert ask(proxy, True) == WELL
-        assert len(zai.requests) == 2
-        assert figures(proxy)[0] == 0
-
-
-@contextlib.contextmanager
-def three_pooled(zai):
-    """A proxy with three idle connections to Z.ai."""
-    zai.default = stream(say("Hello"), 0.1, FINISH, DONE)
-    with road(zai, MAX_RETRIES="0") as proxy:
-        assert together(*[lambda: ask(proxy, True)] * 3) == [WELL] * 3
-        proxy.idle()
-        assert zai.connections == 3
-        yield proxy
-
-
-@pytest.mark.parametrize("death", ([RESET], [CLOSE]), ids=("reset", "end"))
-def test_pooled_connections_that_die_when_used_are_replaced_unseen(zai, death):
-    with three_pooled(zai) as proxy:
-        zai.scripts.extend([death] * 3)
-        assert ask(proxy, True) == WELL
-        assert (len(zai.requests), zai.connections) == (7, 4)
-        assert figures(proxy)[0] == 0
-
-
-def test_a_pooled_connection_that_ends_after_a_while_was_not_dead(zai, monkeypatch):
-    """Z.ai has worked on the request, which is billed: it is tried again MAX_RETRIES times, and counted."""
-    monkeypatch.setattr(ztoapi, "STALE_WITHIN_S", 0.05)
-    with three_pooled(zai) as proxy:
-        zai.default = [0.2, CLOSE]
-        assert ask(proxy, True)[0] == 502
-        assert len(zai.requests) == 4
-
-
-# Time that takes no time
-
-class RoadClock:
+class FakeClock:
     """Time that passes only when somebody waits. at(): what is to happen meanwhile. `chores` are called as the pump
     calls its own: some times a second."""
 
@@ -5486,7 +5292,7 @@ class RoadClock:
             chore(self.now)
 
 
-class RoadClient(ztoapi.Client):
+class ClockClient(ztoapi.Client):
     """A client that waits by that clock."""
 
     def __init__(self, clock, key=""):
@@ -5511,7 +5317,7 @@ class SleepingClient(ztoapi.Client):
             raise ztoapi.ClientGone
 
 
-class Road:
+class TimedUpstream:
     """An Upstream on that clock, and requests over it to a fake Z.ai on a real socket, which gives `answers`, then
     `script` for ever. `times`: when each request arrived there."""
 
@@ -5519,7 +5325,7 @@ class Road:
 
     def __init__(self, zai, rand=0.0, **environ):
         self.zai = zai
-        self.clock = RoadClock()
+        self.clock = FakeClock()
         self.times = []
         self.answers = collections.deque()
         self.script = stream(*HEALTHY)
@@ -5547,7 +5353,7 @@ class Road:
         fold = ztoapi.Fold()
         error = None
         try:
-            self.upstream.answer(self.job(model), RoadClient(self.clock), record, lambda steps, now: fold.add(steps))
+            self.upstream.answer(self.job(model), ClockClient(self.clock), record, lambda steps, now: fold.add(steps))
         except ApiError as failure:
             error = failure
         return fold.text(ztoapi.TEXT), error, record
@@ -5566,153 +5372,24 @@ class Road:
 
 
 @pytest.fixture
-def on_road(zai):
-    """Makes Roads to the fake Z.ai."""
-    roads = []
+def make_timed(zai):
+    """Makes TimedUpstreams to the fake Z.ai."""
+    made = []
 
     def make(*args, **environ):
-        roads.append(Road(zai, *args, **environ))
-        roads[-1].pump.start()
-        return roads[-1]
+        made.append(TimedUpstream(zai, *args, **environ))
+        made[-1].pump.start()
+        return made[-1]
     yield make
-    for each in roads:
+    for each in made:
         each.close()
 
 
-@pytest.mark.parametrize("rand,gaps", ((1.0, [0.5, 1, 2, 4, 8, 8]), (0.5, [0.25, 0.5, 1, 2, 4, 4]), (0.0, [0] * 6)))
-def test_backoff_between_retries_doubles_with_full_jitter(on_road, rand, gaps):
-    road = on_road(rand, MAX_RETRIES="6")
-    road.script = refusal(500, "1234")
-    _, error, record = road.ask()
-    assert road.gaps() == gaps
-    assert error.status == 502
-    assert record.retries == 6
-    assert record.queued_s == sum(gaps)
-
-
-# To add a case, add a row: code, Z.ai's Retry-After header, seconds until the next attempt.
-RETRY_AFTER = [
-    ("1234", "7", 7),
-    ("1234", "0", 0),
-    ("1302", "7", 7),
-    ("1302", "20", 20),
-    ("1305", "7", 7),
-    ("1305", "0", 1),  # our own backoff is the least
-    ("1305", email.utils.formatdate(Road.NOW + 1024 + 7, usegmt=True), 7),
-]
-
-
-@pytest.mark.parametrize("code,header,seconds", RETRY_AFTER)
-def test_retry_after_of_zai_is_honoured(on_road, code, header, seconds):
-    road = on_road()
-    road.answers.append(answer(429, {"error": {"code": code, "message": "no"}}, f"Retry-After: {header}"))
-    text, error, _ = road.ask()
-    assert (text, error) == ("Hello", None)
-    assert seconds <= road.gaps()[0] <= seconds + 1
-
-
-@pytest.mark.parametrize("code", ("1234", "1302", "1305"))
-def test_a_retry_after_beyond_queue_timeout_is_told_at_once_with_the_true_time(on_road, code):
-    road = on_road(QUEUE_TIMEOUT="60")
-    road.script = answer(429, {"error": {"code": code, "message": "no"}}, "Retry-After: 90")
-    _, error, _ = road.ask()
-    assert error.headers()["Retry-After"] == "90"
-    assert len(road.times) == 1
-    assert road.clock.now == 1024
-
-
-def test_an_absurd_retry_after_closes_the_gate_for_a_minute_at_most(on_road):
-    road = on_road()
-    road.answers.append(answer(429, LIMITED, "Retry-After: 86400"))
-    _, error, _ = road.ask()
-    assert (error.status, error.headers()["Retry-After"]) == (429, "86400")
-    assert road.clock.now == 1024
-    assert road.ask()[0] == "Hello"
-    assert road.gaps() == [60]
-
-
-def test_a_gate_that_opens_too_late_is_not_waited_for(on_road):
-    road = on_road(QUEUE_TIMEOUT="30")
-    road.answers.append(answer(429, LIMITED, "Retry-After: 86400"))
-    assert road.ask()[1] is not None
-    _, error, _ = road.ask()
-    assert error.headers() == {"Retry-After": "60", "x-should-retry": "false"}
-    assert road.clock.now == 1024
-    assert len(road.times) == 1
-
-
-@pytest.mark.parametrize("rand", (0.0, 0.5, 1.0))
-def test_a_refused_request_goes_again_after_a_backoff_that_doubles_to_8_seconds(on_road, rand):
-    road = on_road(rand)
-    road.script = refusal(429, "1302")
-    _, error, record = road.ask()
-    for gap, nominal in zip(road.gaps(), (0.5, 1, 2, 4, 8, 8, 8, 8)):
-        assert nominal <= gap <= min(8, nominal * (1 + 0.5 * rand)) + RoadClock.STEP_S
-    assert len(road.times) > 14, "besides MAX_RETRIES"
-    assert record.retries == len(road.times)
-    assert (error.status, error.code) == (429, "rate_limit_exceeded")
-
-
-def test_an_overload_is_waited_out_within_queue_timeout(on_road):
-    road = on_road(QUEUE_TIMEOUT="50")
-    road.script = refusal(429, "1305", "The service may be temporarily overloaded")
-    _, error, _ = road.ask()
-    assert road.gaps() == [1, 2, 4, 8, 15, 15]
-    assert road.clock.now == 1024 + 45, "the next pause would be too long"
-    assert (error.status, error.code) == (503, "overloaded")
-    assert "temporarily overloaded" in error.message
-    assert error.headers()["x-should-retry"] == "false"
-    road.script = stream(*HEALTHY)
-    assert road.ask()[0] == "Hello"
-
-
-@pytest.mark.parametrize("timeout", (20, 120))
-def test_queue_timeout_bounds_the_waiting_and_not_the_time_with_zai(on_road, timeout):
-    road = on_road(QUEUE_TIMEOUT=str(timeout))
-
-    def with_zai(fake, request):
-        road.clock.now += 100
-    road.script = [with_zai, *refusal(429, "1302", "Slow down, please")]
-    _, error, record = road.ask()
-    waited = road.clock.now - 1024 - 100 * len(road.times)
-    assert timeout - 8 <= waited <= timeout
-    assert record.queued_s == pytest.approx(waited)
-    assert "Slow down, please" in error.message
-    assert error.headers()["x-should-retry"] == "false"
-    assert int(error.headers()["Retry-After"]) >= 1
-
-
-def test_retries_and_queueing_again_are_counted_apart(on_road):
-    road = on_road(MAX_RETRIES="1")
-    refusals = [refusal(429, "1302"), refusal(500, "1234"), stream(sse(LIMITED), DONE), refusal(429, "1303")]
-    road.answers.extend(refusals)
-    text, error, record = road.ask()
-    assert (text, error, record.retries) == ("Hello", None, 4)
-
-
-def test_the_requests_bytes_are_let_go_of_with_the_first_step(on_road):
-    road = on_road()
-    road.answers.append(refusal(500, "1234"))
-    road.script = stream(say("Hel"), 0.05, say("lo"), FINISH, DONE)
-    job = road.job()
-    data = job.data
-    holders = []
-
-    def take(steps, now):
-        holders.append(sys.getrefcount(data))
-    road.upstream.answer(job, RoadClient(road.clock), ztoapi.Record("req_1", "127.0.0.1", 0.0), take)
-    assert job.data is None
-    assert len(holders) >= 2
-    assert set(holders) == {sys.getrefcount(data)}
-
-
-# Gates
-
-class Line:
+class TimedGates:
     """Gates on that clock, and tickets for them. Tickets that are to wait in the queue do so in threads."""
 
     def __init__(self, keys=1, limit=0, timeout=120.0, rand=0.0):
-        self.clock = RoadClock()
+        self.clock = FakeClock()
         self.admitted = []
         self.threads = []
         names = [f"key-number-{i}" for i in range(1, keys + 1)]
@@ -5721,7 +5398,7 @@ class Line:
 
     def enter(self, ticket=None, model="glm-4.6"):
         """A ticket that got a slot, waiting by the clock if it must."""
-        ticket = ticket or ztoapi.Ticket(model, RoadClient(self.clock))
+        ticket = ticket or ztoapi.Ticket(model, ClockClient(self.clock))
         self.gates.enter(ticket)
         return ticket
 
@@ -5768,52 +5445,53 @@ REFUSED = error_of("1302")
 
 
 def test_first_come_is_first_served():
-    line = Line(limit=1)
-    first = line.enter()
-    tickets = [line.queue() for _ in range(6)]
-    assert line.serve_all(first) == tickets
-    assert line.gates.state()[1] == {}
+    timed = TimedGates(limit=1)
+    first = timed.enter()
+    tickets = [timed.queue() for _ in range(6)]
+    assert timed.serve_all(first) == tickets
+    assert timed.gates.state()[1] == {}
 
 
 def test_client_keys_take_turns_in_the_queue():
-    line = Line(limit=1)
-    first = line.enter()
-    a1, a2, a3, b1, b2 = [line.queue(key) for key in "aaabb"]
-    assert line.serve_all(first) == [a1, b1, a2, b2, a3]
+    timed = TimedGates(limit=1)
+    first = timed.enter()
+    a1, a2, a3, b1, b2 = [timed.queue(key) for key in "aaabb"]
+    assert timed.serve_all(first) == [a1, b1, a2, b2, a3]
 
 
 def test_models_have_queues_of_their_own():
-    line = Line(limit=1)
-    first = line.enter(model="glm-4.6")
-    behind = line.queue(model="glm-4.6")
-    assert line.enter(model="glm-4.5").gate
-    assert line.serve_all(first) == [behind]
+    timed = TimedGates(limit=1)
+    first = timed.enter(model="glm-4.6")
+    behind = timed.queue(model="glm-4.6")
+    assert timed.enter(model="glm-4.5").gate
+    assert timed.serve_all(first) == [behind]
 
 
 @pytest.mark.parametrize("limit", (1, 5))
 def test_max_concurrency_is_a_fixed_ceiling(limit):
-    line = Line(limit=limit)
-    tickets = [line.enter() for _ in range(limit)]
-    began = line.clock.now
+    timed = TimedGates(limit=limit)
+    tickets = [timed.enter() for _ in range(limit)]
+    began = timed.clock.now
     with pytest.raises(ApiError) as caught:
-        line.enter()
-    assert line.clock.now - began == 120, "nothing is probed above it"
+        timed.enter()
+    assert timed.clock.now - began == 120, "nothing is probed above it"
     assert (caught.value.status, caught.value.code) == (429, "rate_limit_exceeded")
     assert caught.value.headers() == {"Retry-After": "5", "x-should-retry": "false"}
-    line.clock.at(line.clock.now + 7, lambda: line.gates.leave(tickets[0]))
-    assert line.seconds_to_enter() == 7
+    timed.clock.at(timed.clock.now + 7, lambda: timed.gates.leave(tickets[0]))
+    assert timed.seconds_to_enter() == 7
 
 
 @pytest.mark.parametrize("code", ("1302", "1305"))
 def test_the_ceiling_becomes_what_is_in_flight_without_the_refused_one(code):
-    line = Line()
-    tickets = [line.enter() for _ in range(12)]
+    timed = TimedGates()
+    tickets = [timed.enter() for _ in range(12)]
     for left in range(11, 0, -1):
-        line.gates.leave(tickets.pop(), error_of(code))
-        assert line.ceilings() == [left]
+        timed.gates.leave(tickets.pop(), error_of(code))
+        assert timed.ceilings() == [left]
 
 
-# To add a case, add a row: code, how many others are in flight, the ceiling then, seconds until it goes again.
+# To add a case, add a row: code, how many others are in flight, the ceiling then,
+# seconds until it goes again.
 LESSONS = [
     ("1302", 1, 1, 0.5),
     ("1302", 0, 1, 0.5),
@@ -5828,128 +5506,128 @@ LESSONS = [
 
 @pytest.mark.parametrize("code,others,ceiling,seconds", LESSONS)
 def test_what_a_refusal_teaches(code, others, ceiling, seconds):
-    line = Line()
+    timed = TimedGates()
     for _ in range(others):
-        line.enter()
-    refused = line.enter()
-    line.gates.leave(refused, error_of(code))
-    assert line.ceilings() == [ceiling]
+        timed.enter()
+    refused = timed.enter()
+    timed.gates.leave(refused, error_of(code))
+    assert timed.ceilings() == [ceiling]
     if code == "1302" and others:
         seconds = 60
-    assert line.seconds_to_enter(refused) == seconds
+    assert timed.seconds_to_enter(refused) == seconds
 
 
 def test_the_pauses_of_an_overload_double_to_15_seconds():
-    line = Line()
-    ticket = line.enter()
+    timed = TimedGates()
+    ticket = timed.enter()
     pauses = []
     for _ in range(6):
-        line.gates.leave(ticket, error_of("1305"))
-        pauses.append(line.seconds_to_enter(ticket))
+        timed.gates.leave(ticket, error_of("1305"))
+        pauses.append(timed.seconds_to_enter(ticket))
     assert pauses == [1, 2, 4, 8, 15, 15]
 
 
 def test_the_ceiling_is_probed_up_to_max_concurrency_and_no_further():
-    line = Line(limit=3)
-    tickets = [line.enter() for _ in range(3)]
+    timed = TimedGates(limit=3)
+    tickets = [timed.enter() for _ in range(3)]
     for ticket in tickets[1:]:
-        line.gates.leave(ticket, REFUSED)
-    assert line.ceilings() == [1]
-    assert [line.seconds_to_enter(), line.seconds_to_enter()] == [60, 60]
-    assert line.ceilings() == [3]
+        timed.gates.leave(ticket, REFUSED)
+    assert timed.ceilings() == [1]
+    assert [timed.seconds_to_enter(), timed.seconds_to_enter()] == [60, 60]
+    assert timed.ceilings() == [3]
     with pytest.raises(ApiError):
-        line.enter()
-    assert line.ceilings() == [3]
+        timed.enter()
+    assert timed.ceilings() == [3]
 
 
 def test_the_ceiling_is_probed_upward_by_one_after_60_seconds_without_a_refusal():
-    line = Line()
-    tickets = [line.enter() for _ in range(3)]
-    line.gates.leave(tickets.pop(), REFUSED)
-    assert line.seconds_to_enter() == 60
-    assert line.ceilings() == [3]
-    refused = line.enter()
-    assert line.ceilings() == [4]
-    line.clock.now += 30
-    line.gates.leave(refused, REFUSED)
-    assert line.ceilings() == [3]
-    assert line.seconds_to_enter(refused) == 60
+    timed = TimedGates()
+    tickets = [timed.enter() for _ in range(3)]
+    timed.gates.leave(tickets.pop(), REFUSED)
+    assert timed.seconds_to_enter() == 60
+    assert timed.ceilings() == [3]
+    refused = timed.enter()
+    assert timed.ceilings() == [4]
+    timed.clock.now += 30
+    timed.gates.leave(refused, REFUSED)
+    assert timed.ceilings() == [3]
+    assert timed.seconds_to_enter(refused) == 60
 
 
 def test_looking_for_room_changes_nothing():
     """The metrics, the queue and other models may look as often as they like."""
-    line = Line()
-    gate = line.enter().gate
-    line.gates.leave(line.enter(), REFUSED)
-    line.clock.now += 1000
-    assert [gate.room(line.clock.now) for _ in range(2)] == [0, 0]
+    timed = TimedGates()
+    gate = timed.enter().gate
+    timed.gates.leave(timed.enter(), REFUSED)
+    timed.clock.now += 1000
+    assert [gate.room(timed.clock.now) for _ in range(2)] == [0, 0]
     for _ in range(2):
-        gate.probe(line.clock.now)
-    assert gate.room(line.clock.now) == 1
+        gate.probe(timed.clock.now)
+    assert gate.room(timed.clock.now) == 1
 
 
 @pytest.mark.parametrize("slot_frees_after,goes_after", ((0.25, 0.5), (0.5, 0.5), (5, 5)))
 def test_a_refused_request_goes_when_a_slot_frees_but_not_before_its_backoff(slot_frees_after, goes_after):
-    line = Line()
-    other = line.enter()
-    refused = line.enter()
-    line.gates.leave(refused, REFUSED)
-    line.clock.at(line.clock.now + slot_frees_after, lambda: line.gates.leave(other, served=True))
-    assert line.seconds_to_enter(refused) == goes_after
+    timed = TimedGates()
+    other = timed.enter()
+    refused = timed.enter()
+    timed.gates.leave(refused, REFUSED)
+    timed.clock.at(timed.clock.now + slot_frees_after, lambda: timed.gates.leave(other, served=True))
+    assert timed.seconds_to_enter(refused) == goes_after
 
 
 def test_a_refused_request_goes_back_to_the_head_of_the_queue():
-    line = Line(limit=1)
-    refused = line.enter()
-    behind = [line.queue(), line.queue()]
-    line.gates.leave(refused, REFUSED)
-    assert line.queued() == 2, "nobody overtakes while the gate is closed"
-    assert line.seconds_to_enter(refused) == 0.5
-    assert line.serve_all(refused) == behind
+    timed = TimedGates(limit=1)
+    refused = timed.enter()
+    behind = [timed.queue(), timed.queue()]
+    timed.gates.leave(refused, REFUSED)
+    assert timed.queued() == 2, "nobody overtakes while the gate is closed"
+    assert timed.seconds_to_enter(refused) == 0.5
+    assert timed.serve_all(refused) == behind
 
 
 def test_the_next_in_the_queue_goes_on_when_the_head_leaves_it():
-    line = Line()
-    line.gates.leave(line.enter(), error_of("1302", retry_after=30.0))
-    head = line.queue()
-    behind = line.queue()
+    timed = TimedGates()
+    timed.gates.leave(timed.enter(), error_of("1302", retry_after=30.0))
+    head = timed.queue()
+    behind = timed.queue()
     head.client.leave()
-    assert eventually(lambda: line.queued() == 1)
-    line.clock.now += 30
-    line.gates.tick(line.clock.now)
-    assert eventually(lambda: line.admitted == [behind])
+    assert eventually(lambda: timed.queued() == 1)
+    timed.clock.now += 30
+    timed.gates.tick(timed.clock.now)
+    assert eventually(lambda: timed.admitted == [behind])
 
 
 def test_one_who_has_left_keeps_no_slot():
-    line = Line(limit=1)
-    left = ztoapi.Ticket("glm-4.6", RoadClient(line.clock))
+    timed = TimedGates(limit=1)
+    left = ztoapi.Ticket("glm-4.6", ClockClient(timed.clock))
     left.client.gone = True
     with pytest.raises(ztoapi.ClientGone):
-        line.enter(left)
-    assert line.seconds_to_enter() == 0
+        timed.enter(left)
+    assert timed.seconds_to_enter() == 0
 
 
 def test_gates_of_models_that_taught_nothing_are_forgotten():
-    line = Line()
+    timed = TimedGates()
     for i in range(100):
-        line.gates.leave(line.enter(model=f"model-{i}"), served=True)
-    assert line.gates.state() == ([], {})
-    assert line.gates.queues == {}
+        timed.gates.leave(timed.enter(model=f"model-{i}"), served=True)
+    assert timed.gates.state() == ([], {})
+    assert timed.gates.queues == {}
 
 
 def test_the_log_tells_once_when_a_gate_begins_to_refuse_and_once_when_it_clears(caplog):
     caplog.set_level(logging.INFO, "ztoapi")
-    line = Line()
-    refused = line.enter()
+    timed = TimedGates()
+    refused = timed.enter()
     for _ in range(3):
-        line.gates.leave(refused, REFUSED)
-        line.enter(refused)
+        timed.gates.leave(refused, REFUSED)
+        timed.enter(refused)
     assert caplog.messages == ["glm-4.6: Z.ai refuses (1302), 1 at a time, queueing"]
-    behind = line.queue()
-    line.gates.leave(refused, served=True)
+    behind = timed.queue()
+    timed.gates.leave(refused, served=True)
     assert len(caplog.messages) == 1, "somebody still queued"
-    for ticket in (behind, line.enter()):
-        line.gates.leave(ticket, served=True)
+    for ticket in (behind, timed.enter()):
+        timed.gates.leave(ticket, served=True)
     assert caplog.messages[1:] == ["glm-4.6: nobody queues any more"]
 
 
@@ -5970,10 +5648,11 @@ def test_a_burst_of_10_against_a_limit_of_3_succeeds_and_teaches(zai, how):
             return BURSTS[how]
         return stream(say("a"), 0.06, lambda *_: running.release(), say("b"), FINISH, DONE)
     zai.default = limited
-    with road(zai) as proxy:
+    with strict_proxy(zai) as proxy:
         results = together(*[lambda i=i: ask(proxy, i % 3) for i in range(10)])
         assert results == [(200, "ab", None, True)] * 10
-        assert [gate[2] in (1, 2, 3) for gate in proxy.server.upstream.gates.state()[0]] == [True]
+        (_, _, ceiling, _), = proxy.gates()
+        assert ceiling in (1, 2, 3)
 
 
 def test_max_concurrency_bounds_what_is_in_flight_at_zai(zai):
@@ -5985,7 +5664,7 @@ def test_max_concurrency_bounds_what_is_in_flight_at_zai(zai):
     def end(*_):
         counts.append(-1)
     zai.default = stream(begin, say("a"), 0.03, end, FINISH, DONE)
-    with road(zai, MAX_CONCURRENCY="3") as proxy:
+    with strict_proxy(zai, MAX_CONCURRENCY="3") as proxy:
         results = together(*[lambda i=i: ask(proxy, i % 2) for i in range(12)])
         assert [whole for *_, whole in results] == [True] * 12
         assert max(itertools.accumulate(counts)) == 3
@@ -5993,7 +5672,7 @@ def test_max_concurrency_bounds_what_is_in_flight_at_zai(zai):
 
 def test_queue_timeout_is_a_429_that_sdks_do_not_repeat(zai):
     zai.default = stream(say("a"), 0.3, FINISH, DONE)
-    with road(zai, MAX_CONCURRENCY="1", QUEUE_TIMEOUT="0.1") as proxy, proxy.open_stream() as occupant:
+    with strict_proxy(zai, MAX_CONCURRENCY="1", QUEUE_TIMEOUT="0.1") as proxy, proxy.open_stream() as occupant:
         assert eventually(lambda: zai.in_flight == 1)
         status, headers, body = proxy.chat()
         assert (status, body["error"]["code"]) == (429, "rate_limit_exceeded")
@@ -6007,7 +5686,7 @@ def test_queue_timeout_is_a_429_that_sdks_do_not_repeat(zai):
 @both
 def test_queue_ms_tells_how_long_a_request_waited(zai, streamed):
     zai.default = stream(say("a"), 0.1, FINISH, DONE)
-    with road(zai, MAX_CONCURRENCY="1") as proxy, proxy.open_stream() as occupant:
+    with strict_proxy(zai, MAX_CONCURRENCY="1") as proxy, proxy.open_stream() as occupant:
         assert eventually(lambda: zai.in_flight == 1)
         headers = (proxy.stream() if streamed else proxy.chat())[1]
         assert 20 <= int(headers["x-ztoapi-queue-ms"]) <= 5000
@@ -6017,7 +5696,7 @@ def test_queue_ms_tells_how_long_a_request_waited(zai, streamed):
 def test_retries_are_in_the_log_and_in_the_metrics(zai, caplog):
     caplog.set_level(logging.INFO, "ztoapi")
     zai.scripts.extend([refusal(500, "1234"), refusal(429, "1120")])
-    with road(zai) as proxy:
+    with strict_proxy(zai) as proxy:
         assert ask(proxy, True) == WELL
         proxy.idle()
         assert "retries=2" in caplog.text
@@ -6028,25 +5707,26 @@ def test_retries_are_in_the_log_and_in_the_metrics(zai, caplog):
 
 @pytest.mark.parametrize("limit", (0, 2))
 def test_the_key_with_the_most_room_serves(limit):
-    line = Line(keys=2, limit=limit)
-    tickets = [line.enter() for _ in range(4)]
-    assert [gate[3] for gate in line.gates.state()[0]] == [2, 2]
+    timed = TimedGates(keys=2, limit=limit)
+    tickets = [timed.enter() for _ in range(4)]
+    assert [gate[3] for gate in timed.gates.state()[0]] == [2, 2]
     freed = tickets[1].gate
-    line.gates.leave(tickets[1], served=True)
-    assert line.enter().gate is freed
+    timed.gates.leave(tickets[1], served=True)
+    assert timed.enter().gate is freed
 
 
 def test_a_key_that_learned_a_low_ceiling_gets_less():
-    line = Line(keys=2)
-    refused = line.enter()
-    line.enter()
-    line.gates.leave(refused, REFUSED)
-    line.clock.now += 1
-    positions = [line.enter().gate.key.position for _ in range(3)]
+    timed = TimedGates(keys=2)
+    refused = timed.enter()
+    timed.enter()
+    timed.gates.leave(refused, REFUSED)
+    timed.clock.now += 1
+    positions = [timed.enter().gate.key.position for _ in range(3)]
     assert positions.count(1) <= 1
 
 
-# To add a case, add a row: codes, their HTTP status, whether the whole key rests or its serving that model.
+# To add a case, add a row: codes, their HTTP status, whether the whole key rests or its
+# serving that model.
 RESTS = [
     ("401 1000 1001 1002 1003 1004 1005 1315", 401, True),
     ("1110 1111 1112 1304 1308 1309 1310", 429, True),
@@ -6056,116 +5736,112 @@ REST_ROWS = [(code, *rest) for codes, *rest in RESTS for code in codes.split()]
 
 
 @pytest.mark.parametrize("code,status,whole_key", REST_ROWS)
-def test_a_refused_key_rests_for_ten_minutes_and_the_next_one_serves(zai, on_road, code, status, whole_key):
-    road = on_road(ZAI_API_KEY=",".join(ROAD_KEYS[:2]))
-    first, second = ROAD_KEYS[:2]
-    road.answers.append(refusal(status, code))
-    text, error, record = road.ask()
+def test_a_refused_key_rests_for_ten_minutes_and_the_next_one_serves(zai, make_timed, code, status, whole_key):
+    timed = make_timed(ZAI_API_KEY=",".join(ZAI_KEYS[:2]))
+    first, second = ZAI_KEYS[:2]
+    timed.answers.append(refusal(status, code))
+    text, error, record = timed.ask()
     assert (text, error, record.retries) == ("Hello", None, 1)
-    assert road.gaps() == [0]
-    assert road.ask()[0] == "Hello"
-    assert road.ask("glm-4.5")[0] == "Hello"
+    assert timed.gaps() == [0]
+    assert timed.ask()[0] == "Hello"
+    assert timed.ask("glm-4.5")[0] == "Hello"
     assert keys_at(zai) == [first, second, second, second if whole_key else first]
-    road.clock.now += 599
-    assert road.ask()[0] == "Hello"
-    road.clock.now += 2
-    assert road.ask()[0] == "Hello"
+    timed.clock.now += 599
+    assert timed.ask()[0] == "Hello"
+    timed.clock.now += 2
+    assert timed.ask()[0] == "Hello"
     assert keys_at(zai)[4:] == [second, first]
 
 
 @pytest.mark.parametrize("code", ("1308", "1310"))
-def test_an_exhausted_key_rests_until_its_reset(zai, on_road, code):
-    road = on_road(ZAI_API_KEY=",".join(ROAD_KEYS[:2]))
-    road.answers.append(refusal(429, code, road.reset_words(5000)))
-    assert road.ask()[0] == "Hello"
-    road.clock.now += 4990
-    assert road.ask()[0] == "Hello"
-    road.clock.now += 20
-    assert road.ask()[0] == "Hello"
-    first, second = ROAD_KEYS[:2]
+def test_an_exhausted_key_rests_until_its_reset(zai, make_timed, code):
+    timed = make_timed(ZAI_API_KEY=",".join(ZAI_KEYS[:2]))
+    timed.answers.append(refusal(429, code, timed.reset_words(5000)))
+    assert timed.ask()[0] == "Hello"
+    timed.clock.now += 4990
+    assert timed.ask()[0] == "Hello"
+    timed.clock.now += 20
+    assert timed.ask()[0] == "Hello"
+    first, second = ZAI_KEYS[:2]
     assert keys_at(zai) == [first, second, second, first]
 
 
-def test_no_key_rests_longer_than_six_hours(zai, on_road):
+def test_no_key_rests_longer_than_six_hours(zai, make_timed):
     """The reset may be days away, but somebody may recharge."""
-    road = on_road(ZAI_API_KEY=",".join(ROAD_KEYS[:2]))
-    road.answers.append(refusal(429, "1310", road.reset_words(3 * 86400)))
+    timed = make_timed(ZAI_API_KEY=",".join(ZAI_KEYS[:2]))
+    timed.answers.append(refusal(429, "1310", timed.reset_words(3 * 86400)))
     for leap in (6 * 3600 - 1, 2, 0):
-        assert road.ask()[0] == "Hello"
-        road.clock.now += leap
-    first, second = ROAD_KEYS[:2]
+        assert timed.ask()[0] == "Hello"
+        timed.clock.now += leap
+    first, second = ZAI_KEYS[:2]
     assert keys_at(zai) == [first, second, second, first]
 
 
 @pytest.mark.parametrize("code", ("401", "1113", "1304", "1311"))
-def test_a_lone_key_is_asked_again_all_the_same(on_road, code):
-    road = on_road()
-    road.answers.append(refusal(429, code))
-    assert road.ask()[1].zai_code == code
-    assert road.ask()[0] == "Hello"
+def test_a_lone_key_is_asked_again_all_the_same(make_timed, code):
+    timed = make_timed()
+    timed.answers.append(refusal(429, code))
+    assert timed.ask()[1].zai_code == code
+    assert timed.ask()[0] == "Hello"
 
 
-def test_with_all_keys_resting_the_one_whose_turn_comes_first_is_tried(zai, on_road):
-    road = on_road(ZAI_API_KEY=",".join(ROAD_KEYS))
+def test_with_all_keys_resting_the_one_whose_turn_comes_first_is_tried(zai, make_timed):
+    timed = make_timed(ZAI_API_KEY=",".join(ZAI_KEYS))
     for seconds in (7000, 5000, 6000):
-        road.answers.append(refusal(429, "1308", road.reset_words(seconds)))
-    _, error, record = road.ask()
+        timed.answers.append(refusal(429, "1308", timed.reset_words(seconds)))
+    _, error, record = timed.ask()
     assert (error.status, error.code, record.retries) == (402, "insufficient_quota", 2)
     assert error.headers() == {"Retry-After": "6000", "x-should-retry": "false"}
-    road.clock.now += 10
-    assert road.ask()[0] == "Hello"
-    assert keys_at(zai) == [*ROAD_KEYS, ROAD_KEYS[1]]
+    timed.clock.now += 10
+    assert timed.ask()[0] == "Hello"
+    assert keys_at(zai) == [*ZAI_KEYS, ZAI_KEYS[1]]
 
 
 def test_an_answer_ends_the_rest_of_the_key_that_was_tried_all_the_same():
-    line = Line(keys=2)
-    line.gates.leave(line.enter(), UpstreamError("exhausted", KEY_RESTS, retry_after=5000.0))
-    ticket = line.enter()
-    line.gates.leave(ticket, error_of("401"))
-    line.enter(ticket)
+    timed = TimedGates(keys=2)
+    timed.gates.leave(timed.enter(), UpstreamError("exhausted", KEY_RESTS, retry_after=5000.0))
+    ticket = timed.enter()
+    timed.gates.leave(ticket, error_of("401"))
+    timed.enter(ticket)
     assert ticket.gate.key.position == 1, "it has been refused with the other"
-    line.gates.leave(ticket, served=True)
-    assert line.enter().gate.key.position == 1
+    timed.gates.leave(ticket, served=True)
+    assert timed.enter().gate.key.position == 1
 
 
 def test_a_key_goes_on_resting_though_an_earlier_answer_with_it_ends_well():
-    line = Line(keys=2)
-    running, second, refused = [line.enter() for _ in range(3)]
+    timed = TimedGates(keys=2)
+    running, second, refused = [timed.enter() for _ in range(3)]
     assert running.gate is refused.gate
-    line.gates.leave(refused, error_of("1308"))
-    line.gates.leave(running, served=True)
-    line.gates.leave(second, served=True)
-    assert line.enter().gate.key.position == 2
+    timed.gates.leave(refused, error_of("1308"))
+    timed.gates.leave(running, served=True)
+    timed.gates.leave(second, served=True)
+    assert timed.enter().gate.key.position == 2
 
 
 def test_the_head_of_the_queue_goes_when_a_key_comes_back():
-    line = Line(keys=2, limit=1)
-    busy = line.enter()
-    line.gates.leave(line.enter(), UpstreamError("exhausted", KEY_RESTS, retry_after=10.0))
-    ticket = ztoapi.Ticket("glm-4.6", RoadClient(line.clock))
-    assert line.seconds_to_enter(ticket) == 10
+    timed = TimedGates(keys=2, limit=1)
+    busy = timed.enter()
+    timed.gates.leave(timed.enter(), UpstreamError("exhausted", KEY_RESTS, retry_after=10.0))
+    ticket = ztoapi.Ticket("glm-4.6", ClockClient(timed.clock))
+    assert timed.seconds_to_enter(ticket) == 10
     assert ticket.gate.key is not busy.gate.key
 
 
 @both
 def test_the_client_sees_nothing_of_a_key_that_fails(zai, streamed):
-    zai.scripts.extend([refusal(401, "401"), stream(error_sse("1311"))])
-    with road(zai, ZAI_API_KEY=",".join(ROAD_KEYS), MAX_RETRIES="0") as proxy:
+    zai.scripts.extend([refusal(401, "401"), stream(error_event("1311"))])
+    with strict_proxy(zai, ZAI_API_KEY=",".join(ZAI_KEYS), MAX_RETRIES="0") as proxy:
         assert ask(proxy, streamed) == WELL
-        assert keys_at(zai) == list(ROAD_KEYS)
+        assert keys_at(zai) == list(ZAI_KEYS)
 
 
 def test_an_empty_purse_at_every_key_is_told_with_no_second_try(zai):
     zai.default = refusal(429, "1113")
-    with road(zai, ZAI_API_KEY=",".join(ROAD_KEYS)) as proxy:
+    with strict_proxy(zai, ZAI_API_KEY=",".join(ZAI_KEYS)) as proxy:
         status, headers, body = proxy.chat()
         assert (status, body["error"]["code"]) == (402, "insufficient_quota")
         assert headers["x-should-retry"] == "false"
-        assert keys_at(zai) == list(ROAD_KEYS)
-
-
-def error_with(text):
-    return sse({"error": {"code": "1234", "message": text}})
+        assert keys_at(zai) == list(ZAI_KEYS)
 
 
 # To add a case, add a row: where Z.ai quotes the key -> the script for a key.
@@ -6173,8 +5849,8 @@ QUOTING = {
     "401": lambda key: refusal(401, "401", f"token {key} expired"),
     "halves": lambda key: refusal(500, "1234", "{} and {}".format(*key.split("."))),
     "400": lambda key: refusal(400, "1210", f"key {key}"),
-    "first event": lambda key: stream(error_with(f"Bearer {key}")),
-    "later event": lambda key: stream(say("a"), error_with(f"Bearer {key}")),
+    "first event": lambda key: stream(error_event("1234", f"Bearer {key}")),
+    "later event": lambda key: stream(say("a"), error_event("1234", f"Bearer {key}")),
     "log id": lambda key: [raw_head(f"X-Log-Id: {key}"), CLOSE],
     "head": lambda key: [b"HTTP/1.1 %b\r\n\r\n" % key.encode(), CLOSE],
 }
@@ -6185,16 +5861,69 @@ QUOTING = {
 def test_no_key_is_seen_in_answers_or_logs(zai, caplog, case, streamed):
     caplog.set_level(logging.DEBUG, "ztoapi")
     zai.default = lambda request: QUOTING[case](request["headers"]["Authorization"].split()[1])
-    with road(zai, ZAI_API_KEY=",".join(ROAD_KEYS[:2]), DEBUG_MODE="true") as proxy:
-        seen = talk(proxy, raw_chat(chat_body(stream=streamed), ["Connection: close"])).decode()
+    with strict_proxy(zai, ZAI_API_KEY=",".join(ZAI_KEYS[:2]), DEBUG_MODE="true") as proxy:
+        seen = talk(proxy, raw_chat(chat_body(stream=streamed), "Connection: close")).decode()
         proxy.idle()
     assert "error" in seen
     assert "key #1" in caplog.text
-    parts = [part for key in ROAD_KEYS[:2] for part in key.split(".")]
+    parts = [part for key in ZAI_KEYS[:2] for part in key.split(".")]
     assert [part for part in parts if part in seen + caplog.text] == []
 
 
+# Pump #################################################################################
+
+def test_two_hundred_streams_at_once_are_relayed_whole(zai):
+    def script(request):
+        word = request["body"]["messages"][0]["content"]
+        pieces = [step for i in range(10) for step in (say(f"{word}.{i} "), 0.02)]
+        return stream(*pieces, FINISH, DONE)
+    zai.default = script
+    with strict_proxy(zai) as proxy, contextlib.ExitStack() as closing:
+        socks = []
+        for i in range(200):
+            messages = [user(f"n{i}")]
+            socks.append(closing.enter_context(proxy.open_stream(messages=messages)))
+        for i, sock in enumerate(socks):
+            _, _, events, clean = read_stream(sock)
+            assert clean
+            assert said(events).split() == [f"n{i}.{j}" for j in range(10)]
+            assert events[-1] == "[DONE]"
+
+
+def test_a_bug_in_a_chore_does_not_end_the_pump(zai, brisk, caplog):
+    def buggy(now):
+        proxy.server.pump.chores.remove(buggy)
+        raise ZeroDivisionError
+    with strict_proxy(zai) as proxy:
+        proxy.server.pump.chores.append(buggy)
+        assert eventually(lambda: "The pump failed" in caplog.text)
+        assert ask(proxy, True) == WELL
+
+
 # The client's leaving
+
+@contextlib.contextmanager
+def leaving(proxy, caplog, request, how="close"):
+    """A request whose client leaves, and is gone within a second, without an error in the log."""
+    caplog.set_level(logging.INFO, "ztoapi")
+    caplog.clear()
+    sock = proxy.connect()
+    sock.sendall(request)
+    yield
+    if how == "reset":
+        make_reset(sock)
+    if how == "end of file":
+        sock.shutdown(socket.SHUT_WR)
+    else:
+        sock.close()
+    left = time.monotonic()
+    assert eventually(proxy.server.idle, 5)
+    assert time.monotonic() - left < 2
+    sock.close()
+    assert figures(proxy)[1:] == (0, 1)
+    assert " 499 " in caplog.text
+    assert [record for record in caplog.records if record.levelno > logging.INFO] == []
+
 
 def is_connecting(proxy):
     return any(client.dialing for client in list(proxy.server.pump.clients))
@@ -6205,7 +5934,8 @@ def is_pausing(proxy, zai):
 
 
 PAUSE = "Retry-After: 60"
-# To add a case, add a row: a phase -> what Z.ai does; when it is reached; how many connections to Z.ai are then open.
+# To add a case, add a row: a phase -> what Z.ai does; when it is reached; how many
+# connections to Z.ai are then open.
 PHASES = {
     "before the head": ([30], lambda proxy, zai: zai.in_flight == 1, 1),
     "before the first token": ([HEAD, 30], lambda proxy, zai: zai.in_flight == 1, 1),
@@ -6215,58 +5945,35 @@ PHASES = {
 }
 
 
-@contextlib.contextmanager
-def leaving(proxy, caplog, streamed, how="close"):
-    """A chat whose client leaves, and is gone within a second, without an error in the log."""
-    caplog.set_level(logging.INFO, "ztoapi")
-    caplog.clear()
-    sock = proxy.connect()
-    sock.sendall(raw_chat(chat_body(stream=streamed)))
-    yield
-    if how == "reset":
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    if how == "end of file":
-        sock.shutdown(socket.SHUT_WR)
-    else:
-        sock.close()
-    left = time.monotonic()
-    assert eventually(proxy.server.idle, 3)
-    assert time.monotonic() - left < 1
-    sock.close()
-    assert figures(proxy)[1:] == (0, 1)
-    assert " 499 " in caplog.text
-    assert [record for record in caplog.records if record.levelno > logging.INFO] == []
-
-
 @pytest.mark.parametrize("phase", PHASES)
 @both
 def test_the_clients_leaving_is_noticed(zai, brisk, caplog, phase, streamed):
     zai.default, is_reached, connected = PHASES[phase]
-    with road(zai) as proxy:
-        with leaving(proxy, caplog, streamed):
+    with strict_proxy(zai) as proxy:
+        with leaving(proxy, caplog, raw_chat(chat_body(stream=streamed))):
             assert eventually(lambda: is_reached(proxy, zai))
-        assert eventually(lambda: zai.cut_by_client == connected, 1)
+        assert eventually(lambda: zai.cut_by_client == connected, 2)
         assert len(zai.requests) == 1
 
 
 @pytest.mark.parametrize("how,streamed", (("reset", True), ("end of file", False)))
 def test_every_way_of_leaving_is_noticed(zai, caplog, how, streamed):
     zai.default = stream(say("Hel"), 30)
-    with road(zai) as proxy:
-        with leaving(proxy, caplog, streamed, how):
+    with strict_proxy(zai) as proxy:
+        with leaving(proxy, caplog, raw_chat(chat_body(stream=streamed)), how):
             assert eventually(lambda: zai.in_flight == 1)
-        assert eventually(lambda: zai.cut_by_client == 1, 1)
+        assert eventually(lambda: zai.cut_by_client == 1, 2)
 
 
 @both
 def test_the_clients_leaving_the_queue_is_noticed(zai, brisk, caplog, streamed):
     zai.default = stream(say("Hel"), 30)
-    with road(zai, MAX_CONCURRENCY="1") as proxy, proxy.open_stream() as occupant:
+    with strict_proxy(zai, MAX_CONCURRENCY="1") as proxy, proxy.open_stream() as occupant:
         assert eventually(lambda: zai.in_flight == 1)
         with proxy.connect() as sock:
             sock.sendall(raw_chat(chat_body(stream=streamed)))
-            assert eventually(lambda: queued(proxy) == 1)
-        assert eventually(lambda: queued(proxy) == 0, 1)
+            assert eventually(lambda: proxy.queued() == 1)
+        assert eventually(lambda: proxy.queued() == 0, 1)
         occupant.close()
         assert figures(proxy) == (0, 0, 2)
         assert len(zai.requests) == 1
@@ -6276,9 +5983,9 @@ def test_the_clients_leaving_the_queue_is_noticed(zai, brisk, caplog, streamed):
 def test_a_slot_never_goes_to_one_who_has_left(zai):
     """Not even when a write that fails frees it, before the pump looks."""
     zai.default = stream(*[say("Hel"), 0.01] * 500)
-    with road(zai, MAX_CONCURRENCY="1") as proxy:
+    with strict_proxy(zai, MAX_CONCURRENCY="1") as proxy:
         socks = [proxy.open_stream() for _ in range(6)]
-        assert eventually(lambda: zai.in_flight == 1 and queued(proxy) == 5)
+        assert eventually(lambda: zai.in_flight == 1 and proxy.queued() == 5)
         for sock in socks:
             sock.close()
         proxy.idle()
@@ -6287,32 +5994,32 @@ def test_a_slot_never_goes_to_one_who_has_left(zai):
 
 @both
 def test_the_clients_leaving_while_connecting_is_noticed(brisk, caplog, streamed):
-    with stuck_listener() as port, road(ZAI_BASE_URL=f"http://127.0.0.1:{port}") as proxy:
-        with leaving(proxy, caplog, streamed):
+    with stuck_listener() as port, strict_proxy(ZAI_BASE_URL=f"http://127.0.0.1:{port}") as proxy:
+        with leaving(proxy, caplog, raw_chat(chat_body(stream=streamed))):
             assert eventually(lambda: is_connecting(proxy))
 
 
-@pytest.mark.parametrize("road_kind", ("https", "tunnel"))
-def test_the_clients_leaving_in_a_handshake_is_noticed(brisk, caplog, monkeypatch, road_kind):
+@pytest.mark.parametrize("kind", ("https", "tunnel"))
+def test_the_clients_leaving_in_a_handshake_is_noticed(brisk, caplog, monkeypatch, kind):
     with MuteListener() as mute:
         url = f"https://127.0.0.1:{mute.port}/api"
-        if road_kind == "tunnel":
+        if kind == "tunnel":
             through(monkeypatch, "https", f"http://127.0.0.1:{mute.port}")
             url = "https://api.z.ai/api"
-        with road(ZAI_BASE_URL=url) as proxy:
-            with leaving(proxy, caplog, True):
+        with strict_proxy(ZAI_BASE_URL=url) as proxy:
+            with leaving(proxy, caplog, raw_chat(chat_body(stream=True))):
                 assert mute.heard.wait(5)
             assert mute.ended.wait(1)
 
 
 def test_the_leaving_of_a_client_that_had_sent_more_is_noticed(zai, brisk):
     zai.default = stream(say("Hel"), 30)
-    with road(zai) as proxy:
+    with strict_proxy(zai) as proxy:
         with proxy.connect() as sock:
             sock.sendall(raw_chat(chat_body(stream=True)))
             assert eventually(lambda: zai.in_flight == 1)
             sock.sendall(raw_chat(chat_body(stream=True)))  # pipelined
-        assert eventually(lambda: zai.cut_by_client == 1, 1)
+        assert eventually(lambda: zai.cut_by_client == 1, 2)
 
 
 # Heartbeats
@@ -6320,7 +6027,7 @@ def test_the_leaving_of_a_client_that_had_sent_more_is_noticed(zai, brisk):
 @pytest.mark.parametrize("begin", ([0.15], [HEAD, 0.15]), ids=("before the head", "before the first token"))
 def test_a_heartbeat_is_a_valid_empty_chunk_and_the_opening_one_comes_first(zai, brisk, begin):
     zai.default = begin + stream(*HEALTHY)[len(begin) - 1:]
-    with road(zai, HEARTBEAT="0.04") as proxy, proxy.open_stream() as sock:
+    with strict_proxy(zai, HEARTBEAT="0.04") as proxy, proxy.open_stream() as sock:
         assert sock.recv(12, socket.MSG_PEEK) == b"HTTP/1.1 200"
         assert zai.in_flight == 1, "the head is out before Z.ai has said anything"
         _, _, events, clean = read_stream(sock)
@@ -6330,13 +6037,13 @@ def test_a_heartbeat_is_a_valid_empty_chunk_and_the_opening_one_comes_first(zai,
         assert deltas[0] == {"role": "assistant", "content": ""}
         assert ["role" in delta for delta in deltas].count(True) == 1
         assert any(map(is_beat, events))
-        constants = {(e["id"], e["created"], e["model"], e["object"]) for e in events[:-1]}
-        assert len(constants) == 1
+        for name in ("id", "created", "model", "object"):
+            assert len({event[name] for event in events[:-1]}) == 1
 
 
 def test_a_heartbeat_comes_mid_stream_too(zai, brisk):
     zai.default = stream(say("Hel"), 0.15, say("lo"), FINISH, DONE)
-    with road(zai, HEARTBEAT="0.04") as proxy:
+    with strict_proxy(zai, HEARTBEAT="0.04") as proxy:
         _, _, events, clean = proxy.stream()
         assert clean
         deltas = [choice["delta"] for choice in choices_of(events)]
@@ -6346,7 +6053,7 @@ def test_a_heartbeat_comes_mid_stream_too(zai, brisk):
 @pytest.mark.parametrize("heartbeat", ("10", "0"))
 def test_no_heartbeat_comes_before_its_time_or_at_0(zai, brisk, heartbeat):
     zai.default = stream(0.1, *HEALTHY)
-    with road(zai, HEARTBEAT=heartbeat) as proxy:
+    with strict_proxy(zai, HEARTBEAT=heartbeat) as proxy:
         assert not any(map(is_beat, proxy.stream()[2]))
 
 
@@ -6363,7 +6070,7 @@ LATE_ENDS = {
 @pytest.mark.parametrize("case", LATE_ENDS)
 def test_a_heartbeat_never_follows_the_end_of_an_answer(zai, brisk, case):
     zai.default = LATE_ENDS[case]
-    with road(zai, HEARTBEAT="0.05") as proxy, proxy.open_stream() as sock:
+    with strict_proxy(zai, HEARTBEAT="0.05") as proxy, proxy.open_stream() as sock:
         time.sleep(0.3)  # the large write stands still meanwhile
         _, _, events, clean = read_stream(sock)
         assert clean
@@ -6376,21 +6083,21 @@ def test_a_heartbeat_never_follows_the_end_of_an_answer(zai, brisk, case):
 
 def test_a_quick_refusal_keeps_its_status_with_heartbeats_on(zai, brisk):
     zai.default = refusal(400, "1210")
-    with road(zai, HEARTBEAT="0.2") as proxy:
+    with strict_proxy(zai, HEARTBEAT="0.2") as proxy:
         assert ask(proxy, True)[0] == 400
 
 
 def test_a_json_answer_has_no_heartbeats_and_keeps_its_status(zai, brisk):
     zai.scripts.append([0.15, *refusal(400, "1210")])
     zai.default = [0.15, *stream(*HEALTHY)]
-    with road(zai, HEARTBEAT="0.03") as proxy:
+    with strict_proxy(zai, HEARTBEAT="0.03") as proxy:
         assert ask(proxy, False)[0] == 400
         assert ask(proxy, False) == WELL
 
 
 def test_retrying_goes_on_after_a_heartbeat(zai, brisk):
     zai.scripts.extend([[0.1, *refusal(500, "1234")], [HEAD, 0.1, CLOSE]])
-    with road(zai, HEARTBEAT="0.03") as proxy:
+    with strict_proxy(zai, HEARTBEAT="0.03") as proxy:
         _, _, events, clean = proxy.stream()
         assert clean
         assert said(events) == "Hello"
@@ -6400,16 +6107,17 @@ def test_retrying_goes_on_after_a_heartbeat(zai, brisk):
 
 def test_queueing_goes_on_after_a_heartbeat(zai, brisk):
     zai.default = stream(0.2, *HEALTHY)
-    with road(zai, HEARTBEAT="0.03", MAX_CONCURRENCY="1") as proxy, proxy.open_stream() as first:
+    with strict_proxy(zai, HEARTBEAT="0.03", MAX_CONCURRENCY="1") as proxy, proxy.open_stream() as first:
         assert eventually(lambda: zai.in_flight == 1)
         with proxy.open_stream() as second:
             assert second.recv(1, socket.MSG_PEEK) == b"H"
-            assert queued(proxy) == 1
+            assert proxy.queued() == 1
             for _, _, events, clean in together(lambda: read_stream(first), lambda: read_stream(second)):
                 assert (said(events), clean) == ("Hello", True)
 
 
-# To add a case, add a row: what Z.ai does after a heartbeat, the code of the error then.
+# To add a case, add a row: what Z.ai does after a heartbeat, the code of the error
+# then.
 FAILURES_AFTER_BEAT = {
     "400": ([0.1, *refusal(400, "1210")], "invalid_value"),
     "429": ([0.1, *refusal(429, "1113")], "insufficient_quota"),
@@ -6421,7 +6129,7 @@ FAILURES_AFTER_BEAT = {
 @pytest.mark.parametrize("case", FAILURES_AFTER_BEAT)
 def test_a_failure_after_a_heartbeat_is_the_in_stream_error(zai, brisk, case):
     zai.default, code = FAILURES_AFTER_BEAT[case]
-    with road(zai, HEARTBEAT="0.03", MAX_RETRIES="0") as proxy:
+    with strict_proxy(zai, HEARTBEAT="0.03", MAX_RETRIES="0") as proxy:
         events = failed_stream(proxy)
         assert events[0]["choices"][0]["delta"]["role"] == "assistant"
         assert events[-1]["error"]["code"] == code
@@ -6429,7 +6137,7 @@ def test_a_failure_after_a_heartbeat_is_the_in_stream_error(zai, brisk, case):
 
 def test_queue_timeout_after_a_heartbeat_is_the_in_stream_error(zai, brisk):
     zai.default = stream(say("Hel"), 30)
-    with road(zai, HEARTBEAT="0.03", MAX_CONCURRENCY="1", QUEUE_TIMEOUT="0.1") as proxy, proxy.open_stream():
+    with strict_proxy(zai, HEARTBEAT="0.03", MAX_CONCURRENCY="1", QUEUE_TIMEOUT="0.1") as proxy, proxy.open_stream():
         assert eventually(lambda: zai.in_flight == 1)
         assert failed_stream(proxy)[-1]["error"]["code"] == "rate_limit_exceeded"
 
@@ -6499,6 +6207,24 @@ def test_heartbeats_into_a_full_window_wait_for_room_and_come_whole(monkeypatch)
 
 # Slow readers and large answers
 
+def test_nothing_is_read_from_zai_while_its_client_is_behind():
+    outbox = ztoapi.Outbox(FullSocket(), bytes, ztoapi.Chat("chatcmpl-1", 1, "glm-4.6"))
+    outbox.put("text", 0)
+    received = []
+    connection = types.SimpleNamespace(receive=received.append)
+    answer_to_come = ztoapi.Answer(ztoapi.Translator(), zai_error)
+    relay = ztoapi.Relay(connection, answer_to_come, ztoapi.Client(FullSocket(), outbox), None)
+    assert not relay.step(1, bytearray(10))
+    assert received == []
+
+
+class FullSocket:
+    """A client's socket that takes nothing."""
+
+    def send(self, data):
+        raise BlockingIOError
+
+
 def count_text(sock, letter):
     """How often `letter`, which is nowhere else, comes in a streamed answer; and whether that ends as it should."""
     count = 0
@@ -6530,28 +6256,10 @@ class Torrent:
         self.sent += 1
 
 
-class FullSocket:
-    """A client's socket that takes nothing."""
-
-    def send(self, data):
-        raise BlockingIOError
-
-
-def test_nothing_is_read_from_zai_while_its_client_is_behind():
-    outbox = ztoapi.Outbox(FullSocket(), bytes, ztoapi.Chat("chatcmpl-1", 1, "glm-4.6"))
-    outbox.put("text", 0)
-    received = []
-    connection = types.SimpleNamespace(receive=received.append)
-    answer_to_come = ztoapi.Answer(ztoapi.Translator(), zai_error)
-    relay = ztoapi.Relay(connection, answer_to_come, ztoapi.Client(FullSocket(), outbox), None)
-    assert not relay.step(1, bytearray(10))
-    assert received == []
-
-
 def test_a_slow_reader_slows_zai_down_and_costs_no_memory(zai):
     torrent = Torrent(600, 1 << 16)
     zai.default = torrent.script
-    with road(zai) as proxy, proxy.open_stream() as sock:
+    with strict_proxy(zai) as proxy, proxy.open_stream() as sock:
         before = rss()
         sent = -1
         while sent != torrent.sent:  # until Z.ai is held up
@@ -6564,14 +6272,14 @@ def test_a_slow_reader_slows_zai_down_and_costs_no_memory(zai):
 
 def test_a_client_that_is_behind_is_no_silence_of_zai(zai, brisk):
     zai.default = Torrent(300, 1 << 16).script
-    with road(zai, UPSTREAM_TIMEOUT="0.1") as proxy, proxy.open_stream() as sock:
+    with strict_proxy(zai, UPSTREAM_TIMEOUT="0.1") as proxy, proxy.open_stream() as sock:
         time.sleep(0.4)
         assert count_text(sock, b"Q") == (300 << 16, True)
 
 
 def test_an_error_that_comes_while_the_client_is_behind_comes_last_and_whole(zai, brisk):
     zai.default = [HEAD, chunked(say("Q" * (4 << 20))) + chunked(sse(NETWORK)), CLOSE]
-    with road(zai) as proxy, proxy.open_stream() as sock:
+    with strict_proxy(zai) as proxy, proxy.open_stream() as sock:
         time.sleep(0.2)
         _, _, events, clean = read_stream(sock)
         assert len(said(events)) == 4 << 20
@@ -6581,21 +6289,21 @@ def test_an_error_that_comes_while_the_client_is_behind_comes_last_and_whole(zai
 
 def test_a_slow_reader_does_not_hold_up_the_others(zai):
     zai.scripts.append(Torrent(600, 1 << 16).script)
-    with road(zai) as proxy, proxy.open_stream():
+    with strict_proxy(zai) as proxy, proxy.open_stream():
         assert eventually(lambda: any(client.is_behind for client in list(proxy.server.pump.clients)))
         assert ask(proxy, True) == WELL
 
 
 def test_a_client_that_takes_no_write_within_client_timeout_is_dropped(zai, brisk):
     zai.default = Torrent(1000, 1 << 16).script
-    with road(zai, CLIENT_TIMEOUT="0.2") as proxy, proxy.open_stream():
+    with strict_proxy(zai, CLIENT_TIMEOUT="0.2") as proxy, proxy.open_stream():
         assert eventually(lambda: zai.cut_by_client == 1)
         assert figures(proxy) == (0, 0, 1)
 
 
 def test_a_slow_reader_is_no_dropped_one(zai, brisk):
     zai.default = Torrent(300, 1 << 16).script
-    with road(zai, CLIENT_TIMEOUT="0.3", UPSTREAM_TIMEOUT="0.3") as proxy, proxy.open_stream() as sock:
+    with strict_proxy(zai, CLIENT_TIMEOUT="0.3", UPSTREAM_TIMEOUT="0.3") as proxy, proxy.open_stream() as sock:
         for _ in range(5):
             time.sleep(0.08)
             sock.recv(1 << 20)
@@ -6607,13 +6315,14 @@ PER_REQUEST = (
     ztoapi.Handler, ztoapi.Client, ztoapi.Outbox, ztoapi.Relay, ztoapi.Connection, ztoapi.ZaiRequest, ztoapi.Answer,
     ztoapi.Reply, ztoapi.SSEDecoder, ztoapi.Translator, ztoapi.Job, ztoapi.Ticket, ztoapi.Fold, ztoapi.Chat)
 
-# To add a case, add a row: what happens -> what Z.ai does (None: it is not there), streamed or not.
+# To add a case, add a row: what happens -> what Z.ai does (None: it is not there),
+# streamed or not.
 LITTER = {
     "well": (stream(*HEALTHY), True),
     "well, json": (stream(*HEALTHY), False),
-    "reset": (EARLY["reset before the head"], True),
-    "first event, json": (EARLY["an error as first event"], False),
-    "HTML 502": (EARLY["HTML 502"], True),
+    "reset": ([RESET], True),
+    "first event, json": (stream(sse(NETWORK), DONE), False),
+    "HTML 502": (answer(502, b"<html><h1>502 Bad Gateway</h1></html>"), True),
     "cut": ([HEAD, chunked(say("Hel")), CLOSE], True),
     "silence": ([HEAD, 30], True),
     "not there": (None, True),
@@ -6645,7 +6354,7 @@ def test_a_request_leaves_nothing_for_the_garbage_collector(zai, brisk, case):
     def make_request():
         ask(proxy, streamed)
         proxy.idle()
-    with road(zai, MAX_RETRIES="1", UPSTREAM_TIMEOUT="0.1") as proxy:
+    with strict_proxy(zai, MAX_RETRIES="1", UPSTREAM_TIMEOUT="0.1") as proxy:
         assert litter_of(make_request) == []
 
 
@@ -6658,7 +6367,7 @@ def test_a_client_that_leaves_an_answer_leaves_nothing_either(zai, brisk, stream
             sock.sendall(raw_chat(chat_body(stream=streamed)))
             assert eventually(lambda: zai.in_flight == 1)
         proxy.idle()
-    with road(zai) as proxy:
+    with strict_proxy(zai) as proxy:
         assert litter_of(make_request) == []
 
 
@@ -6667,22 +6376,14 @@ def test_a_client_that_leaves_while_connecting_leaves_nothing_either(brisk):
         with proxy.open_stream():
             assert eventually(lambda: is_connecting(proxy))
         proxy.idle()
-    with stuck_listener() as port, road(ZAI_BASE_URL=f"http://127.0.0.1:{port}") as proxy:
+    with stuck_listener() as port, strict_proxy(ZAI_BASE_URL=f"http://127.0.0.1:{port}") as proxy:
         assert litter_of(make_request) == []
-
-
-def test_an_event_of_more_than_16_mib_is_an_error(zai):
-    zai.default = [HEAD, chunked(say("x" * (17 << 20))), chunked(FINISH), END]
-    with road(zai) as proxy:
-        status, text, _, _ = ask(proxy, True)
-        assert (status, text) == (502, "")
-        assert len(zai.requests) == 1
 
 
 def test_a_json_answer_of_more_than_64_mib_is_an_error(zai):
     one = chunked(say("\u4e2d" * ((1 << 20) // 3)))  # a mebibyte, whatever the count of characters
     zai.default = [HEAD, *[one] * 66, chunked(FINISH), END]
-    with road(zai) as proxy:
+    with strict_proxy(zai) as proxy:
         assert ask(proxy, False)[0] == 502
         assert len(zai.requests) == 1
 
@@ -6691,136 +6392,668 @@ def test_a_json_answer_of_more_than_64_mib_is_an_error(zai):
 def test_the_log_id_of_zai_is_in_the_answer_and_in_the_log(zai, caplog, script):
     caplog.set_level(logging.INFO, "ztoapi")
     zai.default = script
-    with road(zai) as proxy:
+    with strict_proxy(zai) as proxy:
         for get in (proxy.stream, proxy.chat):
             caplog.clear()
             assert get()[1]["x-zai-log-id"] == LOG_ID
             assert eventually(lambda: LOG_ID in caplog.text)
 
 
-# Roads through proxies, and TLS
+# Upstream #############################################################################
+#
+# Through real sockets wherever bytes matter, and by the clock wherever time does.
 
-# Of nobody but these tests: "localhost", until 2120.
-PEM = """-----BEGIN PRIVATE KEY-----
-MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQg+b686Zt74WM/8gbS
-kV/HJGf//29GodU3LUl+ciTg9O6hRANCAAQ5w+XOmVw88pJipFzjdFEWbofTLbgr
-AoTh9LNTykRggRZkqrEBSo/1OLA/wSOM4PeLQOT/+7QZqCkZTuURPYjq
------END PRIVATE KEY-----
------BEGIN CERTIFICATE-----
-MIIBcTCCARegAwIBAgIBATAKBggqhkjOPQQDAjAUMRIwEAYDVQQDDAlsb2NhbGhv
-c3QwIBcNMjAwMTAxMDAwMDAwWhgPMjEyMDAxMDEwMDAwMDBaMBQxEjAQBgNVBAMM
-CWxvY2FsaG9zdDBZMBMGByqGSM49AgEGCCqGSM49AwEHA0IABDnD5c6ZXDzykmKk
-XON0URZuh9MtuCsChOH0s1PKRGCBFmSqsQFKj/U4sD/BI4zg94tA5P/7tBmoKRlO
-5RE9iOqjWDBWMBQGA1UdEQQNMAuCCWxvY2FsaG9zdDAPBgNVHRMBAf8EBTADAQH/
-MA4GA1UdDwEB/wQEAwIChDAdBgNVHQ4EFgQU+swHuFhZz2sSVKo4ybaB3QEWvC4w
-CgYIKoZIzj0EAwIDSAAwRQIgH8ZcK3zBu34C2IgxX4q+HHMp6GO3ZxWX3MQVddbc
-OAkCIQCFRQOQ04IE+Ld+SfS+Ln+mC5ggbJA3uOySyvYj47SiwQ==
------END CERTIFICATE-----
-"""
+def raw_head(*lines):
+    return "\r\n".join(["HTTP/1.1 200 OK", "Content-Type: text/event-stream", *lines, "", ""]).encode()
+
+
+# Faults: each heals if it comes before the first delta, and ends the answer if it comes
+# later
+
+# One of each kind; which answers are faults at all is told by the tables of From Z.ai.
+# To add a case, add a row: a fault -> what Z.ai does.
+EARLY = {
+    "reset before the head": [RESET],
+    "closed before the head": [CLOSE],
+    "reset behind the head": [HEAD, 0.02, RESET],
+    "closed behind the head": [HEAD, CLOSE],
+    "reset in an event": [HEAD, chunked(say("Hel")[:40]), 0.02, RESET],
+    "broken chunk size": [HEAD, b"zz\r\n", CLOSE],
+    "cut behind an empty delta": stream(event({"role": "assistant", "content": ""}), CLOSE, end=False),
+    "empty 200": stream(),
+    "an error as first event": stream(sse(NETWORK), DONE),
+    "an error as JSON in a 200": answer(200, NETWORK),
+    "network_error": stream(event(finish="network_error"), DONE),
+    "HTML 502": answer(502, b"<html><h1>502 Bad Gateway</h1></html>"),
+    "1120": refusal(429, "1120"),
+    "1234": refusal(500, "1234"),
+}
+
+# To add a case, add a row: a fault -> what Z.ai does behind the first delta.
+LATE = {
+    "reset": [0.02, RESET],
+    "clean end between chunks": [CLOSE],
+    "clean end of the body without a finish": [END],
+    "end mark without a finish": [chunked(DONE), END],
+    "reset in an event": [chunked(say("lo")[:40]), 0.02, RESET],
+    "reset in a chunk": [b"ff\r\ndata: {", 0.02, RESET],
+    "broken chunk size": [0.02, b"zz\r\n", CLOSE],
+    "an error as an event": [chunked(sse(NETWORK)), chunked(DONE), END],
+    "1302 as an event": [chunked(sse(LIMITED)), END],
+    "network_error": [chunked(event(finish="network_error")), chunked(DONE), END],
+    "garbage to the end": [chunked(b"data: oops\n\n"), END],
+}
+
+
+@pytest.mark.parametrize("fault", EARLY)
+def test_a_fault_before_the_first_delta_is_tried_again_unseen(zai, fault):
+    with strict_proxy(zai, MAX_RETRIES="2") as proxy:
+        for streamed in (True, False):
+            zai.scripts.extend([EARLY[fault], EARLY[fault]])
+            assert ask(proxy, streamed) == WELL
+            proxy.idle()
+            proxy.close_idle()  # a dead pooled connection would be no retry
+        assert len(zai.requests) == 6
+        assert figures(proxy) == (4, 0, 0)
+
+
+@pytest.mark.parametrize("fault", EARLY)
+def test_a_fault_that_does_not_heal_is_an_error_after_max_retries(zai, fault):
+    zai.default = EARLY[fault]
+    with strict_proxy(zai, MAX_RETRIES="1") as proxy:
+        for streamed in (True, False):
+            status, text, error, _ = ask(proxy, streamed)
+            assert status == (503 if fault == "1120" else 502)
+            assert text == ""
+            assert error["type"] in ("upstream_error", "server_error")
+        assert len(zai.requests) == 4
+        assert figures(proxy) == (2, 2, 0)
+
+
+# Each fault behind text; behind thinking and behind a call some of them.
+LATE_CASES = [("text", fault) for fault in LATE]
+LATE_CASES += itertools.product(("thinking", "call"), ("reset", "network_error", "1302 as an event"))
+FIRST_DELTAS = {"text": say("Hel"), "thinking": think("Hel"), "call": call()}
+
+
+@pytest.mark.parametrize("first,fault", LATE_CASES)
+def test_nothing_is_tried_again_after_the_first_delta(zai, first, fault):
+    zai.default = [HEAD, chunked(FIRST_DELTAS[first]), *LATE[fault]]
+    with strict_proxy(zai) as proxy:
+        events = failed_stream(proxy)
+        shown = said(events) + said(events, "reasoning_content")
+        assert shown == ("" if first == "call" else "Hel")
+        assert any("tool_calls" in choice["delta"] for choice in choices_of(events)) == (first == "call")
+        status, _, error, _ = ask(proxy, False)
+        assert status == (429 if "1302" in fault else 502)
+        assert error["message"]
+        assert len(zai.requests) == 2
+        assert figures(proxy)[0] == 0
+
+
+@pytest.mark.parametrize("fault", ("reset", "clean end of the body without a finish", "network_error"))
+@both
+def test_hidden_thinking_is_not_paid_for_twice(zai, fault, streamed):
+    zai.default = [HEAD, chunked(think("Hm")), *LATE[fault]]
+    with strict_proxy(zai, REASONING_FORMAT="hidden") as proxy:
+        status, text, error, _ = ask(proxy, streamed)
+        assert text == ""
+        assert error["code"] == "upstream_error"
+        assert len(zai.requests) == 1
+
+
+# A frame cut short, with the first frame of a new answer inside.
+TORN = b'data: {"id":"2026data: {"id":"2027","created":1,"choices":[{"index":0,"delta":{"role":"assistant"}}]}\n\n'
+
+
+def test_thinking_that_was_void_is_not_paid_for_twice(zai):
+    """Z.ai starts its answer afresh, which takes the thinking back, and then ends it."""
+    zai.default = stream(think("Hm"), TORN, 0.02, CLOSE, end=False)
+    with strict_proxy(zai) as proxy:
+        failed_stream(proxy)
+        assert ask(proxy, False)[0] == 502
+        assert len(zai.requests) == 2
+
+
+@both
+def test_starting_afresh_before_anything_came_is_no_beginning(zai, streamed):
+    zai.scripts.append(stream(TORN, 0.02, CLOSE, end=False))
+    with strict_proxy(zai) as proxy:
+        assert ask(proxy, streamed) == WELL
+        assert [request["body"]["model"] for request in zai.requests] == ["glm-4.6", "glm-4.6"]
+
+
+@pytest.mark.parametrize("fault", ("an error as an event", "reset", "network_error"))
+def test_who_loses_an_error_over_a_cut_gets_the_closing_chunk_behind_it(zai, fault):
+    zai.default = [HEAD, chunked(say("Hel")), *LATE[fault]]
+    with strict_proxy(zai) as proxy:
+        for line, closed in (("Origin: https://app.example", True), ("User-Agent: ai/6.0 ai-sdk/openai/3.0", True),
+                             ("User-Agent: OpenAI/Python 3.57", False)):
+            _, _, events, clean = proxy.stream([line])
+            assert list(events[-1]) == ["error"]
+            assert finish_of(events) == []
+            assert clean == closed
+
+
+HOPELESS = ("1100 1110 1111 1112 1113 1121 1210 1211 1212 1213 1214 1215 1220 1221 1222 1231 1261 1300 1301 1304 1308"
+            " 1309 1310 1311 1313 1314 1321 401 1000 1001 1002 1003 1004 1005 1315").split()
+
+
+def test_codes_that_cannot_heal_are_never_tried_again(zai):
+    with strict_proxy(zai) as proxy:
+        for code in HOPELESS:
+            for script in (refusal(429, code), stream(error_event(code))):
+                zai.scripts.append(script)
+                assert ask(proxy, True)[0] >= 400
+        assert len(zai.requests) == 2 * len(HOPELESS)
+        assert figures(proxy)[0] == 0
+
+
+def test_a_wrong_path_is_never_tried_again_and_names_the_base_url(zai):
+    zai.default = answer(404, b"<html>404</html>")
+    with strict_proxy(zai) as proxy:
+        status, _, error, _ = ask(proxy, True)
+        assert status == 502
+        assert "ZAI_BASE_URL" in error["message"]
+        assert len(zai.requests) == 1
+
+
+@pytest.mark.parametrize("status", (301, 307))
+def test_redirects_are_not_followed(zai, status):
+    with contextlib.closing(FakeZai()) as elsewhere, strict_proxy(zai) as proxy:
+        zai.default = answer(status, b"", f"Location: {elsewhere.url}/chat/completions")
+        assert ask(proxy, True)[0] == 502
+        assert len(zai.requests) == 1
+        assert elsewhere.connections == 0
+
+
+@both
+def test_bytes_that_come_one_at_a_time_are_an_answer_like_any_other(zai, streamed):
+    whole = b"".join(stream(*HEALTHY))
+    zai.default = [whole[i:i + 1] for i in range(len(whole))]
+    with strict_proxy(zai) as proxy:
+        for _ in range(2):
+            assert ask(proxy, streamed) == WELL
+            proxy.idle()
+        assert zai.connections == 1
+
+
+@both
+def test_a_body_without_a_length_ends_with_its_connection(zai, streamed):
+    zai.default = [raw_head("Connection: close"), *HEALTHY, CLOSE]
+    with strict_proxy(zai) as proxy:
+        assert ask(proxy, streamed) == WELL
+
+
+@pytest.mark.parametrize("end", ([CLOSE], [0.02, RESET]), ids=("end", "reset"))
+@both
+def test_a_cut_behind_the_finish_is_no_failure(zai, end, streamed):
+    zai.default = [HEAD, chunked(say("Hello")), chunked(event(finish="stop")), *end]
+    with strict_proxy(zai) as proxy:
+        assert ask(proxy, streamed) == WELL
+        assert len(zai.requests) == 1
+
+
+def test_an_answer_that_comes_before_all_was_sent_is_read():
+    """A front end that refuses a large body closes without reading it."""
+    refusing = b"".join(answer(413, {"error": {"code": "1210", "message": "too long for me"}}))
+
+    def refuse():
+        with listener.accept()[0] as sock:
+            sock.recv(1024)
+            sock.sendall(refusing)
+            sock.shutdown(socket.SHUT_WR)
+            time.sleep(0.05)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=refuse, daemon=True).start()
+        with strict_proxy(ZAI_BASE_URL=f"http://127.0.0.1:{listener.getsockname()[1]}/api") as proxy:
+            message = {"role": "user", "content": "x" * (8 << 20)}
+            _, _, error, _ = ask(proxy, True, messages=[message])
+            assert "too long for me" in error["message"]
+            assert figures(proxy)[0] == 0
+
+
+def test_a_request_that_zai_does_not_take_is_tried_once_more():
+    with socket.create_server(("127.0.0.1", 0)) as deaf:
+        url = f"http://127.0.0.1:{deaf.getsockname()[1]}/api"
+        with strict_proxy(ZAI_BASE_URL=url, UPSTREAM_TIMEOUT="0.1", MAX_RETRIES="5") as proxy:
+            message = {"role": "user", "content": "x" * (16 << 20)}
+            status, _, error, _ = ask(proxy, True, messages=[message])
+            assert status == 502
+            assert "took no data for 0.1 s" in error["message"]
+            assert figures(proxy) == (1, 1, 0)
+
+
+def test_a_bug_in_a_front_ends_one_answer_only(zai, monkeypatch, caplog):
+    tell = ztoapi.Chat.tell
+
+    def buggy(front, steps):
+        if front.model == "buggy":
+            raise ZeroDivisionError
+        return tell(front, steps)
+    monkeypatch.setattr(ztoapi.Chat, "tell", buggy)
+    zai.default = stream(say("Hel"), 0.1, say("lo"), FINISH, DONE)
+    with strict_proxy(zai) as proxy, proxy.open_stream() as running:
+        assert eventually(lambda: zai.in_flight == 1)
+        status, _, error, _ = ask(proxy, True, model="buggy")
+        assert (status, error["code"]) == (500, "internal_error")
+        assert said(read_stream(running)[2]) == "Hello"
+        assert ask(proxy, True) == WELL
+    assert "this is a bug" in caplog.text
+
+
+# Silence, and other times
+
+# To add a case, add a row: what Z.ai does before it falls silent -> the script.
+SILENT = {
+    "before the head": [30],
+    "behind the head": [HEAD, 30],
+    "behind an empty delta": stream(event({"role": "assistant", "content": ""}), 30),
+}
+
+
+@pytest.mark.parametrize("case", SILENT)
+@both
+def test_a_silence_is_tried_again_once(zai, brisk, case, streamed):
+    zai.default = SILENT[case]
+    with strict_proxy(zai, UPSTREAM_TIMEOUT="0.1", MAX_RETRIES="5") as proxy:
+        status, _, error, _ = ask(proxy, streamed)
+        assert status == 502
+        assert "UPSTREAM_TIMEOUT" in error["message"]
+        assert len(zai.requests) == 2
+        assert eventually(lambda: zai.cut_by_client == 2)
+        zai.scripts.append(SILENT[case])
+        zai.default = stream(*HEALTHY)
+        assert ask(proxy, streamed) == WELL
+
+
+def test_a_silence_behind_the_first_delta_ends_the_answer(zai, brisk):
+    zai.default = stream(say("Hel"), 30)
+    with strict_proxy(zai, UPSTREAM_TIMEOUT="0.1") as proxy:
+        assert "UPSTREAM_TIMEOUT" in failed_stream(proxy)[-1]["error"]["message"]
+        assert ask(proxy, False)[0] == 502
+        assert len(zai.requests) == 2
+        assert eventually(lambda: zai.cut_by_client == 2)
+
+
+@both
+def test_upstream_timeout_is_of_silence_and_never_of_the_whole(zai, brisk, streamed):
+    zai.default = stream(*[say("a"), 0.06] * 6, FINISH, DONE)
+    with strict_proxy(zai, UPSTREAM_TIMEOUT="0.25") as proxy:
+        assert ask(proxy, streamed) == (200, "aaaaaa", None, True)
+
+
+# To add a case, add a row: what Z.ai does behind a finish without usage -> the script.
+UNENDING = {
+    "silence": [30],
+    "comments": [step for _ in range(300) for step in (chunked(b": keep-alive\n\n"), 0.02)],
+}
+
+
+@pytest.mark.parametrize("case", UNENDING)
+@both
+def test_an_answer_is_complete_two_seconds_behind_its_finish(zai, brisk, monkeypatch, case, streamed):
+    assert ztoapi.Relay.PATIENCE_S == 2
+    monkeypatch.setattr(ztoapi.Relay, "PATIENCE_S", 0.2)
+    zai.default = [HEAD, chunked(say("Hello")), chunked(event(finish="stop")), *UNENDING[case]]
+    with strict_proxy(zai) as proxy:
+        assert ask(proxy, streamed) == WELL
+        assert eventually(lambda: zai.cut_by_client == 1)
+        assert len(zai.requests) == 1
+
+
+@pytest.mark.parametrize("late", (FINISH, DONE), ids=("usage", "end mark"))
+def test_what_comes_late_behind_a_finish_is_waited_for(zai, brisk, late):
+    zai.default = stream(say("Hello"), event(finish="stop"), 0.15, late)
+    with strict_proxy(zai, UPSTREAM_TIMEOUT="0.1") as proxy:
+        options = {"include_usage": True}
+        _, _, events, clean = proxy.stream(stream_options=options)
+        assert clean
+        assert finish_of(events) == ["stop"]
+        assert any(event.get("usage") for event in events[:-1]) == (late is FINISH)
+
+
+def test_a_stop_word_hangs_up_on_zai(zai, brisk):
+    ended = threading.Event()
+    zai.default = stream(say("Hello STOP"), *[say(" more"), 0.02] * 500, lambda *_: ended.set())
+    with strict_proxy(zai) as proxy:
+        _, text, _, whole = ask(proxy, True, stop="STOP")
+        assert (text, whole) == ("Hello ", True)
+        assert eventually(lambda: zai.cut_by_client == 1, 2)
+    assert not ended.is_set()
+
+
+@both
+def test_a_trickle_behind_the_finish_does_not_hold_the_slot(zai, brisk, monkeypatch, streamed):
+    monkeypatch.setattr(ztoapi.Relay, "PATIENCE_S", 0.3)
+    trickled = threading.Event()
+    zai.default = stream(*HEALTHY, *[b":\n", 0.2] * 15, lambda *_: trickled.set())
+    with strict_proxy(zai) as proxy:
+        assert ask(proxy, streamed) == WELL
+        assert eventually(lambda: slots(proxy) == 0)
+        assert not trickled.is_set()
+
+
+# Retries, by the clock
+
+@pytest.mark.parametrize("rand,gaps", ((1.0, [0.5, 1, 2, 4, 8, 8]), (0.5, [0.25, 0.5, 1, 2, 4, 4]), (0.0, [0] * 6)))
+def test_backoff_between_retries_doubles_with_full_jitter(make_timed, rand, gaps):
+    timed = make_timed(rand, MAX_RETRIES="6")
+    timed.script = refusal(500, "1234")
+    _, error, record = timed.ask()
+    assert timed.gaps() == gaps
+    assert error.status == 502
+    assert record.retries == 6
+    assert record.queued_s == sum(gaps)
+
+
+# To add a case, add a row: code, Z.ai's Retry-After header, seconds until the next
+# attempt.
+RETRY_AFTER = [
+    ("1234", "7", 7),
+    ("1234", "0", 0),
+    ("1302", "7", 7),
+    ("1302", "20", 20),
+    ("1305", "7", 7),
+    ("1305", "0", 1),  # our own backoff is the least
+    ("1305", email.utils.formatdate(TimedUpstream.NOW + 1024 + 7, usegmt=True), 7),
+]
+
+
+@pytest.mark.parametrize("code,header,seconds", RETRY_AFTER)
+def test_retry_after_of_zai_is_honoured(make_timed, code, header, seconds):
+    timed = make_timed()
+    timed.answers.append(answer(429, {"error": {"code": code, "message": "no"}}, f"Retry-After: {header}"))
+    text, error, _ = timed.ask()
+    assert (text, error) == ("Hello", None)
+    assert seconds <= timed.gaps()[0] <= seconds + 1
+
+
+@pytest.mark.parametrize("code", ("1234", "1302", "1305"))
+def test_a_retry_after_beyond_queue_timeout_is_told_at_once_with_the_true_time(make_timed, code):
+    timed = make_timed(QUEUE_TIMEOUT="60")
+    timed.script = answer(429, {"error": {"code": code, "message": "no"}}, "Retry-After: 90")
+    _, error, _ = timed.ask()
+    assert error.headers()["Retry-After"] == "90"
+    assert len(timed.times) == 1
+    assert timed.clock.now == 1024
+
+
+def test_an_absurd_retry_after_closes_the_gate_for_a_minute_at_most(make_timed):
+    timed = make_timed()
+    timed.answers.append(answer(429, LIMITED, "Retry-After: 86400"))
+    _, error, _ = timed.ask()
+    assert (error.status, error.headers()["Retry-After"]) == (429, "86400")
+    assert timed.clock.now == 1024
+    assert timed.ask()[0] == "Hello"
+    assert timed.gaps() == [60]
+
+
+def test_a_gate_that_opens_too_late_is_not_waited_for(make_timed):
+    timed = make_timed(QUEUE_TIMEOUT="30")
+    timed.answers.append(answer(429, LIMITED, "Retry-After: 86400"))
+    assert timed.ask()[1] is not None
+    _, error, _ = timed.ask()
+    assert error.headers() == {"Retry-After": "60", "x-should-retry": "false"}
+    assert timed.clock.now == 1024
+    assert len(timed.times) == 1
+
+
+@pytest.mark.parametrize("rand", (0.0, 0.5, 1.0))
+def test_a_refused_request_goes_again_after_a_backoff_that_doubles_to_8_seconds(make_timed, rand):
+    timed = make_timed(rand)
+    timed.script = refusal(429, "1302")
+    _, error, record = timed.ask()
+    for gap, nominal in zip(timed.gaps(), (0.5, 1, 2, 4, 8, 8, 8, 8)):
+        assert nominal <= gap <= min(8, nominal * (1 + 0.5 * rand)) + FakeClock.STEP_S
+    assert len(timed.times) > 14, "besides MAX_RETRIES"
+    assert record.retries == len(timed.times)
+    assert (error.status, error.code) == (429, "rate_limit_exceeded")
+
+
+def test_an_overload_is_waited_out_within_queue_timeout(make_timed):
+    timed = make_timed(QUEUE_TIMEOUT="50")
+    timed.script = refusal(429, "1305", "The service may be temporarily overloaded")
+    _, error, _ = timed.ask()
+    assert timed.gaps() == [1, 2, 4, 8, 15, 15]
+    assert timed.clock.now == 1024 + 45, "the next pause would be too long"
+    assert (error.status, error.code) == (503, "overloaded")
+    assert "temporarily overloaded" in error.message
+    assert error.headers()["x-should-retry"] == "false"
+    timed.script = stream(*HEALTHY)
+    assert timed.ask()[0] == "Hello"
+
+
+@pytest.mark.parametrize("timeout", (20, 120))
+def test_queue_timeout_bounds_the_waiting_and_not_the_time_with_zai(make_timed, timeout):
+    timed = make_timed(QUEUE_TIMEOUT=str(timeout))
+
+    def with_zai(fake, request):
+        timed.clock.now += 100
+    timed.script = [with_zai, *refusal(429, "1302", "Slow down, please")]
+    _, error, record = timed.ask()
+    waited = timed.clock.now - 1024 - 100 * len(timed.times)
+    assert timeout - 8 <= waited <= timeout
+    assert record.queued_s == pytest.approx(waited)
+    assert "Slow down, please" in error.message
+    assert error.headers()["x-should-retry"] == "false"
+    assert int(error.headers()["Retry-After"]) >= 1
+
+
+def test_retries_and_queueing_again_are_counted_apart(make_timed):
+    timed = make_timed(MAX_RETRIES="1")
+    refusals = [refusal(429, "1302"), refusal(500, "1234"), stream(sse(LIMITED), DONE), refusal(429, "1303")]
+    timed.answers.extend(refusals)
+    text, error, record = timed.ask()
+    assert (text, error, record.retries) == ("Hello", None, 4)
+
+
+def test_the_requests_bytes_are_let_go_of_with_the_first_step(make_timed):
+    timed = make_timed()
+    timed.answers.append(refusal(500, "1234"))
+    timed.script = stream(say("Hel"), 0.05, say("lo"), FINISH, DONE)
+    job = timed.job()
+    data = job.data
+    holders = []
+
+    def take(steps, now):
+        holders.append(sys.getrefcount(data))
+    timed.upstream.answer(job, ClockClient(timed.clock), ztoapi.Record("req_1", "127.0.0.1", 0.0), take)
+    assert job.data is None
+    assert len(holders) >= 2
+    assert set(holders) == {sys.getrefcount(data)}
+
+
+# Connecting
+
+def test_connect_refused_is_an_error_after_max_retries(closed_port):
+    with strict_proxy(ZAI_BASE_URL=f"http://127.0.0.1:{closed_port}/api") as proxy:
+        for streamed in (True, False):
+            status, _, error, _ = ask(proxy, streamed)
+            assert (status, error["code"]) == (502, "upstream_error")
+            assert "refused" in error["message"].lower()
+        assert figures(proxy)[0] == 4
+
+
+def test_connect_refused_then_a_listener_is_an_answer(zai, closed_port):
+    def open_up():
+        """Chance is asked when the first refusal is to be waited out."""
+        zai.socket = socket.create_server(("127.0.0.1", closed_port))
+        threading.Thread(target=zai.accept, daemon=True).start()
+        return 0.0
+    shut_down(zai.socket)
+    with proxying(zai, ZAI_BASE_URL=f"http://127.0.0.1:{closed_port}/api") as proxy:
+        proxy.server.upstream.rand = open_up
+        assert ask(proxy, True) == WELL
+        assert figures(proxy)[0] == 1
+
+
+def test_a_name_that_is_not_found_is_told(monkeypatch):
+    find = socket.getaddrinfo
+
+    def find_all_but_one(host, *args):
+        if host == "nowhere.example":
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return find(host, *args)
+    monkeypatch.setattr(socket, "getaddrinfo", find_all_but_one)
+    with strict_proxy(ZAI_BASE_URL="http://nowhere.example/api", MAX_RETRIES="1") as proxy:
+        _, _, error, _ = ask(proxy, True)
+        assert error["message"] == "Z.ai's address could not be found: Name or service not known."
+        assert figures(proxy) == (1, 1, 0)
+
+
+def test_connecting_takes_ten_seconds_at_most(monkeypatch):
+    assert ztoapi.CONNECT_TIMEOUT_S == 10
+    monkeypatch.setattr(ztoapi, "CONNECT_TIMEOUT_S", 0.1)
+    with stuck_listener() as port, strict_proxy(ZAI_BASE_URL=f"http://127.0.0.1:{port}", MAX_RETRIES="1") as proxy:
+        status, _, error, _ = ask(proxy, True)
+        assert status == 502
+        assert "within 0.1 s" in error["message"]
+        assert figures(proxy)[0] == 1
+
+
+def test_a_handshake_that_never_comes_takes_ten_seconds_at_most(monkeypatch):
+    monkeypatch.setattr(ztoapi, "CONNECT_TIMEOUT_S", 0.1)
+    with MuteListener() as mute, strict_proxy(ZAI_BASE_URL=f"https://127.0.0.1:{mute.port}", MAX_RETRIES="0") as proxy:
+        assert ask(proxy, True)[0] == 502
+        assert mute.ended.wait(5)
+
+
+def test_a_dead_address_does_not_use_up_the_time_of_the_next(zai, monkeypatch):
+    """Nor does one of a kind that this system does not have."""
+    with stuck_listener() as port:
+        places = [("127.0.0.1", port), ("127.0.0.1", zai.port)]
+        found = [(socket.AF_INET, socket.SOCK_STREAM, 0, "", place) for place in places]
+        found.insert(0, (9999, socket.SOCK_STREAM, 0, "", places[0]))
+        with monkeypatch.context() as patch:
+            patch.setattr(socket, "getaddrinfo", lambda *_: found)
+            began = time.monotonic()
+            sock = ztoapi.dial("three.example", 80, ztoapi.Client(None), 0.9)
+            assert time.monotonic() - began < 0.8
+        assert sock.getpeername() == places[1]
+        assert sock.gettimeout() == 0.9
+        sock.close()
+
+
+# The pool
+
+@contextlib.contextmanager
+def pooled(count):
+    """(pool, its clock, `count` sockets in it, their other ends)."""
+    clock = FakeClock()
+    pool = ztoapi.Pool(clock)
+    ours = []
+    theirs = []
+    for _ in range(count):
+        pair = socket.socketpair()
+        pair[0].setblocking(False)
+        pool.put("key", pair[0])
+        ours.append(pair[0])
+        theirs.append(pair[1])
+    yield pool, clock, ours, theirs
+    for sock in ours + theirs:
+        sock.close()
+
+
+def test_the_pool_gives_the_last_used_first():
+    with pooled(3) as (pool, _, ours, _):
+        assert pool.take("other key") is None
+        assert [pool.take("key") for _ in range(4)] == [*ours[::-1], None]
+
+
+@pytest.mark.parametrize("last_word", (b"", b"HTTP/1.1 408 Request Timeout\r\n\r\n"), ids=("end", "a word"))
+def test_the_pool_drops_a_connection_that_has_something_to_say(last_word):
+    with pooled(2) as (pool, _, ours, theirs):
+        theirs[1].sendall(last_word)
+        theirs[1].close()
+        assert pool.take("key") is ours[0]
+        assert ours[1].fileno() == -1
+
+
+def test_the_pool_closes_what_was_idle_for_60_seconds():
+    with pooled(2) as (pool, clock, ours, _):
+        clock.now += 30
+        pool.put("key", pool.take("key"))
+        clock.now += 29
+        pool.expire(clock.now)
+        assert [sock.fileno() >= 0 for sock in ours] == [True, True]
+        clock.now += 1
+        pool.expire(clock.now)
+        assert [sock.fileno() >= 0 for sock in ours] == [False, True]
+        clock.now += 30
+        assert pool.take("key") is None, "too old, though nobody has closed it yet"
+
+
+# To add a case, add a row: an answer -> its script, and whether its connection serves
+# again.
+REUSE = {
+    "a stream read to its end": (stream(*HEALTHY), True),
+    "a refusal": (refusal(400, "1210"), True),
+    "no last chunk": (stream(*HEALTHY, end=False) + [30], False),
+    "Connection: close": ([HEAD[:-2] + b"Connection: close\r\n\r\n", *stream(*HEALTHY)[1:]], False),
+    "a cut": (stream(say("Hel"), CLOSE, end=False), False),
+}
+
+
+@pytest.mark.parametrize("case", REUSE)
+@both
+def test_a_connection_serves_again_once_its_answer_was_read_to_the_end(zai, brisk, monkeypatch, case, streamed):
+    monkeypatch.setattr(ztoapi.Relay, "PATIENCE_S", 0.2)
+    script, again = REUSE[case]
+    zai.scripts.append(script)
+    with strict_proxy(zai) as proxy:
+        ask(proxy, streamed)
+        proxy.idle()
+        assert ask(proxy, streamed) == WELL
+        assert zai.connections == (1 if again else 2)
+
+
+def test_a_pooled_connection_found_dead_is_replaced_unseen(zai):
+    zai.scripts.append(stream(*HEALTHY) + [CLOSE])
+    with strict_proxy(zai, MAX_RETRIES="0") as proxy:
+        assert ask(proxy, True) == WELL
+        proxy.idle()
+        assert eventually(lambda: not zai.open)
+        assert ask(proxy, True) == WELL
+        assert len(zai.requests) == 2
+        assert figures(proxy)[0] == 0
 
 
 @contextlib.contextmanager
-def pem_file():
-    """The path of a file with PEM in it, which serves as certificate, key and store at once."""
-    handle, path = tempfile.mkstemp(".pem")
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(PEM)
-        yield path
-    finally:
-        os.unlink(path)
+def three_pooled(zai):
+    """A proxy with three idle connections to Z.ai."""
+    zai.default = stream(say("Hello"), 0.1, FINISH, DONE)
+    with strict_proxy(zai, MAX_RETRIES="0") as proxy:
+        assert together(*[lambda: ask(proxy, True)] * 3) == [WELL] * 3
+        proxy.idle()
+        assert zai.connections == 3
+        yield proxy
 
 
-def tls_context(path):
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(path)
-    return context
+@pytest.mark.parametrize("death", ([RESET], [CLOSE]), ids=("reset", "end"))
+def test_pooled_connections_that_die_when_used_are_replaced_unseen(zai, death):
+    with three_pooled(zai) as proxy:
+        zai.scripts.extend([death] * 3)
+        assert ask(proxy, True) == WELL
+        assert (len(zai.requests), zai.connections) == (7, 4)
+        assert figures(proxy)[0] == 0
 
 
-class HttpProxy:
-    """An HTTP proxy: CONNECT, and plain requests passed on. `heads`: the first head of each connection."""
-
-    def __init__(self, reply=b"HTTP/1.1 200 Connection established\r\n\r\n"):
-        self.heads = []
-        self.reply = reply
-        self.socket = socket.create_server(("127.0.0.1", 0), backlog=128)
-        self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
-        threading.Thread(target=self.accept, daemon=True).start()
-
-    def accept(self):
-        with contextlib.suppress(OSError):
-            while True:
-                threading.Thread(target=self.serve, args=self.socket.accept()[:1], daemon=True).start()
-
-    def serve(self, client):
-        with client, contextlib.suppress(OSError):
-            data = b""
-            while b"\r\n\r\n" not in data:
-                more = client.recv(65536)
-                if not more:
-                    return
-                data += more
-            head = data.partition(b"\r\n\r\n")[0].decode()
-            self.heads.append(head)
-            method, target, _ = head.split("\r\n")[0].split()
-            place = urllib.parse.urlsplit(target if method != "CONNECT" else f"//{target}")
-            if method == "CONNECT":
-                client.sendall(self.reply)
-                data = b""
-            if b" 200 " in self.reply:
-                self.pass_on(client, place, data)
-
-    def pass_on(self, client, place, data):
-        with socket.create_connection((place.hostname, place.port)) as server:
-            server.sendall(data)
-            back = threading.Thread(target=self.copy, args=(server, client), daemon=True)
-            back.start()
-            self.copy(client, server)
-            back.join(10)
-
-    @staticmethod
-    def copy(source, sink):
-        with contextlib.suppress(OSError):
-            for data in iter(lambda: source.recv(65536), b""):
-                sink.sendall(data)
-        shut_down(source)
-        shut_down(sink)
-
-    def close(self):
-        shut_down(self.socket)
-        self.socket.close()
+def test_a_pooled_connection_that_ends_after_a_while_was_not_dead(zai, monkeypatch):
+    """Z.ai has worked on the request, which is billed: it is tried again MAX_RETRIES times, and counted."""
+    monkeypatch.setattr(ztoapi, "STALE_WITHIN_S", 0.05)
+    with three_pooled(zai) as proxy:
+        zai.default = [0.2, CLOSE]
+        assert ask(proxy, True)[0] == 502
+        assert len(zai.requests) == 4
 
 
-@pytest.fixture
-def http_proxy():
-    proxy = HttpProxy()
-    yield proxy
-    proxy.close()
-
-
-@pytest.fixture
-def trusted(monkeypatch):
-    """A fake Z.ai with TLS, whose certificate SSL_CERT_FILE vouches for."""
-    with pem_file() as path:
-        monkeypatch.setenv("SSL_CERT_FILE", path)
-        fake = FakeZai(tls_context(path))
-        yield fake
-        fake.close()
-
-
-def through(monkeypatch, scheme, proxy, no_proxy=""):
-    """Set the environment's proxy for a scheme, and no other."""
-    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"):
-        monkeypatch.delenv(name, False)
-        monkeypatch.delenv(name.lower(), False)
-    monkeypatch.setenv(f"{scheme.upper()}_PROXY", proxy)
-    monkeypatch.setenv("NO_PROXY", no_proxy)
-
+# Through proxies, and over TLS
 
 @both
 def test_plain_requests_go_through_http_proxy_over_one_connection(zai, http_proxy, monkeypatch, streamed):
     through(monkeypatch, "http", http_proxy.url)
-    with road(zai) as proxy:
+    with strict_proxy(zai) as proxy:
         for _ in range(3):
             assert ask(proxy, streamed) == WELL
             proxy.idle()
@@ -6831,7 +7064,7 @@ def test_plain_requests_go_through_http_proxy_over_one_connection(zai, http_prox
 @both
 def test_tls_goes_through_https_proxy_by_connect_over_one_connection(trusted, http_proxy, monkeypatch, streamed):
     through(monkeypatch, "https", http_proxy.url)
-    with road(trusted) as proxy:
+    with strict_proxy(trusted) as proxy:
         for _ in range(3):
             assert ask(proxy, streamed) == WELL
             proxy.idle()
@@ -6843,14 +7076,14 @@ def test_tls_goes_through_https_proxy_by_connect_over_one_connection(trusted, ht
 @pytest.mark.parametrize("no_proxy", ("localhost", "example.com,localhost", "*"))
 def test_no_proxy_goes_around_the_proxy(trusted, http_proxy, monkeypatch, no_proxy):
     through(monkeypatch, "https", http_proxy.url, no_proxy)
-    with road(trusted) as proxy:
+    with strict_proxy(trusted) as proxy:
         assert ask(proxy, True) == WELL
         assert http_proxy.heads == []
 
 
 def test_a_proxys_password_reaches_the_proxy_alone(trusted, http_proxy, monkeypatch):
     through(monkeypatch, "https", http_proxy.url.replace("//", "//user:pass-word@"))
-    with road(trusted) as proxy:
+    with strict_proxy(trusted) as proxy:
         for _ in range(2):
             assert ask(proxy, True) == WELL
             proxy.idle()
@@ -6863,13 +7096,12 @@ REFUSING = (b"HTTP/1.1 407 Proxy Authentication Required\r\n\r\n", b"what?\r\n\r
 
 @pytest.mark.parametrize("reply", REFUSING, ids=("407", "garbage", "nothing", "no end"))
 def test_a_proxy_that_refuses_is_a_502(trusted, monkeypatch, reply):
-    refusing = HttpProxy(reply)
-    through(monkeypatch, "https", refusing.url)
-    with road(trusted, MAX_RETRIES="1") as proxy:
-        assert ask(proxy, True)[0] == 502
-        assert trusted.connections == 0
-        assert len(refusing.heads) == 2
-    refusing.close()
+    with contextlib.closing(HttpProxy(reply)) as refusing:
+        through(monkeypatch, "https", refusing.url)
+        with strict_proxy(trusted, MAX_RETRIES="1") as proxy:
+            assert ask(proxy, True)[0] == 502
+            assert trusted.connections == 0
+            assert len(refusing.heads) == 2
 
 
 # To add a case, add a row: HTTPS_PROXY, words of the error.
@@ -6888,34 +7120,30 @@ BAD_PROXIES = [
 @pytest.mark.parametrize("url,words", BAD_PROXIES)
 def test_a_proxy_that_cannot_be_used_is_refused_in_words_without_its_password(monkeypatch, caplog, url, words):
     through(monkeypatch, "https", url)
-    with road(ZAI_BASE_URL="https://localhost/api") as proxy:
+    with strict_proxy(ZAI_BASE_URL="https://localhost/api") as proxy:
         status, _, error, _ = ask(proxy, True)
         assert (status, error["code"]) == (502, "upstream_error")
         assert words in error["message"]
         assert "secretpassword" not in error["message"] + caplog.text
 
 
-def test_a_certificate_the_store_does_not_know_is_a_502_that_names_ssl_cert_file(monkeypatch):
-    monkeypatch.delenv("SSL_CERT_FILE", False)
-    with pem_file() as path:
-        fake = FakeZai(tls_context(path))
-        with road(fake) as proxy:
-            status, _, error, _ = ask(proxy, True)
-            assert status == 502
-            assert "SSL_CERT_FILE" in error["message"]
-            assert (fake.connections, fake.requests) == (1, []), "it cannot heal"
-        fake.close()
+def test_a_certificate_the_store_does_not_know_is_a_502_that_names_ssl_cert_file(untrusted):
+    with strict_proxy(untrusted) as proxy:
+        status, _, error, _ = ask(proxy, True)
+        assert status == 502
+        assert "SSL_CERT_FILE" in error["message"]
+        assert (untrusted.connections, untrusted.requests) == (1, []), "it cannot heal"
 
 
 def test_a_certificate_of_another_name_is_a_502(trusted):
-    with road(trusted, ZAI_BASE_URL=trusted.url.replace("localhost", "127.0.0.1")) as proxy:
+    with strict_proxy(trusted, ZAI_BASE_URL=trusted.url.replace("localhost", "127.0.0.1")) as proxy:
         assert ask(proxy, True)[0] == 502
         assert (trusted.connections, trusted.requests) == (1, [])
 
 
 def test_https_to_a_plain_port_is_a_502():
     with MuteListener(b"HTTP/1.1 400 Bad Request\r\n\r\n") as plain:
-        with road(ZAI_BASE_URL=f"https://localhost:{plain.port}", MAX_RETRIES="0") as proxy:
+        with strict_proxy(ZAI_BASE_URL=f"https://localhost:{plain.port}", MAX_RETRIES="0") as proxy:
             status, _, error, _ = ask(proxy, True)
             assert status == 502
             assert "TLS" in error["message"]
@@ -6923,7 +7151,7 @@ def test_https_to_a_plain_port_is_a_502():
 
 @both
 def test_tls_with_ssl_cert_file_answers_over_one_connection(trusted, streamed):
-    with road(trusted) as proxy:
+    with strict_proxy(trusted) as proxy:
         for _ in range(3):
             assert ask(proxy, streamed) == WELL
             proxy.idle()
@@ -6932,7 +7160,7 @@ def test_tls_with_ssl_cert_file_answers_over_one_connection(trusted, streamed):
 
 @pytest.mark.parametrize("fault", ("reset before the head", "closed behind the head", "broken chunk size", "1234"))
 def test_faults_heal_over_tls_too(trusted, fault):
-    with road(trusted) as proxy:
+    with strict_proxy(trusted) as proxy:
         for _ in range(2):  # the second time on a used connection
             trusted.scripts.append(EARLY[fault])
             assert ask(proxy, True) == WELL
@@ -6943,7 +7171,7 @@ def test_faults_heal_over_tls_too(trusted, fault):
 @pytest.mark.parametrize("fault", ("reset", "clean end between chunks", "reset in a chunk"))
 def test_cuts_over_tls_are_cuts(trusted, fault):
     trusted.default = [HEAD, chunked(say("Hel")), *LATE[fault]]
-    with road(trusted) as proxy:
+    with strict_proxy(trusted) as proxy:
         assert said(failed_stream(proxy)) == "Hel"
         assert ask(proxy, False)[0] == 502
         assert len(trusted.requests) == 2
@@ -6958,7 +7186,7 @@ def test_what_stands_behind_an_answer_over_tls_never_becomes_the_next(trusted, s
     padding = b"a" * (size - len(head % (len(good), b"") + good))
     both_answers = head % (len(good), padding) + good + head % (len(other), b"") + other
     trusted.scripts.append([both_answers])
-    with road(trusted) as proxy:
+    with strict_proxy(trusted) as proxy:
         for _ in range(3):
             assert ask(proxy, False) == WELL
             proxy.idle()
@@ -6968,93 +7196,146 @@ def test_what_stands_behind_an_answer_over_tls_never_becomes_the_next(trusted, s
 @pytest.mark.parametrize("phase", ("before the head", "before the first token", "behind the first token"))
 def test_the_clients_leaving_is_noticed_over_tls(trusted, brisk, caplog, phase):
     trusted.default = PHASES[phase][0]
-    with road(trusted) as proxy:
-        with leaving(proxy, caplog, True):
+    with strict_proxy(trusted) as proxy:
+        with leaving(proxy, caplog, raw_chat(chat_body(stream=True))):
             assert eventually(lambda: trusted.in_flight == 1)
-        assert eventually(lambda: trusted.cut_by_client == 1, 1)
+        assert eventually(lambda: trusted.cut_by_client == 1, 2)
 
 
 def test_a_slow_reader_over_tls_gets_all(trusted, brisk):
     trusted.default = Torrent(200, 1 << 16).script
-    with road(trusted) as proxy, proxy.open_stream() as sock:
+    with strict_proxy(trusted) as proxy, proxy.open_stream() as sock:
         time.sleep(0.3)
         assert count_text(sock, b"Q") == (200 << 16, True)
 
 
-# The front door #######################################################################################################
+# Metrics ##############################################################################
+
+def record(**fields):
+    return ztoapi.Record(**dict({"id": "req_1", "client": "127.0.0.1", "began": 1000.0}, **fields))
+
+
+def counted(**fields):
+    """A request that was answered as it should be."""
+    usual = {"counted": True, "status": 200, "model": "GLM-4.6", "model_id": "glm-4.6", "key": "#1", "path": CHAT,
+             "ttft_s": 0.2, "total_s": 1.5, "usage": {"prompt_tokens": 3, "completion_tokens": 7}}
+    return record(**dict(usual, **fields))
+
+
+# The log line
+
+# To add a case, add a row: fields of a Record, words its line holds, words it does not
+# hold.
+LOG_LINES = [
+    ({"method": "GET", "path": "/health", "status": 200}, ["req_1 127.0.0.1 GET /health 200"], ["model=", "key="]),
+    ({"key": "#2"}, ["key=#2"], []),
+    ({"client_request_id": "run-17"}, ["rid=run-17"], []),
+    ({"client_request_id": "a b\r\n" + "x" * 500}, ["rid=a?b??xxx"], ["x" * 101]),
+    ({"counted": True, "stream": True}, ["stream=true"], []),
+    ({"counted": True, "stream": False}, ["stream=false"], []),
+    ({"counted": True, "stream": True, "stream_default": True}, ["stream=default"], ["stream=true"]),
+    ({"counted": True, "model": "m out=7\u202e"}, ["model=m?out=7?"], []),
+    ({"counted": True, "model": "m" * 5000}, ["model=mmm"], ["m" * 101]),
+    ({"counted": True, "ttft_s": 0.1234, "total_s": 2.0}, ["ttft=0.123 total=2.000 queue=0.000"], ["in=", "out="]),
+    ({"counted": True, "usage": {"prompt_tokens": 0, "completion_tokens": 7}}, ["in=0 out=7"], []),
+    ({"counted": True, "changed": ("store", "a b")}, ["changed=store,a?b"], ["repaired="]),
+    ({"counted": True, "retries": 2, "repaired": 1}, ["retries=2 repaired=1"], ["changed="]),
+    ({"error": "no\n\u6c34" + "e" * 5000}, [r"error='no\n\u6c34eee"], ["e" * 301]),
+]
+
+
+@pytest.mark.parametrize("fields,present,absent", LOG_LINES)
+def test_a_record_is_one_line_of_printable_ascii(fields, present, absent):
+    line = record(**fields).line()
+    assert re.fullmatch("[ -~]+", line)
+    for words in present:
+        assert words in line
+    for words in absent:
+        assert words not in line
+
+
+# The counters
+
+def metrics_of(*records, now=lambda: 1000.0):
+    """Metrics that these requests were told to."""
+    metrics = ztoapi.Metrics(now)
+    for each in records:
+        metrics.begin()
+        metrics.finish(each)
+    return metrics
+
+
+def test_stats_tell_served_failed_and_cancelled_apart():
+    records = [counted(status=status) for status in (200, 429, 499, 502)]
+    stats = metrics_of(*records).stats([], {}, False)
+    assert (stats["served"], stats["failed"], stats["cancelled"]) == (1, 2, 1)
+    assert stats["in_flight"] == 0
+
+
+def test_the_counters_tell_the_client_keys_apart():
+    text = metrics_of(counted(), counted(key="#2"), counted(key="#2")).prometheus([], {})
+    assert 'ztoapi_requests_total{model="glm-4.6",status="200",key="#1"} 1\n' in text
+    assert 'ztoapi_requests_total{model="glm-4.6",status="200",key="#2"} 2\n' in text
+    assert 'ztoapi_tokens_total{model="glm-4.6",kind="completion",key="#2"} 14\n' in text
+
+
+def test_models_that_the_table_does_not_know_share_a_label():
+    gates = [(1, "new-1", 5, 0), (1, "new-2", 3, 0), (1, "glm-4.6", None, 1)]
+    records = [counted(model_id=f"new-{i}") for i in range(9)]
+    text = metrics_of(*records).prometheus(gates, {"new-1": 2, "new-2": 1})
+    assert 'ztoapi_requests_total{model="other",status="200",key="#1"} 9\n' in text
+    assert 'ztoapi_requests_queued{model="other"} 3\n' in text
+    assert 'ztoapi_concurrency_ceiling{key="1",model="other"} 3\n' in text
+    assert text.count("\nztoapi_concurrency_ceiling{") == 1
+
+
+def test_a_histogram_counts_up_to_its_bounds():
+    records = [counted(ttft_s=ttft_s) for ttft_s in (0.1, 0.11, 1000.0, None)]
+    text = metrics_of(*records).prometheus([], {})
+    name = "ztoapi_time_to_first_token_seconds"
+    assert f'{name}_bucket{{le="0.1"}} 1\n{name}_bucket{{le="0.25"}} 2\n' in text
+    assert f'{name}_bucket{{le="300"}} 2\n{name}_bucket{{le="+Inf"}} 3\n' in text
+    assert f"{name}_sum 1000.210000\n{name}_count 3\n" in text
+
+
+def test_long_texts_do_not_stay():
+    record = counted(model="m" * 10**6, error="e" * 10**6, path="/" * 10**5)
+    metrics = metrics_of(*[record] * 30)
+    assert len(json.dumps(metrics.stats([], {}, False))) < 30000
+
+
+def test_the_history_is_ten_minutes_without_gaps():
+    clock = [1000.0]
+    metrics = metrics_of(counted(), now=lambda: clock[0])
+    for now in (1009.0, 1040.0, 990.0, 1200.0, 1.8e9):
+        clock[0] = now
+        metrics.begin()
+        metrics.finish(counted())
+    history = metrics.stats([], {}, False)["history"]
+    assert [row["t"] for row in history] == list(range(1800000000 - 590, 1800000001, 10))
+    assert [row["requests"] for row in history] == [0] * 59 + [1]
+    assert history[-1]["tokens"] == 7
+
+
+def test_stats_tell_the_last_minute_and_the_median():
+    metrics = metrics_of(*[counted(ttft_s=ttft_s) for ttft_s in (0.1, 0.2, 5.0)])
+    stats = metrics.stats([(1, "glm-4.6", 2, 1)], {"glm-4.6": 4}, True)
+    assert stats["ttft_p50_ms"] == 200.0
+    assert stats["tokens_per_s"] == round(21 / 60, 1)
+    assert stats["queued"] == 4
+    assert stats["demo"] is True
+    assert stats["ceilings"] == [{"key": 1, "model": "glm-4.6", "ceiling": 2, "in_flight": 1, "queued": 4}]
+
+
+# Handler ##############################################################################
 #
-# Raw bytes in, raw bytes out. One proxy serves all rows of the tables here. To add a case, add a row.
-
-@contextlib.contextmanager
-def standing(**environ):
-    """A proxy for many tests; `.zai` is the fake behind it."""
-    fake = FakeZai()
-    with proxying(fake, **environ) as proxy:
-        proxy.zai = fake
-        yield proxy
-    fake.close()
-
-
-@pytest.fixture(scope="module")
-def standing_door():
-    with standing(MAX_BODY_MB="1", DEFAULT_KEY=KEY + ", key-one, key-two ,,") as proxy:
-        yield proxy
-
-
-@pytest.fixture
-def door(standing_door, caplog):
-    """The proxy of the tables; no row may be a bug."""
-    standing_door.zai.requests.clear()
-    yield standing_door
-    assert [record for record in caplog.get_records("call") if record.levelno >= logging.ERROR] == []
-
-
-def post(body, *lines, **more):
-    return raw_request("POST", CHAT, *lines, body=body, **more)
-
-
-def post_chunked(*pieces):
-    return post(b"".join(pieces), "Transfer-Encoding: chunked")
-
-
-def json_chat(**fields):
-    return json.dumps(chat_body(**dict({"stream": False}, **fields))).encode()
-
-
-def check_error(reply):
-    """OpenAI's four fields, and an id to find it by."""
-    error = reply.error()
-    assert list(error) == ["message", "type", "param", "code"]
-    assert error["message"]
-    assert error["type"]
-    assert isinstance(error["code"], str)
-    assert reply.headers["Content-Type"] == "application/json"
-    assert reply.headers["x-request-id"].startswith("req_")
-
-
-def check_refused(replies, status):
-    """One error, and nothing behind it was answered."""
-    assert [reply.status for reply in replies] == [status]
-    check_error(replies[0])
-    assert replies[0].headers["Connection"] == "close"
-
-
-def hold(proxy, data):
-    """A connection over which one request has been answered, and that is kept."""
-    sock = proxy.connect(5)
-    sock.sendall(data)
-    with sock.makefile("rb") as file:
-        assert read_reply(file).status == 200
-    return sock
-
-
-def is_open(sock):
-    return not select.select([sock], [], [], 0)[0]
+# Raw bytes in, raw bytes out. One proxy serves all rows of the tables here.
 
 
 # Where a request ends
 
-# Header lines of a POST whose length two readers could take differently, and the status they get.
+# To add a case, add a row: header lines of a POST whose length two readers could take
+# differently, the status they get.
 BROKEN_LENGTHS = [
     ("Content-Length: 5\r\nTransfer-Encoding: chunked", 400),
     ("Transfer-Encoding: chunked\r\nContent-Length: 5", 400),
@@ -7107,11 +7388,11 @@ BROKEN_LENGTHS = [
 
 
 @table("lines,status", BROKEN_LENGTHS)
-def test_an_ambiguous_length_is_refused_and_nothing_behind_it_is_answered(door, lines, status):
-    check_refused(exchange(door, raw_request("POST", CHAT, lines) + END), status)
+def test_an_ambiguous_length_is_refused_and_nothing_behind_it_is_answered(shared, lines, status):
+    check_refused(exchange(shared, raw_request("POST", CHAT, lines) + END), status)
 
 
-# Bodies in a broken chunked coding.
+# To add a case, add a row: a body in a broken chunked coding.
 BROKEN_CHUNKS = [
     b"\r\n{}\r\n0\r\n\r\n",
     b"g\r\n",
@@ -7147,15 +7428,15 @@ BROKEN_CHUNKS = [
 
 
 @table("body", BROKEN_CHUNKS)
-def test_a_broken_chunked_body_is_refused_and_nothing_behind_it_is_answered(door, body):
-    replies = exchange(door, post_chunked(body))
+def test_a_broken_chunked_body_is_refused_and_nothing_behind_it_is_answered(shared, body):
+    replies = exchange(shared, raw_chunks(body))
     check_refused(replies, 400)
     assert "chunked" in replies[0].error()["message"]
 
 
 HALF = len(JSON_CHAT) // 2
 
-# The same body in several chunked codings.
+# To add a case, add a row: JSON_CHAT in a chunked coding.
 WHOLE_CHUNKS = [
     chunked(JSON_CHAT) + END,
     chunked(JSON_CHAT[:HALF]) + chunked(JSON_CHAT[HALF:]) + END,
@@ -7167,20 +7448,20 @@ WHOLE_CHUNKS = [
 
 
 @table("body", WHOLE_CHUNKS)
-def test_a_chunked_body_is_read_however_it_is_cut(door, body):
-    assert statuses(door, post_chunked(body)) == [200, 200]
-    assert door.zai.requests[0]["body"]["messages"] == [{"role": "user", "content": "Hi"}]
+def test_a_chunked_body_is_read_however_it_is_cut(shared, body):
+    assert statuses(shared, raw_chunks(body)) == [200, 200]
+    assert shared.zai.requests[0]["body"]["messages"] == [user("Hi")]
 
 
-def test_a_request_may_come_byte_by_byte(door):
-    data = post_chunked(chunked(JSON_CHAT), END) + post(JSON_CHAT, "Connection: close")
-    with door.connect() as sock:
+def test_a_request_may_come_byte_by_byte(shared):
+    data = raw_chunks(chunked(JSON_CHAT), END) + raw_chat(JSON_CHAT, "Connection: close")
+    with shared.connect() as sock:
         for i in range(len(data)):
             sock.sendall(data[i:i + 1])
         assert [reply.status for reply in replies_in(read_to_end(sock))] == [200, 200]
 
 
-# A request line, and the status it gets.
+# To add a case, add a row: a request line, the status it gets.
 REQUEST_LINES = [
     (b"GET /health HTTP/1.1", 200),
     (b"GET /health HTTP/1.0", 200),
@@ -7219,8 +7500,8 @@ REQUEST_LINES = [
 
 
 @table("line,status", REQUEST_LINES)
-def test_a_request_line_is_taken_to_the_letter(door, line, status):
-    replies = exchange(door, line + b"\r\nHost: localhost\r\n\r\n")
+def test_a_request_line_is_taken_to_the_letter(shared, line, status):
+    replies = exchange(shared, line + b"\r\nHost: localhost\r\n\r\n")
     if status != 200:
         check_refused(replies, status)
     else:
@@ -7228,19 +7509,19 @@ def test_a_request_line_is_taken_to_the_letter(door, line, status):
 
 
 @table("method", ["get", "BREW", "TRACE", "__class__", "-1", "A" * 20])
-def test_an_unknown_method_is_not_a_method_of_the_path(door, method):
-    replies = exchange(door, raw_request(method, "/health"))
+def test_an_unknown_method_is_not_a_method_of_the_path(shared, method):
+    replies = exchange(shared, raw_request(method, "/health"))
     assert [reply.status for reply in replies] == [405, 200]
     assert replies[0].headers["Allow"] == "OPTIONS, GET, HEAD"
     check_error(replies[0])
 
 
-def test_a_tls_client_is_told_that_this_is_http(door):
-    reply, = exchange(door, b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03")
+def test_a_tls_client_is_told_that_this_is_http(shared):
+    reply, = exchange(shared, b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03")
     assert "HTTPS" in reply.error()["message"]
 
 
-# A header line, and the status it gets.
+# To add a case, add a row: a header line, the status it gets.
 HEADER_LINES = [
     ("X: y", 200),
     ("X:y", 200),
@@ -7274,48 +7555,48 @@ HEADER_LINES = [
 
 
 @table("line,status", HEADER_LINES)
-def test_a_header_line_is_taken_to_the_letter(door, line, status):
-    replies = exchange(door, raw_request("GET", "/health", line))
+def test_a_header_line_is_taken_to_the_letter(shared, line, status):
+    replies = exchange(shared, raw_request("GET", "/health", line))
     if status != 200:
         check_refused(replies, status)
     else:
         assert [reply.status for reply in replies] == [200, 200]
 
 
-def test_http_1_1_needs_a_host_and_http_1_0_had_none(door):
-    assert statuses(door, b"GET /health HTTP/1.1\r\nX: y\r\n\r\n") == [400]
-    assert statuses(door, b"GET /health HTTP/1.0\r\n\r\n") == [200]
+def test_http_1_1_needs_a_host_and_http_1_0_had_none(shared):
+    assert statuses(shared, b"GET /health HTTP/1.1\r\nX: y\r\n\r\n") == [400]
+    assert statuses(shared, b"GET /health HTTP/1.0\r\n\r\n") == [200]
 
 
 @table("pause_s", [0, 0.05])
-def test_a_blank_line_between_requests_is_none_however_it_is_cut(door, pause_s):
+def test_a_blank_line_between_requests_is_none_however_it_is_cut(shared, pause_s):
     """Old clients leave one behind a body; no request begins with it."""
-    with hold(door, post(JSON_CHAT)) as sock, sock.makefile("rb") as file:
+    with hold(shared, raw_chat(JSON_CHAT)) as sock, sock.makefile("rb") as file:
         sock.sendall(b"\r")
         time.sleep(pause_s)
         sock.sendall(b"\n")
         time.sleep(pause_s)
-        assert door.idle()
-        sock.sendall(post(JSON_CHAT))
+        assert shared.idle()
+        sock.sendall(raw_chat(JSON_CHAT))
         assert read_reply(file).status == 200
 
 
 def test_a_blank_line_at_the_end_is_no_request(proxy, log_lines):
-    with hold(proxy, post(JSON_CHAT)) as sock:
+    with hold(proxy, raw_chat(JSON_CHAT)) as sock:
         sock.sendall(b"\r\n")
     time.sleep(0.05)
     proxy.idle()
     assert len(log_lines()) == 1
 
 
-def test_a_blank_line_around_the_end_of_the_buffer_is_none(door):
+def test_a_blank_line_around_the_end_of_the_buffer_is_none(shared):
     request = raw_request("GET", "/health")
     for size in range(2040, 2056):  # the buffer has 2,048 bytes
         padding = "X: " + "y" * (size - len(request) - len("X: \r\n"))
-        assert statuses(door, raw_request("GET", "/health", padding) + b"\r\n" + request) == [200, 200, 200]
+        assert statuses(shared, raw_request("GET", "/health", padding) + b"\r\n" + request) == [200, 200, 200]
 
 
-# Header lines, and whether the connection is kept.
+# To add a case, add a row: header lines, whether the connection is kept.
 CONNECTIONS = [
     (["Connection: close"], False),
     (["Connection: Close"], False),
@@ -7330,15 +7611,15 @@ CONNECTIONS = [
 
 
 @table("lines,kept", CONNECTIONS)
-def test_connection_headers_are_obeyed(door, lines, kept):
-    assert statuses(door, raw_request("GET", "/health", *lines)) == [200] * (1 + kept)
+def test_connection_headers_are_obeyed(shared, lines, kept):
+    assert statuses(shared, raw_request("GET", "/health", *lines)) == [200] * (1 + kept)
 
 
-def test_pipelined_requests_are_answered_in_order(door):
-    data = (raw_request("GET", "/health") + post(JSON_CHAT) + raw_request("GET", "/v1/models/nope")
-            + post(json_chat(stream=True)) + post(b"{}") + post_chunked(chunked(JSON_CHAT), END)
+def test_pipelined_requests_are_answered_in_order(shared):
+    data = (raw_request("GET", "/health") + raw_chat(JSON_CHAT) + raw_request("GET", "/v1/models/nope")
+            + raw_chat(json_chat(stream=True)) + raw_chat(b"{}") + raw_chunks(chunked(JSON_CHAT), END)
             + raw_request("HEAD", "/v1/models/GLM-4.6") + raw_request("GET", "/metrics", "Connection: close"))
-    replies = exchange(door, data, 6)
+    replies = exchange(shared, data, 6)
     assert [reply.status for reply in replies] == [200, 200, 404, 200, 400, 200, 200, 200]
     assert replies[1].json()["object"] == "chat.completion"
     assert replies[3].body.endswith(b"data: [DONE]\n\n")
@@ -7347,37 +7628,37 @@ def test_pipelined_requests_are_answered_in_order(door):
 
 
 @table("lines", [[], ["Connection: keep-alive"]])
-def test_http_1_0_gets_closing_unchunked_answers(door, lines):
+def test_http_1_0_gets_closing_unchunked_answers(shared, lines):
     old = {"version": "HTTP/1.0"}
     models = raw_request("GET", "/v1/models", *lines, **old)
-    for data in (models, post(JSON_CHAT, *lines, **old)):
-        reply, = exchange(door, data)
+    for data in (models, raw_chat(JSON_CHAT, *lines, **old)):
+        reply, = exchange(shared, data)
         assert reply.status == 200
         assert reply.headers["Connection"] == "close"
         assert int(reply.headers["Content-Length"]) == len(reply.body)
-    reply, = exchange(door, post(json_chat(stream=True), *lines, **old))
+    reply, = exchange(shared, raw_chat(json_chat(stream=True), *lines, **old))
     assert "Transfer-Encoding" not in reply.headers
     assert reply.headers["Connection"] == "close"
     assert reply.body.startswith(b"data: {")
     assert reply.body.endswith(b"}\n\ndata: [DONE]\n\n")
 
 
-def test_http_1_0_has_no_chunked_coding(door):
-    data = post(chunked(JSON_CHAT) + END, "Transfer-Encoding: chunked", version="HTTP/1.0")
-    check_refused(exchange(door, data), 400)
+def test_http_1_0_has_no_chunked_coding(shared):
+    data = raw_chat(chunked(JSON_CHAT) + END, "Transfer-Encoding: chunked", version="HTTP/1.0")
+    check_refused(exchange(shared, data), 400)
 
 
 @table("path", ["/", "/docs", "/dashboard", "/health", "/v1/models", "/models/glm-4.6", "/v1/models/nope", "/metrics",
                 "/nowhere"])
-def test_head_works_where_get_does_and_has_no_body(door, path):
-    head, get, last = exchange(door, raw_request("HEAD", path) + raw_request("GET", path), 0)
+def test_head_works_where_get_does_and_has_no_body(shared, path):
+    head, get, last = exchange(shared, raw_request("HEAD", path) + raw_request("GET", path), 0)
     assert head.status == get.status
     assert head.headers["Content-Type"] == get.headers["Content-Type"]
     assert head.headers["Content-Length"] == str(len(get.body))
 
 
-def test_head_of_the_chat_is_no_method_of_it(door):
-    head, last = exchange(door, raw_request("HEAD", CHAT), 0)
+def test_head_of_the_chat_is_no_method_of_it(shared):
+    head, last = exchange(shared, raw_request("HEAD", CHAT), 0)
     assert head.status == 405
     assert head.headers["Allow"] == "OPTIONS, POST"
 
@@ -7386,7 +7667,8 @@ def test_head_of_the_chat_is_no_method_of_it(door):
 
 JSON_LENGTH = f"Content-Length: {len(JSON_CHAT)}"
 
-# Header lines of a POST that expects 100-continue, whether its key is right, and the statuses it gets.
+# To add a case, add a row: header lines of a POST that expects 100-continue, whether
+# its key is right, the statuses it gets.
 EXPECTING = [
     ([JSON_LENGTH], True, [100, 200]),
     (["Transfer-Encoding: chunked"], True, [100, 200]),
@@ -7400,10 +7682,10 @@ EXPECTING = [
 
 
 @table("lines,key_is_right,expected", EXPECTING)
-def test_100_continue_is_only_said_once_nothing_else_can_be(door, lines, key_is_right, expected):
+def test_100_continue_is_only_said_once_nothing_else_can_be(shared, lines, key_is_right, expected):
     """The body is sent after a 100 only."""
     body = chunked(JSON_CHAT) + END if "chunked" in lines[0] else JSON_CHAT
-    with door.connect(5) as sock, sock.makefile("rb") as file:
+    with shared.connect(5) as sock, sock.makefile("rb") as file:
         sock.sendall(raw_request("POST", CHAT, "Expect: 100-continue", *lines, auth=key_is_right))
         found = [read_reply(file).status]
         if found == [100]:
@@ -7412,14 +7694,15 @@ def test_100_continue_is_only_said_once_nothing_else_can_be(door, lines, key_is_
     assert found == expected
 
 
-def test_a_client_need_not_wait_for_100_continue(door):
-    assert statuses(door, post(JSON_CHAT, "Expect: 100-Continue")) == [100, 200, 200]
-    assert statuses(door, raw_request("GET", "/health", "Expect: 100-continue")) == [200, 200], "no body, no 100"
+def test_a_client_need_not_wait_for_100_continue(shared):
+    assert statuses(shared, raw_chat(JSON_CHAT, "Expect: 100-Continue")) == [100, 200, 200]
+    assert statuses(shared, raw_request("GET", "/health", "Expect: 100-continue")) == [200, 200], "no body, no 100"
 
 
 MIB = 1 << 20
 
-# The header line of a POST, what comes of its body, and the status: 413 does not wait for a body beyond MAX_BODY_MB=1.
+# To add a case, add a row: the header line of a POST, what comes of its body, the
+# status. 413 does not wait for a body beyond MAX_BODY_MB=1.
 SIZES = [
     (f"Content-Length: {MIB + 1}", b"", 413),
     ("Content-Length: 999999999999", b"", 413),
@@ -7434,15 +7717,16 @@ SIZES = [
 
 
 @table("line,body,status", SIZES)
-def test_the_body_limit_holds_before_the_body_is_there(door, line, body, status):
-    with door.connect(5) as sock, sock.makefile("rb") as file:
+def test_the_body_limit_holds_before_the_body_is_there(shared, line, body, status):
+    with shared.connect(5) as sock, sock.makefile("rb") as file:
         sock.sendall(raw_request("POST", CHAT, line) + body)
         reply = read_reply(file)
     assert reply.status == status
     assert reply.headers["Connection"] == ("close" if status == 413 else None)
 
 
-# Requests whose body nobody reads: method, path, further header lines, whether its key is right, and the status.
+# To add a case, add a row: a request whose body nobody reads (method, path, further
+# header lines, whether its key is right), the status.
 UNREAD = [
     ("POST", CHAT, [], False, 401),
     ("POST", "/nowhere", [], True, 404),
@@ -7457,36 +7741,47 @@ UNREAD = [
 
 
 @table("method,path,lines,key_is_right,status", UNREAD)
-def test_a_body_nobody_read_never_becomes_the_next_request(door, method, path, lines, key_is_right, status):
+def test_a_body_nobody_read_never_becomes_the_next_request(shared, method, path, lines, key_is_right, status):
     body = raw_request("GET", "/health") * 3
     for data in (raw_request(method, path, *lines, body=body, auth=key_is_right),
                  raw_request(method, path, "Transfer-Encoding: chunked", *lines, auth=key_is_right)
                  + chunked(body) + END):
-        replies = exchange(door, data)
+        replies = exchange(shared, data)
         assert [reply.status for reply in replies] == [status]
         assert replies[0].headers["Connection"] == "close"
 
 
-# What is refused before all of it was read: the server must not close on the rest, as that would reset the connection.
+# To add a case, add a row: what is answered before all of it was read, the status. The
+# server must not close on the rest, as that would reset the connection.
 @table("data,status", [
     (raw_request("POST", CHAT, "Content-Length: 8000000", auth=False) + b" " * 4000000, 401),
     (b"nonsense\r\n\r\n" + b"x" * 100000, 400),
     (raw_request("GET", "/health", "X : y") + b"x" * 100000, 400),
     (raw_request("GET", "/health", "X: " + "y" * 1000000), 431),
 ])
-def test_a_refusal_can_be_read_while_more_is_still_being_sent(door, data, status):
-    with door.connect(5) as sock:
+def test_an_answer_can_be_read_while_more_is_still_being_sent(shared, data, status):
+    with shared.connect(5) as sock:
         sock.sendall(data)
         sock.shutdown(socket.SHUT_WR)
         assert [reply.status for reply in replies_in(read_to_end(sock))] == [status]
 
 
-# A form is what curl -d says it sends. A page of somebody else could send one unasked, but not with the key.
+def test_what_stands_behind_the_last_request_does_not_reset_the_connection(shared):
+    with shared.connect(5) as sock:
+        sock.sendall(raw_request("GET", "/health", "Connection: close") + b"x" * 10000)
+        assert eventually(lambda: readable(sock))
+        time.sleep(0.05)
+        sock.shutdown(socket.SHUT_WR)  # an error after a reset
+        assert [reply.status for reply in replies_in(read_to_end(sock))] == [200]
+
+
+# A form is what curl -d says it sends. A page of somebody else could send one unasked,
+# but not with the key.
 @table("kind", ["", "application/json", "application/json; charset=utf-8", "text/plain;charset=UTF-8", "nonsense",
                 "application/octet-stream", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"])
-def test_the_content_type_does_not_matter(door, kind):
-    assert statuses(door, post(JSON_CHAT, "Content-Type: " + kind)) == [200, 200]
-    assert statuses(door, post(JSON_CHAT, "Content-Type: " + kind, auth=False)) == [401]
+def test_the_content_type_does_not_matter(shared, kind):
+    assert statuses(shared, raw_chat(JSON_CHAT, "Content-Type: " + kind)) == [200, 200]
+    assert statuses(shared, raw_chat(JSON_CHAT, "Content-Type: " + kind, auth=False)) == [401]
 
 
 def with_field(text):
@@ -7494,7 +7789,7 @@ def with_field(text):
     return JSON_CHAT.replace(b'"stream"', text + b',"stream"')
 
 
-# A body, and the status it gets.
+# To add a case, add a row: a body, the status it gets.
 ODD_BODIES = [
     (b"", 400),
     (b" ", 400),
@@ -7527,14 +7822,7 @@ ODD_BODIES = [
     (with_field(b'"\\r\\nX: y":"z"'), 200),
     (with_field(b'"model":NaN'), 400),
     (with_field(b'"temperature":NaN'), 400),
-    (with_field(b'"temperature":Infinity'), 400),
-    (with_field(b'"temperature":-Infinity'), 400),
     (with_field(b'"temperature":1e999'), 400),
-    (with_field(b'"temperature":-1e999'), 400),
-    (with_field(b'"temperature":01'), 400),
-    (with_field(b'"temperature":1.'), 400),
-    (with_field(b'"temperature":.5'), 400),
-    (with_field(b'"temperature":0x1'), 400),
     (with_field(b'"temperature":1e99'), 400),
     (with_field(b'"temperature":1' + b"0" * 101), 400),
     (with_field(b'"temperature":' + b"9" * 5000), 400),
@@ -7555,19 +7843,19 @@ ODD_BODIES = [
 
 
 @table("body,status", ODD_BODIES)
-def test_odd_bodies_have_a_defined_answer(door, body, status):
-    replies = exchange(door, post(body))
+def test_odd_bodies_have_a_defined_answer(shared, body, status):
+    replies = exchange(shared, raw_chat(body))
     assert [reply.status for reply in replies] == [status, 200]
-    assert bool(door.zai.requests) == (status == 200)
+    assert bool(shared.zai.requests) == (status == 200)
     if status != 200:
         check_error(replies[0])
 
 
 @table("function", [{}, 5, "f", [], None, {"name": []}])
 @table("choice", ["auto", "required", {"type": "function", "function": {"name": "f"}}])
-def test_tools_that_only_look_like_functions_are_no_bugs(door, function, choice):
+def test_tools_that_only_look_like_functions_are_no_bugs(shared, function, choice):
     tool = {"type": "x", "function": function}
-    replies = exchange(door, post(json_chat(tools=[tool], tool_choice=choice)))
+    replies = exchange(shared, raw_chat(json_chat(tools=[tool], tool_choice=choice)))
     assert replies[0].status in (200, 400)
 
 
@@ -7575,27 +7863,26 @@ AROUND_THE_LIMIT = range(sys.getrecursionlimit() - 60, sys.getrecursionlimit() +
 
 
 @table("field", [b'"x":%b', b'"tools":[{"type":"function","function":{"name":"f","parameters":{"a":%b}}}]'])
-def test_nesting_around_the_recursion_limit_is_an_answer_or_a_400(door, field):
+def test_nesting_around_the_recursion_limit_is_an_answer_or_a_400(shared, field):
     """Reading, writing and translating recurse at different depths; no depth may fall between two of them."""
     for depth in (10, 500, *AROUND_THE_LIMIT, 3000, 9000, 20000):
         deep = b"[" * depth + b"]" * depth
-        assert statuses(door, post(with_field(field % deep)))[0] in (200, 400), depth
+        assert statuses(shared, raw_chat(with_field(field % deep)))[0] in (200, 400), depth
 
 
 @table("piece", [b"[],", b"{},"])
 def test_a_body_of_more_than_a_million_brackets_is_refused_before_it_is_decoded(zai, piece):
     body = with_field(b'"x":[%b1]' % (piece * 1000000))
     with proxying(zai) as proxy:
-        began = time.process_time()
-        replies = exchange(proxy, post(body))
-        assert time.process_time() - began < 0.5
+        with under_a_second():
+            replies = exchange(proxy, raw_chat(body))
     assert [reply.status for reply in replies] == [400, 200]
     assert "brackets" in replies[0].error()["message"]
 
 
 # Paths
 
-# A target, and the status it gets.
+# To add a case, add a row: a target, the status it gets.
 TARGETS = [
     ("/v1/models", 200),
     ("/models", 200),
@@ -7650,8 +7937,8 @@ TARGETS = [
 
 
 @table("target,status", TARGETS)
-def test_every_target_has_a_defined_answer(door, target, status):
-    replies = exchange(door, raw_request("GET", target))
+def test_every_target_has_a_defined_answer(shared, target, status):
+    replies = exchange(shared, raw_request("GET", target))
     assert [reply.status for reply in replies] == [status, 200]
     if status != 200:
         check_error(replies[0])
@@ -7659,11 +7946,12 @@ def test_every_target_has_a_defined_answer(door, target, status):
 
 
 @table("path", [CHAT, "/chat/completions", "/v1//chat/completions", "//v1/chat//completions/"])
-def test_the_chat_is_found_however_the_base_url_was_joined(door, path):
-    assert statuses(door, raw_request("POST", path, body=JSON_CHAT)) == [200, 200]
+def test_the_chat_is_found_however_the_base_url_was_joined(shared, path):
+    assert statuses(shared, raw_request("POST", path, body=JSON_CHAT)) == [200, 200]
 
 
-# A path, and patterns of what its 404 says, beside which {base} is the proxy's base URL and {zai} that of Z.ai.
+# To add a case, add a row: a path, patterns of what its 404 says; {base} is the proxy's
+# base URL and {zai} that of Z.ai.
 NOT_HERE = [
     ("/nowhere", ["/nowhere", "base URL to {base}"]),
     ("/api/tags", ["base URL to {base}"]),
@@ -7681,15 +7969,15 @@ NOT_HERE = [
 
 
 @table("path,words", NOT_HERE)
-def test_a_404_says_where_to_go(door, path, words):
-    status, headers, body = door.call("POST", path, {})
+def test_a_404_says_where_to_go(shared, path, words):
+    status, headers, body = shared.call("POST", path, {})
     assert status == 404
     assert body["error"]["code"] == "not_found"
     for word in words:
-        assert word.format(base=f"http://localhost:{door.port}/v1", zai=door.zai.url) in body["error"]["message"]
+        assert word.format(base=f"http://localhost:{shared.port}/v1", zai=shared.zai.url) in body["error"]["message"]
 
 
-# A path, and the method it takes.
+# To add a case, add a row: a path, the method it takes.
 METHODS = [
     ("/v1/models", "GET"),
     ("/models/GLM-4.6", "GET"),
@@ -7704,9 +7992,9 @@ METHODS = [
 
 @table("path,right", METHODS)
 @table("method", ["GET", "POST", "PUT", "PATCH", "DELETE"])
-def test_every_route_takes_its_methods_and_names_them(door, path, right, method):
+def test_every_route_takes_its_methods_and_names_them(shared, path, right, method):
     question = chat_body(stream=False) if right == method == "POST" else None
-    status, headers, body = door.call(method, path, question)
+    status, headers, body = shared.call(method, path, question)
     if method == right:
         assert status == 200
     else:
@@ -7728,13 +8016,14 @@ def test_models_are_listed_as_openai_lists_them(zai):
             assert type(model["created"]) is int
             assert proxy.call("GET", "/v1/models/" + id.upper())[2] == model
         status, _, body = proxy.call("GET", "/v1/models/gpt-9")
-    assert (status, body["error"]["code"], body["error"]["param"]) == (404, "model_not_found", "model")
+    assert status == 404
+    assert (body["error"]["code"], body["error"]["param"]) == ("model_not_found", "model")
     assert "gpt-9" in body["error"]["message"]
 
 
 # Keys
 
-# Header lines, and whether they hold the key.
+# To add a case, add a row: header lines, whether they hold the key.
 KEY_LINES = [
     (["Authorization: Bearer key-one"], True),
     (["authorization: BEARER key-two"], True),
@@ -7762,8 +8051,8 @@ KEY_LINES = [
 
 
 @table("lines,right", KEY_LINES)
-def test_a_key_is_taken_in_three_headers_and_nowhere_else(door, lines, right):
-    reply, _ = exchange(door, raw_request("GET", "/v1/models?key=key-one", *lines, auth=False))
+def test_a_key_is_taken_in_three_headers_and_nowhere_else(shared, lines, right):
+    reply, _ = exchange(shared, raw_request("GET", "/v1/models?key=key-one", *lines, auth=False))
     assert reply.status == (200 if right else 401)
     if not right:
         check_error(reply)
@@ -7772,23 +8061,24 @@ def test_a_key_is_taken_in_three_headers_and_nowhere_else(door, lines, right):
         assert b"key-one" not in reply.body
 
 
-def test_a_401_tells_no_key_from_a_wrong_one_and_names_no_key_of_yours(door):
+def test_a_401_tells_no_key_from_a_wrong_one_and_names_no_key_of_yours(shared):
     for auth, words in ((False, "No API key"), (ZAI_KEY, "Incorrect API key")):
-        reply, _ = exchange(door, raw_request("GET", "/v1/models", auth=auth))
+        reply, _ = exchange(shared, raw_request("GET", "/v1/models", auth=auth))
         assert words in reply.error()["message"]
         assert "not the Z.ai key" in reply.error()["message"]
         assert "sk-your-key" not in reply.error()["message"]
 
 
-def test_a_401_names_the_well_known_key_while_it_is_in_force(home):
-    reply, _ = exchange(home, raw_request("GET", "/v1/models", auth=ZAI_KEY))
+def test_a_401_names_the_well_known_key_while_it_is_in_force(well_known):
+    reply, _ = exchange(well_known, raw_request("GET", "/v1/models", auth=ZAI_KEY))
     assert reply.status == 401
     assert "sk-your-key unless you set it" in reply.error()["message"]
 
 
-# Paths that need the key, and spellings that a careless router could take for one that does not.
+# To add a case, add a row: a path that needs the key. It is tried in spellings that a
+# careless router could take for one that does not.
 @table("path", ["/v1/models", "/metrics", "/stats", CHAT, "/nowhere"])
-def test_no_spelling_of_a_path_opens_a_locked_door(door, path):
+def test_no_spelling_of_a_path_opens_a_locked_door(shared, path):
     hexed = f"/%{ord(path[1]):02x}{path[2:]}"
     spellings = [
         path, "/" + path, path + "/", path + "?x", path + "#",
@@ -7800,15 +8090,15 @@ def test_no_spelling_of_a_path_opens_a_locked_door(door, path):
     ]
     for target in spellings:
         for method in ("GET", "HEAD", "POST", "PUT"):
-            data = talk(door, raw_request(method, target, auth=False) + SENTINEL)
+            data = talk(shared, raw_request(method, target, auth=False) + SENTINEL)
             assert data.startswith(b"HTTP/1.1 401 "), (method, target)
 
 
-# Method, path and status of what is open to all.
+# To add a case, add a row: method, path and status of what is open to all.
 @table("method,path,status", [("GET", "/health", 200), ("GET", "/", 200), ("GET", "/docs", 200),
                               ("GET", "/dashboard/", 200), ("OPTIONS", "/v1/models", 204), ("OPTIONS", "*", 204)])
-def test_what_needs_no_key(door, method, path, status):
-    assert door.call(method, path, key=None)[0] == status
+def test_what_needs_no_key(shared, method, path, status):
+    assert shared.call(method, path, key=None)[0] == status
 
 
 def test_without_a_key_for_zai_models_are_served_and_chat_says_what_to_do(zai):
@@ -7822,7 +8112,8 @@ def test_without_a_key_for_zai_models_are_served_and_chat_says_what_to_do(zai):
     assert "https://z.ai/" in body["error"]["message"]
 
 
-# What Z.ai refuses for good, and the status that makes agents show it rather than try again and say nothing.
+# To add a case, add a row: what Z.ai refuses for good, the status that makes agents
+# show it rather than try again and say nothing, the code.
 @table("script,status,code", [
     (refusal(429, "1113"), 402, "insufficient_quota"),
     (refusal(429, "1309"), 402, "insufficient_quota"),
@@ -7839,79 +8130,9 @@ def test_what_cannot_heal_is_no_429_and_no_502(zai, script, status, code):
             assert headers["x-should-retry"] == "false"
 
 
-# Streamed or not
-
-# Fields of the request, its headers, and whether the answer is streamed where DEFAULT_STREAM is true.
-STREAM_WISHES = [
-    ({}, {}, True),
-    ({"stream": None}, {}, True),
-    ({"stream": True}, {"Accept": "application/json"}, True),
-    ({"stream": True}, {"User-Agent": "node"}, True),
-    ({"stream": False}, {}, False),
-    ({}, {"Accept": "application/json"}, False),
-    ({}, {"Accept": "Application/JSON, */*"}, False),
-    ({}, {"Accept": "*/*", "User-Agent": "curl/8"}, True),
-    ({}, {"User-Agent": "python-requests/2.32"}, True),
-    ({}, {"User-Agent": "node-fetch/1.0"}, True),
-    ({}, {"User-Agent": "ai-sdk/openai/2.0 runtime/node.js"}, False),
-    ({}, {"User-Agent": "async-openai/0.29"}, False),
-    ({}, {"User-Agent": "lm15/stdlib", "Accept": "*/*"}, False),
-    ({}, {"User-Agent": "node", "Accept": "*/*"}, False),
-    ({}, {"User-Agent": "undici"}, False),
-    ({}, {"User-Agent": "Go-http-client/1.1"}, False),
-    ({}, {"User-Agent": "langchaingo/0.1"}, False),
-    ({}, {"User-Agent": "Java-http-client/21.0.2"}, False),
-    ({}, {"User-Agent": "Java/17.0.1"}, False),
-    ({}, {"User-Agent": "okhttp/4.12.0"}, False),
-    ({}, {"User-Agent": "Apache-HttpClient/5.2 (Java/17)"}, False),
-]
-
-
-def streams(proxy, fields, headers):
-    status, got, _ = proxy.call("POST", CHAT, chat_body(**fields), headers)
-    assert status == 200
-    return got["Content-Type"].startswith("text/event-stream")
-
-
-@table("fields,headers,streamed", STREAM_WISHES)
-def test_who_does_not_say_stream_gets_what_its_kind_expects(door, fields, headers, streamed):
-    assert streams(door, fields, headers) == streamed
-
-
-def test_default_stream_false_is_openais_default(zai):
-    with proxying(zai, DEFAULT_STREAM="false") as proxy:
-        for fields, headers, _ in STREAM_WISHES:
-            assert streams(proxy, fields, headers) == (fields.get("stream") is True), (fields, headers)
-
-
-# Header lines of a client, and whether the stream that fails has a clean end. All others are cut, so that nobody takes
-# a half for a whole.
-@table("lines,clean", [
-    ([], False),
-    (["User-Agent: OpenAI/Python 1.99"], False),
-    (["Origin: https://app.example"], True),
-    (["User-Agent: ai-sdk/openai/2.0 runtime/node.js"], True),
-    (["User-Agent: Python/3.11 aiohttp/3.14.5"], True),
-])
-def test_who_loses_an_error_over_a_cut_gets_a_clean_end(door, lines, clean):
-    door.zai.scripts.append(stream(say("Hel"), b'data: {"error":{"code":"1234","message":"no"}}\n\n', 0.1))
-    status, headers, events, was_clean = door.stream(lines)
-    assert said(events) == "Hel"
-    assert finish_of(events) == []
-    assert "1234" in events[-1]["error"]["message"]
-    assert was_clean == clean
-
-
 # Secure by default
 
-@pytest.fixture(scope="module")
-def home():
-    """A proxy with the well-known key."""
-    with standing(DEFAULT_KEY="own-key,sk-your-key") as proxy:
-        yield proxy
-
-
-# What Host says, and whether it names this computer.
+# To add a case, add a row: what Host says, whether it names this computer.
 HOSTS = [
     ("localhost", True),
     ("LocalHost:9090", True),
@@ -7941,34 +8162,21 @@ HOSTS = [
 
 
 @table("host,ours", HOSTS)
-def test_with_the_well_known_key_only_this_computer_is_served(home, host, ours):
+def test_with_the_well_known_key_only_this_computer_is_served(well_known, host, ours):
     for method, path in (("GET", "/v1/models"), ("GET", "/"), ("GET", "/health"), ("OPTIONS", "/v1/models"),
                          ("GET", "/nowhere"), ("POST", CHAT)):
         data = raw_request(method, path, f"Host: {host}", f"Origin: http://{host}", auth="sk-your-key")
-        reply = exchange(home, data)[0]
+        reply = exchange(well_known, data)[0]
         assert (reply.status != 403) == ours, (method, path)
         assert [name for name in reply.headers if name.lower().startswith("access-control")] == []
         if not ours:
             check_error(reply)
 
 
-@table("host", ["0.0.0.0", "::", "192.168.1.7", "example.com", "127.0.0.1.example.com", "localhost.example.com",
-                "1.127.0.0"])
-def test_beyond_loopback_the_well_known_key_is_refused_at_start(host):
-    assert Settings.from_environ({"HOST": host, "DEFAULT_KEY": "own-key"}).host == host
-    for environ in ({}, {"DEFAULT_KEY": "sk-your-key"}, {"DEFAULT_KEY": "own-key, sk-your-key"}):
-        with pytest.raises(ztoapi.SettingsError, match="HOST"):
-            Settings.from_environ(dict(environ, HOST=host))
-
-
-@table("host", ["127.0.0.1", "localhost", "::1", "127.3.2.1"])
-def test_on_loopback_the_well_known_key_is_allowed(host):
-    assert Settings.from_environ({"HOST": host}).host == host
-
-
 PAGE, OTHER = "https://app.example", "https://evil.example"
 
-# CORS_ORIGIN, the Origin of a page, and what Access-Control-Allow-Origin says.
+# To add a case, add a row: CORS_ORIGIN, the Origin of a page, what
+# Access-Control-Allow-Origin says.
 ORIGINS = [
     ("*", PAGE, "*"),
     ("*", None, "*"),
@@ -7981,10 +8189,8 @@ ORIGINS = [
     (PAGE, PAGE.upper(), None),
     ("", PAGE, None),
 ]
-PREFLIGHT = {
-    "Access-Control-Request-Method": "POST",
-    "Access-Control-Request-Headers": "authorization,x-stainless-os, content-type",
-}
+ASKED_HEADERS = "authorization,x-stainless-os, content-type"
+PREFLIGHT = ["Access-Control-Request-Method: POST", f"Access-Control-Request-Headers: {ASKED_HEADERS}"]
 
 
 def words_of(headers, name):
@@ -7993,14 +8199,14 @@ def words_of(headers, name):
 
 @table("setting,origin,allowed", ORIGINS)
 def test_cors_follows_cors_origin(zai, setting, origin, allowed):
-    headers = {"Origin": origin} if origin else {}
+    lines = [f"Origin: {origin}"] if origin else []
     with proxying(zai, CORS_ORIGIN=setting) as proxy:
         answers = [
-            proxy.call("GET", "/v1/models", None, headers),
-            proxy.call("GET", "/v1/nope", None, headers),
-            proxy.call("POST", CHAT, {}, headers, key=None),
-            proxy.call("POST", CHAT, chat_body(stream=True), headers),
-            proxy.call("OPTIONS", CHAT, None, dict(headers, **PREFLIGHT), key=None),
+            proxy.call("GET", "/v1/models", None, lines),
+            proxy.call("GET", "/v1/nope", None, lines),
+            proxy.call("POST", CHAT, {}, lines, key=None),
+            proxy.call("POST", CHAT, chat_body(stream=True), lines),
+            proxy.call("OPTIONS", CHAT, None, lines + PREFLIGHT, key=None),
         ]
     assert [status for status, _, _ in answers] == [200, 404, 401, 200, 204]
     for _, got, _ in answers:
@@ -8011,44 +8217,21 @@ def test_cors_follows_cors_origin(zai, setting, origin, allowed):
             assert {"x-request-id", "retry-after"} <= set(words_of(got, "Access-Control-Expose-Headers"))
     preflight = answers[-1][1]
     if allowed:
-        assert preflight["Access-Control-Allow-Headers"] == PREFLIGHT["Access-Control-Request-Headers"]
+        assert preflight["Access-Control-Allow-Headers"] == ASKED_HEADERS
         assert {"GET", "POST"} <= set(words_of(preflight, "Access-Control-Allow-Methods"))
         assert "Access-Control-Request-Headers" in words_of(preflight, "Vary")
     if not setting:
         assert [name for name in preflight if name.lower().startswith("access-control")] == []
 
 
-@table("host", ["::", "[::]"])
-def test_host_double_colon_serves_both_ip_versions(zai, host):
-    try:
-        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
-    except OSError:
-        pytest.skip("no IPv6 here")
-    with proxying(zai, HOST=host) as proxy:
-        for place in ("127.0.0.1", "::1"):
-            with socket.create_connection((place, proxy.port), 5) as sock:
-                sock.sendall(SENTINEL)
-                assert read_to_end(sock).startswith(b"HTTP/1.1 200"), place
-
-
 KEY_ID, KEY_SECRET = ZAI_KEY.split(".")
-
-# What Z.ai says that holds its key, or a half of it.
-QUOTING_KEYS = [
-    refusal(401, "1000", "bad key " + ZAI_KEY),
-    refusal(400, "1210", f"id {KEY_ID}, secret {KEY_SECRET}"),
-    refusal(500, "1234", "Bearer " + ZAI_KEY),
-    stream(say("Hi"), b'data: {"error":{"code":"500","message":"key %b"}}\n\n' % ZAI_KEY.encode()),
-]
-
 
 def test_secrets_are_redacted_wherever_they_could_surface(zai, log_lines, caplog):
     caplog.set_level(logging.DEBUG, "ztoapi")
     quoted = []
     with proxying(zai, DEBUG_MODE="true", MAX_RETRIES="0") as proxy:
-        for script in QUOTING_KEYS:
-            zai.scripts.extend([script, script])
-            quoted += [proxy.chat(), proxy.stream()]
+        zai.scripts.append(refusal(401, "1000", "bad key " + ZAI_KEY))
+        quoted.append(proxy.chat())
         shown = [proxy.call("GET", path) for path in ("/stats", "/metrics", "/v1/models", "/")]
         for fields in ({"model": KEY}, {KEY: 1}, {"tool_choice": KEY}, {"stop": [KEY]}):
             proxy.chat(**fields)
@@ -8062,664 +8245,213 @@ def test_secrets_are_redacted_wherever_they_could_surface(zai, log_lines, caplog
     assert [answer for answer in quoted if "[redacted]" not in str(answer)] == []
 
 
-# Bounds
+# Streamed or not
 
-def test_a_full_house_makes_room_for_a_newcomer_by_closing_who_has_idled_longest(zai):
-    with proxying(zai, MAX_CONNECTIONS="3") as proxy:
-        first = hold(proxy, raw_request("GET", "/health"))
-        second = hold(proxy, raw_request("GET", "/health"))
-        third = hold(proxy, raw_request("GET", "/health"))
-        with first, second, third:
-            first.sendall(raw_request("GET", "/health"))
-            assert read_reply(first.makefile("rb")).status == 200
-            assert proxy.chat()[0] == 200
-            assert read_to_end(second) == b""
-            assert is_open(first)
-            assert is_open(third)
-
-
-def test_who_has_just_come_has_not_idled_longest(zai):
-    with proxying(zai, MAX_CONNECTIONS="2") as proxy:
-        with hold(proxy, raw_request("GET", "/health")) as idle, proxy.connect(5) as silent:
-            time.sleep(0.05)
-            assert proxy.call("GET", "/health")[0] == 200
-            assert read_to_end(idle) == b""
-            assert is_open(silent)
+# Who gets a stream is a table of Chat's; this is what of it must work on the wire. To
+# add a case, add a row: fields of the request, header lines, whether the answer is
+# streamed where DEFAULT_STREAM is true.
+STREAM_WISHES = [
+    ({}, [], True),
+    ({"stream": None}, [], True),
+    ({"stream": True}, ["Accept: application/json"], True),
+    ({"stream": False}, [], False),
+    ({}, ["Accept: Application/JSON, */*"], False),
+    ({}, ["User-Agent: node", "Accept: */*"], False),
+    ({}, ["User-Agent: node-fetch/1.0"], True),
+]
 
 
-def test_where_all_are_busy_a_503_can_be_read_and_the_rest_goes_on(zai, log_lines):
-    go = threading.Event()
-    zai.default = stream(say("Hel"), lambda fake, request: go.wait(10), say("lo"), FINISH, DONE)
-    with proxying(zai, MAX_CONNECTIONS="3") as proxy:
-        busy = [proxy.open_stream() for _ in range(3)]
-        assert eventually(lambda: not any(map(is_open, busy)))
-        threads = threading.active_count()
-        for _ in range(3):
-            status, headers, body = proxy.chat()
-            assert status == 503
-            assert int(headers["Retry-After"]) > 0
-            assert headers["Connection"] == "close"
-            assert headers["x-request-id"]
-            assert body["error"]["code"] == "too_many_connections"
-        assert threading.active_count() == threads, "a refusal needs no thread"
-        assert len(zai.requests) == 3
-        go.set()
-        for sock in busy:
-            assert said(read_stream(sock)[2]) == "Hello"
-        assert proxy.chat()[0] == 200
-        for sock in busy:
-            sock.close()
-    assert len(log_lines(logging.WARNING)) == 1
-    assert not log_lines(logging.ERROR)
+def streams(proxy, fields, lines):
+    status, got, _ = proxy.call("POST", CHAT, chat_body(**fields), lines)
+    assert status == 200
+    return got["Content-Type"].startswith("text/event-stream")
 
 
-def test_where_no_thread_can_be_started_there_is_a_503(zai, monkeypatch, log_lines):
-    start = threading.Thread.start
-
-    def fail(thread):
-        if "process_request_thread" in str(getattr(thread, "_target", "")):
-            raise RuntimeError("can't start new thread")
-        start(thread)
-    with proxying(zai) as proxy:
-        with monkeypatch.context() as patch:
-            patch.setattr(threading.Thread, "start", fail)
-            for _ in range(3):
-                reply, = exchange(proxy, raw_request("GET", "/health"))
-                assert reply.status == 503
-                assert int(reply.headers["Retry-After"]) > 0
-        assert proxy.chat()[0] == 200
-    assert len(log_lines(logging.WARNING)) == 1
-    assert not log_lines(logging.ERROR)
+@table("fields,lines,streamed", STREAM_WISHES)
+def test_who_does_not_say_stream_gets_what_its_kind_expects(shared, fields, lines, streamed):
+    assert streams(shared, fields, lines) == streamed
 
 
-def life_of(proxy, first, drip, pause_s, longest_s=3.0):
-    """How long a connection lives that sends `first`, and then for ever `drip`."""
-    began = time.monotonic()
-    with proxy.connect(longest_s) as sock, contextlib.suppress(OSError):
-        sock.sendall(first)
-        while time.monotonic() - began < longest_s:
-            sock.sendall(drip)
-            if pause_s and not is_open(sock) and not sock.recv(1):
-                break
-            time.sleep(pause_s)
-    return time.monotonic() - began
+def test_default_stream_false_is_openais_default(zai):
+    with proxying(zai, DEFAULT_STREAM="false") as proxy:
+        for fields, lines, _ in STREAM_WISHES:
+            wanted = fields.get("stream") is True
+            assert streams(proxy, fields, lines) == wanted, (fields, lines)
 
 
-LONG_POST = raw_request("POST", CHAT, "Content-Length: 2000000000")
+# The other two APIs
 
-# What is sent first, what then drips, and the seconds in between. A 413 would end the fast body, hence the large limit.
-DRIPS = {
-    "request line": (b"GET /", b"a", 0.05),
-    "headers": (b"GET /health HTTP/1.1\r\n", b"X: y\r\n", 0.05),
-    "one header": (b"GET /health HTTP/1.1\r\nX: ", b"y", 0.05),
-    "body": (LONG_POST, b" ", 0.05),
-    "chunked body": (post_chunked(), b"1\r\n \r\n", 0.05),
-    "one chunk": (post_chunked(b"fffff\r\n"), b" ", 0.05),
-    "chunk extension": (post_chunked(b"1;"), b"x", 0.05),
-    "trailers": (post_chunked(b"0\r\n"), b"X: y\r\n", 0.05),
-    "nothing at all": (b"", b"", 0.05),
-    "a TLS hello": (b"\x16\x03\x01", b"\0", 0.05),
-    "blank lines": (b"\r\n", b"\r\n", 0.05),
-    "a body without pause": (LONG_POST, b" ", 0),
-    "a refused body": (raw_request("POST", CHAT, "Content-Length: 2000000000", auth=False), b" " * 65536, 0),
+MESSAGES_BODY = {"model": "GLM-4.6", "max_tokens": 100, "messages": [user("Hi")]}
+# To add an API, add a row: its name -> its path, a request.
+APIS = {
+    "messages": ("/v1/messages", MESSAGES_BODY),
+    "responses": ("/v1/responses", {"model": "GLM-4.6", "input": "Hi"}),
 }
+each_api = pytest.mark.parametrize("api", APIS)
 
 
-def test_a_request_must_come_within_client_timeout_as_a_whole(zai, monkeypatch, log_lines):
-    """Slowloris, in every part of a request, slow and fast."""
-    monkeypatch.setattr(ztoapi, "KEEP_ALIVE_S", 0.4)
-    lives = {}
-    with proxying(zai, CLIENT_TIMEOUT="0.4", MAX_BODY_MB="2048") as proxy:
-        before = threading.active_count()
-
-        def live(name):
-            lives[name] = life_of(proxy, *DRIPS[name])
-        threads = [threading.Thread(target=live, args=(name,)) for name in DRIPS]
-        for thread in threads:
-            thread.start()
-        assert proxy.call("GET", "/health")[0] == 200
-        for thread in threads:
-            thread.join()
-        assert eventually(lambda: threading.active_count() <= before)
-    assert set(lives) == set(DRIPS)
-    assert {name: life for name, life in lives.items() if life > 2.5} == {}
-    assert not zai.requests
-    assert not log_lines(logging.ERROR)
+def api_request(api, streamed, *lines, auth=True, **fields):
+    path, body = APIS[api]
+    data = json.dumps(dict(body, stream=streamed, **fields)).encode()
+    return raw_request("POST", path, *lines, body=data, auth=auth)
 
 
-def test_an_idle_connection_is_kept_for_keep_alive_seconds(zai, monkeypatch):
-    with proxying(zai, CLIENT_TIMEOUT="0.3") as proxy:
-        with hold(proxy, raw_request("GET", "/health")) as sock, sock.makefile("rb") as file:
-            time.sleep(0.7)  # longer than a request may take, shorter than keep-alive
-            monkeypatch.setattr(ztoapi, "KEEP_ALIVE_S", 0.2)
-            sock.sendall(raw_request("GET", "/health"))
-            assert read_reply(file).status == 200
-            assert file.read() == b""
+def ask_api(proxy, api, streamed, **more):
+    """(reply, events) or (reply, JSON)."""
+    reply, = replies_in(talk(proxy, api_request(api, streamed, "Connection: close", **more)))
+    is_stream = reply.headers["Content-Type"].startswith("text/event-stream")
+    return reply, events_of(reply.body.decode()) if is_stream else reply.json()
 
 
-def test_a_full_descriptor_table_does_not_spin_and_heals(zai, monkeypatch):
-    resource = pytest.importorskip("resource")
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    accepts = []
-    get_request = ztoapi.Server.get_request
-    monkeypatch.setattr(ztoapi.Server, "get_request", lambda self: accepts.append(1) or get_request(self))
-    with proxying(zai) as proxy, socket.socket() as sock:
-        sock.settimeout(5)
-        spare = [os.dup(0)]
-        try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (max(spare) + 20, limits[1]))
-            with contextlib.suppress(OSError):
-                while True:
-                    spare.append(os.dup(0))
-            sock.connect(("127.0.0.1", proxy.port))
-            assert eventually(lambda: accepts, 2)
-            time.sleep(0.25)
-            tries = len(accepts)
-        finally:
-            for fileno in spare:
-                os.close(fileno)
-            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-        assert 0 < tries < 50
-        sock.sendall(SENTINEL)
-        assert read_to_end(sock).startswith(b"HTTP/1.1 200"), "who waited is served"
+def whole_of(api, events):
+    """The JSON answer that the events of a good stream add up to."""
+    return {"content": check_messages_stream(events)} if api == "messages" else check_responses_stream(events)
 
 
-def test_quotes_of_a_client_are_bounded(zai, log_lines):
-    """An error names what was wrong, and the last twenty are kept; they must not keep megabytes."""
-    choice = {"type": "function", "function": {"name": "n" * (20 << 20)}}
-    body = json_chat(tools=[{"type": "function", "function": {"name": "f"}}], tool_choice=choice)
-    with proxying(zai) as proxy:
-        for _ in range(20):
-            status, headers, answer = proxy.call("POST", CHAT, body)
-            assert status == 400
-            assert len(str(answer)) < 2000
-        proxy.idle()
-        assert len(str(proxy.call("GET", "/stats")[2])) < 20000
-    assert max(map(len, log_lines())) < 2000
-
-
-# The end
-
-def test_requests_sent_before_the_end_are_answered(zai):
-    """Kept connections, new ones, and those in the backlog that nobody has accepted yet."""
-    with proxying(zai) as proxy:
-        kept = [hold(proxy, raw_request("GET", "/health")) for _ in range(10)]
-        new = [proxy.connect(5) for _ in range(40)]
-        for sock in kept + new:
-            sock.sendall(raw_chat(chat_body(stream=False)))
-        proxy.server.stop(5)
-        replies = [replies_in(read_to_end(sock)) for sock in kept + new]
-        for sock in kept + new:
-            sock.close()
-    assert [[reply.status for reply in found] for found in replies] == [[200]] * 50
-    assert {found[0].headers["Connection"] for found in replies} <= {"close", None}
-
-
-def test_stop_does_not_wait_for_idle_connections(zai):
-    with proxying(zai) as proxy:
-        with proxy.connect() as silent, hold(proxy, raw_request("GET", "/health")) as idle:
-            idle.sendall(b"\r\n")
-            began = time.monotonic()
-            assert proxy.server.stop(5)
-            assert time.monotonic() - began < 1
-            assert read_to_end(silent) == b""
-
-
-def test_stop_twice_does_no_harm(zai):
-    with proxying(zai) as proxy:
-        assert proxy.server.stop(1)
-        assert proxy.server.stop(1)
-
-
-# Bugs of our own
-
-def test_an_os_error_of_our_own_is_a_bug_and_no_client_that_left(proxy, monkeypatch, log_lines):
-    def fail(*args):
-        raise OSError("disk")
-    monkeypatch.setattr(ztoapi, "listed_models", fail)
-    status, headers, body = proxy.call("GET", "/v1/models")
-    assert status == 500
-    assert body["error"]["code"] == "internal_error"
-    assert "disk" not in body["error"]["message"]
-    assert len(log_lines(logging.ERROR)) == 1
-
-
-# The fuzzer
-
-PIECES = [b"\r\n", b"\n", b"\r", b"\0", b" ", b"\t", b":", b"\xff", b"%00", b"//", b"\r\n\r\n", END, b"HTTP/1.0", b"[",
-          b"{", b'"', b"1e999", b"\\ud800"]
-LINES = [
-    b"Content-Length: 3", b"Content-Length: -1", b"Transfer-Encoding: chunked", b"Transfer-Encoding: gzip",
-    b"Expect: 100-continue", b"Connection: close", b"Host: evil", b"X: \xff\x1b", b" fold", b"X", b"Origin: x",
-    b"Content-Type: multipart/mixed", b"Content-Encoding: gzip", b"Connection: upgrade", b"Upgrade: websocket",
-    b"Range: bytes=0-1", b"Accept: application/json",
-]
-ODD_VALUES = [
-    None, True, 0, -1, 1.5, 10 ** 90, -1e308,
-    "", "x", "\ud800", "\0", "none", "auto", "system",
-    [], {}, [[]], [None],
-    {"type": "text"},
-    {"type": "function", "function": {}},
-    [{"type": "image_url"}],
-]
-FULL_CHAT = {
-    "model": "GLM-4.6",
-    "messages": [
-        {"role": "user", "content": "Hi"},
-        {"role": "assistant", "content": None, "tool_calls": [
-            {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}]},
-        {"role": "tool", "tool_call_id": "c", "content": [{"type": "text", "text": "x"}]},
-    ],
-    "temperature": 1,
-    "stop": ["a"],
-    "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}],
-    "tool_choice": "auto",
-    "response_format": {"type": "json_object"},
-    "thinking": {"type": "enabled"},
-    "stream_options": {"include_usage": True},
-}
-PLAIN_REQUESTS = [
-    raw_request("GET", "/v1/models"),
-    raw_request("GET", "/v1/models/GLM-4.6?x=%20", "Origin: https://x"),
-    raw_request("GET", "/health", "Connection: close"),
-    raw_request("HEAD", "/stats"),
-    raw_request("GET", "/"),
-    raw_request("OPTIONS", CHAT, "Origin: x", "Access-Control-Request-Headers: a"),
-    raw_request("GET", "http://x/metrics", version="HTTP/1.0"),
-    post(JSON_CHAT, "Expect: 100-continue"),
-]
-
-
-def scramble_bytes(rand, data):
-    at = rand.randrange(len(data) + 1)
-    size = rand.choice((1, 1, 2, 5, 30))
-    before, piece, after = data[:at], data[at:at + size], data[at + size:]
-    byte = bytes([rand.randrange(256)])
-    return rand.choice((
-        before,
-        before + after,
-        before + byte + piece[1:] + after,
-        before + piece * rand.choice((2, 3, 101)) + after,
-        before + rand.choice(PIECES) + piece + after,
-    ))
-
-
-def scramble_lines(rand, data):
-    lines = data.split(b"\r\n")
-    kind = rand.randrange(4)
-    if kind == 0:
-        lines.insert(rand.randrange(len(lines)), rand.choice(lines))
-    elif kind == 1:
-        lines.pop(rand.randrange(len(lines)))
-    elif kind == 2:
-        lines.insert(rand.randrange(1, len(lines) + 1), rand.choice(LINES))
+def text_of(api, answer):
+    if api == "messages":
+        parts = answer["content"]
     else:
-        rand.shuffle(lines)
-    return b"\r\n".join(lines)
+        parts = [part for item in answer["output"] for part in item.get("content", [])]
+    return "".join(part.get("text", "") for part in parts)
 
 
-def odd_request(rand):
-    """A good request, some of whose JSON is replaced."""
-    body = copy.deepcopy(FULL_CHAT)
-    body["stream"] = rand.random() < 0.5
-    for _ in range(rand.randrange(3)):
-        place = body
-        while True:
-            key = rand.choice(list(place) if isinstance(place, dict) else range(len(place)))
-            if not isinstance(place[key], (dict, list)) or not place[key] or rand.random() < 0.4:
-                break
-            place = place[key]
-        place[key] = copy.deepcopy(rand.choice(ODD_VALUES))  # the next may go inside it
-    data = json.dumps(body).encode()
-    if rand.random() < 0.5:
-        return post(data)
-    return post_chunked(chunked(data[:40]), chunked(data[40:]), END)
-
-
-def test_two_thousand_broken_requests_meet_no_hang_no_500_and_a_living_server(proxy, zai, log_lines):
-    rand = random.Random(4)
-    for case in range(2000):
-        data = rand.choice(PLAIN_REQUESTS) if rand.random() < 0.6 else odd_request(rand)
-        for _ in range(rand.choice((0, 1, 1, 2, 5))):
-            scramble = scramble_bytes if rand.random() < 0.55 else scramble_lines
-            data = scramble(rand, data)
-        try:
-            with proxy.connect(5) as sock:
-                sock.sendall(data + rand.choice((b"", b"", SENTINEL)))
-                sock.shutdown(socket.SHUT_WR)  # a request cut short must not wait for its rest
-                got = read_to_end(sock)
-        except socket.timeout:
-            pytest.fail(f"case {case} hangs: {data!r}")
-        assert got[:9] in (b"", b"HTTP/1.1 "), (case, data)
-        assert not re.search(rb"HTTP/1\.1 500|internal_error", got), (case, data)
-    assert not log_lines(logging.ERROR)
-    assert len(zai.requests) > 100
-    assert proxy.chat()[0] == 200
-
-
-# Attacks. More of them stand where they belong: locked doors, nesting, drips, what shapes the log.
-
-def reset(sock):
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    sock.close()
-
-
-def test_attack_resets_at_every_byte_leave_nothing_behind(zai, log_lines):
-    data = raw_chat(chat_body(stream=True))
-    with proxying(zai) as proxy:
-        threads = threading.active_count()
-        for i in [*range(0, len(data), 3), *[len(data)] * 20]:
-            sock = proxy.connect()
-            sock.sendall(data[:i])
-            reset(sock)
-        assert proxy.idle()
-        zai.close()  # a thread of the fake waits at the other end of each kept connection
-        assert eventually(lambda: threading.active_count() <= threads)
-    assert not log_lines(logging.ERROR)
-
-
-@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts descriptors")
-def test_attack_a_flood_of_connections_beyond_the_limit_costs_no_threads_and_few_descriptors(zai, monkeypatch):
-    def descriptors():
-        return len(os.listdir("/proc/self/fd"))
-    monkeypatch.setattr(ztoapi, "LINGER_S", 0.2)
-    zai.default = stream(say("Hel"), 30)
-    with proxying(zai, MAX_CONNECTIONS="1") as proxy:
-        with proxy.open_stream() as busy:
-            assert eventually(lambda: not is_open(busy))
-            threads, before, most, socks = threading.active_count(), descriptors(), 0, []
-            for _ in range(1000):
-                socks.append(proxy.connect())
-                most = max(most, descriptors() - before - len(socks))
-                if len(socks) > 100:
-                    reset(socks.pop(0))
-            assert threading.active_count() <= threads
-            assert most <= 300
-            assert len(zai.requests) == 1
-        for sock in socks:
-            sock.close()
-        assert eventually(lambda: proxy.call("GET", "/health")[0] == 200)
-        assert eventually(lambda: descriptors() <= before + 2, 3)
-
-
-def test_attack_a_deaf_client_that_pipelines_is_dropped(zai):
-    """It sends requests for ever and reads nothing: the answers fill the buffers, and then CLIENT_TIMEOUT is over."""
-    with proxying(zai, CLIENT_TIMEOUT="0.2") as proxy, proxy.connect(5) as sock:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        began = time.monotonic()
-        with pytest.raises(OSError):
-            while time.monotonic() - began < 8:
-                sock.sendall(raw_request("GET", "/") * 50)
-        assert time.monotonic() - began < 6
-        assert proxy.idle()
-
-
-def test_attack_a_large_error_does_not_keep_the_thread_of_a_deaf_client(zai):
-    """The error of a stream that has begun is a write like any other: CLIENT_TIMEOUT bounds it."""
-    error = b'data: {"error":{"code":"1234","message":"%b"}}\n\n' % (b"x" * 12000000)
-    zai.default = stream(say("Hi"), 0.1, error)
-    with proxying(zai, CLIENT_TIMEOUT="0.2") as proxy, socket.socket() as sock:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        sock.connect(("127.0.0.1", proxy.port))
-        sock.sendall(raw_chat(chat_body(stream=True)))
-        assert eventually(lambda: zai.requests)
-        assert eventually(proxy.server.idle, 4)
-
-
-def test_attack_a_continue_that_is_never_followed_is_dropped(zai):
-    with proxying(zai, CLIENT_TIMEOUT="0.1") as proxy:
-        data = raw_request("POST", CHAT, "Content-Length: 5", "Expect: 100-continue")
-        assert talk(proxy, data) == b"HTTP/1.1 100 Continue\r\n\r\n"
-    assert not zai.requests
-
-
-WHOLE_REQUEST = raw_request("GET", "/v1/models").decode()
-ONE_LINE = WHOLE_REQUEST.replace("\r\n", " ")
-
-
-# Whole requests inside another one.
-@table("data", [
-    post(json_chat(messages=[{"role": "user", "content": WHOLE_REQUEST}])),
-    raw_request("GET", "/health", "X: " + ONE_LINE),
-    raw_request("GET", "/health?" + ONE_LINE.replace(" ", "%20")),
-    post_chunked(b"%x;%b\r\n%b\r\n" % (len(JSON_CHAT), ONE_LINE.encode(), JSON_CHAT), END),
-    post_chunked(chunked(JSON_CHAT), b"0\r\nX: " + ONE_LINE.encode() + b"\r\n\r\n"),
-])
-def test_attack_a_request_inside_a_request_is_text(door, data):
-    assert statuses(door, data) == [200, 200]
-
-
-EVIL = "x\r\nX-Evil: 1\r\n\r\nHTTP/1.1 200 OK\r\n"
-
-
-# What a client could split an answer's head with, and the status it gets.
-@table("data,status", [
-    (post(json_chat(model=EVIL, store=True, user=EVIL, **{EVIL: 1})), 200),
-    (post(json_chat(stream=True, model=EVIL)), 200),
-    (post(json_chat(messages=[{"role": "user", "content": "Hi", EVIL: 1, "\u6f22\ud800": 1}])), 200),
-    (raw_request("GET", "/v1/models/%0d%0aX-Evil:%201"), 404),
-    (raw_request("GET", "/v1/models", "x-request-id: mine", "Origin: https://x\xff\x1b", "X-Evil: 1"), 200),
-    (raw_request("OPTIONS", "/", "Access-Control-Request-Headers: a\xff\x1b, X-Evil"), 204),
-])
-def test_attack_a_client_cannot_write_our_headers(door, data, status):
-    evil_head = HEAD.replace(b"X-Log-Id: 2026", b"X-Log-Id: \x1b\xff<evil>\x85 2026")
-    door.zai.scripts.append([evil_head, *stream(*HEALTHY)[1:]])
-    reply = exchange(door, data)[0]
-    door.zai.scripts.clear()
-    assert reply.status == status
-    assert "X-Evil" not in reply.headers
-    assert re.fullmatch("req_[0-9a-f]+", reply.headers["x-request-id"])
-    fields = [(name, value) for name, value in reply.headers.items() if name != "Access-Control-Allow-Headers"]
-    assert [(name, value) for name, value in fields if not re.fullmatch("[ -~]*", value)] == []
-
-
-def test_attack_two_clients_never_see_each_others_answers(zai):
-    """Many connections at once, kept alive and pipelined, each with a text of its own: the echo must match."""
-    zai.default = lambda request: stream(say(request["body"]["messages"][0]["content"]), FINISH, DONE)
-    seen = {}
-
-    def client(number):
-        for i in range(5):
-            texts = [f"<{number}-{i}-{j}>" for j in range(3)]
-            data = b""
-            for j, text in enumerate(texts):
-                messages = [{"role": "user", "content": text}]
-                data += post(json_chat(stream=j == 1, messages=messages))
-            for text, reply in zip(texts, exchange(proxy, data)):
-                seen[text] = re.findall("<.*?>", reply.body.decode())
-    with proxying(zai) as proxy:
-        threads = [threading.Thread(target=client, args=(number,)) for number in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    assert len(seen) == len(zai.requests) == 120
-    assert {text: found for text, found in seen.items() if found != [text]} == {}
-
-
-def test_attack_a_closed_socket_has_not_ended_and_is_no_bug():
-    """Between two looks at its number another thread may close it."""
-    ours, theirs = socket.socketpair()
-    gone, left = socket.socketpair()
-    left.close()
-    closed = socket.socket()
-    closed.close()
-    with ours, theirs, gone:
-        for sock in (ours, gone):
-            sock.setblocking(False)
-        ended = ztoapi.ended([ours, closed, gone])
-    assert gone in ended
-    assert ours not in ended
-
-
-def test_attack_a_header_flood_before_the_key_is_bounded(door):
-    with door.connect(5) as sock:
-        with contextlib.suppress(OSError):
-            sock.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n")
-            for i in range(200):
-                sock.sendall(b"X%d: %b\r\n" % (i, b"y" * 60000))
-        assert read_reply(sock.makefile("rb")).status == 431
-
-
-def test_attack_names_that_clients_make_up_are_not_kept(zai):
-    """A thousand different models and paths leave nothing behind that grows."""
-    data = b""
-    for i in range(200):
-        data += raw_request("GET", f"/v1/models/m{i}") + post(json_chat(model=f"m{i}", n=2))
-    with proxying(zai) as proxy:
-        assert statuses(proxy, data) == [404, 400] * 200 + [200]
-        for i in range(30):
-            assert proxy.chat(model=f"unknown-{i}")[0] == 200
-        proxy.idle()
-        assert len(str(proxy.call("GET", "/stats")[2])) < 20000
-        assert "unknown-" not in proxy.call("GET", "/metrics")[2]
-        assert proxy.server.upstream.gates.state() == ([], {})
-
-
-@table("path", ["/", "/health", "/v1/models", "/nope", "/metrics"])
-def test_attack_a_date_and_a_length_are_always_there(door, path):
-    """What a cache or a proxy in front would otherwise guess."""
-    reply, _ = exchange(door, raw_request("GET", path))
-    assert email.utils.parsedate(reply.headers["Date"])
-    assert int(reply.headers["Content-Length"]) == len(reply.body)
-    assert reply.headers["X-Content-Type-Options"] == "nosniff"
-    assert "Python" not in reply.headers["Server"]
-    assert "Set-Cookie" not in reply.headers
-
-
-# The log, the numbers, the program ####################################################
-#
-# Metrics and Record by themselves; then what /metrics, /stats and the log tell of a proxy at work; then main() in this
-# process, --check, and the program in processes of its own.
-
-posix_only = pytest.mark.skipif(os.name == "nt", reason="signals")
-
-
-def readable(sock):
-    return bool(select.select([sock], [], [], 0)[0])
-
-
-def record(**fields):
-    return ztoapi.Record(**dict({"id": "req_1", "client": "127.0.0.1", "began": 1000.0}, **fields))
-
-
-def counted(**fields):
-    """A request that was answered as it should be."""
-    usual = {"counted": True, "status": 200, "model": "GLM-4.6", "model_id": "glm-4.6", "key": "#1", "path": CHAT,
-             "ttft_s": 0.2, "total_s": 1.5, "usage": {"prompt_tokens": 3, "completion_tokens": 7}}
-    return record(**dict(usual, **fields))
-
-
-# The log line
-
-# To add a case, add a row: fields of a Record, words its line holds, words it does not hold.
-LOG_LINES = [
-    ({"method": "GET", "path": "/health", "status": 200}, ["req_1 127.0.0.1 GET /health 200"], ["model=", "key="]),
-    ({"key": "#2"}, ["key=#2"], []),
-    ({"client_request_id": "run-17"}, ["rid=run-17"], []),
-    ({"client_request_id": "a b\r\n" + "x" * 500}, ["rid=a?b??xxx"], ["x" * 101]),
-    ({"counted": True, "stream": True}, ["stream=true"], []),
-    ({"counted": True, "stream": False}, ["stream=false"], []),
-    ({"counted": True, "stream": True, "stream_default": True}, ["stream=default"], ["stream=true"]),
-    ({"counted": True, "model": "m out=7\u202e"}, ["model=m?out=7?"], []),
-    ({"counted": True, "model": "m" * 5000}, ["model=mmm"], ["m" * 101]),
-    ({"counted": True, "ttft_s": 0.1234, "total_s": 2.0}, ["ttft=0.123 total=2.000 queue=0.000"], ["in=", "out="]),
-    ({"counted": True, "usage": {"prompt_tokens": 0, "completion_tokens": 7}}, ["in=0 out=7"], []),
-    ({"counted": True, "changed": ("store", "a b")}, ["changed=store,a?b"], ["repaired="]),
-    ({"counted": True, "retries": 2, "repaired": 1}, ["retries=2 repaired=1"], ["changed="]),
-    ({"error": "no\n\u6c34" + "e" * 5000}, [r"error='no\n\u6c34eee"], ["e" * 301]),
+# To add a case, add a row: method, path, whether the key is right, the status, the type
+# (Messages) or the code (Responses) of the error.
+API_REFUSALS = [
+    ("POST", "/v1/messages/count_tokens", True, 404, "not_found_error"),
+    ("POST", "/messages/count_tokens", True, 404, "not_found_error"),
+    ("GET", "/v1/messages/batches/abc", True, 404, "not_found_error"),
+    ("GET", "/v1/messages", True, 405, "invalid_request_error"),
+    ("POST", "/v1/messages", True, 400, "invalid_request_error"),
+    ("POST", "/v1/messages", False, 401, "authentication_error"),
+    ("POST", "/v1/messages/count_tokens", False, 401, "authentication_error"),
+    ("GET", "/v1/responses", True, 426, "upgrade_not_supported"),
+    ("GET", "/v1/responses/abc", True, 404, "not_found"),
+    ("DELETE", "/v1/responses/abc", True, 404, "not_found"),
+    ("POST", "/v1/responses/abc/cancel", True, 404, "not_found"),
+    ("POST", "/v1/responses/compact", True, 404, "not_found"),
+    ("DELETE", "/v1/responses", True, 405, "method_not_allowed"),
+    ("POST", "/v1/responses", True, 400, "missing_required_parameter"),
+    ("GET", "/v1/responses", False, 401, "invalid_api_key"),
+    ("POST", "/v1/responses", False, 401, "invalid_api_key"),
 ]
 
 
-@pytest.mark.parametrize("fields,present,absent", LOG_LINES)
-def test_a_record_is_one_line_of_printable_ascii(fields, present, absent):
-    line = record(**fields).line()
-    assert re.fullmatch("[ -~]+", line)
-    for words in present:
-        assert words in line
-    for words in absent:
-        assert words not in line
+@table("method,path,key_is_right,status,kind", API_REFUSALS)
+def test_an_api_says_in_its_own_shape_what_it_does_not_serve(shared, method, path, key_is_right, status, kind):
+    data = raw_request(method, path, body=b"{}", auth=key_is_right or "sk-wrong")
+    reply = exchange(shared, data)[0]
+    assert reply.status == status
+    if "messages" in path:
+        assert list(reply.json()) == ["type", "error", "request_id"]
+        assert reply.json()["type"] == "error"
+        assert reply.json()["request_id"] == reply.headers["request-id"]
+        assert reply.error()["type"] == kind
+    else:
+        check_error(reply)
+        assert reply.error()["code"] == kind
+    assert reply.headers["x-should-retry"] == "false"
+    assert not shared.zai.requests
 
 
-# The counters
-
-def metrics_of(*records, now=lambda: 1000.0):
-    """Metrics that these requests were told to."""
-    metrics = ztoapi.Metrics(now)
-    for each in records:
-        metrics.begin()
-        metrics.finish(each)
-    return metrics
+def test_a_path_that_an_api_does_not_serve_says_why(shared):
+    for path, words in (("/v1/messages/count_tokens", "estimate"), ("/v1/responses/abc", "keeps no responses")):
+        reply = exchange(shared, raw_request("POST", path, body=b"{}"))[0]
+        assert words in reply.error()["message"]
 
 
-def test_stats_tell_served_failed_and_cancelled_apart():
-    stats = metrics_of(counted(), counted(status=429), counted(status=499), counted(status=502)).stats([], {}, False)
-    assert (stats["served"], stats["failed"], stats["cancelled"]) == (1, 2, 1)
-    assert stats["in_flight"] == 0
+@each_api
+def test_each_api_streams_and_answers_in_json(proxy, api):
+    reply, events = ask_api(proxy, api, True)
+    assert reply.status == 200
+    assert reply.clean
+    assert text_of(api, whole_of(api, events)) == "Hello"
+    reply, answer = ask_api(proxy, api, False)
+    assert reply.status == 200
+    assert reply.headers["Content-Type"] == "application/json"
+    assert text_of(api, answer) == "Hello"
+    assert answer["usage"]["output_tokens"] == USAGE["completion_tokens"]
 
 
-def test_a_request_without_a_valid_key_is_counted():
-    metrics = metrics_of()
-    metrics.refuse()
-    metrics.refuse()
-    assert metrics.stats([], {}, False)["unauthorized"] == 2
-    assert "\nztoapi_unauthorized_total 2\n" in metrics.prometheus([], {})
+# To add a case, add a row: an API, the status and the type (Messages) or the code
+# (Responses) of a 1113 of Z.ai's.
+@pytest.mark.parametrize("api,status,field,kind", [
+    ("messages", 403, "type", "permission_error"),
+    ("responses", 400, "code", "insufficient_quota"),
+])
+@both
+def test_an_empty_purse_is_an_error_that_no_client_of_an_api_repeats(zai, api, status, field, kind, streamed):
+    zai.default = refusal(429, "1113")
+    with proxying(zai) as proxy:
+        reply, value = ask_api(proxy, api, streamed)
+    assert reply.status == status
+    assert value["error"][field] == kind
+    assert reply.headers["x-should-retry"] == "false"
+    assert len(zai.requests) == 1
 
 
-def test_the_counters_tell_the_client_keys_apart():
-    text = metrics_of(counted(), counted(key="#2"), counted(key="#2")).prometheus([], {})
-    assert 'ztoapi_requests_total{model="glm-4.6",status="200",key="#1"} 1\n' in text
-    assert 'ztoapi_requests_total{model="glm-4.6",status="200",key="#2"} 2\n' in text
-    assert 'ztoapi_tokens_total{model="glm-4.6",kind="completion",key="#2"} 14\n' in text
+@each_api
+def test_a_failure_in_mid_stream_is_the_last_event_of_each_api(zai, api):
+    zai.default = stream(say("Hel"), error_event("1234"))
+    with proxying(zai) as proxy:
+        reply, events = ask_api(proxy, api, True)
+        assert reply.status == 200
+        assert reply.clean, "nobody overlooks the event"
+        assert "Hel" in reply.body.decode()
+        last = {"messages": "error", "responses": "response.failed"}[api]
+        assert [event["type"] for event in events].index(last) == len(events) - 1
+        reply, value = ask_api(proxy, api, False)
+        assert reply.status == 502
+        assert value["error"]["message"]
+    assert len(zai.requests) == 2
 
 
-def test_models_that_the_table_does_not_know_share_a_label():
-    gates = [(1, "new-1", 5, 0), (1, "new-2", 3, 0), (1, "glm-4.6", None, 1)]
-    text = metrics_of(*[counted(model_id=f"new-{i}") for i in range(9)]).prometheus(gates, {"new-1": 2, "new-2": 1})
-    assert 'ztoapi_requests_total{model="other",status="200",key="#1"} 9\n' in text
-    assert 'ztoapi_requests_queued{model="other"} 3\n' in text
-    assert 'ztoapi_concurrency_ceiling{key="1",model="other"} 3\n' in text
-    assert text.count("\nztoapi_concurrency_ceiling{") == 1
+@each_api
+def test_each_api_has_heartbeats_of_its_own(zai, brisk, api):
+    zai.default = [0.15, *stream(say("Hel"), 0.15, say("lo"), FINISH, DONE)]
+    with proxying(zai, HEARTBEAT="0.04") as proxy:
+        reply, events = ask_api(proxy, api, True)
+    kinds = [event["type"] for event in events]
+    assert reply.clean
+    if api == "messages":
+        assert kinds[:2] == ["message_start", "ping"]
+        assert "ping" in kinds[kinds.index("content_block_start"):]
+        assert text_of(api, whole_of(api, [event for event in events if event["type"] != "ping"])) == "Hello"
+    else:
+        assert kinds[:3] == ["response.created", "response.in_progress", "response.in_progress"]
+        assert "" in [event.get("delta") for event in events]
+        assert [event["sequence_number"] for event in events] == list(range(len(events)))
+        assert text_of(api, events[-1]["response"]) == "Hello"
 
 
-def test_a_histogram_counts_up_to_its_bounds():
-    records = [counted(ttft_s=ttft_s) for ttft_s in (0.1, 0.11, 1000.0, None)]
-    text = metrics_of(*records).prometheus([], {})
-    name = "ztoapi_time_to_first_token_seconds"
-    assert f'{name}_bucket{{le="0.1"}} 1\n{name}_bucket{{le="0.25"}} 2\n' in text
-    assert f'{name}_bucket{{le="300"}} 2\n{name}_bucket{{le="+Inf"}} 3\n' in text
-    assert f"{name}_sum 1000.210000\n{name}_count 3\n" in text
+@each_api
+@both
+def test_the_leaving_of_a_client_of_each_api_is_noticed(zai, brisk, caplog, api, streamed):
+    zai.default = stream(say("Hel"), 30)
+    with strict_proxy(zai) as proxy:
+        with leaving(proxy, caplog, api_request(api, streamed)):
+            assert eventually(lambda: zai.in_flight == 1)
+        assert eventually(lambda: zai.cut_by_client == 1, 2)
 
 
-def test_long_texts_do_not_stay():
-    metrics = metrics_of(*[counted(model="m" * 10**6, error="e" * 10**6, path="/" * 10**5) for _ in range(30)])
-    assert len(json.dumps(metrics.stats([], {}, False))) < 30000
+def test_an_item_is_remembered_for_the_key_that_got_it_and_for_no_other(zai):
+    with proxying(zai, DEFAULT_KEY=f"{KEY},sk-other") as proxy:
+        _, answer = ask_api(proxy, "responses", False)
+        items = [{"type": "item_reference", "id": item["id"]} for item in answer["output"]]
+        items.append(user("And?"))
+        reply, _ = ask_api(proxy, "responses", False, input=items)
+        assert reply.status == 200
+        sent = zai.requests[-1]["body"]["messages"]
+        assert [message["role"] for message in sent] == ["assistant", "user"]
+        assert sent[0]["content"] == "Hello"
+        reply, value = ask_api(proxy, "responses", False, auth="sk-other", input=items)
+        assert reply.status == 404
+        assert "not found" in value["error"]["message"]
+        assert len(zai.requests) == 2
 
 
-def test_the_history_is_ten_minutes_without_gaps():
-    clock = [1000.0]
-    metrics = metrics_of(counted(), now=lambda: clock[0])
-    for now in (1009.0, 1040.0, 990.0, 1200.0, 1.8e9):
-        clock[0] = now
-        metrics.begin()
-        metrics.finish(counted())
-    history = metrics.stats([], {}, False)["history"]
-    assert [row["t"] for row in history] == list(range(1800000000 - 590, 1800000001, 10))
-    assert [row["requests"] for row in history] == [0] * 59 + [1]
-    assert history[-1]["tokens"] == 7
-
-
-def test_stats_tell_the_last_minute_and_the_median():
-    metrics = metrics_of(*[counted(ttft_s=ttft_s) for ttft_s in (0.1, 0.2, 5.0)])
-    stats = metrics.stats([(1, "glm-4.6", 2, 1)], {"glm-4.6": 4}, True)
-    assert stats["ttft_p50_ms"] == 200.0
-    assert stats["tokens_per_s"] == round(21 / 60, 1)
-    assert stats["queued"] == 4
-    assert stats["demo"] is True
-    assert stats["ceilings"] == [{"key": 1, "model": "glm-4.6", "ceiling": 2, "in_flight": 1, "queued": 4}]
-
-
-# A proxy at work: its log
+# What the log tells
 
 # To add a case, add a row: method, path, JSON body, and the status it gets.
 LOGGED = [
@@ -8745,7 +8477,7 @@ def test_a_request_is_one_line(proxy, log_lines, method, path, body, status):
 
 def test_the_line_of_a_chat_tells_what_happened(zai, log_lines):
     with proxying(zai, DEFAULT_KEY="sk-other-0123456789," + KEY) as proxy:
-        proxy.chat({"X-Client-Request-Id": "run 17"}, store=True)
+        proxy.chat(["X-Client-Request-Id: run 17"], store=True)
         assert eventually(log_lines)
     words = log_lines()[0].split()
     for word in ("key=#2", "rid=run?17", "model=GLM-4.6", "stream=false", "in=28", "out=185", "retries=0",
@@ -8760,6 +8492,7 @@ def test_the_line_says_when_a_default_decided_on_streaming(proxy, log_lines):
     assert " stream=default " in log_lines()[0]
 
 
+# To add a case, add a row: a request that cannot be read.
 BROKEN_REQUESTS = [
     b"nonsense\r\n\r\n",
     raw_request("BREW", "/health"),
@@ -8772,12 +8505,6 @@ def test_a_broken_request_is_one_line_too(proxy, log_lines, data):
     exchange(proxy, data)
     assert eventually(log_lines)
     assert not log_lines(logging.ERROR)
-
-
-def test_a_wrong_key_is_counted(proxy):
-    proxy.call("GET", "/v1/models", key="sk-wrong")
-    proxy.call("POST", CHAT, chat_body(), key=None)
-    assert proxy.call("GET", "/stats")[2]["unauthorized"] == 2
 
 
 def test_a_key_is_taken_out_before_a_word_is_cut(zai, log_lines):
@@ -8846,72 +8573,9 @@ def test_nothing_a_client_sends_can_shape_the_log(zai, log_lines, caplog):
     assert [line for line in requests if line.count(" out=") > 1] == [], "a model's name is one word of the line"
 
 
-# Bugs of our own
+# What the numbers tell
 
-def boom(*args, **kwargs):
-    raise RuntimeError("boom")
-
-
-# To add a case, add a row: where a bug is planted, its name there, and the request that meets it.
-BUGS = [
-    (ztoapi, "listed_models", "GET", "/v1/models", None),
-    (ztoapi.Metrics, "stats", "GET", "/stats", None),
-    (ztoapi, "to_zai_request", "POST", CHAT, chat_body()),
-    (ztoapi.Answer, "feed", "POST", CHAT, chat_body()),
-]
-
-
-@pytest.mark.parametrize("place,name,method,path,body", BUGS)
-def test_a_bug_is_one_500_and_one_traceback(proxy, monkeypatch, caplog, place, name, method, path, body):
-    with monkeypatch.context() as patch:
-        patch.setattr(place, name, boom)
-        status, headers, answer = proxy.call(method, path, body)
-    assert status == 500
-    assert answer["error"]["code"] == "internal_error"
-    assert headers["x-request-id"] in answer["error"]["message"]
-    assert "boom" not in str(answer)
-    bug, = [record for record in caplog.records if record.exc_info]
-    assert headers["x-request-id"] in bug.getMessage()
-    assert proxy.call(method, path, body)[0] == 200, "it lives on"
-
-
-def test_a_bug_during_a_stream_is_the_in_stream_error(zai, proxy, monkeypatch, caplog):
-    tell, calls = ztoapi.Chat.tell, []
-
-    def third_time(self, steps):
-        calls.append(steps)
-        return boom() if len(calls) == 3 else tell(self, steps)
-    monkeypatch.setattr(ztoapi.Chat, "tell", third_time)
-    zai.default = stream(say("ab"), 0.05, say("cd"), 0.05, say("ef"), FINISH, DONE)
-    status, headers, events, clean = proxy.stream()
-    assert status == 200
-    assert said(events) == "abcd"
-    assert not clean
-    assert finish_of(events) == []
-    assert list(events[-1]) == ["error"]
-    assert events[-1]["error"]["code"] == "internal_error"
-    assert headers["x-request-id"] in events[-1]["error"]["message"]
-    assert sum(bool(record.exc_info) for record in caplog.records) == 1
-    monkeypatch.undo()
-    assert proxy.chat()[0] == 200
-
-
-def test_a_bug_in_the_tick_does_not_end_the_pump(zai, monkeypatch, caplog):
-    ticks = []
-
-    def tick(self, *args):
-        ticks.append(1)
-        boom()
-    monkeypatch.setattr(ztoapi.Pump, "_tick", tick)
-    with proxying(zai) as proxy:
-        assert eventually(lambda: len(ticks) > 1, 3)
-        assert proxy.chat()[0] == 200
-        monkeypatch.undo()
-    assert any(record.exc_info for record in caplog.records)
-
-
-# A proxy at work: its numbers
-
+# To add a case, add a row: a name, its type.
 METRICS = {
     "ztoapi_requests_total": "counter",
     "ztoapi_tokens_total": "counter",
@@ -8969,7 +8633,8 @@ def test_the_metrics_are_prometheus_text_with_the_promised_names(zai):
     requests = samples["ztoapi_requests_total"]
     assert requests[("key", "#1"), ("model", "glm-4.6"), ("status", "200")] == 2
     assert requests[("key", "#1"), ("model", "glm-4.6"), ("status", "400")] == 1
-    assert samples["ztoapi_tokens_total"][("key", "#1"), ("kind", "completion"), ("model", "glm-4.6")] == 2 * 185
+    tokens = samples["ztoapi_tokens_total"]
+    assert tokens[("key", "#1"), ("kind", "completion"), ("model", "glm-4.6")] == 2 * 185
     assert samples["ztoapi_unauthorized_total"][()] == 1
     assert samples["ztoapi_retries_total"][()] == 1
     assert samples["ztoapi_repaired_frames_total"][()] == 1
@@ -8978,17 +8643,12 @@ def test_the_metrics_are_prometheus_text_with_the_promised_names(zai):
     assert 0 < samples["ztoapi_process_start_time_seconds"][()] <= time.time()
 
 
-def test_prometheus_own_parser_reads_the_metrics(proxy):
-    parser = pytest.importorskip("prometheus_client.parser")
-    families = {family.name for family in parser.text_string_to_metric_families(proxy.call("GET", "/metrics")[2])}
-    assert families == {name[:-6] if name.endswith("_total") else name for name in METRICS}
-
-
 def test_stats_begin_empty(proxy):
     assert proxy.call("GET", "/stats", key=None)[0] == 401
     stats = proxy.call("GET", "/stats")[2]
     for name in ("in_flight", "queued", "served", "failed", "cancelled"):
         assert stats[name] == 0
+    assert stats["unauthorized"] == 1
     assert stats["ttft_p50_ms"] is None
     assert stats["recent"] == []
     assert stats["demo"] is False
@@ -8997,7 +8657,7 @@ def test_stats_begin_empty(proxy):
 def test_stats_tell_the_page_what_is_going_on(zai):
     with proxying(zai, MAX_RETRIES="0") as proxy:
         for i in range(23):
-            assert proxy.chat(model=f"m{i}", messages=[{"role": "user", "content": "PROMPT"}])[0] == 200
+            assert proxy.chat(model=f"m{i}", messages=[user("PROMPT")])[0] == 200
         proxy.idle()  # a handler tells the counters after its answer is out
         zai.scripts.append(refusal(400, "1210", "no such"))
         assert proxy.chat()[0] == 400
@@ -9025,11 +8685,7 @@ def test_stats_tell_the_page_what_is_going_on(zai):
 def test_a_learned_ceiling_shows(zai):
     zai.limit, zai.default = 2, stream(say("a"), 0.1, FINISH, DONE)
     with proxying(zai) as proxy:
-        threads = [threading.Thread(target=proxy.chat) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        together(*[proxy.chat] * 4)
         row, = proxy.call("GET", "/stats")[2]["ceilings"]
         text = proxy.call("GET", "/metrics")[2]
     assert row["model"] == "glm-4.6"
@@ -9037,10 +8693,599 @@ def test_a_learned_ceiling_shows(zai):
     assert f'ztoapi_concurrency_ceiling{{key="1",model="glm-4.6"}} {row["ceiling"]}\n' in text
 
 
-# The demo
+# Bugs of our own
+
+# To add a case, add a row: where a bug is planted, its name there, and the request that
+# meets it.
+BUGS = [
+    (ztoapi, "listed_models", "GET", "/v1/models", None),
+    (ztoapi.Metrics, "stats", "GET", "/stats", None),
+    (ztoapi, "to_zai_request", "POST", CHAT, chat_body()),
+    (ztoapi.Answer, "feed", "POST", CHAT, chat_body()),
+]
+
+
+@pytest.mark.parametrize("place,name,method,path,body", BUGS)
+@pytest.mark.parametrize("bug", [boom, boom_of_the_system])
+def test_a_bug_is_one_500_and_one_traceback(proxy, monkeypatch, caplog, bug, place, name, method, path, body):
+    with monkeypatch.context() as patch:
+        patch.setattr(place, name, bug)
+        status, headers, answer = proxy.call(method, path, body)
+    assert status == 500
+    assert answer["error"]["code"] == "internal_error"
+    assert headers["x-request-id"] in answer["error"]["message"]
+    assert "boom" not in str(answer)
+    record, = [record for record in caplog.records if record.exc_info]
+    assert headers["x-request-id"] in record.getMessage()
+    assert proxy.call(method, path, body)[0] == 200, "it lives on"
+
+
+def test_a_bug_during_a_stream_is_the_in_stream_error(zai, proxy, monkeypatch, caplog):
+    tell, calls = ztoapi.Chat.tell, []
+
+    def third_time(self, steps):
+        calls.append(steps)
+        return boom() if len(calls) == 3 else tell(self, steps)
+    monkeypatch.setattr(ztoapi.Chat, "tell", third_time)
+    zai.default = stream(say("ab"), 0.05, say("cd"), 0.05, say("ef"), FINISH, DONE)
+    status, headers, events, clean = proxy.stream()
+    assert status == 200
+    assert said(events) == "abcd"
+    assert not clean
+    assert finish_of(events) == []
+    assert list(events[-1]) == ["error"]
+    assert events[-1]["error"]["code"] == "internal_error"
+    assert headers["x-request-id"] in events[-1]["error"]["message"]
+    assert sum(bool(record.exc_info) for record in caplog.records) == 1
+    monkeypatch.undo()
+    assert proxy.chat()[0] == 200
+
+
+# Server ###############################################################################
+
+def test_stop_cuts_what_still_runs_after_the_grace(zai):
+    zai.default = stream(say("Hel"), 30)
+    with proxying(zai) as proxy:
+        with proxy.open_stream() as sock:
+            assert eventually(lambda: readable(sock))
+            began = time.monotonic()
+            proxy.server.stop(0.3)
+            assert 0.3 <= time.monotonic() - began < 2
+            status, headers, events, clean = read_stream(sock)
+            assert said(events) == "Hel"
+            assert not clean
+            assert eventually(lambda: zai.cut_by_client == 1)
+
+
+def test_client_timeout_holds_while_the_server_drains(zai):
+    with proxying(zai, CLIENT_TIMEOUT="0.3") as proxy, proxy.connect() as sock:
+        sock.sendall(raw_request("POST", CHAT, body=JSON_CHAT)[:-5])
+        time.sleep(0.1)
+        began = time.monotonic()
+        proxy.server.stop(4)
+        assert time.monotonic() - began < 2.5
+
+
+def test_it_can_be_embedded_twice_in_one_process(zai):
+    handlers = [signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)]
+    threads = threading.active_count()
+    common = {"port": 0, "default_key": (KEY,)}
+    servers = [ztoapi.Server(ztoapi.Settings(zai_api_key=(ZAI_KEY,), zai_base_url=zai.url, **common)),
+               ztoapi.Server(ztoapi.Settings(demo_mode=True, **common))]
+    for server in servers:
+        server.port = server.server_port
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    for server, text in zip(servers, (b"Hello", b"Demo")):
+        reply = exchange(server, raw_request("POST", CHAT, body=JSON_CHAT))[0]
+        assert reply.status == 200
+        assert text in reply.body
+    for server in servers:
+        server.stop()
+        server.stop()  # twice does no harm
+        with pytest.raises(OSError):
+            socket.create_connection(("127.0.0.1", server.port), 1)
+    assert eventually(lambda: threading.active_count() <= threads + 1)
+    assert handlers == [signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)]
+
+
+def test_settings_of_a_program_of_ones_own_are_checked_too():
+    with pytest.raises(ztoapi.SettingsError):
+        ztoapi.Settings(host="0.0.0.0")
+
+
+def test_a_server_that_never_served_can_be_stopped():
+    server = ztoapi.Server(ztoapi.Settings(port=0))
+    thread = threading.Thread(target=server.stop, args=(1,), daemon=True)
+    thread.start()
+    thread.join(3)
+    assert not thread.is_alive()
+
+
+@table("host", ["::", "[::]"])
+def test_host_double_colon_serves_both_ip_versions(zai, host):
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("no IPv6 here")
+    with proxying(zai, HOST=host) as proxy:
+        for place in ("127.0.0.1", "::1"):
+            with socket.create_connection((place, proxy.port), 5) as sock:
+                sock.sendall(SENTINEL)
+                assert read_to_end(sock).startswith(b"HTTP/1.1 200"), place
+
+
+# Bounds
+
+def test_a_full_house_makes_room_for_a_newcomer_by_closing_who_has_idled_longest(zai):
+    with proxying(zai, MAX_CONNECTIONS="3") as proxy:
+        first = hold(proxy, raw_request("GET", "/health"))
+        second = hold(proxy, raw_request("GET", "/health"))
+        third = hold(proxy, raw_request("GET", "/health"))
+        with first, second, third:
+            first.sendall(raw_request("GET", "/health"))
+            assert read_reply(first.makefile("rb")).status == 200
+            assert proxy.chat()[0] == 200
+            assert read_to_end(second) == b""
+            assert not readable(first)
+            assert not readable(third)
+
+
+def test_who_has_just_come_has_not_idled_longest(zai):
+    with proxying(zai, MAX_CONNECTIONS="2") as proxy:
+        with hold(proxy, raw_request("GET", "/health")) as idle, proxy.connect(5) as silent:
+            time.sleep(0.05)
+            assert proxy.call("GET", "/health")[0] == 200
+            assert read_to_end(idle) == b""
+            assert not readable(silent)
+
+
+def test_where_all_are_busy_a_503_can_be_read_and_the_rest_goes_on(zai, log_lines):
+    go = threading.Event()
+    zai.default = stream(say("Hel"), lambda fake, request: go.wait(10), say("lo"), FINISH, DONE)
+    with proxying(zai, MAX_CONNECTIONS="3") as proxy:
+        busy = [proxy.open_stream() for _ in range(3)]
+        assert eventually(lambda: all(map(readable, busy)))
+        threads = threading.active_count()
+        for _ in range(3):
+            status, headers, body = proxy.chat()
+            assert status == 503
+            assert int(headers["Retry-After"]) > 0
+            assert headers["Connection"] == "close"
+            assert headers["x-request-id"]
+            assert body["error"]["code"] == "too_many_connections"
+        assert threading.active_count() == threads, "a refusal needs no thread"
+        assert len(zai.requests) == 3
+        go.set()
+        for sock in busy:
+            assert said(read_stream(sock)[2]) == "Hello"
+        proxy.idle()
+        assert proxy.chat()[0] == 200
+        for sock in busy:
+            sock.close()
+    assert len(log_lines(logging.WARNING)) == 1
+    assert not log_lines(logging.ERROR)
+
+
+def test_where_no_thread_can_be_started_there_is_a_503(zai, monkeypatch, log_lines):
+    start = threading.Thread.start
+
+    def fail(thread):
+        if "process_request_thread" in str(getattr(thread, "_target", "")):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+    with proxying(zai) as proxy:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", fail)
+            for _ in range(3):
+                reply, = exchange(proxy, raw_request("GET", "/health"))
+                assert reply.status == 503
+                assert int(reply.headers["Retry-After"]) > 0
+        assert proxy.chat()[0] == 200
+    assert len(log_lines(logging.WARNING)) == 1
+    assert not log_lines(logging.ERROR)
+
+
+def life_of(proxy, first, drip, pause_s, longest_s=8.0):
+    """How long a connection lives that sends `first`, and then for ever `drip`."""
+    began = time.monotonic()
+    with proxy.connect(longest_s) as sock, contextlib.suppress(OSError):
+        sock.sendall(first)
+        while time.monotonic() - began < longest_s:
+            sock.sendall(drip)
+            if readable(sock) and not sock.recv(1):
+                break
+            time.sleep(pause_s)
+    return time.monotonic() - began
+
+
+LONG_POST = raw_request("POST", CHAT, "Content-Length: 2000000000")
+
+# To add a case, add a row: where it drips -> what is sent first, what then drips, the
+# seconds in between. A 413 would end the fast body, hence the large limit.
+DRIPS = {
+    "request line": (b"GET /", b"a", 0.05),
+    "headers": (b"GET /health HTTP/1.1\r\n", b"X: y\r\n", 0.05),
+    "one header": (b"GET /health HTTP/1.1\r\nX: ", b"y", 0.05),
+    "body": (LONG_POST, b" ", 0.05),
+    "chunked body": (raw_chunks(), b"1\r\n \r\n", 0.05),
+    "one chunk": (raw_chunks(b"fffff\r\n"), b" ", 0.05),
+    "chunk extension": (raw_chunks(b"1;"), b"x", 0.05),
+    "trailers": (raw_chunks(b"0\r\n"), b"X: y\r\n", 0.05),
+    "nothing at all": (b"", b"", 0.05),
+    "a TLS hello": (b"\x16\x03\x01", b"\0", 0.05),
+    "blank lines": (b"\r\n", b"\r\n", 0.05),
+    "a body without pause": (LONG_POST, b" " * 1000, 0.0005),
+    "a refused body": (raw_request("POST", CHAT, "Content-Length: 2000000000", auth=False), b" " * 65536, 0.0005),
+}
+
+
+def test_a_request_must_come_within_client_timeout_as_a_whole(zai, monkeypatch, log_lines):
+    """Slowloris, in every part of a request, slow and fast."""
+    monkeypatch.setattr(ztoapi, "KEEP_ALIVE_S", 0.4)
+    monkeypatch.setattr(ztoapi, "LINGER_S", 0.2)
+    with proxying(zai, CLIENT_TIMEOUT="0.4", MAX_BODY_MB="2048") as proxy:
+        before = threading.active_count()
+        lives = together(*[lambda drip=drip: life_of(proxy, *drip) for drip in DRIPS.values()])
+        assert eventually(lambda: threading.active_count() <= before)
+        assert proxy.call("GET", "/health")[0] == 200
+    # Far above 0.4 s: that a connection ends is the point, and a busy machine is slow.
+    assert [name for name, life in zip(DRIPS, lives) if life > 6] == []
+    assert not zai.requests
+    assert not log_lines(logging.ERROR)
+
+
+def test_an_idle_connection_is_kept_for_keep_alive_seconds(zai, monkeypatch):
+    with proxying(zai, CLIENT_TIMEOUT="0.3") as proxy:
+        with hold(proxy, raw_request("GET", "/health")) as sock, sock.makefile("rb") as file:
+            time.sleep(0.7)  # longer than a request may take, shorter than keep-alive
+            monkeypatch.setattr(ztoapi, "KEEP_ALIVE_S", 0.2)
+            sock.sendall(raw_request("GET", "/health"))
+            assert read_reply(file).status == 200
+            assert file.read() == b""
+
+
+def test_a_full_descriptor_table_does_not_spin_and_heals(zai, monkeypatch):
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    accepts = []
+    get_request = ztoapi.Server.get_request
+    monkeypatch.setattr(ztoapi.Server, "get_request", lambda self: accepts.append(1) or get_request(self))
+    with proxying(zai) as proxy, socket.socket() as sock:
+        sock.settimeout(5)
+        spare = [os.dup(0)]
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (max(spare) + 20, limits[1]))
+            with contextlib.suppress(OSError):
+                while True:
+                    spare.append(os.dup(0))
+            sock.connect(("127.0.0.1", proxy.port))
+            assert eventually(lambda: accepts, 2)
+            time.sleep(0.25)
+            tries = len(accepts)
+        finally:
+            for fileno in spare:
+                os.close(fileno)
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        assert 0 < tries < 50
+        sock.sendall(SENTINEL)
+        assert read_to_end(sock).startswith(b"HTTP/1.1 200"), "who waited is served"
+
+
+def test_quotes_of_a_client_are_bounded(zai, log_lines):
+    """An error names what was wrong, and the last twenty are kept; they must not keep megabytes."""
+    choice = {"type": "function", "function": {"name": "n" * (4 << 20)}}
+    body = json_chat(tools=[{"type": "function", "function": {"name": "f"}}], tool_choice=choice)
+    with proxying(zai) as proxy:
+        for _ in range(20):
+            status, headers, answer = proxy.call("POST", CHAT, body)
+            assert status == 400
+            assert len(str(answer)) < 2000
+        proxy.idle()
+        assert len(str(proxy.call("GET", "/stats")[2])) < 20000
+    assert max(map(len, log_lines())) < 2000
+
+
+# The end
+
+def test_requests_sent_before_the_end_are_answered(zai):
+    """Kept connections, new ones, and those in the backlog that nobody has accepted yet."""
+    with proxying(zai) as proxy:
+        kept = [hold(proxy, raw_request("GET", "/health")) for _ in range(10)]
+        new = [proxy.connect(5) for _ in range(40)]
+        for sock in kept + new:
+            sock.sendall(raw_chat(chat_body(stream=False)))
+        proxy.server.SETTLE_S = ztoapi.Server.SETTLE_S
+        proxy.server.stop(5)
+        replies = [replies_in(read_to_end(sock)) for sock in kept + new]
+        for sock in kept + new:
+            sock.close()
+    assert [[reply.status for reply in found] for found in replies] == [[200]] * 50
+    assert {found[0].headers["Connection"] for found in replies} <= {"close", None}
+
+
+def test_stop_does_not_wait_for_idle_connections(zai):
+    with proxying(zai) as proxy:
+        with proxy.connect() as silent, hold(proxy, raw_request("GET", "/health")) as idle:
+            idle.sendall(b"\r\n")
+            began = time.monotonic()
+            assert proxy.server.stop(5)
+            assert time.monotonic() - began < 2
+            assert read_to_end(silent) == b""
+
+
+# Attacks ##############################################################################
+#
+# More of them stand where they belong: locked doors, nesting, drips, what shapes the
+# log.
+
+def test_attack_resets_at_every_byte_leave_nothing_behind(zai, log_lines):
+    data = raw_chat(chat_body(stream=True))
+    with proxying(zai) as proxy:
+        threads = threading.active_count()
+        for i in [*range(0, len(data), 3), *[len(data)] * 20]:
+            sock = proxy.connect()
+            sock.sendall(data[:i])
+            reset(sock)
+        assert proxy.idle()
+        zai.close()  # a thread of the fake waits at the other end of each kept connection
+        assert eventually(lambda: threading.active_count() <= threads)
+    assert not log_lines(logging.ERROR)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts descriptors")
+def test_attack_a_flood_of_connections_beyond_the_limit_costs_no_threads_and_few_descriptors(zai, monkeypatch):
+    def descriptors():
+        return len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(ztoapi, "LINGER_S", 0.2)
+    zai.default = stream(say("Hel"), 30)
+    with proxying(zai, MAX_CONNECTIONS="1") as proxy:
+        with proxy.open_stream() as busy:
+            assert eventually(lambda: readable(busy))
+            threads, before, most, socks = threading.active_count(), descriptors(), 0, []
+            for _ in range(1000):
+                socks.append(proxy.connect())
+                most = max(most, descriptors() - before - len(socks))
+                if len(socks) > 100:
+                    reset(socks.pop(0))
+            assert threading.active_count() <= threads
+            assert most <= 300
+            assert len(zai.requests) == 1
+        for sock in socks:
+            sock.close()
+        assert eventually(lambda: proxy.call("GET", "/health")[0] == 200)
+        assert eventually(lambda: descriptors() <= before + 2, 3)
+
+
+def test_attack_a_deaf_client_that_pipelines_is_dropped(zai):
+    """It sends requests for ever and reads nothing: the answers fill the buffers, and then CLIENT_TIMEOUT is over."""
+    with proxying(zai, CLIENT_TIMEOUT="0.2") as proxy, proxy.connect(5) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        began = time.monotonic()
+        with pytest.raises(OSError):
+            while time.monotonic() - began < 8:
+                sock.sendall(raw_request("GET", "/") * 50)
+        assert time.monotonic() - began < 6
+        assert proxy.idle()
+
+
+def test_attack_a_large_error_does_not_keep_the_thread_of_a_deaf_client(zai):
+    """The error of a stream that has begun is a write like any other: CLIENT_TIMEOUT bounds it."""
+    error = b'data: {"error":{"code":"1234","message":"%b"}}\n\n' % (b"x" * 12000000)
+    zai.default = stream(say("Hi"), 0.1, error)
+    with proxying(zai, CLIENT_TIMEOUT="0.2") as proxy, socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.connect(("127.0.0.1", proxy.port))
+        sock.sendall(raw_chat(chat_body(stream=True)))
+        assert eventually(lambda: zai.requests)
+        assert eventually(proxy.server.idle, 4)
+
+
+def test_attack_a_continue_that_is_never_followed_is_dropped(zai):
+    with proxying(zai, CLIENT_TIMEOUT="0.1") as proxy:
+        data = raw_request("POST", CHAT, "Content-Length: 5", "Expect: 100-continue")
+        assert talk(proxy, data) == b"HTTP/1.1 100 Continue\r\n\r\n"
+    assert not zai.requests
+
+
+WHOLE_REQUEST = raw_request("GET", "/v1/models").decode()
+ONE_LINE = WHOLE_REQUEST.replace("\r\n", " ")
+
+
+# To add a case, add a row: a whole request inside another one.
+@table("data", [
+    raw_chat(json_chat(messages=[user(WHOLE_REQUEST)])),
+    raw_request("GET", "/health", "X: " + ONE_LINE),
+    raw_request("GET", "/health?" + ONE_LINE.replace(" ", "%20")),
+    raw_chunks(b"%x;%b\r\n%b\r\n" % (len(JSON_CHAT), ONE_LINE.encode(), JSON_CHAT), END),
+    raw_chunks(chunked(JSON_CHAT), b"0\r\nX: " + ONE_LINE.encode() + b"\r\n\r\n"),
+])
+def test_attack_a_request_inside_a_request_is_text(shared, data):
+    assert statuses(shared, data) == [200, 200]
+
+
+EVIL = "x\r\nX-Evil: 1\r\n\r\nHTTP/1.1 200 OK\r\n"
+
+
+# To add a case, add a row: what a client could split an answer's head with, the status
+# it gets.
+@table("data,status", [
+    (raw_chat(json_chat(model=EVIL, store=True, user=EVIL, **{EVIL: 1})), 200),
+    (raw_chat(json_chat(stream=True, model=EVIL)), 200),
+    (raw_chat(json_chat(messages=[{"role": "user", "content": "Hi", EVIL: 1, "\u6f22\ud800": 1}])), 200),
+    (raw_request("GET", "/v1/models/%0d%0aX-Evil:%201"), 404),
+    (raw_request("GET", "/v1/models", "x-request-id: mine", "Origin: https://x\xff\x1b", "X-Evil: 1"), 200),
+    (raw_request("OPTIONS", "/", "Access-Control-Request-Headers: a\xff\x1b, X-Evil"), 204),
+])
+def test_attack_a_client_cannot_write_our_headers(shared, data, status):
+    evil_head = HEAD.replace(b"X-Log-Id: 2026", b"X-Log-Id: \x1b\xff<evil>\x85 2026")
+    shared.zai.scripts.append([evil_head, *stream(*HEALTHY)[1:]])
+    reply = exchange(shared, data)[0]
+    shared.zai.scripts.clear()
+    assert reply.status == status
+    assert "X-Evil" not in reply.headers
+    assert re.fullmatch("req_[0-9a-f]+", reply.headers["x-request-id"])
+    fields = [(name, value) for name, value in reply.headers.items() if name != "Access-Control-Allow-Headers"]
+    assert [(name, value) for name, value in fields if not re.fullmatch("[ -~]*", value)] == []
+
+
+def test_attack_two_clients_never_see_each_others_answers(zai):
+    """Many connections at once, kept alive and pipelined, each with a text of its own: the echo must match."""
+    zai.default = lambda request: stream(say(request["body"]["messages"][0]["content"]), FINISH, DONE)
+    seen = {}
+
+    def client(number):
+        for i in range(5):
+            texts = [f"<{number}-{i}-{j}>" for j in range(3)]
+            data = b""
+            for j, text in enumerate(texts):
+                messages = [user(text)]
+                data += raw_chat(json_chat(stream=j == 1, messages=messages))
+            for text, reply in zip(texts, exchange(proxy, data)):
+                seen[text] = re.findall("<.*?>", reply.body.decode())
+    with proxying(zai) as proxy:
+        together(*[lambda number=number: client(number) for number in range(8)])
+    assert len(seen) == len(zai.requests) == 120
+    assert {text: found for text, found in seen.items() if found != [text]} == {}
+
+
+def test_attack_a_closed_socket_has_not_ended_and_is_no_bug():
+    """Between two looks at its number another thread may close it."""
+    ours, theirs = socket.socketpair()
+    gone, left = socket.socketpair()
+    left.close()
+    closed = socket.socket()
+    closed.close()
+    with ours, theirs, gone:
+        for sock in (ours, gone):
+            sock.setblocking(False)
+        ended = ztoapi.ended([ours, closed, gone])
+    assert gone in ended
+    assert ours not in ended
+
+
+def test_attack_a_header_flood_before_the_key_is_bounded(shared):
+    with shared.connect(5) as sock:
+        with contextlib.suppress(OSError):
+            sock.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n")
+            for i in range(200):
+                sock.sendall(b"X%d: %b\r\n" % (i, b"y" * 60000))
+        assert read_reply(sock.makefile("rb")).status == 431
+
+
+def test_attack_names_that_clients_make_up_are_not_kept(zai):
+    """A thousand different models and paths leave nothing behind that grows."""
+    data = b""
+    for i in range(200):
+        data += raw_request("GET", f"/v1/models/m{i}") + raw_chat(json_chat(model=f"m{i}", n=2))
+    with proxying(zai) as proxy:
+        assert statuses(proxy, data) == [404, 400] * 200 + [200]
+        for i in range(30):
+            assert proxy.chat(model=f"unknown-{i}")[0] == 200
+        proxy.idle()
+        assert len(str(proxy.call("GET", "/stats")[2])) < 20000
+        assert "unknown-" not in proxy.call("GET", "/metrics")[2]
+        assert proxy.gates() == []
+
+
+@table("path", ["/", "/health", "/v1/models", "/nope", "/metrics"])
+def test_attack_a_date_and_a_length_are_always_there(shared, path):
+    """What a cache or a proxy in front would otherwise guess."""
+    reply, _ = exchange(shared, raw_request("GET", path))
+    assert email.utils.parsedate(reply.headers["Date"])
+    assert int(reply.headers["Content-Length"]) == len(reply.body)
+    assert reply.headers["X-Content-Type-Options"] == "nosniff"
+    assert "Python" not in reply.headers["Server"]
+    assert "Set-Cookie" not in reply.headers
+
+
+# The fuzzer
+
+PIECES = [b"\r\n", b"\n", b"\r", b"\0", b" ", b"\t", b":", b"\xff", b"%00", b"//", b"\r\n\r\n", END, b"HTTP/1.0", b"[",
+          b"{", b'"', b"1e999", b"\\ud800"]
+LINES = [
+    b"Content-Length: 3", b"Content-Length: -1", b"Transfer-Encoding: chunked", b"Transfer-Encoding: gzip",
+    b"Expect: 100-continue", b"Connection: close", b"Host: evil", b"X: \xff\x1b", b" fold", b"X", b"Origin: x",
+    b"Content-Type: multipart/mixed", b"Content-Encoding: gzip", b"Connection: upgrade", b"Upgrade: websocket",
+    b"Range: bytes=0-1", b"Accept: application/json",
+]
+# To add a case, add a row: a good request, to be broken by the fuzzer.
+PLAIN_REQUESTS = [
+    raw_request("GET", "/v1/models"),
+    raw_request("GET", "/v1/models/GLM-4.6?x=%20", "Origin: https://x"),
+    raw_request("GET", "/health", "Connection: close"),
+    raw_request("HEAD", "/stats"),
+    raw_request("GET", "/"),
+    raw_request("OPTIONS", CHAT, "Origin: x", "Access-Control-Request-Headers: a"),
+    raw_request("GET", "http://x/metrics", version="HTTP/1.0"),
+    raw_chat(JSON_CHAT, "Expect: 100-continue"),
+]
+
+
+def scramble_bytes(rand, data):
+    at = rand.randrange(len(data) + 1)
+    size = rand.choice((1, 1, 2, 5, 30))
+    before, piece, after = data[:at], data[at:at + size], data[at + size:]
+    byte = bytes([rand.randrange(256)])
+    return rand.choice((
+        before,
+        before + after,
+        before + byte + piece[1:] + after,
+        before + piece * rand.choice((2, 3, 101)) + after,
+        before + rand.choice(PIECES) + piece + after,
+    ))
+
+
+def scramble_lines(rand, data):
+    lines = data.split(b"\r\n")
+    kind = rand.randrange(4)
+    if kind == 0:
+        lines.insert(rand.randrange(len(lines)), rand.choice(lines))
+    elif kind == 1:
+        lines.pop(rand.randrange(len(lines)))
+    elif kind == 2:
+        lines.insert(rand.randrange(1, len(lines) + 1), rand.choice(LINES))
+    else:
+        rand.shuffle(lines)
+    return b"\r\n".join(lines)
+
+
+def odd_request(rand):
+    """A good request, some of whose JSON is replaced."""
+    body = dict(FULL_CHAT, stream=rand.random() < 0.5)
+    for _ in range(rand.randrange(3)):
+        body = mutated(body, rand)
+    data = json.dumps(body).encode()
+    if rand.random() < 0.5:
+        return raw_chat(data)
+    return raw_chunks(chunked(data[:40]), chunked(data[40:]), END)
+
+
+def test_two_thousand_broken_requests_meet_no_hang_no_500_and_a_living_server(proxy, zai, log_lines):
+    rand = random.Random(4)
+    for case in range(2000):
+        data = rand.choice(PLAIN_REQUESTS) if rand.random() < 0.6 else odd_request(rand)
+        for _ in range(rand.choice((0, 1, 1, 2, 5))):
+            scramble = scramble_bytes if rand.random() < 0.55 else scramble_lines
+            data = scramble(rand, data)
+        try:
+            with proxy.connect(5) as sock:
+                sock.sendall(data + rand.choice((b"", b"", SENTINEL)))
+                with contextlib.suppress(OSError):  # a refused request may be over by now
+                    sock.shutdown(socket.SHUT_WR)  # one cut short must not wait for its rest
+                got = read_to_end(sock)
+        except socket.timeout:
+            pytest.fail(f"case {case} hangs: {data!r}")
+        assert got[:9] in (b"", b"HTTP/1.1 "), (case, data)
+        assert not re.search(rb"HTTP/1\.1 500|internal_error", got), (case, data)
+    assert not log_lines(logging.ERROR)
+    assert len(zai.requests) > 100
+    assert proxy.chat()[0] == 200
+
+
+# Demo #################################################################################
 
 def demo_request(text="Hi", **fields):
-    return dict({"model": "glm-4.6", "messages": [{"role": "user", "content": text}]}, **fields)
+    return dict({"model": "glm-4.6", "messages": [user(text)]}, **fields)
 
 
 DEMO_TOOLS = [{"type": "function", "function": {"name": name, "parameters": {"type": "object", "required": ["city"]}}}
@@ -9061,7 +9306,7 @@ def test_the_demo_calls_only_the_tool_it_is_told_to_call():
 
 
 def test_the_demo_ends_a_loop_of_tools():
-    messages = [{"role": "user", "content": "call get_weather"}, {"role": "tool", "content": "call get_weather: sunny"}]
+    messages = [user("call get_weather"), {"role": "tool", "content": "call get_weather: sunny"}]
     deltas = list(ztoapi.demo_deltas(demo_request(messages=messages, tools=DEMO_TOOLS)))
     assert not any("tool_calls" in delta for delta in deltas)
     assert "sunny" in "".join(delta.get("content", "") for delta in deltas)
@@ -9081,87 +9326,12 @@ def test_the_demo_is_a_whole_answer_to_a_client():
         assert said(events).endswith("said: Hi")
         assert finish_of(events) == ["stop"]
         assert events[-2]["usage"]["completion_tokens"] > 0
-        _, _, answer = proxy.chat(tools=DEMO_TOOLS, messages=[{"role": "user", "content": "call get_weather"}])
+        _, _, answer = proxy.chat(tools=DEMO_TOOLS, messages=[user("call get_weather")])
         assert answer["choices"][0]["finish_reason"] == "tool_calls"
         assert answer["choices"][0]["message"]["tool_calls"][0]["function"]["name"] == "get_weather"
 
 
-# The program: arguments and variables
-
-def run_main(capsys, *argv, **environ):
-    """(exit status, stdout, stderr) of main() in this process."""
-    capsys.readouterr()
-    status = ztoapi.main(environ, argv)
-    return (status, *capsys.readouterr())
-
-
-# To add a case, add a value to its variable's row: one that it cannot have.
-BAD_VALUES = {
-    "PORT": ["abc", "-1", "65536", "9 0", "1.5", "\u0661", "9\n9", "\udcff"],
-    "HOST": ["0.0.0.0", "a\nb"],
-    "DEFAULT_KEY": ["", " , ", "two words", "schl\xfcssel", "a\nb"],
-    "ZAI_API_KEY": ["secret secret", "sec\r\nret"],
-    "ZAI_BASE_URL": ["ftp://api.z.ai/", "api.z.ai", "http://", "http://x:99999/", "http://x y/", "https://x/?a=b",
-                     "file:///etc/passwd", "http://["],
-    "DEFAULT_STREAM": ["maybe"],
-    "ENABLE_THINKING": ["2"],
-    "REASONING_FORMAT": ["xml"],
-    "MODEL_ALIASES": ["gpt-4o", "=glm-4.6", "a="],
-    "MAX_CONCURRENCY": ["-1", "1.5"],
-    "QUEUE_TIMEOUT": ["-1", "nan", "inf", "2m"],
-    "MAX_RETRIES": ["many"],
-    "HEARTBEAT": ["-0.1"],
-    "UPSTREAM_TIMEOUT": ["0"],
-    "CLIENT_TIMEOUT": ["0"],
-    "MAX_BODY_MB": ["0", "1e3"],
-    "MAX_CONNECTIONS": ["0"],
-    "DEBUG_MODE": ["verbose"],
-    "DEMO_MODE": ["y e s"],
-}
-BAD_VARIABLES = [(variable, value) for variable, values in BAD_VALUES.items() for value in values]
-
-
-@pytest.mark.parametrize("argv", [(), ("--check",)])
-@pytest.mark.parametrize("variable,value", BAD_VARIABLES)
-def test_a_bad_variable_is_one_line_and_exit_status_2(capsys, variable, value, argv):
-    status, out, err = run_main(capsys, *argv, **{variable: value})
-    assert status == 2
-    assert not out
-    assert err.count("\n") == 1 and err.endswith("\n")
-    assert variable in err
-    if value.strip(" ,"):
-        assert (ascii(value)[1:-1] in err) != variable.endswith("_KEY"), "a key is not shown, all else is"
-
-
-def test_the_variables_of_the_docstring_are_those_that_are_read():
-    names = re.findall(r"^    ([A-Z_]+) {2,}", ztoapi.__doc__, re.MULTILINE)
-    assert [name.lower() for name in names] == [field.name for field in dataclasses.fields(ztoapi.Settings)]
-
-
-@pytest.mark.parametrize("argument", ["--help", "-h"])
-def test_help_is_the_docstring(capsys, argument):
-    status, out, err = run_main(capsys, argument, PORT="bad")
-    assert (status, err) == (0, "")
-    assert out.strip() == ztoapi.__doc__.strip()
-    assert out.isascii()
-
-
-def test_the_version_is_one_line(capsys):
-    assert run_main(capsys, "--version", DEFAULT_KEY="") == (0, f"ztoapi {ztoapi.__version__}\n", "")
-
-
-WRONG_ARGUMENTS = [["--nope"], ["serve"], ["--check", "--check"], ["--help", "x"], [""], ["--port", "80"],
-                   ["--version", "--help"], ["\udcff\n"]]
-
-
-@pytest.mark.parametrize("argv", WRONG_ARGUMENTS)
-def test_any_other_argument_is_one_line_and_exit_status_2(capsys, argv):
-    status, out, err = run_main(capsys, *argv)
-    assert (status, out) == (2, "")
-    assert err.count("\n") == 1
-
-
-# The program: --check
+# Check ################################################################################
 
 LISTING = answer(200, {"object": "list", "data": []})
 OTHER_KEY = "fedcba9876543210.OtherOtherOther"
@@ -9181,13 +9351,6 @@ def check(capsys, **environ):
 
 def failures(out):
     return [line for line in out.splitlines() if line.startswith("FAIL")]
-
-
-@pytest.fixture
-def closed_port():
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        port = sock.getsockname()[1]
-    return port
 
 
 def test_the_check_passes_in_the_demo(capsys):
@@ -9218,7 +9381,8 @@ def test_the_check_names_a_short_key_by_its_position(zai, capsys):
     assert "ok    key #1 ...: accepted\n" in out
 
 
-# To add a case, add a row: a name, what Z.ai does, and a pattern of what the first FAIL says.
+# To add a case, add a row: a name, what Z.ai does, and a pattern of what the first FAIL
+# says.
 CHECK_FAILURES = {
     "bad key": ([refusal(401, "1000", "Authentication failed " + ZAI_KEY)], "ZAI_API_KEY"),
     "HTML": ([answer(200, b"<html>portal</html>")], "ZAI_BASE_URL"),
@@ -9264,17 +9428,15 @@ INVALID_PROXIES = ["http://127.0.0.1:abc", "127.0.0.1:99999", "http://[::1", "ht
 
 @pytest.mark.parametrize("text", INVALID_PROXIES)
 def test_an_address_of_a_proxy_that_is_not_valid_is_a_failure_of_the_check(capsys, monkeypatch, text):
-    monkeypatch.setenv("HTTPS_PROXY", text)
-    monkeypatch.delenv("https_proxy", raising=False)
-    monkeypatch.delenv("no_proxy", raising=False)
-    monkeypatch.delenv("NO_PROXY", raising=False)
+    through(monkeypatch, "https", text)
     status, out = check(capsys, ZAI_API_KEY=ZAI_KEY, ZAI_BASE_URL="https://127.0.0.2/api")
     assert status == 1
     assert failures(out)[0].startswith("FAIL  proxy: ")
     assert "hidden" not in out
 
 
-# To add a case, add a row: a base URL, the value of its scheme's _PROXY, and the (host, port) that urllib connects to.
+# To add a case, add a row: a base URL, the value of its scheme's _PROXY, and the (host,
+# port) that urllib connects to.
 PROXIES = [
     ("https://api.z.ai/x", "http://me:pw@p.example:3128/", ("p.example", 3128)),
     ("https://api.z.ai/x", "p.example:3128", ("p.example", 3128)),
@@ -9294,27 +9456,16 @@ def test_the_check_finds_the_proxy_that_urllib_would_use(monkeypatch, base, text
     assert ztoapi.http_proxy(parts) == expected
 
 
-def test_the_check_says_that_the_file_of_certificates_is_missing(capsys, monkeypatch):
-    with pem_file() as path:
-        zai = FakeZai(tls_context(path))
-    try:
-        monkeypatch.setenv("SSL_CERT_FILE", path)  # which is gone by now
-        status, out = check(capsys, ZAI_API_KEY=ZAI_KEY, ZAI_BASE_URL=zai.url)
-    finally:
-        zai.close()
+def test_the_check_says_that_the_file_of_certificates_is_missing(trusted, capsys, monkeypatch):
+    monkeypatch.setenv("SSL_CERT_FILE", os.path.join(HERE, "no-such-file.pem"))
+    status, out = check(capsys, ZAI_API_KEY=ZAI_KEY, ZAI_BASE_URL=trusted.url)
     assert status == 1
     assert failures(out)[0].startswith("FAIL  TLS: ")
     assert "is not there" in failures(out)[0]
 
 
-def test_the_check_says_that_a_certificate_is_not_known(capsys, monkeypatch):
-    monkeypatch.delenv("SSL_CERT_FILE", raising=False)
-    with pem_file() as path:
-        zai = FakeZai(tls_context(path))
-    try:
-        status, out = check(capsys, ZAI_API_KEY=ZAI_KEY, ZAI_BASE_URL=zai.url)
-    finally:
-        zai.close()
+def test_the_check_says_that_a_certificate_is_not_known(untrusted, capsys):
+    status, out = check(capsys, ZAI_API_KEY=ZAI_KEY, ZAI_BASE_URL=untrusted.url)
     assert status == 1
     assert failures(out)[0].startswith("FAIL  TLS: ")
     assert "Set SSL_CERT_FILE" in failures(out)[0]
@@ -9333,22 +9484,73 @@ def test_the_check_can_be_told_on_a_console_that_knows_only_ascii(zai):
 @pytest.mark.parametrize("host", ["a..b", "x" * 70, "no-such-host.invalid"])
 def test_a_host_that_is_no_host_is_no_traceback(capsys, host):
     status, out, err = run_main(capsys, "--check", ZAI_API_KEY=ZAI_KEY, ZAI_BASE_URL=f"http://{host}/api")
-    assert (status == 2 and err.count("\n") == 1) or (status == 1 and failures(out))
+    assert status in (1, 2)
+    assert err.count("\n") == (status == 2)
+    assert bool(failures(out)) == (status == 1)
     status, out, err = run_main(capsys, HOST=host, DEFAULT_KEY=KEY, PORT="0")
     assert status in (1, 2)
     assert err.count("\n") == 1
     assert host in err
 
 
-# The program: its life, in processes of its own
+# Main #################################################################################
 
-UNWRITABLE = "/proc" if os.path.isdir("/proc/self") else "/"  # nothing can be written there, not even by root
+# Arguments and variables
+
+def run_main(capsys, *argv, **environ):
+    """(exit status, stdout, stderr) of main() in this process."""
+    capsys.readouterr()
+    status = ztoapi.main(environ, argv)
+    return (status, *capsys.readouterr())
 
 
-def start(*argv, **environ):
-    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, "-I", "-S", "-B", *argv], env=environ, cwd=UNWRITABLE, **pipes)
+# One bad value of each variable's; BAD_SETTINGS has them all. Keys are refused too, but
+# never shown.
+BAD_VARIABLES = [
+    *dict(BAD_SETTINGS).items(),
+    ("PORT", "\udcff"),
+    *(("DEFAULT_KEY", text) for text in ("", "two words", "schl\xfcssel", "a\nb")),
+    *(("ZAI_API_KEY", text) for text in ("secret secret", "sec\r\nret")),
+]
 
+
+@pytest.mark.parametrize("argv", [(), ("--check",)])
+@pytest.mark.parametrize("variable,value", BAD_VARIABLES)
+def test_a_bad_variable_is_one_line_and_exit_status_2(capsys, variable, value, argv):
+    status, out, err = run_main(capsys, *argv, **{variable: value})
+    assert status == 2
+    assert not out
+    assert err.count("\n") == 1
+    assert err.endswith("\n")
+    assert variable in err
+    if value.strip(" ,"):
+        assert (ascii(value)[1:-1] in err) != variable.endswith("_KEY"), "a key is not shown, all else is"
+
+
+@pytest.mark.parametrize("argument", ["--help", "-h"])
+def test_help_is_the_docstring(capsys, argument):
+    status, out, err = run_main(capsys, argument, PORT="bad")
+    assert (status, err) == (0, "")
+    assert out.strip() == ztoapi.__doc__.strip()
+    assert out.isascii()
+
+
+def test_the_version_is_one_line(capsys):
+    assert run_main(capsys, "--version", DEFAULT_KEY="") == (0, f"ztoapi {ztoapi.__version__}\n", "")
+
+
+WRONG_ARGUMENTS = [["--nope"], ["serve"], ["--check", "--check"], ["--help", "x"], [""], ["--port", "80"],
+                   ["--version", "--help"], ["\udcff\n"]]
+
+
+@pytest.mark.parametrize("argv", WRONG_ARGUMENTS)
+def test_any_other_argument_is_one_line_and_exit_status_2(capsys, argv):
+    status, out, err = run_main(capsys, *argv)
+    assert (status, out) == (2, "")
+    assert err.count("\n") == 1
+
+
+# Its life, in processes of its own
 
 @contextlib.contextmanager
 def program(*argv, **environ):
@@ -9367,14 +9569,11 @@ def program(*argv, **environ):
         process.out, process.err = process.communicate(timeout=5)
 
 
-def end(process, *signals, seconds=1.5):
-    """The exit status after these signals; it must come within that time."""
+def end(process, *signals):
+    """The exit status after these signals, which must come soon."""
     for number in signals:
         process.send_signal(number)
-    began = time.monotonic()
-    status = process.wait(5)
-    assert time.monotonic() - began < seconds
-    return status
+    return process.wait(4)
 
 
 AUDITED = """
@@ -9419,7 +9618,7 @@ def test_the_start_lines_mask_keys_and_sigint_ends_it(zai):
         with socket.create_connection(("127.0.0.1", process.port), 5) as half:
             half.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: lo")  # half a request is nothing that runs
             assert exchange(process, raw_request("GET", "/health"))[0].status == 200
-            assert end(process, signal.SIGINT, seconds=3) == 0
+            assert end(process, signal.SIGINT) == 0
     assert "Traceback" not in process.err
     text = "".join(process.lines)
     assert text.count("\n") == 3
@@ -9460,7 +9659,7 @@ def test_sigterm_lets_a_running_answer_finish_and_takes_no_new_one(zai):
             status, headers, events, clean = read_stream(sock)
             assert said(events) == "Hello"
             assert clean
-        assert end(process, seconds=3) == 0
+        assert end(process) == 0
 
 
 @posix_only
@@ -9476,29 +9675,6 @@ def test_a_second_signal_ends_at_once(zai):
             assert end(process, signal.SIGTERM) == 1
     assert "Traceback" not in process.err
     assert process.out == "Stopped.\n"
-
-
-def test_stop_cuts_what_still_runs_after_the_grace(zai):
-    zai.default = stream(say("Hel"), 30)
-    with proxying(zai) as proxy:
-        with proxy.open_stream() as sock:
-            assert eventually(lambda: readable(sock))
-            began = time.monotonic()
-            proxy.server.stop(0.3)
-            assert 0.3 <= time.monotonic() - began < 2
-            status, headers, events, clean = read_stream(sock)
-            assert said(events) == "Hel"
-            assert not clean
-            assert eventually(lambda: zai.cut_by_client == 1)
-
-
-def test_client_timeout_holds_while_the_server_drains(zai):
-    with proxying(zai, CLIENT_TIMEOUT="0.3") as proxy, proxy.connect() as sock:
-        sock.sendall(raw_request("POST", CHAT, body=JSON_CHAT)[:-5])
-        time.sleep(0.1)
-        began = time.monotonic()
-        proxy.server.stop(4)
-        assert time.monotonic() - began < 2.5
 
 
 # To add a case, add a row: variables of an address that the machine refuses.
@@ -9588,79 +9764,6 @@ def test_windows_serves_at_most_500_connections(monkeypatch):
     monkeypatch.setitem(sys.modules, "resource", None)
     assert ztoapi.raise_descriptor_limit(1024) == 500
     assert ztoapi.raise_descriptor_limit(100) == 100
-
-
-IMPORTING = """
-import logging, signal, sys, threading
-before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)], list(sys.path)
-seen = []
-def hook(event, args):
-    harmless = event in ("os.listdir", "os.scandir", "os.putenv")
-    if event.startswith(("socket.", "subprocess", "os.", "tempfile", "urllib")) and not harmless:
-        seen.append((event, args))
-    if event == "open" and isinstance(args[2], int) and args[2] & 3:
-        seen.append((event, args))
-sys.addaudithook(hook)
-sys.path.insert(0, sys.argv[1])
-import ztoapi
-del sys.path[0]
-assert before == ([signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)], list(sys.path))
-assert not seen, seen
-assert threading.active_count() == 1
-assert not logging.getLogger().handlers
-assert not logging.getLogger("ztoapi").handlers
-print("clean")
-"""
-
-
-def test_importing_has_no_side_effect():
-    process = start("-c", IMPORTING, os.path.dirname(os.path.abspath(ztoapi.__file__)))
-    assert process.communicate(timeout=10) == ("clean\n", "")
-
-
-def test_the_standard_library_is_all_that_is_imported():
-    with open(ztoapi.__file__, encoding="utf-8") as file:
-        nodes = list(ast.walk(ast.parse(file.read())))
-    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
-    packages = {name.split(".")[0] for name in names}
-    assert len(packages) > 10
-    assert packages <= set(getattr(sys, "stdlib_module_names", packages))
-
-
-def test_it_can_be_embedded_twice_in_one_process(zai):
-    handlers = [signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)]
-    threads = threading.active_count()
-    common = {"port": 0, "default_key": (KEY,)}
-    servers = [ztoapi.Server(ztoapi.Settings(zai_api_key=(ZAI_KEY,), zai_base_url=zai.url, **common)),
-               ztoapi.Server(ztoapi.Settings(demo_mode=True, **common))]
-    for server in servers:
-        server.port = server.server_port
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-    for server, text in zip(servers, (b"Hello", b"Demo")):
-        reply = exchange(server, raw_request("POST", CHAT, body=JSON_CHAT))[0]
-        assert reply.status == 200
-        assert text in reply.body
-    for server in servers:
-        server.stop()
-        server.stop()  # twice does no harm
-        with pytest.raises(OSError):
-            socket.create_connection(("127.0.0.1", server.port), 1)
-    assert eventually(lambda: threading.active_count() <= threads + 1)
-    assert handlers == [signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)]
-
-
-def test_settings_of_a_program_of_ones_own_are_checked_too():
-    with pytest.raises(ztoapi.SettingsError):
-        ztoapi.Settings(host="0.0.0.0")
-
-
-def test_a_server_that_never_served_can_be_stopped():
-    server = ztoapi.Server(ztoapi.Settings(port=0))
-    thread = threading.Thread(target=server.stop, args=(1,), daemon=True)
-    thread.start()
-    thread.join(3)
-    assert not thread.is_alive()
 
 
 # README ###############################################################################

@@ -9,12 +9,10 @@ Needs what the tests need (pytest).
 
 import collections
 import contextlib
-import http.client
 import json
 import os
 import random
 import socket
-import struct
 import subprocess
 import sys
 import tempfile
@@ -27,6 +25,7 @@ sys.path.insert(0, ROOT)
 import test_ztoapi as t
 
 CLIENTS = 32
+WARM_UP_S = 30
 SEED = 1
 ZAI_KEYS = ("0123456789abcdef.SecretSecret1", "1123456789abcdef.SecretSecret2")
 ENVIRON = {
@@ -37,6 +36,10 @@ ENVIRON = {
     "HEARTBEAT": "0.3",
     "QUEUE_TIMEOUT": "5",
     "CLIENT_TIMEOUT": "2",
+    # glibc would keep what has been freed, by chance much or little of it.
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_TRIM_THRESHOLD_": "131072",
+    "MALLOC_MMAP_THRESHOLD_": "131072",
 }
 
 # Idle connections to Z.ai are closed after a second: what is open afterwards was leaked.
@@ -56,11 +59,6 @@ BYTE_BY_BYTE = [bytes([byte]) for byte in b"".join(WHOLE)]
 GZIP_HEAD = t.HEAD.replace(b"\r\n\r\n", b"\r\nContent-Encoding: gzip\r\n\r\n")
 
 
-def error_event(code):
-    error = {"error": {"code": code, "message": "no"}}
-    return b"data: %b\n\n" % json.dumps(error).encode()
-
-
 # To add a fault, add a row: the script of an answer.
 FAULTS = [
     [3],
@@ -76,7 +74,7 @@ FAULTS = [
     t.stream(),
     t.stream(t.DONE),
     t.stream(b"data: oops\n\n", b"\x00\xff\xfe"),
-    t.stream(error_event("1234"), t.DONE),
+    t.stream(t.error_event("1234"), t.DONE),
     t.stream(t.event(finish="network_error"), t.DONE),
     t.answer(200, b""),
     t.answer(502, b"<html><h1>502 Bad Gateway</h1></html>"),
@@ -91,7 +89,7 @@ FAULTS = [
     START + [t.chunked(t.DONE), t.END],
     START + [t.chunked(t.say("lo")[:40]), 0.02, t.RESET],
     START + [b"ff\r\ndata: {", 0.02, t.RESET],
-    START + [t.chunked(error_event("1234")), t.chunked(t.DONE), t.END],
+    START + [t.chunked(t.error_event("1234")), t.chunked(t.DONE), t.END],
     START + [t.chunked(t.event(finish="network_error")), t.chunked(t.DONE), t.END],
     START + [t.chunked(b"data: oops\n\n"), t.END],
 ]
@@ -103,7 +101,7 @@ RARE_FAULTS = [
     t.refusal(401, "401"),
     t.refusal(429, "1308"),
     t.refusal(429, "1305"),
-    START + [t.chunked(error_event("1302")), t.END],
+    START + [t.chunked(t.error_event("1302")), t.END],
 ]
 
 
@@ -116,6 +114,8 @@ class SoakZai(t.FakeZai):
         self.limited = 0
         super().__init__(tls)
         self.default = self.any_script
+        # First of all some of the largest, so that memory has been as high as it gets.
+        self.scripts.extend([self.huge_script() for _ in range(6)])
 
     def any_script(self, request):
         if request["body"] is None or request["body"]["model"] == LIMITED:
@@ -156,7 +156,7 @@ class SoakZai(t.FakeZai):
         if over and self.chance.random() < 0.5:
             return [end, *t.refusal(429, "1302")]
         if over:
-            return [end, *t.stream(error_event("1302"))]
+            return [end, *t.stream(t.error_event("1302"))]
         rest = [t.chunked(t.say("lo")), t.chunked(t.FINISH), t.chunked(t.DONE), t.END]
         return [*START, lambda *_: time.sleep(0.05), end, *rest]
 
@@ -221,7 +221,7 @@ OTHER_APIS = [
     ("/v1/responses", RESPONSES_BODY, (b"response.completed", b"response.failed")),
     ("/v1/messages", MESSAGES_BODY, (b"message_stop", b"event: error")),
 ]
-WRONG = (OSError, ValueError, AssertionError, IndexError, http.client.HTTPException)
+WRONG = (OSError, ValueError, AssertionError, IndexError, AttributeError)
 
 
 def run_client(proxies, chance, until, outcomes):
@@ -248,7 +248,7 @@ def request(port, chance):
         if dice < 0.21:
             data = t.raw_chat({"model": "glm-4.6"})
         elif dice < 0.22:
-            data = t.raw_chat(t.chat_body(), key="wrong")
+            data = t.raw_chat(t.chat_body(), auth="wrong")
         elif dice > 0.97:
             sock.sendall(data[:int(len(data) * chance.random())])
             return "left before all was sent"
@@ -263,7 +263,7 @@ def request(port, chance):
 def leave(sock, chance, reset):
     time.sleep(chance.random() ** 2)
     if reset:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        t.make_reset(sock)
     return "left"
 
 
@@ -289,21 +289,15 @@ def chat_outcome(streamed, status, headers, events, clean):
 def other_api(sock, chance, streamed):
     path, body, ends = chance.choice(OTHER_APIS)
     data = json.dumps(dict(body, stream=streamed)).encode()
-    head = [f"POST {path} HTTP/1.1", "Host: localhost", f"Authorization: Bearer {t.KEY}",
-            "Content-Type: application/json", f"Content-Length: {len(data)}"]
-    sock.sendall("\r\n".join(head).encode() + b"\r\n\r\n" + data)
-    response = http.client.HTTPResponse(sock, method="POST")
-    try:
-        response.begin()
-        text = response.read()
-    finally:
-        response.close()
-    assert response.status != 500
-    if response.status == 200 and streamed:
-        assert any(end in text for end in ends), text[-300:]
+    sock.sendall(t.raw_request("POST", path, body=data))
+    with sock.makefile("rb") as file:
+        reply = t.read_reply(file)
+    assert reply.status != 500
+    if reply.status == 200 and streamed:
+        assert any(end in reply.body for end in ends), reply.body[-300:]
         return f"{path}: streamed answer or error"
-    json.loads(text.decode())
-    return f"{path}: HTTP {response.status}"
+    reply.json()
+    return f"{path}: HTTP {reply.status}"
 
 
 # The soak
@@ -359,7 +353,7 @@ def soak(seconds):
             SoakProxy("refused", ZAI_BASE_URL=nobody),
         ]
         # The first figures count once every buffer has been as large as it gets.
-        before = soak_for(min(30, seconds), proxies, outcomes)
+        before = soak_for(WARM_UP_S, proxies, outcomes)
         outcomes.clear()
         after = soak_for(seconds, proxies, outcomes)
         ends = [proxy.stop() for proxy in proxies]
