@@ -3655,7 +3655,7 @@ ATTACKS = {
         ({}, [say("a"), b'data: {"choices":[],"usage":{"prompt_tokens":' + b"9" * 100000 + b"}}\n\n", ENDED]),
     "a leaked number of 100,000 digits":
         ({}, [say(leak("get_time<arg_key>a</arg_key><arg_value>" + "9" * 100000 + "</arg_value>")), ENDED]),
-    "bare lines": ({}, [b"{\n" * 500000 + b"\n", ENDED]),
+    "bare lines": ({}, [b"{\n" * 2000000 + b"\n", ENDED]),
     "a stop word and almost another": ({"stop": ("a" * 255 + "b", "c")}, [say("a" * 8000000), ENDED]),
     "a leaked depth":
         ({}, [say(leak("get_time<arg_key>a</arg_key><arg_value>" + "[" * 100000 + "</arg_value>")), ENDED]),
@@ -8192,7 +8192,8 @@ def test_names_that_clients_make_up_fill_no_gates(zai):
 
 def test_a_path_of_64_kb_takes_no_time(proxy):
     with under_a_second():
-        assert proxy.call("GET", "/completions" * 5000 + "/x")[0] == 404
+        for _ in range(6):
+            assert proxy.call("GET", "/completions" * 5000 + "/x")[0] == 404
 
 
 def test_who_finds_no_room_for_a_large_body_is_told_so():
@@ -8976,6 +8977,20 @@ def test_nothing_a_client_sends_can_shape_the_log(zai, log_lines, caplog):
 
 
 # Bugs of our own
+
+def test_a_heartbeat_that_fails_ends_one_answer_and_no_other(zai, monkeypatch, log_lines):
+    def fail(front):
+        raise RecursionError("a bug")
+    monkeypatch.setattr(ztoapi.Messages, "heartbeat", fail)
+    zai.default = stream(say("Hel"), 1, say("lo"), FINISH, DONE)
+    with proxying(zai, HEARTBEAT="0.05") as proxy:
+        body = {"model": "glm-4.6", "max_tokens": 9, "stream": True, "messages": [{"role": "user", "content": "Hi"}]}
+        with proxy.connect() as sock, proxy.open_stream() as other:
+            sock.sendall(raw_request("POST", "/v1/messages", body=json.dumps(body).encode()))
+            assert b"message_stop" not in read_to_end(sock)
+            assert said(read_stream(other)[2]) == "Hello"
+    assert len(log_lines(logging.ERROR)) == 1
+
 
 def boom(*args, **kwargs):
     raise RuntimeError("boom")

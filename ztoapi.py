@@ -6707,8 +6707,10 @@ class Server(http.server.ThreadingHTTPServer):
     def drain(self, grace_s=GRACE_S):
         """What stop() does once serve_forever() has ended."""
         self.take_backlog()
-        self.draining = True
+        # At once, as closing resets who has connected since.
         self.socket.close()
+        time.sleep(self.SETTLE_S)
+        self.draining = True
         deadline = time.monotonic() + grace_s
         while True:
             with self.lock:
@@ -6729,7 +6731,7 @@ class Server(http.server.ThreadingHTTPServer):
         return whole
 
     def take_backlog(self):
-        """Accept what has connected, and give what was sent a moment to be read."""
+        """Accept what has connected."""
         for _ in range(self.request_queue_size):
             try:
                 self.socket.setblocking(False)
@@ -6739,7 +6741,6 @@ class Server(http.server.ThreadingHTTPServer):
             request.setblocking(True)
             if self.verify_request(request, address):
                 self.process_request(request, address)
-        time.sleep(self.SETTLE_S)
 
     def close_parts(self):
         self.pump.close()
