@@ -34,6 +34,7 @@ import threading
 import time
 import types
 import urllib.parse
+import weakref
 from typing import NamedTuple
 
 import pytest
@@ -855,6 +856,20 @@ def well_known():
     """A proxy with the well-known key."""
     with standing_proxy(DEFAULT_KEY="own-key,sk-your-key") as proxy:
         yield proxy
+
+
+def test_a_heartbeat_that_fails_ends_one_answer_and_no_other(zai, monkeypatch, log_lines):
+    def fail(front):
+        raise RecursionError("a bug")
+    monkeypatch.setattr(ztoapi.Messages, "heartbeat", fail)
+    zai.default = stream(say("Hel"), 1, say("lo"), FINISH, DONE)
+    with proxying(zai, HEARTBEAT="0.05") as proxy:
+        body = {"model": "glm-4.6", "max_tokens": 9, "stream": True, "messages": [{"role": "user", "content": "Hi"}]}
+        with proxy.connect() as sock, proxy.open_stream() as other:
+            sock.sendall(raw_request("POST", "/v1/messages", body=json.dumps(body).encode()))
+            assert b"message_stop" not in read_to_end(sock)
+            assert said(read_stream(other)[2]) == "Hello"
+    assert len(log_lines(logging.ERROR)) == 1
 
 
 def boom(*args, **kwargs):
@@ -2212,6 +2227,7 @@ def test_a_body_is_a_json_object(data, expected):
     b'{"a": ' + b"1" * 5000 + b"}", b'{"a": -' + b"1" * 5000 + b"}", b'{"a": ' + b"9" * 1000000 + b"}",
     b'{"a": ' + b"[" * 200000 + b"]" * 200000 + b"}", b'{"a":' * 200000 + b"1" + b"}" * 200000, b"[" * 200000,
     b'{"a": [' + b"[]," * 1000001 + b"[]]}", b'{"a": [' + b"{}," * 1000001 + b"{}]}",
+    b'{"a": [' + b'"b",' * 2000001 + b'"b"]}',
 ], ids=lambda data: repr(data[:20]))
 def test_a_body_that_is_none_is_a_400(data):
     with pytest.raises(ztoapi.RequestError) as caught:
@@ -2509,10 +2525,11 @@ def test_nothing_of_openais_that_zai_does_not_know_goes_out():
     ({}, {"tools": {}, "one_call": False, "unfence": False, "stop": ()}),
     ({"stop": ["a", "", "b"]}, {"stop": ("a", "b")}),
     ({"stop": "a"}, {"stop": ("a",)}),
-    ({"tools": [TOOL, SEARCH, {"type": "mcp"}]}, {"tools": {"get_weather": TOOL["function"]["parameters"]}}),
+    ({"tools": [TOOL, SEARCH, {"type": "mcp"}]},
+     {"tools": {"get_weather": {"properties": {"city": {"type": "string"}}}}}),
     ({"tools": [TOOL], "tool_choice": "none"}, {"tools": {}}),
     ({"tools": [TOOL, TOOL2], "tool_choice": {"type": "function", "function": {"name": "get_time"}}},
-     {"tools": {"get_time": TOOL2["function"]["parameters"]}}),
+     {"tools": {"get_time": {"properties": {}}}}),
     ({"parallel_tool_calls": False}, {"one_call": True}),
     ({"parallel_tool_calls": True}, {"one_call": False}),
     ({"response_format": {"type": "json_object"}}, {"unfence": True}),
@@ -3908,12 +3925,12 @@ def test_what_is_held_back_is_not_overtaken():
 # Bounds
 
 def test_a_json_answer_has_a_bound_in_bytes():
-    text = ztoapi.Step(ztoapi.TEXT, "x" * 600)
+    text = ztoapi.Step(ztoapi.TEXT, "x" * 2000)
     thinking = ztoapi.Step(ztoapi.THINKING, "\u597d" * 200)
     with pytest.raises(UpstreamError) as caught:
-        ztoapi.Fold(limit=1000).add([text, thinking])
+        ztoapi.Fold(limit=5000).add([text, thinking])
     assert caught.value.verdict == GIVE_UP
-    fold = ztoapi.Fold(limit=1000)
+    fold = ztoapi.Fold(limit=5000)
     fold.add([text, ztoapi.Step(ztoapi.RESTART), thinking])
     assert fold.text(ztoapi.TEXT) == ""
 
@@ -4022,6 +4039,8 @@ ATTACKS = {
         ({}, [say("a"), b'data: {"choices":[],"usage":{"prompt_tokens":' + b"9" * 100000 + b"}}\n\n", ENDED]),
     "a leaked number of 100,000 digits":
         ({}, [say(leak("get_time<arg_key>a</arg_key><arg_value>" + "9" * 100000 + "</arg_value>")), ENDED]),
+    "bare lines": ({}, [b"{\n" * 2000000 + b"\n", ENDED]),
+    "a stop word and almost another": ({"stop": ("a" * 255 + "b", "c")}, [say("a" * 8000000), ENDED]),
     "a leaked depth":
         ({}, [say(leak("get_time<arg_key>a</arg_key><arg_value>" + "[" * 100000 + "</arg_value>")), ENDED]),
     "a finish of a megabyte": ({}, [say("a"), finished("x" * (1 << 20))]),
@@ -4071,6 +4090,14 @@ def test_a_leak_that_is_never_closed_is_held_within_a_bound():
 def test_leaked_calls_have_a_bound():
     steps, failure = receive([wire(say(leak("get_time") * 200) + ENDED)], tools=WEATHER)
     assert failure.verdict == GIVE_UP
+    _, failure = new_answer(tools=WEATHER).feed(HEAD + chunked(say(leak("get_time") * 200)))
+    assert failure.verdict == GIVE_UP, "before the answer ends"
+
+
+def test_the_name_of_a_call_has_a_bound():
+    for name in ("x" * 10**6, "<" * 10**6):
+        steps, _ = receive([wire(call(name, "{}") + TOOLS_END)], tools=WEATHER)
+        assert len(steps[0].name) <= 256
 
 
 # Any event that is odd
@@ -4828,6 +4855,13 @@ def function_call(id, name="f", text="{}", **more):
     return {"type": "function_call", "id": "fc_1", "call_id": id, "name": name, "arguments": text, **more}
 
 
+def nested_tools(depth, tool):
+    tools = []
+    for _ in range(depth):
+        tools = [{**tool, "tools": tools}]
+    return tools
+
+
 def gave(id, content, kind="function_call_output"):
     return {"type": kind, "call_id": id, "output": content}
 
@@ -5256,6 +5290,78 @@ def test_store_false_fills_no_memory():
     assert not memory.values
     told(lambda: read_responses(by=caller(memory=memory)), ANSWERS["two calls"], True)
     assert len(memory.values) == 4
+
+
+def test_an_item_is_put_in_for_a_reference_once():
+    memory = ztoapi.Memory()
+    (item,) = folded(lambda: read_responses(by=caller(memory=memory)), ANSWERS["text"])["output"]
+    items = [user("a"), *[{"type": "item_reference", "id": item["id"]}] * 3, user("b")]
+    front, request = read_responses(by=caller(memory=memory), input=items)
+    assert asked_by_front(request).body["messages"] == [user("a"), assistant("Hello"), user("b")]
+    assert front.changed == ("item_reference",)
+
+
+# Both, bounds
+
+# What a client may send. Each is read in less than a second. To add a case, add a row: the
+# fields of a Responses request.
+LONG_REQUESTS = {
+    "an assistant that never stops": {"input": [assistant("x" * 1000)] * 20000},
+    "calls without outputs": {"input": [function_call(str(i)) for i in range(30000)]},
+    "calls with their outputs":
+        {"input": [item for i in range(10000) for item in (function_call(str(i)), gave(str(i), "x"))]},
+    "calls before their outputs":
+        {"input": [function_call(str(i)) for i in range(10000)] + [gave(str(i), "x") for i in range(10000)]},
+    "thinking": {"input": [{"type": "reasoning", "summary": [{"type": "summary_text", "text": "x" * 1000}]}] * 10000},
+    "fields": {f"field{i}": i for i in range(100000)},
+    "kinds of items": {"input": [{"type": f"kind{i}"} for i in range(50000)]},
+    "a tool's name": {"tools": [{"type": "function", "name": "x" * 10**7}]},
+    "namespaces": {"tools": [{"type": "namespace", "name": "n", "tools": []}] * 50000},
+    "deep namespaces": {"tools": nested_tools(5000, {"type": "namespace", "name": "n"})},
+    "deep choices": {"tool_choice": nested_tools(5000, {"type": "allowed_tools"})[0]},
+    "a model's name": {"model": "[" * 10**7},
+}
+
+
+@pytest.mark.parametrize("case", LONG_REQUESTS)
+def test_no_request_takes_more_than_linear_time(case):
+    fields = copy.copy(LONG_REQUESTS[case])
+    with under_a_second(), contextlib.suppress(RequestError):
+        front, request = read_responses(**fields)
+        result = ztoapi.to_zai_request(request, Settings())
+        assert max(len(front.changed), len(result.changed)) <= 100
+        assert max(map(len, front.changed), default=0) <= 40
+
+
+def test_what_responses_echoes_has_a_bound():
+    front, _ = read_responses(metadata={"a": "x" * 10**6}, user="x" * 10**6, tool_choice="none")
+    assert len(front.opening()) < 5000
+    assert '"tool_choice":"none"' in front.opening()
+    deep = []
+    for _ in range(100000):
+        deep = [deep]
+    with pytest.raises(RequestError):
+        read_responses(metadata={"a": deep})
+
+
+@pytest.mark.parametrize("read", (read_responses, read_messages))
+def test_the_answers_that_are_kept_for_their_end_have_a_bound(read):
+    front, _ = read()
+    text = Step("text", "x" * (1 << 20))
+    with pytest.raises(UpstreamError) as caught:
+        for _ in range(100):
+            front.tell([text])
+    assert caught.value.verdict == GIVE_UP
+
+
+@pytest.mark.parametrize("read", (read_responses, read_messages))
+def test_what_waits_for_the_end_of_a_call_has_a_bound(read):
+    front, _ = read()
+    steps = [called(i, f"call_{i}", "f", "{") for i in range(100)]
+    steps += [arguments(i, "1") for i in range(100)] * 2000
+    with under_a_second(), pytest.raises(UpstreamError) as caught:
+        front.tell(steps)
+    assert caught.value.verdict == GIVE_UP
 
 
 # Gates ################################################################################
@@ -6848,6 +6954,20 @@ def test_retries_and_queueing_again_are_counted_apart(make_timed):
     assert (text, error, record.retries) == ("Hello", None, 4)
 
 
+def test_a_job_keeps_nothing_of_the_conversation(make_timed):
+    class Conversation(list):
+        """A list that can be watched."""
+
+    road = make_timed()
+    result = asked(chat_body(tools=[TOOL]))
+    result.body["messages"] = Conversation(result.body["messages"])
+    alive = weakref.ref(result.body["messages"])
+    job = road.upstream.job(result)
+    del result
+    assert alive() is None
+    assert b"messages" in job.data
+
+
 def test_the_requests_bytes_are_let_go_of_with_the_first_step(make_timed):
     timed = make_timed()
     timed.answers.append(refusal(500, "1234"))
@@ -8259,6 +8379,33 @@ STREAM_WISHES = [
     ({}, ["User-Agent: node", "Accept: */*"], False),
     ({}, ["User-Agent: node-fetch/1.0"], True),
 ]
+
+
+def test_names_that_clients_make_up_fill_no_gates(zai):
+    with proxying(zai, QUEUE_TIMEOUT="0", MAX_RETRIES="0") as proxy:
+        for code in ("1113", "1302"):
+            zai.default = refusal(429, code)
+            for i in range(120):
+                proxy.chat(model=f"model-{code}-{i}")
+        assert len(proxy.server.upstream.gates.gates) <= 100
+
+
+def test_a_path_of_64_kb_takes_no_time(proxy):
+    with under_a_second():
+        for _ in range(6):
+            assert proxy.call("GET", "/completions" * 5000 + "/x")[0] == 404
+
+
+def test_who_finds_no_room_for_a_large_body_is_told_so():
+    budget = ztoapi.Budget(1 << 20)
+    with budget.room_for(1 << 19, 0.01), budget.room_for(1000, 0.01):
+        with pytest.raises(ApiError) as caught, budget.room_for(None, 0.01), budget.room_for(1 << 19, 0.01):
+            pytest.fail("there was no room")
+    assert caught.value.status == 503
+    assert caught.value.retry_after
+    with budget.room_for(1 << 30, 0.01):
+        assert budget.left_bytes == 0
+    assert budget.left_bytes == 1 << 20
 
 
 def streams(proxy, fields, lines):

@@ -1075,6 +1075,9 @@ class SSEDecoder:
     too: Z.ai was seen to end a broken answer with a bare line {"error":...}.
     """
 
+    # There is one bare line, at the end. Millions of them would hold up all streams.
+    MOST_BARE = 1000
+
     def __init__(self, limit=16 << 20):
         self.limit = limit
         # The pieces of what is no whole event yet.
@@ -1145,7 +1148,7 @@ class SSEDecoder:
         and each bare JSON line."""
         lines = block.lstrip("\ufeff").split("\n")
         data = [line[5:] for line in lines if line.startswith("data:") or line == "data"]
-        bare = [line for line in lines if line.startswith("{")]
+        bare = [line for line in lines if line.startswith("{")][:SSEDecoder.MOST_BARE]
         if not data:
             return bare
         # One blank behind the colon belongs to the format.
@@ -1190,7 +1193,7 @@ LONGEST_NAME = 256
 # OpenAI's bound and Z.ai's.
 MOST_TOOLS = 128
 # Each piece of an answer is compared with as much of the text before it.
-LONGEST_STOP_WORD = 1000
+LONGEST_STOP_WORD = 256
 
 
 class Field(NamedTuple):
@@ -1248,7 +1251,7 @@ class Asked(NamedTuple):
     """A chat request as Z.ai takes it, and what reading its answer needs to know."""
     body: dict      # Z.ai's request
     changed: tuple  # short names of what was altered or dropped
-    tools: dict     # name -> parameter schema, of the function tools sent
+    tools: dict     # name -> text_parameters(), of the function tools sent
     one_call: bool  # parallel_tool_calls is false: only the first call passes
     unfence: bool   # JSON was asked for: a Markdown fence around it is taken off
     stop: tuple     # the words before which the proxy itself cuts the text
@@ -1256,9 +1259,12 @@ class Asked(NamedTuple):
 
 def read_json_object(data):
     """The dict in a request body (bytes). RequestError for anything else."""
-    # Each bracket becomes a Python object. A real request has some thousands.
+    # Each bracket becomes a Python object, and so may what stands before a comma. A
+    # real request has some thousands.
     if data.count(b"[") + data.count(b"{") > 10**6:
         raise RequestError("The body has more than a million brackets.")
+    if data.count(b",") > 2 * 10**6:
+        raise RequestError("The body has more than two million commas.")
     try:
         value = decode_strictly(data.decode("utf-8-sig"))
     except RecursionError:
@@ -1482,7 +1488,7 @@ class Translation:
             body.setdefault("tool_stream", True)
         return Asked(
             body,
-            changed=tuple(dict.fromkeys(self.changed)),
+            changed=some_of(self.changed),
             tools=self.functions,
             one_call=request.get("parallel_tool_calls") is False,
             unfence="response_format" in body,
@@ -1749,7 +1755,7 @@ class Translation:
         parameters = need(filled, "parameters", dict, param)
         if not parameters:
             parameters = {"type": "object", "properties": {}}
-        self.functions[name] = parameters
+        self.functions[name] = text_parameters(parameters)
         return {"type": kind, kind: {
             "name": name,
             "description": description,
@@ -1800,6 +1806,21 @@ class Translation:
         return {path: {"type": "json_object"}}
 
 
+TEXT_SCHEMA = {"type": "string"}
+
+
+def text_parameters(schema):
+    """What reading a leaked call needs of a schema: which parameters are texts. The
+    whole would stay as long as the answer lasts."""
+    properties = schema.get("properties")
+    if not isinstance(properties, dict):
+        return {}
+    texts = {
+        name: TEXT_SCHEMA for name, inner in properties.items()
+        if isinstance(inner, dict) and inner.get("type") == "string"}
+    return {"properties": texts}
+
+
 def function_name(tool):
     """The name of a translated tool; None for Z.ai's own and for one left out."""
     return tool and tool.get("function", {}).get("name")
@@ -1808,6 +1829,11 @@ def function_name(tool):
 def name_of(kind):
     """A client's word as an item of a header's list."""
     return re.sub("[^a-zA-Z0-9_.-]", "_", kind[:40])
+
+
+def some_of(names):
+    """Each name once, and no more than a header takes."""
+    return tuple(dict.fromkeys(names))[:100]
 
 
 def mend_arguments(arguments):
@@ -1938,7 +1964,7 @@ FINISHES = {
     "content_filter": "content_filter",
     "model_context_window_exceeded": "context_window",
 }
-# An answer that is held as a whole has that many bytes at most.
+# An answer that is held as a whole takes that many bytes of memory at most.
 LONGEST_ANSWER_BYTES = 64 << 20
 # So many characters may wait until it is clear what they are.
 LONGEST_HELD = 1 << 20
@@ -2043,7 +2069,6 @@ class StopCutter:
 
     def __init__(self, words):
         self.words = words
-        self.pattern = re.compile("|".join(map(re.escape, words)))
         self.held = ""
         self.hit = False
 
@@ -2051,10 +2076,11 @@ class StopCutter:
         if self.hit:
             return ""
         text = self.held + text
-        found = self.pattern.search(text)
+        # A pattern of all words would compare each of them at each place.
+        found = [at for at in map(text.find, self.words) if at >= 0]
         if found:
             self.hit = True
-            return text[:found.start()]
+            return text[:min(found)]
         # The end of the text may be the beginning of a word.
         held = max(overlap(text, word) for word in self.words)
         self.held = text[len(text) - held:]
@@ -2448,6 +2474,7 @@ class Translator:
         self.leak = None
         self.repaired += 1
         self.begun = True
+        self._check_number(self.leaked)
         self.leaked.append(call)
 
     def _show_leak(self, closing):
@@ -2502,7 +2529,7 @@ class Translator:
         if "arg_" in arguments:
             arguments = MARKUP_IN_KEY.sub("", arguments)
         if "<" not in name:
-            return name, arguments
+            return name[:LONGEST_NAME], arguments
         self.repaired += 1
         if "<arg_key>" in name and arguments.strip() in ("", "{}"):
             leaked = parse_leaked_call(name, self.tools)
@@ -2511,7 +2538,7 @@ class Translator:
             return leaked
         # A name that no tool has is for the client to refuse.
         clean = name.partition("<")[0].strip()
-        return clean if clean in self.tools else name, arguments
+        return clean if clean in self.tools else name[:LONGEST_NAME], arguments
 
     def _find_call(self, item, name, seen):
         """The call an item belongs to. Z.ai's index may be -1, 0 for all, or missing;
@@ -2526,13 +2553,18 @@ class Translator:
         known = [call for call in calls if call.takes(zai_id, index, name)]
         if known:
             return known[-1]
-        if len(self.calls) >= MOST_CALLS:
-            raise UpstreamError(f"Z.ai made more than {MOST_CALLS} tool calls.", GIVE_UP)
+        self._check_number(self.calls)
         # Clients take two calls with one id for one.
         is_taken = any(call.id == zai_id for call in self.calls)
         id = self.make_id() if is_taken or not zai_id else zai_id
         self.calls.append(ToolCall(id, zai_id, index))
         return self.calls[-1]
+
+    @staticmethod
+    def _check_number(calls):
+        """Before a further one."""
+        if len(calls) >= MOST_CALLS:
+            raise UpstreamError(f"Z.ai made more than {MOST_CALLS} tool calls.", GIVE_UP)
 
     # The end
 
@@ -2805,12 +2837,33 @@ class Item:
         return "".join(self.pieces)
 
 
+class Tally:
+    """Counts the memory that the steps take which somebody keeps. UpstreamError beyond
+    `limit` bytes."""
+
+    # A Python object stands behind each piece, and several behind an item, which begins
+    # where the kind changes.
+    STEP_BYTES = 50
+    ITEM_BYTES = 2000
+
+    def __init__(self, limit):
+        self.limit = limit
+        self.size_bytes = 0
+        self.kind = None
+
+    def add(self, step):
+        if step.kind != self.kind:
+            self.size_bytes += self.ITEM_BYTES
+        self.kind = step.kind
+        text = step.text + (step.name or "")
+        self.size_bytes += len(text.encode("utf-8", "replace")) + self.STEP_BYTES
+        if self.size_bytes > self.limit:
+            raise UpstreamError(f"The answer is longer than {self.limit} bytes.", GIVE_UP)
+
+
 class Fold:
     """What a JSON answer is made of: all steps of an answer, as `items` in their order,
     with `finish` and `usage`. UpstreamError beyond `limit` bytes."""
-
-    # A Python object stands behind each piece.
-    STEP_BYTES = 50
 
     def __init__(self, limit=LONGEST_ANSWER_BYTES):
         self.limit = limit
@@ -2821,7 +2874,7 @@ class Fold:
         self.calls = []
         self.finish = None
         self.usage = None
-        self.size_bytes = 0
+        self.tally = Tally(self.limit)
 
     def add(self, steps):
         for step in steps:
@@ -2835,10 +2888,7 @@ class Fold:
 
     def _add(self, step):
         self._find_item(step).pieces.append(step.text)
-        text = step.text + (step.name or "")
-        self.size_bytes += len(text.encode("utf-8", "replace")) + self.STEP_BYTES
-        if self.size_bytes > self.limit:
-            raise UpstreamError(f"The answer is longer than {self.limit} bytes.", GIVE_UP)
+        self.tally.add(step)
 
     def _find_item(self, step):
         if step.kind == ARGUMENTS:
@@ -3172,6 +3222,8 @@ def chat_name(tool):
     namespace = need({"namespace": "functions", **tool}, "namespace", str, "tools")
     if namespace != "functions":
         full = f"{namespace}__{full}"
+    if len(full) > LONGEST_NAME:
+        raise RequestError(f"A tool's name is longer than {LONGEST_NAME} characters.", "tools")
     name = re.sub("[^a-zA-Z0-9_-]", "_", full)
     if name != full or len(name) > 64:
         # What was cut off must not make two names the same.
@@ -3222,14 +3274,16 @@ class Conversation:
         self.changed = []
         for name, value in body.items():
             if name not in fields:
-                self.changed.append(name)
+                self.changed.append(name_of(name))
             elif fields[name]:
                 self.request[fields[name]] = value
         self.names = {}  # a tool's name in chat -> its type, name and namespace
         self.messages = []
         self.answer = {}  # the assistant's message that may go on
         self.outputs = {}  # call id -> content, None until it comes
+        self.answered = False  # one of them has come
         self.behind = []  # what others said since
+        self.referred = set()  # the ids of items that were put in for a reference
         # Whether a picture can stay depends on the model. A wrong name is refused
         # later.
         id = zai_model_id(str(body.get("model")), settings.model_aliases)
@@ -3294,6 +3348,7 @@ class Conversation:
             parts.insert(0, text_part("Error:"))
         if self.outputs.get(id, parts) is None:
             self.outputs[id] = parts
+            self.answered = True
         else:
             title = text_part(f"Output of the tool call {id}:")
             self.add("user", [title, *parts])
@@ -3301,7 +3356,11 @@ class Conversation:
     def read_reference(self, item):
         id = need(item, "id", str, "input")
         found = self.caller.memory.get((self.caller.key, id))
-        if found:
+        if id in self.referred:
+            # A short reference to a long item, many times, would fill the memory.
+            self.changed.append("item_reference")
+        elif found:
+            self.referred.add(id)
             self.read_item(found)
         # Thinking can be missing; what was said or called cannot.
         elif not id.startswith("rs_"):
@@ -3326,17 +3385,19 @@ class Conversation:
 
     def say(self, field, text):
         """A piece of the assistant's content or reasoning_content."""
-        turn = self.open_turn()
-        texts = filter(None, (turn.get(field), text))
-        turn[field] = "\n\n".join(texts)
+        self.open_turn().setdefault(field, []).append(text)
 
     def open_turn(self):
-        if self.behind or any(self.outputs.values()):
+        if self.behind or self.answered:
             self.end_turn()
         self.answer.setdefault("role", "assistant")
         return self.answer
 
     def end_turn(self):
+        for field in ("content", "reasoning_content"):
+            if field in self.answer:
+                texts = filter(None, self.answer[field])
+                self.answer[field] = "\n\n".join(texts)
         self.messages += filter(None, [self.answer])
         for id, parts in self.outputs.items():
             # Z.ai wants an output for each call, and one that is not empty.
@@ -3348,6 +3409,7 @@ class Conversation:
         self.messages += self.behind
         self.answer = {}
         self.outputs = {}
+        self.answered = False
         self.behind = []
 
     # Parts
@@ -3384,7 +3446,8 @@ class Conversation:
         tools = holder.get("tools", [])
         for tool in expect(tools, list, "tools"):
             kind = need(tool, "type", str, "tools")
-            if kind == "namespace":
+            # There is none in another: that would only be deep.
+            if kind == "namespace" and not namespace:
                 self.read_tools(tool, namespace=tool.get("name"))
                 continue
             if kind in ("function", "custom"):
@@ -3411,17 +3474,23 @@ class Conversation:
         return {"type": "function", "function": function}
 
     def choice(self, choice):
-        """tool_choice. What names no function goes on as it is."""
+        """tool_choice in chat's form."""
         kind = isinstance(choice, dict) and choice.get("type")
-        if kind in ("function", "custom"):
-            function = {"name": chat_name(choice)}
-            return {"type": "function", "function": function}
-        if kind == "allowed_tools":
-            tools = need(choice, "tools", list, "tool_choice")
-            tools = list(map(self.choice, tools))
-            allowed = {**choice, "tools": tools}
-            return {"type": kind, kind: allowed}
-        return choice
+        if kind != "allowed_tools":
+            return self.chosen_tool(choice)
+        tools = need(choice, "tools", list, "tool_choice")
+        tools = list(map(self.chosen_tool, tools))
+        allowed = {**choice, "tools": tools}
+        return {"type": kind, kind: allowed}
+
+    @staticmethod
+    def chosen_tool(choice):
+        """What names no function goes on as it is."""
+        kind = isinstance(choice, dict) and choice.get("type")
+        if kind not in ("function", "custom"):
+            return choice
+        function = {"name": chat_name(choice)}
+        return {"type": "function", "function": function}
 
     def read_format(self, form):
         if isinstance(form, dict) and form.get("type") == "json_schema":
@@ -3455,7 +3524,12 @@ class OneCallAtATime:
     def __init__(self):
         self.index = None  # of the call that is not whole
         self.progress = None
+        self._hold_nothing()
+
+    def _hold_nothing(self):
         self.held = []
+        # All of it is gone through again for each call that gets whole.
+        self.tally = Tally(LONGEST_HELD)
 
     def feed(self, steps):
         told = []
@@ -3467,6 +3541,7 @@ class OneCallAtATime:
                     told += self._release()
                 told.append(step)
             elif self.index not in (None, step.index):
+                self.tally.add(step)
                 self.held.append(step)
             else:
                 told += self._follow(step)
@@ -3488,7 +3563,7 @@ class OneCallAtATime:
 
     def _release(self):
         held = self.held
-        self.held = []
+        self._hold_nothing()
         self.index = None
         return self.feed(held)
 
@@ -3508,10 +3583,11 @@ class Itemized(Front):
         self.id = new_id(id_prefix)
         self.model = body.get("model", "")
         self.stream = conversation.request["stream"]
-        self.changed = tuple(conversation.changed)
+        self.changed = some_of(conversation.changed)
         self.names = conversation.names
         self.hidden = hidden  # thinking is not told
         self.order = OneCallAtATime()
+        self.tally = Tally(LONGEST_ANSWER_BYTES)
         self.open = None  # an Item
         self.items = []  # the finished ones, in the client's terms
         self.finish = None
@@ -3540,6 +3616,7 @@ class Itemized(Front):
             self.open = Item(kind, step.id, step.name)
             text += self._begin(self.open)
         if step.text:
+            self.tally.add(step)
             self.open.pieces.append(step.text)
             text += self._piece(self.open, step.text)
         return text
@@ -3884,6 +3961,7 @@ ECHO = {
     "top_p": 1.0,
     "user": None,
 }
+LONGEST_ECHO_BYTES = 1 << 14
 # And these do not. The tools of Codex have 40 KB, and nobody misses them.
 RESPONSE = {
     "object": "response",
@@ -3982,7 +4060,11 @@ class Responses(Itemized):
             "model": self.model,
         }
         for name, usual in ECHO.items():
-            self.base[name] = body.get(name, usual)
+            value = body.get(name, usual)
+            # It is told three times, and kept until then.
+            if len(encode_request(value)) > LONGEST_ECHO_BYTES:
+                value = usual
+            self.base[name] = value
 
     @classmethod
     def read(cls, body, caller, settings):
@@ -4096,7 +4178,8 @@ class Responses(Itemized):
         self.items.append(self.item)
         # The AI SDK refers to items by their ids, in place of sending them.
         key = (self.key, self.item["id"])
-        self.memory.put(key, self.item, len(encode_text(self.item)))
+        size_bytes = len(encode_json(self.item)) + Tally.ITEM_BYTES
+        self.memory.put(key, self.item, size_bytes)
         return events
 
     def _finish(self, step):
@@ -4318,6 +4401,8 @@ class Gates:
     # A key that was refused rests that long, if Z.ai does not say how long.
     REST_S = 600.0
     LONGEST_REST_S = 6 * 3600.0
+    # For each key. Names of models come from clients.
+    MOST_GATES = 100
 
     def __init__(self, keys, max_concurrency, queue_timeout_s,
                  clock=time.monotonic, rand=random.random):
@@ -4480,7 +4565,7 @@ class Gates:
         return min(gate.closed_until for gate in self._usable(ticket, self.clock()))
 
     def _forget(self, model, now):
-        """Names of models come from clients: gates that know nothing are not kept."""
+        """Drop gates that know nothing; beyond so many, the oldest that nobody uses."""
         if self.queues.get(model):
             return
         self.queues.pop(model, None)
@@ -4488,6 +4573,12 @@ class Gates:
             gate = self.gates.get((key, model))
             if gate and gate.knows_nothing(now) and not gate.refusing:
                 del self.gates[key, model]
+        too_many = len(self.gates) - self.MOST_GATES * len(self.keys)
+        if too_many > 0:
+            unused = [place for place, gate in self.gates.items()
+                      if not gate.in_flight and place[1] not in self.queues]
+            for place in unused[:too_many]:
+                del self.gates[place]
 
     def _timeout(self, ticket, opens_in_s):
         words = f"No slot at Z.ai came free within QUEUE_TIMEOUT ({self.queue_timeout_s:g} s)."
@@ -4951,7 +5042,9 @@ class Pump:
         elif outbox:
             try:
                 self._look_at_outbox(outbox, now)
-            except ClientGone:
+            except Exception as error:
+                if not isinstance(error, ClientGone):
+                    log.exception("A heartbeat failed; this is a bug")
                 client.leave()
                 shut(client.connection)
 
@@ -5294,6 +5387,9 @@ class Upstream:
         """The Job for what to_zai_request() gave."""
         model = asked.body["model"]
         max_tokens = asked.body.get("max_tokens")
+        data = encode_request(asked.body)
+        # The functions below live as long as the answer; the conversation must not.
+        asked = asked._replace(body=None)
 
         def describe(value, status=200, retry_after=""):
             now = self.now()
@@ -5308,11 +5404,6 @@ class Upstream:
                 restartable=not streamed, describe=describe)
             return Answer(translator, describe)
 
-        try:
-            data = encode_json(asked.body)
-        # The encoder recurses deeper than the decoder, and may fail alone.
-        except RecursionError:
-            raise RequestError("The body is nested too deeply.") from None
         return Job(data, model, make_answer)
 
     def answer(self, job, client, record, take):
@@ -6087,10 +6178,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def not_found(self, path):
         base = self.server.url + "/v1"
-        words = f"There is nothing at {path[:200]!a}. Set the client's base URL to {base}."
+        path = path[:200]
+        words = f"There is nothing at {path!a}. Set the client's base URL to {base}."
         for pattern, text in ELSEWHERE:
             if pattern.match(path):
-                behind = re.sub("^/v1", "", path)[:200]
+                behind = re.sub("^/v1", "", path)
                 zai = self.settings.zai_base_url
                 words = text.format(base=base, path=ascii(behind)[1:-1], zai=zai)
                 break
@@ -6335,14 +6427,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """(front, job). What the client sent is let go of here: an answer may take
         minutes, and a conversation many megabytes."""
         record = self.record
-        with self.server.bodies.room_for(self.body_bytes):
+        patience_s = self.settings.client_timeout
+        # Until there is room it is not the client who is waited for.
+        self.set_deadline(float("inf"))
+        with self.server.bodies.room_for(self.body_bytes, patience_s):
+            self.set_deadline(patience_s)
             body = read_json_object(self.read_body())
             caller = Caller(self.fields, self.client_key, record.began, self.server.memory)
             record.model = self.settings.redact(str(body.get("model", ""))[:200])[:100]
             front, request = self.front.read(body, caller, self.settings)
             asked = to_zai_request(request, self.settings)
             self.front = front
-            record.changed = tuple(dict.fromkeys([*front.changed, *asked.changed]))
+            record.changed = some_of([*front.changed, *asked.changed])
             record.model_id = asked.body["model"]
             record.stream = front.stream
             record.stream_default = front.stream_defaulted
@@ -6386,8 +6482,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 class Budget:
     """Bytes that may be in use together. Who finds too few left waits."""
 
-    # Bodies of that size and smaller are no matter.
-    SMALL_BYTES = 1 << 20
+    # Bodies of that size and smaller are no matter: there are MAX_CONNECTIONS at most.
+    SMALL_BYTES = 1 << 16
 
     def __init__(self, total_bytes):
         self.total_bytes = total_bytes
@@ -6395,8 +6491,9 @@ class Budget:
         self.condition = threading.Condition()
 
     @contextlib.contextmanager
-    def room_for(self, size_bytes):
-        """`size_bytes`: None if unknown, which may be all of it."""
+    def room_for(self, size_bytes, patience_s):
+        """`size_bytes`: None if unknown, which may be all of it. ApiError if there is
+        no room for so many seconds."""
         if size_bytes is None:
             size_bytes = self.total_bytes // 4
         size_bytes = min(size_bytes, self.total_bytes)
@@ -6404,7 +6501,9 @@ class Budget:
             yield
             return
         with self.condition:
-            self.condition.wait_for(lambda: self.left_bytes >= size_bytes)
+            if not self.condition.wait_for(lambda: self.left_bytes >= size_bytes, patience_s):
+                raise ApiError("Too many large requests at once.",
+                               status=503, code="overloaded", retry_after=5)
             self.left_bytes -= size_bytes
         try:
             yield
@@ -6594,8 +6693,9 @@ class Server(http.server.ThreadingHTTPServer):
 
     def shut_idle(self):
         """Shut the connection that has idled longest; called with the lock held."""
-        idle = [(deadline, sock) for sock, deadline in self.deadlines.items()
-                if sock not in self.busy]
+        # A handler may put its connection back at any time, hence the list.
+        deadlines = list(self.deadlines.items())
+        idle = [(deadline, sock) for sock, deadline in deadlines if sock not in self.busy]
         if idle:
             sock = min(idle, key=lambda pair: pair[0])[1]
             del self.deadlines[sock]
@@ -6614,8 +6714,10 @@ class Server(http.server.ThreadingHTTPServer):
     def drain(self, grace_s=GRACE_S):
         """What stop() does once serve_forever() has ended."""
         self.take_backlog()
-        self.draining = True
+        # At once, as closing resets who has connected since.
         self.socket.close()
+        time.sleep(self.SETTLE_S)
+        self.draining = True
         deadline = time.monotonic() + grace_s
         while True:
             with self.lock:
@@ -6636,7 +6738,7 @@ class Server(http.server.ThreadingHTTPServer):
         return whole
 
     def take_backlog(self):
-        """Accept what has connected, and give what was sent a moment to be read."""
+        """Accept what has connected."""
         for _ in range(self.request_queue_size):
             try:
                 self.socket.setblocking(False)
@@ -6646,7 +6748,6 @@ class Server(http.server.ThreadingHTTPServer):
             request.setblocking(True)
             if self.verify_request(request, address):
                 self.process_request(request, address)
-        time.sleep(self.SETTLE_S)
 
     def close_parts(self):
         self.pump.close()
