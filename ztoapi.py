@@ -91,7 +91,7 @@ log = logging.getLogger("ztoapi")
 # One frozen dataclass, one field a variable: the field's name in capitals is the
 # variable's. To add a setting, add a line, and one to the table above.
 
-# This key stands in the README, hence in the list of every port scanner.
+# This key stands in the README, so that every port scanner knows it.
 WELL_KNOWN_KEY = "sk-your-key"
 REASONING_FORMATS = ("parsed", "raw", "hidden")
 BOOLEANS = {
@@ -165,21 +165,19 @@ def setting(default, parse, allowed, secret=False, unset=("",)):
     `allowed` completes the sentence "allowed is ..."; a value among `unset` counts as
     none; the value of a `secret` shows neither in repr() nor in complaints.
     """
-    field = functools.partial(dataclasses.field, default=default)
-    if callable(default):
-        field = functools.partial(dataclasses.field, default_factory=default)
     facts = {"parse": parse, "allowed": allowed, "secret": secret, "unset": unset}
-    return field(repr=not secret, metadata=facts)
+    # A factory, as a dataclass takes no dict for a default.
+    return dataclasses.field(
+        default_factory=lambda: default, repr=not secret, metadata=facts)
 
 
 KEYS = "one or more keys of printable ASCII"
 FLAG = "true or false"
-COUNT = "a whole number"
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What the environment says. Durations in seconds. Keys never show in repr()."""
+    """What the environment says. Durations in seconds."""
 
     port: int = setting(9090, parse_number(int, 0, 65535), "a port from 0 to 65535")
     host: str = setting("127.0.0.1", str, "an address of this machine")
@@ -192,13 +190,13 @@ class Settings:
         "https://api.z.ai/api/paas/v4", parse_base_url,
         "an http or https URL without user, password or query")
     default_stream: bool = setting(True, parse_boolean, FLAG)
-    # None leaves it to the model.
+    # None: the model decides.
     enable_thinking: bool | None = setting(None, parse_boolean, FLAG, unset=NO_VALUE)
     reasoning_format: str = setting(
         "parsed", parse_word(*REASONING_FORMATS), "parsed, raw or hidden")
     model_aliases: dict[str, str] = setting(
-        dict, parse_aliases, "pairs like gpt-4o=glm-4.6", unset=NO_VALUE)
-    max_concurrency: int = setting(0, parse_number(int, 0), COUNT)
+        {}, parse_aliases, "pairs like gpt-4o=glm-4.6", unset=NO_VALUE)
+    max_concurrency: int = setting(0, parse_number(int, 0), "a whole number")
     queue_timeout: float = setting(120.0, parse_number(float, 0), "seconds")
     max_retries: int = setting(2, parse_number(int, 0, 100), "a whole number up to 100")
     # Browsers, proxies and SDKs give up from 30 s of silence on.
@@ -311,7 +309,7 @@ class ApiError(Exception):
     retryable = None
 
     def __init__(self, message, param=None, **facts):
-        """`facts`: any of the five attributes above, where this error differs."""
+        """`facts`: attributes such as the five above, where this error differs."""
         super().__init__(message)
         self.message = message
         self.param = param
@@ -387,10 +385,8 @@ RATE = ErrorRow(
     "Z.ai limits the requests in flight for each model.", 5)
 OVERLOADED = ErrorRow(
     503, "server_error", "overloaded", OVERLOAD, "Another model may have room.", 10)
-ACCOUNT_BUSY = OVERLOADED._replace(verdict=TRY_AGAIN, advice="")
 INVALID = ErrorRow(400, "invalid_request_error", "invalid_value", GIVE_UP)
 TOO_LARGE = INVALID._replace(status=413)
-FILTERED = INVALID._replace(code="content_filter")
 # Clients that shorten a conversation by themselves look for the first words.
 TOO_LONG = INVALID._replace(code="context_length_exceeded", advice=(
     "This model's maximum context length is exceeded (context_length_exceeded):"
@@ -416,11 +412,11 @@ ZAI_CODES = {
     "1302": RATE._replace(verdict=TOO_MANY),
     "1303": RATE,
     "1305 1312": OVERLOADED,
-    "1120": ACCOUNT_BUSY,
+    "1120": OVERLOADED._replace(verdict=TRY_AGAIN, advice=""),
     "1210 1212 1213 1214 1215 1231": INVALID,
     "1211 1221 1222": NO_MODEL,
     "1261": TOO_LONG,
-    "1301": FILTERED,
+    "1301": INVALID._replace(code="content_filter"),
     "1100 1220 1300": FORBIDDEN,
     "1311": NOT_IN_PLAN,
     "1313": UNFAIR,
@@ -431,10 +427,19 @@ ZAI_CODES = {
 ZAI_ERRORS = {code: row for codes, row in ZAI_CODES.items() for code in codes.split()}
 # A limit that ends while a request may wait for it.
 SHORT_LIMIT = RATE._replace(verdict=KEY_RESTS, advice="")
-# Codes that Z.ai has not told us of go by the HTTP status.
+# Codes that Z.ai has not told us of go by the HTTP status. Of those that are not here,
+# 4xx mean WRONG_PATH and 5xx BROKEN.
 HTTP_ERRORS = {
-    200: BROKEN, 400: INVALID, 401: OUR_KEY, 402: QUOTA, 403: FORBIDDEN, 404: WRONG_PATH,
-    405: WRONG_PATH, 408: BROKEN, 413: TOO_LARGE, 422: INVALID, 429: RATE, 434: FORBIDDEN,
+    200: BROKEN,
+    400: INVALID,
+    401: OUR_KEY,
+    402: QUOTA,
+    403: FORBIDDEN,
+    408: BROKEN,
+    413: TOO_LARGE,
+    422: INVALID,
+    429: RATE,
+    434: FORBIDDEN,
     435: TOO_LARGE,
 }
 # Answers with neither a code nor words were written by a CDN or a proxy on the road.
@@ -453,7 +458,7 @@ PATH_WORDS = re.compile(r"\b404\b.{0,20}not.?found|^(\S* )?404\b", re.IGNORECASE
 LIMIT_WORDS = re.compile(
     r"usage limit|limit exhausted|will reset|resets? at|insufficient (balance|quota)"
     r"|重置|余额不足", re.IGNORECASE)
-# What a row becomes if code and message, joined by a blank, hold these words.
+# What a row becomes, as the third column says, if code and message hold these words.
 ZAI_WORDS = (
     (INVALID, LONG_WORDS, TOO_LONG),
     (BROKEN, LONG_WORDS, TOO_LONG),
@@ -494,18 +499,19 @@ def zai_error(
         retryable=False if hopeless else None)
 
 
+NO_KEY = (
+    "ZAI_API_KEY is not set where the proxy runs. Get a key (free models need one too) at"
+    " https://z.ai/manage-apikey/apikey-list.")
+
+
 def missing_key():
     """The error of a proxy that was started without ZAI_API_KEY."""
     return UpstreamError(
         NO_KEY, GIVE_UP, status=OUR_KEY.status, code=OUR_KEY.code, retryable=False)
 
 
-NO_KEY = (
-    "ZAI_API_KEY is not set where the proxy runs. Get a key (free models need one too) at"
-    " https://z.ai/manage-apikey/apikey-list.")
-
-
 def error_row(code, message, status):
+    """The ErrorRow of an error: by its code, else by its status; then by its words."""
     by_status = HTTP_ERRORS if code or message else BARE_HTTP_ERRORS
     row = ZAI_ERRORS.get(code) or by_status.get(status)
     if row is None:
@@ -525,6 +531,11 @@ def error_advice(row, model, max_tokens):
     return row.advice
 
 
+def as_dict(value):
+    """`value` if it is a dict, else an empty one: an object without any field."""
+    return value if isinstance(value, dict) else {}
+
+
 # Z.ai's Messages API, and gateways, put the code into the text: "[1302][text][id]".
 BRACKETED_CODE = re.compile(r"(?:^|\s)\[(-?\d{1,5})\]")
 
@@ -535,16 +546,17 @@ def parse_zai_error(value):
     {"error": {"code", "message"}}; {"code", "msg", "success"}; and, from paths that are
     not there, {"status", "error": "Not Found", "path"}.
     """
-    outer = value if isinstance(value, dict) else {}
+    outer = as_dict(value)
     error = outer.get("error")
-    inner = error if isinstance(error, dict) else {}
+    inner = as_dict(error)
     if isinstance(error, str):
         inner = {"code": outer.get("status"), "message": error}
     code = parse_code(inner.get("code")) or parse_code(outer.get("code"))
-    texts = [inner.get("message"), inner.get("msg")]
-    texts += [outer.get("msg"), outer.get("message")]
-    spoken = [text[:2000] for text in texts if isinstance(text, str) and text]
-    message = spoken[0] if spoken else ""
+    texts = (
+        inner.get("message"), inner.get("msg"),
+        outer.get("msg"), outer.get("message"))
+    spoken = [text for text in texts if isinstance(text, str) and text]
+    message = spoken[0][:2000] if spoken else ""
     bracketed = BRACKETED_CODE.search(message)
     if bracketed and code not in ZAI_ERRORS:
         code = bracketed.group(1)
@@ -608,10 +620,10 @@ def duration(seconds):
 # same: Z.ai may know a model before this file does. To add a model, add a row.
 
 # How a model's thinking is controlled.
-NO_THINKING = "no"
-SWITCH = "switch"
-GRADED = "graded"
-ALWAYS = "always"
+NO_THINKING = "no"   # it does not think, or nobody can tell it to
+SWITCH = "switch"    # on or off
+GRADED = "graded"    # on or off, and how much
+ALWAYS = "always"    # how much
 
 
 class Model(NamedTuple):
@@ -622,7 +634,7 @@ class Model(NamedTuple):
     max_tokens: int | None  # Z.ai refuses a request for more
     sees: bool            # takes images
     thinking: str
-    tool_stream: bool     # streams a call's arguments; else a long call is a long silence
+    tool_stream: bool     # streams a call's arguments, which other models send at once
     free: bool
 
     @property
@@ -707,7 +719,7 @@ FOREIGN_MODEL = re.compile(
 
 
 def model_advice(id):
-    """What to say to one who asked for a model that Z.ai does not have."""
+    """Advice for a client that asked for a model which Z.ai does not have."""
     close = difflib.get_close_matches(id[:100], MODELS, 3, 0.5)
     names = ", ".join(MODELS[id].name for id in close)
     advice = "GET /v1/models lists the known ones"
@@ -751,15 +763,14 @@ def model_entry(name, model):
 # arrived and gives what is complete. Each has a bound on what it holds and takes linear
 # time.
 
-# An encoder made once costs half of what json.dumps does, which makes one for each
-# call.
+# An encoder made once costs half of what json.dumps does, which makes one a call.
 encode_text = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
 quote = json.encoder.encode_basestring
+INFINITY = float("inf")
 
 
 def encode_json(value):
-    """UTF-8 bytes. A lone surrogate, which UTF-8 cannot spell, becomes a question
-    mark."""
+    """UTF-8 bytes. A lone surrogate, which UTF-8 cannot spell, becomes "?"."""
     return encode_text(value).encode("utf-8", "replace")
 
 
@@ -777,7 +788,7 @@ def whole_number(text):
 def finite_or_null(text):
     """Python reads 1e999 as infinity, which JSON cannot spell."""
     value = float(text)
-    return None if abs(value) == float("inf") else value
+    return None if abs(value) == INFINITY else value
 
 
 def finite_number(text):
@@ -791,7 +802,7 @@ def finite_number(text):
 decode_strictly = json.JSONDecoder(
     parse_constant=no_number, parse_int=whole_number, parse_float=finite_number).decode
 
-# For Z.ai, where what is no number is null. Whole numbers are left to int(), which
+# For Z.ai: NaN and infinity are read as null. Whole numbers are left to int(), which
 # refuses those of more than 4,300 digits; a function of ours would be called three
 # times an event.
 _lenient_decoder = json.JSONDecoder(
@@ -801,11 +812,15 @@ _lenient_decoder = json.JSONDecoder(
 scan_json = _lenient_decoder.scan_once
 
 
-def decode_leniently(text):
-    """The JSON value that somebody else's text is; None if it is none."""
+# What the decoders raise.
+NO_JSON = (ValueError, RecursionError, StopIteration)
+
+
+def decode_or_none(text, decode=_lenient_decoder.decode):
+    """The value of a JSON text; None if the text is not JSON."""
     try:
-        return _lenient_decoder.decode(text)
-    except (ValueError, RecursionError):
+        return decode(text)
+    except NO_JSON:
         return None
 
 
@@ -842,8 +857,7 @@ class JsonProgress:
 
 
 def new_id(prefix, rand=random.getrandbits):
-    """An id as OpenAI's look. It is no secret, so it needs no system call for
-    randomness."""
+    """An id as OpenAI's look. It is no secret, so that cheap randomness will do."""
     return f"{prefix}{rand(96):024x}"
 
 
@@ -901,8 +915,8 @@ def join_fields(pairs):
 
 
 def parse_request_fields(lines):
-    """The fields of a request's head; RequestError for a line that is none, as a proxy
-    in front might read it otherwise."""
+    """The fields of a request's head. RequestError for a line that is not exactly a
+    field, as a proxy in front might take it for something else."""
     pairs = FIELD_LINE.findall(lines)
     if len(pairs) < lines.count("\n"):
         raise RequestError("Malformed header line.")
@@ -913,13 +927,14 @@ def parse_request_fields(lines):
 
 
 def parse_response_head(head):
-    """(version, status, fields); lines that are no fields are passed over. ValueError
-    for what is no head."""
+    """(version, status, fields). Lines that are not fields are passed over. ValueError
+    without a status line."""
     found = STATUS_LINE.match(head)
     if not found:
         raise ValueError(f"{head[:60]!a} is no status line")
     version, status = found.groups()
-    return version, int(status), join_fields(FIELD_LINE.findall(head, found.end()))
+    fields = join_fields(FIELD_LINE.findall(head, found.end()))
+    return version, int(status), fields
 
 
 # The sizes of chunks repeat.
@@ -946,23 +961,29 @@ class Dechunker:
     LONGEST_LINE_BYTES = 4096
     LONGEST_TRAILERS_BYTES = 65536
 
-    def __init__(self, limit=float("inf")):
+    def __init__(self, limit=INFINITY):
         self.limit = limit
         self.total = 0
         self.rest = b""
         self.done = False
-        # A function, not a bound method: an object that holds itself is freed late.
-        self.read_on = Dechunker._size
+        # What the next line is. A function, not a bound method: an object that holds
+        # itself is freed late.
+        self.read_line = Dechunker._size
         # Bytes of the current chunk that have not come.
         self.left = 0
-        self.trailers = 0
+        self.trailers_bytes = 0
         self.body = []
 
     def feed(self, data):
         self.data = self.rest + data
         self.at = 0
-        while not self.done and self.read_on(self):
-            pass
+        while not self.done:
+            if self.left:
+                self._piece()
+            line = None if self.left else self._line()
+            if line is None:
+                break
+            self.read_line(self, line)
         self.rest = self.data[self.at:]
         return self.take()
 
@@ -971,13 +992,7 @@ class Dechunker:
         self.body = []
         return body[0] if len(body) == 1 else b"".join(body)
 
-    # The states. Each takes what it can of self.data, and is true as long as there may
-    # be more to take.
-
-    def _size(self):
-        line = self._line()
-        if line is None:
-            return False
+    def _size(self, line):
         self.left = chunk_size(line)
         self.total += self.left
         if self.total > self.limit:
@@ -987,41 +1002,28 @@ class Dechunker:
         if self.left and self.data[end:end + 2] == b"\r\n":
             self.body.append(self.data[self.at:end])
             self.at = end + 2
-            return True
-        self.read_on = Dechunker._bytes if self.left else Dechunker._trailer
-        return True
+            self.left = 0
+        else:
+            self.read_line = Dechunker._end if self.left else Dechunker._trailer
 
-    def _bytes(self):
-        piece = self.data[self.at:self.at + self.left]
-        self.at += len(piece)
-        self.left -= len(piece)
-        if piece:
-            self.body.append(piece)
-        if self.left:
-            return False
-        self.read_on = Dechunker._end
-        return True
-
-    def _end(self):
-        line = self._line()
-        if line is None:
-            return False
+    def _end(self, line):
         if line:
             raise ValueError("chunk longer than announced")
-        self.read_on = Dechunker._size
-        return True
+        self.read_line = Dechunker._size
 
-    def _trailer(self):
-        line = self._line()
-        if line is None:
-            return False
-        self.trailers += len(line)
-        if self.trailers > self.LONGEST_TRAILERS_BYTES:
+    def _trailer(self, line):
+        self.trailers_bytes += len(line)
+        if self.trailers_bytes > self.LONGEST_TRAILERS_BYTES:
             raise ValueError("too many trailers")
         if line and not TRAILER_LINE.fullmatch(line):
             raise ValueError("broken trailer")
         self.done = not line
-        return True
+
+    def _piece(self):
+        piece = self.data[self.at:self.at + self.left]
+        self.body.append(piece)
+        self.at += len(piece)
+        self.left -= len(piece)
 
     def _line(self):
         """The next line without its end; None if it has not come whole."""
@@ -1080,7 +1082,7 @@ class SSEDecoder:
 
     def __init__(self, limit=16 << 20):
         self.limit = limit
-        # The pieces of what is no whole event yet.
+        # The pieces of an event that has not come whole.
         self.held = []
         self.held_bytes = 0
         # A CR at the end, as an LF may follow.
@@ -1131,13 +1133,14 @@ class SSEDecoder:
         return -1
 
     def _hold(self, data):
-        """Keep what is no whole event, in the pieces it came in: one bytes object that
-        grows takes quadratic time and fragments the memory."""
+        """Keep the beginning of an event, in the pieces it came in: one bytes object
+        that grows takes quadratic time and fragments the memory."""
         if not data:
             return
         self.held_bytes += len(data)
         if self.held_bytes > self.limit:
             raise self._too_large()
+        # Of tiny pieces there would be too many.
         if self.held and len(self.held[-1]) < 4096:
             data = self.held.pop() + data
         self.held.append(data)
@@ -1852,20 +1855,13 @@ def mend_arguments(arguments):
     if half != text[len(text) // 2:].strip():
         half = ""
     for candidate in (arguments, half):
-        value = decode_or_none(candidate)
+        value = decode_or_none(candidate, decode_strictly)
         if isinstance(value, str):
             candidate = value
-            value = decode_or_none(candidate)
+            value = decode_or_none(candidate, decode_strictly)
         if isinstance(value, dict):
             return candidate
     return encode_request({"arguments": arguments}).decode()
-
-
-def decode_or_none(text):
-    try:
-        return decode_strictly(text)
-    except (ValueError, RecursionError):
-        return None
 
 
 def read_tool_choice(choice, names, some_left_out):
@@ -2136,7 +2132,7 @@ def typed_value(text, schema, key):
         is_text = schema["properties"][key]["type"] == "string"
     except (KeyError, TypeError):
         is_text = False
-    value = None if is_text else decode_leniently(text.strip())
+    value = None if is_text else decode_or_none(text.strip())
     return text if value is None else value
 
 
@@ -2815,7 +2811,7 @@ class Answer:
         self.refusal += body[:self.LONGEST_ERROR_BYTES - len(self.refusal)]
         if not ended:
             return [], None
-        value = decode_leniently(self.refusal.decode("utf-8", "replace"))
+        value = decode_or_none(self.refusal.decode("utf-8", "replace"))
         # A page with status 200 stands where the API should be.
         status = 404 if self.reply.status == 200 else self.reply.status
         return [], self.describe(value, status, self.reply.fields.get("retry-after", ""))
@@ -5543,7 +5539,7 @@ class Upstream:
             raise connection_error(error) from None
         finally:
             connection.sock.close()
-        return reply.status, decode_leniently(body.decode("utf-8", "replace"))
+        return reply.status, decode_or_none(body.decode("utf-8", "replace"))
 
     def close(self):
         self.pool.expire(float("inf"))
