@@ -1968,7 +1968,7 @@ LONGEST_HELD = 1 << 20
 LONGEST_EARLY = 1 << 16
 # There may be as many tools, and a model calls each of them once at most.
 MOST_CALLS = 128
-# A larger count of tokens is none.
+# A count of tokens beyond this is garbage, and read as 0.
 MOST_TOKENS = 10 ** 12
 
 # Marks of GLM's own template that were seen in texts: thinking in the content of 4.1V,
@@ -2055,8 +2055,11 @@ class FenceStripper:
 def overlap(text, word):
     """How many characters at the end of `text` begin `word`, without being all of
     it."""
-    sizes = range(min(len(text), len(word) - 1), 0, -1)
-    return next((size for size in sizes if text.endswith(word[:size])), 0)
+    longest = min(len(text), len(word) - 1)
+    for size in range(longest, 0, -1):
+        if text.endswith(word[:size]):
+            return size
+    return 0
 
 
 class StopCutter:
@@ -2078,9 +2081,9 @@ class StopCutter:
             self.hit = True
             return text[:min(found)]
         # The end of the text may be the beginning of a word.
-        held = max(overlap(text, word) for word in self.words)
-        self.held = text[len(text) - held:]
-        return text[:len(text) - held]
+        end = len(text) - max(overlap(text, word) for word in self.words)
+        self.held = text[end:]
+        return text[:end]
 
     def close(self):
         """The rest of the text. Z.ai knows the first word too, and was seen to stop at
@@ -2162,7 +2165,8 @@ class Leak:
             return may_go_on and any(tool.startswith(name) for tool in self.tools)
         if name not in self.tools or self.held > LONGEST_HELD:
             return False
-        return any(markup.startswith((tag + rest)[:len(markup)]) for markup in MARKUP_TAGS)
+        behind = tag + rest
+        return any(markup.startswith(behind[:len(markup)]) for markup in MARKUP_TAGS)
 
 
 # Two calls may look the same, so they are told apart by identity.
@@ -2207,11 +2211,11 @@ NAMELESS = "Z.ai sent a tool call without a name."
 class Translator:
     """Z.ai's events in, steps out: feed(events) -> (steps, failure).
 
-    An event is the text of one SSE event, or a whole JSON answer. `failure` is the
-    UpstreamError that ended the answer, or None: Z.ai sent an error, or what cannot be
-    told in steps, or, with `end`, no finish: an answer that just ends is none. What
-    came before the failure is told. describe(value) makes the error of an error event;
-    make_id() names calls that have no id.
+    An event is the text of one SSE event, or a whole JSON answer; with `end`, no more
+    will come. `failure` is the UpstreamError that ended the answer, or None. An answer
+    fails if Z.ai sends an error, or what cannot be told in steps, or ends without a
+    finish. What came before the failure is told all the same. describe(value) makes
+    the error of an error event; make_id() names calls that have no id.
     """
 
     # The tools sent, name -> parameter schema, to read calls that leak into the text.
@@ -2227,7 +2231,7 @@ class Translator:
     def __post_init__(self):
         # The last step has been given.
         self.complete = False
-        # Tokens have come, hence cost money.
+        # Tokens have come, which Z.ai bills.
         self.begun = False
         # How many events were skipped or mended.
         self.repaired = 0
@@ -2278,7 +2282,7 @@ class Translator:
             value, end = scan_json(event, 0)
             if end != len(event):
                 raise ValueError
-        except (ValueError, RecursionError, StopIteration):
+        except NO_JSON:
             self._torn(event)
             return
         if self._pass_on(value):
@@ -2308,8 +2312,8 @@ class Translator:
         return True
 
     def _torn(self, event):
-        """What is no JSON: the end mark, garbage, or a frame cut short with the first
-        frame of a new answer inside."""
+        """An event that is not JSON: the end mark, garbage, or a frame that was cut
+        short and has the first frame of a new answer inside."""
         if event.startswith("[DONE]"):
             # Without a finish the answer is not whole, whatever the mark says.
             if self.finish:
@@ -2341,9 +2345,9 @@ class Translator:
                 break
             try:
                 value, _ = scan_json(event, at + len(mark))
-            except (ValueError, RecursionError, StopIteration):
+            except NO_JSON:
                 continue
-            if isinstance(value, dict) and ("choices" in value or "error" in value):
+            if "choices" in as_dict(value) or "error" in as_dict(value):
                 return value
         return None
 
@@ -2357,13 +2361,11 @@ class Translator:
                 raise self.describe(value)
             self.repaired += choices is None and "usage" not in value
             choice = {}
-        delta = choice.get("delta") or choice.get("message")
-        if isinstance(delta, dict):
-            self._delta(delta)
+        self._delta(as_dict(choice.get("delta") or choice.get("message")))
         self.usage = usage or self.usage
         reason = choice.get("finish_reason")
         if reason:
-            self.finish = FINISHES.get(reason) if isinstance(reason, str) else None
+            self.finish = FINISHES.get(str(reason))
             if self.finish is None:
                 raise UpstreamError(f"Z.ai broke off the answer: {str(reason)[:60]!a}.")
         # Nothing comes behind finish and usage but the end mark, late or never. And
@@ -2474,7 +2476,7 @@ class Translator:
         self.leaked.append(call)
 
     def _show_leak(self, closing):
-        """It was no call, hence it was text."""
+        """Give a leak as the text that it was after all."""
         leak = self.leak
         self.leak = None
         kind = THINKING if self.in_think else leak.kind
@@ -2486,8 +2488,7 @@ class Translator:
         """One item of delta.tool_calls: a whole call, or a piece of one. `seen`: the
         calls that earlier items of this event belong to."""
         self.begun = True
-        function = item.get("function")
-        name, arguments = self._mend(function if isinstance(function, dict) else {})
+        name, arguments = self._mend(as_dict(item.get("function")))
         call = self._find_call(item, name, seen)
         seen.add(call)
         call.name = call.name or name
@@ -2598,9 +2599,11 @@ class Translator:
     def _check_whole(self):
         """A finish alone makes no answer: Z.ai at its limits was seen to send one with
         nothing before it, and calls may have come without a name."""
-        if any(call.index is None and call.early.strip("{} \n") for call in self.calls):
+        told = [call for call in self.calls if call.index is not None]
+        nameless = [call for call in self.calls if call.index is None]
+        if any(call.early.strip("{} \n") for call in nameless):
             raise UpstreamError(NAMELESS)
-        is_cut = any(call.progress.depth > 0 for call in self.calls if call.index is not None)
+        is_cut = any(call.progress.depth > 0 for call in told)
         if is_cut and self.finish in ("stop", "tool_calls"):
             raise UpstreamError("Z.ai's tool call ended in the middle of its arguments.")
         if self.finish == "tool_calls" and not self.given_calls:
@@ -2610,20 +2613,20 @@ class Translator:
             raise UpstreamError(EMPTY)
 
 
-USAGE_DETAILS = (
-    ("prompt_tokens_details", "cached_tokens"),
-    ("completion_tokens_details", "reasoning_tokens"),
-)
+USAGE_DETAILS = {
+    "prompt_tokens_details": "cached_tokens",
+    "completion_tokens_details": "reasoning_tokens",
+}
 
 
 def to_openai_usage(usage):
-    """OpenAI's usage object, whole numbers only; None where Z.ai gave none. The details
-    differ by model and may be missing."""
+    """OpenAI's usage object; None if `usage` is not an object. A count that is missing
+    or garbage is 0. The details differ by model and may be missing."""
     if not isinstance(usage, dict):
         return None
     result = {name: count(usage, name) for name in ("prompt_tokens", "completion_tokens")}
     result["total_tokens"] = count(usage, "total_tokens") or sum(result.values())
-    for name, detail in USAGE_DETAILS:
+    for name, detail in USAGE_DETAILS.items():
         if isinstance(usage.get(name), dict):
             result[name] = {detail: count(usage[name], detail)}
     return result
@@ -2638,15 +2641,15 @@ class Reply:
     """One HTTP response of Z.ai: feed(data) -> bytes of its body; b"" means that the
     connection has ended.
 
-    `status` and `fields` are None until the head is there. `complete`: the body has
-    ended. UpstreamError for what is no HTTP, for a broken coding, and for a cut.
+    `status` is None until the head is there. `complete`: the body has ended.
+    UpstreamError if that is not HTTP, if the coding is broken, and for a cut.
     """
 
     def __init__(self):
         self.head = HeadReader()
         self.status = None
-        self.fields = None
-        self.framing = None
+        self.fields = {}
+        self.framing = Unframed()
         self.keeps_alive = False
         self.complete = False
 
@@ -2672,10 +2675,6 @@ class Reply:
             raise UpstreamError("The connection to Z.ai was cut in the middle of an answer.")
         return body
 
-    def rescue(self):
-        """What the last feed() had read of the body before it failed."""
-        return self.framing.take() if self.framing else b""
-
     def _check_beginning(self, ended):
         if ended:
             raise UpstreamError("The connection to Z.ai was closed before its answer.")
@@ -2695,16 +2694,15 @@ class Reply:
         self.fields = fields
         options = fields.get("connection", "").lower()
         self.keeps_alive = version != "HTTP/1.0" and "close" not in options
-        self.framing = self._find_framing()
-
-    def _find_framing(self):
+        # A length that was sent twice has been joined by a comma.
+        length = LENGTH.match(fields.get("content-length", ""))
         # Some answers have no body, whatever their fields say (RFC 9112, 6.3).
-        if self.status in (204, 304):
-            return Counted(0)
-        if "chunked" in self.fields.get("transfer-encoding", "").lower():
-            return Dechunker()
-        length = LENGTH.match(self.fields.get("content-length", ""))
-        return Counted(int(length.group())) if length else Unframed()
+        if status in (204, 304):
+            self.framing = Counted(0)
+        elif "chunked" in fields.get("transfer-encoding", "").lower():
+            self.framing = Dechunker()
+        elif length:
+            self.framing = Counted(int(length.group()))
 
     @property
     def reusable(self):
@@ -2755,7 +2753,8 @@ class Answer:
             body = self.reply.feed(data)
         except UpstreamError as error:
             cut = error
-            body = self.reply.rescue()
+            # What was whole before it.
+            body = self.reply.framing.take()
         if self.reply.status is None:
             self.complete = cut is not None
             return [], cut
@@ -2785,12 +2784,13 @@ class Answer:
 
     def _find_reader(self, body):
         """The method for a body that begins with these bytes."""
-        coding = self.reply.fields.get("content-encoding", "")
+        fields = self.reply.fields
+        coding = fields.get("content-encoding", "")
         if coding.lower() not in ("", "identity"):
             raise UpstreamError(
                 f"Z.ai's answer is compressed with {coding[:60]!a}, which was not asked for.",
                 GIVE_UP)
-        kind = self.reply.fields.get("content-type", "").lower()
+        kind = fields.get("content-type", "").lower()
         if self.reply.status != 200 or "html" in kind:
             return Answer._read_refusal
         # Streams were seen under the name of JSON, so the first byte counts as well.
@@ -2814,7 +2814,8 @@ class Answer:
         value = decode_or_none(self.refusal.decode("utf-8", "replace"))
         # A page with status 200 stands where the API should be.
         status = 404 if self.reply.status == 200 else self.reply.status
-        return [], self.describe(value, status, self.reply.fields.get("retry-after", ""))
+        retry_after = self.reply.fields.get("retry-after", "")
+        return [], self.describe(value, status, retry_after)
 
 
 @dataclasses.dataclass
@@ -5472,7 +5473,7 @@ class Upstream:
         return False
 
     def _note(self, record, answer):
-        fields = answer.reply.fields or {}
+        fields = answer.reply.fields
         record.zai_log_id = plain(self.settings.redact(fields.get("x-log-id", "")), 64)
 
     def _pause_s(self, error, ticket, tries):
