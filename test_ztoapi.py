@@ -4316,8 +4316,8 @@ def read_responses(settings=None, by=None, **body):
 
 
 def asked_by_front(request):
-    """What becomes of the chat request that a front makes."""
-    return asked(request)
+    """What becomes of the chat request that Messages or Responses makes."""
+    return ztoapi.to_zai_request(request, Settings(), refuses_media=False)
 
 
 def called(index, id, name, text=""):
@@ -4553,9 +4553,10 @@ def test_a_conversation_of_messages_becomes_one_of_chat(prompt, messages, expect
 
 
 def test_a_picture_never_ends_a_conversation_with_a_model_that_sees_none():
-    front, request = read_messages(model="glm-4.6", messages=[user([PNG, text("a")])])
-    assert asked_by_front(request).body["messages"] == [user("[image left out: GLM-4.6 takes text only]\na")]
-    assert "image" in front.changed
+    _, request = read_messages(model="glm-4.6", messages=[user([PNG, text("a")])])
+    result = asked_by_front(request)
+    assert result.body["messages"] == [user("[image left out: GLM-4.6 takes text only]\na")]
+    assert "image" in result.changed
 
 
 # To add a case, add a row: fields of a request that Messages refuses.
@@ -4929,9 +4930,10 @@ def test_the_input_of_responses_becomes_a_conversation_of_chat(items, expected):
 
 
 def test_a_picture_in_an_output_never_ends_a_conversation():
-    front, request = read_responses(model="glm-4.6", input=[user("a"), function_call("1"), gave("1", [INPUT_IMAGE])])
-    assert asked_by_front(request).body["messages"][-1] == output("1", "[image left out: GLM-4.6 takes text only]")
-    assert "image" in front.changed
+    _, request = read_responses(model="glm-4.6", input=[user("a"), function_call("1"), gave("1", [INPUT_IMAGE])])
+    result = asked_by_front(request)
+    assert result.body["messages"][-1] == output("1", "[image left out: GLM-4.6 takes text only]")
+    assert "image" in result.changed
     _, request = read_responses(model="glm-4.6", input=[message("user", INPUT_IMAGE)])
     assert asked_by_front(request).body["messages"] == [user("[image left out: GLM-4.6 takes text only]")]
 

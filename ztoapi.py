@@ -1177,7 +1177,7 @@ def encode_event(value):
 #
 # What a client once let into its history comes again with every turn. So only the
 # last message can be refused for what it shows. What stands before it is mended, or
-# left out and named; else the conversation would be dead for good.
+# left out and named; otherwise the conversation could never go on.
 
 NUMBER = (int, float)
 KINDS = {
@@ -1195,38 +1195,46 @@ EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 LONGEST_NAME = 256
 # OpenAI's bound and Z.ai's.
 MOST_TOOLS = 128
+MOST_STOP_WORDS = 4
 # Each piece of an answer is compared with as much of the text before it.
 LONGEST_STOP_WORD = 256
 
 
-class Field(NamedTuple):
-    """One optional field of a request: its type, its range or its words."""
-    kind: object
-    low: object = None
-    high: object = None
-    words: tuple = ()
-
-
 # What the proxy reads itself. Fields that are in neither table go to Z.ai as they are.
 FIELDS = {
-    "stream": Field(bool),
-    "stream_options": Field(dict),
-    "n": Field(int, 1, 1),
-    "temperature": Field(NUMBER, 0, 2),
-    "top_p": Field(NUMBER, 0, 1),
-    "max_tokens": Field(int, 1),
-    "max_completion_tokens": Field(int, 1),
-    "stop": Field((str, list)),
-    "user": Field(str),
-    "response_format": Field(dict),
-    "tools": Field(list),
-    "tool_choice": Field((str, dict)),
-    "parallel_tool_calls": Field(bool),
-    "thinking": Field(dict),
-    "enable_thinking": Field(bool),
-    "reasoning_effort": Field(str, words=EFFORTS),
-    "reasoning_format": Field(str, words=REASONING_FORMATS),
+    "model": str,
+    "messages": list,
+    "stream": bool,
+    "stream_options": dict,
+    "n": int,
+    "temperature": NUMBER,
+    "top_p": NUMBER,
+    "max_tokens": int,
+    "max_completion_tokens": int,
+    "stop": (str, list),
+    "user": str,
+    "response_format": dict,
+    "tools": list,
+    "tool_choice": (str, dict),
+    "parallel_tool_calls": bool,
+    "thinking": dict,
+    "enable_thinking": bool,
+    "reasoning_effort": str,
+    "reasoning_format": str,
 }
+# Bounds of a number, or of the length of a string or an array.
+RANGES = {
+    "model": (0, LONGEST_NAME),
+    "messages": (1, INFINITY),
+    "n": (1, 1),
+    "temperature": (0, 2),
+    "top_p": (0, 1),
+    "max_tokens": (1, INFINITY),
+    "max_completion_tokens": (1, INFINITY),
+    "tools": (0, MOST_TOOLS),
+}
+UNITS = {str: " characters", list: " items"}
+WORDS = {"reasoning_effort": EFFORTS, "reasoning_format": REASONING_FORMATS}
 # OpenAI's fields that Z.ai has no use for.
 DROPPED = frozenset("""
     audio frequency_penalty logit_bias logprobs metadata modalities moderation prediction
@@ -1251,7 +1259,7 @@ OWN_WISHES = ("thinking", "enable_thinking", "reasoning_effort")
 
 
 class Asked(NamedTuple):
-    """A chat request as Z.ai takes it, and what reading its answer needs to know."""
+    """What Z.ai is asked, and what reading its answer needs to know."""
     body: dict      # Z.ai's request
     changed: tuple  # short names of what was altered or dropped
     tools: dict     # name -> text_parameters(), of the function tools sent
@@ -1289,8 +1297,15 @@ def encode_request(value):
         raise RequestError("The body is nested too deeply.") from None
 
 
+# The checks. `param` is the path of the value in the request, which the error names.
+
+def missing(param):
+    return RequestError(
+        f"Missing required parameter: '{param}'.", param, code="missing_required_parameter")
+
+
 def expect(value, kind, param):
-    """`value`, if it is of that kind, one of KINDS; the error names its path."""
+    """`value`, if it is of that kind, one of KINDS."""
     # In Python, true and false are numbers too.
     if not isinstance(value, kind) or isinstance(value, bool) and kind is not bool:
         raise RequestError(f"'{param}' must be {KINDS[kind]}.", param, code="invalid_type")
@@ -1302,16 +1317,41 @@ def need(value, key, kind, param):
     return expect(expect(value, dict, param).get(key), kind, f"{param}.{key}")
 
 
+def need_word(value, words, param):
+    if value not in words:
+        raise RequestError(f"'{param}' must be one of {', '.join(words)}.", param)
+
+
+def need_within(value, bounds, param):
+    low, high = bounds
+    unit = UNITS.get(type(value), "")
+    size = len(value) if unit else value
+    verb = "have" if unit else "be"
+    if size < low:
+        raise RequestError(f"'{param}' must {verb} at least {low}{unit}.", param)
+    if size > high:
+        raise RequestError(f"'{param}' must {verb} at most {high}{unit}.", param)
+
+
 def without_nulls(value):
     return {name: inner for name, inner in value.items() if inner is not None}
 
 
-def to_zai_request(request, settings):
+def text_part(text):
+    return {"type": "text", "text": text}
+
+
+def function_object(**fields):
+    """What chat has for a tool, a call of it, and a choice of it."""
+    return {"type": "function", "function": fields}
+
+
+def to_zai_request(request, settings, refuses_media=True):
     """An Asked. `request` is a chat request (dict), which stays as it is.
 
-    RequestError for what OpenAI would refuse too, and for pictures in the last message
-    to a model that sees none. Sources: Z.ai's OpenAPI file, and what its servers were
-    seen to take and to refuse.
+    RequestError for what OpenAI would refuse too, and, with `refuses_media`, for
+    pictures in the last message to a model that sees none. Sources: Z.ai's OpenAPI
+    file, and what its servers were seen to take and to refuse.
     """
     changed = []
     request = own_dialect(request, changed)
@@ -1319,7 +1359,7 @@ def to_zai_request(request, settings):
     id = zai_model_id(request["model"], settings.model_aliases)
     if not id:
         raise RequestError("'model' must not be empty.", "model")
-    return Translation(request, id, changed).result(settings)
+    return Translation(request, id, changed, refuses_media).result(settings)
 
 
 def own_dialect(request, changed):
@@ -1328,9 +1368,8 @@ def own_dialect(request, changed):
     # A parameter of OpenAI's SDK, which users copy into JSON, where it means nothing.
     if "extra_body" in request:
         changed.append("extra_body")
-        inner = request["extra_body"]
-        if isinstance(inner, dict):
-            request = {**without_nulls(inner), **request}
+        inner = as_dict(request["extra_body"])
+        request = {**without_nulls(inner), **request}
         del request["extra_body"]
     # Where the client also speaks our dialect, that counts.
     own_wish = any(name in request for name in OWN_WISHES)
@@ -1339,18 +1378,19 @@ def own_dialect(request, changed):
             continue
         changed.append(foreign)
         value = request.pop(foreign)
-        if isinstance(value, dict) and not own_wish:
-            request = {**read_wish(value, meanings), **request}
+        if not own_wish:
+            request = {**read_wish(as_dict(value), meanings), **request}
     return request
 
 
 def read_wish(value, meanings):
-    """What a foreign field says of thinking, in ours. The unreadable is no wish."""
+    """Our fields for what a foreign one says of thinking. What cannot be read is passed
+    over."""
     found = {}
     for key, name in meanings.items():
         wish = value.get(key)
         if key == "max_tokens":
-            wish = type(wish) is int and effort_of_budget(wish)
+            wish = effort_of_budget(wish)
         fits = wish in EFFORTS
         if name == "enable_thinking":
             fits = isinstance(wish, bool)
@@ -1360,7 +1400,10 @@ def read_wish(value, meanings):
 
 
 def effort_of_budget(tokens):
-    """The effort that comes nearest to a budget of thinking, in tokens."""
+    """The effort that comes nearest to a budget of thinking, in tokens; None without a
+    budget."""
+    if type(tokens) is not int:
+        return None
     steps = {0: "none", 1024: "low", 8192: "medium", 24576: "high"}
     for most, effort in steps.items():
         if tokens <= most:
@@ -1371,13 +1414,16 @@ def effort_of_budget(tokens):
 def check_fields(request):
     for name in ("model", "messages"):
         if name not in request:
-            message = f"Missing required parameter: '{name}'."
-            raise RequestError(message, name, code="missing_required_parameter")
-    if len(expect(request["model"], str, "model")) > LONGEST_NAME:
-        raise RequestError(f"'model' is longer than {LONGEST_NAME} characters.", "model")
-    for name, field in FIELDS.items():
-        if name in request:
-            check_field(name, request[name], field)
+            raise missing(name)
+    checks = (
+        (expect, FIELDS),
+        (need_within, RANGES),
+        (need_word, WORDS),
+    )
+    for check, table in checks:
+        for name, rule in table.items():
+            if name in request:
+                check(request[name], rule, name)
     for name in ("functions", "function_call"):
         if name in request:
             raise RequestError(f"'{name}' is no longer supported: use 'tools'.", name)
@@ -1386,23 +1432,7 @@ def check_fields(request):
         expect(include_usage, bool, "stream_options.include_usage")
 
 
-def check_field(name, value, field):
-    expect(value, field.kind, name)
-    if field.low is not None and value < field.low:
-        raise RequestError(f"'{name}' must be at least {field.low}.", name)
-    if field.high is not None and value > field.high:
-        raise RequestError(f"'{name}' must be at most {field.high}.", name)
-    if field.words and value not in field.words:
-        raise RequestError(f"'{name}' must be one of {', '.join(field.words)}.", name)
-
-
-ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "assistant": "assistant",
-    "tool": "tool",
-}
+ROLES = ("system", "developer", "user", "assistant", "tool")
 MESSAGE_KEYS = frozenset(
     "role content tool_calls tool_call_id reasoning_content reasoning".split())
 # OpenAI's and OpenRouter's. They are dropped by name, all others as "message_fields".
@@ -1416,13 +1446,14 @@ MEDIA = {
     "file_url": "file",
     "file": "file",
 }
-# Who takes OpenAI's own "file" part, and who takes one that holds a URL.
+# The models that take OpenAI's own "file" part, and those that take one with a URL.
 FILE_MODELS = ("glm-5.3-flash", "glm-5.3-flashx")
 FILE_URL_MODELS = (
     *FILE_MODELS, "glm-4.6v", "glm-4.6v-flash", "glm-4.6v-flashx", "glm-4.5v")
 # Z.ai refuses empty messages. Where one must be, this stands for nothing.
 FILLERS = {"user": ".", "tool": "(no output)"}
 ZAI_TOOLS = ("web_search", "retrieval")
+NO_PARAMETERS = {"type": "object", "properties": {}}
 
 # What OpenAI's efforts become where Z.ai grades thinking.
 GRADES = dict(zip(EFFORTS, "low low low high high max max".split()))
@@ -1439,26 +1470,29 @@ FAMILIES = {
 
 
 def refusable_message(roles):
-    """The place of the message that may be refused for its pictures, -1 if there is
-    none.
+    """The place of the message that may be refused for its pictures; None without one.
 
     It is the last one of the user. What a user says behind tool results are pictures
     that a tool has brought; an agent would send them again for ever.
     """
-    backwards = roles[::-1]
-    if "assistant" in backwards:
-        backwards = backwards[:backwards.index("assistant")]
-    # Once a tool has answered, the turn is the agent's until the assistant speaks.
-    if "user" not in backwards or "tool" in backwards:
-        return -1
-    return len(roles) - 1 - backwards.index("user")
+    last = None
+    for place in reversed(range(len(roles))):
+        if roles[place] == "assistant":
+            break
+        # Once a tool has answered, the turn is the agent's until the assistant speaks.
+        if roles[place] == "tool":
+            return None
+        if roles[place] == "user" and last is None:
+            last = place
+    return last
 
 
 class Translation:
     """One request on its way. Each method gives the fields of Z.ai's body it treats."""
 
-    def __init__(self, request, id, changed):
+    def __init__(self, request, id, changed, refuses_media):
         self.request = request
+        self.refuses_media = refuses_media
         self.id = id
         # None for an id that the table does not know.
         self.model = find_model(id)
@@ -1502,13 +1536,11 @@ class Translation:
 
     def messages(self):
         """Z.ai's messages. It refuses a request without a user among them."""
-        messages = expect(self.request["messages"], list, "messages")
-        if not messages:
-            raise RequestError("'messages' must not be empty.", "messages")
+        messages = self.request["messages"]
         roles = []
         for i, message in enumerate(messages):
             roles.append(need(message, "role", str, f"messages[{i}]"))
-        refusable = refusable_message(roles)
+        refusable = refusable_message(roles) if self.refuses_media else None
         result = []
         behind_tools = 0
         for i, role in enumerate(roles):
@@ -1522,32 +1554,30 @@ class Translation:
                 behind_tools = len(result)
         self.place_images(result, behind_tools)
         if not any(message["role"] == "user" for message in result):
-            result.append({"role": "user", "content": "."})
+            result.append({"role": "user", "content": FILLERS["user"]})
             self.changed.append("user_message")
         return result
 
     def place_images(self, result, place):
         """Z.ai takes images from users only: those of tools follow the last result."""
         if self.images:
-            text = {"type": "text", "text": "From the tool results:"}
-            content = [text, *self.images]
+            content = [text_part("From the tool results:"), *self.images]
             result.insert(place, {"role": "user", "content": content})
             self.images = []
 
     def message(self, message, role, param, refusable):
         """One message; its content is None if nothing is left of it."""
         message = without_nulls(message)
-        if role not in ROLES:
-            words = ", ".join(ROLES)
-            raise RequestError(f"'{param}.role' must be one of {words}.", f"{param}.role")
+        need_word(role, ROLES, f"{param}.role")
         if role == "developer":
             self.changed.append(role)
+            role = "system"
         for name in message:
             if name not in MESSAGE_KEYS:
                 known = name in DROPPED_MESSAGE_KEYS
                 self.changed.append(name if known else "message_fields")
         content = self.content(message, role, f"{param}.content", refusable)
-        result = {"role": ROLES[role], "content": content}
+        result = {"role": role, "content": content}
         if role == "tool":
             result["tool_call_id"] = need(message, "tool_call_id", str, param)
         if role == "assistant":
@@ -1586,11 +1616,7 @@ class Translation:
         mended = mend_arguments(arguments)
         if mended != arguments and not isinstance(arguments, dict):
             self.changed.append("arguments")
-        return {
-            "id": id,
-            "type": "function",
-            "function": {"name": name, "arguments": mended},
-        }
+        return {"id": id, **function_object(name=name, arguments=mended)}
 
     def content(self, message, role, param, refusable):
         """A string, or parts where something is to be seen; "" if there is nothing."""
@@ -1598,13 +1624,12 @@ class Translation:
         if content is None and role in ("assistant", "tool"):
             return ""
         if content is None:
-            words = f"'{param}' is missing."
-            raise RequestError(words, param, code="missing_required_parameter")
+            raise missing(param)
         if not isinstance(content, list):
             return expect(content, str, param)
-        parts = []
-        for i, part in enumerate(content):
-            parts.append(self.part(part, role, f"{param}[{i}]", refusable))
+        parts = [
+            self.part(part, role, f"{param}[{i}]", refusable)
+            for i, part in enumerate(content)]
         parts = list(filter(None, parts))
         media = [part for part in parts if part["type"] != "text"]
         texts = [part["text"] for part in parts if part["type"] == "text"]
@@ -1615,7 +1640,7 @@ class Translation:
             return "\n".join(texts)
         if not texts:
             # "cannot be empty": Z.ai wants a text beside an image.
-            parts.append({"type": "text", "text": "."})
+            parts.append(text_part("."))
         return parts
 
     def part(self, part, role, param, refusable):
@@ -1623,7 +1648,7 @@ class Translation:
         kind = need(part, "type", str, param)
         if kind in TEXT_PARTS:
             text = need(part, kind, str, param)
-            return {"type": "text", "text": text} if text else None
+            return text_part(text) if text else None
         try:
             if role not in ("user", "tool"):
                 raise RequestError(f"a message of the {role} takes text only")
@@ -1634,18 +1659,19 @@ class Translation:
             noun = MEDIA.get(kind, name_of(kind))
             self.changed.append(noun)
             reason = error.message.partition(";")[0]
-            return {"type": "text", "text": f"[{noun} left out: {reason}]"}
+            return text_part(f"[{noun} left out: {reason}]")
 
     def media(self, part, kind, param):
         """A media part as Z.ai takes it. The error says the reason; then the advice."""
         if kind not in MEDIA:
             kinds = ", ".join(["text", *MEDIA])
-            words = f"Z.ai takes no {name_of(kind)}; '{param}.type' must be one of {kinds}."
-            raise RequestError(words, param + ".type")
+            raise RequestError(
+                f"Z.ai takes no {name_of(kind)}; '{param}.type' must be one of {kinds}.",
+                f"{param}.type")
         model = self.model
         if model and not model.sees:
-            words = f"{model.name} takes text only; models that see: {SEEING}."
-            raise RequestError(words, param)
+            raise RequestError(
+                f"{model.name} takes text only; models that see: {SEEING}.", param)
         if kind != "file":
             place = need(part, kind, (str, dict), param)
             if isinstance(place, str):
@@ -1657,8 +1683,8 @@ class Translation:
         takers = FILE_URL_MODELS if "file_url" in file else FILE_MODELS
         if model and model.id not in takers:
             names = ", ".join(MODELS[id].name for id in takers)
-            words = f"{model.name} takes no such file; models that do: {names}."
-            raise RequestError(words, param)
+            raise RequestError(
+                f"{model.name} takes no such file; models that do: {names}.", param)
         return {"type": kind, kind: file}
 
     def insert_instructions(self, messages):
@@ -1675,13 +1701,11 @@ class Translation:
         request = self.request
         fields = {}
         if "temperature" in request:
-            temperature = min(request["temperature"], 1)
-            fields["temperature"] = round(temperature, 2)
+            fields["temperature"] = round(min(request["temperature"], 1), 2)
         if "top_p" in request:
-            top_p = max(request["top_p"], 0.01)
-            fields["top_p"] = round(top_p, 2)
+            fields["top_p"] = round(max(request["top_p"], 0.01), 2)
         self.changed += [name for name, value in fields.items() if value != request[name]]
-        # Z.ai's interval was an open one for years; 1 is no restriction anyway.
+        # Z.ai refused a top_p of 1 for years. It means the same as no top_p.
         if fields.get("top_p") == 1:
             del fields["top_p"]
         limit = request.get("max_completion_tokens", request.get("max_tokens"))
@@ -1694,7 +1718,7 @@ class Translation:
         # Z.ai's name of it, and Z.ai's bounds.
         user = request.get("user", "")
         if 6 <= len(user) <= 128:
-            fields.setdefault("user_id", request.get("user_id", user))
+            fields["user_id"] = request.get("user_id", user)
         elif user:
             self.changed.append("user")
         return fields
@@ -1703,31 +1727,31 @@ class Translation:
         """Z.ai takes one stop word. The proxy itself looks for all of them."""
         stop = self.request.get("stop", [])
         words = [stop] if isinstance(stop, str) else stop
-        if len(words) > 4:
-            raise RequestError("'stop' must have at most 4 items.", "stop")
+        need_within(words, (0, MOST_STOP_WORDS), "stop")
         for i, word in enumerate(words):
-            if len(expect(word, str, f"stop[{i}]")) > LONGEST_STOP_WORD:
-                words = f"'stop[{i}]' is longer than {LONGEST_STOP_WORD} characters."
-                raise RequestError(words, f"stop[{i}]")
+            expect(word, str, f"stop[{i}]")
+            need_within(word, (0, LONGEST_STOP_WORD), f"stop[{i}]")
         self.stop = tuple(filter(None, words))
         return {"stop": [self.stop[0]]} if self.stop else {}
 
     def tools(self):
         """Z.ai knows tool_choice "auto" only; a system line tells of any other."""
         asked = self.request.get("tools", [])
-        if len(asked) > MOST_TOOLS:
-            raise RequestError(f"'tools' must have at most {MOST_TOOLS} items.", "tools")
         tools = [self.tool(tool, f"tools[{i}]") for i, tool in enumerate(asked)]
+        some_left_out = None in tools
+        tools = list(filter(None, tools))
         choice = self.request.get("tool_choice", "auto")
         if choice != "auto":
             self.changed.append("tool_choice")
         functions = self.functions
-        wanted, must = read_tool_choice(choice, functions, None in tools)
+        wanted, must = read_tool_choice(choice, functions, some_left_out)
         if wanted is not None:
             self.functions = {
                 name: schema for name, schema in functions.items() if name in wanted}
-            tools = [tool for tool in tools if function_name(tool) in wanted]
-        tools = list(filter(None, tools))
+            # Z.ai's own tools are no functions, and cannot be chosen.
+            tools = [
+                tool for tool in tools
+                if tool.get("function", {}).get("name") in wanted]
         if must and self.functions:
             wish = "one or more of the tools"
             if len(self.functions) == 1:
@@ -1749,21 +1773,16 @@ class Translation:
         param += ".function"
         name = need(function, "name", str, param)
         if not re.fullmatch("[a-zA-Z0-9_-]{1,64}", name):
-            words = f"'{param}.name' must be 1 to 64 letters, digits, _ or -."
-            raise RequestError(words, f"{param}.name")
+            raise RequestError(
+                f"'{param}.name' must be 1 to 64 letters, digits, _ or -.", f"{param}.name")
         if "strict" in function:
             self.changed.append("strict")
-        filled = {"description": name, "parameters": {}, **function}
+        filled = {"description": "", "parameters": {}, **function}
+        # Z.ai refuses a tool without these two.
         description = need(filled, "description", str, param) or name
-        parameters = need(filled, "parameters", dict, param)
-        if not parameters:
-            parameters = {"type": "object", "properties": {}}
+        parameters = need(filled, "parameters", dict, param) or NO_PARAMETERS
         self.functions[name] = text_parameters(parameters)
-        return {"type": kind, kind: {
-            "name": name,
-            "description": description,
-            "parameters": parameters,
-        }}
+        return function_object(name=name, description=description, parameters=parameters)
 
     def thinking(self, default):
         """thinking and reasoning_effort as the model's family takes them."""
@@ -1795,9 +1814,7 @@ class Translation:
         kind = need(form, "type", str, path)
         if kind == "text":
             return {}
-        if kind not in ("json_object", "json_schema"):
-            words = f"'{path}.type' must be text, json_object or json_schema."
-            raise RequestError(words, f"{path}.type")
+        need_word(kind, ("text", "json_object", "json_schema"), f"{path}.type")
         if kind == "json_schema":
             form = without_nulls(need(form, kind, dict, path))
             schema = need({"schema": {}, **form}, "schema", dict, f"{path}.{kind}")
@@ -1822,11 +1839,6 @@ def text_parameters(schema):
         name: TEXT_SCHEMA for name, inner in properties.items()
         if isinstance(inner, dict) and inner.get("type") == "string"}
     return {"properties": texts}
-
-
-def function_name(tool):
-    """The name of a translated tool; None for Z.ai's own and for one left out."""
-    return tool and tool.get("function", {}).get("name")
 
 
 def name_of(kind):
@@ -1867,13 +1879,11 @@ def mend_arguments(arguments):
 def read_tool_choice(choice, names, some_left_out):
     """(wanted, must): the tools that may be called, None for all; whether one must be.
 
-    `names`: the function tools there are; `some_left_out`: there were others, so a name
-    that is not among them is no mistake of the client's.
+    `names`: the function tools there are; `some_left_out`: there were others, so that
+    the client may well choose a tool that is not among them.
     """
     if isinstance(choice, str):
-        if choice not in ("none", "auto", "required"):
-            words = "'tool_choice' must be none, auto, required or an object."
-            raise RequestError(words, "tool_choice")
+        need_word(choice, ("none", "auto", "required"), "tool_choice")
         return (set() if choice == "none" else None), choice == "required"
     path = "tool_choice"
     if choice.get("type") == "allowed_tools":
@@ -1888,8 +1898,8 @@ def read_tool_choice(choice, names, some_left_out):
     unknown = wanted.difference(names, [""])
     if unknown and not some_left_out:
         shown = ascii(min(unknown)[:200])
-        words = f"'tool_choice' names the tool {shown}, which is not in 'tools'."
-        raise RequestError(words, "tool_choice")
+        raise RequestError(
+            f"'tool_choice' names the tool {shown}, which is not in 'tools'.", "tool_choice")
     must = allowed.get("mode") == "required"
     # If all that may be called was left out, a demand for a call would never be met.
     if must and wanted.isdisjoint(names):
@@ -1898,7 +1908,7 @@ def read_tool_choice(choice, names, some_left_out):
 
 
 def chosen_name(tool):
-    """The name in one entry of a tool choice; "" for a tool that is no function."""
+    """The name in one entry of a tool choice; "" for Z.ai's own tools."""
     if expect(tool, dict, "tool_choice").get("type", "function") == "function":
         function = need(tool, "function", dict, "tool_choice")
         return need(function, "name", str, "tool_choice.function")
@@ -1909,9 +1919,7 @@ def read_thinking(thinking, request, default):
     """(wish, field): True, False or None for no wish, and the field that says it."""
     kind = thinking.get("type")
     if kind is not None:
-        if kind not in ("enabled", "disabled"):
-            words = "'thinking.type' must be enabled or disabled."
-            raise RequestError(words, "thinking.type")
+        need_word(kind, ("enabled", "disabled"), "thinking.type")
         return kind == "enabled", "thinking"
     if "enable_thinking" in request:
         return request["enable_thinking"], "enable_thinking"
@@ -2962,6 +2970,9 @@ class Front:
     # Whether a stream that fails ends without the last chunk of its coding, so that
     # nobody who overlooks the error takes half an answer for a whole one.
     cuts_failures = True
+    # Whether a request fails over a picture or a file that its model does not take; if
+    # not, a text stands in its place.
+    refuses_media = True
 
     @classmethod
     def read(cls, body, caller, settings):
@@ -3183,10 +3194,6 @@ def typed_event(value):
     return f"event: {value['type']}\ndata: {encode_text(value)}\n\n"
 
 
-def text_part(text):
-    return {"type": "text", "text": text}
-
-
 def parts_of(content):
     """A list of parts, dicts with a type. A string stands for one text."""
     expect(content, (str, list), "content")
@@ -3262,7 +3269,7 @@ class Conversation:
     them.
     """
 
-    def __init__(self, body, fields, caller, settings):
+    def __init__(self, body, fields, caller):
         """`fields`: a field's name in the API -> in chat, "" if it is read
         elsewhere."""
         self.caller = caller
@@ -3281,10 +3288,6 @@ class Conversation:
         self.answered = False  # one of them has come
         self.behind = []  # what others said since
         self.referred = set()  # the ids of items that were put in for a reference
-        # Whether a picture can stay depends on the model. A wrong name is refused
-        # later.
-        id = zai_model_id(str(body.get("model")), settings.model_aliases)
-        self.translation = Translation({}, id, self.changed)
 
     # What the conversation is made of
 
@@ -3308,9 +3311,17 @@ class Conversation:
         role = need(item, "role", str, "input")
         parts = self.parts(item.get("content"))
         if role == "assistant":
-            self.say("content", joined_text(parts))
+            self.say("content", "\n".join(map(self.text_of_assistant, parts)))
         else:
             self.add("system" if role == "developer" else role, parts)
+
+    def text_of_assistant(self, part):
+        kind = part["type"]
+        if kind == "text":
+            return part["text"]
+        noun = MEDIA.get(kind, name_of(kind))
+        self.changed.append(noun)
+        return f"[{noun} left out: a message of the assistant takes text only]"
 
     def read_reasoning(self, item):
         text = str(item.get("encrypted_content"))
@@ -3415,8 +3426,7 @@ class Conversation:
         return [self.part(part) for part in parts_of(content)]
 
     def part(self, part):
-        """A part as chat has it. A text stands for what this model does not take: a
-        refusal would come again with each turn, as clients keep what they once sent."""
+        """A part as chat has it."""
         kind = part["type"]
         if isinstance(part.get("source"), dict):
             part = read_source(kind, part["source"])
@@ -3433,7 +3443,7 @@ class Conversation:
             if field == "file_data":
                 file = {"filename": "file", field: value}
                 part = {"type": "file", "file": file}
-        return self.translation.part(part, "tool", "content", False)
+        return part
 
     # Tools
 
@@ -3575,6 +3585,9 @@ class Itemized(Front):
 
     # Both APIs have an event for the failure, so that nobody overlooks it.
     cuts_failures = False
+    # Their clients are agents, which keep what they once sent: a refusal would come
+    # again with each turn.
+    refuses_media = False
 
     def __init__(self, id_prefix, body, conversation, hidden):
         self.id = new_id(id_prefix)
@@ -3718,7 +3731,7 @@ class Messages(Itemized):
             # Anthropic's SDK then sends the whole conversation.
             words = "Threads are not kept here: send all messages."
             raise RequestError(words, "thread", code=NO_THREADS)
-        conversation = Conversation(body, MESSAGES_FIELDS, caller, settings)
+        conversation = Conversation(body, MESSAGES_FIELDS, caller)
         system = parts_of(body.get("system", []))
         for part in system:
             if not str(part.get("text")).startswith(BILLING):
@@ -4073,7 +4086,7 @@ class Responses(Itemized):
         if "input" not in body:
             words = "Missing required parameter: 'input'."
             raise RequestError(words, "input", code="missing_required_parameter")
-        conversation = Conversation(body, RESPONSES_FIELDS, caller, settings)
+        conversation = Conversation(body, RESPONSES_FIELDS, caller)
         if "instructions" in body:
             conversation.add("system", parts_of(body["instructions"]))
         items = body["input"]
@@ -6433,7 +6446,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             caller = Caller(self.fields, self.client_key, record.began, self.server.memory)
             record.model = self.settings.redact(str(body.get("model", ""))[:200])[:100]
             front, request = self.front.read(body, caller, self.settings)
-            asked = to_zai_request(request, self.settings)
+            asked = to_zai_request(request, self.settings, front.refuses_media)
             self.front = front
             record.changed = some_of([*front.changed, *asked.changed])
             record.model_id = asked.body["model"]
