@@ -2955,50 +2955,33 @@ class Caller(NamedTuple):
 
 class Front:
     """One API in front of Z.ai's. An object is one request, and what its answer must
-    repeat.
+    repeat. A class has, beside what stands here,
 
-    `stream`, `model` (as the client named it) and `changed` (short names of what read()
-    left out) are set by read().
+    read(body, caller, settings): a class method: (front, chat request) for a client's
+        JSON; RequestError in the client's terms.
+    opening(): the SSE text before all steps; it is also the first sign of life.
+    heartbeat(): SSE text that is harmless to every client of this API.
+    tell(steps): the SSE text of some steps, "" if there is nothing to say yet.
+    whole(fold): the JSON answer, a dict.
     """
 
-    # What the two styles of an API's errors share; a class may have its own.
+    # Set by read(); of these, `model` is as the client named it.
     stream = False
+    model = ""
+    # Short names of what read() left out.
+    changed = ()
     # The request did not say whether it wants a stream.
     stream_defaulted = False
-    model = ""
-    changed = ()
     # Whether a stream that fails ends without the last chunk of its coding, so that
-    # nobody who overlooks the error takes half an answer for a whole one.
+    # a client that overlooks the error does not take half an answer for a whole one.
     cuts_failures = True
     # Whether a request fails over a picture or a file that its model does not take; if
     # not, a text stands in its place.
     refuses_media = True
 
-    @classmethod
-    def read(cls, body, caller, settings):
-        """(front, chat request) for a client's JSON; RequestError in the client's
-        terms."""
-        raise NotImplementedError
-
-    def opening(self):
-        """The SSE text before all steps; it is also the first sign of life."""
-        return ""
-
-    def heartbeat(self):
-        """SSE text that is harmless to every client of this API."""
-        raise NotImplementedError
-
-    def tell(self, steps):
-        """The SSE text of some steps, "" if there is nothing to say yet."""
-        raise NotImplementedError
-
     def failure(self, error):
         """The SSE text that ends a stream badly."""
         return encode_event(self.error(error))
-
-    def whole(self, fold):
-        """The JSON answer, a dict."""
-        raise NotImplementedError
 
     @staticmethod
     def error(error, request_id=""):
@@ -3018,25 +3001,18 @@ class Front:
 
 # User-Agents of programs that read one JSON answer unless they ask for a stream
 # themselves, as OpenAI's API does. To add one, add a row.
-EXPECTS_JSON = tuple(re.compile(pattern, re.IGNORECASE) for pattern in (
-    "ai-sdk/",
-    "async-openai",  # Rust
-    "lm15",  # dspy
-    "^(?:node|undici)$",  # fetch in Node, promptfoo
-    "go-http-client|langchaingo",
-    "^java|okhttp|apache-httpclient",
-))
+EXPECTS_JSON = re.compile(r"""
+    ai-sdk/
+    | async-openai  # Rust
+    | lm15  # dspy
+    | ^(?:node|undici)$  # fetch in Node, promptfoo
+    | go-http-client | langchaingo
+    | ^java | okhttp | apache-httpclient
+    """, re.IGNORECASE | re.VERBOSE)
 
 # Programs that lose what they have not yet read over a cut, and with it the error
 # itself. Browsers, which send an Origin, do so too.
 LOSES_ERROR_OVER_CUT = re.compile("ai-sdk/|aiohttp", re.IGNORECASE)
-
-
-def expects_json(headers):
-    if "application/json" in headers.get("accept", "").lower():
-        return True
-    user_agent = headers.get("user-agent", "")
-    return any(pattern.search(user_agent) for pattern in EXPECTS_JSON)
 
 
 # What a step's reason is called here, where it is not the same word.
@@ -3051,7 +3027,9 @@ class Chat(Front):
     hidden.
     """
 
-    def __init__(self, id, created, model, stream=True, include_usage=False, reasoning="parsed"):
+    def __init__(
+        self, id, created, model, stream=True, include_usage=False, reasoning="parsed",
+    ):
         self.id = id
         self.created = created
         self.model = model
@@ -3068,20 +3046,21 @@ class Chat(Front):
     @classmethod
     def read(cls, body, caller, settings):
         request = dict(body)
-        model = request.get("model")
-        options = request.get("stream_options")
+        options = as_dict(request.get("stream_options"))
         user_agent = caller.headers.get("user-agent", "")
-        defaulted = request.get("stream") is None and not expects_json(caller.headers)
-        if request.get("stream") is None:
-            request["stream"] = defaulted and settings.default_stream
+        accept = caller.headers.get("accept", "").lower()
+        expects_json = "application/json" in accept or EXPECTS_JSON.search(user_agent)
+        is_silent = request.get("stream") is None
+        if is_silent:
+            request["stream"] = not expects_json and settings.default_stream
         front = cls(
             id=new_id("chatcmpl-"),
             created=int(caller.now),
-            model=model if isinstance(model, str) else "",
+            model=str(request.get("model")),
             stream=request["stream"],
-            include_usage=isinstance(options, dict) and bool(options.get("include_usage")),
+            include_usage=bool(options.get("include_usage")),
             reasoning=request.get("reasoning_format") or settings.reasoning_format)
-        front.stream_defaulted = defaulted
+        front.stream_defaulted = is_silent and not expects_json
         loses_error = LOSES_ERROR_OVER_CUT.search(user_agent) or "origin" in caller.headers
         front.cuts_failures = not loses_error
         return front, request
@@ -3107,7 +3086,8 @@ class Chat(Front):
             call = self._whole_call(step)
             text += self._call({"index": step.index, **call})
         elif step.kind == ARGUMENTS:
-            text += self._call({"index": step.index, "function": {"arguments": step.text}})
+            piece = {"index": step.index, "function": {"arguments": step.text}}
+            text += self._call(piece)
         elif step.kind == FINISH:
             text += self._finish(step)
         return text
@@ -3182,16 +3162,17 @@ class Chat(Front):
     @staticmethod
     def _whole_call(item):
         """The object of a tool call, from an Item or a Step."""
-        function = {"name": item.name, "arguments": item.text}
-        return {"id": item.id, "type": "function", "function": function}
+        function = function_object(name=item.name, arguments=item.text)
+        return {"id": item.id, **function}
 
 
 # What Messages and Responses share. Both bring a conversation in pieces, of which a
 # chat request is made, and both tell an answer as a row of items, of which one is open.
 
-def typed_event(value):
+def typed_event(type, **fields):
     """The SSE text of a value whose type is also the event's name."""
-    return f"event: {value['type']}\ndata: {encode_text(value)}\n\n"
+    text = encode_text({"type": type, **fields})
+    return f"event: {type}\ndata: {text}\n\n"
 
 
 def parts_of(content):
@@ -3204,8 +3185,8 @@ def parts_of(content):
     return content
 
 
-def joined_text(parts):
-    texts = [part.get("text", "") for part in parts_of(parts)]
+def joined_text(content):
+    texts = [part.get("text", "") for part in parts_of(content)]
     return "\n".join(map(str, texts))
 
 
@@ -3254,6 +3235,8 @@ ITEM_READERS = {
     "compaction": "read_compaction",
     "compaction_trigger": "refuse_compaction",
 }
+# Fields that chat has under other names.
+CHAT_NAMES = {"max_output_tokens": "max_tokens", "stop_sequences": "stop"}
 TOOL_KEYS = ("type", "name", "namespace")
 MEDIA_FIELDS = ("image_url", "file_url", "file_data")
 # Stands before thinking that the client keeps for us. It is not encrypted.
@@ -3269,18 +3252,18 @@ class Conversation:
     them.
     """
 
-    def __init__(self, body, fields, caller):
-        """`fields`: a field's name in the API -> in chat, "" if it is read
-        elsewhere."""
+    def __init__(self, body, same, others, caller):
+        """`same`: the fields that mean the same in chat; `others`: those that are read
+        one by one, and those that ask for nothing."""
         self.caller = caller
         # These APIs take an absent "stream" for false, whatever DEFAULT_STREAM says.
         self.request = {"stream": False}
         self.changed = []
         for name, value in body.items():
-            if name not in fields:
+            if name in same:
+                self.request[CHAT_NAMES.get(name, name)] = value
+            elif name not in others:
                 self.changed.append(name_of(name))
-            elif fields[name]:
-                self.request[fields[name]] = value
         self.names = {}  # a tool's name in chat -> its type, name and namespace
         self.messages = []
         self.answer = {}  # the assistant's message that may go on
@@ -3336,30 +3319,24 @@ class Conversation:
         arguments = item.get("arguments")
         if item["type"] == "custom_tool_call":
             arguments = {"input": item.get("input")}
-        function = {"name": chat_name(item), "arguments": arguments}
         id = need(item, "call_id", str, "input")
         calls = self.open_turn().setdefault("tool_calls", [])
-        calls.append({
-            "id": id,
-            "type": "function",
-            "function": function,
-        })
+        function = function_object(name=chat_name(item), arguments=arguments)
+        calls.append({"id": id, **function})
         self.outputs[id] = None
 
     def read_output(self, item):
         """Without its call, an output can only be told as a user's words."""
         id = need(item, "call_id", str, "input")
         parts = self.parts(item.get("output", ""))
-        # is_error is a field of Messages.
-        silent = "error" not in joined_text(parts).lower()
-        if item.get("is_error") and silent:
+        # A field of Messages.
+        if item.get("is_error") and "error" not in joined_text(parts).lower():
             parts.insert(0, text_part("Error:"))
         if self.outputs.get(id, parts) is None:
             self.outputs[id] = parts
             self.answered = True
         else:
-            title = text_part(f"Output of the tool call {id}:")
-            self.add("user", [title, *parts])
+            self.add("user", [text_part(f"Output of the tool call {id}:"), *parts])
 
     def read_reference(self, item):
         id = need(item, "id", str, "input")
@@ -3435,8 +3412,9 @@ class Conversation:
                 return text_part(joined_text(part[field]))
         media = [field for field in MEDIA_FIELDS if part.get(field)]
         if kind.startswith("input_") and not media:
-            words = "No files are kept, and no audio is taken: send images and files as data."
-            raise RequestError(words, "input")
+            raise RequestError(
+                "No files are kept, and no audio is taken: send images and files as data.",
+                "input")
         for field in media:
             value = part[field]
             part = {"type": field, field: value}
@@ -3448,18 +3426,16 @@ class Conversation:
     # Tools
 
     def read_tools(self, holder, **namespace):
-        """Tools that are none of the client's go on as they are, to be left out by
-        name."""
-        tools = holder.get("tools", [])
-        for tool in expect(tools, list, "tools"):
+        """A chat tool for each of the client's. Those that run at OpenAI or Anthropic
+        go on as they are: section To Z.ai leaves them out by name."""
+        for tool in expect(holder.get("tools", []), list, "tools"):
             kind = need(tool, "type", str, "tools")
             # There is none in another: that would only be deep.
             if kind == "namespace" and not namespace:
                 self.read_tools(tool, namespace=tool.get("name"))
                 continue
             if kind in ("function", "custom"):
-                tool = {**without_nulls(tool), **namespace}
-                tool = self.read_tool(tool)
+                tool = self.read_tool({**without_nulls(tool), **namespace})
             self.request.setdefault("tools", []).append(tool)
 
     def read_tool(self, tool):
@@ -3473,12 +3449,7 @@ class Conversation:
             form = inner(tool, "format")
             texts = (text, form.get("syntax"), form.get("definition"))
             text = "\n".join(map(str, filter(None, texts)))
-        function = {
-            "name": name,
-            "description": text,
-            "parameters": schema,
-        }
-        return {"type": "function", "function": function}
+        return function_object(name=name, description=text, parameters=schema)
 
     def choice(self, choice):
         """tool_choice in chat's form."""
@@ -3494,14 +3465,13 @@ class Conversation:
     def chosen_tool(choice):
         """What names no function goes on as it is."""
         kind = isinstance(choice, dict) and choice.get("type")
-        if kind not in ("function", "custom"):
-            return choice
-        function = {"name": chat_name(choice)}
-        return {"type": "function", "function": function}
+        if kind in ("function", "custom"):
+            return function_object(name=chat_name(choice))
+        return choice
 
     def read_format(self, form):
+        # Here the schema lies flat beside the type.
         if isinstance(form, dict) and form.get("type") == "json_schema":
-            # Here the schema lies flat beside the type.
             form = {"type": "json_schema", "json_schema": form}
         self.request["response_format"] = form
 
@@ -3543,8 +3513,7 @@ class OneCallAtATime:
         for step in steps:
             if step.kind == FINISH:
                 # Calls that never became whole hold nothing up any more.
-                told += self._release()
-                while self.held:
+                while self.index is not None:
                     told += self._release()
                 told.append(step)
             elif self.index not in (None, step.index):
@@ -3604,25 +3573,21 @@ class Itemized(Front):
         self.answer = None
 
     def tell(self, steps):
-        steps = self.order.feed(steps)
-        return "".join(map(self._tell, steps))
+        return "".join(map(self._tell, self.order.feed(steps)))
 
     def _tell(self, step):
+        kind = step.kind
         # After a RESTART the thinking just goes on: nothing else has been told by then.
-        if step.kind == RESTART:
+        if kind == RESTART or kind == THINKING and self.hidden:
             return ""
-        if step.kind == THINKING and self.hidden:
-            return ""
-        kind = CALL if step.kind == ARGUMENTS else step.kind
-        text = ""
         if kind == FINISH:
             self.finish = step.text
-        goes_on = self.open and self.open.kind == kind
-        if step.kind == CALL or not goes_on:
+            return self._close() + self._finish(step)
+        text = ""
+        # Arguments belong to the call that is open, and another call never does.
+        goes_on = kind != CALL and self.open and self.open.kind == kind
+        if kind != ARGUMENTS and not goes_on:
             text = self._close()
-        if kind == FINISH:
-            return text + self._finish(step)
-        if not self.open:
             self.open = Item(kind, step.id, step.name)
             text += self._begin(self.open)
         if step.text:
@@ -3638,20 +3603,18 @@ class Itemized(Front):
 
     def whole(self, fold):
         """The answer that the same steps give as a stream."""
-        steps = []
         for i, item in enumerate(fold.items):
-            steps.append(Step(item.kind, item.text, i, item.id, item.name))
-        steps.append(Step(FINISH, fold.finish, usage=fold.usage))
-        self.tell(steps)
+            step = Step(item.kind, item.text, i, item.id, item.name)
+            self.tell([step])
+        self.tell([Step(FINISH, fold.finish, usage=fold.usage)])
         return self.answer
 
     def find_tool(self, name):
         """The client's terms for what the model called. It may leave out a
         namespace."""
-        tools = self.names.values()
-        bare = [tool for tool in tools if tool["name"] == name]
         if name in self.names:
             return self.names[name]
+        bare = [tool for tool in self.names.values() if tool["name"] == name]
         return bare[0] if len(bare) == 1 else {"name": name}
 
 
@@ -3664,37 +3627,17 @@ NO_USAGE = {
 }
 
 
-# Anthropic's names of fields, and chat's; "" for those that are read one by one.
-MESSAGES_FIELDS = {
-    "model": "model",
-    "max_tokens": "max_tokens",
-    "temperature": "temperature",
-    "top_p": "top_p",
-    "stop_sequences": "stop",
-    "stream": "stream",
-    "messages": "",
-    "system": "",
-    "tools": "",
-    "tool_choice": "",
-    "thinking": "",
-    "output_config": "",
-    "output_format": "",
-    "metadata": "",
-    "cache_control": "",
-}
+# The fields that mean the same in chat, and the others; all else is dropped by name.
+MESSAGES_SAME = ("model", "max_tokens", "temperature", "top_p", "stop_sequences", "stream")
+MESSAGES_OTHERS = (
+    "messages", "system", "tools", "tool_choice", "thinking", "output_config",
+    "output_format", "metadata", "cache_control")
 STOP_REASONS = {
     "stop": "end_turn",
     "tool_calls": "tool_use",
     "length": "max_tokens",
     "content_filter": "refusal",
     "context_window": "model_context_window_exceeded",
-}
-MESSAGE = {
-    "type": "message",
-    "role": "assistant",
-    "content": [],
-    "stop_reason": None,
-    "stop_sequence": None,
 }
 # How a block begins, its delta, and the delta's field that holds the text.
 BLOCKS = {
@@ -3704,15 +3647,15 @@ BLOCKS = {
     "call": ({"type": "tool_use", "input": {}}, "input_json_delta", "partial_json"),
 }
 ANTHROPIC_ERRORS = {
-    "401": "authentication_error",
-    "403": "permission_error",
-    "404": "not_found_error",
-    "413": "request_too_large",
-    "429": "rate_limit_error",
-    "500": "api_error",
-    "502": "api_error",
-    "503": "overloaded_error",
-    "504": "timeout_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    500: "api_error",
+    502: "api_error",
+    503: "overloaded_error",
+    504: "timeout_error",
 }
 # What cannot heal has a status that Anthropic's clients do not repeat.
 HOPELESS_STATUSES = {402: 403, 500: 400, 502: 400}
@@ -3729,33 +3672,30 @@ class Messages(Itemized):
         body = without_nulls(body)
         if "thread" in body:
             # Anthropic's SDK then sends the whole conversation.
-            words = "Threads are not kept here: send all messages."
-            raise RequestError(words, "thread", code=NO_THREADS)
-        conversation = Conversation(body, MESSAGES_FIELDS, caller)
-        system = parts_of(body.get("system", []))
-        for part in system:
+            raise RequestError(
+                "Threads are not kept here: send all messages.", "thread", code=NO_THREADS)
+        conversation = Conversation(body, MESSAGES_SAME, MESSAGES_OTHERS, caller)
+        for part in parts_of(body.get("system", [])):
             if not str(part.get("text")).startswith(BILLING):
                 conversation.add("system", [part])
         conversation.read(to_items(body.get("messages")))
         tools = expect(body.get("tools", []), list, "tools")
-        tools = list(map(to_flat_tool, tools))
-        conversation.read_tools({"tools": tools})
+        conversation.read_tools({"tools": list(map(to_flat_tool, tools))})
         request = conversation.request
         request.update(read_asides(body, conversation))
         # Who did not ask for thinking reads content[0] as the text.
-        hidden = request["thinking"]["type"] == "disabled"
-        hidden = hidden or settings.reasoning_format == "hidden"
+        is_unwanted = request["thinking"]["type"] == "disabled"
+        hidden = is_unwanted or settings.reasoning_format == "hidden"
         return cls("msg_", body, conversation, hidden), request
 
     def opening(self):
-        message = self._message({})
-        return typed_event({"type": "message_start", "message": message})
+        return typed_event("message_start", message=self._message(None, [], None))
 
     def heartbeat(self):
-        return typed_event({"type": "ping"})
+        return typed_event("ping")
 
     def failure(self, error):
-        return typed_event(self.error(error))
+        return typed_event(**self.error(error))
 
     def _begin(self, item):
         return self._event("start", content_block=self._block(item))
@@ -3779,24 +3719,14 @@ class Messages(Itemized):
         return text
 
     def _finish(self, step):
-        reason = STOP_REASONS[step.text]
-        self.answer = self._message(
-            step.usage or {}, content=self.items, stop_reason=reason)
-        # Which stop word was hit is not known.
-        delta = {"stop_reason": reason, "stop_sequence": None}
-        end = {
-            "type": "message_delta",
-            "delta": delta,
-            "usage": self.answer["usage"],
-        }
-        return typed_event(end) + typed_event({"type": "message_stop"})
+        answer = self._message(step.usage, self.items, STOP_REASONS[step.text])
+        self.answer = answer
+        delta = {name: answer[name] for name in ("stop_reason", "stop_sequence")}
+        end = typed_event("message_delta", delta=delta, usage=answer["usage"])
+        return end + typed_event("message_stop")
 
     def _event(self, name, **fields):
-        return typed_event({
-            "type": f"content_block_{name}",
-            "index": len(self.items),
-            **fields,
-        })
+        return typed_event(f"content_block_{name}", index=len(self.items), **fields)
 
     def _block(self, item):
         block = dict(BLOCKS[item.kind][0])
@@ -3805,8 +3735,8 @@ class Messages(Itemized):
             block.update(id=item.id, name=tool["name"])
         return block
 
-    def _message(self, usage, **fields):
-        usage = {**NO_USAGE, **usage}
+    def _message(self, usage, content, stop_reason):
+        usage = {**NO_USAGE, **(usage or {})}
         cached = usage["prompt_tokens_details"]["cached_tokens"]
         # Anthropic counts the cached tokens apart.
         counts = {
@@ -3816,29 +3746,27 @@ class Messages(Itemized):
             "output_tokens": usage["completion_tokens"],
         }
         return {
-            **MESSAGE,
             "id": self.id,
+            "type": "message",
+            "role": "assistant",
             "model": self.model,
+            "content": content,
+            "stop_reason": stop_reason,
+            # Which stop word was hit is not known.
+            "stop_sequence": None,
             "usage": counts,
-            **fields,
         }
 
     @staticmethod
     def error(error, request_id=""):
-        status = str(Messages.status(error))
-        message = error.message
+        kind = ANTHROPIC_ERRORS.get(Messages.status(error), "invalid_request_error")
+        told = {"type": kind, "message": error.message}
         if error.code == "context_length_exceeded":
             # Claude Code shortens the conversation if it reads these words first.
-            message = f"prompt is too long: {message}"
-        kind = ANTHROPIC_ERRORS.get(status, "invalid_request_error")
-        told = {"type": kind, "message": message}
+            told["message"] = f"prompt is too long: {error.message}"
         if error.code == NO_THREADS:
             told["details"] = {"error_code": error.code}
-        return {
-            "type": "error",
-            "error": told,
-            "request_id": request_id or None,
-        }
+        return {"type": "error", "error": told, "request_id": request_id or None}
 
     @staticmethod
     def status(error):
@@ -3880,12 +3808,7 @@ def to_flat_tool(tool):
     tool = without_nulls(expect(tool, dict, "tools"))
     if tool.get("type", "custom") != "custom":
         return tool
-    schema = tool.get("input_schema")
-    return {
-        **tool,
-        "type": "function",
-        "parameters": schema,
-    }
+    return {**tool, "type": "function", "parameters": tool.get("input_schema")}
 
 
 def read_asides(body, conversation):
@@ -3902,8 +3825,7 @@ def read_asides(body, conversation):
         kind = need(choice, "type", str, "tool_choice")
         named = {**choice, "type": "function"}
         words = {"any": "required", "tool": named}
-        choice = words.get(kind, kind)
-        fields["tool_choice"] = conversation.choice(choice)
+        fields["tool_choice"] = conversation.choice(words.get(kind, kind))
     user = inner(body, "metadata").get("user_id")
     if isinstance(user, str):
         # Claude Code's has 150 characters; Z.ai takes 128.
@@ -3911,43 +3833,22 @@ def read_asides(body, conversation):
     # Not to ask for thinking is to want none.
     thinking = inner(body, "thinking")
     kind = thinking.get("type", "disabled")
-    wish = "enabled" if kind == "adaptive" else kind
-    fields["thinking"] = {"type": wish}
-    budget = thinking.get("budget_tokens")
+    effort = effort_of_budget(thinking.get("budget_tokens"))
     if kind == "adaptive":
-        fields["reasoning_effort"] = config.get("effort")
-    elif type(budget) is int:
-        fields["reasoning_effort"] = effort_of_budget(budget)
+        kind = "enabled"
+        effort = config.get("effort")
+    fields["thinking"] = {"type": kind}
+    fields["reasoning_effort"] = effort
     return fields
 
 
-# OpenAI's names of fields, and chat's; "" for those that are read one by one, and for
-# those that ask for nothing.
-RESPONSES_FIELDS = {
-    "model": "model",
-    "max_output_tokens": "max_tokens",
-    "temperature": "temperature",
-    "top_p": "top_p",
-    "user": "user",
-    "user_id": "user_id",
-    "stop": "stop",
-    "seed": "seed",
-    "parallel_tool_calls": "parallel_tool_calls",
-    "stream": "stream",
-    "thinking": "thinking",
-    "enable_thinking": "enable_thinking",
-    "input": "",
-    "instructions": "",
-    "tools": "",
-    "tool_choice": "",
-    "text": "",
-    "reasoning": "",
-    "include": "",
-    "store": "",
-    "stream_options": "",
-    "client_metadata": "",
-    "background": "",
-}
+# As for Messages.
+RESPONSES_SAME = (
+    "model", "max_output_tokens", "temperature", "top_p", "user", "user_id", "stop", "seed",
+    "parallel_tool_calls", "stream", "thinking", "enable_thinking")
+RESPONSES_OTHERS = (
+    "input", "instructions", "tools", "tool_choice", "text", "reasoning", "include",
+    "store", "stream_options", "client_metadata", "background")
 # What would need a memory of answers. VS Code sends everything again at the first code.
 STATEFUL = {
     "previous_response_id": "previous_response_not_found",
@@ -3996,56 +3897,53 @@ INCOMPLETE = {
 FAILURES = ("insufficient_quota", "context_length_exceeded", "rate_limit_exceeded")
 # A 401 asks for a key; the others Codex takes as they are meant.
 KEPT_STATUSES = (401, 404, 405, 426, 429)
-# How an item of each kind begins, and where its text is: in the item's `field`, inside
-# a part if there is one, and in `text` of the event behind its deltas. `place` is
-# in all events between the item's first and last.
+
+
+class Shape(NamedTuple):
+    """How an item of one kind is told."""
+    id: str      # what its id begins with
+    item: dict   # its beginning
+    field: str   # the one of its fields where its text is in the end
+    events: str  # what the events are called that bring the text
+    # The part that stands around some texts, its events, and its place in the item.
+    part: dict | None
+    part_events: str
+    place: dict
+
+
 SHAPES = {
-    "thinking": {
-        "id": "rs_",
-        "field": "summary",
-        "events": "reasoning_summary_text",
-        "text": "text",
-        "part_events": "reasoning_summary_part",
-        "place": {"summary_index": 0},
-        "part": {"type": "summary_text"},
-        "item": {
-            "type": "reasoning",
-            "status": "in_progress",
-            "summary": [],
-            "encrypted_content": None,
-        },
-    },
-    "text": {
-        "id": "msg_",
-        "field": "content",
-        "events": "output_text",
-        "text": "text",
-        "part_events": "content_part",
-        "place": {"content_index": 0, "logprobs": []},
-        "part": {"type": "output_text", "annotations": [], "logprobs": []},
-        "item": {
-            "type": "message",
-            "status": "in_progress",
-            "role": "assistant",
-            "content": [],
-        },
-    },
-    "call": {
-        "id": "fc_",
-        "field": "arguments",
-        "events": "function_call_arguments",
-        "text": "arguments",
-        "place": {},
-        "item": {"type": "function_call", "status": "in_progress", "arguments": ""},
-    },
-    "custom": {
-        "id": "ctc_",
-        "field": "input",
-        "events": "custom_tool_call_input",
-        "text": "input",
-        "place": {},
-        "item": {"type": "custom_tool_call", "status": "in_progress", "input": ""},
-    },
+    "thinking": Shape(
+        "rs_",
+        {"type": "reasoning", "summary": [], "encrypted_content": None},
+        "summary",
+        "reasoning_summary_text",
+        {"type": "summary_text"},
+        "reasoning_summary_part",
+        {"summary_index": 0},
+    ),
+    "text": Shape(
+        "msg_",
+        {"type": "message", "role": "assistant", "content": []},
+        "content",
+        "output_text",
+        {"type": "output_text", "annotations": [], "logprobs": []},
+        "content_part",
+        {"content_index": 0, "logprobs": []},
+    ),
+    "call": Shape(
+        "fc_",
+        {"type": "function_call", "arguments": ""},
+        "arguments",
+        "function_call_arguments",
+        None, "", {},
+    ),
+    "custom": Shape(
+        "ctc_",
+        {"type": "custom_tool_call", "input": ""},
+        "input",
+        "custom_tool_call_input",
+        None, "", {},
+    ),
 }
 
 
@@ -4081,18 +3979,17 @@ class Responses(Itemized):
         body = without_nulls(body)
         for name, code in STATEFUL.items():
             if body.get(name):
-                words = f"'{name}' is not served: no responses are kept. Send the whole input."
-                raise RequestError(words, name, code=code)
+                raise RequestError(
+                    f"'{name}' is not served: no responses are kept. Send the whole input.",
+                    name, code=code)
         if "input" not in body:
-            words = "Missing required parameter: 'input'."
-            raise RequestError(words, "input", code="missing_required_parameter")
-        conversation = Conversation(body, RESPONSES_FIELDS, caller)
+            raise missing("input")
+        conversation = Conversation(body, RESPONSES_SAME, RESPONSES_OTHERS, caller)
         if "instructions" in body:
             conversation.add("system", parts_of(body["instructions"]))
         items = body["input"]
         if isinstance(items, str):
-            message = {"role": "user", "content": items}
-            items = [message]
+            items = [{"role": "user", "content": items}]
         conversation.read_tools(body)
         conversation.read(items)
         request = conversation.request
@@ -4102,24 +3999,15 @@ class Responses(Itemized):
         conversation.read_format(text.get("format"))
         if "verbosity" in text:
             conversation.changed.append("verbosity")
-        wish = read_wish_to_think(body, settings)
-        request = {**wish, **request}
+        request = {**read_wish_to_think(body, settings), **request}
         hidden = settings.reasoning_format == "hidden"
         return cls(body, conversation, hidden, caller), request
 
     def opening(self):
         response = self._response("in_progress", output=[])
-        begin = {
-            "type": "response.created",
-            "sequence_number": 0,
-            "response": response,
-        }
-        go_on = {
-            "type": "response.in_progress",
-            "sequence_number": 1,
-            "response": response,
-        }
-        return typed_event(begin) + typed_event(go_on)
+        return "".join(
+            typed_event(f"response.{name}", sequence_number=number, response=response)
+            for number, name in enumerate(("created", "in_progress")))
 
     def heartbeat(self):
         """Behind the first item some clients take response.in_progress for a new
@@ -4134,30 +4022,30 @@ class Responses(Itemized):
         told = self.error(error)["error"]
         code = error.code
         if code not in FAILURES:
-            hopeless = error.retryable is False or error.status < 500
-            code = "invalid_prompt" if hopeless else "server_error"
+            code = "invalid_prompt" if self.status(error) < 500 else "server_error"
         message = error.message
         wait_s = error.headers().get("Retry-After")
         if wait_s:
             # Codex reads the time out of the text.
             message += f" Please try again in {wait_s}s."
-        failure = {"code": code, "message": message}
-        failed = self._response("failed", error=failure)
-        flat = {**told, "error": told}
+        failed = self._response("failed", error={"code": code, "message": message})
         # The event has a type of its own.
-        del flat["type"]
-        text = self._event("error", **flat)
+        flat = {name: told[name] for name in ("message", "param", "code")}
+        text = self._event("error", **flat, error=told)
         return text + self._event("response.failed", response=failed)
 
     def _begin(self, item):
         tool = {}
         if item.kind == CALL:
-            tool = self.find_tool(item.name)
-            tool = {**tool, "call_id": item.id}
+            tool = {**self.find_tool(item.name), "call_id": item.id}
         is_custom = tool.get("type") == "custom"
         self.shape = SHAPES["custom" if is_custom else item.kind]
-        id = new_id(self.shape["id"])
-        self.item = {**tool, **self.shape["item"], "id": id}
+        self.item = {
+            **tool,
+            **self.shape.item,
+            "id": new_id(self.shape.id),
+            "status": "in_progress",
+        }
         return self._item_event("added") + self._part_event("added", "")
 
     def _piece(self, item, text):
@@ -4172,14 +4060,13 @@ class Responses(Itemized):
         if "input" in self.item:
             text = unwrap_input(text)
             events = self._text_event("delta", delta=text)
-        fields = {self.shape["text"]: text}
+        fields = {"text" if self.shape.part else self.shape.field: text}
         if item.kind == CALL:
             fields["name"] = self.item["name"]
         events += self._text_event("done", **fields)
         events += self._part_event("done", text)
         part = self._part(text)
-        field = self.shape["field"]
-        self.item[field] = [part] if part else text
+        self.item[self.shape.field] = [part] if part else text
         if item.kind == THINKING and self.keeps_thinking:
             self.item["encrypted_content"] = MARK + text
         is_cut = self.finish in INCOMPLETE
@@ -4203,49 +4090,33 @@ class Responses(Itemized):
         return self._event(f"response.{status}", response=self.answer)
 
     def _response(self, status, **fields):
-        return {
-            **self.base,
-            "status": status,
-            "output": self.items,
-            **fields,
-        }
+        return {**self.base, "status": status, "output": self.items, **fields}
 
     def _event(self, kind, **fields):
-        value = {
-            "type": kind,
-            "sequence_number": self.number,
-            **fields,
-        }
+        number = self.number
         self.number += 1
-        return typed_event(value)
+        return typed_event(kind, sequence_number=number, **fields)
 
     def _item_event(self, stage):
-        fields = {
-            "output_index": len(self.items),
-            "item": self.item,
-        }
-        return self._event(f"response.output_item.{stage}", **fields)
+        return self._event(
+            f"response.output_item.{stage}", output_index=len(self.items), item=self.item)
 
     def _text_event(self, stage, **fields):
-        return self._inner_event(self.shape["events"], stage, fields)
+        return self._inner_event(self.shape.events, stage, fields)
 
     def _part_event(self, stage, text):
         part = self._part(text)
         if not part:
             return ""
-        return self._inner_event(self.shape["part_events"], stage, {"part": part})
+        return self._inner_event(self.shape.part_events, stage, {"part": part})
 
     def _part(self, text):
-        part = self.shape.get("part")
-        return part and {**part, "text": text}
+        return self.shape.part and {**self.shape.part, "text": text}
 
     def _inner_event(self, events, stage, fields):
-        place = {
-            "item_id": self.item["id"],
-            "output_index": len(self.items),
-            **self.shape["place"],
-        }
-        return self._event(f"response.{events}.{stage}", **place, **fields)
+        return self._event(
+            f"response.{events}.{stage}", item_id=self.item["id"],
+            output_index=len(self.items), **self.shape.place, **fields)
 
     @staticmethod
     def error(error, request_id=""):
@@ -4271,10 +4142,9 @@ def read_wish_to_think(body, settings):
     effort = reasoning.get("effort")
     if effort is not None:
         return {"reasoning_effort": "max" if effort == "ultra" else effort}
-    summary = reasoning.get("summary") or reasoning.get("generate_summary")
     # That is how Codex asks for thinking if it does not know the model.
-    wants = summary not in (None, "none", "off")
-    if wants and settings.enable_thinking is None:
+    summary = reasoning.get("summary") or reasoning.get("generate_summary")
+    if summary not in (None, "none", "off") and settings.enable_thinking is None:
         return {"enable_thinking": True}
     return {}
 
