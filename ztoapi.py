@@ -2574,6 +2574,9 @@ class Translator:
         reason = self.finish
         if self.is_stopped():
             reason = "stop"
+            # Z.ai's counts come at its own end. Programs that send stop words, such as
+            # smolagents, read the usage unasked.
+            self.usage = self.usage or to_openai_usage({})
         elif reason:
             self._give_rest()
         else:
@@ -6784,7 +6787,9 @@ def demo_call(tools, text):
 
 def demo_deltas(request):
     """The deltas that answer a request in Z.ai's dialect."""
-    last = request["messages"][-1]
+    # Claude Code puts a system message behind the user's.
+    spoken = [message for message in request["messages"] if message["role"] != "system"]
+    last = (spoken or request["messages"])[-1]
     text = last.get("content") or ""
     if isinstance(text, list):
         text = " ".join(part.get("text", "") for part in text)
