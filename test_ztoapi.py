@@ -4026,6 +4026,9 @@ ATTACKS = {
     "20,000 calls in one event": ({}, [calls_in(*[item("get_time", "{}")] * 20000), TOOLS_END]),
     "20,000 fragments in one event":
         ({}, [call("get_time", "{")] + [calls_in(*[item(None, " ", index=0)] * 20000), TOOLS_END]),
+    "200,000 fragments of the last of many calls":
+        ({}, [calls_in(*[item("get_time", "{", index=i) for i in range(128)]),
+              calls_in(*[item(None, " ", index=0)] * 200000), TOOLS_END]),
     "20,000 calls without a name": ({}, [calls_in(*[item(None, "", id=f"c{i}") for i in range(20000)]), TOOLS_END]),
     "arguments byte by byte":
         ({}, [call("get_time", "{")] + [calls_in(item(None, "[", index=0))] * 10000 + [TOOLS_END]),
@@ -8402,15 +8405,15 @@ def test_a_path_of_64_kb_takes_no_time(proxy):
 
 
 def test_who_finds_no_room_for_a_large_body_is_told_so():
-    budget = ztoapi.Budget(1 << 20)
-    with budget.room_for(1 << 19, 0.01), budget.room_for(1000, 0.01):
-        with pytest.raises(ApiError) as caught, budget.room_for(None, 0.01), budget.room_for(1 << 19, 0.01):
+    budget = ztoapi.Budget(1 << 24)
+    with budget.room_for(1 << 23, 0.01), budget.room_for(1000, 0.01):
+        with pytest.raises(ApiError) as caught, budget.room_for(None, 0.01), budget.room_for(1 << 23, 0.01):
             pytest.fail("there was no room")
     assert caught.value.status == 503
     assert caught.value.retry_after
     with budget.room_for(1 << 30, 0.01):
         assert budget.left_bytes == 0
-    assert budget.left_bytes == 1 << 20
+    assert budget.left_bytes == 1 << 24
 
 
 def streams(proxy, fields, lines):

@@ -1965,7 +1965,7 @@ FINISHES = {
     "model_context_window_exceeded": "context_window",
 }
 # An answer that is held as a whole takes that many bytes of memory at most.
-LONGEST_ANSWER_BYTES = 64 << 20
+LONGEST_ANSWER_BYTES = 32 << 20
 # So many characters may wait until it is clear what they are.
 LONGEST_HELD = 1 << 20
 # So many characters of arguments may come before the name of their call.
@@ -2388,6 +2388,7 @@ class Translator:
         if items and isinstance(items, list) and not self.is_stopped():
             self._flush(THINKING)
             self._flush(TEXT)
+            self._check_number(items)
             seen = set()
             for item in items:
                 if isinstance(item, dict):
@@ -2474,8 +2475,8 @@ class Translator:
         self.leak = None
         self.repaired += 1
         self.begun = True
-        self._check_number(self.leaked)
         self.leaked.append(call)
+        self._check_number(self.leaked)
 
     def _show_leak(self, closing):
         """It was no call, hence it was text."""
@@ -2553,17 +2554,17 @@ class Translator:
         known = [call for call in calls if call.takes(zai_id, index, name)]
         if known:
             return known[-1]
-        self._check_number(self.calls)
         # Clients take two calls with one id for one.
         is_taken = any(call.id == zai_id for call in self.calls)
         id = self.make_id() if is_taken or not zai_id else zai_id
         self.calls.append(ToolCall(id, zai_id, index))
+        self._check_number(self.calls)
         return self.calls[-1]
 
     @staticmethod
     def _check_number(calls):
-        """Before a further one."""
-        if len(calls) >= MOST_CALLS:
+        """Each piece is compared with all calls, so an event has no more of them."""
+        if len(calls) > MOST_CALLS:
             raise UpstreamError(f"Z.ai made more than {MOST_CALLS} tool calls.", GIVE_UP)
 
     # The end
@@ -6446,7 +6447,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             record.stream = front.stream
             record.stream_default = front.stream_defaulted
             if log.isEnabledFor(logging.DEBUG):
-                log.debug("%s to Z.ai: %s", record.id, self.settings.redact(shape(asked.body)))
+                words = self.settings.redact(shape(asked.body))[:2000]
+                log.debug("%s to Z.ai: %s", record.id, words)
             if not self.settings.zai_api_key:
                 raise missing_key()
             return front, self.server.upstream.job(asked, front.stream)
@@ -6485,8 +6487,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 class Budget:
     """Bytes that may be in use together. Who finds too few left waits."""
 
-    # Bodies of that size and smaller are no matter: there are MAX_CONNECTIONS at most.
-    SMALL_BYTES = 1 << 16
+    # Bodies of that size and smaller are no matter: few are decoded at once. So a few
+    # large ones that do not come hold up no others.
+    SMALL_BYTES = 1 << 20
 
     def __init__(self, total_bytes):
         self.total_bytes = total_bytes
