@@ -4922,6 +4922,7 @@ class Pump:
         with contextlib.suppress(KeyError, ValueError):
             self.selector.unregister(relay.connection.sock)
         relay.connection.release(relay.answer.reply.reusable)
+        # Last: who sees no relay any more may count on the connection in the pool.
         self.relays.discard(relay)
 
     # Some times a second
