@@ -352,7 +352,8 @@ class UpstreamError(ApiError):
     """Z.ai, or the road to it, failed.
 
     `verdict`: one of the eight above; `zai_code`: Z.ai's own code, "" without one;
-    `pause`: seconds that Z.ai itself asked to wait, or None.
+    `pause`: seconds that Z.ai itself asked to wait, or None; `step`: where the road
+    ended, "" if Z.ai was reached.
     """
 
     status = 502
@@ -361,6 +362,7 @@ class UpstreamError(ApiError):
 
     zai_code = ""
     pause = None
+    step = ""
 
     def __init__(self, message, verdict=TRY_AGAIN, **facts):
         super().__init__(message, verdict=verdict, **facts)
@@ -5063,13 +5065,14 @@ class ZaiRequest(urllib.request.Request):
 
 class Connection:
     """A socket to Z.ai with a request on its way. After the request it does not
-    block."""
+    block. `reused`: it comes from the pool."""
 
-    def __init__(self, sock, pool, key, reused):
+    reused = False
+
+    def __init__(self, sock, pool, key):
         self.sock = sock
         self.pool = pool
         self.key = key
-        self.reused = reused
 
     def send(self, data, timeout_s):
         self.sock.settimeout(timeout_s)
@@ -5110,29 +5113,27 @@ def dial(host, port, client, timeout_s):
     """socket.create_connection(), but with the time shared out among the addresses, as
     a dead IPv6 route must not use up IPv4's, and with the socket shown to the pump."""
     addresses = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
-    failure = OSError("no address for " + host)
-    for family, kind, protocol, _, address in addresses:
+    share_s = timeout_s / len(addresses)
+    while True:
         try:
-            # A system without IPv6 makes no socket for it.
-            sock = socket.socket(family, kind, protocol)
-            connect(sock, address, client, timeout_s / len(addresses))
+            sock = connect(addresses.pop(0), client, share_s)
             sock.settimeout(timeout_s)
             return sock
-        except OSError as error:
-            # With its traceback it would hold this frame, which holds it.
-            failure = error.with_traceback(None)
-    try:
-        raise failure
-    finally:
-        del failure
+        except OSError:
+            if not addresses:
+                raise
 
 
-def connect(sock, address, client, timeout_s):
+def connect(address_info, client, timeout_s):
+    family, kind, protocol, _, address = address_info
+    # A system without IPv6 makes no socket for it.
+    sock = socket.socket(family, kind, protocol)
     try:
         client.dial(sock)
         sock.settimeout(timeout_s)
         sock.connect(address)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return sock
     except BaseException:
         sock.close()
         raise
@@ -5144,111 +5145,99 @@ def open_tunnel(sock, request):
     if urllib.parse.urlsplit("//" + target).port is None:
         target += ":443"
     lines = [f"CONNECT {target} HTTP/1.1", f"Host: {target}"]
-    credentials = request.headers.pop("Proxy-authorization", None)
+    credentials = request.headers.get("Proxy-authorization")
     if credentials:
         lines.append(f"Proxy-Authorization: {credentials}")
     sock.sendall("\r\n".join([*lines, "", ""]).encode("latin-1"))
-    reader = HeadReader()
-    head = None
+    reply = Reply()
     try:
-        while head is None:
-            data = sock.recv(4096)
-            if not data:
-                raise OSError("the proxy closed the connection")
-            head = reader.feed(data)
-        status = parse_response_head(head)[1]
-    except (ValueError, OverflowError):
-        raise OSError("the proxy's answer is no HTTP") from None
-    if not 200 <= status < 300:
-        raise OSError(f"the proxy refused the tunnel with status {status}")
-
-
-def make_tls():
-    """The ssl context for Z.ai, with the system's certificates or SSL_CERT_FILE's."""
-    context = ssl.create_default_context()
-    context.set_alpn_protocols(["http/1.1"])
-    return context
+        while reply.status is None:
+            reply.feed(sock.recv(4096))
+    except UpstreamError:
+        raise OSError("the proxy hung up, or does not speak HTTP") from None
+    if not 200 <= reply.status < 300:
+        raise OSError(f"the proxy refused the tunnel with status {reply.status}")
 
 
 class KeepAliveHandler(urllib.request.BaseHandler):
     """http and https for an OpenerDirector. What it opens is a Connection."""
 
-    def __init__(self, pool, timeout_s):
+    def __init__(self, pool, send_timeout_s):
         self.pool = pool
-        # It bounds the sending of a request.
-        self.timeout_s = timeout_s
+        self.send_timeout_s = send_timeout_s
 
     @functools.cached_property
     def tls(self):
-        """Made when first needed: loading the system's certificates takes longer than
-        all the rest of the start."""
-        return make_tls()
+        """Made when first needed: loading the certificates, the system's or
+        SSL_CERT_FILE's, takes longer than all the rest of the start."""
+        context = ssl.create_default_context()
+        context.set_alpn_protocols(["http/1.1"])
+        return context
 
-    def http_open(self, request):
-        return self.connect(request, None)
-
-    def https_open(self, request):
-        return self.connect(request, self.tls)
-
-    def connect(self, request, tls):
-        key = (tls is not None, request.host, request._tunnel_host)
+    def connect(self, request):
+        key = (request.type, request.host, request._tunnel_host)
         sock = self.pool.take(key)
-        reused = sock is not None
-        if not reused:
-            sock = self._dial(request, tls)
-        request.client.dial(sock)
-        # A tunnel has taken the proxy's credentials; they are not for Z.ai.
+        connection = Connection(sock or self._dial(request), self.pool, key)
+        connection.reused = sock is not None
+        request.client.dial(connection.sock)
+        # Inside of a tunnel, a new one or one from the pool, the request goes to Z.ai,
+        # for whom the proxy's password is not.
         if request._tunnel_host:
             request.headers.pop("Proxy-authorization", None)
-        connection = Connection(sock, self.pool, key, reused)
-        connection.send(request.encode(), self.timeout_s)
+        connection.send(request.encode(), self.send_timeout_s)
         return connection
 
-    @staticmethod
-    def _dial(request, tls):
+    # The names that OpenerDirector looks for.
+    http_open = connect
+    https_open = connect
+
+    def _dial(self, request):
         place = urllib.parse.urlsplit("//" + request.host)
         if not place.hostname:
             raise ValueError("no host")
-        port = place.port or (443 if tls else 80)
+        is_tls = request.type == "https"
+        port = place.port or (443 if is_tls else 80)
         sock = dial(place.hostname, port, request.client, request.timeout)
         try:
             if request._tunnel_host:
                 open_tunnel(sock, request)
-            if tls:
-                name = urllib.parse.urlsplit("//" + (request._tunnel_host or request.host))
-                sock = tls.wrap_socket(
-                    sock, server_hostname=name.hostname, do_handshake_on_connect=False)
+            if is_tls:
+                zai = urllib.parse.urlsplit("//" + (request._tunnel_host or request.host))
+                sock = self.tls.wrap_socket(
+                    sock, server_hostname=zai.hostname, do_handshake_on_connect=False)
                 request.client.dial(sock)
                 sock.do_handshake()
+            return sock
         except BaseException:
             sock.close()
             raise
-        return sock
 
 
-PROXY_ADVICE = "Check HTTPS_PROXY and HTTP_PROXY"
+# What making a connection may raise, the likeliest cause of each, and what to tell. To
+# add a case, add a row above those of which it is a kind.
+CONNECTION_ERRORS = (
+    (ssl.SSLCertVerificationError, "TLS", GIVE_UP,
+     "Z.ai's TLS certificate could not be verified: {reason}. {certificates}"),
+    (ssl.SSLError, "TLS", TRY_AGAIN,
+     "TLS with Z.ai failed: {reason}. SSL_CERT_FILE names the certificates to trust."),
+    (socket.gaierror, "DNS", TRY_AGAIN, "Z.ai's address could not be found: {reason}."),
+    (socket.timeout, "TCP", TRY_AGAIN, "No answer of Z.ai within {seconds:g} s."),
+    (ValueError, "proxy", GIVE_UP,
+     "The address of the proxy is not a valid one. Check HTTPS_PROXY and HTTP_PROXY."),
+    (OSError, "TCP", TRY_AGAIN,
+     "The connection to Z.ai failed: {reason}. HTTPS_PROXY names a proxy to go through."),
+)
 
 
 def connection_error(error):
     """The UpstreamError for a connection that could not be made. It quotes no address:
     one of a proxy may hold a password."""
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return UpstreamError(
-            f"Z.ai's TLS certificate could not be verified: {error.verify_message}. "
-            + certificate_advice(), GIVE_UP)
-    if isinstance(error, ssl.SSLError):
-        return UpstreamError(
-            f"TLS with Z.ai failed: {error.reason or error}. A proxy or firewall may be in "
-            "between; SSL_CERT_FILE names the certificates to trust.")
-    if isinstance(error, socket.gaierror):
-        return UpstreamError(f"Z.ai's address could not be found: {error.strerror}.")
-    if isinstance(error, socket.timeout):
-        return UpstreamError(f"No connection to Z.ai within {CONNECT_TIMEOUT_S:g} s.")
-    if isinstance(error, ValueError):
-        return UpstreamError(
-            f"The address of the proxy is not a valid one. {PROXY_ADVICE}.", GIVE_UP)
-    reason = getattr(error, "strerror", None) or error
-    return UpstreamError(f"The connection to Z.ai failed: {reason}.")
+    row = next(row for row in CONNECTION_ERRORS if isinstance(error, row[0]))
+    _, step, verdict, words = row
+    text = getattr(error, "verify_message", None) or getattr(error, "strerror", None)
+    words = words.format(
+        reason=text or error, seconds=CONNECT_TIMEOUT_S, certificates=certificate_advice())
+    return UpstreamError(words, verdict, step=step)
 
 
 def certificate_advice():
@@ -5287,9 +5276,8 @@ class Upstream:
         self.proxies = proxies
         # The usual opener follows redirects, with the key, and opens files.
         self.opener = urllib.request.OpenerDirector()
-        self.keep_alive = KeepAliveHandler(self.pool, settings.upstream_timeout)
-        for handler in (urllib.request.ProxyHandler(proxies), self.keep_alive):
-            self.opener.add_handler(handler)
+        self.opener.add_handler(urllib.request.ProxyHandler(proxies))
+        self.opener.add_handler(KeepAliveHandler(self.pool, settings.upstream_timeout))
 
     def job(self, asked, streamed=True):
         """The Job for what to_zai_request() gave."""
@@ -5414,8 +5402,8 @@ class Upstream:
         """The Connection with a request on its way to Z.ai."""
         url = self.settings.zai_base_url + path
         if self.proxies.get(url.partition(":")[0], "").lower().startswith("socks"):
-            raise UpstreamError(
-                f"SOCKS proxies are not spoken here. {PROXY_ADVICE}.", GIVE_UP)
+            raise UpstreamError("SOCKS proxies are not spoken here. Check HTTPS_PROXY "
+                                "and HTTP_PROXY.", GIVE_UP, step="proxy")
         try:
             request = ZaiRequest(url, key.text, client, data)
             return self.opener.open(request, timeout=CONNECT_TIMEOUT_S)
@@ -5429,31 +5417,21 @@ class Upstream:
     def check_key(self, key, client):
         """GET {base}/models with one key: None if it was accepted, else the
         UpstreamError."""
-        try:
-            status, value = self._get_json("/models", key, client)
-        except UpstreamError as error:
-            return error
-        if status == 200 and isinstance(value, dict) and "data" in value:
-            return None
-        return zai_error(value, 404 if status == 200 else status)
-
-    def _get_json(self, path, key, client):
-        """(status, parsed body) of a small answer."""
-        connection = self.open(path, key, client)
         reply = Reply()
         body = b""
-        patience_s = min(CONNECT_TIMEOUT_S, self.settings.upstream_timeout)
         try:
-            connection.sock.settimeout(patience_s)
-            while not reply.complete and len(body) < Answer.LONGEST_ERROR_BYTES:
-                body += reply.feed(connection.sock.recv(65536))
-        except socket.timeout:
-            raise UpstreamError(f"Z.ai was silent for {patience_s:g} s.") from None
+            with self.open("/models", key, client).sock as sock:
+                sock.settimeout(min(CONNECT_TIMEOUT_S, self.settings.upstream_timeout))
+                while not reply.complete and len(body) < Answer.LONGEST_ERROR_BYTES:
+                    body += reply.feed(sock.recv(65536))
+        except UpstreamError as error:
+            return error
         except OSError as error:
-            raise connection_error(error) from None
-        finally:
-            connection.sock.close()
-        return reply.status, decode_leniently(body.decode("utf-8", "replace"))
+            return connection_error(error)
+        value = decode_leniently(body.decode("utf-8", "replace"))
+        if reply.status == 200 and isinstance(value, dict) and "data" in value:
+            return None
+        return zai_error(value, 404 if reply.status == 200 else reply.status)
 
     def close(self):
         self.pool.expire(float("inf"))
@@ -6763,8 +6741,10 @@ class DemoZai(socketserver.ThreadingTCPServer):
 
 # Check ################################################################################
 #
-# `--check` goes the way to Z.ai step by step, so that what is wrong is found before any
-# client is involved. It prints a line for each step: "ok", or "FAIL" and what to do.
+# `--check` tries each key, and then a chat, over the same road as the proxy's requests,
+# so that what is wrong is found before any client is involved. It prints a line for
+# each step: "ok", or "FAIL", where it failed (proxy, DNS, TCP, TLS, key, chat) and what
+# to do.
 
 # The models to try, the cheapest first. The Coding Plan (True) serves others.
 CHECK_MODELS = {True: ("glm-4.7", "glm-4.5-air"), False: ("glm-4.7-flash", "glm-4.6")}
@@ -6775,15 +6755,6 @@ CHECK_REQUEST = {
     "thinking": {"type": "disabled"},
     "stream": True,
 }
-
-HTTP_PORTS = {"http": 80, "https": 443}
-
-CHECK_ADVICE = {
-    "proxy": "Set HTTPS_PROXY to an address like http://host:8080, or unset it.",
-    "DNS": "Check the name, the network and the resolver.",
-    "TCP": "A firewall may be in between. If there is a proxy to use, set HTTPS_PROXY.",
-}
-
 
 def check(settings):
     """Print what was found. True if a chat would work."""
@@ -6796,84 +6767,34 @@ def check(settings):
             say(f"      {field.name.upper()}={shown}")
     if not (settings.zai_api_key or settings.demo_mode):
         say(f"FAIL  key: {NO_KEY}")
-        check_network(settings)
-        return False
     # Nobody connects to this server. It brings all that a chat needs, and the demo.
     with Server(dataclasses.replace(settings, port=0, host="127.0.0.1")) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         try:
-            return check_network(server.settings) and check_zai(server)
+            return check_zai(server)
         finally:
             server.stop(0)
-
-
-def check_network(settings):
-    """DNS, TCP and TLS on the way to ZAI_BASE_URL, or to the HTTP proxy in between."""
-    base = urllib.parse.urlsplit(settings.zai_base_url)
-    step = "proxy"
-    try:
-        proxy = None if settings.demo_mode else http_proxy(base)
-        host, port = proxy or (base.hostname, base.port or HTTP_PORTS[base.scheme])
-        step = "DNS"
-        found = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
-        addresses = sorted({info[4][0] for info in found})
-        say(f"ok    DNS: {host} is {', '.join(addresses)}")
-        step = "TCP"
-        with socket.create_connection((host, port), CONNECT_TIMEOUT_S) as sock:
-            say(f"ok    TCP: connected to port {port}")
-            if base.scheme == "https" and not proxy:
-                step = "TLS"
-                with make_tls().wrap_socket(sock, server_hostname=host) as tls:
-                    say(f"ok    TLS: certificate verified, {tls.version()}")
-        return True
-    except (OSError, ValueError) as error:
-        advice = CHECK_ADVICE.get(step) or certificate_advice()
-        say(f"FAIL  {step}: {error}. {advice}")
-        return False
-
-
-def http_proxy(base):
-    """(host, port) of the proxy that urllib uses for the URL `base`, or None.
-
-    ValueError if it cannot be used. The text never quotes it: it may hold a password.
-    """
-    text = urllib.request.getproxies().get(base.scheme)
-    if not text or urllib.request.proxy_bypass(base.netloc):
-        return None
-    scheme, _, address = text.rpartition("://")
-    if scheme.startswith("socks"):
-        raise ValueError("SOCKS is not supported")
-    try:
-        parts = urllib.parse.urlsplit(f"//{address}")
-        # urllib's default is not the proxy's, but that of the URL behind it.
-        port = parts.port or HTTP_PORTS[base.scheme]
-    except ValueError:
-        port = None
-    # "http:/host", with one slash, reads as a host called "http" with an empty port.
-    if not port or not parts.hostname or parts.netloc.endswith(":"):
-        raise ValueError("the address is not valid")
-    say(f"ok    proxy: {parts.hostname}:{port} (NO_PROXY={base.hostname} goes around it)")
-    return parts.hostname, port
 
 
 def check_zai(server):
     """Z.ai takes a key, and answers. The client who asks is one end of a socket
     pair."""
     ours, theirs = socket.socketpair()
-    client = Client(ours)
-    with ours, theirs, server.pump.minding(client):
+    with ours, theirs, server.pump.minding(Client(ours)) as client:
         return check_keys(server, client) and check_chat(server, client)
 
 
 def check_keys(server, client):
     """Each key against GET {base}/models. True if Z.ai takes at least one."""
     accepted = False
-    for key in server.upstream.gates.keys:
+    # Asking without a key tells at least whether Z.ai can be reached.
+    for key in server.upstream.gates.keys or [ZaiKey(0, "")]:
         error = server.upstream.check_key(key, client)
         if error:
-            say(f"FAIL  key {key.name}: {server.settings.redact(error.message)}")
+            words = server.settings.redact(error.message)
+            say(f"FAIL  {error.step or 'key ' + key.name}: {words}")
         else:
-            say(f"ok    key {key.name}: accepted")
+            say(f"ok    key {key.name}: accepted, so DNS, TCP and TLS are well")
             accepted = True
     return accepted
 
