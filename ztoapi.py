@@ -4522,22 +4522,14 @@ def ended(socks):
     cannot tell a client that only stopped sending from one that left; clients do not
     half-close, so an end means gone (nginx holds the same)."""
     if not hasattr(select, "POLLRDHUP"):
-        return [sock for sock in socks if is_at_end(sock)]
+        # Elsewhere than on Linux bytes that were sent ahead hide the end.
+        return [sock for sock in socks if peek(sock) == b""]
+    # All in one call: each call lets other threads run first.
     poll = select.poll()
-    by_fileno = {}
-    for sock in socks:
-        # A handler's thread may close its socket at any time; then this is -1.
-        fileno = sock.fileno()
-        if fileno >= 0:
-            by_fileno[fileno] = sock
-            poll.register(fileno, select.POLLRDHUP)
+    by_fileno = {sock.fileno(): sock for sock in socks}
+    for fileno in by_fileno:
+        poll.register(fileno, select.POLLRDHUP)
     return [by_fileno[fileno] for fileno, _ in poll.poll(0)]
-
-
-def is_at_end(sock):
-    """Whether the end is the next thing to read. Elsewhere than on Linux bytes that
-    were sent ahead hide it."""
-    return peek(sock) == b""
 
 
 def peek(sock):
@@ -4566,7 +4558,7 @@ class Outbox:
     bytes. `chunked`: HTTP/1.1's coding is used.
     """
 
-    def __init__(self, connection, make_head, front, chunked=True, clock=time.monotonic):
+    def __init__(self, connection, make_head, front, chunked=True):
         self.connection = connection
         self.make_head = make_head
         self.front = front
@@ -4575,20 +4567,18 @@ class Outbox:
         self.started = False
         # Nothing may follow the last byte.
         self.finished = False
-        self.unsent = b""
+        self.unsent = memoryview(b"")
         # When it last sent something, or tried to.
-        self.sent_at = clock()
+        self.sent_at = time.monotonic()
         self.blocked_since = None
 
-    def put(self, text, now, last=False):
+    def put(self, text, last=False):
         """Send SSE text, and before it what must come first. ClientGone if it has
         left."""
         data = self.frame(text, last)
         self.finished = self.finished or last
-        if self.unsent:
-            data = bytes(self.unsent) + data
-        self.unsent = data
-        self.flush(now)
+        self.unsent = memoryview(bytes(self.unsent) + data)
+        self.flush()
 
     def frame(self, text, last=False):
         """The bytes for `text`; `last`: with the end of the coding behind it."""
@@ -4604,30 +4594,41 @@ class Outbox:
             data += b"0\r\n\r\n"
         return head + data
 
-    def flush(self, now):
-        self.sent_at = now
+    def flush(self):
+        self.sent_at = time.monotonic()
         try:
             sent = self.connection.send(self.unsent)
-        except (BlockingIOError, InterruptedError):
+        except BlockingIOError:
             sent = 0
         except OSError:
             raise ClientGone from None
-        if sent == len(self.unsent):
-            self.unsent = b""
+        self.unsent = self.unsent[sent:]
+        if not self.unsent:
             self.blocked_since = None
-            return
-        self.unsent = memoryview(self.unsent)[sent:]
-        if self.blocked_since is None:
-            self.blocked_since = now
+        elif self.blocked_since is None:
+            self.blocked_since = self.sent_at
 
-    def beat(self, now):
-        """A heartbeat; before anything else, the opening is one."""
-        self.put(self.front.heartbeat() if self.started else "", now)
+    def look(self, now, settings):
+        """Send what is due: what is unsent, or a heartbeat. ClientGone if the client
+        has not taken the former for too long."""
+        if self.unsent:
+            self.flush()
+        if self.unsent:
+            if now - self.blocked_since > settings.client_timeout:
+                raise ClientGone
+        elif settings.heartbeat and now - self.sent_at >= settings.heartbeat:
+            self.beat()
+
+    def beat(self):
+        # Before anything else, the opening is a sign of life.
+        if not self.finished:
+            self.put(self.front.heartbeat() if self.started else "")
 
 
 class Client:
     """Who waits for one answer, streamed into `outbox` or not. `key` is the client key
-    that it used."""
+    that it used. wait() and dial() are called by the handler's thread, leave() by the
+    pump's, wake() by any."""
 
     def __init__(self, connection, outbox=None, key=""):
         self.connection = connection
@@ -4664,18 +4665,19 @@ class Client:
         """Whatever is done for it ends now."""
         self.gone = True
         self.wake()
+        # Read once, as the handler's thread sets it to None.
         sock = self.dialing
         if sock:
             shut(sock)
 
     @property
     def is_behind(self):
-        return self.outbox is not None and bool(self.outbox.unsent)
+        return self.outbox is not None and len(self.outbox.unsent) > 0
 
 
 class Relay:
     """One attempt at an answer: what comes over `connection` goes through `answer`, and
-    its steps to take(steps, now)."""
+    its steps to take(steps). All of it happens in the pump's thread."""
 
     # Behind the finish there may come the usage, the end mark and the end of the
     # coding.
@@ -4686,20 +4688,25 @@ class Relay:
         self.answer = answer
         self.client = client
         self.take = take
-        self.error = None
-        # The handler has been woken, and only the connection is left to care for.
-        self.told = False
+        # The socket that the pump waits for: the client's while it is behind, else
+        # Z.ai's.
+        self.watched = None
         self.heard_at = None
         self.finishing_since = None
-        self.was_behind = False
+        # Since then only the connection is left to care for: the handler has been
+        # woken, by the release of `ended`.
+        self.told_at = None
         self.ended = threading.Lock()
         self.ended.acquire()
+        # None or one. It is raised off this list, as a variable would hold it, and it
+        # the variable's frame: such a circle is freed late.
+        self.errors = []
 
     def step(self, now, buffer):
         """Read what there is and tell it. True once the answer is complete and out."""
         client = self.client
         if client.is_behind:
-            client.outbox.flush(now)
+            client.outbox.flush()
         while not self.answer.complete and not client.is_behind:
             data = self.connection.receive(buffer)
             if data is None:
@@ -4707,7 +4714,7 @@ class Relay:
             self.heard_at = now
             steps, failure = self.answer.feed(data)
             if steps:
-                self.take(steps, now)
+                self.take(steps)
             if failure:
                 raise failure
             # TLS may hold more than its socket shows.
@@ -4725,7 +4732,7 @@ class Relay:
             self.finishing_since = self.finishing_since or now
             if now - self.finishing_since > self.PATIENCE_S:
                 steps, failure = self.answer.close()
-                self.take(steps, now)
+                self.take(steps)
                 if failure:
                     raise failure
                 return not self.client.is_behind
@@ -4759,8 +4766,8 @@ class Pump:
         self.settings = settings
         self.clock = clock
         self.chores = []
-        # It guards `clients`, and is held while heartbeats go out: who leaves minding()
-        # knows that none follows.
+        # It guards `clients`, and is held while heartbeats go out: a handler's thread
+        # that leaves minding() knows that none follows.
         self.lock = threading.Lock()
         self.clients = set()
         # Relays that the pump has not taken in yet, and those it has.
@@ -4788,7 +4795,9 @@ class Pump:
         if self.thread.ident:
             self.thread.join()
         for relay in [*self.relays, *self.inbox]:
-            self._end(relay, ClientGone())
+            # The handler of one that is told has been woken.
+            if relay.told_at is None:
+                self._end(relay, ClientGone())
         self.selector.close()
         self.ear.close()
         self.mouth.close()
@@ -4806,9 +4815,7 @@ class Pump:
         finally:
             with self.lock:
                 self.clients.discard(client)
-            # The client's socket may be closed by now.
-            with contextlib.suppress(OSError):
-                client.connection.settimeout(None)
+            client.connection.settimeout(None)
 
     def run(self, relay):
         """Sleep until the answer is told; raises what ended it otherwise."""
@@ -4818,15 +4825,8 @@ class Pump:
         if self.asleep:
             self._wake()
         relay.ended.acquire()
-        error = relay.error
-        # The error holds frames that hold the relay, which would keep all of them
-        # alive.
-        relay.error = None
-        if error:
-            try:
-                raise error
-            finally:
-                del error
+        if relay.errors:
+            raise relay.errors.pop()
 
     def _wake(self):
         # A full socket means that the pump has been woken.
@@ -4854,75 +4854,61 @@ class Pump:
             if key.data:
                 self._step(key.data, now)
             else:
-                self._listen()
+                self.ear.recv(4096)
         while self.inbox:
             self._take_in(self.inbox.popleft(), now)
         if now >= self.next_tick:
             self.next_tick = now + TICK_S
             self._tick(now)
 
-    def _listen(self):
-        with contextlib.suppress(OSError):
-            self.ear.recv(4096)
-
     def _take_in(self, relay, now):
         relay.heard_at = now
         self.relays.add(relay)
-        try:
-            self.selector.register(relay.connection.sock, selectors.EVENT_READ, relay)
-        except (OSError, ValueError) as error:
-            self._end(relay, error)
+        self._watch(relay)
+
+    def _watch(self, relay):
+        """Wait for the client to take what is unsent, or else for Z.ai."""
+        sock, event = relay.connection.sock, selectors.EVENT_READ
+        if relay.client.is_behind:
+            sock, event = relay.client.connection, selectors.EVENT_WRITE
+        if sock is relay.watched:
+            return
+        if relay.watched:
+            self.selector.unregister(relay.watched)
+        self.selector.register(sock, event, relay)
+        relay.watched = sock
 
     def _step(self, relay, now):
-        if relay.told:
-            if relay.drain(self.buffer):
-                self._release(relay)
-            return
-        self._guard(relay, relay.step, now, self.buffer)
+        if relay.told_at is None:
+            self._guard(relay, relay.step, now, self.buffer)
+        elif relay.drain(self.buffer):
+            self._release(relay)
 
     def _guard(self, relay, method, *args):
         """Call a method of the relay, and end it when that says so, or fails."""
         try:
             complete = method(*args)
-        except ClientGone as error:
-            relay.client.leave()
-            self._end(relay, error)
-            return
         except Exception as error:
             self._end(relay, error)
             return
+        self._watch(relay)
         if complete:
             self._end(relay)
-        elif relay.client.is_behind != relay.was_behind:
-            self._turn_around(relay)
-
-    def _turn_around(self, relay):
-        """Wait for the client to take what is unsent, or for Z.ai again."""
-        relay.was_behind = not relay.was_behind
-        zai = relay.connection.sock
-        client = relay.client.connection
-        if relay.was_behind:
-            self.selector.unregister(zai)
-            self.selector.register(client, selectors.EVENT_WRITE, relay)
-        else:
-            self.selector.unregister(client)
-            self.selector.register(zai, selectors.EVENT_READ, relay)
 
     def _end(self, relay, error=None):
         """Wake the handler. A connection whose answer is whole is read to its end."""
-        relay.error = error
-        if relay.was_behind:
-            self._turn_around(relay)
+        if error:
+            relay.errors.append(error)
         answer = relay.answer
         if error or answer.reply.complete or answer.is_cut_short:
             self._release(relay)
-        relay.told = True
-        relay.finishing_since = self.clock()
+        relay.told_at = self.clock()
         relay.ended.release()
 
     def _release(self, relay):
-        with contextlib.suppress(KeyError, ValueError):
-            self.selector.unregister(relay.connection.sock)
+        # None if close() found it in the inbox.
+        if relay.watched:
+            self.selector.unregister(relay.watched)
         relay.connection.release(relay.answer.reply.reusable)
         # Last: who sees no relay any more may count on the connection in the pool.
         self.relays.discard(relay)
@@ -4931,47 +4917,26 @@ class Pump:
 
     def _tick(self, now):
         with self.lock:
-            clients = list(self.clients)
-            gone = ended([client.connection for client in clients])
-            # All who left are known before anyone is acted on: a slot that one of them
-            # frees must not go to another of them.
-            for client in clients:
-                client.gone = client.gone or client.connection in gone
-            for client in clients:
-                self._look(client, now)
+            gone = ended([client.connection for client in self.clients])
+            for client in self.clients:
+                if client.connection in gone:
+                    client.leave()
+                elif client.outbox:
+                    self._look(client, now)
         for relay in list(self.relays):
-            if not relay.told:
+            if relay.told_at is None:
                 self._guard(relay, relay.look, now, self.settings.upstream_timeout)
-            elif now - relay.finishing_since > relay.PATIENCE_S:
+            elif now - relay.told_at > relay.PATIENCE_S:
                 self._release(relay)
         for chore in self.chores:
             chore(now)
 
     def _look(self, client, now):
-        outbox = client.outbox
-        if client.gone:
+        try:
+            client.outbox.look(now, self.settings)
+        except ClientGone:
             client.leave()
-        elif outbox:
-            try:
-                self._look_at_outbox(outbox, now)
-            except ClientGone:
-                client.leave()
-                shut(client.connection)
-
-    def _look_at_outbox(self, outbox, now):
-        if outbox.unsent:
-            outbox.flush(now)
-        if outbox.blocked_since is not None:
-            if now - outbox.blocked_since > self.settings.client_timeout:
-                raise ClientGone
-        elif self._is_due(outbox, now):
-            outbox.beat(now)
-
-    def _is_due(self, outbox, now):
-        heartbeat_s = self.settings.heartbeat
-        if outbox.finished or not heartbeat_s:
-            return False
-        return now - outbox.sent_at >= heartbeat_s
+            shut(client.connection)
 
 
 # Upstream #############################################################################
@@ -5305,9 +5270,9 @@ class Upstream:
         return Job(data, model, make_answer)
 
     def answer(self, job, client, record, take):
-        """Get one answer: take(steps, now) is called, in the pump's thread, with all
-        that comes. ApiError or ClientGone if there is no answer, or no rest of it.
-        `record` is told what happened on the way."""
+        """Get one answer: take(steps) is called, in the pump's thread, with all that
+        comes. ApiError or ClientGone if there is no answer, or no rest of it. `record`
+        is told what happened on the way."""
         ticket = Ticket(self.settings.redact(job.model), client)
         tries = 0
         while True:
@@ -5355,12 +5320,12 @@ class Upstream:
     def _relay(self, job, key, client, record, answer, take):
         """Send the request and let the pump tell the answer. True if the connection was
         an old one that had died before."""
-        def told(steps, now):
+        def told(steps):
             if record.ttft_s is None and answer.begun:
-                record.ttft_s = now - record.started
+                record.ttft_s = self.clock() - record.started
                 self._note(record, answer)
                 job.data = None
-            take(steps, now)
+            take(steps)
 
         connection = self.open("/chat/completions", key, client, job.data)
         sent_at = self.clock()
@@ -6300,7 +6265,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             take = self.tell
         else:
             fold = Fold()
-            take = functools.partial(self.fold, fold)
+            take = fold.add
         client = Client(self.connection, self.outbox, self.client_key)
         # The pump looks after the client now.
         self.set_deadline(float("inf"))
@@ -6331,17 +6296,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 raise missing_key()
             return front, self.server.upstream.job(asked, front.stream)
 
-    def tell(self, steps, now):
+    def tell(self, steps):
         text = self.front.tell(steps)
         last = steps[-1]
         if last.kind == FINISH:
             self.record.usage = last.usage
         if text:
-            self.outbox.put(text, now, last.kind == FINISH)
-
-    @staticmethod
-    def fold(fold, steps, now):
-        fold.add(steps)
+            self.outbox.put(text, last.kind == FINISH)
 
     def stream_head(self):
         """The head of a streamed answer. It is made when the first bytes go out, so
@@ -6807,7 +6768,7 @@ def check_chat(server, client):
         job = server.upstream.job(to_zai_request(request, settings))
         record = Record("check", "", time.time(), time.monotonic())
         try:
-            server.upstream.answer(job, client, record, take=lambda steps, now: None)
+            server.upstream.answer(job, client, record, take=lambda steps: None)
         except ApiError as error:
             say(f"FAIL  chat with {model}: {settings.redact(error.message)}")
         else:
