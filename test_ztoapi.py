@@ -6616,6 +6616,7 @@ LITTER = {
     "HTML 502": (EARLY["HTML 502"], True),
     "cut": ([HEAD, chunked(say("Hel")), CLOSE], True),
     "silence": ([HEAD, 30], True),
+    "a limit that lasts": (answer(429, LIMITED, "Retry-After: 86400"), True),
     "not there": (None, True),
 }
 

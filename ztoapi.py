@@ -4308,7 +4308,11 @@ class Ticket:
         # Its key rests, and an answer would end the rest.
         self.probes_rest = False
         self.waited_s = 0.0
+        # Something of an answer has come.
+        self.served = False
         self.refusals = 0
+        # (verdict, words) of the last one. Not the error, whose traceback may hold the
+        # ticket.
         self.refusal = None
         # The keys that have refused it.
         self.spent = set()
@@ -4362,12 +4366,13 @@ class Gates:
 
     def leave(self, ticket, error=None, served=False):
         """Give the slot, or the place in the queue, back. `error`: the UpstreamError
-        that it ended with; `served`: an answer came."""
+        that it ended with; `served`: something of an answer came."""
         with self.lock:
             now = self.clock()
             news = None
             if ticket.gate:
-                news = self._settle(ticket, error, served, now)
+                ticket.served = served
+                news = self._settle(ticket, error, now)
             elif ticket in self.queues.get(ticket.model, ()):
                 self.queues[ticket.model].remove(ticket)
             self._admit(ticket.model, now)
@@ -4381,9 +4386,6 @@ class Gates:
             for model in list(self.queues):
                 self._admit(model, now)
 
-    def all_spent(self, ticket):
-        return len(ticket.spent) == len(self.keys)
-
     def state(self):
         """For the page and the metrics: a list of (key's position, model, ceiling or
         None, in flight) for the gates, and {model: how many queue}."""
@@ -4396,12 +4398,12 @@ class Gates:
 
     # The methods below are called with the lock held.
 
-    def _settle(self, ticket, error, served, now):
+    def _settle(self, ticket, error, now):
         """What an attempt teaches; the log line about it, if there is one."""
         gate = ticket.gate
         ticket.gate = None
         gate.in_flight -= 1
-        if served:
+        if ticket.served:
             if ticket.probes_rest:
                 gate.key.resting_until = gate.resting_until = 0.0
             return self._cleared(gate, ticket.model, now)
@@ -4425,7 +4427,7 @@ class Gates:
         else:
             pause_s = min(8.0, backoff_s(ticket.refusals) * (1 + 0.5 * self.rand()))
         ticket.refusals += 1
-        ticket.refusal = error
+        ticket.refusal = (error.verdict, error.message)
         gate.close(now, max(pause_s, error.pause or 0))
         if too_many:
             gate.learn()
@@ -4495,8 +4497,9 @@ class Gates:
         words = f"No slot at Z.ai came free within QUEUE_TIMEOUT ({self.queue_timeout_s:g} s)."
         row = RATE
         if ticket.refusal:
-            words += " Its last word: " + ticket.refusal.message
-            row = OVERLOADED if ticket.refusal.verdict == OVERLOAD else RATE
+            verdict, message = ticket.refusal
+            words += " Its last word: " + message
+            row = OVERLOADED if verdict == OVERLOAD else RATE
         # Clients would queue as long again, unseen, each time they try again by
         # themselves.
         return ApiError(words, status=row.status, type=row.type, code=row.code,
@@ -4960,21 +4963,22 @@ class Pool:
     """Idle connections to Z.ai, the last used first. A socket is here only when its
     last answer was read to the end; none of them blocks."""
 
-    def __init__(self, clock=time.monotonic, keep_idle_s=None):
+    def __init__(self, clock=time.monotonic):
         self.clock = clock
-        self.keep_idle_s = KEEP_IDLE_S if keep_idle_s is None else keep_idle_s
+        # It guards `idle`: socket -> (key, since when), the longest idle first.
         self.lock = threading.Lock()
-        # key -> [(socket, since when)]
         self.idle = {}
 
     def take(self, key):
-        """An idle socket that is still alive, or None."""
+        """An idle socket that is still alive, or None. `key`: where it leads to."""
         while True:
             with self.lock:
-                if not self.idle.get(key):
+                found = (sock for sock in reversed(self.idle) if self.idle[sock][0] == key)
+                sock = next(found, None)
+                if sock is None:
                     return None
-                sock, since = self.idle[key].pop()
-            fresh = self.clock() - since < self.keep_idle_s
+                since = self.idle.pop(sock)[1]
+            fresh = self.clock() - since < KEEP_IDLE_S
             # What an idle server says is that it has closed.
             if fresh and peek(sock) is None:
                 return sock
@@ -4982,19 +4986,15 @@ class Pool:
 
     def put(self, key, sock):
         with self.lock:
-            self.idle.setdefault(key, []).append((sock, self.clock()))
+            self.idle[sock] = (key, self.clock())
 
     def expire(self, now):
         """Close what has been idle for too long at `now`."""
-        old = []
         with self.lock:
-            for key, socks in list(self.idle.items()):
-                kept = [pair for pair in socks if now - pair[1] < self.keep_idle_s]
-                old += socks[:len(socks) - len(kept)]
-                self.idle[key] = kept
-                if not kept:
-                    del self.idle[key]
-        for sock, _ in old:
+            old = [sock for sock, (_, since) in self.idle.items() if now - since >= KEEP_IDLE_S]
+            for sock in old:
+                del self.idle[sock]
+        for sock in old:
             sock.close()
 
 
@@ -5047,16 +5047,15 @@ class Connection:
             raise UpstreamError(
                 f"Z.ai took no data for {timeout_s:g} s (UPSTREAM_TIMEOUT).", TRY_ONCE) from None
         except OSError:
-            # Z.ai may have answered before it closed. Who reads finds out.
+            # Z.ai may have answered before it closed. Reading tells.
             pass
-        with contextlib.suppress(OSError):
-            self.sock.setblocking(False)
+        self.sock.setblocking(False)
 
     def receive(self, buffer):
         """The bytes that have come; None if there are none yet, b"" at the end."""
         try:
             size = self.sock.recv_into(buffer)
-        except (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
             return None
         except OSError:
             return b""
@@ -5068,6 +5067,8 @@ class Connection:
 
     def release(self, reusable):
         """The request is over."""
+        # What waits inside of TLS would be taken for the next answer: Pool.take() does
+        # not see it.
         if reusable and not self.pending():
             self.pool.put(self.key, self.sock)
         else:
@@ -5212,14 +5213,14 @@ def certificate_advice():
     return "Set SSL_CERT_FILE to a file with the certificates to trust, or check the clock."
 
 
+@dataclasses.dataclass
 class Job:
     """One answer to get: Z.ai's request as bytes, let go of once it is not needed any
     more; its model's id; make_answer() gives a fresh Answer for each attempt."""
 
-    def __init__(self, data, model, make_answer):
-        self.data = data
-        self.model = model
-        self.make_answer = make_answer
+    data: bytes
+    model: str
+    make_answer: object
 
 
 class Upstream:
@@ -5280,42 +5281,39 @@ class Upstream:
                 self.gates.enter(ticket)
             finally:
                 record.queued_s = ticket.waited_s
-            error, begun = self._attempt(job, ticket, client, record, take)
-            if error is None:
+            try:
+                self._attempt(job, ticket, client, record, take)
                 return
-            pause_s = None if begun else self._pause_s(error, ticket, tries)
-            if pause_s is None:
-                try:
-                    raise error
-                finally:
-                    del error  # as above: its traceback holds this frame
-            tries += error.verdict in (TRY_AGAIN, TRY_ONCE)
+            except UpstreamError as error:
+                pause_s = self._pause_s(error, ticket, tries)
+                if pause_s is None:
+                    raise
+                tries += error.verdict in (TRY_AGAIN, TRY_ONCE)
             record.retries += 1
             self._sleep(client, pause_s)
             ticket.waited_s += pause_s
-            record.queued_s = ticket.waited_s
 
     def _attempt(self, job, ticket, client, record, take):
-        """(error, begun): the UpstreamError of one attempt, None if all went well; and
-        whether anything of an answer came."""
-        error = None
+        """One attempt, which gives the slot back; `ticket` learns how it went."""
         stale = True
         key = ticket.gate.key
         try:
             while stale:
                 answer = job.make_answer()
                 stale = self._relay(job, key, client, record, answer, take)
-        except UpstreamError as failure:
-            # What caused it, and its traceback, hold this frame, which holds the error.
-            error = failure.with_traceback(None)
-            error.__context__ = None
+        except UpstreamError as error:
             words = self.settings.redact(error.message)
             log.debug("%s attempt with key %s failed: %s", record.id, key.name, words)
+            self.gates.leave(ticket, error, answer.begun)
+            # Its cause and its traceback hold frames of the pump that hold the error:
+            # such a circle is freed late.
+            error.__context__ = None
+            raise error.with_traceback(None)
         finally:
             self._note(record, answer)
             record.repaired += answer.translator.repaired
-            self.gates.leave(ticket, error, served=answer.begun)
-        return error, answer.begun
+            # Whoever has left already does not leave again.
+            self.gates.leave(ticket, None, answer.begun)
 
     def _relay(self, job, key, client, record, answer, take):
         """Send the request and let the pump tell the answer. True if the connection was
@@ -5345,12 +5343,14 @@ class Upstream:
     def _pause_s(self, error, ticket, tries):
         """Seconds to wait before the next attempt; None if there is to be none."""
         left_s = self.settings.queue_timeout - ticket.waited_s
+        if ticket.served or error.verdict == GIVE_UP:
+            return None
         if error.verdict in (TOO_MANY, TOO_FAST, OVERLOAD):
             # It queues again, unless Z.ai names a time that is too far away.
             return 0 if (error.pause or 0) <= left_s else None
         if error.verdict in (KEY_RESTS, MODEL_RESTS):
-            return None if self.gates.all_spent(ticket) else 0
-        if error.verdict == GIVE_UP or tries >= self.settings.max_retries:
+            return 0 if len(ticket.spent) < len(self.gates.keys) else None
+        if tries >= self.settings.max_retries:
             return None
         if error.verdict == TRY_ONCE and tries:
             return None
