@@ -4696,9 +4696,9 @@ class Relay:
         self.watched = None
         self.heard_at = None
         self.finishing_since = None
-        # Since then only the connection is left to care for: the handler has been
-        # woken, by the release of `ended`.
-        self.told_at = None
+        # Nothing more is to be read.
+        self.is_read = False
+        # Its release wakes the handler's thread.
         self.ended = threading.Lock()
         self.ended.acquire()
         # None or one. It is raised off this list, as a variable would hold it, and it
@@ -4706,27 +4706,31 @@ class Relay:
         self.errors = []
 
     def step(self, now, buffer):
-        """Read what there is and tell it. True once the answer is complete and out."""
+        """Read what there is and tell it. True once all is read and out."""
         client = self.client
+        answer = self.answer
         if client.is_behind:
             client.outbox.flush()
-        while not self.answer.complete and not client.is_behind:
+        while not self.is_read and not client.is_behind:
             data = self.connection.receive(buffer)
             if data is None:
                 break
             self.heard_at = now
-            steps, failure = self.answer.feed(data)
+            steps, failure = answer.feed(data)
             if steps:
                 self.take(steps)
             if failure:
                 raise failure
+            # Only at the end of its body a connection can serve again.
+            if answer.complete:
+                self.is_read = answer.reply.complete or answer.is_cut_short or not data
             # TLS may hold more than its socket shows.
             if not self.connection.pending():
                 break
-        return self.answer.complete and not client.is_behind
+        return self.is_read and not client.is_behind
 
     def look(self, now, silence_s):
-        """What the time says. True once the answer is complete and out."""
+        """What the time says. True once all is read and out."""
         if self.client.gone:
             raise ClientGone
         if self.client.is_behind:
@@ -4738,25 +4742,12 @@ class Relay:
                 self.take(steps)
                 if failure:
                     raise failure
-                return not self.client.is_behind
         elif now - self.heard_at > silence_s:
             raise UpstreamError(
                 f"Z.ai was silent for {silence_s:g} s (UPSTREAM_TIMEOUT).", TRY_ONCE)
-        return False
-
-    def drain(self, buffer):
-        """The answer is told; read to the end of the body, as only then the connection
-        can serve again. True once there is nothing more to wait for."""
-        reply = self.answer.reply
-        while not reply.complete:
-            data = self.connection.receive(buffer)
-            if data is None:
-                return False
-            try:
-                reply.feed(data)
-            except UpstreamError:
-                return True
-        return True
+        # The end of the body usually comes with the answer's; nobody waits long for it.
+        self.is_read = self.answer.complete
+        return self.is_read and not self.client.is_behind
 
 
 class Pump:
@@ -4798,9 +4789,8 @@ class Pump:
         if self.thread.ident:
             self.thread.join()
         for relay in [*self.relays, *self.inbox]:
-            # The handler of one that is told has been woken.
-            if relay.told_at is None:
-                self._end(relay, ClientGone())
+            relay.errors.append(ClientGone())
+            self._end(relay)
         self.selector.close()
         self.ear.close()
         self.mouth.close()
@@ -4855,7 +4845,7 @@ class Pump:
         now = self.clock()
         for key, _ in ready:
             if key.data:
-                self._step(key.data, now)
+                self._guard(key.data, key.data.step, now, self.buffer)
             else:
                 self.ear.recv(4096)
         while self.inbox:
@@ -4881,40 +4871,26 @@ class Pump:
         self.selector.register(sock, event, relay)
         relay.watched = sock
 
-    def _step(self, relay, now):
-        if relay.told_at is None:
-            self._guard(relay, relay.step, now, self.buffer)
-        elif relay.drain(self.buffer):
-            self._release(relay)
-
     def _guard(self, relay, method, *args):
         """Call a method of the relay, and end it when that says so, or fails."""
         try:
-            complete = method(*args)
+            is_over = method(*args)
         except Exception as error:
-            self._end(relay, error)
-            return
-        self._watch(relay)
-        if complete:
-            self._end(relay)
-
-    def _end(self, relay, error=None):
-        """Wake the handler. A connection whose answer is whole is read to its end."""
-        if error:
             relay.errors.append(error)
-        answer = relay.answer
-        if error or answer.reply.complete or answer.is_cut_short:
-            self._release(relay)
-        relay.told_at = self.clock()
-        relay.ended.release()
+            is_over = True
+        if is_over:
+            self._end(relay)
+        else:
+            self._watch(relay)
 
-    def _release(self, relay):
+    def _end(self, relay):
         # None if close() found it in the inbox.
         if relay.watched:
             self.selector.unregister(relay.watched)
         relay.connection.release(relay.answer.reply.reusable)
-        # Last: who sees no relay any more may count on the connection in the pool.
+        # By now the connection is in the pool, for the next attempt to find.
         self.relays.discard(relay)
+        relay.ended.release()
 
     # Some times a second
 
@@ -4927,10 +4903,7 @@ class Pump:
                 elif client.outbox:
                     self._look(client, now)
         for relay in list(self.relays):
-            if relay.told_at is None:
-                self._guard(relay, relay.look, now, self.settings.upstream_timeout)
-            elif now - relay.told_at > relay.PATIENCE_S:
-                self._release(relay)
+            self._guard(relay, relay.look, now, self.settings.upstream_timeout)
         for chore in self.chores:
             chore(now)
 
