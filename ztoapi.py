@@ -5685,47 +5685,46 @@ TARGET = re.compile("(?:https?://[^/?#]*)?([^?#]*)", re.IGNORECASE)
 
 
 class Route(NamedTuple):
-    """`methods`: HTTP method -> the Handler's method that answers."""
+    """A path, and the names of the Handler's methods that answer GET and POST there."""
 
-    pattern: re.Pattern
-    methods: dict
+    pattern: str
+    get: str = ""
+    post: str = ""
     needs_key: bool = True
     # The API of this path, in whose shape its errors are told.
     front: type = Chat
 
 
-def route(path, front=Chat, needs_key=True, **methods):
-    return Route(re.compile(path), methods, needs_key, front)
-
-
 # To add a path, add a row. All of /v1 works without /v1 too. A row without methods lets
-# an API say in its own shape that there is nothing.
+# an API say in its own shape that there is nothing. The last row fits every path.
 ROUTES = (
-    route("(?:/v1)?/chat/completions", POST="post_answer"),
-    route("(?:/v1)?/responses", Responses, POST="post_answer", GET="refuse_upgrade"),
-    route("(?:/v1)?/responses/.+", Responses),
-    route("(?:/v1)?/messages", Messages, POST="post_answer"),
-    route("(?:/v1)?/messages/.+", Messages),
-    route("(?:/v1)?/models", GET="get_models"),
-    route("(?:/v1)?/models/(?P<id>.+)", GET="get_model"),
-    route("/metrics", GET="get_metrics"),
-    route("/stats", GET="get_stats"),
-    route("/health", needs_key=False, GET="get_health"),
-    route("/(?:docs|dashboard)?", needs_key=False, GET="get_page"),
+    Route("(?:/v1)?/chat/completions", post="post_answer"),
+    Route("(?:/v1)?/responses", "refuse_upgrade", "post_answer", front=Responses),
+    Route("(?:/v1)?/responses/.+", front=Responses),
+    Route("(?:/v1)?/messages", post="post_answer", front=Messages),
+    Route("(?:/v1)?/messages/.+", front=Messages),
+    Route("(?:/v1)?/models", "get_models"),
+    Route("(?:/v1)?/models/(?P<id>.+)", "get_model"),
+    Route("/metrics", "get_metrics"),
+    Route("/stats", "get_stats"),
+    Route("/health", "get_health", needs_key=False),
+    Route("/(?:docs|dashboard)?", "get_page", needs_key=False),
+    Route("(?s).*"),
 )
 
-# What clients look for here in vain, and what to tell them. To add a path, add a row.
+# What clients look for here in vain, and what to tell them. To add a path, add a row
+# above the last, which fits every path.
 ELSEWHERE = (
-    (re.compile("/v1/v1(?:/|$)|.*/(?:completions|responses|messages)/.*completions$"),
+    ("/v1/v1(?:/|$)|.*/(?:completions|responses|messages)/.*completions$",
      "The path is doubled: set the client's base URL to {base}."),
-    (re.compile("(?:/v1)?/completions$"),
+    ("(?:/v1)?/completions$",
      "The legacy completions API is not served: use {base}/chat/completions."),
-    (re.compile("(?:/v1)?/(?:embeddings|images|audio|rerank|files|videos)(?:/|$)"),
-     "ZtoApi serves chat only. What Z.ai has of this is at {zai}{path}, billed to the balance."),
-    (re.compile("(?:/v1)?/responses/."),
+    ("(?:/v1)?/(?:embeddings|images|audio|rerank|files|videos)(?:/|$)",
+     "ZtoApi serves chat only. What Z.ai has of this is at {there}, billed to the balance."),
+    ("(?:/v1)?/responses/.",
      "ZtoApi keeps no responses: there is nothing to get, to cancel or to compact."),
-    (re.compile("(?:/v1)?/messages/count_tokens$"),
-     "Tokens are not counted here: estimate them."),
+    ("(?:/v1)?/messages/count_tokens$", "Tokens are not counted here: estimate them."),
+    ("", "There is nothing at {path!a}. Set the client's base URL to {base}."),
 )
 
 
@@ -5891,10 +5890,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not line:
             raise RequestError("Malformed request line.")
         self.command, target, version = line.groups()
-        self.path = TARGET.match(target).group(1)
+        path = urllib.parse.unquote(TARGET.match(target).group(1), errors="replace")
+        # A key is taken out before a cut leaves a part of it that is not found.
+        self.path = self.settings.redact("/" + re.sub("/+", "/", path).strip("/"))
         self.record.method = self.command
-        # Secrets are taken out before the text is cut.
-        self.record.path = self.settings.redact(self.path)
+        self.record.path = self.path
         if not version.startswith("HTTP/1."):
             raise RequestError("The only HTTP versions spoken here are 1.0 and 1.1.",
                                status=505, code="http_version_not_supported")
@@ -5980,37 +5980,26 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.check_host()
         if self.command == "OPTIONS":
             return "answer_options"
-        path = urllib.parse.unquote(self.path, errors="replace")
-        # A key in the path is taken out before an error cuts it to a part that is not
-        # found.
-        path = self.settings.redact("/" + re.sub("/+", "/", path).strip("/"))
-        found = [(row, row.pattern.fullmatch(path)) for row in ROUTES]
-        found = [(row, match) for row, match in found if match]
-        if not found:
-            self.check_key()
-            raise self.not_found(path)
-        row, self.match = found[0]
+        found = ((row, re.fullmatch(row.pattern, self.path)) for row in ROUTES)
+        row, self.match = next(pair for pair in found if pair[1])
         self.front = row.front
         if row.needs_key:
             self.check_key()
-        if not row.methods:
-            raise self.not_found(path)
-        method = "GET" if self.command == "HEAD" else self.command
-        if method not in row.methods:
-            self.allowed = row.methods
-            raise RequestError(f"{self.command} is not a method of {path[:200]!a}.",
-                               status=405, code="method_not_allowed")
-        return row.methods[method]
+        methods = {"GET": row.get, "HEAD": row.get, "POST": row.post}
+        allowed = [method for method, name in methods.items() if name]
+        if not allowed:
+            raise self.not_found()
+        if self.command not in allowed:
+            raise RequestError(
+                f"{self.command} is not a method of {self.path[:200]!a}.",
+                status=405, code="method_not_allowed", allowed=["OPTIONS", *allowed])
+        return methods[self.command]
 
-    def not_found(self, path):
-        base = self.server.url + "/v1"
-        words = f"There is nothing at {path[:200]!a}. Set the client's base URL to {base}."
-        for pattern, text in ELSEWHERE:
-            if pattern.match(path):
-                behind = re.sub("^/v1", "", path)[:200]
-                zai = self.settings.zai_base_url
-                words = text.format(base=base, path=ascii(behind)[1:-1], zai=zai)
-                break
+    def not_found(self):
+        path = self.path[:200]
+        words = next(words for pattern, words in ELSEWHERE if re.match(pattern, path))
+        there = self.settings.zai_base_url + ascii(re.sub("^/v1", "", path))[1:-1]
+        words = words.format(base=self.server.url + "/v1", path=path, there=there)
         return RequestError(words, status=404, code="not_found")
 
     def check_host(self):
@@ -6028,22 +6017,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 "your own.", status=403, code="host_not_allowed")
 
     def check_key(self):
-        """Compare what the client sent with each key, in constant time."""
+        """Find the key that the client sent. Each comparison takes the same time, as
+        the time of an early end would tell how much of a guess is right."""
         scheme, _, bearer = self.fields.get("authorization", "").partition(" ")
         given = [self.fields.get("x-api-key", ""), self.fields.get("api-key", "")]
         if scheme.lower() == "bearer":
             given.append(bearer.strip(" \t"))
-        texts = [text.encode("utf-8", "replace") for text in given]
-        matching = 0
         for position, key in enumerate(self.settings.default_key, 1):
-            for text in texts:
-                if hmac.compare_digest(key.encode(), text):
-                    matching = position
-        if not matching:
-            self.server.metrics.refuse()
-            raise self.wrong_key(any(given))
-        self.record.key = f"#{matching}"
-        self.client_key = self.settings.default_key[matching - 1]
+            for text in given:
+                if hmac.compare_digest(key.encode(), text.encode("utf-8", "replace")):
+                    self.record.key = f"#{position}"
+                    self.client_key = key
+                    return
+        self.server.metrics.refuse()
+        raise self.wrong_key(any(given))
 
     def wrong_key(self, was_given):
         problem = "Incorrect API key" if was_given else "No API key"
@@ -6111,10 +6098,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def error_fields(self, error):
         fields = [*error.headers().items(), *self.outcome_fields()]
         if error.status == 405:
-            allowed = ["OPTIONS", *self.allowed]
-            if "GET" in self.allowed:
-                allowed.append("HEAD")
-            fields.append(("Allow", ", ".join(allowed)))
+            fields.append(("Allow", ", ".join(error.allowed)))
         return fields
 
     def common_fields(self, kind):
@@ -6203,12 +6187,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         })
 
     def get_model(self):
-        id = self.match.group("id")
-        for name, entry in listed_models(self.settings).items():
-            if name.lower() == id.lower():
-                return self.answer_json(entry)
-        words = f"The model {id[:100]!a} is not listed; GET /v1/models lists the known ones."
-        raise RequestError(words, "model", status=404, code="model_not_found")
+        id = self.match["id"]
+        entries = {name.lower(): entry for name, entry in listed_models(self.settings).items()}
+        if id.lower() not in entries:
+            words = f"The model {id[:100]!a} is not listed; GET /v1/models lists the known ones."
+            raise RequestError(words, "model", status=404, code="model_not_found")
+        self.answer_json(entries[id.lower()])
 
     def get_metrics(self):
         text = self.server.metrics.prometheus(*self.server.upstream.gates.state())
