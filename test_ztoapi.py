@@ -4833,7 +4833,7 @@ def figures(proxy):
     proxy.idle()
     metrics = proxy.server.metrics
     stats = metrics.stats([], {}, False)
-    return metrics.retries, stats["failed"], stats["cancelled"]
+    return metrics.counts["retries"], stats["failed"], stats["cancelled"]
 
 
 def queued(proxy):
@@ -8646,7 +8646,7 @@ def metrics_of(*records, now=lambda: 1000.0):
     """Metrics that these requests were told to."""
     metrics = ztoapi.Metrics(now)
     for each in records:
-        metrics.begin()
+        metrics.count("in_flight")
         metrics.finish(each)
     return metrics
 
@@ -8659,8 +8659,8 @@ def test_stats_tell_served_failed_and_cancelled_apart():
 
 def test_a_request_without_a_valid_key_is_counted():
     metrics = metrics_of()
-    metrics.refuse()
-    metrics.refuse()
+    metrics.count("unauthorized")
+    metrics.count("unauthorized")
     assert metrics.stats([], {}, False)["unauthorized"] == 2
     assert "\nztoapi_unauthorized_total 2\n" in metrics.prometheus([], {})
 
@@ -8700,7 +8700,7 @@ def test_the_history_is_ten_minutes_without_gaps():
     metrics = metrics_of(counted(), now=lambda: clock[0])
     for now in (1009.0, 1040.0, 990.0, 1200.0, 1.8e9):
         clock[0] = now
-        metrics.begin()
+        metrics.count("in_flight")
         metrics.finish(counted())
     history = metrics.stats([], {}, False)["history"]
     assert [row["t"] for row in history] == list(range(1800000000 - 590, 1800000001, 10))

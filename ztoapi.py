@@ -5431,6 +5431,11 @@ class Record:
     def tokens(self, kind):
         return self.usage[f"{kind}_tokens"] if self.usage else None
 
+    def outcome(self):
+        if self.status == 499:
+            return "cancelled"
+        return "failed" if self.status >= 400 else "served"
+
     def line(self):
         """The log line: printable ASCII, and no blanks but its own, whatever came."""
         words = [f"{self.id} {self.client} {self.method} {plain(self.path)} {self.status}"]
@@ -5531,11 +5536,9 @@ class Metrics:
     def __init__(self, now=time.time):
         self.now = now
         self.began = now()
+        # It guards all below.
         self.lock = threading.Lock()
-        self.in_flight = 0
-        self.retries = 0
-        self.repaired = 0
-        self.unauthorized = 0
+        self.counts = collections.Counter()
         # Their keys: (model, status, key) and (model, kind, key).
         self.requests = collections.Counter()
         self.tokens = collections.Counter()
@@ -5544,27 +5547,24 @@ class Metrics:
         self.history = collections.deque([{"t": 0}], maxlen=HISTORY_S // BUCKET_S)
         self.recent = collections.deque(maxlen=20)
 
-    def begin(self):
-        """A request that asks for an answer has come."""
+    def count(self, name):
+        """One more "in_flight", for a request that asks for an answer, or one more
+        "unauthorized", for one without a valid key."""
         with self.lock:
-            self.in_flight += 1
-
-    def refuse(self):
-        """A request has come without a valid key."""
-        with self.lock:
-            self.unauthorized += 1
+            self.counts[name] += 1
 
     def finish(self, record):
-        """A request that begin() was told of is over."""
+        """A request that was counted as in flight is over."""
         # Records are kept: nobody may fill the memory, or /stats, with long texts.
         record.model = record.model[:LONGEST_WORD]
         record.path = record.path[:LONGEST_WORD]
         record.error = record.error[:LONGEST_ERROR]
         model = label(record.model_id)
         with self.lock:
-            self.in_flight -= 1
-            self.retries += record.retries
-            self.repaired += record.repaired
+            self.counts["in_flight"] -= 1
+            self.counts["retries"] += record.retries
+            self.counts["repaired"] += record.repaired
+            self.counts[record.outcome()] += 1
             self.requests[model, record.status, record.key] += 1
             for kind in ("prompt", "completion"):
                 self.tokens[model, kind, record.key] += record.tokens(kind) or 0
@@ -5585,33 +5585,23 @@ class Metrics:
             self.history.append({"t": begin, "requests": 0, "tokens": 0})
         return self.history[-1]
 
-    def count(self, low, high):
-        """How many requests were answered with a status from `low` to `high`."""
-        total = 0
-        for (_, status, _), count in self.requests.items():
-            if low <= status <= high:
-                total += count
-        return total
-
     def stats(self, gates, queued, demo):
         """The page's JSON. `gates`, `queued`: Gates.state()."""
-        names = ("key", "model", "ceiling", "in_flight")
-        ceilings = [dict(zip(names, gate), queued=queued.get(gate[1], 0)) for gate in gates]
+        ceilings = []
+        for gate in gates:
+            row = dict(zip(("key", "model", "ceiling", "in_flight"), gate))
+            ceilings.append({**row, "queued": queued.get(row["model"], 0)})
         with self.lock:
             self.bucket()
             history = list(self.history)
-            cancelled = self.count(499, 499)
             last_minute = history[-60 // BUCKET_S:]
+            names = ("in_flight", "served", "failed", "cancelled", "unauthorized")
             return {
                 "version": __version__,
                 "demo": demo,
                 "uptime_s": round(self.now() - self.began, 1),
-                "in_flight": self.in_flight,
+                **{name: self.counts[name] for name in names},
                 "queued": sum(queued.values()),
-                "served": self.count(0, 399),
-                "failed": self.count(400, 999) - cancelled,
-                "cancelled": cancelled,
-                "unauthorized": self.unauthorized,
                 "tokens_per_s": round(sum(row["tokens"] for row in last_minute) / 60, 1),
                 "ttft_p50_ms": milliseconds(self.ttft.median()),
                 "ceilings": ceilings,
@@ -5643,27 +5633,29 @@ class Metrics:
             if ceiling is not None:
                 place = (key, label(model))
                 ceilings[place] = min(ceiling, ceilings.get(place, ceiling))
-        cancelled = self.count(499, 499)
+        counts = self.counts
         return (
             ("requests_total", "counter",
              "Requests, by status; 499: the client left.", requests),
             ("tokens_total", "counter", "Tokens as Z.ai counts them.", tokens),
             ("unauthorized_total", "counter",
-             "Requests without a valid key.", [f" {self.unauthorized}"]),
+             "Requests without a valid key.", [f" {counts['unauthorized']}"]),
             ("time_to_first_token_seconds", "histogram",
              "Until the first token.", self.ttft.samples()),
             ("request_duration_seconds", "histogram",
              "Until an answer's end.", self.duration.samples()),
             ("requests_in_flight", "gauge",
-             "Requests being answered.", [f" {self.in_flight}"]),
+             "Requests being answered.", [f" {counts['in_flight']}"]),
             ("requests_queued", "gauge",
              "Requests waiting for a slot.", samples(("model",), waiting)),
             ("concurrency_ceiling", "gauge",
              "Slots, set or learned.", samples(("key", "model"), ceilings)),
-            ("retries_total", "counter", "Further attempts at Z.ai.", [f" {self.retries}"]),
+            ("retries_total", "counter",
+             "Further attempts at Z.ai.", [f" {counts['retries']}"]),
             ("repaired_frames_total", "counter",
-             "Z.ai's events skipped or mended.", [f" {self.repaired}"]),
-            ("cancelled_total", "counter", "Requests whose client left.", [f" {cancelled}"]),
+             "Z.ai's events skipped or mended.", [f" {counts['repaired']}"]),
+            ("cancelled_total", "counter",
+             "Requests whose client left.", [f" {counts['cancelled']}"]),
             ("process_start_time_seconds", "gauge", "Start, Unix time.", [f" {self.began:.3f}"]),
         )
 
@@ -6029,7 +6021,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     self.record.key = f"#{position}"
                     self.client_key = key
                     return
-        self.server.metrics.refuse()
+        self.server.metrics.count("unauthorized")
         raise self.wrong_key(any(given))
 
     def wrong_key(self, was_given):
@@ -6214,7 +6206,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def post_answer(self):
         """Any front's request for an answer."""
         self.record.counted = True
-        self.server.metrics.begin()
+        self.server.metrics.count("in_flight")
         front, job = self.read_request()
         if front.stream:
             self.outbox = Outbox(
