@@ -56,7 +56,6 @@ import dataclasses
 import datetime
 import difflib
 import email.utils
-import errno
 import functools
 import hashlib
 import hmac
@@ -5802,8 +5801,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         finally:
             # It knows this object, and would keep it until the garbage collector comes.
             self.outbox = None
-            self.server.busy.discard(self.connection)
+            # In this order: a connection that is not busy may lose its deadline.
             self.set_deadline(KEEP_ALIVE_S)
+            self.server.busy.discard(self.connection)
 
     def dispatch(self):
         """Read the head, find the route, call it, and turn what it raises into an
@@ -6340,15 +6340,16 @@ class Server(http.server.ThreadingHTTPServer):
         self.page_policy = page_policy()
         self.served = False
         self.draining = False
-        # It guards the keys of `deadlines`.
+        # It guards which connections `deadlines` has: connection -> when it is shut.
+        # Each handler moves its own, for which dicts need no lock.
         self.lock = threading.Lock()
-        # Connection -> when it is shut. Each handler sets its own.
         self.deadlines = {}
-        # The connections with a request under way.
+        # The connections with a request under way. Each handler adds its own.
         self.busy = set()
         # (Until when, socket) of connections that were too many and are being told so.
         self.refused = collections.deque()
-        self.full_since = None
+        # The log tells of them once, and again after a minute without any.
+        self.warn_from = 0.0
         host = settings.host.strip("[]")
         found = socket.getaddrinfo(
             host, settings.port, 0, socket.SOCK_STREAM, 0, socket.AI_PASSIVE)
@@ -6367,7 +6368,6 @@ class Server(http.server.ThreadingHTTPServer):
                 self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         # HTTPServer's own asks for the computer's full name, which can hang on DNS.
         socketserver.TCPServer.server_bind(self)
-        self.server_name = self.settings.host
         self.server_port = self.server_address[1]
 
     @property
@@ -6378,13 +6378,6 @@ class Server(http.server.ThreadingHTTPServer):
         if ":" in host:
             host = f"[{host}]"
         return f"http://{host}:{self.server_port}"
-
-    def idle(self):
-        """Whether nothing is under way: no request, no queue, nothing in flight at
-        Z.ai."""
-        gates, queued = self.upstream.gates.state()
-        in_flight = sum(gate[3] for gate in gates)
-        return not (self.busy or self.pump.clients or self.pump.relays or in_flight or queued)
 
     # The accept loop
 
@@ -6397,8 +6390,9 @@ class Server(http.server.ThreadingHTTPServer):
         try:
             return super().get_request()
         except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                # The connection stays in the backlog; the loop must not spin on it.
+            # Without a free descriptor the connection stays in the backlog, and the
+            # loop must not spin on it. Of one that was aborted nothing stays.
+            if not isinstance(error, ConnectionError):
                 time.sleep(0.05)
             raise
 
@@ -6421,9 +6415,8 @@ class Server(http.server.ThreadingHTTPServer):
             super().process_request(request, client_address)
         # The system has no more threads.
         except RuntimeError:
-            with self.lock:
-                self.deadlines.pop(request, None)
             self.refuse(request)
+            self.shutdown_request(request)
 
     def shutdown_request(self, request):
         with self.lock:
@@ -6449,10 +6442,10 @@ class Server(http.server.ThreadingHTTPServer):
             ("x-request-id", new_id("req_")),
         ])
         now = time.monotonic()
-        if self.full_since is None:
+        if now > self.warn_from:
             log.warning("More than MAX_CONNECTIONS=%d, or no more threads: 503",
                         self.settings.max_connections)
-        self.full_since = now
+        self.warn_from = now + 60
         with contextlib.suppress(OSError):
             request.setblocking(False)
             request.send(head + body)
@@ -6471,15 +6464,12 @@ class Server(http.server.ThreadingHTTPServer):
             shut(sock)
         while self.refused and self.refused[0][0] < now:
             self.refused.popleft()[1].close()
-        if self.full_since is not None and now - self.full_since > 60:
-            self.full_since = None
 
     def shut_idle(self):
         """Shut the connection that has idled longest; called with the lock held."""
-        idle = [(deadline, sock) for sock, deadline in self.deadlines.items()
-                if sock not in self.busy]
+        idle = [sock for sock in self.deadlines if sock not in self.busy]
         if idle:
-            sock = min(idle, key=lambda pair: pair[0])[1]
+            sock = min(idle, key=self.deadlines.get)
             del self.deadlines[sock]
             shut(sock)
 
