@@ -5337,6 +5337,8 @@ class Upstream:
 
     def open(self, path, key, client, data=None):
         """The Connection with a request on its way to Z.ai."""
+        if self.settings.demo_mode:
+            return Connection(demo_socket(data), self.pool, None)
         url = self.settings.zai_base_url + path
         if self.proxies.get(url.partition(":")[0], "").lower().startswith("socks"):
             raise UpstreamError("SOCKS proxies are not spoken here. Check HTTPS_PROXY "
@@ -6326,16 +6328,14 @@ class Server(http.server.ThreadingHTTPServer):
     SETTLE_S = 0.1
 
     def __init__(self, settings):
-        self.demo = DemoZai() if settings.demo_mode else None
-        if self.demo:
-            settings = dataclasses.replace(
-                settings, zai_api_key=("demo",), zai_base_url=self.demo.base_url)
+        if settings.demo_mode:
+            settings = dataclasses.replace(settings, zai_api_key=("demo",))
         self.settings = settings
         self.metrics = Metrics()
         self.memory = Memory()
         self.pump = Pump(settings)
         self.pump.chores.append(self.shut_late)
-        self.upstream = Upstream(settings, self.pump, proxies={} if self.demo else None)
+        self.upstream = Upstream(settings, self.pump)
         self.bodies = Budget(max(256, settings.max_body_mb) << 20)
         self.page_policy = page_policy()
         self.served = False
@@ -6523,8 +6523,6 @@ class Server(http.server.ThreadingHTTPServer):
     def close_parts(self):
         self.pump.close()
         self.upstream.close()
-        if self.demo:
-            self.demo.close()
 
 
 # Demo #################################################################################
@@ -6594,49 +6592,26 @@ def demo_events(request):
     yield b"data: [DONE]\n\n"
 
 
-class DemoHandler(http.server.BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
-
-    def do_GET(self):
-        """GET {base}/models, with which `--check` tries a key."""
-        self.answer("application/json", [b'{"object":"list","data":[]}'])
-
-    def do_POST(self):
-        length = int(self.headers["Content-Length"])
-        request = json.loads(self.rfile.read(length))
-        self.answer("text/event-stream", demo_events(request))
-
-    def answer(self, content_type, pieces):
-        self.send_response(200)
-        self.send_header("Content-Type", content_type)
-        self.send_header("Transfer-Encoding", "chunked")
-        self.end_headers()
-        for data in itertools.chain(pieces, [b""]):
-            self.wfile.write(b"%x\r\n%b\r\n" % (len(data), data))
-
-    def log_message(self, format, *args):
-        """Nothing: the proxy's own log tells of the request."""
+# It ends with its connection, hence the old version.
+DEMO_HEAD = b"HTTP/1.0 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
 
 
-class DemoZai(socketserver.ThreadingTCPServer):
-    """The stand-in, in threads of its own on a free loopback port."""
+def demo_socket(data):
+    """A socket that answers as Z.ai's would. `data`: the chat request; None asks for
+    the list of models."""
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    threading.Thread(target=demo_answer, args=(theirs, data), daemon=True).start()
+    return ours
 
-    daemon_threads = True
-    block_on_close = False
-    request_queue_size = 128
 
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), DemoHandler)
-        self.base_url = f"http://127.0.0.1:{self.server_address[1]}/api/paas/v4"
-        threading.Thread(target=self.serve_forever, args=(0.1,), daemon=True).start()
-
-    def handle_error(self, request, client_address):
-        """Nothing: the proxy hangs up whenever its own client does."""
-
-    def close(self):
-        self.shutdown()
-        self.server_close()
+def demo_answer(sock, data):
+    pieces = demo_events(json.loads(data)) if data else [b'{"object":"list","data":[]}']
+    # The proxy hangs up whenever its own client does.
+    with sock, contextlib.suppress(OSError):
+        sock.sendall(DEMO_HEAD)
+        for piece in pieces:
+            sock.sendall(piece)
 
 
 # Check ################################################################################
@@ -6756,7 +6731,7 @@ def announce(server):
     shown = ", ".join(map(mask, settings.default_key))
     keys = WELL_KNOWN_KEY if settings.well_known else shown
     say(f"ZtoApi {__version__} listens on {server.url}/v1 (HOST={settings.host}), key {keys}")
-    if server.demo:
+    if settings.demo_mode:
         say("DEMO: answers come from a stand-in inside this program, not from Z.ai")
     elif not settings.zai_api_key:
         say(f"WARNING: chat will answer 403. {NO_KEY}")
