@@ -852,7 +852,9 @@ def new_id(prefix, rand=random.getrandbits):
 # folding and no CR but the line's own. A method has at most 20 letters, because it is
 # logged and quoted before any key is checked.
 TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-REQUEST_LINE = re.compile(rf"(?=[^ ]{{1,20}} )({TOKEN}) ([!-~\x80-\xff]+) (HTTP/[1-9]\.[0-9])\r?\n")
+# Old clients send a blank line behind a body, which is before the next request.
+REQUEST_LINE = re.compile(
+    rf"(?:\r\n)?(?=[^ ]{{1,20}} )({TOKEN}) ([!-~\x80-\xff]+) (HTTP/[1-9]\.[0-9])\r?\n")
 STATUS_LINE = re.compile(r"(HTTP/1\.[0-9]) ([1-9][0-9][0-9])(?: [^\r\n]*)?\r?\n")
 FIELD_LINE = re.compile(rf"^({TOKEN}):([^\0\r\n]*)\r?\n", re.MULTILINE)
 TRAILER_LINE = re.compile(rf"{TOKEN}:[^\0\r\n]*".encode())
@@ -4287,7 +4289,7 @@ class Gate:
         self.ceiling = max(1, min(self.ceiling, self.in_flight))
 
     def knows_nothing(self, now):
-        if self.in_flight or self.ceiling < self.limit:
+        if self.in_flight or self.refusing or self.ceiling < self.limit:
             return False
         return now >= max(self.closed_until, self.resting_until)
 
@@ -4348,7 +4350,8 @@ class Gates:
         with self.lock:
             self.queues.setdefault(ticket.model, []).append(ticket)
             self._admit(ticket.model, began)
-            opens_at = self._opens_at(ticket)
+            # When the first of its gates opens again, if Z.ai has refused before.
+            opens_at = min(gate.closed_until for gate in self._usable(ticket, began))
         try:
             while not ticket.gate:
                 now = self.clock()
@@ -4375,7 +4378,7 @@ class Gates:
             elif ticket in self.queues.get(ticket.model, ()):
                 self.queues[ticket.model].remove(ticket)
             self._admit(ticket.model, now)
-            self._forget(ticket.model, now)
+            self._forget(now)
         if news:
             log.info(*news)
 
@@ -4467,30 +4470,19 @@ class Gates:
         """The gates the ticket may use: of keys that do not rest; if all do, that whose
         rest ends first, rather than failing unasked."""
         keys = [key for key in self.keys if key not in ticket.spent]
-        gates = [self._gate(key, ticket.model) for key in keys]
+        gates = []
+        for key in keys:
+            place = (key, ticket.model)
+            gates.append(self.gates.setdefault(place, Gate(key, self.limit)))
         awake = [gate for gate in gates if gate.rests_until() <= now]
         return awake or [min(gates, key=Gate.rests_until)]
 
-    def _gate(self, key, model):
-        if (key, model) not in self.gates:
-            self.gates[key, model] = Gate(key, self.limit)
-        return self.gates[key, model]
-
-    def _opens_at(self, ticket):
-        """When the first of its gates is open again after a refusal."""
-        if ticket.gate:
-            return 0.0
-        return min(gate.closed_until for gate in self._usable(ticket, self.clock()))
-
-    def _forget(self, model, now):
-        """Names of models come from clients: gates that know nothing are not kept."""
-        if self.queues.get(model):
-            return
-        self.queues.pop(model, None)
-        for key in self.keys:
-            gate = self.gates.get((key, model))
-            if gate and gate.knows_nothing(now) and not gate.refusing:
-                del self.gates[key, model]
+    def _forget(self, now):
+        """Names of models come from clients: what knows nothing is not kept."""
+        self.queues = {model: queue for model, queue in self.queues.items() if queue}
+        for place, gate in list(self.gates.items()):
+            if gate.knows_nothing(now):
+                del self.gates[place]
 
     def _timeout(self, ticket, opens_in_s):
         words = f"No slot at Z.ai came free within QUEUE_TIMEOUT ({self.queue_timeout_s:g} s)."
@@ -5439,20 +5431,20 @@ class Record:
 
     def line(self):
         """The log line: printable ASCII, and no blanks but its own, whatever came."""
-        words = [f"{self.id} {self.client} {self.method} {plain(self.path)} {self.status}"]
-        facts = self.facts().items()
-        words += [f"{name}={value}" for name, value in facts if value not in ("", None)]
+        line = f"{self.id} {self.client} {self.method} {plain(self.path)} {self.status}"
+        facts = {"key": self.key, "rid": plain(self.client_request_id, LONGEST_WORD)}
+        if self.counted:
+            facts.update(self.facts())
+        for name, value in facts.items():
+            if value not in ("", None):
+                line += f" {name}={value}"
         if self.error:
-            words.append(f"error={self.error[:LONGEST_ERROR]!a}")
-        return " ".join(words)
+            line += f" error={self.error[:LONGEST_ERROR]!a}"
+        return line
 
     def facts(self):
-        """The name=value pairs of the log line; empty ones are left out there."""
-        facts = {"key": self.key, "rid": plain(self.client_request_id, LONGEST_WORD)}
-        if not self.counted:
-            return facts
+        """The log line's name=value pairs about an answer; empty ones are left out."""
         return {
-            **facts,
             "model": plain(self.model, LONGEST_WORD),
             "stream": "default" if self.stream_default else str(self.stream).lower(),
             "ttft": self.ttft_s and f"{self.ttft_s:.3f}",
@@ -5855,7 +5847,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         reader = HeadReader()
         head = None
         try:
-            self.skip_blank_line()
             if self.receive().startswith(b"\x16"):
                 raise RequestError("This port speaks HTTP, not HTTPS.")
             while head is None:
@@ -5866,18 +5857,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise too_large_head(reader.data) from None
         except ClientGone:
             # A connection that was opened and closed again is no request.
-            if reader.data:
+            if reader.data.strip():
                 raise
             return False
         self.parse_head(head)
         return True
-
-    def skip_blank_line(self):
-        """Old clients send one behind a body."""
-        if self.receive().startswith(b"\r"):
-            blank = self.rfile.read(2)
-            if blank != b"\r\n":
-                raise RequestError("Malformed request line.")
 
     def parse_head(self, head):
         line = REQUEST_LINE.match(head)
@@ -5895,20 +5879,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if head.count("\n") - 2 > MOST_FIELDS:
             raise too_large_head(b"\n")
         self.http_1_0 = version == "HTTP/1.0"
-        # The blank line at the end may be a bare LF.
-        lines = head[line.end():-1]
-        self.fields = parse_request_fields(lines[:-1] if lines.endswith("\r") else lines)
-        self.record.client_request_id = self.client_request_id()
+        self.fields = parse_request_fields(re.sub(r"\r?\n\Z", "", head[line.end():]))
+        given = self.fields.get("x-client-request-id") or self.fields.get("x-request-id", "")
+        self.record.client_request_id = plain(self.settings.redact(given), 64)
         self.body_bytes = self.parse_length()
         self.body_left = self.body_bytes != 0
         options = self.fields.get("connection", "").lower().split(",")
         closing = "close" in [option.strip(" \t") for option in options]
         self.close_connection = closing or self.http_1_0
-
-    def client_request_id(self):
-        names = ("x-client-request-id", "x-request-id")
-        given = next((self.fields[name] for name in names if name in self.fields), "")
-        return plain(self.settings.redact(given), 64)
 
     def parse_length(self):
         """The body's size in bytes, None if it is chunked. What two readers might take
@@ -6798,9 +6776,6 @@ def main(environ=os.environ, argv=()):
         return 2
     level = logging.DEBUG if settings.debug_mode else logging.INFO
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(message)s")
-    # As logging's HOWTO advises for speed: nothing looks for what no line shows.
-    logging._srcfile = None
-    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     if argv:
         return 0 if check(settings) else 1
     return serve(settings)
