@@ -4223,14 +4223,9 @@ def to_responses_usage(usage):
 # turns, each in the order its requests came. All of it stands under one lock; nobody
 # waits while holding it.
 
-def backoff_s(attempt):
-    """Half a second, doubling to 8; `attempt` counts from 0."""
-    return min(8.0, 0.5 * 2 ** min(attempt, 10))
-
-
-def overload_backoff_s(attempt):
-    """A model that is overloaded was seen to be so for minutes."""
-    return min(15.0, 2.0 ** min(attempt, 10))
+def backoff_s(attempt, first_s=0.5, longest_s=8.0):
+    """Seconds that double from attempt to attempt; `attempt` counts from 0."""
+    return min(longest_s, first_s * 2 ** min(attempt, 10))
 
 
 class ZaiKey:
@@ -4425,7 +4420,8 @@ class Gates:
         # The Coding Plan says 1305 for too many at once, too.
         too_many = error.verdict == TOO_MANY or error.zai_code == "1305" and gate.in_flight
         if overloaded and not too_many:
-            pause_s = overload_backoff_s(ticket.refusals)
+            # A model that is overloaded was seen to be so for minutes.
+            pause_s = backoff_s(ticket.refusals, 1.0, 15.0)
         else:
             pause_s = min(8.0, backoff_s(ticket.refusals) * (1 + 0.5 * self.rand()))
         ticket.refusals += 1
@@ -4610,12 +4606,10 @@ class Outbox:
         if self.unsent:
             if now - self.blocked_since > settings.client_timeout:
                 raise ClientGone
-        elif settings.heartbeat and now - self.sent_at >= settings.heartbeat:
-            self.beat()
-
-    def beat(self):
-        # Before anything else, the opening is a sign of life.
-        if not self.finished:
+            return
+        is_due = now - self.sent_at >= settings.heartbeat > 0
+        if is_due and not self.finished:
+            # Before anything else, the opening is a sign of life.
             self.put(self.front.heartbeat() if self.started else "")
 
 
@@ -5198,7 +5192,8 @@ class Upstream:
         self.now = now
         self.rand = rand
         self.pool = Pool(self.clock)
-        self.gates = Gates(settings.zai_api_key, settings.max_concurrency,
+        keys = ("demo",) if settings.demo_mode else settings.zai_api_key
+        self.gates = Gates(keys, settings.max_concurrency,
                            settings.queue_timeout, self.clock, rand)
         pump.chores += [self.gates.tick, self.pool.expire]
         if proxies is None:
@@ -6221,7 +6216,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             record.stream_default = front.stream_defaulted
             if log.isEnabledFor(logging.DEBUG):
                 log.debug("%s to Z.ai: %s", record.id, self.settings.redact(shape(asked.body)))
-            if not self.settings.zai_api_key:
+            if not self.server.upstream.gates.keys:
                 raise missing_key()
             return front, self.server.upstream.job(asked, front.stream)
 
@@ -6289,7 +6284,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     get_request(), verify_request(), process_request(), shutdown_request() and
     handle_error() are hooks of the base class: they are called in this order for each
-    connection.
+    connection, the first three in the thread of serve_forever().
     """
 
     # The base class's 5 refuses bursts.
@@ -6306,8 +6301,6 @@ class Server(http.server.ThreadingHTTPServer):
     SETTLE_S = 0.1
 
     def __init__(self, settings):
-        if settings.demo_mode:
-            settings = dataclasses.replace(settings, zai_api_key=("demo",))
         self.settings = settings
         self.metrics = Metrics()
         self.memory = Memory()
@@ -6316,7 +6309,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.upstream = Upstream(settings, self.pump)
         self.bodies = Budget(max(256, settings.max_body_mb) << 20)
         self.page_policy = page_policy()
-        self.served = False
+        self.settled = False
         self.draining = False
         # It guards which connections `deadlines` has: connection -> when it is shut.
         # Each handler moves its own, for which dicts need no lock.
@@ -6360,7 +6353,6 @@ class Server(http.server.ThreadingHTTPServer):
     # The accept loop
 
     def serve_forever(self, poll_interval=0.5):
-        self.served = True
         self.pump.start()
         super().serve_forever(poll_interval)
 
@@ -6404,7 +6396,7 @@ class Server(http.server.ThreadingHTTPServer):
     def handle_error(self, request, client_address):
         error = sys.exc_info()[1]
         # A client that hangs up is no bug.
-        if not isinstance(error, (OSError, ClientGone)):
+        if not isinstance(error, OSError):
             log.exception("The connection of %s failed; this is a bug", client_address[0])
 
     def refuse(self, request):
@@ -6456,14 +6448,15 @@ class Server(http.server.ThreadingHTTPServer):
     def stop(self, grace_s=GRACE_S):
         """Stop accepting, let running answers finish, close everything. True if nothing
         was cut."""
-        if self.served:
-            # It would wait for ever for a loop that never ran.
+        # It would wait for ever for a loop that never ran.
+        if self.pump.thread.ident:
             self.shutdown()
         return self.drain(grace_s)
 
     def drain(self, grace_s=GRACE_S):
         """What stop() does once serve_forever() has ended."""
-        self.take_backlog()
+        if not self.draining:
+            self.take_backlog()
         self.draining = True
         self.socket.close()
         deadline = time.monotonic() + grace_s
@@ -6486,17 +6479,15 @@ class Server(http.server.ThreadingHTTPServer):
         return whole
 
     def take_backlog(self):
-        """Accept what has connected, and give what was sent a moment to be read."""
+        """Accept what has connected, until nobody has come for SETTLE_S: a moment in
+        which what was sent is read."""
+        self.timeout = self.SETTLE_S
         for _ in range(self.request_queue_size):
-            try:
-                self.socket.setblocking(False)
-                request, address = self.socket.accept()
-            except OSError:
-                break
-            request.setblocking(True)
-            if self.verify_request(request, address):
-                self.process_request(request, address)
-        time.sleep(self.SETTLE_S)
+            if not self.settled:
+                self.handle_request()
+
+    def handle_timeout(self):
+        self.settled = True
 
     def close_parts(self):
         self.pump.close()
@@ -6618,33 +6609,29 @@ def check(settings):
         if value != getattr(Settings(), field.name):
             shown = ", ".join(map(mask, value)) if field.metadata["secret"] else value
             say(f"      {field.name.upper()}={shown}")
-    if not (settings.zai_api_key or settings.demo_mode):
-        say(f"FAIL  key: {NO_KEY}")
-    # Nobody connects to this server. It brings all that a chat needs, and the demo.
-    with Server(dataclasses.replace(settings, port=0, host="127.0.0.1")) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        try:
-            return check_zai(server)
-        finally:
-            server.stop(0)
-
-
-def check_zai(server):
-    """Z.ai takes a key, and answers. The client who asks is one end of a socket
-    pair."""
+    # The client who asks is one end of a socket pair.
     ours, theirs = socket.socketpair()
-    with ours, theirs, server.pump.minding(Client(ours)) as client:
-        return check_keys(server, client) and check_chat(server, client)
+    pump = Pump(settings)
+    upstream = Upstream(settings, pump)
+    pump.start()
+    try:
+        with ours, theirs, pump.minding(Client(ours)) as client:
+            return check_keys(upstream, client) and check_chat(upstream, client)
+    finally:
+        pump.close()
+        upstream.close()
 
 
-def check_keys(server, client):
+def check_keys(upstream, client):
     """Each key against GET {base}/models. True if Z.ai takes at least one."""
     accepted = False
+    if not upstream.gates.keys:
+        say(f"FAIL  key: {NO_KEY}")
     # Asking without a key tells at least whether Z.ai can be reached.
-    for key in server.upstream.gates.keys or [ZaiKey(0, "")]:
-        error = server.upstream.check_key(key, client)
+    for key in upstream.gates.keys or [ZaiKey(0, "")]:
+        error = upstream.check_key(key, client)
         if error:
-            words = server.settings.redact(error.message)
+            words = upstream.settings.redact(error.message)
             say(f"FAIL  {error.step or 'key ' + key.name}: {words}")
         else:
             say(f"ok    key {key.name}: accepted, so DNS, TCP and TLS are well")
@@ -6652,15 +6639,15 @@ def check_keys(server, client):
     return accepted
 
 
-def check_chat(server, client):
+def check_chat(upstream, client):
     """A tiny answer of the first model that gives one."""
-    settings = server.settings
+    settings = upstream.settings
     for model in CHECK_MODELS["/coding/" in settings.zai_base_url]:
         request = {**CHECK_REQUEST, "model": model}
-        job = server.upstream.job(to_zai_request(request, settings))
+        job = upstream.job(to_zai_request(request, settings))
         record = Record("check", "", time.time(), time.monotonic())
         try:
-            server.upstream.answer(job, client, record, take=lambda steps: None)
+            upstream.answer(job, client, record, take=lambda steps: None)
         except ApiError as error:
             say(f"FAIL  chat with {model}: {settings.redact(error.message)}")
         else:
