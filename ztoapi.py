@@ -4243,19 +4243,20 @@ class Gate:
     # After so many seconds without a refusal one request more is tried.
     PROBE_S = 60.0
 
+    in_flight = 0
+    # Nobody may pass until then, after a refusal.
+    closed_until = 0.0
+    # The key does not serve this model until then.
+    resting_until = 0.0
+    quiet_since = 0.0
+    # The log has said that Z.ai refuses.
+    refusing = False
+
     def __init__(self, key, limit):
         self.key = key
         self.limit = limit
         # The ceiling is below the limit once it has been learned.
         self.ceiling = limit
-        self.in_flight = 0
-        # Nobody may pass until then, after a refusal.
-        self.closed_until = 0.0
-        # The key does not serve this model until then.
-        self.resting_until = 0.0
-        self.quiet_since = 0.0
-        # The log has said that Z.ai refuses.
-        self.refusing = False
 
     def room(self, now):
         if now < self.closed_until:
@@ -4295,21 +4296,22 @@ class Ticket:
 
     numbers = itertools.count(1)
 
+    # The gate through which it may go, once it may.
+    gate = None
+    # Its key rests, and an answer would end the rest.
+    probes_rest = False
+    waited_s = 0.0
+    # Something of an answer has come.
+    served = False
+    refusals = 0
+    # (verdict, words) of the last one. Not the error, whose traceback may hold the
+    # ticket.
+    refusal = None
+
     def __init__(self, model, client):
         self.model = model
         self.client = client
         self.number = next(self.numbers)
-        # The gate through which it may go, once it may.
-        self.gate = None
-        # Its key rests, and an answer would end the rest.
-        self.probes_rest = False
-        self.waited_s = 0.0
-        # Something of an answer has come.
-        self.served = False
-        self.refusals = 0
-        # (verdict, words) of the last one. Not the error, whose traceback may hold the
-        # ticket.
-        self.refusal = None
         # The keys that have refused it.
         self.spent = set()
 
@@ -4548,19 +4550,20 @@ class Outbox:
     bytes. `chunked`: HTTP/1.1's coding is used.
     """
 
+    # The head is out, so that there is no status left to give.
+    started = False
+    # Nothing may follow the last byte.
+    finished = False
+    unsent = memoryview(b"")
+    blocked_since = None
+
     def __init__(self, connection, make_head, front, chunked=True):
         self.connection = connection
         self.make_head = make_head
         self.front = front
         self.chunked = chunked
-        # The head is out, so that there is no status left to give.
-        self.started = False
-        # Nothing may follow the last byte.
-        self.finished = False
-        self.unsent = memoryview(b"")
         # When it last sent something, or tried to.
         self.sent_at = time.monotonic()
-        self.blocked_since = None
 
     def put(self, text, last=False):
         """Send SSE text, and before it what must come first. ClientGone if it has
@@ -4618,14 +4621,15 @@ class Client:
     that it used. wait() and dial() are called by the handler's thread, leave() by the
     pump's, wake() by any."""
 
+    # The pump sets it once the client has left.
+    gone = False
+    # The socket to Z.ai that the handler's thread may be blocked on.
+    dialing = None
+
     def __init__(self, connection, outbox=None, key=""):
         self.connection = connection
         self.outbox = outbox
         self.key = key
-        # The pump sets it once the client has left.
-        self.gone = False
-        # The socket to Z.ai that the handler's thread may be blocked on.
-        self.dialing = None
         # A lock that is held and released once: an Event costs 40 times as much to
         # make.
         self.alarm = threading.Lock()
@@ -4660,7 +4664,7 @@ class Client:
 
     @property
     def is_behind(self):
-        return self.outbox is not None and len(self.outbox.unsent) > 0
+        return self.outbox is not None and bool(self.outbox.unsent)
 
 
 class Relay:
@@ -4671,18 +4675,18 @@ class Relay:
     # coding.
     PATIENCE_S = 2.0
 
+    # The socket that the pump waits for: the client's while it is behind, else Z.ai's.
+    watched = None
+    heard_at = None
+    finishing_since = None
+    # Nothing more is to be read.
+    is_read = False
+
     def __init__(self, connection, answer, client, take):
         self.connection = connection
         self.answer = answer
         self.client = client
         self.take = take
-        # The socket that the pump waits for: the client's while it is behind, else
-        # Z.ai's.
-        self.watched = None
-        self.heard_at = None
-        self.finishing_since = None
-        # Nothing more is to be read.
-        self.is_read = False
         # Its release wakes the handler's thread.
         self.ended = threading.Lock()
         self.ended.acquire()
@@ -4741,6 +4745,11 @@ class Pump:
     `chores` are called as chore(now) some times a second.
     """
 
+    # The thread waits for sockets, or is about to.
+    asleep = False
+    closed = False
+    next_tick = 0.0
+
     def __init__(self, settings, clock=time.monotonic):
         self.settings = settings
         self.clock = clock
@@ -4759,9 +4768,6 @@ class Pump:
         self.ear.setblocking(False)
         self.mouth.setblocking(False)
         self.selector.register(self.ear, selectors.EVENT_READ)
-        self.asleep = False
-        self.closed = False
-        self.next_tick = 0.0
         self.buffer = memoryview(bytearray(65536))
         self.thread = threading.Thread(target=self.serve, name="pump", daemon=True)
 
@@ -5222,12 +5228,7 @@ class Upstream:
                 restartable=not streamed, describe=describe)
             return Answer(translator, describe)
 
-        try:
-            data = encode_json(asked.body)
-        # The encoder recurses deeper than the decoder, and may fail alone.
-        except RecursionError:
-            raise RequestError("The body is nested too deeply.") from None
-        return Job(data, model, make_answer)
+        return Job(encode_request(asked.body), model, make_answer)
 
     def answer(self, job, client, record, take):
         """Get one answer: take(steps) is called, in the pump's thread, with all that
@@ -5799,13 +5800,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         answer."""
         record = self.record
         try:
-            if not self.read_head():
-                return
+            self.read_head()
             self.server.busy.add(self.connection)
             getattr(self, self.find_route())()
         except ApiError as error:
             self.answer_error(error)
         except ClientGone:
+            # Without a whole head there was no request.
+            if not self.command:
+                return
             self.note_gone()
         except Exception:
             log.exception("%s failed; this is a bug", record.id)
@@ -5838,7 +5841,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return data
 
     def read_head(self):
-        """Take the head off the connection, to the letter. False if there is none."""
+        """Take the head off the connection, to the letter."""
         reader = HeadReader()
         head = None
         try:
@@ -5850,13 +5853,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.rfile.read(len(data) - len(reader.rest))
         except OverflowError:
             raise too_large_head(reader.data) from None
-        except ClientGone:
-            # A connection that was opened and closed again is no request.
-            if reader.data.strip():
-                raise
-            return False
         self.parse_head(head)
-        return True
 
     def parse_head(self, head):
         line = REQUEST_LINE.match(head)
@@ -5879,9 +5876,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.record.client_request_id = plain(self.settings.redact(given), 64)
         self.body_bytes = self.parse_length()
         self.body_left = self.body_bytes != 0
-        options = self.fields.get("connection", "").lower().split(",")
-        closing = "close" in [option.strip(" \t") for option in options]
-        self.close_connection = closing or self.http_1_0
+        options = re.split("[ \t,]+", self.fields.get("connection", "").lower())
+        self.close_connection = "close" in options or self.http_1_0
 
     def parse_length(self):
         """The body's size in bytes, None if it is chunked. What two readers might take
@@ -6046,7 +6042,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             else:
                 status = self.front.status(error)
                 value = self.front.error(error, self.record.id)
-                self.answer_json(value, status, self.error_fields(error))
+                fields = [*error.headers().items()]
+                if status == 405:
+                    fields.append(("Allow", ", ".join(error.allowed)))
+                self.answer_json(value, status, fields)
         except ClientGone:
             self.note_gone()
 
@@ -6062,12 +6061,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         end = outbox.frame(outbox.front.failure(error), last)
         self.send(bytes(outbox.unsent) + end)
 
-    def error_fields(self, error):
-        fields = [*error.headers().items(), *self.outcome_fields()]
-        if error.status == 405:
-            fields.append(("Allow", ", ".join(error.allowed)))
-        return fields
-
     def common_fields(self, kind):
         return [
             ("Content-Type", kind),
@@ -6075,6 +6068,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             ("request-id", self.record.id),
             ("X-Content-Type-Options", "nosniff"),
             *self.cors_fields(),
+            *self.outcome_fields(),
         ]
 
     def cors_fields(self):
@@ -6093,15 +6087,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def outcome_fields(self):
         """What happened to a request for an answer."""
-        record = self.record
-        if not record.counted:
-            return []
         fields = [
-            ("x-ztoapi-queue-ms", int(record.queued_s * 1000)),
-            ("x-ztoapi-changed", plain(",".join(record.changed), 1000)),
-            ("x-zai-log-id", record.zai_log_id),
+            ("x-ztoapi-queue-ms", int(self.record.queued_s * 1000)),
+            ("x-ztoapi-changed", plain(",".join(self.record.changed), 1000)),
+            ("x-zai-log-id", self.record.zai_log_id),
         ]
-        return [(name, value) for name, value in fields if value]
+        return [field for field in fields if field[1]]
 
     def linger(self):
         """Take what the client is still sending, for a moment: closing on it would
@@ -6197,7 +6188,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.server.upstream.answer(job, client, self.record, take)
         if not front.stream:
             self.record.usage = fold.usage
-            self.answer_json(front.whole(fold), fields=self.outcome_fields())
+            self.answer_json(front.whole(fold))
 
     def read_request(self):
         """(front, job). What the client sent is let go of here: an answer may take
@@ -6206,7 +6197,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         with self.server.bodies.room_for(self.body_bytes):
             body = read_json_object(self.read_body())
             caller = Caller(self.fields, self.client_key, record.began, self.server.memory)
-            record.model = self.settings.redact(str(body.get("model", ""))[:200])[:100]
+            record.model = self.settings.redact(str(body.get("model", "")))[:LONGEST_WORD]
             front, request = self.front.read(body, caller, self.settings)
             asked = to_zai_request(request, self.settings)
             self.front = front
@@ -6236,7 +6227,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             *self.common_fields("text/event-stream; charset=utf-8"),
             ("Cache-Control", "no-cache"),
             ("X-Accel-Buffering", "no"),
-            *self.outcome_fields(),
         ]
         if self.http_1_0:
             fields.append(("Connection", "close"))
@@ -6300,6 +6290,11 @@ class Server(http.server.ThreadingHTTPServer):
     # Requests that were sent before the end need a moment to be read.
     SETTLE_S = 0.1
 
+    backlog_taken = False
+    draining = False
+    # The log tells of refusals once, and again after a minute without any.
+    warn_from = 0.0
+
     def __init__(self, settings):
         self.settings = settings
         self.metrics = Metrics()
@@ -6309,8 +6304,6 @@ class Server(http.server.ThreadingHTTPServer):
         self.upstream = Upstream(settings, self.pump)
         self.bodies = Budget(max(256, settings.max_body_mb) << 20)
         self.page_policy = page_policy()
-        self.settled = False
-        self.draining = False
         # It guards which connections `deadlines` has: connection -> when it is shut.
         # Each handler moves its own, for which dicts need no lock.
         self.lock = threading.Lock()
@@ -6319,8 +6312,6 @@ class Server(http.server.ThreadingHTTPServer):
         self.busy = set()
         # (Until when, socket) of connections that were too many and are being told so.
         self.refused = collections.deque()
-        # The log tells of them once, and again after a minute without any.
-        self.warn_from = 0.0
         host = settings.host.strip("[]")
         found = socket.getaddrinfo(
             host, settings.port, 0, socket.SOCK_STREAM, 0, socket.AI_PASSIVE)
@@ -6479,15 +6470,16 @@ class Server(http.server.ThreadingHTTPServer):
         return whole
 
     def take_backlog(self):
-        """Accept what has connected, until nobody has come for SETTLE_S: a moment in
-        which what was sent is read."""
-        self.timeout = self.SETTLE_S
+        """Accept what has connected, and give what was sent a moment to be read."""
+        self.timeout = 0
         for _ in range(self.request_queue_size):
-            if not self.settled:
+            if not self.backlog_taken:
                 self.handle_request()
+        time.sleep(self.SETTLE_S)
 
     def handle_timeout(self):
-        self.settled = True
+        """The base class's word for: nobody else has connected."""
+        self.backlog_taken = True
 
     def close_parts(self):
         self.pump.close()
