@@ -4453,7 +4453,8 @@ class Gates:
             gates = self._usable(ticket, now)
             for gate in gates:
                 gate.probe(now)
-            gate = max(gates, key=lambda gate: (gate.room(now), -gate.in_flight))
+            rooms = [(gate.room(now), -gate.in_flight) for gate in gates]
+            gate = gates[rooms.index(max(rooms))]
             if gate.room(now) <= 0:
                 return
             queue.remove(ticket)
@@ -4937,11 +4938,12 @@ class Pool:
         """An idle socket that is still alive, or None. `key`: where it leads to."""
         while True:
             with self.lock:
-                found = (sock for sock in reversed(self.idle) if self.idle[sock][0] == key)
-                sock = next(found, None)
-                if sock is None:
+                for sock, (place, since) in reversed(self.idle.items()):
+                    if place == key:
+                        break
+                else:
                     return None
-                since = self.idle.pop(sock)[1]
+                del self.idle[sock]
             fresh = self.clock() - since < KEEP_IDLE_S
             # What an idle server says is that it has closed.
             if fresh and peek(sock) is None:
@@ -4955,11 +4957,10 @@ class Pool:
     def expire(self, now):
         """Close what has been idle for too long at `now`."""
         with self.lock:
-            old = [sock for sock, (_, since) in self.idle.items() if now - since >= KEEP_IDLE_S]
-            for sock in old:
-                del self.idle[sock]
-        for sock in old:
-            sock.close()
+            for sock, (_, since) in list(self.idle.items()):
+                if now - since >= KEEP_IDLE_S:
+                    del self.idle[sock]
+                    sock.close()
 
 
 class ZaiRequest(urllib.request.Request):
@@ -5191,7 +5192,8 @@ class Upstream:
     """The road to Z.ai. answer() is all a handler needs: it hides the queue, the keys,
     the connections and the retries."""
 
-    def __init__(self, settings, pump, now=time.time, rand=random.random, proxies=None):
+    def __init__(self, settings, pump,
+                 now=time.time, rand=random.random, proxies=None):
         self.settings = settings
         self.pump = pump
         self.clock = pump.clock
@@ -5204,7 +5206,8 @@ class Upstream:
         pump.chores += [self.gates.tick, self.pool.expire]
         if proxies is None:
             proxies = urllib.request.getproxies()
-        self.proxies = proxies
+        scheme = settings.zai_base_url.partition(":")[0]
+        self.proxy = proxies.get(scheme, "")
         # The usual opener follows redirects, with the key, and opens files.
         self.opener = urllib.request.OpenerDirector()
         self.opener.add_handler(urllib.request.ProxyHandler(proxies))
@@ -5250,7 +5253,9 @@ class Upstream:
                     raise
                 tries += error.verdict in (TRY_AGAIN, TRY_ONCE)
             record.retries += 1
-            self._sleep(client, pause_s)
+            deadline = self.clock() + pause_s
+            while self.clock() < deadline:
+                client.wait(deadline - self.clock())
             ticket.waited_s += pause_s
 
     def _attempt(self, job, ticket, client, record, take):
@@ -5318,17 +5323,12 @@ class Upstream:
         pause_s = max(backoff_s(tries) * self.rand(), error.pause or 0)
         return pause_s if pause_s <= left_s else None
 
-    def _sleep(self, client, pause_s):
-        deadline = self.clock() + pause_s
-        while self.clock() < deadline:
-            client.wait(deadline - self.clock())
-
     def open(self, path, key, client, data=None):
         """The Connection with a request on its way to Z.ai."""
         if self.settings.demo_mode:
             return Connection(demo_socket(data), self.pool, None)
         url = self.settings.zai_base_url + path
-        if self.proxies.get(url.partition(":")[0], "").lower().startswith("socks"):
+        if self.proxy.lower().startswith("socks"):
             raise UpstreamError("SOCKS proxies are not spoken here. Check HTTPS_PROXY "
                                 "and HTTP_PROXY.", GIVE_UP, step="proxy")
         try:
@@ -5862,7 +5862,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.command, target, version = line.groups()
         path = urllib.parse.unquote(TARGET.match(target).group(1), errors="replace")
         # A key is taken out before a cut leaves a part of it that is not found.
-        self.path = self.settings.redact("/" + re.sub("/+", "/", path).strip("/"))
+        path = re.sub("/+", "/", path).strip("/")
+        self.path = self.settings.redact("/" + path)
         self.record.method = self.command
         self.record.path = self.path
         if not version.startswith("HTTP/1."):
@@ -5961,7 +5962,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def not_found(self):
         path = self.path[:200]
         words = next(words for pattern, words in ELSEWHERE if re.match(pattern, path))
-        there = self.settings.zai_base_url + ascii(re.sub("^/v1", "", path))[1:-1]
+        tail = ascii(re.sub("^/v1", "", path))[1:-1]
+        there = self.settings.zai_base_url + tail
         words = words.format(base=self.server.url + "/v1", path=path, there=there)
         return RequestError(words, status=404, code="not_found")
 
@@ -6146,11 +6148,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def get_model(self):
         id = self.match["id"]
-        entries = {name.lower(): entry for name, entry in listed_models(self.settings).items()}
-        if id.lower() not in entries:
-            words = f"The model {id[:100]!a} is not listed; GET /v1/models lists the known ones."
-            raise RequestError(words, "model", status=404, code="model_not_found")
-        self.answer_json(entries[id.lower()])
+        for name, entry in listed_models(self.settings).items():
+            if name.lower() == id.lower():
+                self.answer_json(entry)
+                return
+        words = f"The model {id[:100]!a} is not listed; GET /v1/models lists the known ones."
+        raise RequestError(words, "model", status=404, code="model_not_found")
 
     def get_metrics(self):
         text = self.server.metrics.prometheus(*self.server.upstream.gates.state())
@@ -6197,7 +6200,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         with self.server.bodies.room_for(self.body_bytes):
             body = read_json_object(self.read_body())
             caller = Caller(self.fields, self.client_key, record.began, self.server.memory)
-            record.model = self.settings.redact(str(body.get("model", "")))[:LONGEST_WORD]
+            model = self.settings.redact(str(body.get("model", "")))
+            record.model = model[:LONGEST_WORD]
             front, request = self.front.read(body, caller, self.settings)
             asked = to_zai_request(request, self.settings)
             self.front = front
@@ -6311,7 +6315,8 @@ class Server(http.server.ThreadingHTTPServer):
         # The connections with a request under way. Each handler adds its own.
         self.busy = set()
         # (Until when, socket) of connections that were too many and are being told so.
-        self.refused = collections.deque()
+        # The oldest is closed by being dropped.
+        self.refused = collections.deque(maxlen=128)
         host = settings.host.strip("[]")
         found = socket.getaddrinfo(
             host, settings.port, 0, socket.SOCK_STREAM, 0, socket.AI_PASSIVE)
@@ -6411,18 +6416,18 @@ class Server(http.server.ThreadingHTTPServer):
             request.setblocking(False)
             request.send(head + body)
             request.shutdown(socket.SHUT_WR)
-            self.refused.append((now + LINGER_S, socket.socket(fileno=request.detach())))
-        if len(self.refused) > 128:
-            self.refused.popleft()[1].close()
+            # The base class closes `request`.
+            kept = socket.socket(fileno=request.detach())
+            self.refused.append((now + LINGER_S, kept))
 
     # Time. The pump calls shut_late() some times a second.
 
     def shut_late(self, now):
         with self.lock:
             deadlines = list(self.deadlines.items())
-        late = [sock for sock, deadline in deadlines if deadline < now]
-        for sock in late:
-            shut(sock)
+        for sock, deadline in deadlines:
+            if deadline < now:
+                shut(sock)
         while self.refused and self.refused[0][0] < now:
             self.refused.popleft()[1].close()
 
@@ -6522,7 +6527,8 @@ def demo_deltas(request):
         for word in DEMO_THOUGHT.split():
             yield {"reasoning_content": f"{word} "}
     # The result of a tool asks for no further call.
-    call = demo_call(request.get("tools", ()), text) if last["role"] == "user" else None
+    tools = request.get("tools", ()) if last["role"] == "user" else ()
+    call = demo_call(tools, text)
     if call:
         yield call
         return
