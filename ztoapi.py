@@ -4393,7 +4393,8 @@ class Gates:
             for (key, model), gate in self.gates.items():
                 ceiling = gate.ceiling if gate.ceiling < float("inf") else None
                 gates.append((key.position, model, ceiling, gate.in_flight))
-            return gates, {model: len(queue) for model, queue in self.queues.items() if queue}
+            queued = {model: len(queue) for model, queue in self.queues.items() if queue}
+            return gates, queued
 
     # The methods below are called with the lock held.
 
@@ -4425,7 +4426,8 @@ class Gates:
             # A model that is overloaded was seen to be so for minutes.
             pause_s = backoff_s(ticket.refusals, 1.0, 15.0)
         else:
-            pause_s = min(8.0, backoff_s(ticket.refusals) * (1 + 0.5 * self.rand()))
+            jitter = 1 + 0.5 * self.rand()
+            pause_s = min(8.0, backoff_s(ticket.refusals) * jitter)
         ticket.refusals += 1
         ticket.refusal = (error.verdict, error.message)
         gate.close(now, max(pause_s, error.pause or 0))
@@ -5872,7 +5874,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if head.count("\n") - 2 > MOST_FIELDS:
             raise too_large_head(b"\n")
         self.http_1_0 = version == "HTTP/1.0"
-        self.fields = parse_request_fields(re.sub(r"\r?\n\Z", "", head[line.end():]))
+        lines = re.sub(r"\r?\n\Z", "", head[line.end():])
+        self.fields = parse_request_fields(lines)
         given = self.fields.get("x-client-request-id") or self.fields.get("x-request-id", "")
         self.record.client_request_id = plain(self.settings.redact(given), 64)
         self.body_bytes = self.parse_length()
@@ -5985,7 +5988,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Find the key that the client sent. Each comparison takes the same time, as
         the time of an early end would tell how much of a guess is right."""
         scheme, _, bearer = self.fields.get("authorization", "").partition(" ")
-        given = [self.fields.get("x-api-key", ""), self.fields.get("api-key", "")]
+        given = [self.fields.get(name, "") for name in ("x-api-key", "api-key")]
         if scheme.lower() == "bearer":
             given.append(bearer.strip(" \t"))
         for position, key in enumerate(self.settings.default_key, 1):
