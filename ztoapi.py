@@ -56,7 +56,6 @@ import dataclasses
 import datetime
 import difflib
 import email.utils
-import errno
 import functools
 import hashlib
 import hmac
@@ -350,7 +349,8 @@ class UpstreamError(ApiError):
     """Z.ai, or the road to it, failed.
 
     `verdict`: one of the eight above; `zai_code`: Z.ai's own code, "" without one;
-    `pause`: seconds that Z.ai itself asked to wait, or None.
+    `pause`: seconds that Z.ai itself asked to wait, or None; `step`: where the road
+    ended, "" if Z.ai was reached.
     """
 
     status = 502
@@ -359,6 +359,7 @@ class UpstreamError(ApiError):
 
     zai_code = ""
     pause = None
+    step = ""
 
     def __init__(self, message, verdict=TRY_AGAIN, **facts):
         super().__init__(message, verdict=verdict, **facts)
@@ -865,7 +866,9 @@ def new_id(prefix, rand=random.getrandbits):
 # folding and no CR but the line's own. A method has at most 20 letters, because it is
 # logged and quoted before any key is checked.
 TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-REQUEST_LINE = re.compile(rf"(?=[^ ]{{1,20}} )({TOKEN}) ([!-~\x80-\xff]+) (HTTP/[1-9]\.[0-9])\r?\n")
+# Old clients send a blank line behind a body, which is before the next request.
+REQUEST_LINE = re.compile(
+    rf"(?:\r\n)?(?=[^ ]{{1,20}} )({TOKEN}) ([!-~\x80-\xff]+) (HTTP/[1-9]\.[0-9])\r?\n")
 STATUS_LINE = re.compile(r"(HTTP/1\.[0-9]) ([1-9][0-9][0-9])(?: [^\r\n]*)?\r?\n")
 FIELD_LINE = re.compile(rf"^({TOKEN}):([^\0\r\n]*)\r?\n", re.MULTILINE)
 TRAILER_LINE = re.compile(rf"{TOKEN}:[^\0\r\n]*".encode())
@@ -1969,7 +1972,7 @@ FINISHES = {
     "model_context_window_exceeded": "context_window",
 }
 # An answer that is held as a whole takes that many bytes of memory at most.
-LONGEST_ANSWER_BYTES = 64 << 20
+LONGEST_ANSWER_BYTES = 32 << 20
 # So many characters may wait until it is clear what they are.
 LONGEST_HELD = 1 << 20
 # So many characters of arguments may come before the name of their call.
@@ -2394,6 +2397,7 @@ class Translator:
         if items and isinstance(items, list) and not self.is_stopped():
             self._flush(THINKING)
             self._flush(TEXT)
+            self._check_number(items)
             seen = set()
             for item in items:
                 if isinstance(item, dict):
@@ -2480,8 +2484,8 @@ class Translator:
         self.leak = None
         self.repaired += 1
         self.begun = True
-        self._check_number(self.leaked)
         self.leaked.append(call)
+        self._check_number(self.leaked)
 
     def _show_leak(self, closing):
         """Give a leak as the text that it was after all."""
@@ -2558,17 +2562,17 @@ class Translator:
         known = [call for call in calls if call.takes(zai_id, index, name)]
         if known:
             return known[-1]
-        self._check_number(self.calls)
         # Clients take two calls with one id for one.
         is_taken = any(call.id == zai_id for call in self.calls)
         id = self.make_id() if is_taken or not zai_id else zai_id
         self.calls.append(ToolCall(id, zai_id, index))
+        self._check_number(self.calls)
         return self.calls[-1]
 
     @staticmethod
     def _check_number(calls):
-        """Before a further one."""
-        if len(calls) >= MOST_CALLS:
+        """Each piece is compared with all calls, so an event has no more of them."""
+        if len(calls) > MOST_CALLS:
             raise UpstreamError(f"Z.ai made more than {MOST_CALLS} tool calls.", GIVE_UP)
 
     # The end
@@ -2579,6 +2583,9 @@ class Translator:
         reason = self.finish
         if self.is_stopped():
             reason = "stop"
+            # Z.ai's counts come at its own end. Programs that send stop words, such as
+            # smolagents, read the usage unasked.
+            self.usage = self.usage or to_openai_usage({})
         elif reason:
             self._give_rest()
         else:
@@ -4183,14 +4190,9 @@ def to_responses_usage(usage):
 # turns, each in the order its requests came. All of it stands under one lock; nobody
 # waits while holding it.
 
-def backoff_s(attempt):
-    """Half a second, doubling to 8; `attempt` counts from 0."""
-    return min(8.0, 0.5 * 2 ** min(attempt, 10))
-
-
-def overload_backoff_s(attempt):
-    """A model that is overloaded was seen to be so for minutes."""
-    return min(15.0, 2.0 ** min(attempt, 10))
+def backoff_s(attempt, first_s=0.5, longest_s=8.0):
+    """Seconds that double from attempt to attempt; `attempt` counts from 0."""
+    return min(longest_s, first_s * 2 ** min(attempt, 10))
 
 
 class ZaiKey:
@@ -4208,19 +4210,20 @@ class Gate:
     # After so many seconds without a refusal one request more is tried.
     PROBE_S = 60.0
 
+    in_flight = 0
+    # Nobody may pass until then, after a refusal.
+    closed_until = 0.0
+    # The key does not serve this model until then.
+    resting_until = 0.0
+    quiet_since = 0.0
+    # The log has said that Z.ai refuses.
+    refusing = False
+
     def __init__(self, key, limit):
         self.key = key
         self.limit = limit
         # The ceiling is below the limit once it has been learned.
         self.ceiling = limit
-        self.in_flight = 0
-        # Nobody may pass until then, after a refusal.
-        self.closed_until = 0.0
-        # The key does not serve this model until then.
-        self.resting_until = 0.0
-        self.quiet_since = 0.0
-        # The log has said that Z.ai refuses.
-        self.refusing = False
 
     def room(self, now):
         if now < self.closed_until:
@@ -4249,7 +4252,7 @@ class Gate:
         self.ceiling = max(1, min(self.ceiling, self.in_flight))
 
     def knows_nothing(self, now):
-        if self.in_flight or self.ceiling < self.limit:
+        if self.in_flight or self.refusing or self.ceiling < self.limit:
             return False
         return now >= max(self.closed_until, self.resting_until)
 
@@ -4260,17 +4263,22 @@ class Ticket:
 
     numbers = itertools.count(1)
 
+    # The gate through which it may go, once it may.
+    gate = None
+    # Its key rests, and an answer would end the rest.
+    probes_rest = False
+    waited_s = 0.0
+    # Something of an answer has come.
+    served = False
+    refusals = 0
+    # (verdict, words) of the last one. Not the error, whose traceback may hold the
+    # ticket.
+    refusal = None
+
     def __init__(self, model, client):
         self.model = model
         self.client = client
         self.number = next(self.numbers)
-        # The gate through which it may go, once it may.
-        self.gate = None
-        # Its key rests, and an answer would end the rest.
-        self.probes_rest = False
-        self.waited_s = 0.0
-        self.refusals = 0
-        self.refusal = None
         # The keys that have refused it.
         self.spent = set()
 
@@ -4308,7 +4316,8 @@ class Gates:
         with self.lock:
             self.queues.setdefault(ticket.model, []).append(ticket)
             self._admit(ticket.model, began)
-            opens_at = self._opens_at(ticket)
+            # When the first of its gates opens again, if Z.ai has refused before.
+            opens_at = min(gate.closed_until for gate in self._usable(ticket, began))
         try:
             while not ticket.gate:
                 now = self.clock()
@@ -4325,16 +4334,17 @@ class Gates:
 
     def leave(self, ticket, error=None, served=False):
         """Give the slot, or the place in the queue, back. `error`: the UpstreamError
-        that it ended with; `served`: an answer came."""
+        that it ended with; `served`: something of an answer came."""
         with self.lock:
             now = self.clock()
             news = None
             if ticket.gate:
-                news = self._settle(ticket, error, served, now)
+                ticket.served = served
+                news = self._settle(ticket, error, now)
             elif ticket in self.queues.get(ticket.model, ()):
                 self.queues[ticket.model].remove(ticket)
             self._admit(ticket.model, now)
-            self._forget(ticket.model, now)
+            self._forget(now)
         if news:
             log.info(*news)
 
@@ -4344,9 +4354,6 @@ class Gates:
             for model in list(self.queues):
                 self._admit(model, now)
 
-    def all_spent(self, ticket):
-        return len(ticket.spent) == len(self.keys)
-
     def state(self):
         """For the page and the metrics: a list of (key's position, model, ceiling or
         None, in flight) for the gates, and {model: how many queue}."""
@@ -4355,16 +4362,17 @@ class Gates:
             for (key, model), gate in self.gates.items():
                 ceiling = gate.ceiling if gate.ceiling < float("inf") else None
                 gates.append((key.position, model, ceiling, gate.in_flight))
-            return gates, {model: len(queue) for model, queue in self.queues.items() if queue}
+            queued = {model: len(queue) for model, queue in self.queues.items() if queue}
+            return gates, queued
 
     # The methods below are called with the lock held.
 
-    def _settle(self, ticket, error, served, now):
+    def _settle(self, ticket, error, now):
         """What an attempt teaches; the log line about it, if there is one."""
         gate = ticket.gate
         ticket.gate = None
         gate.in_flight -= 1
-        if served:
+        if ticket.served:
             if ticket.probes_rest:
                 gate.key.resting_until = gate.resting_until = 0.0
             return self._cleared(gate, ticket.model, now)
@@ -4384,11 +4392,13 @@ class Gates:
         # The Coding Plan says 1305 for too many at once, too.
         too_many = error.verdict == TOO_MANY or error.zai_code == "1305" and gate.in_flight
         if overloaded and not too_many:
-            pause_s = overload_backoff_s(ticket.refusals)
+            # A model that is overloaded was seen to be so for minutes.
+            pause_s = backoff_s(ticket.refusals, 1.0, 15.0)
         else:
-            pause_s = min(8.0, backoff_s(ticket.refusals) * (1 + 0.5 * self.rand()))
+            jitter = 1 + 0.5 * self.rand()
+            pause_s = min(8.0, backoff_s(ticket.refusals) * jitter)
         ticket.refusals += 1
-        ticket.refusal = error
+        ticket.refusal = (error.verdict, error.message)
         gate.close(now, max(pause_s, error.pause or 0))
         if too_many:
             gate.learn()
@@ -4414,7 +4424,8 @@ class Gates:
             gates = self._usable(ticket, now)
             for gate in gates:
                 gate.probe(now)
-            gate = max(gates, key=lambda gate: (gate.room(now), -gate.in_flight))
+            rooms = [(gate.room(now), -gate.in_flight) for gate in gates]
+            gate = gates[rooms.index(max(rooms))]
             if gate.room(now) <= 0:
                 return
             queue.remove(ticket)
@@ -4429,30 +4440,20 @@ class Gates:
         """The gates the ticket may use: of keys that do not rest; if all do, that whose
         rest ends first, rather than failing unasked."""
         keys = [key for key in self.keys if key not in ticket.spent]
-        gates = [self._gate(key, ticket.model) for key in keys]
+        gates = []
+        for key in keys:
+            place = (key, ticket.model)
+            gates.append(self.gates.setdefault(place, Gate(key, self.limit)))
         awake = [gate for gate in gates if gate.rests_until() <= now]
         return awake or [min(gates, key=Gate.rests_until)]
 
-    def _gate(self, key, model):
-        if (key, model) not in self.gates:
-            self.gates[key, model] = Gate(key, self.limit)
-        return self.gates[key, model]
-
-    def _opens_at(self, ticket):
-        """When the first of its gates is open again after a refusal."""
-        if ticket.gate:
-            return 0.0
-        return min(gate.closed_until for gate in self._usable(ticket, self.clock()))
-
-    def _forget(self, model, now):
-        """Drop gates that know nothing; beyond so many, the oldest that nobody uses."""
-        if self.queues.get(model):
-            return
-        self.queues.pop(model, None)
-        for key in self.keys:
-            gate = self.gates.get((key, model))
-            if gate and gate.knows_nothing(now) and not gate.refusing:
-                del self.gates[key, model]
+    def _forget(self, now):
+        """Drop gates that know nothing; beyond so many, the oldest that nobody uses:
+        the names of models come from clients."""
+        self.queues = {model: queue for model, queue in self.queues.items() if queue}
+        for place, gate in list(self.gates.items()):
+            if gate.knows_nothing(now):
+                del self.gates[place]
         too_many = len(self.gates) - self.MOST_GATES * len(self.keys)
         if too_many > 0:
             unused = [place for place, gate in self.gates.items()
@@ -4464,8 +4465,9 @@ class Gates:
         words = f"No slot at Z.ai came free within QUEUE_TIMEOUT ({self.queue_timeout_s:g} s)."
         row = RATE
         if ticket.refusal:
-            words += " Its last word: " + ticket.refusal.message
-            row = OVERLOADED if ticket.refusal.verdict == OVERLOAD else RATE
+            verdict, message = ticket.refusal
+            words += " Its last word: " + message
+            row = OVERLOADED if verdict == OVERLOAD else RATE
         # Clients would queue as long again, unseen, each time they try again by
         # themselves.
         return ApiError(words, status=row.status, type=row.type, code=row.code,
@@ -4491,22 +4493,14 @@ def ended(socks):
     cannot tell a client that only stopped sending from one that left; clients do not
     half-close, so an end means gone (nginx holds the same)."""
     if not hasattr(select, "POLLRDHUP"):
-        return [sock for sock in socks if is_at_end(sock)]
+        # Elsewhere than on Linux bytes that were sent ahead hide the end.
+        return [sock for sock in socks if peek(sock) == b""]
+    # All in one call: each call lets other threads run first.
     poll = select.poll()
-    by_fileno = {}
-    for sock in socks:
-        # A handler's thread may close its socket at any time; then this is -1.
-        fileno = sock.fileno()
-        if fileno >= 0:
-            by_fileno[fileno] = sock
-            poll.register(fileno, select.POLLRDHUP)
+    by_fileno = {sock.fileno(): sock for sock in socks}
+    for fileno in by_fileno:
+        poll.register(fileno, select.POLLRDHUP)
     return [by_fileno[fileno] for fileno, _ in poll.poll(0)]
-
-
-def is_at_end(sock):
-    """Whether the end is the next thing to read. Elsewhere than on Linux bytes that
-    were sent ahead hide it."""
-    return peek(sock) == b""
 
 
 def peek(sock):
@@ -4535,29 +4529,28 @@ class Outbox:
     bytes. `chunked`: HTTP/1.1's coding is used.
     """
 
-    def __init__(self, connection, make_head, front, chunked=True, clock=time.monotonic):
+    # The head is out, so that there is no status left to give.
+    started = False
+    # Nothing may follow the last byte.
+    finished = False
+    unsent = memoryview(b"")
+    blocked_since = None
+
+    def __init__(self, connection, make_head, front, chunked=True):
         self.connection = connection
         self.make_head = make_head
         self.front = front
         self.chunked = chunked
-        # The head is out, so that there is no status left to give.
-        self.started = False
-        # Nothing may follow the last byte.
-        self.finished = False
-        self.unsent = b""
         # When it last sent something, or tried to.
-        self.sent_at = clock()
-        self.blocked_since = None
+        self.sent_at = time.monotonic()
 
-    def put(self, text, now, last=False):
+    def put(self, text, last=False):
         """Send SSE text, and before it what must come first. ClientGone if it has
         left."""
         data = self.frame(text, last)
         self.finished = self.finished or last
-        if self.unsent:
-            data = bytes(self.unsent) + data
-        self.unsent = data
-        self.flush(now)
+        self.unsent = memoryview(bytes(self.unsent) + data)
+        self.flush()
 
     def frame(self, text, last=False):
         """The bytes for `text`; `last`: with the end of the coding behind it."""
@@ -4573,39 +4566,49 @@ class Outbox:
             data += b"0\r\n\r\n"
         return head + data
 
-    def flush(self, now):
-        self.sent_at = now
+    def flush(self):
+        self.sent_at = time.monotonic()
         try:
             sent = self.connection.send(self.unsent)
-        except (BlockingIOError, InterruptedError):
+        except BlockingIOError:
             sent = 0
         except OSError:
             raise ClientGone from None
-        if sent == len(self.unsent):
-            self.unsent = b""
+        self.unsent = self.unsent[sent:]
+        if not self.unsent:
             self.blocked_since = None
-            return
-        self.unsent = memoryview(self.unsent)[sent:]
-        if self.blocked_since is None:
-            self.blocked_since = now
+        elif self.blocked_since is None:
+            self.blocked_since = self.sent_at
 
-    def beat(self, now):
-        """A heartbeat; before anything else, the opening is one."""
-        self.put(self.front.heartbeat() if self.started else "", now)
+    def look(self, now, settings):
+        """Send what is due: what is unsent, or a heartbeat. ClientGone if the client
+        has not taken the former for too long."""
+        if self.unsent:
+            self.flush()
+        if self.unsent:
+            if now - self.blocked_since > settings.client_timeout:
+                raise ClientGone
+            return
+        is_due = now - self.sent_at >= settings.heartbeat > 0
+        if is_due and not self.finished:
+            # Before anything else, the opening is a sign of life.
+            self.put(self.front.heartbeat() if self.started else "")
 
 
 class Client:
     """Who waits for one answer, streamed into `outbox` or not. `key` is the client key
-    that it used."""
+    that it used. wait() and dial() are called by the handler's thread, leave() by the
+    pump's, wake() by any."""
+
+    # The pump sets it once the client has left.
+    gone = False
+    # The socket to Z.ai that the handler's thread may be blocked on.
+    dialing = None
 
     def __init__(self, connection, outbox=None, key=""):
         self.connection = connection
         self.outbox = outbox
         self.key = key
-        # The pump sets it once the client has left.
-        self.gone = False
-        # The socket to Z.ai that the handler's thread may be blocked on.
-        self.dialing = None
         # A lock that is held and released once: an Event costs 40 times as much to
         # make.
         self.alarm = threading.Lock()
@@ -4633,6 +4636,7 @@ class Client:
         """Whatever is done for it ends now."""
         self.gone = True
         self.wake()
+        # Read once, as the handler's thread sets it to None.
         sock = self.dialing
         if sock:
             shut(sock)
@@ -4644,48 +4648,57 @@ class Client:
 
 class Relay:
     """One attempt at an answer: what comes over `connection` goes through `answer`, and
-    its steps to take(steps, now)."""
+    its steps to take(steps). All of it happens in the pump's thread."""
 
     # Behind the finish there may come the usage, the end mark and the end of the
     # coding.
     PATIENCE_S = 2.0
+
+    # The socket that the pump waits for: the client's while it is behind, else Z.ai's.
+    watched = None
+    heard_at = None
+    finishing_since = None
+    # Nothing more is to be read.
+    is_read = False
 
     def __init__(self, connection, answer, client, take):
         self.connection = connection
         self.answer = answer
         self.client = client
         self.take = take
-        self.error = None
-        # The handler has been woken, and only the connection is left to care for.
-        self.told = False
-        self.heard_at = None
-        self.finishing_since = None
-        self.was_behind = False
+        # Its release wakes the handler's thread.
         self.ended = threading.Lock()
         self.ended.acquire()
+        # None or one. It is raised off this list, as a variable would hold it, and it
+        # the variable's frame: such a circle is freed late.
+        self.errors = []
 
     def step(self, now, buffer):
-        """Read what there is and tell it. True once the answer is complete and out."""
+        """Read what there is and tell it. True once all is read and out."""
         client = self.client
+        answer = self.answer
         if client.is_behind:
-            client.outbox.flush(now)
-        while not self.answer.complete and not client.is_behind:
+            client.outbox.flush()
+        while not self.is_read and not client.is_behind:
             data = self.connection.receive(buffer)
             if data is None:
                 break
             self.heard_at = now
-            steps, failure = self.answer.feed(data)
+            steps, failure = answer.feed(data)
             if steps:
-                self.take(steps, now)
+                self.take(steps)
             if failure:
                 raise failure
+            # Only at the end of its body a connection can serve again.
+            if answer.complete:
+                self.is_read = answer.reply.complete or answer.is_cut_short or not data
             # TLS may hold more than its socket shows.
             if not self.connection.pending():
                 break
-        return self.answer.complete and not client.is_behind
+        return self.is_read and not client.is_behind
 
     def look(self, now, silence_s):
-        """What the time says. True once the answer is complete and out."""
+        """What the time says. True once all is read and out."""
         if self.client.gone:
             raise ClientGone
         if self.client.is_behind:
@@ -4694,28 +4707,15 @@ class Relay:
             self.finishing_since = self.finishing_since or now
             if now - self.finishing_since > self.PATIENCE_S:
                 steps, failure = self.answer.close()
-                self.take(steps, now)
+                self.take(steps)
                 if failure:
                     raise failure
-                return not self.client.is_behind
         elif now - self.heard_at > silence_s:
             raise UpstreamError(
                 f"Z.ai was silent for {silence_s:g} s (UPSTREAM_TIMEOUT).", TRY_ONCE)
-        return False
-
-    def drain(self, buffer):
-        """The answer is told; read to the end of the body, as only then the connection
-        can serve again. True once there is nothing more to wait for."""
-        reply = self.answer.reply
-        while not reply.complete:
-            data = self.connection.receive(buffer)
-            if data is None:
-                return False
-            try:
-                reply.feed(data)
-            except UpstreamError:
-                return True
-        return True
+        # The end of the body usually comes with the answer's; nobody waits long for it.
+        self.is_read = self.answer.complete
+        return self.is_read and not self.client.is_behind
 
 
 class Pump:
@@ -4724,12 +4724,17 @@ class Pump:
     `chores` are called as chore(now) some times a second.
     """
 
+    # The thread waits for sockets, or is about to.
+    asleep = False
+    closed = False
+    next_tick = 0.0
+
     def __init__(self, settings, clock=time.monotonic):
         self.settings = settings
         self.clock = clock
         self.chores = []
-        # It guards `clients`, and is held while heartbeats go out: who leaves minding()
-        # knows that none follows.
+        # It guards `clients`, and is held while heartbeats go out: a handler's thread
+        # that leaves minding() knows that none follows.
         self.lock = threading.Lock()
         self.clients = set()
         # Relays that the pump has not taken in yet, and those it has.
@@ -4742,9 +4747,6 @@ class Pump:
         self.ear.setblocking(False)
         self.mouth.setblocking(False)
         self.selector.register(self.ear, selectors.EVENT_READ)
-        self.asleep = False
-        self.closed = False
-        self.next_tick = 0.0
         self.buffer = memoryview(bytearray(65536))
         self.thread = threading.Thread(target=self.serve, name="pump", daemon=True)
 
@@ -4757,7 +4759,8 @@ class Pump:
         if self.thread.ident:
             self.thread.join()
         for relay in [*self.relays, *self.inbox]:
-            self._end(relay, ClientGone())
+            relay.errors.append(ClientGone())
+            self._end(relay)
         self.selector.close()
         self.ear.close()
         self.mouth.close()
@@ -4775,9 +4778,7 @@ class Pump:
         finally:
             with self.lock:
                 self.clients.discard(client)
-            # The client's socket may be closed by now.
-            with contextlib.suppress(OSError):
-                client.connection.settimeout(None)
+            client.connection.settimeout(None)
 
     def run(self, relay):
         """Sleep until the answer is told; raises what ended it otherwise."""
@@ -4787,15 +4788,8 @@ class Pump:
         if self.asleep:
             self._wake()
         relay.ended.acquire()
-        error = relay.error
-        # The error holds frames that hold the relay, which would keep all of them
-        # alive.
-        relay.error = None
-        if error:
-            try:
-                raise error
-            finally:
-                del error
+        if relay.errors:
+            raise relay.errors.pop()
 
     def _wake(self):
         # A full socket means that the pump has been woken.
@@ -4821,127 +4815,78 @@ class Pump:
         now = self.clock()
         for key, _ in ready:
             if key.data:
-                self._step(key.data, now)
+                self._guard(key.data, key.data.step, now, self.buffer)
             else:
-                self._listen()
+                self.ear.recv(4096)
         while self.inbox:
             self._take_in(self.inbox.popleft(), now)
         if now >= self.next_tick:
             self.next_tick = now + TICK_S
             self._tick(now)
 
-    def _listen(self):
-        with contextlib.suppress(OSError):
-            self.ear.recv(4096)
-
     def _take_in(self, relay, now):
         relay.heard_at = now
         self.relays.add(relay)
-        try:
-            self.selector.register(relay.connection.sock, selectors.EVENT_READ, relay)
-        except (OSError, ValueError) as error:
-            self._end(relay, error)
+        self._watch(relay)
 
-    def _step(self, relay, now):
-        if relay.told:
-            if relay.drain(self.buffer):
-                self._release(relay)
+    def _watch(self, relay):
+        """Wait for the client to take what is unsent, or else for Z.ai."""
+        sock, event = relay.connection.sock, selectors.EVENT_READ
+        if relay.client.is_behind:
+            sock, event = relay.client.connection, selectors.EVENT_WRITE
+        if sock is relay.watched:
             return
-        self._guard(relay, relay.step, now, self.buffer)
+        if relay.watched:
+            self.selector.unregister(relay.watched)
+        self.selector.register(sock, event, relay)
+        relay.watched = sock
 
     def _guard(self, relay, method, *args):
         """Call a method of the relay, and end it when that says so, or fails."""
         try:
-            complete = method(*args)
-        except ClientGone as error:
-            relay.client.leave()
-            self._end(relay, error)
-            return
+            is_over = method(*args)
         except Exception as error:
-            self._end(relay, error)
-            return
-        if complete:
+            relay.errors.append(error)
+            is_over = True
+        if is_over:
             self._end(relay)
-        elif relay.client.is_behind != relay.was_behind:
-            self._turn_around(relay)
-
-    def _turn_around(self, relay):
-        """Wait for the client to take what is unsent, or for Z.ai again."""
-        relay.was_behind = not relay.was_behind
-        zai = relay.connection.sock
-        client = relay.client.connection
-        if relay.was_behind:
-            self.selector.unregister(zai)
-            self.selector.register(client, selectors.EVENT_WRITE, relay)
         else:
-            self.selector.unregister(client)
-            self.selector.register(zai, selectors.EVENT_READ, relay)
+            self._watch(relay)
 
-    def _end(self, relay, error=None):
-        """Wake the handler. A connection whose answer is whole is read to its end."""
-        relay.error = error
-        if relay.was_behind:
-            self._turn_around(relay)
-        answer = relay.answer
-        if error or answer.reply.complete or answer.is_cut_short:
-            self._release(relay)
-        relay.told = True
-        relay.finishing_since = self.clock()
-        relay.ended.release()
-
-    def _release(self, relay):
-        with contextlib.suppress(KeyError, ValueError):
-            self.selector.unregister(relay.connection.sock)
+    def _end(self, relay):
+        # None if close() found it in the inbox.
+        if relay.watched:
+            self.selector.unregister(relay.watched)
         relay.connection.release(relay.answer.reply.reusable)
+        # By now the connection is in the pool, for the next attempt to find.
         self.relays.discard(relay)
+        relay.ended.release()
 
     # Some times a second
 
     def _tick(self, now):
         with self.lock:
-            clients = list(self.clients)
-            gone = ended([client.connection for client in clients])
-            # All who left are known before anyone is acted on: a slot that one of them
-            # frees must not go to another of them.
-            for client in clients:
-                client.gone = client.gone or client.connection in gone
-            for client in clients:
-                self._look(client, now)
+            gone = ended([client.connection for client in self.clients])
+            for client in self.clients:
+                if client.connection in gone:
+                    client.leave()
+                elif client.outbox:
+                    self._look(client, now)
         for relay in list(self.relays):
-            if not relay.told:
-                self._guard(relay, relay.look, now, self.settings.upstream_timeout)
-            elif now - relay.finishing_since > relay.PATIENCE_S:
-                self._release(relay)
+            self._guard(relay, relay.look, now, self.settings.upstream_timeout)
         for chore in self.chores:
             chore(now)
 
     def _look(self, client, now):
-        outbox = client.outbox
-        if client.gone:
-            client.leave()
-        elif outbox:
-            try:
-                self._look_at_outbox(outbox, now)
-            except Exception as error:
-                if not isinstance(error, ClientGone):
-                    log.exception("A heartbeat failed; this is a bug")
-                client.leave()
-                shut(client.connection)
-
-    def _look_at_outbox(self, outbox, now):
-        if outbox.unsent:
-            outbox.flush(now)
-        if outbox.blocked_since is not None:
-            if now - outbox.blocked_since > self.settings.client_timeout:
-                raise ClientGone
-        elif self._is_due(outbox, now):
-            outbox.beat(now)
-
-    def _is_due(self, outbox, now):
-        heartbeat_s = self.settings.heartbeat
-        if outbox.finished or not heartbeat_s:
-            return False
-        return now - outbox.sent_at >= heartbeat_s
+        try:
+            client.outbox.look(now, self.settings)
+            return
+        except ClientGone:
+            pass
+        except Exception:
+            log.exception("A heartbeat failed; this is a bug")
+        client.leave()
+        shut(client.connection)
 
 
 # Upstream #############################################################################
@@ -4965,21 +4910,23 @@ class Pool:
     """Idle connections to Z.ai, the last used first. A socket is here only when its
     last answer was read to the end; none of them blocks."""
 
-    def __init__(self, clock=time.monotonic, keep_idle_s=None):
+    def __init__(self, clock=time.monotonic):
         self.clock = clock
-        self.keep_idle_s = KEEP_IDLE_S if keep_idle_s is None else keep_idle_s
+        # It guards `idle`: socket -> (key, since when), the longest idle first.
         self.lock = threading.Lock()
-        # key -> [(socket, since when)]
         self.idle = {}
 
     def take(self, key):
-        """An idle socket that is still alive, or None."""
+        """An idle socket that is still alive, or None. `key`: where it leads to."""
         while True:
             with self.lock:
-                if not self.idle.get(key):
+                for sock, (place, since) in reversed(self.idle.items()):
+                    if place == key:
+                        break
+                else:
                     return None
-                sock, since = self.idle[key].pop()
-            fresh = self.clock() - since < self.keep_idle_s
+                del self.idle[sock]
+            fresh = self.clock() - since < KEEP_IDLE_S
             # What an idle server says is that it has closed.
             if fresh and peek(sock) is None:
                 return sock
@@ -4987,20 +4934,15 @@ class Pool:
 
     def put(self, key, sock):
         with self.lock:
-            self.idle.setdefault(key, []).append((sock, self.clock()))
+            self.idle[sock] = (key, self.clock())
 
     def expire(self, now):
         """Close what has been idle for too long at `now`."""
-        old = []
         with self.lock:
-            for key, socks in list(self.idle.items()):
-                kept = [pair for pair in socks if now - pair[1] < self.keep_idle_s]
-                old += socks[:len(socks) - len(kept)]
-                self.idle[key] = kept
-                if not kept:
-                    del self.idle[key]
-        for sock, _ in old:
-            sock.close()
+            for sock, (_, since) in list(self.idle.items()):
+                if now - since >= KEEP_IDLE_S:
+                    del self.idle[sock]
+                    sock.close()
 
 
 class ZaiRequest(urllib.request.Request):
@@ -5035,13 +4977,14 @@ class ZaiRequest(urllib.request.Request):
 
 class Connection:
     """A socket to Z.ai with a request on its way. After the request it does not
-    block."""
+    block. `reused`: it comes from the pool."""
 
-    def __init__(self, sock, pool, key, reused):
+    reused = False
+
+    def __init__(self, sock, pool, key):
         self.sock = sock
         self.pool = pool
         self.key = key
-        self.reused = reused
 
     def send(self, data, timeout_s):
         self.sock.settimeout(timeout_s)
@@ -5051,16 +4994,15 @@ class Connection:
             raise UpstreamError(
                 f"Z.ai took no data for {timeout_s:g} s (UPSTREAM_TIMEOUT).", TRY_ONCE) from None
         except OSError:
-            # Z.ai may have answered before it closed. Who reads finds out.
+            # Z.ai may have answered before it closed. Reading tells.
             pass
-        with contextlib.suppress(OSError):
-            self.sock.setblocking(False)
+        self.sock.setblocking(False)
 
     def receive(self, buffer):
         """The bytes that have come; None if there are none yet, b"" at the end."""
         try:
             size = self.sock.recv_into(buffer)
-        except (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
             return None
         except OSError:
             return b""
@@ -5072,6 +5014,8 @@ class Connection:
 
     def release(self, reusable):
         """The request is over."""
+        # What waits inside of TLS would be taken for the next answer: Pool.take() does
+        # not see it.
         if reusable and not self.pending():
             self.pool.put(self.key, self.sock)
         else:
@@ -5082,29 +5026,27 @@ def dial(host, port, client, timeout_s):
     """socket.create_connection(), but with the time shared out among the addresses, as
     a dead IPv6 route must not use up IPv4's, and with the socket shown to the pump."""
     addresses = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
-    failure = OSError("no address for " + host)
-    for family, kind, protocol, _, address in addresses:
+    share_s = timeout_s / len(addresses)
+    while True:
         try:
-            # A system without IPv6 makes no socket for it.
-            sock = socket.socket(family, kind, protocol)
-            connect(sock, address, client, timeout_s / len(addresses))
+            sock = connect(addresses.pop(0), client, share_s)
             sock.settimeout(timeout_s)
             return sock
-        except OSError as error:
-            # With its traceback it would hold this frame, which holds it.
-            failure = error.with_traceback(None)
-    try:
-        raise failure
-    finally:
-        del failure
+        except OSError:
+            if not addresses:
+                raise
 
 
-def connect(sock, address, client, timeout_s):
+def connect(address_info, client, timeout_s):
+    family, kind, protocol, _, address = address_info
+    # A system without IPv6 makes no socket for it.
+    sock = socket.socket(family, kind, protocol)
     try:
         client.dial(sock)
         sock.settimeout(timeout_s)
         sock.connect(address)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return sock
     except BaseException:
         sock.close()
         raise
@@ -5116,111 +5058,99 @@ def open_tunnel(sock, request):
     if urllib.parse.urlsplit("//" + target).port is None:
         target += ":443"
     lines = [f"CONNECT {target} HTTP/1.1", f"Host: {target}"]
-    credentials = request.headers.pop("Proxy-authorization", None)
+    credentials = request.headers.get("Proxy-authorization")
     if credentials:
         lines.append(f"Proxy-Authorization: {credentials}")
     sock.sendall("\r\n".join([*lines, "", ""]).encode("latin-1"))
-    reader = HeadReader()
-    head = None
+    reply = Reply()
     try:
-        while head is None:
-            data = sock.recv(4096)
-            if not data:
-                raise OSError("the proxy closed the connection")
-            head = reader.feed(data)
-        status = parse_response_head(head)[1]
-    except (ValueError, OverflowError):
-        raise OSError("the proxy's answer is no HTTP") from None
-    if not 200 <= status < 300:
-        raise OSError(f"the proxy refused the tunnel with status {status}")
-
-
-def make_tls():
-    """The ssl context for Z.ai, with the system's certificates or SSL_CERT_FILE's."""
-    context = ssl.create_default_context()
-    context.set_alpn_protocols(["http/1.1"])
-    return context
+        while reply.status is None:
+            reply.feed(sock.recv(4096))
+    except UpstreamError:
+        raise OSError("the proxy hung up, or does not speak HTTP") from None
+    if not 200 <= reply.status < 300:
+        raise OSError(f"the proxy refused the tunnel with status {reply.status}")
 
 
 class KeepAliveHandler(urllib.request.BaseHandler):
     """http and https for an OpenerDirector. What it opens is a Connection."""
 
-    def __init__(self, pool, timeout_s):
+    def __init__(self, pool, send_timeout_s):
         self.pool = pool
-        # It bounds the sending of a request.
-        self.timeout_s = timeout_s
+        self.send_timeout_s = send_timeout_s
 
     @functools.cached_property
     def tls(self):
-        """Made when first needed: loading the system's certificates takes longer than
-        all the rest of the start."""
-        return make_tls()
+        """Made when first needed: loading the certificates, the system's or
+        SSL_CERT_FILE's, takes longer than all the rest of the start."""
+        context = ssl.create_default_context()
+        context.set_alpn_protocols(["http/1.1"])
+        return context
 
-    def http_open(self, request):
-        return self.connect(request, None)
-
-    def https_open(self, request):
-        return self.connect(request, self.tls)
-
-    def connect(self, request, tls):
-        key = (tls is not None, request.host, request._tunnel_host)
+    def connect(self, request):
+        key = (request.type, request.host, request._tunnel_host)
         sock = self.pool.take(key)
-        reused = sock is not None
-        if not reused:
-            sock = self._dial(request, tls)
-        request.client.dial(sock)
-        # A tunnel has taken the proxy's credentials; they are not for Z.ai.
+        connection = Connection(sock or self._dial(request), self.pool, key)
+        connection.reused = sock is not None
+        request.client.dial(connection.sock)
+        # Inside of a tunnel, a new one or one from the pool, the request goes to Z.ai,
+        # for whom the proxy's password is not.
         if request._tunnel_host:
             request.headers.pop("Proxy-authorization", None)
-        connection = Connection(sock, self.pool, key, reused)
-        connection.send(request.encode(), self.timeout_s)
+        connection.send(request.encode(), self.send_timeout_s)
         return connection
 
-    @staticmethod
-    def _dial(request, tls):
+    # The names that OpenerDirector looks for.
+    http_open = connect
+    https_open = connect
+
+    def _dial(self, request):
         place = urllib.parse.urlsplit("//" + request.host)
         if not place.hostname:
             raise ValueError("no host")
-        port = place.port or (443 if tls else 80)
+        is_tls = request.type == "https"
+        port = place.port or (443 if is_tls else 80)
         sock = dial(place.hostname, port, request.client, request.timeout)
         try:
             if request._tunnel_host:
                 open_tunnel(sock, request)
-            if tls:
-                name = urllib.parse.urlsplit("//" + (request._tunnel_host or request.host))
-                sock = tls.wrap_socket(
-                    sock, server_hostname=name.hostname, do_handshake_on_connect=False)
+            if is_tls:
+                zai = urllib.parse.urlsplit("//" + (request._tunnel_host or request.host))
+                sock = self.tls.wrap_socket(
+                    sock, server_hostname=zai.hostname, do_handshake_on_connect=False)
                 request.client.dial(sock)
                 sock.do_handshake()
+            return sock
         except BaseException:
             sock.close()
             raise
-        return sock
 
 
-PROXY_ADVICE = "Check HTTPS_PROXY and HTTP_PROXY"
+# What making a connection may raise, the likeliest cause of each, and what to tell. To
+# add a case, add a row above those of which it is a kind.
+CONNECTION_ERRORS = (
+    (ssl.SSLCertVerificationError, "TLS", GIVE_UP,
+     "Z.ai's TLS certificate could not be verified: {reason}. {certificates}"),
+    (ssl.SSLError, "TLS", TRY_AGAIN,
+     "TLS with Z.ai failed: {reason}. SSL_CERT_FILE names the certificates to trust."),
+    (socket.gaierror, "DNS", TRY_AGAIN, "Z.ai's address could not be found: {reason}."),
+    (socket.timeout, "TCP", TRY_AGAIN, "No answer of Z.ai within {seconds:g} s."),
+    (ValueError, "proxy", GIVE_UP,
+     "The address of the proxy is not a valid one. Check HTTPS_PROXY and HTTP_PROXY."),
+    (OSError, "TCP", TRY_AGAIN,
+     "The connection to Z.ai failed: {reason}. HTTPS_PROXY names a proxy to go through."),
+)
 
 
 def connection_error(error):
     """The UpstreamError for a connection that could not be made. It quotes no address:
     one of a proxy may hold a password."""
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return UpstreamError(
-            f"Z.ai's TLS certificate could not be verified: {error.verify_message}. "
-            + certificate_advice(), GIVE_UP)
-    if isinstance(error, ssl.SSLError):
-        return UpstreamError(
-            f"TLS with Z.ai failed: {error.reason or error}. A proxy or firewall may be in "
-            "between; SSL_CERT_FILE names the certificates to trust.")
-    if isinstance(error, socket.gaierror):
-        return UpstreamError(f"Z.ai's address could not be found: {error.strerror}.")
-    if isinstance(error, socket.timeout):
-        return UpstreamError(f"No connection to Z.ai within {CONNECT_TIMEOUT_S:g} s.")
-    if isinstance(error, ValueError):
-        return UpstreamError(
-            f"The address of the proxy is not a valid one. {PROXY_ADVICE}.", GIVE_UP)
-    reason = getattr(error, "strerror", None) or error
-    return UpstreamError(f"The connection to Z.ai failed: {reason}.")
+    row = next(row for row in CONNECTION_ERRORS if isinstance(error, row[0]))
+    _, step, verdict, words = row
+    text = getattr(error, "verify_message", None) or getattr(error, "strerror", None)
+    words = words.format(
+        reason=text or error, seconds=CONNECT_TIMEOUT_S, certificates=certificate_advice())
+    return UpstreamError(words, verdict, step=step)
 
 
 def certificate_advice():
@@ -5230,38 +5160,40 @@ def certificate_advice():
     return "Set SSL_CERT_FILE to a file with the certificates to trust, or check the clock."
 
 
+@dataclasses.dataclass
 class Job:
     """One answer to get: Z.ai's request as bytes, let go of once it is not needed any
     more; its model's id; make_answer() gives a fresh Answer for each attempt."""
 
-    def __init__(self, data, model, make_answer):
-        self.data = data
-        self.model = model
-        self.make_answer = make_answer
+    data: bytes
+    model: str
+    make_answer: object
 
 
 class Upstream:
     """The road to Z.ai. answer() is all a handler needs: it hides the queue, the keys,
     the connections and the retries."""
 
-    def __init__(self, settings, pump, now=time.time, rand=random.random, proxies=None):
+    def __init__(self, settings, pump,
+                 now=time.time, rand=random.random, proxies=None):
         self.settings = settings
         self.pump = pump
         self.clock = pump.clock
         self.now = now
         self.rand = rand
         self.pool = Pool(self.clock)
-        self.gates = Gates(settings.zai_api_key, settings.max_concurrency,
+        keys = ("demo",) if settings.demo_mode else settings.zai_api_key
+        self.gates = Gates(keys, settings.max_concurrency,
                            settings.queue_timeout, self.clock, rand)
         pump.chores += [self.gates.tick, self.pool.expire]
         if proxies is None:
             proxies = urllib.request.getproxies()
-        self.proxies = proxies
+        scheme = settings.zai_base_url.partition(":")[0]
+        self.proxy = proxies.get(scheme, "")
         # The usual opener follows redirects, with the key, and opens files.
         self.opener = urllib.request.OpenerDirector()
-        self.keep_alive = KeepAliveHandler(self.pool, settings.upstream_timeout)
-        for handler in (urllib.request.ProxyHandler(proxies), self.keep_alive):
-            self.opener.add_handler(handler)
+        self.opener.add_handler(urllib.request.ProxyHandler(proxies))
+        self.opener.add_handler(KeepAliveHandler(self.pool, settings.upstream_timeout))
 
     def job(self, asked, streamed=True):
         """The Job for what to_zai_request() gave."""
@@ -5287,9 +5219,9 @@ class Upstream:
         return Job(data, model, make_answer)
 
     def answer(self, job, client, record, take):
-        """Get one answer: take(steps, now) is called, in the pump's thread, with all
-        that comes. ApiError or ClientGone if there is no answer, or no rest of it.
-        `record` is told what happened on the way."""
+        """Get one answer: take(steps) is called, in the pump's thread, with all that
+        comes. ApiError or ClientGone if there is no answer, or no rest of it. `record`
+        is told what happened on the way."""
         ticket = Ticket(self.settings.redact(job.model), client)
         tries = 0
         while True:
@@ -5297,52 +5229,51 @@ class Upstream:
                 self.gates.enter(ticket)
             finally:
                 record.queued_s = ticket.waited_s
-            error, begun = self._attempt(job, ticket, client, record, take)
-            if error is None:
+            try:
+                self._attempt(job, ticket, client, record, take)
                 return
-            pause_s = None if begun else self._pause_s(error, ticket, tries)
-            if pause_s is None:
-                try:
-                    raise error
-                finally:
-                    del error  # as above: its traceback holds this frame
-            tries += error.verdict in (TRY_AGAIN, TRY_ONCE)
+            except UpstreamError as error:
+                pause_s = self._pause_s(error, ticket, tries)
+                if pause_s is None:
+                    raise
+                tries += error.verdict in (TRY_AGAIN, TRY_ONCE)
             record.retries += 1
-            self._sleep(client, pause_s)
+            deadline = self.clock() + pause_s
+            while self.clock() < deadline:
+                client.wait(deadline - self.clock())
             ticket.waited_s += pause_s
-            record.queued_s = ticket.waited_s
 
     def _attempt(self, job, ticket, client, record, take):
-        """(error, begun): the UpstreamError of one attempt, None if all went well; and
-        whether anything of an answer came."""
-        error = None
+        """One attempt, which gives the slot back; `ticket` learns how it went."""
         stale = True
         key = ticket.gate.key
         try:
             while stale:
                 answer = job.make_answer()
                 stale = self._relay(job, key, client, record, answer, take)
-        except UpstreamError as failure:
-            # What caused it, and its traceback, hold this frame, which holds the error.
-            error = failure.with_traceback(None)
-            error.__context__ = None
+        except UpstreamError as error:
             words = self.settings.redact(error.message)
             log.debug("%s attempt with key %s failed: %s", record.id, key.name, words)
+            self.gates.leave(ticket, error, answer.begun)
+            # Its cause and its traceback hold frames of the pump that hold the error:
+            # such a circle is freed late.
+            error.__context__ = None
+            raise error.with_traceback(None)
         finally:
             self._note(record, answer)
             record.repaired += answer.translator.repaired
-            self.gates.leave(ticket, error, served=answer.begun)
-        return error, answer.begun
+            # Whoever has left already does not leave again.
+            self.gates.leave(ticket, None, answer.begun)
 
     def _relay(self, job, key, client, record, answer, take):
         """Send the request and let the pump tell the answer. True if the connection was
         an old one that had died before."""
-        def told(steps, now):
+        def told(steps):
             if record.ttft_s is None and answer.begun:
-                record.ttft_s = now - record.started
+                record.ttft_s = self.clock() - record.started
                 self._note(record, answer)
                 job.data = None
-            take(steps, now)
+            take(steps)
 
         connection = self.open("/chat/completions", key, client, job.data)
         sent_at = self.clock()
@@ -5362,12 +5293,14 @@ class Upstream:
     def _pause_s(self, error, ticket, tries):
         """Seconds to wait before the next attempt; None if there is to be none."""
         left_s = self.settings.queue_timeout - ticket.waited_s
+        if ticket.served or error.verdict == GIVE_UP:
+            return None
         if error.verdict in (TOO_MANY, TOO_FAST, OVERLOAD):
             # It queues again, unless Z.ai names a time that is too far away.
             return 0 if (error.pause or 0) <= left_s else None
         if error.verdict in (KEY_RESTS, MODEL_RESTS):
-            return None if self.gates.all_spent(ticket) else 0
-        if error.verdict == GIVE_UP or tries >= self.settings.max_retries:
+            return 0 if len(ticket.spent) < len(self.gates.keys) else None
+        if tries >= self.settings.max_retries:
             return None
         if error.verdict == TRY_ONCE and tries:
             return None
@@ -5375,17 +5308,14 @@ class Upstream:
         pause_s = max(backoff_s(tries) * self.rand(), error.pause or 0)
         return pause_s if pause_s <= left_s else None
 
-    def _sleep(self, client, pause_s):
-        deadline = self.clock() + pause_s
-        while self.clock() < deadline:
-            client.wait(deadline - self.clock())
-
     def open(self, path, key, client, data=None):
         """The Connection with a request on its way to Z.ai."""
+        if self.settings.demo_mode:
+            return Connection(demo_socket(data), self.pool, None)
         url = self.settings.zai_base_url + path
-        if self.proxies.get(url.partition(":")[0], "").lower().startswith("socks"):
-            raise UpstreamError(
-                f"SOCKS proxies are not spoken here. {PROXY_ADVICE}.", GIVE_UP)
+        if self.proxy.lower().startswith("socks"):
+            raise UpstreamError("SOCKS proxies are not spoken here. Check HTTPS_PROXY "
+                                "and HTTP_PROXY.", GIVE_UP, step="proxy")
         try:
             request = ZaiRequest(url, key.text, client, data)
             return self.opener.open(request, timeout=CONNECT_TIMEOUT_S)
@@ -5399,31 +5329,21 @@ class Upstream:
     def check_key(self, key, client):
         """GET {base}/models with one key: None if it was accepted, else the
         UpstreamError."""
-        try:
-            status, value = self._get_json("/models", key, client)
-        except UpstreamError as error:
-            return error
-        if status == 200 and isinstance(value, dict) and "data" in value:
-            return None
-        return zai_error(value, 404 if status == 200 else status)
-
-    def _get_json(self, path, key, client):
-        """(status, parsed body) of a small answer."""
-        connection = self.open(path, key, client)
         reply = Reply()
         body = b""
-        patience_s = min(CONNECT_TIMEOUT_S, self.settings.upstream_timeout)
         try:
-            connection.sock.settimeout(patience_s)
-            while not reply.complete and len(body) < Answer.LONGEST_ERROR_BYTES:
-                body += reply.feed(connection.sock.recv(65536))
-        except socket.timeout:
-            raise UpstreamError(f"Z.ai was silent for {patience_s:g} s.") from None
+            with self.open("/models", key, client).sock as sock:
+                sock.settimeout(min(CONNECT_TIMEOUT_S, self.settings.upstream_timeout))
+                while not reply.complete and len(body) < Answer.LONGEST_ERROR_BYTES:
+                    body += reply.feed(sock.recv(65536))
+        except UpstreamError as error:
+            return error
         except OSError as error:
-            raise connection_error(error) from None
-        finally:
-            connection.sock.close()
-        return reply.status, decode_or_none(body.decode("utf-8", "replace"))
+            return connection_error(error)
+        value = decode_or_none(body.decode("utf-8", "replace"))
+        if reply.status == 200 and "data" in as_dict(value):
+            return None
+        return zai_error(value, 404 if reply.status == 200 else reply.status)
 
     def close(self):
         self.pool.expire(float("inf"))
@@ -5485,22 +5405,27 @@ class Record:
     def tokens(self, kind):
         return self.usage[f"{kind}_tokens"] if self.usage else None
 
+    def outcome(self):
+        if self.status == 499:
+            return "cancelled"
+        return "failed" if self.status >= 400 else "served"
+
     def line(self):
         """The log line: printable ASCII, and no blanks but its own, whatever came."""
-        words = [f"{self.id} {self.client} {self.method} {plain(self.path)} {self.status}"]
-        facts = self.facts().items()
-        words += [f"{name}={value}" for name, value in facts if value not in ("", None)]
+        line = f"{self.id} {self.client} {self.method} {plain(self.path)} {self.status}"
+        facts = {"key": self.key, "rid": plain(self.client_request_id, LONGEST_WORD)}
+        if self.counted:
+            facts.update(self.facts())
+        for name, value in facts.items():
+            if value not in ("", None):
+                line += f" {name}={value}"
         if self.error:
-            words.append(f"error={self.error[:LONGEST_ERROR]!a}")
-        return " ".join(words)
+            line += f" error={self.error[:LONGEST_ERROR]!a}"
+        return line
 
     def facts(self):
-        """The name=value pairs of the log line; empty ones are left out there."""
-        facts = {"key": self.key, "rid": plain(self.client_request_id, LONGEST_WORD)}
-        if not self.counted:
-            return facts
+        """The log line's name=value pairs about an answer; empty ones are left out."""
         return {
-            **facts,
             "model": plain(self.model, LONGEST_WORD),
             "stream": "default" if self.stream_default else str(self.stream).lower(),
             "ttft": self.ttft_s and f"{self.ttft_s:.3f}",
@@ -5585,11 +5510,9 @@ class Metrics:
     def __init__(self, now=time.time):
         self.now = now
         self.began = now()
+        # It guards all below.
         self.lock = threading.Lock()
-        self.in_flight = 0
-        self.retries = 0
-        self.repaired = 0
-        self.unauthorized = 0
+        self.counts = collections.Counter()
         # Their keys: (model, status, key) and (model, kind, key).
         self.requests = collections.Counter()
         self.tokens = collections.Counter()
@@ -5598,27 +5521,24 @@ class Metrics:
         self.history = collections.deque([{"t": 0}], maxlen=HISTORY_S // BUCKET_S)
         self.recent = collections.deque(maxlen=20)
 
-    def begin(self):
-        """A request that asks for an answer has come."""
+    def count(self, name):
+        """One more "in_flight", for a request that asks for an answer, or one more
+        "unauthorized", for one without a valid key."""
         with self.lock:
-            self.in_flight += 1
-
-    def refuse(self):
-        """A request has come without a valid key."""
-        with self.lock:
-            self.unauthorized += 1
+            self.counts[name] += 1
 
     def finish(self, record):
-        """A request that begin() was told of is over."""
+        """A request that was counted as in flight is over."""
         # Records are kept: nobody may fill the memory, or /stats, with long texts.
         record.model = record.model[:LONGEST_WORD]
         record.path = record.path[:LONGEST_WORD]
         record.error = record.error[:LONGEST_ERROR]
         model = label(record.model_id)
         with self.lock:
-            self.in_flight -= 1
-            self.retries += record.retries
-            self.repaired += record.repaired
+            self.counts["in_flight"] -= 1
+            self.counts["retries"] += record.retries
+            self.counts["repaired"] += record.repaired
+            self.counts[record.outcome()] += 1
             self.requests[model, record.status, record.key] += 1
             for kind in ("prompt", "completion"):
                 self.tokens[model, kind, record.key] += record.tokens(kind) or 0
@@ -5639,33 +5559,23 @@ class Metrics:
             self.history.append({"t": begin, "requests": 0, "tokens": 0})
         return self.history[-1]
 
-    def count(self, low, high):
-        """How many requests were answered with a status from `low` to `high`."""
-        total = 0
-        for (_, status, _), count in self.requests.items():
-            if low <= status <= high:
-                total += count
-        return total
-
     def stats(self, gates, queued, demo):
         """The page's JSON. `gates`, `queued`: Gates.state()."""
-        names = ("key", "model", "ceiling", "in_flight")
-        ceilings = [dict(zip(names, gate), queued=queued.get(gate[1], 0)) for gate in gates]
+        ceilings = []
+        for gate in gates:
+            row = dict(zip(("key", "model", "ceiling", "in_flight"), gate))
+            ceilings.append({**row, "queued": queued.get(row["model"], 0)})
         with self.lock:
             self.bucket()
             history = list(self.history)
-            cancelled = self.count(499, 499)
             last_minute = history[-60 // BUCKET_S:]
+            names = ("in_flight", "served", "failed", "cancelled", "unauthorized")
             return {
                 "version": __version__,
                 "demo": demo,
                 "uptime_s": round(self.now() - self.began, 1),
-                "in_flight": self.in_flight,
+                **{name: self.counts[name] for name in names},
                 "queued": sum(queued.values()),
-                "served": self.count(0, 399),
-                "failed": self.count(400, 999) - cancelled,
-                "cancelled": cancelled,
-                "unauthorized": self.unauthorized,
                 "tokens_per_s": round(sum(row["tokens"] for row in last_minute) / 60, 1),
                 "ttft_p50_ms": milliseconds(self.ttft.median()),
                 "ceilings": ceilings,
@@ -5697,27 +5607,29 @@ class Metrics:
             if ceiling is not None:
                 place = (key, label(model))
                 ceilings[place] = min(ceiling, ceilings.get(place, ceiling))
-        cancelled = self.count(499, 499)
+        counts = self.counts
         return (
             ("requests_total", "counter",
              "Requests, by status; 499: the client left.", requests),
             ("tokens_total", "counter", "Tokens as Z.ai counts them.", tokens),
             ("unauthorized_total", "counter",
-             "Requests without a valid key.", [f" {self.unauthorized}"]),
+             "Requests without a valid key.", [f" {counts['unauthorized']}"]),
             ("time_to_first_token_seconds", "histogram",
              "Until the first token.", self.ttft.samples()),
             ("request_duration_seconds", "histogram",
              "Until an answer's end.", self.duration.samples()),
             ("requests_in_flight", "gauge",
-             "Requests being answered.", [f" {self.in_flight}"]),
+             "Requests being answered.", [f" {counts['in_flight']}"]),
             ("requests_queued", "gauge",
              "Requests waiting for a slot.", samples(("model",), waiting)),
             ("concurrency_ceiling", "gauge",
              "Slots, set or learned.", samples(("key", "model"), ceilings)),
-            ("retries_total", "counter", "Further attempts at Z.ai.", [f" {self.retries}"]),
+            ("retries_total", "counter",
+             "Further attempts at Z.ai.", [f" {counts['retries']}"]),
             ("repaired_frames_total", "counter",
-             "Z.ai's events skipped or mended.", [f" {self.repaired}"]),
-            ("cancelled_total", "counter", "Requests whose client left.", [f" {cancelled}"]),
+             "Z.ai's events skipped or mended.", [f" {counts['repaired']}"]),
+            ("cancelled_total", "counter",
+             "Requests whose client left.", [f" {counts['cancelled']}"]),
             ("process_start_time_seconds", "gauge", "Start, Unix time.", [f" {self.began:.3f}"]),
         )
 
@@ -5739,47 +5651,46 @@ TARGET = re.compile("(?:https?://[^/?#]*)?([^?#]*)", re.IGNORECASE)
 
 
 class Route(NamedTuple):
-    """`methods`: HTTP method -> the Handler's method that answers."""
+    """A path, and the names of the Handler's methods that answer GET and POST there."""
 
-    pattern: re.Pattern
-    methods: dict
+    pattern: str
+    get: str = ""
+    post: str = ""
     needs_key: bool = True
     # The API of this path, in whose shape its errors are told.
     front: type = Chat
 
 
-def route(path, front=Chat, needs_key=True, **methods):
-    return Route(re.compile(path), methods, needs_key, front)
-
-
 # To add a path, add a row. All of /v1 works without /v1 too. A row without methods lets
-# an API say in its own shape that there is nothing.
+# an API say in its own shape that there is nothing. The last row fits every path.
 ROUTES = (
-    route("(?:/v1)?/chat/completions", POST="post_answer"),
-    route("(?:/v1)?/responses", Responses, POST="post_answer", GET="refuse_upgrade"),
-    route("(?:/v1)?/responses/.+", Responses),
-    route("(?:/v1)?/messages", Messages, POST="post_answer"),
-    route("(?:/v1)?/messages/.+", Messages),
-    route("(?:/v1)?/models", GET="get_models"),
-    route("(?:/v1)?/models/(?P<id>.+)", GET="get_model"),
-    route("/metrics", GET="get_metrics"),
-    route("/stats", GET="get_stats"),
-    route("/health", needs_key=False, GET="get_health"),
-    route("/(?:docs|dashboard)?", needs_key=False, GET="get_page"),
+    Route("(?:/v1)?/chat/completions", post="post_answer"),
+    Route("(?:/v1)?/responses", "refuse_upgrade", "post_answer", front=Responses),
+    Route("(?:/v1)?/responses/.+", front=Responses),
+    Route("(?:/v1)?/messages", post="post_answer", front=Messages),
+    Route("(?:/v1)?/messages/.+", front=Messages),
+    Route("(?:/v1)?/models", "get_models"),
+    Route("(?:/v1)?/models/(?P<id>.+)", "get_model"),
+    Route("/metrics", "get_metrics"),
+    Route("/stats", "get_stats"),
+    Route("/health", "get_health", needs_key=False),
+    Route("/(?:docs|dashboard)?", "get_page", needs_key=False),
+    Route("(?s).*"),
 )
 
-# What clients look for here in vain, and what to tell them. To add a path, add a row.
+# What clients look for here in vain, and what to tell them. To add a path, add a row
+# above the last, which fits every path.
 ELSEWHERE = (
-    (re.compile("/v1/v1(?:/|$)|.*/(?:completions|responses|messages)/.*completions$"),
+    ("/v1/v1(?:/|$)|.*/(?:completions|responses|messages)/.*completions$",
      "The path is doubled: set the client's base URL to {base}."),
-    (re.compile("(?:/v1)?/completions$"),
+    ("(?:/v1)?/completions$",
      "The legacy completions API is not served: use {base}/chat/completions."),
-    (re.compile("(?:/v1)?/(?:embeddings|images|audio|rerank|files|videos)(?:/|$)"),
-     "ZtoApi serves chat only. What Z.ai has of this is at {zai}{path}, billed to the balance."),
-    (re.compile("(?:/v1)?/responses/."),
+    ("(?:/v1)?/(?:embeddings|images|audio|rerank|files|videos)(?:/|$)",
+     "ZtoApi serves chat only. What Z.ai has of this is at {there}, billed to the balance."),
+    ("(?:/v1)?/responses/.",
      "ZtoApi keeps no responses: there is nothing to get, to cancel or to compact."),
-    (re.compile("(?:/v1)?/messages/count_tokens$"),
-     "Tokens are not counted here: estimate them."),
+    ("(?:/v1)?/messages/count_tokens$", "Tokens are not counted here: estimate them."),
+    ("", "There is nothing at {path!a}. Set the client's base URL to {base}."),
 )
 
 
@@ -5865,21 +5776,24 @@ class Handler(http.server.BaseHTTPRequestHandler):
         finally:
             # It knows this object, and would keep it until the garbage collector comes.
             self.outbox = None
-            self.server.busy.discard(self.connection)
+            # In this order: a connection that is not busy may lose its deadline.
             self.set_deadline(KEEP_ALIVE_S)
+            self.server.busy.discard(self.connection)
 
     def dispatch(self):
         """Read the head, find the route, call it, and turn what it raises into an
         answer."""
         record = self.record
         try:
-            if not self.read_head():
-                return
+            self.read_head()
             self.server.busy.add(self.connection)
             getattr(self, self.find_route())()
         except ApiError as error:
             self.answer_error(error)
         except ClientGone:
+            # Without a whole head there was no request.
+            if not self.command:
+                return
             self.note_gone()
         except Exception:
             log.exception("%s failed; this is a bug", record.id)
@@ -5912,11 +5826,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return data
 
     def read_head(self):
-        """Take the head off the connection, to the letter. False if there is none."""
+        """Take the head off the connection, to the letter."""
         reader = HeadReader()
         head = None
         try:
-            self.skip_blank_line()
             if self.receive().startswith(b"\x16"):
                 raise RequestError("This port speaks HTTP, not HTTPS.")
             while head is None:
@@ -5925,50 +5838,33 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.rfile.read(len(data) - len(reader.rest))
         except OverflowError:
             raise too_large_head(reader.data) from None
-        except ClientGone:
-            # A connection that was opened and closed again is no request.
-            if reader.data:
-                raise
-            return False
         self.parse_head(head)
-        return True
-
-    def skip_blank_line(self):
-        """Old clients send one behind a body."""
-        if self.receive().startswith(b"\r"):
-            blank = self.rfile.read(2)
-            if blank != b"\r\n":
-                raise RequestError("Malformed request line.")
 
     def parse_head(self, head):
         line = REQUEST_LINE.match(head)
         if not line:
             raise RequestError("Malformed request line.")
         self.command, target, version = line.groups()
-        self.path = TARGET.match(target).group(1)
+        path = urllib.parse.unquote(TARGET.match(target).group(1), errors="replace")
+        # A key is taken out before a cut leaves a part of it that is not found.
+        path = re.sub("/+", "/", path).strip("/")
+        self.path = self.settings.redact("/" + path)
         self.record.method = self.command
-        # Secrets are taken out before the text is cut.
-        self.record.path = self.settings.redact(self.path)
+        self.record.path = self.path
         if not version.startswith("HTTP/1."):
             raise RequestError("The only HTTP versions spoken here are 1.0 and 1.1.",
                                status=505, code="http_version_not_supported")
         if head.count("\n") - 2 > MOST_FIELDS:
             raise too_large_head(b"\n")
         self.http_1_0 = version == "HTTP/1.0"
-        # The blank line at the end may be a bare LF.
-        lines = head[line.end():-1]
-        self.fields = parse_request_fields(lines[:-1] if lines.endswith("\r") else lines)
-        self.record.client_request_id = self.client_request_id()
+        lines = re.sub(r"\r?\n\Z", "", head[line.end():])
+        self.fields = parse_request_fields(lines)
+        given = self.fields.get("x-client-request-id") or self.fields.get("x-request-id", "")
+        self.record.client_request_id = plain(self.settings.redact(given), 64)
         self.body_bytes = self.parse_length()
         self.body_left = self.body_bytes != 0
-        options = self.fields.get("connection", "").lower().split(",")
-        closing = "close" in [option.strip(" \t") for option in options]
-        self.close_connection = closing or self.http_1_0
-
-    def client_request_id(self):
-        names = ("x-client-request-id", "x-request-id")
-        given = next((self.fields[name] for name in names if name in self.fields), "")
-        return plain(self.settings.redact(given), 64)
+        options = re.split("[ \t,]+", self.fields.get("connection", "").lower())
+        self.close_connection = "close" in options or self.http_1_0
 
     def parse_length(self):
         """The body's size in bytes, None if it is chunked. What two readers might take
@@ -6034,38 +5930,27 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.check_host()
         if self.command == "OPTIONS":
             return "answer_options"
-        path = urllib.parse.unquote(self.path, errors="replace")
-        # A key in the path is taken out before an error cuts it to a part that is not
-        # found.
-        path = self.settings.redact("/" + re.sub("/+", "/", path).strip("/"))
-        found = [(row, row.pattern.fullmatch(path)) for row in ROUTES]
-        found = [(row, match) for row, match in found if match]
-        if not found:
-            self.check_key()
-            raise self.not_found(path)
-        row, self.match = found[0]
+        found = ((row, re.fullmatch(row.pattern, self.path)) for row in ROUTES)
+        row, self.match = next(pair for pair in found if pair[1])
         self.front = row.front
         if row.needs_key:
             self.check_key()
-        if not row.methods:
-            raise self.not_found(path)
-        method = "GET" if self.command == "HEAD" else self.command
-        if method not in row.methods:
-            self.allowed = row.methods
-            raise RequestError(f"{self.command} is not a method of {path[:200]!a}.",
-                               status=405, code="method_not_allowed")
-        return row.methods[method]
+        methods = {"GET": row.get, "HEAD": row.get, "POST": row.post}
+        allowed = [method for method, name in methods.items() if name]
+        if not allowed:
+            raise self.not_found()
+        if self.command not in allowed:
+            raise RequestError(
+                f"{self.command} is not a method of {self.path[:200]!a}.",
+                status=405, code="method_not_allowed", allowed=["OPTIONS", *allowed])
+        return methods[self.command]
 
-    def not_found(self, path):
-        base = self.server.url + "/v1"
-        path = path[:200]
-        words = f"There is nothing at {path!a}. Set the client's base URL to {base}."
-        for pattern, text in ELSEWHERE:
-            if pattern.match(path):
-                behind = re.sub("^/v1", "", path)
-                zai = self.settings.zai_base_url
-                words = text.format(base=base, path=ascii(behind)[1:-1], zai=zai)
-                break
+    def not_found(self):
+        path = self.path[:200]
+        words = next(words for pattern, words in ELSEWHERE if re.match(pattern, path))
+        tail = ascii(re.sub("^/v1", "", path))[1:-1]
+        there = self.settings.zai_base_url + tail
+        words = words.format(base=self.server.url + "/v1", path=path, there=there)
         return RequestError(words, status=404, code="not_found")
 
     def check_host(self):
@@ -6083,22 +5968,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 "your own.", status=403, code="host_not_allowed")
 
     def check_key(self):
-        """Compare what the client sent with each key, in constant time."""
+        """Find the key that the client sent. Each comparison takes the same time, as
+        the time of an early end would tell how much of a guess is right."""
         scheme, _, bearer = self.fields.get("authorization", "").partition(" ")
-        given = [self.fields.get("x-api-key", ""), self.fields.get("api-key", "")]
+        given = [self.fields.get(name, "") for name in ("x-api-key", "api-key")]
         if scheme.lower() == "bearer":
             given.append(bearer.strip(" \t"))
-        texts = [text.encode("utf-8", "replace") for text in given]
-        matching = 0
         for position, key in enumerate(self.settings.default_key, 1):
-            for text in texts:
-                if hmac.compare_digest(key.encode(), text):
-                    matching = position
-        if not matching:
-            self.server.metrics.refuse()
-            raise self.wrong_key(any(given))
-        self.record.key = f"#{matching}"
-        self.client_key = self.settings.default_key[matching - 1]
+            for text in given:
+                if hmac.compare_digest(key.encode(), text.encode("utf-8", "replace")):
+                    self.record.key = f"#{position}"
+                    self.client_key = key
+                    return
+        self.server.metrics.count("unauthorized")
+        raise self.wrong_key(any(given))
 
     def wrong_key(self, was_given):
         problem = "Incorrect API key" if was_given else "No API key"
@@ -6147,7 +6030,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             else:
                 status = self.front.status(error)
                 value = self.front.error(error, self.record.id)
-                self.answer_json(value, status, self.error_fields(error))
+                fields = [*error.headers().items()]
+                if status == 405:
+                    fields.append(("Allow", ", ".join(error.allowed)))
+                self.answer_json(value, status, fields)
         except ClientGone:
             self.note_gone()
 
@@ -6163,15 +6049,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         end = outbox.frame(outbox.front.failure(error), last)
         self.send(bytes(outbox.unsent) + end)
 
-    def error_fields(self, error):
-        fields = [*error.headers().items(), *self.outcome_fields()]
-        if error.status == 405:
-            allowed = ["OPTIONS", *self.allowed]
-            if "GET" in self.allowed:
-                allowed.append("HEAD")
-            fields.append(("Allow", ", ".join(allowed)))
-        return fields
-
     def common_fields(self, kind):
         return [
             ("Content-Type", kind),
@@ -6179,6 +6056,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             ("request-id", self.record.id),
             ("X-Content-Type-Options", "nosniff"),
             *self.cors_fields(),
+            *self.outcome_fields(),
         ]
 
     def cors_fields(self):
@@ -6197,15 +6075,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def outcome_fields(self):
         """What happened to a request for an answer."""
-        record = self.record
-        if not record.counted:
-            return []
         fields = [
-            ("x-ztoapi-queue-ms", int(record.queued_s * 1000)),
-            ("x-ztoapi-changed", plain(",".join(record.changed), 1000)),
-            ("x-zai-log-id", record.zai_log_id),
+            ("x-ztoapi-queue-ms", int(self.record.queued_s * 1000)),
+            ("x-ztoapi-changed", plain(",".join(self.record.changed), 1000)),
+            ("x-zai-log-id", self.record.zai_log_id),
         ]
-        return [(name, value) for name, value in fields if value]
+        return [field for field in fields if field[1]]
 
     def linger(self):
         """Take what the client is still sending, for a moment: closing on it would
@@ -6258,10 +6133,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         })
 
     def get_model(self):
-        id = self.match.group("id")
+        id = self.match["id"]
         for name, entry in listed_models(self.settings).items():
             if name.lower() == id.lower():
-                return self.answer_json(entry)
+                self.answer_json(entry)
+                return
         words = f"The model {id[:100]!a} is not listed; GET /v1/models lists the known ones."
         raise RequestError(words, "model", status=404, code="model_not_found")
 
@@ -6285,7 +6161,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def post_answer(self):
         """Any front's request for an answer."""
         self.record.counted = True
-        self.server.metrics.begin()
+        self.server.metrics.count("in_flight")
         front, job = self.read_request()
         if front.stream:
             self.outbox = Outbox(
@@ -6293,7 +6169,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             take = self.tell
         else:
             fold = Fold()
-            take = functools.partial(self.fold, fold)
+            take = fold.add
         client = Client(self.connection, self.outbox, self.client_key)
         # The pump looks after the client now.
         self.set_deadline(float("inf"))
@@ -6301,7 +6177,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.server.upstream.answer(job, client, self.record, take)
         if not front.stream:
             self.record.usage = fold.usage
-            self.answer_json(front.whole(fold), fields=self.outcome_fields())
+            self.answer_json(front.whole(fold))
 
     def read_request(self):
         """(front, job). What the client sent is let go of here: an answer may take
@@ -6314,7 +6190,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.set_deadline(patience_s)
             body = read_json_object(self.read_body())
             caller = Caller(self.fields, self.client_key, record.began, self.server.memory)
-            record.model = self.settings.redact(str(body.get("model", ""))[:200])[:100]
+            model = self.settings.redact(str(body.get("model", "")))
+            record.model = model[:LONGEST_WORD]
             front, request = self.front.read(body, caller, self.settings)
             asked = to_zai_request(request, self.settings, front.refuses_media)
             self.front = front
@@ -6323,22 +6200,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
             record.stream = front.stream
             record.stream_default = front.stream_defaulted
             if log.isEnabledFor(logging.DEBUG):
-                log.debug("%s to Z.ai: %s", record.id, self.settings.redact(shape(asked.body)))
-            if not self.settings.zai_api_key:
+                words = self.settings.redact(shape(asked.body))[:2000]
+                log.debug("%s to Z.ai: %s", record.id, words)
+            if not self.server.upstream.gates.keys:
                 raise missing_key()
             return front, self.server.upstream.job(asked, front.stream)
 
-    def tell(self, steps, now):
+    def tell(self, steps):
         text = self.front.tell(steps)
         last = steps[-1]
         if last.kind == FINISH:
             self.record.usage = last.usage
         if text:
-            self.outbox.put(text, now, last.kind == FINISH)
-
-    @staticmethod
-    def fold(fold, steps, now):
-        fold.add(steps)
+            self.outbox.put(text, last.kind == FINISH)
 
     def stream_head(self):
         """The head of a streamed answer. It is made when the first bytes go out, so
@@ -6348,7 +6222,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             *self.common_fields("text/event-stream; charset=utf-8"),
             ("Cache-Control", "no-cache"),
             ("X-Accel-Buffering", "no"),
-            *self.outcome_fields(),
         ]
         if self.http_1_0:
             fields.append(("Connection", "close"))
@@ -6362,8 +6235,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 class Budget:
     """Bytes that may be in use together. Who finds too few left waits."""
 
-    # Bodies of that size and smaller are no matter: there are MAX_CONNECTIONS at most.
-    SMALL_BYTES = 1 << 16
+    # Bodies of that size and smaller are no matter: few are decoded at once. So a few
+    # large ones that do not come hold up no others.
+    SMALL_BYTES = 1 << 20
 
     def __init__(self, total_bytes):
         self.total_bytes = total_bytes
@@ -6399,7 +6273,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     get_request(), verify_request(), process_request(), shutdown_request() and
     handle_error() are hooks of the base class: they are called in this order for each
-    connection.
+    connection, the first three in the thread of serve_forever().
     """
 
     # The base class's 5 refuses bursts.
@@ -6415,30 +6289,29 @@ class Server(http.server.ThreadingHTTPServer):
     # Requests that were sent before the end need a moment to be read.
     SETTLE_S = 0.1
 
+    backlog_taken = False
+    draining = False
+    # The log tells of refusals once, and again after a minute without any.
+    warn_from = 0.0
+
     def __init__(self, settings):
-        self.demo = DemoZai() if settings.demo_mode else None
-        if self.demo:
-            settings = dataclasses.replace(
-                settings, zai_api_key=("demo",), zai_base_url=self.demo.base_url)
         self.settings = settings
         self.metrics = Metrics()
         self.memory = Memory()
         self.pump = Pump(settings)
         self.pump.chores.append(self.shut_late)
-        self.upstream = Upstream(settings, self.pump, proxies={} if self.demo else None)
+        self.upstream = Upstream(settings, self.pump)
         self.bodies = Budget(max(256, settings.max_body_mb) << 20)
         self.page_policy = page_policy()
-        self.served = False
-        self.draining = False
-        # It guards the keys of `deadlines`.
+        # It guards which connections `deadlines` has: connection -> when it is shut.
+        # Each handler moves its own, for which dicts need no lock.
         self.lock = threading.Lock()
-        # Connection -> when it is shut. Each handler sets its own.
         self.deadlines = {}
-        # The connections with a request under way.
+        # The connections with a request under way. Each handler adds its own.
         self.busy = set()
         # (Until when, socket) of connections that were too many and are being told so.
-        self.refused = collections.deque()
-        self.full_since = None
+        # The oldest is closed by being dropped.
+        self.refused = collections.deque(maxlen=128)
         host = settings.host.strip("[]")
         found = socket.getaddrinfo(
             host, settings.port, 0, socket.SOCK_STREAM, 0, socket.AI_PASSIVE)
@@ -6457,7 +6330,6 @@ class Server(http.server.ThreadingHTTPServer):
                 self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         # HTTPServer's own asks for the computer's full name, which can hang on DNS.
         socketserver.TCPServer.server_bind(self)
-        self.server_name = self.settings.host
         self.server_port = self.server_address[1]
 
     @property
@@ -6479,7 +6351,6 @@ class Server(http.server.ThreadingHTTPServer):
     # The accept loop
 
     def serve_forever(self, poll_interval=0.5):
-        self.served = True
         self.pump.start()
         super().serve_forever(poll_interval)
 
@@ -6487,8 +6358,9 @@ class Server(http.server.ThreadingHTTPServer):
         try:
             return super().get_request()
         except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                # The connection stays in the backlog; the loop must not spin on it.
+            # Without a free descriptor the connection stays in the backlog, and the
+            # loop must not spin on it. Of one that was aborted nothing stays.
+            if not isinstance(error, ConnectionError):
                 time.sleep(0.05)
             raise
 
@@ -6511,9 +6383,8 @@ class Server(http.server.ThreadingHTTPServer):
             super().process_request(request, client_address)
         # The system has no more threads.
         except RuntimeError:
-            with self.lock:
-                self.deadlines.pop(request, None)
             self.refuse(request)
+            self.shutdown_request(request)
 
     def shutdown_request(self, request):
         with self.lock:
@@ -6530,7 +6401,7 @@ class Server(http.server.ThreadingHTTPServer):
     def handle_error(self, request, client_address):
         error = sys.exc_info()[1]
         # A client that hangs up is no bug.
-        if not isinstance(error, (OSError, ClientGone)):
+        if not isinstance(error, OSError):
             log.exception("The connection of %s failed; this is a bug", client_address[0])
 
     def refuse(self, request):
@@ -6546,38 +6417,35 @@ class Server(http.server.ThreadingHTTPServer):
             ("x-request-id", new_id("req_")),
         ])
         now = time.monotonic()
-        if self.full_since is None:
+        if now > self.warn_from:
             log.warning("More than MAX_CONNECTIONS=%d, or no more threads: 503",
                         self.settings.max_connections)
-        self.full_since = now
+        self.warn_from = now + 60
         with contextlib.suppress(OSError):
             request.setblocking(False)
             request.send(head + body)
             request.shutdown(socket.SHUT_WR)
-            self.refused.append((now + LINGER_S, socket.socket(fileno=request.detach())))
-        if len(self.refused) > 128:
-            self.refused.popleft()[1].close()
+            # The base class closes `request`.
+            kept = socket.socket(fileno=request.detach())
+            self.refused.append((now + LINGER_S, kept))
 
     # Time. The pump calls shut_late() some times a second.
 
     def shut_late(self, now):
         with self.lock:
             deadlines = list(self.deadlines.items())
-        late = [sock for sock, deadline in deadlines if deadline < now]
-        for sock in late:
-            shut(sock)
+        for sock, deadline in deadlines:
+            if deadline < now:
+                shut(sock)
         while self.refused and self.refused[0][0] < now:
             self.refused.popleft()[1].close()
-        if self.full_since is not None and now - self.full_since > 60:
-            self.full_since = None
 
     def shut_idle(self):
         """Shut the connection that has idled longest; called with the lock held."""
         # A handler may put its connection back at any time, hence the list.
-        deadlines = list(self.deadlines.items())
-        idle = [(deadline, sock) for sock, deadline in deadlines if sock not in self.busy]
+        idle = [sock for sock in list(self.deadlines) if sock not in self.busy]
         if idle:
-            sock = min(idle, key=lambda pair: pair[0])[1]
+            sock = min(idle, key=self.deadlines.get)
             del self.deadlines[sock]
             shut(sock)
 
@@ -6586,17 +6454,18 @@ class Server(http.server.ThreadingHTTPServer):
     def stop(self, grace_s=GRACE_S):
         """Stop accepting, let running answers finish, close everything. True if nothing
         was cut."""
-        if self.served:
-            # It would wait for ever for a loop that never ran.
+        # It would wait for ever for a loop that never ran.
+        if self.pump.thread.ident:
             self.shutdown()
         return self.drain(grace_s)
 
     def drain(self, grace_s=GRACE_S):
         """What stop() does once serve_forever() has ended."""
-        self.take_backlog()
-        # At once, as closing resets who has connected since.
-        self.socket.close()
-        time.sleep(self.SETTLE_S)
+        if not self.draining:
+            self.take_backlog()
+            # At once, as closing resets who has connected since.
+            self.socket.close()
+            time.sleep(self.SETTLE_S)
         self.draining = True
         deadline = time.monotonic() + grace_s
         while True:
@@ -6619,21 +6488,18 @@ class Server(http.server.ThreadingHTTPServer):
 
     def take_backlog(self):
         """Accept what has connected."""
+        self.timeout = 0
         for _ in range(self.request_queue_size):
-            try:
-                self.socket.setblocking(False)
-                request, address = self.socket.accept()
-            except OSError:
-                break
-            request.setblocking(True)
-            if self.verify_request(request, address):
-                self.process_request(request, address)
+            if not self.backlog_taken:
+                self.handle_request()
+
+    def handle_timeout(self):
+        """The base class's word for: nobody else has connected."""
+        self.backlog_taken = True
 
     def close_parts(self):
         self.pump.close()
         self.upstream.close()
-        if self.demo:
-            self.demo.close()
 
 
 # Demo #################################################################################
@@ -6664,7 +6530,9 @@ def demo_call(tools, text):
 
 def demo_deltas(request):
     """The deltas that answer a request in Z.ai's dialect."""
-    last = request["messages"][-1]
+    # Claude Code puts a system message behind the user's.
+    spoken = [message for message in request["messages"] if message["role"] != "system"]
+    last = (spoken or request["messages"])[-1]
     text = last.get("content") or ""
     if isinstance(text, list):
         text = " ".join(part.get("text", "") for part in text)
@@ -6672,7 +6540,8 @@ def demo_deltas(request):
         for word in DEMO_THOUGHT.split():
             yield {"reasoning_content": f"{word} "}
     # The result of a tool asks for no further call.
-    call = demo_call(request.get("tools", ()), text) if last["role"] == "user" else None
+    tools = request.get("tools", ()) if last["role"] == "user" else ()
+    call = demo_call(tools, text)
     if call:
         yield call
         return
@@ -6703,55 +6572,34 @@ def demo_events(request):
     yield b"data: [DONE]\n\n"
 
 
-class DemoHandler(http.server.BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
-
-    def do_GET(self):
-        """GET {base}/models, with which `--check` tries a key."""
-        self.answer("application/json", [b'{"object":"list","data":[]}'])
-
-    def do_POST(self):
-        length = int(self.headers["Content-Length"])
-        request = json.loads(self.rfile.read(length))
-        self.answer("text/event-stream", demo_events(request))
-
-    def answer(self, content_type, pieces):
-        self.send_response(200)
-        self.send_header("Content-Type", content_type)
-        self.send_header("Transfer-Encoding", "chunked")
-        self.end_headers()
-        for data in itertools.chain(pieces, [b""]):
-            self.wfile.write(b"%x\r\n%b\r\n" % (len(data), data))
-
-    def log_message(self, format, *args):
-        """Nothing: the proxy's own log tells of the request."""
+# It ends with its connection, hence the old version.
+DEMO_HEAD = b"HTTP/1.0 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
 
 
-class DemoZai(socketserver.ThreadingTCPServer):
-    """The stand-in, in threads of its own on a free loopback port."""
+def demo_socket(data):
+    """A socket that answers as Z.ai's would. `data`: the chat request; None asks for
+    the list of models."""
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    threading.Thread(target=demo_answer, args=(theirs, data), daemon=True).start()
+    return ours
 
-    daemon_threads = True
-    block_on_close = False
-    request_queue_size = 128
 
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), DemoHandler)
-        self.base_url = f"http://127.0.0.1:{self.server_address[1]}/api/paas/v4"
-        threading.Thread(target=self.serve_forever, args=(0.1,), daemon=True).start()
-
-    def handle_error(self, request, client_address):
-        """Nothing: the proxy hangs up whenever its own client does."""
-
-    def close(self):
-        self.shutdown()
-        self.server_close()
+def demo_answer(sock, data):
+    pieces = demo_events(json.loads(data)) if data else [b'{"object":"list","data":[]}']
+    # The proxy hangs up whenever its own client does.
+    with sock, contextlib.suppress(OSError):
+        sock.sendall(DEMO_HEAD)
+        for piece in pieces:
+            sock.sendall(piece)
 
 
 # Check ################################################################################
 #
-# `--check` goes the way to Z.ai step by step, so that what is wrong is found before any
-# client is involved. It prints a line for each step: "ok", or "FAIL" and what to do.
+# `--check` tries each key, and then a chat, over the same road as the proxy's requests,
+# so that what is wrong is found before any client is involved. It prints a line for
+# each step: "ok", or "FAIL", where it failed (proxy, DNS, TCP, TLS, key, chat) and what
+# to do.
 
 # The models to try, the cheapest first. The Coding Plan (True) serves others.
 CHECK_MODELS = {True: ("glm-4.7", "glm-4.5-air"), False: ("glm-4.7-flash", "glm-4.6")}
@@ -6763,15 +6611,6 @@ CHECK_REQUEST = {
     "stream": True,
 }
 
-HTTP_PORTS = {"http": 80, "https": 443}
-
-CHECK_ADVICE = {
-    "proxy": "Set HTTPS_PROXY to an address like http://host:8080, or unset it.",
-    "DNS": "Check the name, the network and the resolver.",
-    "TCP": "A firewall may be in between. If there is a proxy to use, set HTTPS_PROXY.",
-}
-
-
 def check(settings):
     """Print what was found. True if a chat would work."""
     say(f"Python {sys.version.split()[0]} on {sys.platform}, {ssl.OPENSSL_VERSION}")
@@ -6781,100 +6620,45 @@ def check(settings):
         if value != getattr(Settings(), field.name):
             shown = ", ".join(map(mask, value)) if field.metadata["secret"] else value
             say(f"      {field.name.upper()}={shown}")
-    if not (settings.zai_api_key or settings.demo_mode):
-        say(f"FAIL  key: {NO_KEY}")
-        check_network(settings)
-        return False
-    # Nobody connects to this server. It brings all that a chat needs, and the demo.
-    with Server(dataclasses.replace(settings, port=0, host="127.0.0.1")) as server:
-        # The loop ends within such a time once it is told to.
-        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-        try:
-            return check_network(server.settings) and check_zai(server)
-        finally:
-            server.stop(0)
-
-
-def check_network(settings):
-    """DNS, TCP and TLS on the way to ZAI_BASE_URL, or to the HTTP proxy in between."""
-    base = urllib.parse.urlsplit(settings.zai_base_url)
-    step = "proxy"
-    try:
-        proxy = None if settings.demo_mode else http_proxy(base)
-        host, port = proxy or (base.hostname, base.port or HTTP_PORTS[base.scheme])
-        step = "DNS"
-        found = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
-        addresses = sorted({info[4][0] for info in found})
-        say(f"ok    DNS: {host} is {', '.join(addresses)}")
-        step = "TCP"
-        with socket.create_connection((host, port), CONNECT_TIMEOUT_S) as sock:
-            say(f"ok    TCP: connected to port {port}")
-            if base.scheme == "https" and not proxy:
-                step = "TLS"
-                with make_tls().wrap_socket(sock, server_hostname=host) as tls:
-                    say(f"ok    TLS: certificate verified, {tls.version()}")
-        return True
-    except (OSError, ValueError) as error:
-        advice = CHECK_ADVICE.get(step) or certificate_advice()
-        say(f"FAIL  {step}: {error}. {advice}")
-        return False
-
-
-def http_proxy(base):
-    """(host, port) of the proxy that urllib uses for the URL `base`, or None.
-
-    ValueError if it cannot be used. The text never quotes it: it may hold a password.
-    """
-    text = urllib.request.getproxies().get(base.scheme)
-    if not text or urllib.request.proxy_bypass(base.netloc):
-        return None
-    scheme, _, address = text.rpartition("://")
-    if scheme.startswith("socks"):
-        raise ValueError("SOCKS is not supported")
-    try:
-        parts = urllib.parse.urlsplit(f"//{address}")
-        # urllib's default is not the proxy's, but that of the URL behind it.
-        port = parts.port or HTTP_PORTS[base.scheme]
-    except ValueError:
-        port = None
-    # "http:/host", with one slash, reads as a host called "http" with an empty port.
-    if not port or not parts.hostname or parts.netloc.endswith(":"):
-        raise ValueError("the address is not valid")
-    say(f"ok    proxy: {parts.hostname}:{port} (NO_PROXY={base.hostname} goes around it)")
-    return parts.hostname, port
-
-
-def check_zai(server):
-    """Z.ai takes a key, and answers. The client who asks is one end of a socket
-    pair."""
+    # The client who asks is one end of a socket pair.
     ours, theirs = socket.socketpair()
-    client = Client(ours)
-    with ours, theirs, server.pump.minding(client):
-        return check_keys(server, client) and check_chat(server, client)
+    pump = Pump(settings)
+    upstream = Upstream(settings, pump)
+    pump.start()
+    try:
+        with ours, theirs, pump.minding(Client(ours)) as client:
+            return check_keys(upstream, client) and check_chat(upstream, client)
+    finally:
+        pump.close()
+        upstream.close()
 
 
-def check_keys(server, client):
+def check_keys(upstream, client):
     """Each key against GET {base}/models. True if Z.ai takes at least one."""
     accepted = False
-    for key in server.upstream.gates.keys:
-        error = server.upstream.check_key(key, client)
+    if not upstream.gates.keys:
+        say(f"FAIL  key: {NO_KEY}")
+    # Asking without a key tells at least whether Z.ai can be reached.
+    for key in upstream.gates.keys or [ZaiKey(0, "")]:
+        error = upstream.check_key(key, client)
         if error:
-            say(f"FAIL  key {key.name}: {server.settings.redact(error.message)}")
+            words = upstream.settings.redact(error.message)
+            say(f"FAIL  {error.step or 'key ' + key.name}: {words}")
         else:
-            say(f"ok    key {key.name}: accepted")
+            say(f"ok    key {key.name}: accepted, so DNS, TCP and TLS are well")
             accepted = True
     return accepted
 
 
-def check_chat(server, client):
+def check_chat(upstream, client):
     """A tiny answer of the first model that gives one."""
-    settings = server.settings
+    settings = upstream.settings
     for model in CHECK_MODELS["/coding/" in settings.zai_base_url]:
         request = {**CHECK_REQUEST, "model": model}
-        job = server.upstream.job(to_zai_request(request, settings))
+        job = upstream.job(to_zai_request(request, settings))
         record = Record("check", "", time.time(), time.monotonic())
         try:
-            server.upstream.answer(job, client, record, take=lambda steps, now: None)
+            upstream.answer(job, client, record, take=lambda steps: None)
         except ApiError as error:
             say(f"FAIL  chat with {model}: {settings.redact(error.message)}")
         else:
@@ -6923,7 +6707,7 @@ def announce(server):
     shown = ", ".join(map(mask, settings.default_key))
     keys = WELL_KNOWN_KEY if settings.well_known else shown
     say(f"ZtoApi {__version__} listens on {server.url}/v1 (HOST={settings.host}), key {keys}")
-    if server.demo:
+    if settings.demo_mode:
         say("DEMO: answers come from a stand-in inside this program, not from Z.ai")
     elif not settings.zai_api_key:
         say(f"WARNING: chat will answer 403. {NO_KEY}")
