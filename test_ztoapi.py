@@ -6140,7 +6140,7 @@ def test_the_leaving_of_a_client_that_had_sent_more_is_noticed(zai, brisk):
 
 # Heartbeats
 
-@pytest.mark.parametrize("begin", ([0.15], [HEAD, 0.15]), ids=("before the head", "before the first token"))
+@pytest.mark.parametrize("begin", ([0.6], [HEAD, 0.6]), ids=("before the head", "before the first token"))
 def test_a_heartbeat_is_a_valid_empty_chunk_and_the_opening_one_comes_first(zai, brisk, begin):
     zai.default = begin + stream(*HEALTHY)[len(begin) - 1:]
     with strict_proxy(zai, HEARTBEAT="0.04") as proxy, proxy.open_stream() as sock:
@@ -6158,7 +6158,7 @@ def test_a_heartbeat_is_a_valid_empty_chunk_and_the_opening_one_comes_first(zai,
 
 
 def test_a_heartbeat_comes_mid_stream_too(zai, brisk):
-    zai.default = stream(say("Hel"), 0.15, say("lo"), FINISH, DONE)
+    zai.default = stream(say("Hel"), 0.4, say("lo"), FINISH, DONE)
     with strict_proxy(zai, HEARTBEAT="0.04") as proxy:
         _, _, events, clean = proxy.stream()
         assert clean
@@ -6199,7 +6199,7 @@ def test_a_heartbeat_never_follows_the_end_of_an_answer(zai, brisk, case):
 
 def test_a_quick_refusal_keeps_its_status_with_heartbeats_on(zai, brisk):
     zai.default = refusal(400, "1210")
-    with strict_proxy(zai, HEARTBEAT="0.2") as proxy:
+    with strict_proxy(zai, HEARTBEAT="1") as proxy:
         assert ask(proxy, True)[0] == 400
 
 
@@ -6212,7 +6212,7 @@ def test_a_json_answer_has_no_heartbeats_and_keeps_its_status(zai, brisk):
 
 
 def test_retrying_goes_on_after_a_heartbeat(zai, brisk):
-    zai.scripts.extend([[0.1, *refusal(500, "1234")], [HEAD, 0.1, CLOSE]])
+    zai.scripts.extend([[0.3, *refusal(500, "1234")], [HEAD, 0.3, CLOSE]])
     with strict_proxy(zai, HEARTBEAT="0.03") as proxy:
         _, _, events, clean = proxy.stream()
         assert clean
@@ -6222,7 +6222,7 @@ def test_retrying_goes_on_after_a_heartbeat(zai, brisk):
 
 
 def test_queueing_goes_on_after_a_heartbeat(zai, brisk):
-    zai.default = stream(0.2, *HEALTHY)
+    zai.default = stream(0.7, *HEALTHY)
     with strict_proxy(zai, HEARTBEAT="0.03", MAX_CONCURRENCY="1") as proxy, proxy.open_stream() as first:
         assert eventually(lambda: zai.in_flight == 1)
         with proxy.open_stream() as second:
@@ -6235,10 +6235,10 @@ def test_queueing_goes_on_after_a_heartbeat(zai, brisk):
 # To add a case, add a row: what Z.ai does after a heartbeat, the code of the error
 # then.
 FAILURES_AFTER_BEAT = {
-    "400": ([0.1, *refusal(400, "1210")], "invalid_value"),
-    "429": ([0.1, *refusal(429, "1113")], "insufficient_quota"),
-    "reset": ([0.1, RESET], "upstream_error"),
-    "event": ([0.1, *stream(sse(NETWORK))], "upstream_error"),
+    "400": ([0.3, *refusal(400, "1210")], "invalid_value"),
+    "429": ([0.3, *refusal(429, "1113")], "insufficient_quota"),
+    "reset": ([0.3, RESET], "upstream_error"),
+    "event": ([0.3, *stream(sse(NETWORK))], "upstream_error"),
 }
 
 
