@@ -158,6 +158,12 @@ def parse_aliases(text):
     return pairs
 
 
+def is_loopback(host):
+    """Whether `host` names this computer only."""
+    address = re.fullmatch(r"127(\.\d{1,3}){3}", host)
+    return address is not None or host.lower() in ("localhost", "::1")
+
+
 def setting(default, parse, allowed, secret=False, unset=("",)):
     """A dataclass field that knows how its variable is read.
 
@@ -262,12 +268,6 @@ class Settings:
         for secret in self.secrets:
             text = text.replace(secret, "[redacted]")
         return text
-
-
-def is_loopback(host):
-    """Whether `host` names this computer only."""
-    address = re.fullmatch(r"127(\.\d{1,3}){3}", host)
-    return address is not None or host.lower() in ("localhost", "::1")
 
 
 def mask(key):
@@ -469,6 +469,112 @@ ZAI_WORDS = (
 )
 
 
+def as_dict(value):
+    """`value` if it is a dict, else an empty one: an object without any field."""
+    return value if isinstance(value, dict) else {}
+
+
+# Z.ai's Messages API, and gateways, put the code into the text: "[1302][text][id]".
+BRACKETED_CODE = re.compile(r"(?:^|\s)\[(-?\d{1,5})\]")
+
+
+def parse_code(value):
+    if isinstance(value, str):
+        return plain(value.strip(), 40)
+    # A number of any size may come; str() takes quadratic time for large ones.
+    if value and isinstance(value, (int, float)) and abs(value) < 10**9:
+        return str(int(value))
+    return ""
+
+
+def parse_zai_error(value):
+    """(code, message) of any error shape of Z.ai, both texts, "" for what is not there.
+
+    {"error": {"code", "message"}}; {"code", "msg", "success"}; and, from paths that are
+    not there, {"status", "error": "Not Found", "path"}.
+    """
+    outer = as_dict(value)
+    error = outer.get("error")
+    inner = as_dict(error)
+    if isinstance(error, str):
+        inner = {"code": outer.get("status"), "message": error}
+    code = parse_code(inner.get("code")) or parse_code(outer.get("code"))
+    texts = (
+        inner.get("message"), inner.get("msg"),
+        outer.get("msg"), outer.get("message"))
+    spoken = [text for text in texts if isinstance(text, str) and text]
+    message = spoken[0][:2000] if spoken else ""
+    bracketed = BRACKETED_CODE.search(message)
+    if bracketed and code not in ZAI_ERRORS:
+        code = bracketed.group(1)
+    return code, message
+
+
+def seconds_to_wait(text, now):
+    """Seconds from `now` (Unix) that a Retry-After header asks for, or None."""
+    if re.fullmatch("[0-9]{1,6}", text):
+        return float(text)
+    try:
+        date = email.utils.parsedate_to_datetime(text[:100])
+        return max(0.0, date.timestamp() - now)
+    except (TypeError, ValueError, IndexError, OverflowError, OSError):
+        return None
+
+
+RESET_WORDS = re.compile("reset|renew|refresh|available|重置|恢复|刷新", re.IGNORECASE)
+
+
+# The groups: year, month, day, hour:minute, second, UTC, offset.
+TIMESTAMP = re.compile(
+    r"(\d{4})[-/年](\d\d?)[-/月](\d\d?)日?[T ]*(\d\d?:\d\d)(?::(\d\d))?(?:\.\d+)?"
+    r"\s*\(?((?:Z|UTC|GMT)(?![+-]))?(?:UTC|GMT)?([+-]\d\d:?\d\d)?", re.IGNORECASE)
+
+
+def seconds_until_reset(message, now):
+    """Seconds from `now` (Unix) to the time at which a limit ends; None without one."""
+    found = RESET_WORDS.search(message) and TIMESTAMP.findall(message)
+    if not found or now is None:
+        return None
+    year, month, day, clock, second, utc, offset = found[-1]
+    # A time without a zone is Beijing's.
+    zone = offset or ("+0000" if utc else "+0800")
+    text = f"{year}-{month}-{day} {clock}:{second or 0} {zone}"
+    try:
+        reset = datetime.datetime.strptime(text, "%Y-%m-%d %H:%M:%S %z")
+    except ValueError:
+        return None
+    return max(1.0, reset.timestamp() - now)
+
+
+def duration(seconds):
+    """Seconds in words: "45 s", "60 min", "5 h", "3 days"."""
+    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{round(seconds / size)} {unit}"
+    return f"{round(seconds)} s"
+
+
+def error_row(code, message, status):
+    """The ErrorRow of an error: by its code, else by its status; then by its words."""
+    by_status = HTTP_ERRORS if code or message else BARE_HTTP_ERRORS
+    row = ZAI_ERRORS.get(code) or by_status.get(status)
+    if row is None:
+        row = BROKEN if status >= 500 else WRONG_PATH
+    for vague, words, precise in ZAI_WORDS:
+        if row is vague and words.search(f"{code} {message}"):
+            return precise
+    return row
+
+
+def error_advice(row, model, max_tokens):
+    if row is NO_MODEL:
+        return model_advice(model)
+    if row is TOO_LONG and max_tokens is not None:
+        return (f"{row.advice} Prompt and max_tokens must fit together:"
+                f" a lower max_tokens may do, it was {max_tokens}.")
+    return row.advice
+
+
 def zai_error(
     value, status=200, *, now=None, model="", max_tokens=None, patience_s=0.0,
     retry_after=None,
@@ -509,110 +615,6 @@ def missing_key():
     """The error of a proxy that was started without ZAI_API_KEY."""
     return UpstreamError(
         NO_KEY, GIVE_UP, status=OUR_KEY.status, code=OUR_KEY.code, retryable=False)
-
-
-def error_row(code, message, status):
-    """The ErrorRow of an error: by its code, else by its status; then by its words."""
-    by_status = HTTP_ERRORS if code or message else BARE_HTTP_ERRORS
-    row = ZAI_ERRORS.get(code) or by_status.get(status)
-    if row is None:
-        row = BROKEN if status >= 500 else WRONG_PATH
-    for vague, words, precise in ZAI_WORDS:
-        if row is vague and words.search(f"{code} {message}"):
-            return precise
-    return row
-
-
-def error_advice(row, model, max_tokens):
-    if row is NO_MODEL:
-        return model_advice(model)
-    if row is TOO_LONG and max_tokens is not None:
-        return (f"{row.advice} Prompt and max_tokens must fit together:"
-                f" a lower max_tokens may do, it was {max_tokens}.")
-    return row.advice
-
-
-def as_dict(value):
-    """`value` if it is a dict, else an empty one: an object without any field."""
-    return value if isinstance(value, dict) else {}
-
-
-# Z.ai's Messages API, and gateways, put the code into the text: "[1302][text][id]".
-BRACKETED_CODE = re.compile(r"(?:^|\s)\[(-?\d{1,5})\]")
-
-
-def parse_zai_error(value):
-    """(code, message) of any error shape of Z.ai, both texts, "" for what is not there.
-
-    {"error": {"code", "message"}}; {"code", "msg", "success"}; and, from paths that are
-    not there, {"status", "error": "Not Found", "path"}.
-    """
-    outer = as_dict(value)
-    error = outer.get("error")
-    inner = as_dict(error)
-    if isinstance(error, str):
-        inner = {"code": outer.get("status"), "message": error}
-    code = parse_code(inner.get("code")) or parse_code(outer.get("code"))
-    texts = (
-        inner.get("message"), inner.get("msg"),
-        outer.get("msg"), outer.get("message"))
-    spoken = [text for text in texts if isinstance(text, str) and text]
-    message = spoken[0][:2000] if spoken else ""
-    bracketed = BRACKETED_CODE.search(message)
-    if bracketed and code not in ZAI_ERRORS:
-        code = bracketed.group(1)
-    return code, message
-
-
-def parse_code(value):
-    if isinstance(value, str):
-        return plain(value.strip(), 40)
-    # A number of any size may come; str() takes quadratic time for large ones.
-    if value and isinstance(value, (int, float)) and abs(value) < 10**9:
-        return str(int(value))
-    return ""
-
-
-def seconds_to_wait(text, now):
-    """Seconds from `now` (Unix) that a Retry-After header asks for, or None."""
-    if re.fullmatch("[0-9]{1,6}", text):
-        return float(text)
-    try:
-        date = email.utils.parsedate_to_datetime(text[:100])
-        return max(0.0, date.timestamp() - now)
-    except (TypeError, ValueError, IndexError, OverflowError, OSError):
-        return None
-
-
-RESET_WORDS = re.compile("reset|renew|refresh|available|重置|恢复|刷新", re.IGNORECASE)
-# The groups: year, month, day, hour:minute, second, UTC, offset.
-TIMESTAMP = re.compile(
-    r"(\d{4})[-/年](\d\d?)[-/月](\d\d?)日?[T ]*(\d\d?:\d\d)(?::(\d\d))?(?:\.\d+)?"
-    r"\s*\(?((?:Z|UTC|GMT)(?![+-]))?(?:UTC|GMT)?([+-]\d\d:?\d\d)?", re.IGNORECASE)
-
-
-def seconds_until_reset(message, now):
-    """Seconds from `now` (Unix) to the time at which a limit ends; None without one."""
-    found = RESET_WORDS.search(message) and TIMESTAMP.findall(message)
-    if not found or now is None:
-        return None
-    year, month, day, clock, second, utc, offset = found[-1]
-    # A time without a zone is Beijing's.
-    zone = offset or ("+0000" if utc else "+0800")
-    text = f"{year}-{month}-{day} {clock}:{second or 0} {zone}"
-    try:
-        reset = datetime.datetime.strptime(text, "%Y-%m-%d %H:%M:%S %z")
-    except ValueError:
-        return None
-    return max(1.0, reset.timestamp() - now)
-
-
-def duration(seconds):
-    """Seconds in words: "45 s", "60 min", "5 h", "3 days"."""
-    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * size:
-            return f"{round(seconds / size)} {unit}"
-    return f"{round(seconds)} s"
 
 
 # Models ###############################################################################
@@ -693,6 +695,15 @@ def find_model(id):
     return MODELS.get(re.sub("-highspeed$", "", id))
 
 
+def canonical_id(name):
+    """Z.ai's spelling of an id: lower case, without what clients hang on to it."""
+    # Claude Code appends "[1m]" to ask for the long context.
+    id = re.sub(r"\[[^\]]*\]?", "", name).strip().lower()
+    # OpenRouter, litellm and aider write the provider in front: "z-ai/glm-4.6".
+    tail = id.rpartition("/")[2]
+    return tail if find_model(tail) else id
+
+
 def zai_model_id(name, model_aliases):
     """Z.ai's id for the model that a client names.
 
@@ -704,15 +715,6 @@ def zai_model_id(name, model_aliases):
     if target is None and find_model(id) is None:
         target = aliases.get("*")
     return id if target is None else canonical_id(target)
-
-
-def canonical_id(name):
-    """Z.ai's spelling of an id: lower case, without what clients hang on to it."""
-    # Claude Code appends "[1m]" to ask for the long context.
-    id = re.sub(r"\[[^\]]*\]?", "", name).strip().lower()
-    # OpenRouter, litellm and aider write the provider in front: "z-ai/glm-4.6".
-    tail = id.rpartition("/")[2]
-    return tail if find_model(tail) else id
 
 
 FOREIGN_MODEL = re.compile(
@@ -731,17 +733,10 @@ def model_advice(id):
     return advice + "."
 
 
-def listed_models(settings):
-    """What GET /v1/models lists, name -> entry: the table, then the aliases but "*"."""
-    listed = {model.name: model for model in MODELS.values()}
-    for alias, target in settings.model_aliases.items():
-        listed.setdefault(alias, find_model(canonical_id(target)) or UNKNOWN_MODEL)
-    listed.pop("*", None)
-    return {name: model_entry(name, model) for name, model in listed.items()}
-
-
 # OpenAI's SDKs require `created`, so it is 0 where nothing is known.
 UNKNOWN_MODEL = Model("", 0, None, None, None, NO_THINKING, False, False)
+
+
 MODALITIES = {True: ["text", "image"], False: ["text"]}
 
 
@@ -756,6 +751,15 @@ def model_entry(name, model):
         "input_modalities": MODALITIES.get(model.sees), "free": model.free or None,
     }
     return {key: value for key, value in entry.items() if value is not None}
+
+
+def listed_models(settings):
+    """What GET /v1/models lists, name -> entry: the table, then the aliases but "*"."""
+    listed = {model.name: model for model in MODELS.values()}
+    for alias, target in settings.model_aliases.items():
+        listed.setdefault(alias, find_model(canonical_id(target)) or UNKNOWN_MODEL)
+    listed.pop("*", None)
+    return {name: model_entry(name, model) for name, model in listed.items()}
 
 
 # Bytes ################################################################################
@@ -1349,20 +1353,32 @@ def function_object(**fields):
     return {"type": "function", "function": fields}
 
 
-def to_zai_request(request, settings, refuses_media=True):
-    """An Asked. `request` is a chat request (dict), which stays as it is.
+def effort_of_budget(tokens):
+    """The effort that comes nearest to a budget of thinking, in tokens; None without a
+    budget."""
+    if type(tokens) is not int:
+        return None
+    steps = {0: "none", 1024: "low", 8192: "medium", 24576: "high"}
+    for most, effort in steps.items():
+        if tokens <= most:
+            return effort
+    return "max"
 
-    RequestError for what OpenAI would refuse too, and, with `refuses_media`, for
-    pictures in the last message to a model that sees none. Sources: Z.ai's OpenAPI
-    file, and what its servers were seen to take and to refuse.
-    """
-    changed = []
-    request = own_dialect(request, changed)
-    check_fields(request)
-    id = zai_model_id(request["model"], settings.model_aliases)
-    if not id:
-        raise RequestError("'model' must not be empty.", "model")
-    return Translation(request, id, changed, refuses_media).result(settings)
+
+def read_wish(value, meanings):
+    """Our fields for what a foreign one says of thinking. What cannot be read is passed
+    over."""
+    found = {}
+    for key, name in meanings.items():
+        wish = value.get(key)
+        if key == "max_tokens":
+            wish = effort_of_budget(wish)
+        fits = wish in EFFORTS
+        if name == "enable_thinking":
+            fits = isinstance(wish, bool)
+        if fits:
+            found.setdefault(name, wish)
+    return found
 
 
 def own_dialect(request, changed):
@@ -1384,34 +1400,6 @@ def own_dialect(request, changed):
         if not own_wish:
             request = {**read_wish(as_dict(value), meanings), **request}
     return request
-
-
-def read_wish(value, meanings):
-    """Our fields for what a foreign one says of thinking. What cannot be read is passed
-    over."""
-    found = {}
-    for key, name in meanings.items():
-        wish = value.get(key)
-        if key == "max_tokens":
-            wish = effort_of_budget(wish)
-        fits = wish in EFFORTS
-        if name == "enable_thinking":
-            fits = isinstance(wish, bool)
-        if fits:
-            found.setdefault(name, wish)
-    return found
-
-
-def effort_of_budget(tokens):
-    """The effort that comes nearest to a budget of thinking, in tokens; None without a
-    budget."""
-    if type(tokens) is not int:
-        return None
-    steps = {0: "none", 1024: "low", 8192: "medium", 24576: "high"}
-    for most, effort in steps.items():
-        if tokens <= most:
-            return effort
-    return "max"
 
 
 def check_fields(request):
@@ -1488,6 +1476,108 @@ def refusable_message(roles):
         if roles[place] == "user" and last is None:
             last = place
     return last
+
+
+def name_of(kind):
+    """A client's word as an item of a header's list."""
+    return re.sub("[^a-zA-Z0-9_.-]", "_", kind[:40])
+
+
+def some_of(names):
+    """Each name once, and no more than a header takes."""
+    return tuple(dict.fromkeys(names))[:100]
+
+
+TEXT_SCHEMA = {"type": "string"}
+
+
+def text_parameters(schema):
+    """What reading a leaked call needs of a schema: which parameters are texts. The
+    whole would stay as long as the answer lasts."""
+    properties = schema.get("properties")
+    if not isinstance(properties, dict):
+        return {}
+    texts = {
+        name: TEXT_SCHEMA for name, inner in properties.items()
+        if isinstance(inner, dict) and inner.get("type") == "string"}
+    return {"properties": texts}
+
+
+def mend_arguments(arguments):
+    """The text of a JSON object, whatever a model or a cut has left as `arguments`.
+
+    What is whole stays as it is; what was encoded or written twice is taken once; any
+    other text becomes the one value of an object.
+    """
+    if not isinstance(arguments, str):
+        arguments = encode_request(arguments).decode()
+    text = arguments.strip()
+    if not text:
+        return "{}"
+    # A stream that was played twice leaves the same object twice.
+    half = text[:len(text) // 2].strip()
+    if half != text[len(text) // 2:].strip():
+        half = ""
+    for candidate in (arguments, half):
+        value = decode_or_none(candidate, decode_strictly)
+        if isinstance(value, str):
+            candidate = value
+            value = decode_or_none(candidate, decode_strictly)
+        if isinstance(value, dict):
+            return candidate
+    return encode_request({"arguments": arguments}).decode()
+
+
+def chosen_name(tool):
+    """The name in one entry of a tool choice; "" for Z.ai's own tools."""
+    if expect(tool, dict, "tool_choice").get("type", "function") == "function":
+        function = need(tool, "function", dict, "tool_choice")
+        return need(function, "name", str, "tool_choice.function")
+    return ""
+
+
+def read_tool_choice(choice, names, some_left_out):
+    """(wanted, must): the tools that may be called, None for all; whether one must be.
+
+    `names`: the function tools there are; `some_left_out`: there were others, so that
+    the client may well choose a tool that is not among them.
+    """
+    if isinstance(choice, str):
+        need_word(choice, ("none", "auto", "required"), "tool_choice")
+        return (set() if choice == "none" else None), choice == "required"
+    path = "tool_choice"
+    if choice.get("type") == "allowed_tools":
+        allowed = need(choice, "allowed_tools", dict, path)
+        path += ".allowed_tools"
+    elif choice.get("type", "function") == "function":
+        allowed = {"mode": "required", "tools": [choice]}
+    else:
+        # Z.ai's own tools, and those that were left out, cannot be demanded.
+        return None, False
+    wanted = {chosen_name(tool) for tool in need(allowed, "tools", list, path)}
+    unknown = wanted.difference(names, [""])
+    if unknown and not some_left_out:
+        shown = ascii(min(unknown)[:200])
+        raise RequestError(
+            f"'tool_choice' names the tool {shown}, which is not in 'tools'.", "tool_choice")
+    must = allowed.get("mode") == "required"
+    # If all that may be called was left out, a demand for a call would never be met.
+    if must and wanted.isdisjoint(names):
+        return None, False
+    return wanted, must
+
+
+def read_thinking(thinking, request, default):
+    """(wish, field): True, False or None for no wish, and the field that says it."""
+    kind = thinking.get("type")
+    if kind is not None:
+        need_word(kind, ("enabled", "disabled"), "thinking.type")
+        return kind == "enabled", "thinking"
+    if "enable_thinking" in request:
+        return request["enable_thinking"], "enable_thinking"
+    if "reasoning_effort" in request:
+        return request["reasoning_effort"] not in ("none", "minimal"), "reasoning_effort"
+    return default, "thinking"
 
 
 class Translation:
@@ -1829,106 +1919,20 @@ class Translation:
         return {path: {"type": "json_object"}}
 
 
-TEXT_SCHEMA = {"type": "string"}
+def to_zai_request(request, settings, refuses_media=True):
+    """An Asked. `request` is a chat request (dict), which stays as it is.
 
-
-def text_parameters(schema):
-    """What reading a leaked call needs of a schema: which parameters are texts. The
-    whole would stay as long as the answer lasts."""
-    properties = schema.get("properties")
-    if not isinstance(properties, dict):
-        return {}
-    texts = {
-        name: TEXT_SCHEMA for name, inner in properties.items()
-        if isinstance(inner, dict) and inner.get("type") == "string"}
-    return {"properties": texts}
-
-
-def name_of(kind):
-    """A client's word as an item of a header's list."""
-    return re.sub("[^a-zA-Z0-9_.-]", "_", kind[:40])
-
-
-def some_of(names):
-    """Each name once, and no more than a header takes."""
-    return tuple(dict.fromkeys(names))[:100]
-
-
-def mend_arguments(arguments):
-    """The text of a JSON object, whatever a model or a cut has left as `arguments`.
-
-    What is whole stays as it is; what was encoded or written twice is taken once; any
-    other text becomes the one value of an object.
+    RequestError for what OpenAI would refuse too, and, with `refuses_media`, for
+    pictures in the last message to a model that sees none. Sources: Z.ai's OpenAPI
+    file, and what its servers were seen to take and to refuse.
     """
-    if not isinstance(arguments, str):
-        arguments = encode_request(arguments).decode()
-    text = arguments.strip()
-    if not text:
-        return "{}"
-    # A stream that was played twice leaves the same object twice.
-    half = text[:len(text) // 2].strip()
-    if half != text[len(text) // 2:].strip():
-        half = ""
-    for candidate in (arguments, half):
-        value = decode_or_none(candidate, decode_strictly)
-        if isinstance(value, str):
-            candidate = value
-            value = decode_or_none(candidate, decode_strictly)
-        if isinstance(value, dict):
-            return candidate
-    return encode_request({"arguments": arguments}).decode()
-
-
-def read_tool_choice(choice, names, some_left_out):
-    """(wanted, must): the tools that may be called, None for all; whether one must be.
-
-    `names`: the function tools there are; `some_left_out`: there were others, so that
-    the client may well choose a tool that is not among them.
-    """
-    if isinstance(choice, str):
-        need_word(choice, ("none", "auto", "required"), "tool_choice")
-        return (set() if choice == "none" else None), choice == "required"
-    path = "tool_choice"
-    if choice.get("type") == "allowed_tools":
-        allowed = need(choice, "allowed_tools", dict, path)
-        path += ".allowed_tools"
-    elif choice.get("type", "function") == "function":
-        allowed = {"mode": "required", "tools": [choice]}
-    else:
-        # Z.ai's own tools, and those that were left out, cannot be demanded.
-        return None, False
-    wanted = {chosen_name(tool) for tool in need(allowed, "tools", list, path)}
-    unknown = wanted.difference(names, [""])
-    if unknown and not some_left_out:
-        shown = ascii(min(unknown)[:200])
-        raise RequestError(
-            f"'tool_choice' names the tool {shown}, which is not in 'tools'.", "tool_choice")
-    must = allowed.get("mode") == "required"
-    # If all that may be called was left out, a demand for a call would never be met.
-    if must and wanted.isdisjoint(names):
-        return None, False
-    return wanted, must
-
-
-def chosen_name(tool):
-    """The name in one entry of a tool choice; "" for Z.ai's own tools."""
-    if expect(tool, dict, "tool_choice").get("type", "function") == "function":
-        function = need(tool, "function", dict, "tool_choice")
-        return need(function, "name", str, "tool_choice.function")
-    return ""
-
-
-def read_thinking(thinking, request, default):
-    """(wish, field): True, False or None for no wish, and the field that says it."""
-    kind = thinking.get("type")
-    if kind is not None:
-        need_word(kind, ("enabled", "disabled"), "thinking.type")
-        return kind == "enabled", "thinking"
-    if "enable_thinking" in request:
-        return request["enable_thinking"], "enable_thinking"
-    if "reasoning_effort" in request:
-        return request["reasoning_effort"] not in ("none", "minimal"), "reasoning_effort"
-    return default, "thinking"
+    changed = []
+    request = own_dialect(request, changed)
+    check_fields(request)
+    id = zai_model_id(request["model"], settings.model_aliases)
+    if not id:
+        raise RequestError("'model' must not be empty.", "model")
+    return Translation(request, id, changed, refuses_media).result(settings)
 
 
 # From Z.ai ############################################################################
@@ -2114,6 +2118,17 @@ MARKUP = re.compile("|".join(MARKUP_TAGS))
 MARKUP_IN_KEY = re.compile(r'</?arg_(?:key|value)>(?="\s*:)')
 
 
+def typed_value(text, schema, key):
+    """A leaked argument, which has no quotes, as what the schema says, else as what it
+    looks like."""
+    try:
+        is_text = schema["properties"][key]["type"] == "string"
+    except (KeyError, TypeError):
+        is_text = False
+    value = None if is_text else decode_or_none(text.strip())
+    return text if value is None else value
+
+
 def parse_leaked_call(text, tools):
     """(name, arguments as JSON) of a call in GLM's own form; None if it names no tool
     of `tools` (name -> parameter schema), or cannot be read whole.
@@ -2137,17 +2152,6 @@ def parse_leaked_call(text, tools):
             return None
         arguments[key] = typed_value(value, tools[name], key)
     return name, encode_text(arguments)
-
-
-def typed_value(text, schema, key):
-    """A leaked argument, which has no quotes, as what the schema says, else as what it
-    looks like."""
-    try:
-        is_text = schema["properties"][key]["type"] == "string"
-    except (KeyError, TypeError):
-        is_text = False
-    value = None if is_text else decode_or_none(text.strip())
-    return text if value is None else value
 
 
 @dataclasses.dataclass(eq=False)
@@ -2216,6 +2220,30 @@ class ToolCall:
 EMPTY = "Z.ai sent an empty answer."
 UNFINISHED = "Z.ai's answer ended before it was finished."
 NAMELESS = "Z.ai sent a tool call without a name."
+
+
+USAGE_DETAILS = {
+    "prompt_tokens_details": "cached_tokens",
+    "completion_tokens_details": "reasoning_tokens",
+}
+
+
+def count(usage, name):
+    value = usage.get(name)
+    return value if type(value) is int and 0 <= value < MOST_TOKENS else 0
+
+
+def to_openai_usage(usage):
+    """OpenAI's usage object; None if `usage` is not an object. A count that is missing
+    or garbage is 0. The details differ by model and may be missing."""
+    if not isinstance(usage, dict):
+        return None
+    result = {name: count(usage, name) for name in ("prompt_tokens", "completion_tokens")}
+    result["total_tokens"] = count(usage, "total_tokens") or sum(result.values())
+    for name, detail in USAGE_DETAILS.items():
+        if isinstance(usage.get(name), dict):
+            result[name] = {detail: count(usage[name], detail)}
+    return result
 
 
 @dataclasses.dataclass(eq=False)
@@ -2626,30 +2654,6 @@ class Translator:
         has_tokens = self.usage and self.usage["completion_tokens"]
         if self.finish == "stop" and not self.begun and not has_tokens:
             raise UpstreamError(EMPTY)
-
-
-USAGE_DETAILS = {
-    "prompt_tokens_details": "cached_tokens",
-    "completion_tokens_details": "reasoning_tokens",
-}
-
-
-def to_openai_usage(usage):
-    """OpenAI's usage object; None if `usage` is not an object. A count that is missing
-    or garbage is 0. The details differ by model and may be missing."""
-    if not isinstance(usage, dict):
-        return None
-    result = {name: count(usage, name) for name in ("prompt_tokens", "completion_tokens")}
-    result["total_tokens"] = count(usage, "total_tokens") or sum(result.values())
-    for name, detail in USAGE_DETAILS.items():
-        if isinstance(usage.get(name), dict):
-            result[name] = {detail: count(usage[name], detail)}
-    return result
-
-
-def count(usage, name):
-    value = usage.get(name)
-    return value if type(value) is int and 0 <= value < MOST_TOKENS else 0
 
 
 class Reply:
@@ -3250,6 +3254,20 @@ MEDIA_FIELDS = ("image_url", "file_url", "file_data")
 MARK = "ztoapi:"
 
 
+def read_source(kind, source):
+    """Where an image or a document of Messages is, as a part of Responses."""
+    form = source.get("type")
+    if form in ("text", "content"):
+        return text_part(source.get("content", source.get("data")))
+    url = source.get("url")
+    if form == "base64":
+        url = f"data:{source.get('media_type')};base64,{source.get('data')}"
+    field = "image_url"
+    if kind == "document":
+        field = "file_data" if form == "base64" else "file_url"
+    return {"type": kind, field: url}
+
+
 class Conversation:
     """Makes a chat request of Responses' tools and items. Messages has the same in
     other words, and is brought into this form first.
@@ -3483,20 +3501,6 @@ class Conversation:
         self.request["response_format"] = form
 
 
-def read_source(kind, source):
-    """Where an image or a document of Messages is, as a part of Responses."""
-    form = source.get("type")
-    if form in ("text", "content"):
-        return text_part(source.get("content", source.get("data")))
-    url = source.get("url")
-    if form == "base64":
-        url = f"data:{source.get('media_type')};base64,{source.get('data')}"
-    field = "image_url"
-    if kind == "document":
-        field = "file_data" if form == "base64" else "file_url"
-    return {"type": kind, field: url}
-
-
 class OneCallAtATime:
     """Steps in, the same steps out, in an order that lets no call be interrupted.
 
@@ -3671,6 +3675,74 @@ NO_THREADS = "thread_unsupported_request"
 BILLING = "x-anthropic-billing-header"
 
 
+# The blocks that are items of their own in Responses: the item's type, and the fields
+# that have another name there.
+RENAMED = {
+    "thinking": ("reasoning", {"thinking": "content"}),
+    "tool_use": ("function_call", {"id": "call_id", "input": "arguments"}),
+    "tool_result": ("function_call_output", {"tool_use_id": "call_id", "content": "output"}),
+}
+
+
+def to_items(messages):
+    """Messages as the items that Responses would have for them."""
+    items = []
+    for message in expect(messages, list, "messages"):
+        role = need(message, "role", str, "messages")
+        parts = []
+        for block in parts_of(message.get("content")):
+            kind, names = RENAMED.get(block["type"], (None, {}))
+            if kind:
+                item = {names.get(name, name): block[name] for name in block}
+                items.append({**item, "type": kind})
+            elif role == "assistant" and block["type"] != "text":
+                items.append(block)
+            else:
+                parts.append(block)
+        if parts:
+            items.append({"role": role, "content": parts})
+    return items
+
+
+def to_flat_tool(tool):
+    """A tool as Responses has it. One with a type of its own has no schema."""
+    tool = without_nulls(expect(tool, dict, "tools"))
+    if tool.get("type", "custom") != "custom":
+        return tool
+    return {**tool, "type": "function", "parameters": tool.get("input_schema")}
+
+
+def read_asides(body, conversation):
+    """The wishes that Messages has in other words than chat."""
+    fields = {}
+    config = inner(body, "output_config")
+    form = config.get("format", body.get("output_format"))
+    if form:
+        conversation.read_format(form)
+    choice = inner(body, "tool_choice")
+    if choice.get("disable_parallel_tool_use"):
+        fields["parallel_tool_calls"] = False
+    if choice:
+        kind = need(choice, "type", str, "tool_choice")
+        named = {**choice, "type": "function"}
+        words = {"any": "required", "tool": named}
+        fields["tool_choice"] = conversation.choice(words.get(kind, kind))
+    user = inner(body, "metadata").get("user_id")
+    if isinstance(user, str):
+        # Claude Code's has 150 characters; Z.ai takes 128.
+        fields["user"] = digest(user) if len(user) > 128 else user
+    # Not to ask for thinking is to want none.
+    thinking = inner(body, "thinking")
+    kind = thinking.get("type", "disabled")
+    effort = effort_of_budget(thinking.get("budget_tokens"))
+    if kind == "adaptive":
+        kind = "enabled"
+        effort = config.get("effort")
+    fields["thinking"] = {"type": kind}
+    fields["reasoning_effort"] = effort
+    return fields
+
+
 class Messages(Itemized):
     """Anthropic's Messages API: POST /v1/messages."""
 
@@ -3781,74 +3853,6 @@ class Messages(Itemized):
         return hopeless.get(error.status, error.status)
 
 
-# The blocks that are items of their own in Responses: the item's type, and the fields
-# that have another name there.
-RENAMED = {
-    "thinking": ("reasoning", {"thinking": "content"}),
-    "tool_use": ("function_call", {"id": "call_id", "input": "arguments"}),
-    "tool_result": ("function_call_output", {"tool_use_id": "call_id", "content": "output"}),
-}
-
-
-def to_items(messages):
-    """Messages as the items that Responses would have for them."""
-    items = []
-    for message in expect(messages, list, "messages"):
-        role = need(message, "role", str, "messages")
-        parts = []
-        for block in parts_of(message.get("content")):
-            kind, names = RENAMED.get(block["type"], (None, {}))
-            if kind:
-                item = {names.get(name, name): block[name] for name in block}
-                items.append({**item, "type": kind})
-            elif role == "assistant" and block["type"] != "text":
-                items.append(block)
-            else:
-                parts.append(block)
-        if parts:
-            items.append({"role": role, "content": parts})
-    return items
-
-
-def to_flat_tool(tool):
-    """A tool as Responses has it. One with a type of its own has no schema."""
-    tool = without_nulls(expect(tool, dict, "tools"))
-    if tool.get("type", "custom") != "custom":
-        return tool
-    return {**tool, "type": "function", "parameters": tool.get("input_schema")}
-
-
-def read_asides(body, conversation):
-    """The wishes that Messages has in other words than chat."""
-    fields = {}
-    config = inner(body, "output_config")
-    form = config.get("format", body.get("output_format"))
-    if form:
-        conversation.read_format(form)
-    choice = inner(body, "tool_choice")
-    if choice.get("disable_parallel_tool_use"):
-        fields["parallel_tool_calls"] = False
-    if choice:
-        kind = need(choice, "type", str, "tool_choice")
-        named = {**choice, "type": "function"}
-        words = {"any": "required", "tool": named}
-        fields["tool_choice"] = conversation.choice(words.get(kind, kind))
-    user = inner(body, "metadata").get("user_id")
-    if isinstance(user, str):
-        # Claude Code's has 150 characters; Z.ai takes 128.
-        fields["user"] = digest(user) if len(user) > 128 else user
-    # Not to ask for thinking is to want none.
-    thinking = inner(body, "thinking")
-    kind = thinking.get("type", "disabled")
-    effort = effort_of_budget(thinking.get("budget_tokens"))
-    if kind == "adaptive":
-        kind = "enabled"
-        effort = config.get("effort")
-    fields["thinking"] = {"type": kind}
-    fields["reasoning_effort"] = effort
-    return fields
-
-
 # As for Messages.
 RESPONSES_SAME = (
     "model", "max_output_tokens", "temperature", "top_p", "user", "user_id", "stop", "seed",
@@ -3952,6 +3956,43 @@ SHAPES = {
         None, "", {},
     ),
 }
+
+
+def read_wish_to_think(body, settings):
+    """The wish to think, in chat's fields."""
+    reasoning = inner(body, "reasoning")
+    effort = reasoning.get("effort")
+    if effort is not None:
+        return {"reasoning_effort": "max" if effort == "ultra" else effort}
+    # That is how Codex asks for thinking if it does not know the model.
+    summary = reasoning.get("summary") or reasoning.get("generate_summary")
+    if summary not in (None, "none", "off") and settings.enable_thinking is None:
+        return {"enable_thinking": True}
+    return {}
+
+
+def unwrap_input(arguments):
+    """The text for a custom tool. Models give its field other names, or leave out the
+    JSON."""
+    value = decode_or_none(arguments)
+    if isinstance(value, dict):
+        texts = [text for text in value.values() if isinstance(text, str)]
+        only = texts[0] if len(texts) == 1 else None
+        value = value.get("input", only)
+    return value if isinstance(value, str) else arguments
+
+
+def to_responses_usage(usage):
+    """The details are always there, as VS Code reads them unasked."""
+    whole = {**NO_USAGE, **usage}
+    cached = whole["prompt_tokens_details"]["cached_tokens"]
+    return {
+        "input_tokens": whole["prompt_tokens"],
+        "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
+        "output_tokens": whole["completion_tokens"],
+        "output_tokens_details": whole["completion_tokens_details"],
+        "total_tokens": whole["total_tokens"],
+    }
 
 
 class Responses(Itemized):
@@ -4141,43 +4182,6 @@ class Responses(Itemized):
             return error.status
         hopeless = error.retryable is False or error.status < 500
         return 400 if hopeless else error.status
-
-
-def read_wish_to_think(body, settings):
-    """The wish to think, in chat's fields."""
-    reasoning = inner(body, "reasoning")
-    effort = reasoning.get("effort")
-    if effort is not None:
-        return {"reasoning_effort": "max" if effort == "ultra" else effort}
-    # That is how Codex asks for thinking if it does not know the model.
-    summary = reasoning.get("summary") or reasoning.get("generate_summary")
-    if summary not in (None, "none", "off") and settings.enable_thinking is None:
-        return {"enable_thinking": True}
-    return {}
-
-
-def unwrap_input(arguments):
-    """The text for a custom tool. Models give its field other names, or leave out the
-    JSON."""
-    value = decode_or_none(arguments)
-    if isinstance(value, dict):
-        texts = [text for text in value.values() if isinstance(text, str)]
-        only = texts[0] if len(texts) == 1 else None
-        value = value.get("input", only)
-    return value if isinstance(value, str) else arguments
-
-
-def to_responses_usage(usage):
-    """The details are always there, as VS Code reads them unasked."""
-    whole = {**NO_USAGE, **usage}
-    cached = whole["prompt_tokens_details"]["cached_tokens"]
-    return {
-        "input_tokens": whole["prompt_tokens"],
-        "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
-        "output_tokens": whole["completion_tokens"],
-        "output_tokens_details": whole["completion_tokens_details"],
-        "total_tokens": whole["total_tokens"],
-    }
 
 
 # ---- I/O starts here -----------------------------------------------------------------
@@ -4488,6 +4492,17 @@ class Gates:
 TICK_S = 0.25
 
 
+def peek(sock):
+    """The next byte of a socket that does not block: b"" at its end, None if there is
+    none yet. Of a TLS connection it is the raw one."""
+    try:
+        return socket.socket.recv(sock, 1, socket.MSG_PEEK)
+    except BlockingIOError:
+        return None
+    except OSError:
+        return b""
+
+
 def ended(socks):
     """Those of the sockets, which must not block, whose other side has closed. TCP
     cannot tell a client that only stopped sending from one that left; clients do not
@@ -4501,17 +4516,6 @@ def ended(socks):
     for fileno in by_fileno:
         poll.register(fileno, select.POLLRDHUP)
     return [by_fileno[fileno] for fileno, _ in poll.poll(0)]
-
-
-def peek(sock):
-    """The next byte of a socket that does not block: b"" at its end, None if there is
-    none yet. Of a TLS connection it is the raw one."""
-    try:
-        return socket.socket.recv(sock, 1, socket.MSG_PEEK)
-    except BlockingIOError:
-        return None
-    except OSError:
-        return b""
 
 
 def shut(sock):
@@ -5022,21 +5026,6 @@ class Connection:
             self.sock.close()
 
 
-def dial(host, port, client, timeout_s):
-    """socket.create_connection(), but with the time shared out among the addresses, as
-    a dead IPv6 route must not use up IPv4's, and with the socket shown to the pump."""
-    addresses = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
-    share_s = timeout_s / len(addresses)
-    while True:
-        try:
-            sock = connect(addresses.pop(0), client, share_s)
-            sock.settimeout(timeout_s)
-            return sock
-        except OSError:
-            if not addresses:
-                raise
-
-
 def connect(address_info, client, timeout_s):
     family, kind, protocol, _, address = address_info
     # A system without IPv6 makes no socket for it.
@@ -5050,6 +5039,21 @@ def connect(address_info, client, timeout_s):
     except BaseException:
         sock.close()
         raise
+
+
+def dial(host, port, client, timeout_s):
+    """socket.create_connection(), but with the time shared out among the addresses, as
+    a dead IPv6 route must not use up IPv4's, and with the socket shown to the pump."""
+    addresses = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
+    share_s = timeout_s / len(addresses)
+    while True:
+        try:
+            sock = connect(addresses.pop(0), client, share_s)
+            sock.settimeout(timeout_s)
+            return sock
+        except OSError:
+            if not addresses:
+                raise
 
 
 def open_tunnel(sock, request):
@@ -5142,6 +5146,13 @@ CONNECTION_ERRORS = (
 )
 
 
+def certificate_advice():
+    path = os.environ.get("SSL_CERT_FILE")
+    if path and not os.path.exists(path):
+        return "SSL_CERT_FILE names a file that is not there."
+    return "Set SSL_CERT_FILE to a file with the certificates to trust, or check the clock."
+
+
 def connection_error(error):
     """The UpstreamError for a connection that could not be made. It quotes no address:
     one of a proxy may hold a password."""
@@ -5151,13 +5162,6 @@ def connection_error(error):
     words = words.format(
         reason=text or error, seconds=CONNECT_TIMEOUT_S, certificates=certificate_advice())
     return UpstreamError(words, verdict, step=step)
-
-
-def certificate_advice():
-    path = os.environ.get("SSL_CERT_FILE")
-    if path and not os.path.exists(path):
-        return "SSL_CERT_FILE names a file that is not there."
-    return "Set SSL_CERT_FILE to a file with the certificates to trust, or check the clock."
 
 
 @dataclasses.dataclass
@@ -5365,6 +5369,10 @@ HISTORY_S = 600
 BUCKET_S = 10
 
 
+def milliseconds(duration_s):
+    return None if duration_s is None else round(duration_s * 1000, 1)
+
+
 @dataclasses.dataclass
 class Record:
     """What happened to one request. Durations (_s) are in seconds."""
@@ -5454,10 +5462,6 @@ class Record:
             "tokens_out": self.tokens("completion"),
             "error": self.error or None,
         }
-
-
-def milliseconds(duration_s):
-    return None if duration_s is None else round(duration_s * 1000, 1)
 
 
 # Prometheus's text format, 0.0.4. A sample is what follows a metric's name in a line of
@@ -6576,15 +6580,6 @@ def demo_events(request):
 DEMO_HEAD = b"HTTP/1.0 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
 
 
-def demo_socket(data):
-    """A socket that answers as Z.ai's would. `data`: the chat request; None asks for
-    the list of models."""
-    ours, theirs = socket.socketpair()
-    ours.setblocking(False)
-    threading.Thread(target=demo_answer, args=(theirs, data), daemon=True).start()
-    return ours
-
-
 def demo_answer(sock, data):
     pieces = demo_events(json.loads(data)) if data else [b'{"object":"list","data":[]}']
     # The proxy hangs up whenever its own client does.
@@ -6592,6 +6587,15 @@ def demo_answer(sock, data):
         sock.sendall(DEMO_HEAD)
         for piece in pieces:
             sock.sendall(piece)
+
+
+def demo_socket(data):
+    """A socket that answers as Z.ai's would. `data`: the chat request; None asks for
+    the list of models."""
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    threading.Thread(target=demo_answer, args=(theirs, data), daemon=True).start()
+    return ours
 
 
 # Check ################################################################################
@@ -6611,26 +6615,14 @@ CHECK_REQUEST = {
     "stream": True,
 }
 
-def check(settings):
-    """Print what was found. True if a chat would work."""
-    say(f"Python {sys.version.split()[0]} on {sys.platform}, {ssl.OPENSSL_VERSION}")
-    say(f"ztoapi {__version__}; settings that are not the defaults:")
-    for field in dataclasses.fields(settings):
-        value = getattr(settings, field.name)
-        if value != getattr(Settings(), field.name):
-            shown = ", ".join(map(mask, value)) if field.metadata["secret"] else value
-            say(f"      {field.name.upper()}={shown}")
-    # The client who asks is one end of a socket pair.
-    ours, theirs = socket.socketpair()
-    pump = Pump(settings)
-    upstream = Upstream(settings, pump)
-    pump.start()
+
+def say(text, stream="stdout"):
+    """print(), for an output that nobody may read any more: that ends no server."""
     try:
-        with ours, theirs, pump.minding(Client(ours)) as client:
-            return check_keys(upstream, client) and check_chat(upstream, client)
-    finally:
-        pump.close()
-        upstream.close()
+        print(text, file=getattr(sys, stream), flush=True)
+    except OSError:
+        # What is left in its buffer would fail again, and loudly, when Python ends.
+        setattr(sys, stream, None)
 
 
 def check_keys(upstream, client):
@@ -6668,19 +6660,32 @@ def check_chat(upstream, client):
     return False
 
 
+def check(settings):
+    """Print what was found. True if a chat would work."""
+    say(f"Python {sys.version.split()[0]} on {sys.platform}, {ssl.OPENSSL_VERSION}")
+    say(f"ztoapi {__version__}; settings that are not the defaults:")
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if value != getattr(Settings(), field.name):
+            shown = ", ".join(map(mask, value)) if field.metadata["secret"] else value
+            say(f"      {field.name.upper()}={shown}")
+    # The client who asks is one end of a socket pair.
+    ours, theirs = socket.socketpair()
+    pump = Pump(settings)
+    upstream = Upstream(settings, pump)
+    pump.start()
+    try:
+        with ours, theirs, pump.minding(Client(ours)) as client:
+            return check_keys(upstream, client) and check_chat(upstream, client)
+    finally:
+        pump.close()
+        upstream.close()
+
+
 # Main #################################################################################
 
 # For `python -OO`, which drops docstrings.
 USAGE = "usage: python3 ztoapi.py [--check | --help | --version]; README.md tells the rest"
-
-
-def say(text, stream="stdout"):
-    """print(), for an output that nobody may read any more: that ends no server."""
-    try:
-        print(text, file=getattr(sys, stream), flush=True)
-    except OSError:
-        # What is left in its buffer would fail again, and loudly, when Python ends.
-        setattr(sys, stream, None)
 
 
 def raise_descriptor_limit(connections):
