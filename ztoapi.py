@@ -1,42 +1,49 @@
 #!/usr/bin/env python3
-"""ZtoApi: the APIs of OpenAI and Anthropic for Z.ai's GLM models, in one file, on the standard library alone.
+"""ZtoApi: the APIs of OpenAI and Anthropic for Z.ai's GLM models.
+
+One file, on the standard library alone:
 
     ZAI_API_KEY=your-z.ai-key python3 ztoapi.py
 
-Then point any OpenAI client at http://localhost:9090/v1, any Anthropic client at http://localhost:9090, with the key
-sk-your-key.
+Then point any OpenAI client at http://localhost:9090/v1, any Anthropic client at
+http://localhost:9090, with the key sk-your-key.
 
     python3 ztoapi.py            serve
     python3 ztoapi.py --check    find out what is wrong before any client is involved
     python3 ztoapi.py --help     this text
     DEMO_MODE=true python3 ztoapi.py    no key, no network: answers come from a stand-in
 
-All configuration comes from the environment. Durations are seconds; booleans are true/false, 1/0, yes/no, on/off.
-A dash stands for a variable that is not set.
+All configuration comes from the environment. Durations are seconds; booleans are
+true/false, 1/0, yes/no, on/off. A dash stands for a variable that is not set.
 
     PORT              9090                          port to listen on
-    HOST              127.0.0.1                     address to listen on; beyond loopback only with your own DEFAULT_KEY
-    DEFAULT_KEY       sk-your-key                   the key clients must send; several, comma-separated
+    HOST              127.0.0.1                     address to listen on; beyond loopback only with
+                                                    a DEFAULT_KEY of your own
+    DEFAULT_KEY       sk-your-key                   the keys clients may send, comma-separated
     ZAI_API_KEY       -                             your Z.ai key; several, comma-separated
-    ZAI_BASE_URL      https://api.z.ai/api/paas/v4  Z.ai's API; the Coding Plan's and the mainland's bases work too
+    ZAI_BASE_URL      https://api.z.ai/api/paas/v4  Z.ai's API, its Coding Plan's, or the mainland's
     DEFAULT_STREAM    true                          what a chat request without "stream" gets
-    ENABLE_THINKING   -                             true or false for requests that do not say; else the model decides
-    REASONING_FORMAT  parsed                        chat's thinking: reasoning_content (parsed), <think> (raw), hidden
-    MODEL_ALIASES     -                             gpt-4o=glm-4.6,o3=glm-5.2; *=glm-4.6 catches all unknown ids
-    MAX_CONCURRENCY   0                             requests in flight per Z.ai key and model; 0: learned from refusals
+    ENABLE_THINKING   -                             for requests that do not say; else the model
+                                                    decides
+    REASONING_FORMAT  parsed                        chat's thinking: reasoning_content (parsed),
+                                                    <think> in the text (raw), or hidden
+    MODEL_ALIASES     -                             gpt-4o=glm-4.6,o3=glm-5.2; * for all unknown ids
+    MAX_CONCURRENCY   0                             requests in flight per key and model; 0: learned
     QUEUE_TIMEOUT     120                           longest wait for a free slot, then 429
-    MAX_RETRIES       2                             further tries after a failure that may heal, while nothing was sent
-    HEARTBEAT         10                            a sign of life after that long without a byte to a stream; 0: none
+    MAX_RETRIES       2                             further tries while nothing of the answer came
+    HEARTBEAT         10                            a sign of life to a stream that waits; 0: none
     UPSTREAM_TIMEOUT  300                           longest silence of Z.ai
-    CLIENT_TIMEOUT    60                            longest a client may take to send a request or to take one write
+    CLIENT_TIMEOUT    60                            longest time to send a request or take a write
     MAX_BODY_MB       64                            largest request body
     MAX_CONNECTIONS   1024                          clients connected at once
-    CORS_ORIGIN       *                             web origins that may call, comma-separated; empty: none
-                                                    (always none with the well-known key)
+    CORS_ORIGIN       *                             web origins that may call, comma-separated;
+                                                    empty: none, as always with the well-known key
     DEBUG_MODE        false                         detailed log lines, never texts or keys
     DEMO_MODE         false                         answer from a stand-in for Z.ai inside this file
 
-The way of a request, which is also the order of this file:
+The way of a request is below. The file has the pure parts of it first (errors, models,
+bytes, the requests to Z.ai, its answers, the fronts), then those that do I/O (gates,
+pump, upstream, metrics, handler, server), then the demo, the check and the page.
 
               dict             chat dict               Z.ai dict
     client --> Handler --> front.read() --> to_zai_request() --> Upstream (gate, pool, retry) --> Z.ai
@@ -109,12 +116,12 @@ def parse_boolean(text):
     return BOOLEANS[text.lower()]
 
 
-def parse_number(kind, low, high=10**6):
+def parse_number(number, low, high=10**6):
     def parse(text):
         # int() and float() alone would also take signs, underscores, "1e3" and "nan".
-        if not re.fullmatch("[0-9.]{1,12}", text) or not low <= kind(text) <= high:
+        if not re.fullmatch("[0-9.]{1,12}", text) or not low <= number(text) <= high:
             raise ValueError(text)
-        return kind(text)
+        return number(text)
     return parse
 
 
@@ -338,8 +345,8 @@ class RequestError(ApiError):
 GIVE_UP = "give up"          # it cannot heal
 TRY_AGAIN = "try again"      # after a backoff, MAX_RETRIES times
 TRY_ONCE = "try once"        # one more time only: Z.ai was silent for UPSTREAM_TIMEOUT
-TOO_MANY = "too many"        # too many requests in flight: the gate learns, queue again
-TOO_FAST = "too fast"        # queue again; nothing is to be learned from it
+TOO_MANY = "too many"        # too many requests in flight: queue again, allow fewer
+TOO_FAST = "too fast"        # queue again, allow as many as before
 OVERLOAD = "overload"        # Z.ai is full, or there are too many of ours in flight
 KEY_RESTS = "key rests"      # Z.ai refuses this key, or it is exhausted: next key
 MODEL_RESTS = "model rests"  # this key does not serve this model (now): next key
@@ -349,8 +356,8 @@ class UpstreamError(ApiError):
     """Z.ai, or the road to it, failed.
 
     `verdict`: one of the eight above; `zai_code`: Z.ai's own code, "" without one;
-    `pause`: seconds that Z.ai itself asked to wait, or None; `step`: where the road
-    ended, "" if Z.ai was reached.
+    `pause`: seconds that Z.ai itself asked to wait, or None; `stage`: how far the way
+    to Z.ai went (proxy, DNS, TCP or TLS), "" if Z.ai was reached.
     """
 
     status = 502
@@ -359,7 +366,7 @@ class UpstreamError(ApiError):
 
     zai_code = ""
     pause = None
-    step = ""
+    stage = ""
 
     def __init__(self, message, verdict=TRY_AGAIN, **facts):
         super().__init__(message, verdict=verdict, **facts)
@@ -770,6 +777,7 @@ def listed_models(settings):
 
 # An encoder made once costs half of what json.dumps does, which makes one a call.
 encode_text = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
+# One string alone, as JSON.
 quote = json.encoder.encode_basestring
 INFINITY = float("inf")
 
@@ -883,7 +891,7 @@ LONGEST_HEAD_BYTES = 65536
 MOST_FIELDS = 100
 
 # Two readers that take different ones of a repeated field disagree on where a request
-# ends, which lets an attacker hide a second request in a first one.
+# ends, which lets an attacker hide a second request in a first one (smuggling).
 NEVER_TWICE = ("host", "content-length", "transfer-encoding")
 
 
@@ -1177,8 +1185,9 @@ def encode_event(value):
 
 # To Z.ai ##############################################################################
 #
-# The one door to Z.ai: a chat request becomes the request that Z.ai takes. All checks
-# are made here: what has passed is trusted below. The ranges refused are OpenAI's own;
+# The one door to Z.ai: to_zai_request(), last in this section, makes of a chat request
+# the request that Z.ai takes. All checks are made here: what has passed is trusted
+# below. The ranges refused are OpenAI's own;
 # what is inside them and outside Z.ai's is clamped. null in an optional field counts as
 # absent.
 #
@@ -1187,7 +1196,7 @@ def encode_event(value):
 # left out and named; otherwise the conversation could never go on.
 
 NUMBER = (int, float)
-KINDS = {
+TYPES = {
     bool: "true or false",
     str: "a string",
     dict: "an object",
@@ -1248,8 +1257,8 @@ DROPPED = frozenset("""
     presence_penalty prompt_cache_key prompt_cache_options prompt_cache_retention
     safety_identifier service_tier store top_logprobs verbosity web_search_options
 """.split())
-# The wish for thinking in other dialects: their field and its keys, each with our field
-# of the same meaning.
+# The wish for thinking as other APIs spell it: their field and its keys, each with our
+# field of the same meaning.
 FOREIGN_WISHES = {
     "reasoning": {
         "enabled": "enable_thinking",
@@ -1311,17 +1320,17 @@ def missing(param):
         f"Missing required parameter: '{param}'.", param, code="missing_required_parameter")
 
 
-def expect(value, kind, param):
-    """`value`, if it is of that kind, one of KINDS."""
+def expect(value, type, param):
+    """`value`, if it is of that type, one of TYPES."""
     # In Python, true and false are numbers too.
-    if not isinstance(value, kind) or isinstance(value, bool) and kind is not bool:
-        raise RequestError(f"'{param}' must be {KINDS[kind]}.", param, code="invalid_type")
+    if not isinstance(value, type) or isinstance(value, bool) and type is not bool:
+        raise RequestError(f"'{param}' must be {TYPES[type]}.", param, code="invalid_type")
     return value
 
 
-def need(value, key, kind, param):
-    """value[key], if it is of that kind. `param` is the path of the dict `value`."""
-    return expect(expect(value, dict, param).get(key), kind, f"{param}.{key}")
+def need(value, key, type, param):
+    """value[key], if it is of that type. `param` is the path of the dict `value`."""
+    return expect(expect(value, dict, param).get(key), type, f"{param}.{key}")
 
 
 def need_word(value, words, param):
@@ -1390,7 +1399,7 @@ def own_dialect(request, changed):
         inner = as_dict(request["extra_body"])
         request = {**without_nulls(inner), **request}
         del request["extra_body"]
-    # Where the client also speaks our dialect, that counts.
+    # Where the client also sends our own fields, those count.
     own_wish = any(name in request for name in OWN_WISHES)
     for foreign, meanings in FOREIGN_WISHES.items():
         if foreign not in request:
@@ -1478,9 +1487,9 @@ def refusable_message(roles):
     return last
 
 
-def name_of(kind):
+def name_of(word):
     """A client's word as an item of a header's list."""
-    return re.sub("[^a-zA-Z0-9_.-]", "_", kind[:40])
+    return re.sub("[^a-zA-Z0-9_.-]", "_", word[:40])
 
 
 def some_of(names):
@@ -1569,10 +1578,10 @@ def read_tool_choice(choice, names, some_left_out):
 
 def read_thinking(thinking, request, default):
     """(wish, field): True, False or None for no wish, and the field that says it."""
-    kind = thinking.get("type")
-    if kind is not None:
-        need_word(kind, ("enabled", "disabled"), "thinking.type")
-        return kind == "enabled", "thinking"
+    switch = thinking.get("type")
+    if switch is not None:
+        need_word(switch, ("enabled", "disabled"), "thinking.type")
+        return switch == "enabled", "thinking"
     if "enable_thinking" in request:
         return request["enable_thinking"], "enable_thinking"
     if "reasoning_effort" in request:
@@ -1738,47 +1747,47 @@ class Translation:
 
     def part(self, part, role, param, refusable):
         """One content part; None for an empty text."""
-        kind = need(part, "type", str, param)
-        if kind in TEXT_PARTS:
-            text = need(part, kind, str, param)
+        part_type = need(part, "type", str, param)
+        if part_type in TEXT_PARTS:
+            text = need(part, part_type, str, param)
             return text_part(text) if text else None
         try:
             if role not in ("user", "tool"):
                 raise RequestError(f"a message of the {role} takes text only")
-            return self.media(part, kind, param)
+            return self.media(part, part_type, param)
         except RequestError as error:
             if refusable:
                 raise
-            noun = MEDIA.get(kind, name_of(kind))
+            noun = MEDIA.get(part_type, name_of(part_type))
             self.changed.append(noun)
             reason = error.message.partition(";")[0]
             return text_part(f"[{noun} left out: {reason}]")
 
-    def media(self, part, kind, param):
+    def media(self, part, part_type, param):
         """A media part as Z.ai takes it. The error says the reason; then the advice."""
-        if kind not in MEDIA:
-            kinds = ", ".join(["text", *MEDIA])
+        if part_type not in MEDIA:
+            known = ", ".join(["text", *MEDIA])
             raise RequestError(
-                f"Z.ai takes no {name_of(kind)}; '{param}.type' must be one of {kinds}.",
+                f"Z.ai takes no {name_of(part_type)}; '{param}.type' must be one of {known}.",
                 f"{param}.type")
         model = self.model
         if model and not model.sees:
             raise RequestError(
                 f"{model.name} takes text only; models that see: {SEEING}.", param)
-        if kind != "file":
-            place = need(part, kind, (str, dict), param)
+        if part_type != "file":
+            place = need(part, part_type, (str, dict), param)
             if isinstance(place, str):
                 place = {"url": place}
-            need(place, "url", str, f"{param}.{kind}")
-            return {"type": kind, kind: place}
+            need(place, "url", str, f"{param}.{part_type}")
+            return {"type": part_type, part_type: place}
         # Z.ai has taken over OpenAI's form of it, so it passes as it is.
-        file = need(part, kind, dict, param)
+        file = need(part, part_type, dict, param)
         takers = FILE_URL_MODELS if "file_url" in file else FILE_MODELS
         if model and model.id not in takers:
             names = ", ".join(MODELS[id].name for id in takers)
             raise RequestError(
                 f"{model.name} takes no such file; models that do: {names}.", param)
-        return {"type": kind, kind: file}
+        return {"type": part_type, part_type: file}
 
     def insert_instructions(self, messages):
         """Put our lines behind the client's own: what Z.ai caches stays cached."""
@@ -1855,14 +1864,14 @@ class Translation:
 
     def tool(self, tool, param):
         """A tool with the fields that Z.ai requires; None for one it does not take."""
-        kind = need(tool, "type", str, param)
-        if kind in ZAI_TOOLS and isinstance(tool.get(kind), dict):
-            return {"type": kind, kind: tool[kind]}
-        if kind != "function":
+        tool_type = need(tool, "type", str, param)
+        if tool_type in ZAI_TOOLS and isinstance(tool.get(tool_type), dict):
+            return {"type": tool_type, tool_type: tool[tool_type]}
+        if tool_type != "function":
             # For one unknown tool Z.ai refuses the whole request.
-            self.changed.append(name_of(kind))
+            self.changed.append(name_of(tool_type))
             return None
-        function = without_nulls(need(tool, kind, dict, param))
+        function = without_nulls(need(tool, tool_type, dict, param))
         param += ".function"
         name = need(function, "name", str, param)
         if not re.fullmatch("[a-zA-Z0-9_-]{1,64}", name):
@@ -1904,13 +1913,13 @@ class Translation:
         """Z.ai ignores a json_schema, so the schema goes into a system line."""
         path = "response_format"
         form = self.request.get(path, {"type": "text"})
-        kind = need(form, "type", str, path)
-        if kind == "text":
+        format_type = need(form, "type", str, path)
+        if format_type == "text":
             return {}
-        need_word(kind, ("text", "json_object", "json_schema"), f"{path}.type")
-        if kind == "json_schema":
-            form = without_nulls(need(form, kind, dict, path))
-            schema = need({"schema": {}, **form}, "schema", dict, f"{path}.{kind}")
+        need_word(format_type, ("text", "json_object", "json_schema"), f"{path}.type")
+        if format_type == "json_schema":
+            form = without_nulls(need(form, format_type, dict, path))
+            schema = need({"schema": {}, **form}, "schema", dict, f"{path}.{format_type}")
             text = encode_request(schema).decode()
             self.changed.append(path)
             self.instructions.append(
@@ -1939,8 +1948,12 @@ def to_zai_request(request, settings, refuses_media=True):
 #
 # Z.ai's bytes in, steps out. An Answer reads head, framing, and server-sent events or
 # one JSON body; its Translator makes steps of the events. A step says one thing that
-# happened, in no API's own words: the fronts tell it. What is not known never passes as
-# an answer.
+# happened, in no API's own words: the fronts, in the next section, put it into words.
+# What is not known never passes as an answer.
+#
+# Z.ai's event is a chunk of OpenAI's chat completions: its `delta` holds what is new,
+# text in `content`, thinking in `reasoning_content`, and pieces of calls in
+# `tool_calls`.
 
 TEXT, THINKING, CALL, ARGUMENTS = "text", "thinking", "call", "arguments"
 FINISH, RESTART = "finish", "restart"
@@ -1994,7 +2007,7 @@ BOXES = ("<|begin_of_box|>", "<|end_of_box|>")
 TAGS = (THINK, THINK_END, LEAK, LEAK_END, *BOXES)
 
 # The fields of a delta with the kind of step they are.
-FIELD_OF = {"reasoning_content": THINKING, "content": TEXT}
+KIND_OF_FIELD = {"reasoning_content": THINKING, "content": TEXT}
 
 
 class TagSplitter:
@@ -2228,7 +2241,7 @@ USAGE_DETAILS = {
 }
 
 
-def count(usage, name):
+def token_count(usage, name):
     value = usage.get(name)
     return value if type(value) is int and 0 <= value < MOST_TOKENS else 0
 
@@ -2238,11 +2251,11 @@ def to_openai_usage(usage):
     or garbage is 0. The details differ by model and may be missing."""
     if not isinstance(usage, dict):
         return None
-    result = {name: count(usage, name) for name in ("prompt_tokens", "completion_tokens")}
-    result["total_tokens"] = count(usage, "total_tokens") or sum(result.values())
+    result = {name: token_count(usage, name) for name in ("prompt_tokens", "completion_tokens")}
+    result["total_tokens"] = token_count(usage, "total_tokens") or sum(result.values())
     for name, detail in USAGE_DETAILS.items():
         if isinstance(usage.get(name), dict):
-            result[name] = {detail: count(usage[name], detail)}
+            result[name] = {detail: token_count(usage[name], detail)}
     return result
 
 
@@ -2347,7 +2360,7 @@ class Translator:
         is_alone = len(delta) - ("role" in delta) == 1
         if not is_alone or "finish_reason" in choice or "usage" in value:
             return False
-        self.steps.append(Step(FIELD_OF[self.passing_field], text))
+        self.steps.append(Step(KIND_OF_FIELD[self.passing_field], text))
         return True
 
     def _torn(self, event):
@@ -2414,7 +2427,7 @@ class Translator:
 
     def _delta(self, delta):
         self.passing_field = None
-        for field, kind in FIELD_OF.items():
+        for field, kind in KIND_OF_FIELD.items():
             text = delta.get(field)
             if text and isinstance(text, str):
                 # What the other kind holds back came first.
@@ -2809,11 +2822,11 @@ class Answer:
             raise UpstreamError(
                 f"Z.ai's answer is compressed with {coding[:60]!a}, which was not asked for.",
                 GIVE_UP)
-        kind = fields.get("content-type", "").lower()
-        if self.reply.status != 200 or "html" in kind:
+        content_type = fields.get("content-type", "").lower()
+        if self.reply.status != 200 or "html" in content_type:
             return Answer._read_refusal
         # Streams were seen under the name of JSON, so the first byte counts as well.
-        is_json = "json" in kind and body.startswith(b"{")
+        is_json = "json" in content_type and body.startswith(b"{")
         return Answer._read_json if is_json else Answer._read_events
 
     def _read_events(self, body, ended):
@@ -2929,7 +2942,8 @@ class Fold:
 
 class Memory:
     """What fronts remember from one request to the next: the latest values, within a
-    bound of bytes. Nothing is written to disk."""
+    bound of bytes. Nothing is written to disk. Responses keeps the items of its answers
+    here, as some clients refer to them by their ids."""
 
     LIMIT_BYTES = 16 << 20
 
@@ -3254,7 +3268,7 @@ MEDIA_FIELDS = ("image_url", "file_url", "file_data")
 MARK = "ztoapi:"
 
 
-def read_source(kind, source):
+def read_source(part_type, source):
     """Where an image or a document of Messages is, as a part of Responses."""
     form = source.get("type")
     if form in ("text", "content"):
@@ -3263,9 +3277,9 @@ def read_source(kind, source):
     if form == "base64":
         url = f"data:{source.get('media_type')};base64,{source.get('data')}"
     field = "image_url"
-    if kind == "document":
+    if part_type == "document":
         field = "file_data" if form == "base64" else "file_url"
-    return {"type": kind, field: url}
+    return {"type": part_type, field: url}
 
 
 class Conversation:
@@ -3308,12 +3322,12 @@ class Conversation:
     def read_item(self, item):
         item = without_nulls(expect(item, dict, "input"))
         item.setdefault("type", "message")
-        kind = need(item, "type", str, "input")
-        if kind in ITEM_READERS:
-            getattr(self, ITEM_READERS[kind])(item)
+        item_type = need(item, "type", str, "input")
+        if item_type in ITEM_READERS:
+            getattr(self, ITEM_READERS[item_type])(item)
         else:
             # Histories outlive versions, and change their provider.
-            self.changed.append(name_of(kind))
+            self.changed.append(name_of(item_type))
 
     def read_message(self, item):
         role = need(item, "role", str, "input")
@@ -3324,10 +3338,10 @@ class Conversation:
             self.add("system" if role == "developer" else role, parts)
 
     def text_of_assistant(self, part):
-        kind = part["type"]
-        if kind == "text":
+        part_type = part["type"]
+        if part_type == "text":
             return part["text"]
-        noun = MEDIA.get(kind, name_of(kind))
+        noun = MEDIA.get(part_type, name_of(part_type))
         self.changed.append(noun)
         return f"[{noun} left out: a message of the assistant takes text only]"
 
@@ -3429,14 +3443,14 @@ class Conversation:
 
     def part(self, part):
         """A part as chat has it."""
-        kind = part["type"]
+        part_type = part["type"]
         if isinstance(part.get("source"), dict):
-            part = read_source(kind, part["source"])
+            part = read_source(part_type, part["source"])
         for field in ("text", "refusal", "content"):
             if field in part:
                 return text_part(joined_text(part[field]))
         media = [field for field in MEDIA_FIELDS if part.get(field)]
-        if kind.startswith("input_") and not media:
+        if part_type.startswith("input_") and not media:
             raise RequestError(
                 "No files are kept, and no audio is taken: send images and files as data.",
                 "input")
@@ -3454,12 +3468,12 @@ class Conversation:
         """A chat tool for each of the client's. Those that run at OpenAI or Anthropic
         go on as they are: section To Z.ai leaves them out by name."""
         for tool in expect(holder.get("tools", []), list, "tools"):
-            kind = need(tool, "type", str, "tools")
+            tool_type = need(tool, "type", str, "tools")
             # There is none in another: that would only be deep.
-            if kind == "namespace" and not namespace:
+            if tool_type == "namespace" and not namespace:
                 self.read_tools(tool, namespace=tool.get("name"))
                 continue
-            if kind in ("function", "custom"):
+            if tool_type in ("function", "custom"):
                 tool = self.read_tool({**without_nulls(tool), **namespace})
             self.request.setdefault("tools", []).append(tool)
 
@@ -3478,19 +3492,19 @@ class Conversation:
 
     def choice(self, choice):
         """tool_choice in chat's form."""
-        kind = isinstance(choice, dict) and choice.get("type")
-        if kind != "allowed_tools":
+        choice_type = isinstance(choice, dict) and choice.get("type")
+        if choice_type != "allowed_tools":
             return self.chosen_tool(choice)
         tools = need(choice, "tools", list, "tool_choice")
         tools = list(map(self.chosen_tool, tools))
         allowed = {**choice, "tools": tools}
-        return {"type": kind, kind: allowed}
+        return {"type": choice_type, choice_type: allowed}
 
     @staticmethod
     def chosen_tool(choice):
         """What names no function goes on as it is."""
-        kind = isinstance(choice, dict) and choice.get("type")
-        if kind in ("function", "custom"):
+        choice_type = isinstance(choice, dict) and choice.get("type")
+        if choice_type in ("function", "custom"):
             return function_object(name=chat_name(choice))
         return choice
 
@@ -3652,10 +3666,10 @@ STOP_REASONS = {
 }
 # How a block begins, its delta, and the delta's field that holds the text.
 BLOCKS = {
-    "text": ({"type": "text", "text": ""}, "text_delta", "text"),
-    "thinking": (
+    TEXT: ({"type": "text", "text": ""}, "text_delta", "text"),
+    THINKING: (
         {"type": "thinking", "thinking": "", "signature": ""}, "thinking_delta", "thinking"),
-    "call": ({"type": "tool_use", "input": {}}, "input_json_delta", "partial_json"),
+    CALL: ({"type": "tool_use", "input": {}}, "input_json_delta", "partial_json"),
 }
 ANTHROPIC_ERRORS = {
     401: "authentication_error",
@@ -3691,10 +3705,10 @@ def to_items(messages):
         role = need(message, "role", str, "messages")
         parts = []
         for block in parts_of(message.get("content")):
-            kind, names = RENAMED.get(block["type"], (None, {}))
-            if kind:
+            item_type, names = RENAMED.get(block["type"], (None, {}))
+            if item_type:
                 item = {names.get(name, name): block[name] for name in block}
-                items.append({**item, "type": kind})
+                items.append({**item, "type": item_type})
             elif role == "assistant" and block["type"] != "text":
                 items.append(block)
             else:
@@ -3723,22 +3737,22 @@ def read_asides(body, conversation):
     if choice.get("disable_parallel_tool_use"):
         fields["parallel_tool_calls"] = False
     if choice:
-        kind = need(choice, "type", str, "tool_choice")
+        choice_type = need(choice, "type", str, "tool_choice")
         named = {**choice, "type": "function"}
         words = {"any": "required", "tool": named}
-        fields["tool_choice"] = conversation.choice(words.get(kind, kind))
+        fields["tool_choice"] = conversation.choice(words.get(choice_type, choice_type))
     user = inner(body, "metadata").get("user_id")
     if isinstance(user, str):
         # Claude Code's has 150 characters; Z.ai takes 128.
         fields["user"] = digest(user) if len(user) > 128 else user
     # Not to ask for thinking is to want none.
     thinking = inner(body, "thinking")
-    kind = thinking.get("type", "disabled")
+    mode = thinking.get("type", "disabled")
     effort = effort_of_budget(thinking.get("budget_tokens"))
-    if kind == "adaptive":
-        kind = "enabled"
+    if mode == "adaptive":
+        mode = "enabled"
         effort = config.get("effort")
-    fields["thinking"] = {"type": kind}
+    fields["thinking"] = {"type": mode}
     fields["reasoning_effort"] = effort
     return fields
 
@@ -3762,7 +3776,7 @@ class Messages(Itemized):
         conversation.read_tools({"tools": list(map(to_flat_tool, tools))})
         request = conversation.request
         request.update(read_asides(body, conversation))
-        # Who did not ask for thinking reads content[0] as the text.
+        # A client that did not ask for thinking reads content[0] as the text.
         is_unwanted = request["thinking"]["type"] == "disabled"
         hidden = is_unwanted or settings.reasoning_format == "hidden"
         return cls("msg_", body, conversation, hidden), request
@@ -3780,8 +3794,8 @@ class Messages(Itemized):
         return self._event("start", content_block=self._block(item))
 
     def _piece(self, item, text):
-        _, kind, field = BLOCKS[item.kind]
-        return self._event("delta", delta={"type": kind, field: text})
+        _, delta_type, field = BLOCKS[item.kind]
+        return self._event("delta", delta={"type": delta_type, field: text})
 
     def _end(self, item):
         text = self._event("stop")
@@ -3838,8 +3852,8 @@ class Messages(Itemized):
 
     @staticmethod
     def error(error, request_id=""):
-        kind = ANTHROPIC_ERRORS.get(Messages.status(error), "invalid_request_error")
-        told = {"type": kind, "message": error.message}
+        error_type = ANTHROPIC_ERRORS.get(Messages.status(error), "invalid_request_error")
+        told = {"type": error_type, "message": error.message}
         if error.code == "context_length_exceeded":
             # Claude Code shortens the conversation if it reads these words first.
             told["message"] = f"prompt is too long: {error.message}"
@@ -3853,7 +3867,7 @@ class Messages(Itemized):
         return hopeless.get(error.status, error.status)
 
 
-# As for Messages.
+# The same two lists as for Messages.
 RESPONSES_SAME = (
     "model", "max_output_tokens", "temperature", "top_p", "user", "user_id", "stop", "seed",
     "parallel_tool_calls", "stream", "thinking", "enable_thinking")
@@ -3867,7 +3881,7 @@ STATEFUL = {
     "conversation": "unsupported_parameter",
     "background": "unsupported_parameter",
 }
-# A response at its beginning. These fields say what the request said, if it did.
+# What a response repeats of its request; the values are for what the request left out.
 ECHO = {
     "max_output_tokens": None,
     "max_tool_calls": None,
@@ -3884,7 +3898,8 @@ ECHO = {
     "user": None,
 }
 LONGEST_ECHO_BYTES = 1 << 14
-# And these do not. The tools of Codex have 40 KB, and nobody misses them.
+# What a response has beside that, at its beginning. The request's tools are not
+# repeated: those of Codex have 40 KB, and nobody misses them.
 RESPONSE = {
     "object": "response",
     "background": False,
@@ -3900,13 +3915,15 @@ RESPONSE = {
     "truncation": "disabled",
     "usage": None,
 }
+# Why an answer is not whole, by the finish of its steps.
 INCOMPLETE = {
     "length": "max_output_tokens", "context_window": "max_output_tokens",
     "content_filter": "content_filter",
 }
 # The codes of a failure that mean something to Codex.
 FAILURES = ("insufficient_quota", "context_length_exceeded", "rate_limit_exceeded")
-# A 401 asks for a key; the others Codex takes as they are meant.
+# Statuses that go out as they are: a 401 makes clients ask for a key, and the others
+# Codex takes as they are meant.
 KEPT_STATUSES = (401, 404, 405, 426, 429)
 
 
@@ -3923,7 +3940,7 @@ class Shape(NamedTuple):
 
 
 SHAPES = {
-    "thinking": Shape(
+    THINKING: Shape(
         "rs_",
         {"type": "reasoning", "summary": [], "encrypted_content": None},
         "summary",
@@ -3932,7 +3949,7 @@ SHAPES = {
         "reasoning_summary_part",
         {"summary_index": 0},
     ),
-    "text": Shape(
+    TEXT: Shape(
         "msg_",
         {"type": "message", "role": "assistant", "content": []},
         "content",
@@ -3941,7 +3958,7 @@ SHAPES = {
         "content_part",
         {"content_index": 0, "logprobs": []},
     ),
-    "call": Shape(
+    CALL: Shape(
         "fc_",
         {"type": "function_call", "arguments": ""},
         "arguments",
@@ -4140,10 +4157,10 @@ class Responses(Itemized):
     def _response(self, status, **fields):
         return {**self.base, "status": status, "output": self.items, **fields}
 
-    def _event(self, kind, **fields):
+    def _event(self, event_type, **fields):
         number = self.number
         self.number += 1
-        return typed_event(kind, sequence_number=number, **fields)
+        return typed_event(event_type, sequence_number=number, **fields)
 
     def _item_event(self, stage):
         return self._event(
@@ -4192,7 +4209,8 @@ class Responses(Itemized):
 # and changes it. So a gate learns its ceiling from refusals, and tries one more now and
 # then. Who finds no room queues: one queue a model, in which the client keys take
 # turns, each in the order its requests came. All of it stands under one lock; nobody
-# waits while holding it.
+# waits while holding it. Who leaves wakes who may go next. The pump, in the next
+# section, calls tick(), for gates that open without anybody leaving.
 
 def backoff_s(attempt, first_s=0.5, longest_s=8.0):
     """Seconds that double from attempt to attempt; `attempt` counts from 0."""
@@ -4219,6 +4237,7 @@ class Gate:
     closed_until = 0.0
     # The key does not serve this model until then.
     resting_until = 0.0
+    # The last refusal, or the last change of the ceiling.
     quiet_since = 0.0
     # The log has said that Z.ai refuses.
     refusing = False
@@ -4250,7 +4269,7 @@ class Gate:
         self.closed_until = max(self.closed_until, now + min(pause_s, self.PROBE_S))
         self.quiet_since = now
 
-    def learn(self):
+    def lower_ceiling(self):
         """Lower the ceiling to what is in flight beside the request that was
         refused."""
         self.ceiling = max(1, min(self.ceiling, self.in_flight))
@@ -4263,7 +4282,8 @@ class Gate:
 
 class Ticket:
     """One request's place in the queue of its model. It keeps its number when it has to
-    queue again, hence is the first of its client key."""
+    queue again, hence is the first of its client key. `client` is the Client of the
+    next section, of which are used here: `key`, wait(), wake() and `gone`."""
 
     numbers = itertools.count(1)
 
@@ -4274,6 +4294,7 @@ class Ticket:
     waited_s = 0.0
     # Something of an answer has come.
     served = False
+    # How many times Z.ai had no room for it.
     refusals = 0
     # (verdict, words) of the last one. Not the error, whose traceback may hold the
     # ticket.
@@ -4283,8 +4304,7 @@ class Ticket:
         self.model = model
         self.client = client
         self.number = next(self.numbers)
-        # The keys that have refused it.
-        self.spent = set()
+        self.refused_by = set()  # keys
 
 
 class Gates:
@@ -4299,7 +4319,7 @@ class Gates:
     def __init__(self, keys, max_concurrency, queue_timeout_s,
                  clock=time.monotonic, rand=random.random):
         self.keys = [ZaiKey(i, text) for i, text in enumerate(keys, 1)]
-        self.limit = max_concurrency or float("inf")
+        self.limit = max_concurrency or INFINITY
         self.queue_timeout_s = queue_timeout_s
         self.clock = clock
         self.rand = rand
@@ -4314,7 +4334,7 @@ class Gates:
 
     def enter(self, ticket):
         """Wait for a slot; then ticket.gate is it. ClientGone, or an ApiError once the
-        ticket has waited QUEUE_TIMEOUT in all, or is bound to."""
+        ticket has waited QUEUE_TIMEOUT in all, or no slot can come free before."""
         began = self.clock()
         deadline = began + self.queue_timeout_s - ticket.waited_s
         with self.lock:
@@ -4364,7 +4384,7 @@ class Gates:
         with self.lock:
             gates = []
             for (key, model), gate in self.gates.items():
-                ceiling = gate.ceiling if gate.ceiling < float("inf") else None
+                ceiling = gate.ceiling if gate.ceiling < INFINITY else None
                 gates.append((key.position, model, ceiling, gate.in_flight))
             queued = {model: len(queue) for model, queue in self.queues.items() if queue}
             return gates, queued
@@ -4386,7 +4406,7 @@ class Gates:
             rest_s = min(error.retry_after or self.REST_S, self.LONGEST_REST_S)
             resting = gate.key if error.verdict == KEY_RESTS else gate
             resting.resting_until = now + rest_s
-            ticket.spent.add(gate.key)
+            ticket.refused_by.add(gate.key)
         elif error.verdict in (TOO_MANY, TOO_FAST, OVERLOAD):
             return self._refuse(gate, ticket, error, now)
         return None
@@ -4405,11 +4425,11 @@ class Gates:
         ticket.refusal = (error.verdict, error.message)
         gate.close(now, max(pause_s, error.pause or 0))
         if too_many:
-            gate.learn()
+            gate.lower_ceiling()
         if gate.refusing:
             return None
         gate.refusing = True
-        limit = f"{gate.ceiling} at a time" if gate.ceiling < float("inf") else "for now"
+        limit = f"{gate.ceiling} at a time" if gate.ceiling < INFINITY else "for now"
         code = error.zai_code or error.status
         return "%s: Z.ai refuses (%s), %s, queueing", plain(ticket.model), code, limit
 
@@ -4443,7 +4463,7 @@ class Gates:
     def _usable(self, ticket, now):
         """The gates the ticket may use: of keys that do not rest; if all do, that whose
         rest ends first, rather than failing unasked."""
-        keys = [key for key in self.keys if key not in ticket.spent]
+        keys = [key for key in self.keys if key not in ticket.refused_by]
         gates = []
         for key in keys:
             place = (key, ticket.model)
@@ -4651,8 +4671,9 @@ class Client:
 
 
 class Relay:
-    """One attempt at an answer: what comes over `connection` goes through `answer`, and
-    its steps to take(steps). All of it happens in the pump's thread."""
+    """One attempt at an answer: what comes over `connection`, section Upstream's, goes
+    through `answer`, and its steps to take(steps). All of it happens in the pump's
+    thread."""
 
     # Behind the finish there may come the usage, the end mark and the end of the
     # coding.
@@ -4673,8 +4694,9 @@ class Relay:
         # Its release wakes the handler's thread.
         self.ended = threading.Lock()
         self.ended.acquire()
-        # None or one. It is raised off this list, as a variable would hold it, and it
-        # the variable's frame: such a circle is freed late.
+        # What ended it, at most one. run() raises it straight off this list: a variable
+        # would hold the error, and the error's traceback the variable's frame. Such a
+        # circle is freed late.
         self.errors = []
 
     def step(self, now, buffer):
@@ -4862,7 +4884,7 @@ class Pump:
         if relay.watched:
             self.selector.unregister(relay.watched)
         relay.connection.release(relay.answer.reply.reusable)
-        # By now the connection is in the pool, for the next attempt to find.
+        # By now the connection is in Upstream's pool, for the next attempt to find.
         self.relays.discard(relay)
         relay.ended.release()
 
@@ -4952,7 +4974,7 @@ class Pool:
 class ZaiRequest(urllib.request.Request):
     """A request that knows the Client for whom it is made."""
 
-    # Errors come in English. Compressed event streams have caused trouble.
+    # Z.ai's errors shall come in English. Compressed event streams have caused trouble.
     HEAD = (
         "Accept: text/event-stream, application/json",
         "Accept-Encoding: identity",
@@ -5027,9 +5049,9 @@ class Connection:
 
 
 def connect(address_info, client, timeout_s):
-    family, kind, protocol, _, address = address_info
+    family, socket_type, protocol, _, address = address_info
     # A system without IPv6 makes no socket for it.
-    sock = socket.socket(family, kind, protocol)
+    sock = socket.socket(family, socket_type, protocol)
     try:
         client.dial(sock)
         sock.settimeout(timeout_s)
@@ -5157,11 +5179,11 @@ def connection_error(error):
     """The UpstreamError for a connection that could not be made. It quotes no address:
     one of a proxy may hold a password."""
     row = next(row for row in CONNECTION_ERRORS if isinstance(error, row[0]))
-    _, step, verdict, words = row
+    _, stage, verdict, words = row
     text = getattr(error, "verify_message", None) or getattr(error, "strerror", None)
     words = words.format(
         reason=text or error, seconds=CONNECT_TIMEOUT_S, certificates=certificate_advice())
-    return UpstreamError(words, verdict, step=step)
+    return UpstreamError(words, verdict, stage=stage)
 
 
 @dataclasses.dataclass
@@ -5224,8 +5246,8 @@ class Upstream:
 
     def answer(self, job, client, record, take):
         """Get one answer: take(steps) is called, in the pump's thread, with all that
-        comes. ApiError or ClientGone if there is no answer, or no rest of it. `record`
-        is told what happened on the way."""
+        comes. ApiError or ClientGone if there is no answer, or no rest of it. `record`,
+        of section Metrics, is told what happened on the way."""
         ticket = Ticket(self.settings.redact(job.model), client)
         tries = 0
         while True:
@@ -5303,7 +5325,7 @@ class Upstream:
             # It queues again, unless Z.ai names a time that is too far away.
             return 0 if (error.pause or 0) <= left_s else None
         if error.verdict in (KEY_RESTS, MODEL_RESTS):
-            return 0 if len(ticket.spent) < len(self.gates.keys) else None
+            return 0 if len(ticket.refused_by) < len(self.gates.keys) else None
         if tries >= self.settings.max_retries:
             return None
         if error.verdict == TRY_ONCE and tries:
@@ -5315,11 +5337,12 @@ class Upstream:
     def open(self, path, key, client, data=None):
         """The Connection with a request on its way to Z.ai."""
         if self.settings.demo_mode:
+            # Section Demo has a stand-in for Z.ai.
             return Connection(demo_socket(data), self.pool, None)
         url = self.settings.zai_base_url + path
         if self.proxy.lower().startswith("socks"):
             raise UpstreamError("SOCKS proxies are not spoken here. Check HTTPS_PROXY "
-                                "and HTTP_PROXY.", GIVE_UP, step="proxy")
+                                "and HTTP_PROXY.", GIVE_UP, stage="proxy")
         try:
             request = ZaiRequest(url, key.text, client, data)
             return self.opener.open(request, timeout=CONNECT_TIMEOUT_S)
@@ -5350,7 +5373,7 @@ class Upstream:
         return zai_error(value, 404 if reply.status == 200 else reply.status)
 
     def close(self):
-        self.pool.expire(float("inf"))
+        self.pool.expire(INFINITY)
 
 
 # Metrics ##############################################################################
@@ -5465,9 +5488,9 @@ class Record:
 
 
 # Prometheus's text format, 0.0.4. A sample is what follows a metric's name in a line of
-# its own: `{model="glm-4.6"} 3`. No label's value needs escapes: see label().
+# its own: `{model="glm-4.6"} 3`. No label's value needs escapes: see model_label().
 
-def label(model_id):
+def model_label(model_id):
     """A model id as a label. Labels must be few, so unknown models share one."""
     return model_id if model_id in MODELS else "other"
 
@@ -5508,6 +5531,36 @@ class Histogram:
         yield f"_count {total}"
 
 
+def gate_families(gates, queued):
+    """What Gates.state() gives, as metrics."""
+    # Models that the table does not know share a label: their queues are added up, and
+    # the lowest of their ceilings is told.
+    waiting = collections.Counter({("other",): 0})
+    for model, count in queued.items():
+        waiting[(model_label(model),)] += count
+    ceilings = {}
+    for key, model, ceiling, _ in gates:
+        if ceiling is not None:
+            place = (key, model_label(model))
+            ceilings[place] = min(ceiling, ceilings.get(place, ceiling))
+    return (
+        ("requests_queued", "gauge",
+         "Requests waiting for a slot.", samples(("model",), waiting)),
+        ("concurrency_ceiling", "gauge",
+         "Slots, set or learned.", samples(("key", "model"), ceilings)),
+    )
+
+
+# The metrics that are one number, with the name of it in Metrics.counts.
+COUNT_FAMILIES = (
+    ("unauthorized_total", "counter", "Requests without a valid key.", "unauthorized"),
+    ("requests_in_flight", "gauge", "Requests being answered.", "in_flight"),
+    ("retries_total", "counter", "Further attempts at Z.ai.", "retries"),
+    ("repaired_frames_total", "counter", "Z.ai's events skipped or mended.", "repaired"),
+    ("cancelled_total", "counter", "Requests whose client left.", "cancelled"),
+)
+
+
 class Metrics:
     """All that /metrics and /stats tell. The threads of all requests report here."""
 
@@ -5537,7 +5590,7 @@ class Metrics:
         record.model = record.model[:LONGEST_WORD]
         record.path = record.path[:LONGEST_WORD]
         record.error = record.error[:LONGEST_ERROR]
-        model = label(record.model_id)
+        model = model_label(record.model_id)
         with self.lock:
             self.counts["in_flight"] -= 1
             self.counts["retries"] += record.retries
@@ -5599,42 +5652,24 @@ class Metrics:
 
     def families(self, gates, queued):
         """(name, type, help, samples) of each metric."""
+        yield from self.request_families()
+        yield from gate_families(gates, queued)
+        for name, metric_type, text, counted in COUNT_FAMILIES:
+            yield name, metric_type, text, [f" {self.counts[counted]}"]
+        start = [f" {self.began:.3f}"]
+        yield "process_start_time_seconds", "gauge", "Start, Unix time.", start
+
+    def request_families(self):
         requests = samples(("model", "status", "key"), self.requests)
         tokens = samples(("model", "kind", "key"), self.tokens)
-        # Models that the table does not know share a label: their queues are added up,
-        # and the lowest of their ceilings is told.
-        waiting = collections.Counter({("other",): 0})
-        for model, count in queued.items():
-            waiting[(label(model),)] += count
-        ceilings = {}
-        for key, model, ceiling, _ in gates:
-            if ceiling is not None:
-                place = (key, label(model))
-                ceilings[place] = min(ceiling, ceilings.get(place, ceiling))
-        counts = self.counts
         return (
             ("requests_total", "counter",
              "Requests, by status; 499: the client left.", requests),
             ("tokens_total", "counter", "Tokens as Z.ai counts them.", tokens),
-            ("unauthorized_total", "counter",
-             "Requests without a valid key.", [f" {counts['unauthorized']}"]),
             ("time_to_first_token_seconds", "histogram",
              "Until the first token.", self.ttft.samples()),
             ("request_duration_seconds", "histogram",
              "Until an answer's end.", self.duration.samples()),
-            ("requests_in_flight", "gauge",
-             "Requests being answered.", [f" {counts['in_flight']}"]),
-            ("requests_queued", "gauge",
-             "Requests waiting for a slot.", samples(("model",), waiting)),
-            ("concurrency_ceiling", "gauge",
-             "Slots, set or learned.", samples(("key", "model"), ceilings)),
-            ("retries_total", "counter",
-             "Further attempts at Z.ai.", [f" {counts['retries']}"]),
-            ("repaired_frames_total", "counter",
-             "Z.ai's events skipped or mended.", [f" {counts['repaired']}"]),
-            ("cancelled_total", "counter",
-             "Requests whose client left.", [f" {counts['cancelled']}"]),
-            ("process_start_time_seconds", "gauge", "Start, Unix time.", [f" {self.began:.3f}"]),
         )
 
 
@@ -5718,8 +5753,8 @@ EXPOSED = ("x-request-id, retry-after, x-should-retry, x-ztoapi-changed, x-ztoap
 
 
 def page_policy():
-    """The Content-Security-Policy that lets the page's own script and style run, and
-    nothing else."""
+    """The Content-Security-Policy that lets the script and the style of PAGE, which is
+    last in this file, run, and nothing else."""
     def source(tag):
         text = PAGE.split(f"<{tag}>", 1)[1].split(f"</{tag}>", 1)[0]
         digest = hashlib.sha256(text.encode()).digest()
@@ -5737,7 +5772,7 @@ def too_large_head(data):
     return RequestError("The request line is too long.", status=414, code="uri_too_long")
 
 
-def shape(zai_request):
+def request_outline(zai_request):
     """A request as a log may show it: roles and lengths, never texts."""
     messages = [f"{message['role']}:{len(message['content'])}"
                 for message in zai_request["messages"]]
@@ -5749,7 +5784,8 @@ def shape(zai_request):
 class Handler(http.server.BaseHTTPRequestHandler):
     """One connection. The base class's part is setup(), handle() and finish(); reading
     a head and sending an answer are ours, as its email parser takes things that are no
-    headers for some, and each of its writes would be a packet of its own."""
+    headers for some, and each of its writes would be a packet of its own. `server` is
+    the Server of the next section, which owns all that requests share."""
 
     # With Nagle's algorithm a request over a kept connection takes 44 ms.
     disable_nagle_algorithm = True
@@ -6004,13 +6040,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except OSError:
             raise ClientGone from None
 
-    def answer(self, status, body, kind="application/json", fields=()):
+    def answer(self, status, body, content_type="application/json", fields=()):
         """Send a whole answer. One given before the body was read ends the connection,
         as the body must not become the next request."""
         self.record.status = status
         if self.body_left or self.server.draining:
             self.close_connection = True
-        fields = [*self.common_fields(kind), *fields]
+        fields = [*self.common_fields(content_type), *fields]
         if status != 204:
             fields.append(("Content-Length", len(body)))
         if self.close_connection:
@@ -6024,8 +6060,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.answer(status, encode_json(value), fields=fields)
 
     def answer_error(self, error):
-        """An error in the regime that is left: an HTTP status before a stream has
-        begun, an event after."""
+        """Tell of an error: by an HTTP status before a stream has begun, by an event
+        after."""
         error.message = self.settings.redact(error.message)
         self.record.error = error.message
         try:
@@ -6053,9 +6089,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         end = outbox.frame(outbox.front.failure(error), last)
         self.send(bytes(outbox.unsent) + end)
 
-    def common_fields(self, kind):
+    def common_fields(self, content_type):
         return [
-            ("Content-Type", kind),
+            ("Content-Type", content_type),
             ("x-request-id", self.record.id),
             ("request-id", self.record.id),
             ("X-Content-Type-Options", "nosniff"),
@@ -6176,7 +6212,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             take = fold.add
         client = Client(self.connection, self.outbox, self.client_key)
         # The pump looks after the client now.
-        self.set_deadline(float("inf"))
+        self.set_deadline(INFINITY)
         with self.server.pump.minding(client):
             self.server.upstream.answer(job, client, self.record, take)
         if not front.stream:
@@ -6189,7 +6225,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         record = self.record
         patience_s = self.settings.client_timeout
         # Until there is room it is not the client who is waited for.
-        self.set_deadline(float("inf"))
+        self.set_deadline(INFINITY)
         with self.server.bodies.room_for(self.body_bytes, patience_s):
             self.set_deadline(patience_s)
             body = read_json_object(self.read_body())
@@ -6204,7 +6240,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             record.stream = front.stream
             record.stream_default = front.stream_defaulted
             if log.isEnabledFor(logging.DEBUG):
-                words = self.settings.redact(shape(asked.body))[:2000]
+                words = self.settings.redact(request_outline(asked.body))[:2000]
                 log.debug("%s to Z.ai: %s", record.id, words)
             if not self.server.upstream.gates.keys:
                 raise missing_key()
@@ -6235,6 +6271,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 # Server ###############################################################################
+#
+# What all requests share, and the bounds of it: how many large bodies are in memory at
+# once, how many connections there are, and until when each of them may live.
 
 class Budget:
     """Bytes that may be in use together. Who finds too few left waits."""
@@ -6458,7 +6497,7 @@ class Server(http.server.ThreadingHTTPServer):
     def stop(self, grace_s=GRACE_S):
         """Stop accepting, let running answers finish, close everything. True if nothing
         was cut."""
-        # It would wait for ever for a loop that never ran.
+        # shutdown() would wait for ever for a loop that never ran.
         if self.pump.thread.ident:
             self.shutdown()
         return self.drain(grace_s)
@@ -6467,7 +6506,7 @@ class Server(http.server.ThreadingHTTPServer):
         """What stop() does once serve_forever() has ended."""
         if not self.draining:
             self.take_backlog()
-            # At once, as closing resets who has connected since.
+            # At once, as closing resets all that have connected since.
             self.socket.close()
             time.sleep(self.SETTLE_S)
         self.draining = True
@@ -6635,7 +6674,7 @@ def check_keys(upstream, client):
         error = upstream.check_key(key, client)
         if error:
             words = upstream.settings.redact(error.message)
-            say(f"FAIL  {error.step or 'key ' + key.name}: {words}")
+            say(f"FAIL  {error.stage or 'key ' + key.name}: {words}")
         else:
             say(f"ok    key {key.name}: accepted, so DNS, TCP and TLS are well")
             accepted = True
@@ -6683,6 +6722,8 @@ def check(settings):
 
 
 # Main #################################################################################
+#
+# The command line, what is printed, and the signals that end the program.
 
 # For `python -OO`, which drops docstrings.
 USAGE = "usage: python3 ztoapi.py [--check | --help | --version]; README.md tells the rest"
@@ -6752,6 +6793,14 @@ def serve(settings):
     return 0 if whole else 1
 
 
+def set_up_logging(settings):
+    level = logging.DEBUG if settings.debug_mode else logging.INFO
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(message)s")
+    # As logging's HOWTO advises for speed: nothing looks for what no line shows.
+    logging._srcfile = None
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+
+
 def main(environ=os.environ, argv=()):
     """Run the program.
 
@@ -6777,11 +6826,7 @@ def main(environ=os.environ, argv=()):
     except SettingsError as error:
         say(f"ztoapi: {error}", "stderr")
         return 2
-    level = logging.DEBUG if settings.debug_mode else logging.INFO
-    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(message)s")
-    # As logging's HOWTO advises for speed: nothing looks for what no line shows.
-    logging._srcfile = None
-    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    set_up_logging(settings)
     if argv:
         return 0 if check(settings) else 1
     return serve(settings)
