@@ -6837,42 +6837,60 @@ def main(environ=os.environ, argv=()):
 # Data, read at run time only. Foreign text becomes text nodes in it, never HTML.
 
 PAGE = r"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>ZtoApi</title>
+<html lang="en"><head><meta charset="utf-8"><title>ZtoApi</title>
+<meta name="viewport" content="width=device-width">
 <link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 8 8'%3E%3Crect rx='2'
  width='8' height='8' fill='%234338ca'/%3E%3Cpath d='M2 2h4L2 6h4' fill='none' stroke='white'/%3E%3C/svg%3E">
 <style>
-:root { color-scheme: light dark; --page: #f5f6fa; --card: #fff; --text: #1c222e; --quiet: #566073; --line: #dfe3ea;
-  --edge: #848d9e; --accent: #4338ca; --second: #0b7566; --bad: #b3261e; --tint: #eeeffc; }
-@media (prefers-color-scheme: dark) { :root { --page: #12141b; --card: #1a1e27; --text: #e5e9f0; --quiet: #a0aabb;
-  --line: #303744; --edge: #737e92; --accent: #a5b0ff; --second: #5cc9b5; --bad: #ff9086; --tint: #262b44; } }
-* { box-sizing: border-box; } [hidden], #log:empty { display: none !important; } a { color: var(--accent); }
+:root { color-scheme: light dark; --page: #f5f6fa; --card: #fff; --text: #1c222e; --quiet: #566073;
+  --line: #dfe3ea; --edge: #848d9e; --accent: #4338ca; --second: #0b7566; --bad: #b3261e;
+  --tint: #eeeffc; }
+@media (prefers-color-scheme: dark) { :root { --page: #12141b; --card: #1a1e27; --text: #e5e9f0;
+  --quiet: #a0aabb; --line: #303744; --edge: #737e92; --accent: #a5b0ff; --second: #5cc9b5;
+  --bad: #ff9086; --tint: #262b44; } } * { box-sizing: border-box; }
+[hidden], #log:empty { display: none !important; } a { color: var(--accent); }
 body { margin: auto; max-width: 62rem; padding: 1rem; background: var(--page); color: var(--text);
-  font: 1rem/1.5 system-ui, sans-serif; } dd { margin: 0; font-size: 1.4rem; } textarea { resize: vertical; }
-section { margin: 1rem 0; padding: 1rem; border: 1px solid var(--line); border-radius: 1rem; background: var(--card); }
-h1, h2, h3, p, dl, pre, figure { margin: 0 0 .75rem; } h1, h2 { font-size: 1.25rem; } h3 { font-size: 1rem; }
-h1::before { content: "Z" / ""; margin-right: .5rem; padding: 0 .5rem; border-radius: .4rem; background: var(--accent);
-  color: var(--card); } header * { margin: 0; } nav { margin-left: auto; } header p, textarea { flex: 1 0 100%; }
+  font: 1rem/1.5 system-ui, sans-serif; } dd { margin: 0; font-size: 1.4rem; }
+textarea { resize: vertical; }
+section { margin: 1rem 0; padding: 1rem; border: 1px solid var(--line); border-radius: 1rem;
+  background: var(--card); } h1, h2, h3, p, dl, pre, figure { margin: 0 0 .75rem; }
+h1, h2 { font-size: 1.25rem; } h3 { font-size: 1rem; }
+h1::before { content: "Z" / ""; margin-right: .5rem; padding: 0 .5rem; border-radius: .4rem;
+  background: var(--accent); color: var(--card); } header * { margin: 0; }
+nav { margin-left: auto; } header p, textarea { flex: 1 0 100%; }
 header, nav, form, #tabs { display: flex; flex-wrap: wrap; align-items: center; gap: .5rem .75rem; }
-.quiet, dt, th, figcaption, summary, .thoughts, .code button, ::placeholder { color: var(--quiet); font-size: .875rem; }
-button, input, select, textarea { max-width: 100%; padding: .3rem .7rem; border: 1px solid var(--edge);
-  border-radius: .5rem; background: var(--card); color: var(--text); font: inherit; accent-color: var(--accent); }
-.main { border-color: var(--accent); background: var(--accent); color: var(--card); } .bad { color: var(--bad); }
-.link { max-width: 14rem; padding: 0; border: 0; text-decoration: underline dotted; overflow: hidden;
-  text-overflow: ellipsis; } :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
-pre, code { font: .875rem/1.5 ui-monospace, Menlo, monospace; white-space: pre-wrap; overflow-wrap: anywhere; }
-pre { min-height: 2.6rem; padding: .6rem 4rem .6rem .75rem; background: var(--page); border-radius: .5rem; }
-.code { position: relative; } .code button { position: absolute; top: .4rem; right: .4rem; padding: 0 .5rem; }
-#log { max-height: max(65vh, 20rem); margin-bottom: .75rem; overflow: auto; overflow-wrap: anywhere; }
-.user { width: fit-content; max-width: 85%; margin: .5rem 0 1rem auto; padding: .5rem .9rem; background: var(--tint);
-  border-radius: .75rem; } .user, .thoughts { white-space: pre-wrap; } .text :is(h3, p) { margin: 0; min-height: .6em; }
-.item { padding-left: 1.5rem; text-indent: -1rem; } .deep { padding-left: 3rem; } label, th, td { white-space: nowrap; }
-.thoughts { padding-left: .75rem; border-left: 3px solid var(--line); } #tabs { margin-bottom: .5rem; }
-dl, #charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(6rem, 1fr)); gap: .5rem 1rem; }
-#charts { grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr)); } .grid { stroke: var(--line); }
-text { fill: var(--quiet); font-size: 12px; } .end { text-anchor: end; } caption { font-weight: bold; }
-.bars { fill: var(--accent); } figure + figure .bars { fill: var(--second); } table { width: 100%; border-spacing: 0; }
-.scroll { max-height: 22rem; margin-bottom: 1rem; overflow: auto; } td { border-top: 1px solid var(--line); }
-th, span { font-weight: 400; } th, td, caption { padding: .35rem .9rem .35rem 0; text-align: left; font-size: .875rem; }
+.quiet, dt, th, figcaption, summary, .thoughts, .code button, ::placeholder { color: var(--quiet);
+  font-size: .875rem; }
+button, input, select, textarea { max-width: 100%; padding: .3rem .7rem;
+  border: 1px solid var(--edge); border-radius: .5rem; background: var(--card); color: var(--text);
+  font: inherit; accent-color: var(--accent); }
+.main { border-color: var(--accent); background: var(--accent); color: var(--card); }
+.bad { color: var(--bad); }
+.link { max-width: 14rem; padding: 0; border: 0; text-decoration: underline dotted;
+  overflow: hidden; text-overflow: ellipsis; }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
+pre, code { font: .875rem/1.5 ui-monospace, Menlo, monospace; white-space: pre-wrap;
+  overflow-wrap: anywhere; }
+pre { min-height: 2.6rem; padding: .6rem 4rem .6rem .75rem; background: var(--page);
+  border-radius: .5rem; } .code { position: relative; }
+.code button { position: absolute; top: .4rem; right: .4rem; padding: 0 .5rem; }
+#log { max-height: max(65vh, 20rem); margin-bottom: .75rem; overflow: auto;
+  overflow-wrap: anywhere; }
+.user { width: fit-content; max-width: 85%; margin: .5rem 0 1rem auto; padding: .5rem .9rem;
+  background: var(--tint); border-radius: .75rem; } .user, .thoughts { white-space: pre-wrap; }
+.text :is(h3, p) { margin: 0; min-height: .6em; }
+.item { padding-left: 1.5rem; text-indent: -1rem; } .deep { padding-left: 3rem; }
+label, th, td { white-space: nowrap; }
+.thoughts { padding-left: .75rem; border-left: 3px solid var(--line); }
+#tabs { margin-bottom: .5rem; }
+dl, #charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(6rem, 1fr));
+  gap: .5rem 1rem; } #charts { grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr)); }
+.grid { stroke: var(--line); } text { fill: var(--quiet); font-size: 12px; }
+.end { text-anchor: end; } caption { font-weight: bold; } .bars { fill: var(--accent); }
+figure + figure .bars { fill: var(--second); } table { width: 100%; border-spacing: 0; }
+.scroll { max-height: 22rem; margin-bottom: 1rem; overflow: auto; }
+td { border-top: 1px solid var(--line); } th, span { font-weight: 400; }
+th, td, caption { padding: .35rem .9rem .35rem 0; text-align: left; font-size: .875rem; }
 </style></head><body data-key=""><header>
   <h1>ZtoApi <span class="quiet" id="version"></span></h1>
   <nav aria-label="Sections"><a href="#talk">Chat</a> <a href="#now">Numbers</a> <a href="#connect">Connect</a></nav>
@@ -6924,12 +6942,15 @@ console.log((await client.chat.completions.create(body)).choices[0].message.cont
 const $ = id => document.getElementById(id);
 const NONE = "\u2013", join = texts => texts.filter(Boolean).join(" \u00b7 ");
 const time = ms => ms == null ? NONE : ms < 1000 ? ms.toFixed() + " ms" : (ms / 1000).toFixed(1) + " s";
-const size = tokens => !tokens ? NONE : tokens < 1e6 ? (tokens / (tokens % 1024 ? 1000 : 1024)).toFixed() + "K" : "1M";
+const thousands = tokens => (tokens / (tokens % 1024 ? 1000 : 1024)).toFixed() + "K";
+const size = tokens => !tokens ? NONE : tokens < 1e6 ? thousands(tokens) : "1M";
 const clock = unix => new Date(unix * 1000).toLocaleTimeString([], { hourCycle: "h23" });
-const serverError = (error, status) => new Error(join([error?.message ?? "No reason was given.", status, error?.code]));
+const serverError = (error, status) =>
+  new Error(join([error?.message ?? "No reason was given.", status, error?.code]));
 const reason = error => (error.name === "Error" ? "" : "The connection to the server failed: ") + error.message;
 const button = (text, onclick, className = "") => element("button", [text], { type: "button", onclick, className });
-let key, running, turns = [];  // running: the AbortController of the latest answer; turns: the messages so far
+// running: the AbortController of the latest answer; turns: the messages so far
+let key, running, turns = [];
 
 function element(tag, children = [], properties = {}) {
   const made = Object.assign(document.createElement(tag), properties);
@@ -7019,14 +7040,15 @@ function newTurn(question) {
   $("log").scrollTop = $("log").scrollHeight;
   return { thinking, thoughts, text, foot, content: "", drawn: 0, began: performance.now(), model: $("model").value };
 }
-// A finished line becomes an element and stays, so a long answer costs no more a line than a short one.
+// A finished line stays as an element: a long answer costs no more a line than a short one.
 function draw(turn, isEnd) {
   const follows = $("log").scrollHeight - $("log").scrollTop - $("log").clientHeight < 150;
   const lines = turn.content.slice(turn.drawn).split("\n"), last = lines.pop();
   turn.loose?.remove();
   lines.forEach(line => addLine(turn, line));
   turn.drawn = turn.content.length - last.length;
-  turn.loose = isEnd || !/^ *`{1,3}[^`]*$/.test(last) ? addLine(turn, last) : null;  // what may become a fence waits
+  // What may become a fence waits.
+  turn.loose = isEnd || !/^ *`{1,3}[^`]*$/.test(last) ? addLine(turn, last) : null;
   turn.frame = null;
   if (follows) $("log").scrollTop = $("log").scrollHeight;
 }
@@ -7089,7 +7111,8 @@ async function send(event) {
   event.preventDefault();
   if (!key) return $("key-form").reportValidity();
   if ($("send").hidden || !$("message").reportValidity()) return;
-  const content = $("message").value, turn = newTurn(content), ticking = setInterval(showFacts, 1000, turn);
+  const content = $("message").value, turn = newTurn(content);
+  const ticking = setInterval(showFacts, 1000, turn);
   turns.push({ role: "user", content });
   $("message").value = "";
   showRunning(true, "Answering");
