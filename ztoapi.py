@@ -108,6 +108,11 @@ BOOLEANS = {
 NO_VALUE = ("", "-", "none", "unset")
 
 
+def escaped(text):
+    """Somebody else's text as ASCII that can be printed."""
+    return ascii(text)[1:-1]
+
+
 class SettingsError(ValueError):
     """A variable cannot be used. One line: the variable, its value, what is allowed."""
 
@@ -231,7 +236,7 @@ class Settings:
             raise SettingsError("DEFAULT_KEY=: allowed is " + KEYS)
         if self.well_known and not is_loopback(self.host):
             raise SettingsError(
-                f"HOST={ascii(self.host)[1:-1]}: beyond this computer the well-known"
+                f"HOST={escaped(self.host)}: beyond this computer the well-known"
                 " DEFAULT_KEY is not allowed; set a key of your own")
 
     @classmethod
@@ -249,7 +254,7 @@ class Settings:
             except (ValueError, KeyError):
                 # What holds an "@" may be a URL with a password.
                 secret = facts["secret"] or "@" in text
-                shown = "..." if secret else ascii(text)[1:-1]
+                shown = "..." if secret else escaped(text)
                 line = f"{variable}={shown}: allowed is {facts['allowed']}"
                 raise SettingsError(line) from None
         return cls(**values)
@@ -267,7 +272,7 @@ class Settings:
         # A Z.ai key is "id.secret", and Z.ai may quote either half alone.
         keys += [half for key in keys for half in key.split(".") if len(half) >= 8]
         # Error messages show values through ascii(), which may spell a key differently.
-        keys += [ascii(key)[1:-1] for key in keys]
+        keys += list(map(escaped, keys))
         return sorted(set(keys), key=len, reverse=True)
 
     def redact(self, text):
@@ -356,7 +361,7 @@ class UpstreamError(ApiError):
     """Z.ai, or the road to it, failed.
 
     `verdict`: one of the eight above; `zai_code`: Z.ai's own code, "" without one;
-    `pause`: seconds that Z.ai itself asked to wait, or None; `stage`: how far the way
+    `pause_s`: what Z.ai itself asked to wait, or None; `stage`: how far the way
     to Z.ai went (proxy, DNS, TCP or TLS), "" if Z.ai was reached.
     """
 
@@ -365,7 +370,7 @@ class UpstreamError(ApiError):
     code = "upstream_error"
 
     zai_code = ""
-    pause = None
+    pause_s = None
     stage = ""
 
     def __init__(self, message, verdict=TRY_AGAIN, **facts):
@@ -608,7 +613,7 @@ def zai_error(
     return UpstreamError(
         f"{words} {error_advice(row, model, max_tokens)}".rstrip(), row.verdict,
         status=row.status, type=row.type, code=row.code,
-        zai_code=code, pause=wait_s,
+        zai_code=code, pause_s=wait_s,
         retry_after=row.retry_after if wait_s is None else wait_s,
         retryable=False if hopeless else None)
 
@@ -884,6 +889,7 @@ REQUEST_LINE = re.compile(
 STATUS_LINE = re.compile(r"(HTTP/1\.[0-9]) ([1-9][0-9][0-9])(?: [^\r\n]*)?\r?\n")
 FIELD_LINE = re.compile(rf"^({TOKEN}):([^\0\r\n]*)\r?\n", re.MULTILINE)
 TRAILER_LINE = re.compile(rf"{TOKEN}:[^\0\r\n]*".encode())
+# No body has a length of more digits.
 LENGTH = re.compile("[0-9]{1,15}")
 HEAD_END = re.compile(rb"\r?\n\r?\n")
 LONGEST_HEAD_BYTES = 65536
@@ -907,6 +913,7 @@ class HeadReader:
         self.rest = b""
 
     def feed(self, data):
+        # The blank line may have begun in what came before, with all but its last byte.
         searched = max(0, len(self.data) - 3)
         self.data += data
         end = HEAD_END.search(self.data, searched)
@@ -1367,8 +1374,8 @@ def effort_of_budget(tokens):
     budget."""
     if type(tokens) is not int:
         return None
-    steps = {0: "none", 1024: "low", 8192: "medium", 24576: "high"}
-    for most, effort in steps.items():
+    efforts = {0: "none", 1024: "low", 8192: "medium", 24576: "high"}
+    for most, effort in efforts.items():
         if tokens <= most:
             return effort
     return "max"
@@ -1472,8 +1479,8 @@ FAMILIES = {
 def refusable_message(roles):
     """The place of the message that may be refused for its pictures; None without one.
 
-    It is the last one of the user. What a user says behind tool results are pictures
-    that a tool has brought; an agent would send them again for ever.
+    It is the user's last one. Pictures that stand behind tool results were brought by
+    a tool, though the user sends them; an agent would send them again for ever.
     """
     last = None
     for place in reversed(range(len(roles))):
@@ -1764,7 +1771,8 @@ class Translation:
             return text_part(f"[{noun} left out: {reason}]")
 
     def media(self, part, part_type, param):
-        """A media part as Z.ai takes it. The error says the reason; then the advice."""
+        """A media part as Z.ai takes it. The error's words are the reason, a semicolon,
+        and advice; part() may quote the reason alone."""
         if part_type not in MEDIA:
             known = ", ".join(["text", *MEDIA])
             raise RequestError(
@@ -1802,6 +1810,7 @@ class Translation:
     def sampling(self):
         request = self.request
         fields = {}
+        # Z.ai takes two decimals, in ranges narrower than OpenAI's.
         if "temperature" in request:
             fields["temperature"] = round(min(request["temperature"], 1), 2)
         if "top_p" in request:
@@ -2387,8 +2396,9 @@ class Translator:
 
     @staticmethod
     def _inner_frame(event):
-        """The frame inside a torn one. Its text may hold the mark as well, so the last
-        that can be read is it; a few tries are enough and keep the time linear."""
+        """The frame inside a torn one, None if there is none. Its text may hold the
+        mark as well, so the last one that can be read counts. A few tries are enough,
+        and keep the time linear."""
         mark = "data: "
         at = len(event)
         for _ in range(8):
@@ -2612,7 +2622,7 @@ class Translator:
 
     @staticmethod
     def _check_number(calls):
-        """Each piece is compared with all calls, so an event has no more of them."""
+        """The bound of calls: each piece of one is compared with all of them."""
         if len(calls) > MOST_CALLS:
             raise UpstreamError(f"Z.ai made more than {MOST_CALLS} tool calls.", GIVE_UP)
 
@@ -2867,8 +2877,7 @@ class Item:
 
 
 class Tally:
-    """Counts the memory that the steps take which somebody keeps. UpstreamError beyond
-    `limit` bytes."""
+    """Counts the memory of steps that are kept. UpstreamError beyond `limit` bytes."""
 
     # A Python object stands behind each piece, and several behind an item, which begins
     # where the kind changes.
@@ -3193,6 +3202,9 @@ class Chat(Front):
 
 # What Messages and Responses share. Both bring a conversation in pieces, of which a
 # chat request is made, and both tell an answer as a row of items, of which one is open.
+#
+# An item is a message, a stretch of thinking, a call of a tool, or a call's output. A
+# message's content has parts. Anthropic has one word for items and parts: blocks.
 
 def typed_event(type, **fields):
     """The SSE text of a value whose type is also the event's name."""
@@ -3264,7 +3276,8 @@ ITEM_READERS = {
 CHAT_NAMES = {"max_output_tokens": "max_tokens", "stop_sequences": "stop"}
 TOOL_KEYS = ("type", "name", "namespace")
 MEDIA_FIELDS = ("image_url", "file_url", "file_data")
-# Stands before thinking that the client keeps for us. It is not encrypted.
+# Stands before the thinking that clients keep for us in `encrypted_content`. It is not
+# encrypted.
 MARK = "ztoapi:"
 
 
@@ -3286,9 +3299,8 @@ class Conversation:
     """Makes a chat request of Responses' tools and items. Messages has the same in
     other words, and is brought into this form first.
 
-    All that the assistant said between two things that it did not say is one message.
-    Its calls are followed by their outputs, and what was said in between comes behind
-    them.
+    What the assistant says in a row is one message, with its calls. Their outputs
+    follow it, and behind them comes what others said in between.
     """
 
     def __init__(self, body, same, others, caller):
@@ -3469,7 +3481,7 @@ class Conversation:
         go on as they are: section To Z.ai leaves them out by name."""
         for tool in expect(holder.get("tools", []), list, "tools"):
             tool_type = need(tool, "type", str, "tools")
-            # There is none in another: that would only be deep.
+            # No namespace is in another one.
             if tool_type == "namespace" and not namespace:
                 self.read_tools(tool, namespace=tool.get("name"))
                 continue
@@ -3726,7 +3738,7 @@ def to_flat_tool(tool):
     return {**tool, "type": "function", "parameters": tool.get("input_schema")}
 
 
-def read_asides(body, conversation):
+def read_wishes(body, conversation):
     """The wishes that Messages has in other words than chat."""
     fields = {}
     config = inner(body, "output_config")
@@ -3775,7 +3787,7 @@ class Messages(Itemized):
         tools = expect(body.get("tools", []), list, "tools")
         conversation.read_tools({"tools": list(map(to_flat_tool, tools))})
         request = conversation.request
-        request.update(read_asides(body, conversation))
+        request.update(read_wishes(body, conversation))
         # A client that did not ask for thinking reads content[0] as the text.
         is_unwanted = request["thinking"]["type"] == "disabled"
         hidden = is_unwanted or settings.reasoning_format == "hidden"
@@ -4184,6 +4196,13 @@ class Responses(Itemized):
             output_index=len(self.items), **self.shape.place, **fields)
 
     @staticmethod
+    def get_error():
+        """Codex asks for a WebSocket first, by GET. At a 426, and only then, it POSTs
+        at once."""
+        return RequestError("Responses are served by POST, not over a WebSocket.",
+                            status=426, code="upgrade_not_supported")
+
+    @staticmethod
     def error(error, request_id=""):
         value = Front.error(error)
         if str(error.param).startswith("messages"):
@@ -4423,7 +4442,7 @@ class Gates:
             pause_s = min(8.0, backoff_s(ticket.refusals) * jitter)
         ticket.refusals += 1
         ticket.refusal = (error.verdict, error.message)
-        gate.close(now, max(pause_s, error.pause or 0))
+        gate.close(now, max(pause_s, error.pause_s or 0))
         if too_many:
             gate.lower_ceiling()
         if gate.refusing:
@@ -5323,7 +5342,7 @@ class Upstream:
             return None
         if error.verdict in (TOO_MANY, TOO_FAST, OVERLOAD):
             # It queues again, unless Z.ai names a time that is too far away.
-            return 0 if (error.pause or 0) <= left_s else None
+            return 0 if (error.pause_s or 0) <= left_s else None
         if error.verdict in (KEY_RESTS, MODEL_RESTS):
             return 0 if len(ticket.refused_by) < len(self.gates.keys) else None
         if tries >= self.settings.max_retries:
@@ -5331,7 +5350,7 @@ class Upstream:
         if error.verdict == TRY_ONCE and tries:
             return None
         # Full jitter, so that all who failed together do not come again together.
-        pause_s = max(backoff_s(tries) * self.rand(), error.pause or 0)
+        pause_s = max(backoff_s(tries) * self.rand(), error.pause_s or 0)
         return pause_s if pause_s <= left_s else None
 
     def open(self, path, key, client, data=None):
@@ -5575,6 +5594,7 @@ class Metrics:
         self.tokens = collections.Counter()
         self.ttft = Histogram()
         self.duration = Histogram()
+        # bucket() replaces the first entry by ten minutes of empty ones.
         self.history = collections.deque([{"t": 0}], maxlen=HISTORY_S // BUCKET_S)
         self.recent = collections.deque(maxlen=20)
 
@@ -5690,7 +5710,8 @@ TARGET = re.compile("(?:https?://[^/?#]*)?([^?#]*)", re.IGNORECASE)
 
 
 class Route(NamedTuple):
-    """A path, and the names of the Handler's methods that answer GET and POST there."""
+    """A path, and the names of the Handler's methods that answer GET and POST there.
+    refuse_get is for a front with a get_error(), which says why not."""
 
     pattern: str
     get: str = ""
@@ -5704,7 +5725,7 @@ class Route(NamedTuple):
 # an API say in its own shape that there is nothing. The last row fits every path.
 ROUTES = (
     Route("(?:/v1)?/chat/completions", post="post_answer"),
-    Route("(?:/v1)?/responses", "refuse_upgrade", "post_answer", front=Responses),
+    Route("(?:/v1)?/responses", "refuse_get", "post_answer", front=Responses),
     Route("(?:/v1)?/responses/.+", front=Responses),
     Route("(?:/v1)?/messages", post="post_answer", front=Messages),
     Route("(?:/v1)?/messages/.+", front=Messages),
@@ -5870,6 +5891,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         reader = HeadReader()
         head = None
         try:
+            # So begins TLS.
             if self.receive().startswith(b"\x16"):
                 raise RequestError("This port speaks HTTP, not HTTPS.")
             while head is None:
@@ -5894,6 +5916,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not version.startswith("HTTP/1."):
             raise RequestError("The only HTTP versions spoken here are 1.0 and 1.1.",
                                status=505, code="http_version_not_supported")
+        # The request line and the blank line are no fields.
         if head.count("\n") - 2 > MOST_FIELDS:
             raise too_large_head(b"\n")
         self.http_1_0 = version == "HTTP/1.0"
@@ -5988,7 +6011,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def not_found(self):
         path = self.path[:200]
         words = next(words for pattern, words in ELSEWHERE if re.match(pattern, path))
-        tail = ascii(re.sub("^/v1", "", path))[1:-1]
+        tail = escaped(re.sub("^/v1", "", path))
         there = self.settings.zai_base_url + tail
         words = words.format(base=self.server.url + "/v1", path=path, there=there)
         return RequestError(words, status=404, code="not_found")
@@ -6123,8 +6146,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return [field for field in fields if field[1]]
 
     def linger(self):
-        """Take what the client is still sending, for a moment: closing on it would
-        reset the connection before the answer is read."""
+        """Take what the client is still sending, for a moment and up to 16 MiB: closing
+        on it would reset the connection before the answer is read."""
         with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_WR)
             self.set_deadline(LINGER_S)
@@ -6190,11 +6213,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         stats = self.server.metrics.stats(*state, self.settings.demo_mode)
         self.answer_json(stats, fields=[("Cache-Control", "no-store")])
 
-    def refuse_upgrade(self):
-        """Codex asks for a WebSocket first. At a 426, and only then, it POSTs at
-        once."""
-        raise RequestError("Responses are served by POST, not over a WebSocket.",
-                           status=426, code="upgrade_not_supported")
+    def refuse_get(self):
+        raise self.front.get_error()
 
     # Answers of Z.ai
 
@@ -6289,8 +6309,8 @@ class Budget:
 
     @contextlib.contextmanager
     def room_for(self, size_bytes, patience_s):
-        """`size_bytes`: None if unknown, which may be all of it. ApiError if there is
-        no room for so many seconds."""
+        """`size_bytes`: None if unknown, which counts as a quarter of the whole.
+        ApiError if there is no room for so many seconds."""
         if size_bytes is None:
             size_bytes = self.total_bytes // 4
         size_bytes = min(size_bytes, self.total_bytes)
@@ -6344,6 +6364,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.pump = Pump(settings)
         self.pump.chores.append(self.shut_late)
         self.upstream = Upstream(settings, self.pump)
+        # Four of the usual largest bodies, or one larger.
         self.bodies = Budget(max(256, settings.max_body_mb) << 20)
         self.page_policy = page_policy()
         # It guards which connections `deadlines` has: connection -> when it is shut.
@@ -6775,7 +6796,7 @@ def serve(settings):
         server = Server(settings)
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
-        host = ascii(settings.host)[1:-1]
+        host = escaped(settings.host)
         say(f"Cannot listen on HOST={host} PORT={settings.port}: {reason}", "stderr")
         return 1
     # Outside of the main thread, ValueError: then somebody else minds the signals.
