@@ -997,6 +997,7 @@ class Dechunker:
         self.body = []
 
     def feed(self, data):
+        # What this call reads, and how far it has come.
         self.data = self.rest + data
         self.at = 0
         while not self.done:
@@ -1973,9 +1974,9 @@ class Step(NamedTuple):
 
     TEXT and THINKING bring `text`. CALL begins the tool call number `index` (from 0):
     `id`, `name`, and in `text` the first piece of its arguments, which may be empty.
-    ARGUMENTS brings the next piece. FINISH comes last and once: `text` is one of
-    FINISHES' values, or "tool_calls"; `usage` is OpenAI's object, None if Z.ai gave
-    none. RESTART: Z.ai began the answer again, so that what came before is void.
+    ARGUMENTS brings the next piece. FINISH comes last and once: `text` is one of the
+    values of FINISHES, below; `usage` is OpenAI's object, None if Z.ai gave none.
+    RESTART: Z.ai began the answer again, so that what came before is void.
     """
 
     kind: str
@@ -5822,6 +5823,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not self.rfile.peek(1) or self.server.draining:
             return
         self.set_deadline(self.settings.client_timeout)
+        # read_head() adds `path` and `body_bytes`, find_route() adds `match` and
+        # `client_key`.
         self.fields = {}
         self.command = ""
         self.front = Chat
@@ -5835,7 +5838,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         try:
             self.dispatch()
         finally:
-            # It knows this object, and would keep it until the garbage collector comes.
+            # The outbox holds this handler: such a circle is freed late.
             self.outbox = None
             # In this order: a connection that is not busy may lose its deadline.
             self.set_deadline(KEEP_ALIVE_S)
