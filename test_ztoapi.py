@@ -1489,7 +1489,7 @@ RESET_AT = 1788903508  # 2026-09-09 05:38:28 in Beijing, 2026-09-08 21:38:28 in 
 def test_the_time_of_a_reset_is_read(message):
     error = zai_error(complaint("1308", message), 429, now=RESET_AT - 3600)
     assert error.headers() == {"Retry-After": "3600", "x-should-retry": "false"}
-    assert error.pause == 3600
+    assert error.pause_s == 3600
     assert "(in 60 min)" in error.message
 
 
@@ -1554,7 +1554,7 @@ def test_retry_after_is_a_number_or_a_date(text, seconds):
 def test_zais_own_retry_after_is_passed_on():
     error = zai_error(complaint("1302", "x"), 429, now=0, retry_after=17)
     assert error.headers()["Retry-After"] == "17"
-    assert error.pause == 17
+    assert error.pause_s == 17
 
 
 def test_an_error_knows_what_a_front_has_to_tell():

@@ -1,42 +1,49 @@
 #!/usr/bin/env python3
-"""ZtoApi: the APIs of OpenAI and Anthropic for Z.ai's GLM models, in one file, on the standard library alone.
+"""ZtoApi: the APIs of OpenAI and Anthropic for Z.ai's GLM models.
+
+One file, on the standard library alone:
 
     ZAI_API_KEY=your-z.ai-key python3 ztoapi.py
 
-Then point any OpenAI client at http://localhost:9090/v1, any Anthropic client at http://localhost:9090, with the key
-sk-your-key.
+Then point any OpenAI client at http://localhost:9090/v1, any Anthropic client at
+http://localhost:9090, with the key sk-your-key.
 
     python3 ztoapi.py            serve
     python3 ztoapi.py --check    find out what is wrong before any client is involved
     python3 ztoapi.py --help     this text
     DEMO_MODE=true python3 ztoapi.py    no key, no network: answers come from a stand-in
 
-All configuration comes from the environment. Durations are seconds; booleans are true/false, 1/0, yes/no, on/off.
-A dash stands for a variable that is not set.
+All configuration comes from the environment. Durations are seconds; booleans are
+true/false, 1/0, yes/no, on/off. A dash stands for a variable that is not set.
 
     PORT              9090                          port to listen on
-    HOST              127.0.0.1                     address to listen on; beyond loopback only with your own DEFAULT_KEY
-    DEFAULT_KEY       sk-your-key                   the key clients must send; several, comma-separated
+    HOST              127.0.0.1                     address to listen on; beyond loopback only with
+                                                    a DEFAULT_KEY of your own
+    DEFAULT_KEY       sk-your-key                   the keys clients may send, comma-separated
     ZAI_API_KEY       -                             your Z.ai key; several, comma-separated
-    ZAI_BASE_URL      https://api.z.ai/api/paas/v4  Z.ai's API; the Coding Plan's and the mainland's bases work too
+    ZAI_BASE_URL      https://api.z.ai/api/paas/v4  Z.ai's API, its Coding Plan's, or the mainland's
     DEFAULT_STREAM    true                          what a chat request without "stream" gets
-    ENABLE_THINKING   -                             true or false for requests that do not say; else the model decides
-    REASONING_FORMAT  parsed                        chat's thinking: reasoning_content (parsed), <think> (raw), hidden
-    MODEL_ALIASES     -                             gpt-4o=glm-4.6,o3=glm-5.2; *=glm-4.6 catches all unknown ids
-    MAX_CONCURRENCY   0                             requests in flight per Z.ai key and model; 0: learned from refusals
+    ENABLE_THINKING   -                             for requests that do not say; else the model
+                                                    decides
+    REASONING_FORMAT  parsed                        chat's thinking: reasoning_content (parsed),
+                                                    <think> in the text (raw), or hidden
+    MODEL_ALIASES     -                             gpt-4o=glm-4.6,o3=glm-5.2; * for all unknown ids
+    MAX_CONCURRENCY   0                             requests in flight per key and model; 0: learned
     QUEUE_TIMEOUT     120                           longest wait for a free slot, then 429
-    MAX_RETRIES       2                             further tries after a failure that may heal, while nothing was sent
-    HEARTBEAT         10                            a sign of life after that long without a byte to a stream; 0: none
+    MAX_RETRIES       2                             further tries while nothing of the answer came
+    HEARTBEAT         10                            a sign of life to a stream that waits; 0: none
     UPSTREAM_TIMEOUT  300                           longest silence of Z.ai
-    CLIENT_TIMEOUT    60                            longest a client may take to send a request or to take one write
+    CLIENT_TIMEOUT    60                            longest time to send a request or take a write
     MAX_BODY_MB       64                            largest request body
     MAX_CONNECTIONS   1024                          clients connected at once
-    CORS_ORIGIN       *                             web origins that may call, comma-separated; empty: none
-                                                    (always none with the well-known key)
+    CORS_ORIGIN       *                             web origins that may call, comma-separated;
+                                                    empty: none, as always with the well-known key
     DEBUG_MODE        false                         detailed log lines, never texts or keys
     DEMO_MODE         false                         answer from a stand-in for Z.ai inside this file
 
-The way of a request, which is also the order of this file:
+The way of a request is below. The file has the pure parts of it first (errors, models,
+bytes, the requests to Z.ai, its answers, the fronts), then those that do I/O (gates,
+pump, upstream, metrics, handler, server), then the demo, the check and the page.
 
               dict             chat dict               Z.ai dict
     client --> Handler --> front.read() --> to_zai_request() --> Upstream (gate, pool, retry) --> Z.ai
@@ -101,6 +108,11 @@ BOOLEANS = {
 NO_VALUE = ("", "-", "none", "unset")
 
 
+def escaped(text):
+    """Somebody else's text as ASCII that can be printed."""
+    return ascii(text)[1:-1]
+
+
 class SettingsError(ValueError):
     """A variable cannot be used. One line: the variable, its value, what is allowed."""
 
@@ -109,12 +121,12 @@ def parse_boolean(text):
     return BOOLEANS[text.lower()]
 
 
-def parse_number(kind, low, high=10**6):
+def parse_number(number, low, high=10**6):
     def parse(text):
         # int() and float() alone would also take signs, underscores, "1e3" and "nan".
-        if not re.fullmatch("[0-9.]{1,12}", text) or not low <= kind(text) <= high:
+        if not re.fullmatch("[0-9.]{1,12}", text) or not low <= number(text) <= high:
             raise ValueError(text)
-        return kind(text)
+        return number(text)
     return parse
 
 
@@ -156,6 +168,12 @@ def parse_aliases(text):
     if "" in (*pairs, *pairs.values()):
         raise ValueError(text)
     return pairs
+
+
+def is_loopback(host):
+    """Whether `host` names this computer only."""
+    address = re.fullmatch(r"127(\.\d{1,3}){3}", host)
+    return address is not None or host.lower() in ("localhost", "::1")
 
 
 def setting(default, parse, allowed, secret=False, unset=("",)):
@@ -218,7 +236,7 @@ class Settings:
             raise SettingsError("DEFAULT_KEY=: allowed is " + KEYS)
         if self.well_known and not is_loopback(self.host):
             raise SettingsError(
-                f"HOST={ascii(self.host)[1:-1]}: beyond this computer the well-known"
+                f"HOST={escaped(self.host)}: beyond this computer the well-known"
                 " DEFAULT_KEY is not allowed; set a key of your own")
 
     @classmethod
@@ -236,7 +254,7 @@ class Settings:
             except (ValueError, KeyError):
                 # What holds an "@" may be a URL with a password.
                 secret = facts["secret"] or "@" in text
-                shown = "..." if secret else ascii(text)[1:-1]
+                shown = "..." if secret else escaped(text)
                 line = f"{variable}={shown}: allowed is {facts['allowed']}"
                 raise SettingsError(line) from None
         return cls(**values)
@@ -254,7 +272,7 @@ class Settings:
         # A Z.ai key is "id.secret", and Z.ai may quote either half alone.
         keys += [half for key in keys for half in key.split(".") if len(half) >= 8]
         # Error messages show values through ascii(), which may spell a key differently.
-        keys += [ascii(key)[1:-1] for key in keys]
+        keys += list(map(escaped, keys))
         return sorted(set(keys), key=len, reverse=True)
 
     def redact(self, text):
@@ -262,12 +280,6 @@ class Settings:
         for secret in self.secrets:
             text = text.replace(secret, "[redacted]")
         return text
-
-
-def is_loopback(host):
-    """Whether `host` names this computer only."""
-    address = re.fullmatch(r"127(\.\d{1,3}){3}", host)
-    return address is not None or host.lower() in ("localhost", "::1")
 
 
 def mask(key):
@@ -338,8 +350,8 @@ class RequestError(ApiError):
 GIVE_UP = "give up"          # it cannot heal
 TRY_AGAIN = "try again"      # after a backoff, MAX_RETRIES times
 TRY_ONCE = "try once"        # one more time only: Z.ai was silent for UPSTREAM_TIMEOUT
-TOO_MANY = "too many"        # too many requests in flight: the gate learns, queue again
-TOO_FAST = "too fast"        # queue again; nothing is to be learned from it
+TOO_MANY = "too many"        # too many requests in flight: queue again, allow fewer
+TOO_FAST = "too fast"        # queue again, allow as many as before
 OVERLOAD = "overload"        # Z.ai is full, or there are too many of ours in flight
 KEY_RESTS = "key rests"      # Z.ai refuses this key, or it is exhausted: next key
 MODEL_RESTS = "model rests"  # this key does not serve this model (now): next key
@@ -349,8 +361,8 @@ class UpstreamError(ApiError):
     """Z.ai, or the road to it, failed.
 
     `verdict`: one of the eight above; `zai_code`: Z.ai's own code, "" without one;
-    `pause`: seconds that Z.ai itself asked to wait, or None; `step`: where the road
-    ended, "" if Z.ai was reached.
+    `pause_s`: what Z.ai itself asked to wait, or None; `stage`: how far the way
+    to Z.ai went (proxy, DNS, TCP or TLS), "" if Z.ai was reached.
     """
 
     status = 502
@@ -358,8 +370,8 @@ class UpstreamError(ApiError):
     code = "upstream_error"
 
     zai_code = ""
-    pause = None
-    step = ""
+    pause_s = None
+    stage = ""
 
     def __init__(self, message, verdict=TRY_AGAIN, **facts):
         super().__init__(message, verdict=verdict, **facts)
@@ -469,69 +481,6 @@ ZAI_WORDS = (
 )
 
 
-def zai_error(
-    value, status=200, *, now=None, model="", max_tokens=None, patience_s=0.0,
-    retry_after=None,
-):
-    """The UpstreamError for an error of Z.ai.
-
-    `value`: the parsed body, None if it was no JSON; `status`: its HTTP status; `now`:
-    Unix seconds; `model`, `max_tokens`: what was asked for, for advice; `patience_s`:
-    the longest limit worth waiting for; `retry_after`: seconds, from Z.ai's own header.
-    Never raises, whatever `value` holds.
-    """
-    code, message = parse_zai_error(value)
-    row = error_row(code, message, status)
-    words = "Z.ai: " + (message or f"HTTP status {status} without a reason")
-    wait_s = seconds_until_reset(message, now)
-    if wait_s is None:
-        wait_s = retry_after
-    else:
-        words += f" (in {duration(wait_s)})"
-    words += f" (code {code})." if code else "."
-    if row is QUOTA and wait_s is not None and wait_s <= patience_s:
-        row = SHORT_LIMIT
-    hopeless = row.verdict in (GIVE_UP, KEY_RESTS, MODEL_RESTS) and row is not SHORT_LIMIT
-    return UpstreamError(
-        f"{words} {error_advice(row, model, max_tokens)}".rstrip(), row.verdict,
-        status=row.status, type=row.type, code=row.code,
-        zai_code=code, pause=wait_s,
-        retry_after=row.retry_after if wait_s is None else wait_s,
-        retryable=False if hopeless else None)
-
-
-NO_KEY = (
-    "ZAI_API_KEY is not set where the proxy runs. Get a key (free models need one too) at"
-    " https://z.ai/manage-apikey/apikey-list.")
-
-
-def missing_key():
-    """The error of a proxy that was started without ZAI_API_KEY."""
-    return UpstreamError(
-        NO_KEY, GIVE_UP, status=OUR_KEY.status, code=OUR_KEY.code, retryable=False)
-
-
-def error_row(code, message, status):
-    """The ErrorRow of an error: by its code, else by its status; then by its words."""
-    by_status = HTTP_ERRORS if code or message else BARE_HTTP_ERRORS
-    row = ZAI_ERRORS.get(code) or by_status.get(status)
-    if row is None:
-        row = BROKEN if status >= 500 else WRONG_PATH
-    for vague, words, precise in ZAI_WORDS:
-        if row is vague and words.search(f"{code} {message}"):
-            return precise
-    return row
-
-
-def error_advice(row, model, max_tokens):
-    if row is NO_MODEL:
-        return model_advice(model)
-    if row is TOO_LONG and max_tokens is not None:
-        return (f"{row.advice} Prompt and max_tokens must fit together:"
-                f" a lower max_tokens may do, it was {max_tokens}.")
-    return row.advice
-
-
 def as_dict(value):
     """`value` if it is a dict, else an empty one: an object without any field."""
     return value if isinstance(value, dict) else {}
@@ -539,6 +488,15 @@ def as_dict(value):
 
 # Z.ai's Messages API, and gateways, put the code into the text: "[1302][text][id]".
 BRACKETED_CODE = re.compile(r"(?:^|\s)\[(-?\d{1,5})\]")
+
+
+def parse_code(value):
+    if isinstance(value, str):
+        return plain(value.strip(), 40)
+    # A number of any size may come; str() takes quadratic time for large ones.
+    if value and isinstance(value, (int, float)) and abs(value) < 10**9:
+        return str(int(value))
+    return ""
 
 
 def parse_zai_error(value):
@@ -564,15 +522,6 @@ def parse_zai_error(value):
     return code, message
 
 
-def parse_code(value):
-    if isinstance(value, str):
-        return plain(value.strip(), 40)
-    # A number of any size may come; str() takes quadratic time for large ones.
-    if value and isinstance(value, (int, float)) and abs(value) < 10**9:
-        return str(int(value))
-    return ""
-
-
 def seconds_to_wait(text, now):
     """Seconds from `now` (Unix) that a Retry-After header asks for, or None."""
     if re.fullmatch("[0-9]{1,6}", text):
@@ -585,6 +534,8 @@ def seconds_to_wait(text, now):
 
 
 RESET_WORDS = re.compile("reset|renew|refresh|available|重置|恢复|刷新", re.IGNORECASE)
+
+
 # The groups: year, month, day, hour:minute, second, UTC, offset.
 TIMESTAMP = re.compile(
     r"(\d{4})[-/年](\d\d?)[-/月](\d\d?)日?[T ]*(\d\d?:\d\d)(?::(\d\d))?(?:\.\d+)?"
@@ -613,6 +564,69 @@ def duration(seconds):
         if seconds >= 2 * size:
             return f"{round(seconds / size)} {unit}"
     return f"{round(seconds)} s"
+
+
+def error_row(code, message, status):
+    """The ErrorRow of an error: by its code, else by its status; then by its words."""
+    by_status = HTTP_ERRORS if code or message else BARE_HTTP_ERRORS
+    row = ZAI_ERRORS.get(code) or by_status.get(status)
+    if row is None:
+        row = BROKEN if status >= 500 else WRONG_PATH
+    for vague, words, precise in ZAI_WORDS:
+        if row is vague and words.search(f"{code} {message}"):
+            return precise
+    return row
+
+
+def error_advice(row, model, max_tokens):
+    if row is NO_MODEL:
+        return model_advice(model)
+    if row is TOO_LONG and max_tokens is not None:
+        return (f"{row.advice} Prompt and max_tokens must fit together:"
+                f" a lower max_tokens may do, it was {max_tokens}.")
+    return row.advice
+
+
+def zai_error(
+    value, status=200, *, now=None, model="", max_tokens=None, patience_s=0.0,
+    retry_after=None,
+):
+    """The UpstreamError for an error of Z.ai.
+
+    `value`: the parsed body, None if it was no JSON; `status`: its HTTP status; `now`:
+    Unix seconds; `model`, `max_tokens`: what was asked for, for advice; `patience_s`:
+    the longest limit worth waiting for; `retry_after`: seconds, from Z.ai's own header.
+    Never raises, whatever `value` holds.
+    """
+    code, message = parse_zai_error(value)
+    row = error_row(code, message, status)
+    words = "Z.ai: " + (message or f"HTTP status {status} without a reason")
+    wait_s = seconds_until_reset(message, now)
+    if wait_s is None:
+        wait_s = retry_after
+    else:
+        words += f" (in {duration(wait_s)})"
+    words += f" (code {code})." if code else "."
+    if row is QUOTA and wait_s is not None and wait_s <= patience_s:
+        row = SHORT_LIMIT
+    hopeless = row.verdict in (GIVE_UP, KEY_RESTS, MODEL_RESTS) and row is not SHORT_LIMIT
+    return UpstreamError(
+        f"{words} {error_advice(row, model, max_tokens)}".rstrip(), row.verdict,
+        status=row.status, type=row.type, code=row.code,
+        zai_code=code, pause_s=wait_s,
+        retry_after=row.retry_after if wait_s is None else wait_s,
+        retryable=False if hopeless else None)
+
+
+NO_KEY = (
+    "ZAI_API_KEY is not set where the proxy runs. Get a key (free models need one too) at"
+    " https://z.ai/manage-apikey/apikey-list.")
+
+
+def missing_key():
+    """The error of a proxy that was started without ZAI_API_KEY."""
+    return UpstreamError(
+        NO_KEY, GIVE_UP, status=OUR_KEY.status, code=OUR_KEY.code, retryable=False)
 
 
 # Models ###############################################################################
@@ -693,6 +707,15 @@ def find_model(id):
     return MODELS.get(re.sub("-highspeed$", "", id))
 
 
+def canonical_id(name):
+    """Z.ai's spelling of an id: lower case, without what clients hang on to it."""
+    # Claude Code appends "[1m]" to ask for the long context.
+    id = re.sub(r"\[[^\]]*\]?", "", name).strip().lower()
+    # OpenRouter, litellm and aider write the provider in front: "z-ai/glm-4.6".
+    tail = id.rpartition("/")[2]
+    return tail if find_model(tail) else id
+
+
 def zai_model_id(name, model_aliases):
     """Z.ai's id for the model that a client names.
 
@@ -704,15 +727,6 @@ def zai_model_id(name, model_aliases):
     if target is None and find_model(id) is None:
         target = aliases.get("*")
     return id if target is None else canonical_id(target)
-
-
-def canonical_id(name):
-    """Z.ai's spelling of an id: lower case, without what clients hang on to it."""
-    # Claude Code appends "[1m]" to ask for the long context.
-    id = re.sub(r"\[[^\]]*\]?", "", name).strip().lower()
-    # OpenRouter, litellm and aider write the provider in front: "z-ai/glm-4.6".
-    tail = id.rpartition("/")[2]
-    return tail if find_model(tail) else id
 
 
 FOREIGN_MODEL = re.compile(
@@ -731,17 +745,10 @@ def model_advice(id):
     return advice + "."
 
 
-def listed_models(settings):
-    """What GET /v1/models lists, name -> entry: the table, then the aliases but "*"."""
-    listed = {model.name: model for model in MODELS.values()}
-    for alias, target in settings.model_aliases.items():
-        listed.setdefault(alias, find_model(canonical_id(target)) or UNKNOWN_MODEL)
-    listed.pop("*", None)
-    return {name: model_entry(name, model) for name, model in listed.items()}
-
-
 # OpenAI's SDKs require `created`, so it is 0 where nothing is known.
 UNKNOWN_MODEL = Model("", 0, None, None, None, NO_THINKING, False, False)
+
+
 MODALITIES = {True: ["text", "image"], False: ["text"]}
 
 
@@ -758,6 +765,15 @@ def model_entry(name, model):
     return {key: value for key, value in entry.items() if value is not None}
 
 
+def listed_models(settings):
+    """What GET /v1/models lists, name -> entry: the table, then the aliases but "*"."""
+    listed = {model.name: model for model in MODELS.values()}
+    for alias, target in settings.model_aliases.items():
+        listed.setdefault(alias, find_model(canonical_id(target)) or UNKNOWN_MODEL)
+    listed.pop("*", None)
+    return {name: model_entry(name, model) for name, model in listed.items()}
+
+
 # Bytes ################################################################################
 #
 # JSON, and push parsers for HTTP and for server-sent events: feed() takes what has
@@ -766,6 +782,7 @@ def model_entry(name, model):
 
 # An encoder made once costs half of what json.dumps does, which makes one a call.
 encode_text = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
+# One string alone, as JSON.
 quote = json.encoder.encode_basestring
 INFINITY = float("inf")
 
@@ -872,6 +889,7 @@ REQUEST_LINE = re.compile(
 STATUS_LINE = re.compile(r"(HTTP/1\.[0-9]) ([1-9][0-9][0-9])(?: [^\r\n]*)?\r?\n")
 FIELD_LINE = re.compile(rf"^({TOKEN}):([^\0\r\n]*)\r?\n", re.MULTILINE)
 TRAILER_LINE = re.compile(rf"{TOKEN}:[^\0\r\n]*".encode())
+# No body has a length of more digits.
 LENGTH = re.compile("[0-9]{1,15}")
 HEAD_END = re.compile(rb"\r?\n\r?\n")
 LONGEST_HEAD_BYTES = 65536
@@ -879,7 +897,7 @@ LONGEST_HEAD_BYTES = 65536
 MOST_FIELDS = 100
 
 # Two readers that take different ones of a repeated field disagree on where a request
-# ends, which lets an attacker hide a second request in a first one.
+# ends, which lets an attacker hide a second request in a first one (smuggling).
 NEVER_TWICE = ("host", "content-length", "transfer-encoding")
 
 
@@ -895,6 +913,7 @@ class HeadReader:
         self.rest = b""
 
     def feed(self, data):
+        # The blank line may have begun in what came before, with all but its last byte.
         searched = max(0, len(self.data) - 3)
         self.data += data
         end = HEAD_END.search(self.data, searched)
@@ -978,6 +997,7 @@ class Dechunker:
         self.body = []
 
     def feed(self, data):
+        # What this call reads, and how far it has come.
         self.data = self.rest + data
         self.at = 0
         while not self.done:
@@ -1173,8 +1193,9 @@ def encode_event(value):
 
 # To Z.ai ##############################################################################
 #
-# The one door to Z.ai: a chat request becomes the request that Z.ai takes. All checks
-# are made here: what has passed is trusted below. The ranges refused are OpenAI's own;
+# The one door to Z.ai: to_zai_request(), last in this section, makes of a chat request
+# the request that Z.ai takes. All checks are made here: what has passed is trusted
+# below. The ranges refused are OpenAI's own;
 # what is inside them and outside Z.ai's is clamped. null in an optional field counts as
 # absent.
 #
@@ -1183,7 +1204,7 @@ def encode_event(value):
 # left out and named; otherwise the conversation could never go on.
 
 NUMBER = (int, float)
-KINDS = {
+TYPES = {
     bool: "true or false",
     str: "a string",
     dict: "an object",
@@ -1244,8 +1265,8 @@ DROPPED = frozenset("""
     presence_penalty prompt_cache_key prompt_cache_options prompt_cache_retention
     safety_identifier service_tier store top_logprobs verbosity web_search_options
 """.split())
-# The wish for thinking in other dialects: their field and its keys, each with our field
-# of the same meaning.
+# The wish for thinking as other APIs spell it: their field and its keys, each with our
+# field of the same meaning.
 FOREIGN_WISHES = {
     "reasoning": {
         "enabled": "enable_thinking",
@@ -1307,17 +1328,17 @@ def missing(param):
         f"Missing required parameter: '{param}'.", param, code="missing_required_parameter")
 
 
-def expect(value, kind, param):
-    """`value`, if it is of that kind, one of KINDS."""
+def expect(value, type, param):
+    """`value`, if it is of that type, one of TYPES."""
     # In Python, true and false are numbers too.
-    if not isinstance(value, kind) or isinstance(value, bool) and kind is not bool:
-        raise RequestError(f"'{param}' must be {KINDS[kind]}.", param, code="invalid_type")
+    if not isinstance(value, type) or isinstance(value, bool) and type is not bool:
+        raise RequestError(f"'{param}' must be {TYPES[type]}.", param, code="invalid_type")
     return value
 
 
-def need(value, key, kind, param):
-    """value[key], if it is of that kind. `param` is the path of the dict `value`."""
-    return expect(expect(value, dict, param).get(key), kind, f"{param}.{key}")
+def need(value, key, type, param):
+    """value[key], if it is of that type. `param` is the path of the dict `value`."""
+    return expect(expect(value, dict, param).get(key), type, f"{param}.{key}")
 
 
 def need_word(value, words, param):
@@ -1349,41 +1370,16 @@ def function_object(**fields):
     return {"type": "function", "function": fields}
 
 
-def to_zai_request(request, settings, refuses_media=True):
-    """An Asked. `request` is a chat request (dict), which stays as it is.
-
-    RequestError for what OpenAI would refuse too, and, with `refuses_media`, for
-    pictures in the last message to a model that sees none. Sources: Z.ai's OpenAPI
-    file, and what its servers were seen to take and to refuse.
-    """
-    changed = []
-    request = own_dialect(request, changed)
-    check_fields(request)
-    id = zai_model_id(request["model"], settings.model_aliases)
-    if not id:
-        raise RequestError("'model' must not be empty.", "model")
-    return Translation(request, id, changed, refuses_media).result(settings)
-
-
-def own_dialect(request, changed):
-    """`request` without nulls and without what other APIs wrap around known fields."""
-    request = without_nulls(request)
-    # A parameter of OpenAI's SDK, which users copy into JSON, where it means nothing.
-    if "extra_body" in request:
-        changed.append("extra_body")
-        inner = as_dict(request["extra_body"])
-        request = {**without_nulls(inner), **request}
-        del request["extra_body"]
-    # Where the client also speaks our dialect, that counts.
-    own_wish = any(name in request for name in OWN_WISHES)
-    for foreign, meanings in FOREIGN_WISHES.items():
-        if foreign not in request:
-            continue
-        changed.append(foreign)
-        value = request.pop(foreign)
-        if not own_wish:
-            request = {**read_wish(as_dict(value), meanings), **request}
-    return request
+def effort_of_budget(tokens):
+    """The effort that comes nearest to a budget of thinking, in tokens; None without a
+    budget."""
+    if type(tokens) is not int:
+        return None
+    efforts = {0: "none", 1024: "low", 8192: "medium", 24576: "high"}
+    for most, effort in efforts.items():
+        if tokens <= most:
+            return effort
+    return "max"
 
 
 def read_wish(value, meanings):
@@ -1402,16 +1398,25 @@ def read_wish(value, meanings):
     return found
 
 
-def effort_of_budget(tokens):
-    """The effort that comes nearest to a budget of thinking, in tokens; None without a
-    budget."""
-    if type(tokens) is not int:
-        return None
-    steps = {0: "none", 1024: "low", 8192: "medium", 24576: "high"}
-    for most, effort in steps.items():
-        if tokens <= most:
-            return effort
-    return "max"
+def own_dialect(request, changed):
+    """`request` without nulls and without what other APIs wrap around known fields."""
+    request = without_nulls(request)
+    # A parameter of OpenAI's SDK, which users copy into JSON, where it means nothing.
+    if "extra_body" in request:
+        changed.append("extra_body")
+        inner = as_dict(request["extra_body"])
+        request = {**without_nulls(inner), **request}
+        del request["extra_body"]
+    # Where the client also sends our own fields, those count.
+    own_wish = any(name in request for name in OWN_WISHES)
+    for foreign, meanings in FOREIGN_WISHES.items():
+        if foreign not in request:
+            continue
+        changed.append(foreign)
+        value = request.pop(foreign)
+        if not own_wish:
+            request = {**read_wish(as_dict(value), meanings), **request}
+    return request
 
 
 def check_fields(request):
@@ -1475,8 +1480,8 @@ FAMILIES = {
 def refusable_message(roles):
     """The place of the message that may be refused for its pictures; None without one.
 
-    It is the last one of the user. What a user says behind tool results are pictures
-    that a tool has brought; an agent would send them again for ever.
+    It is the user's last one. Pictures that stand behind tool results were brought by
+    a tool, though the user sends them; an agent would send them again for ever.
     """
     last = None
     for place in reversed(range(len(roles))):
@@ -1488,6 +1493,108 @@ def refusable_message(roles):
         if roles[place] == "user" and last is None:
             last = place
     return last
+
+
+def name_of(word):
+    """A client's word as an item of a header's list."""
+    return re.sub("[^a-zA-Z0-9_.-]", "_", word[:40])
+
+
+def some_of(names):
+    """Each name once, and no more than a header takes."""
+    return tuple(dict.fromkeys(names))[:100]
+
+
+TEXT_SCHEMA = {"type": "string"}
+
+
+def text_parameters(schema):
+    """What reading a leaked call needs of a schema: which parameters are texts. The
+    whole would stay as long as the answer lasts."""
+    properties = schema.get("properties")
+    if not isinstance(properties, dict):
+        return {}
+    texts = {
+        name: TEXT_SCHEMA for name, inner in properties.items()
+        if isinstance(inner, dict) and inner.get("type") == "string"}
+    return {"properties": texts}
+
+
+def mend_arguments(arguments):
+    """The text of a JSON object, whatever a model or a cut has left as `arguments`.
+
+    What is whole stays as it is; what was encoded or written twice is taken once; any
+    other text becomes the one value of an object.
+    """
+    if not isinstance(arguments, str):
+        arguments = encode_request(arguments).decode()
+    text = arguments.strip()
+    if not text:
+        return "{}"
+    # A stream that was played twice leaves the same object twice.
+    half = text[:len(text) // 2].strip()
+    if half != text[len(text) // 2:].strip():
+        half = ""
+    for candidate in (arguments, half):
+        value = decode_or_none(candidate, decode_strictly)
+        if isinstance(value, str):
+            candidate = value
+            value = decode_or_none(candidate, decode_strictly)
+        if isinstance(value, dict):
+            return candidate
+    return encode_request({"arguments": arguments}).decode()
+
+
+def chosen_name(tool):
+    """The name in one entry of a tool choice; "" for Z.ai's own tools."""
+    if expect(tool, dict, "tool_choice").get("type", "function") == "function":
+        function = need(tool, "function", dict, "tool_choice")
+        return need(function, "name", str, "tool_choice.function")
+    return ""
+
+
+def read_tool_choice(choice, names, some_left_out):
+    """(wanted, must): the tools that may be called, None for all; whether one must be.
+
+    `names`: the function tools there are; `some_left_out`: there were others, so that
+    the client may well choose a tool that is not among them.
+    """
+    if isinstance(choice, str):
+        need_word(choice, ("none", "auto", "required"), "tool_choice")
+        return (set() if choice == "none" else None), choice == "required"
+    path = "tool_choice"
+    if choice.get("type") == "allowed_tools":
+        allowed = need(choice, "allowed_tools", dict, path)
+        path += ".allowed_tools"
+    elif choice.get("type", "function") == "function":
+        allowed = {"mode": "required", "tools": [choice]}
+    else:
+        # Z.ai's own tools, and those that were left out, cannot be demanded.
+        return None, False
+    wanted = {chosen_name(tool) for tool in need(allowed, "tools", list, path)}
+    unknown = wanted.difference(names, [""])
+    if unknown and not some_left_out:
+        shown = ascii(min(unknown)[:200])
+        raise RequestError(
+            f"'tool_choice' names the tool {shown}, which is not in 'tools'.", "tool_choice")
+    must = allowed.get("mode") == "required"
+    # If all that may be called was left out, a demand for a call would never be met.
+    if must and wanted.isdisjoint(names):
+        return None, False
+    return wanted, must
+
+
+def read_thinking(thinking, request, default):
+    """(wish, field): True, False or None for no wish, and the field that says it."""
+    switch = thinking.get("type")
+    if switch is not None:
+        need_word(switch, ("enabled", "disabled"), "thinking.type")
+        return switch == "enabled", "thinking"
+    if "enable_thinking" in request:
+        return request["enable_thinking"], "enable_thinking"
+    if "reasoning_effort" in request:
+        return request["reasoning_effort"] not in ("none", "minimal"), "reasoning_effort"
+    return default, "thinking"
 
 
 class Translation:
@@ -1648,47 +1755,48 @@ class Translation:
 
     def part(self, part, role, param, refusable):
         """One content part; None for an empty text."""
-        kind = need(part, "type", str, param)
-        if kind in TEXT_PARTS:
-            text = need(part, kind, str, param)
+        part_type = need(part, "type", str, param)
+        if part_type in TEXT_PARTS:
+            text = need(part, part_type, str, param)
             return text_part(text) if text else None
         try:
             if role not in ("user", "tool"):
                 raise RequestError(f"a message of the {role} takes text only")
-            return self.media(part, kind, param)
+            return self.media(part, part_type, param)
         except RequestError as error:
             if refusable:
                 raise
-            noun = MEDIA.get(kind, name_of(kind))
+            noun = MEDIA.get(part_type, name_of(part_type))
             self.changed.append(noun)
             reason = error.message.partition(";")[0]
             return text_part(f"[{noun} left out: {reason}]")
 
-    def media(self, part, kind, param):
-        """A media part as Z.ai takes it. The error says the reason; then the advice."""
-        if kind not in MEDIA:
-            kinds = ", ".join(["text", *MEDIA])
+    def media(self, part, part_type, param):
+        """A media part as Z.ai takes it. The error's words are the reason, a semicolon,
+        and advice; part() may quote the reason alone."""
+        if part_type not in MEDIA:
+            known = ", ".join(["text", *MEDIA])
             raise RequestError(
-                f"Z.ai takes no {name_of(kind)}; '{param}.type' must be one of {kinds}.",
+                f"Z.ai takes no {name_of(part_type)}; '{param}.type' must be one of {known}.",
                 f"{param}.type")
         model = self.model
         if model and not model.sees:
             raise RequestError(
                 f"{model.name} takes text only; models that see: {SEEING}.", param)
-        if kind != "file":
-            place = need(part, kind, (str, dict), param)
+        if part_type != "file":
+            place = need(part, part_type, (str, dict), param)
             if isinstance(place, str):
                 place = {"url": place}
-            need(place, "url", str, f"{param}.{kind}")
-            return {"type": kind, kind: place}
+            need(place, "url", str, f"{param}.{part_type}")
+            return {"type": part_type, part_type: place}
         # Z.ai has taken over OpenAI's form of it, so it passes as it is.
-        file = need(part, kind, dict, param)
+        file = need(part, part_type, dict, param)
         takers = FILE_URL_MODELS if "file_url" in file else FILE_MODELS
         if model and model.id not in takers:
             names = ", ".join(MODELS[id].name for id in takers)
             raise RequestError(
                 f"{model.name} takes no such file; models that do: {names}.", param)
-        return {"type": kind, kind: file}
+        return {"type": part_type, part_type: file}
 
     def insert_instructions(self, messages):
         """Put our lines behind the client's own: what Z.ai caches stays cached."""
@@ -1703,6 +1811,7 @@ class Translation:
     def sampling(self):
         request = self.request
         fields = {}
+        # Z.ai takes two decimals, in ranges narrower than OpenAI's.
         if "temperature" in request:
             fields["temperature"] = round(min(request["temperature"], 1), 2)
         if "top_p" in request:
@@ -1765,14 +1874,14 @@ class Translation:
 
     def tool(self, tool, param):
         """A tool with the fields that Z.ai requires; None for one it does not take."""
-        kind = need(tool, "type", str, param)
-        if kind in ZAI_TOOLS and isinstance(tool.get(kind), dict):
-            return {"type": kind, kind: tool[kind]}
-        if kind != "function":
+        tool_type = need(tool, "type", str, param)
+        if tool_type in ZAI_TOOLS and isinstance(tool.get(tool_type), dict):
+            return {"type": tool_type, tool_type: tool[tool_type]}
+        if tool_type != "function":
             # For one unknown tool Z.ai refuses the whole request.
-            self.changed.append(name_of(kind))
+            self.changed.append(name_of(tool_type))
             return None
-        function = without_nulls(need(tool, kind, dict, param))
+        function = without_nulls(need(tool, tool_type, dict, param))
         param += ".function"
         name = need(function, "name", str, param)
         if not re.fullmatch("[a-zA-Z0-9_-]{1,64}", name):
@@ -1814,13 +1923,13 @@ class Translation:
         """Z.ai ignores a json_schema, so the schema goes into a system line."""
         path = "response_format"
         form = self.request.get(path, {"type": "text"})
-        kind = need(form, "type", str, path)
-        if kind == "text":
+        format_type = need(form, "type", str, path)
+        if format_type == "text":
             return {}
-        need_word(kind, ("text", "json_object", "json_schema"), f"{path}.type")
-        if kind == "json_schema":
-            form = without_nulls(need(form, kind, dict, path))
-            schema = need({"schema": {}, **form}, "schema", dict, f"{path}.{kind}")
+        need_word(format_type, ("text", "json_object", "json_schema"), f"{path}.type")
+        if format_type == "json_schema":
+            form = without_nulls(need(form, format_type, dict, path))
+            schema = need({"schema": {}, **form}, "schema", dict, f"{path}.{format_type}")
             text = encode_request(schema).decode()
             self.changed.append(path)
             self.instructions.append(
@@ -1829,114 +1938,32 @@ class Translation:
         return {path: {"type": "json_object"}}
 
 
-TEXT_SCHEMA = {"type": "string"}
+def to_zai_request(request, settings, refuses_media=True):
+    """An Asked. `request` is a chat request (dict), which stays as it is.
 
-
-def text_parameters(schema):
-    """What reading a leaked call needs of a schema: which parameters are texts. The
-    whole would stay as long as the answer lasts."""
-    properties = schema.get("properties")
-    if not isinstance(properties, dict):
-        return {}
-    texts = {
-        name: TEXT_SCHEMA for name, inner in properties.items()
-        if isinstance(inner, dict) and inner.get("type") == "string"}
-    return {"properties": texts}
-
-
-def name_of(kind):
-    """A client's word as an item of a header's list."""
-    return re.sub("[^a-zA-Z0-9_.-]", "_", kind[:40])
-
-
-def some_of(names):
-    """Each name once, and no more than a header takes."""
-    return tuple(dict.fromkeys(names))[:100]
-
-
-def mend_arguments(arguments):
-    """The text of a JSON object, whatever a model or a cut has left as `arguments`.
-
-    What is whole stays as it is; what was encoded or written twice is taken once; any
-    other text becomes the one value of an object.
+    RequestError for what OpenAI would refuse too, and, with `refuses_media`, for
+    pictures in the last message to a model that sees none. Sources: Z.ai's OpenAPI
+    file, and what its servers were seen to take and to refuse.
     """
-    if not isinstance(arguments, str):
-        arguments = encode_request(arguments).decode()
-    text = arguments.strip()
-    if not text:
-        return "{}"
-    # A stream that was played twice leaves the same object twice.
-    half = text[:len(text) // 2].strip()
-    if half != text[len(text) // 2:].strip():
-        half = ""
-    for candidate in (arguments, half):
-        value = decode_or_none(candidate, decode_strictly)
-        if isinstance(value, str):
-            candidate = value
-            value = decode_or_none(candidate, decode_strictly)
-        if isinstance(value, dict):
-            return candidate
-    return encode_request({"arguments": arguments}).decode()
-
-
-def read_tool_choice(choice, names, some_left_out):
-    """(wanted, must): the tools that may be called, None for all; whether one must be.
-
-    `names`: the function tools there are; `some_left_out`: there were others, so that
-    the client may well choose a tool that is not among them.
-    """
-    if isinstance(choice, str):
-        need_word(choice, ("none", "auto", "required"), "tool_choice")
-        return (set() if choice == "none" else None), choice == "required"
-    path = "tool_choice"
-    if choice.get("type") == "allowed_tools":
-        allowed = need(choice, "allowed_tools", dict, path)
-        path += ".allowed_tools"
-    elif choice.get("type", "function") == "function":
-        allowed = {"mode": "required", "tools": [choice]}
-    else:
-        # Z.ai's own tools, and those that were left out, cannot be demanded.
-        return None, False
-    wanted = {chosen_name(tool) for tool in need(allowed, "tools", list, path)}
-    unknown = wanted.difference(names, [""])
-    if unknown and not some_left_out:
-        shown = ascii(min(unknown)[:200])
-        raise RequestError(
-            f"'tool_choice' names the tool {shown}, which is not in 'tools'.", "tool_choice")
-    must = allowed.get("mode") == "required"
-    # If all that may be called was left out, a demand for a call would never be met.
-    if must and wanted.isdisjoint(names):
-        return None, False
-    return wanted, must
-
-
-def chosen_name(tool):
-    """The name in one entry of a tool choice; "" for Z.ai's own tools."""
-    if expect(tool, dict, "tool_choice").get("type", "function") == "function":
-        function = need(tool, "function", dict, "tool_choice")
-        return need(function, "name", str, "tool_choice.function")
-    return ""
-
-
-def read_thinking(thinking, request, default):
-    """(wish, field): True, False or None for no wish, and the field that says it."""
-    kind = thinking.get("type")
-    if kind is not None:
-        need_word(kind, ("enabled", "disabled"), "thinking.type")
-        return kind == "enabled", "thinking"
-    if "enable_thinking" in request:
-        return request["enable_thinking"], "enable_thinking"
-    if "reasoning_effort" in request:
-        return request["reasoning_effort"] not in ("none", "minimal"), "reasoning_effort"
-    return default, "thinking"
+    changed = []
+    request = own_dialect(request, changed)
+    check_fields(request)
+    id = zai_model_id(request["model"], settings.model_aliases)
+    if not id:
+        raise RequestError("'model' must not be empty.", "model")
+    return Translation(request, id, changed, refuses_media).result(settings)
 
 
 # From Z.ai ############################################################################
 #
 # Z.ai's bytes in, steps out. An Answer reads head, framing, and server-sent events or
 # one JSON body; its Translator makes steps of the events. A step says one thing that
-# happened, in no API's own words: the fronts tell it. What is not known never passes as
-# an answer.
+# happened, in no API's own words: the fronts, in the next section, put it into words.
+# What is not known never passes as an answer.
+#
+# Z.ai's event is a chunk of OpenAI's chat completions: its `delta` holds what is new,
+# text in `content`, thinking in `reasoning_content`, and pieces of calls in
+# `tool_calls`.
 
 TEXT, THINKING, CALL, ARGUMENTS = "text", "thinking", "call", "arguments"
 FINISH, RESTART = "finish", "restart"
@@ -1947,9 +1974,9 @@ class Step(NamedTuple):
 
     TEXT and THINKING bring `text`. CALL begins the tool call number `index` (from 0):
     `id`, `name`, and in `text` the first piece of its arguments, which may be empty.
-    ARGUMENTS brings the next piece. FINISH comes last and once: `text` is one of
-    FINISHES' values, or "tool_calls"; `usage` is OpenAI's object, None if Z.ai gave
-    none. RESTART: Z.ai began the answer again, so that what came before is void.
+    ARGUMENTS brings the next piece. FINISH comes last and once: `text` is one of the
+    values of FINISHES, below; `usage` is OpenAI's object, None if Z.ai gave none.
+    RESTART: Z.ai began the answer again, so that what came before is void.
     """
 
     kind: str
@@ -1990,7 +2017,7 @@ BOXES = ("<|begin_of_box|>", "<|end_of_box|>")
 TAGS = (THINK, THINK_END, LEAK, LEAK_END, *BOXES)
 
 # The fields of a delta with the kind of step they are.
-FIELD_OF = {"reasoning_content": THINKING, "content": TEXT}
+KIND_OF_FIELD = {"reasoning_content": THINKING, "content": TEXT}
 
 
 class TagSplitter:
@@ -2114,6 +2141,17 @@ MARKUP = re.compile("|".join(MARKUP_TAGS))
 MARKUP_IN_KEY = re.compile(r'</?arg_(?:key|value)>(?="\s*:)')
 
 
+def typed_value(text, schema, key):
+    """A leaked argument, which has no quotes, as what the schema says, else as what it
+    looks like."""
+    try:
+        is_text = schema["properties"][key]["type"] == "string"
+    except (KeyError, TypeError):
+        is_text = False
+    value = None if is_text else decode_or_none(text.strip())
+    return text if value is None else value
+
+
 def parse_leaked_call(text, tools):
     """(name, arguments as JSON) of a call in GLM's own form; None if it names no tool
     of `tools` (name -> parameter schema), or cannot be read whole.
@@ -2137,17 +2175,6 @@ def parse_leaked_call(text, tools):
             return None
         arguments[key] = typed_value(value, tools[name], key)
     return name, encode_text(arguments)
-
-
-def typed_value(text, schema, key):
-    """A leaked argument, which has no quotes, as what the schema says, else as what it
-    looks like."""
-    try:
-        is_text = schema["properties"][key]["type"] == "string"
-    except (KeyError, TypeError):
-        is_text = False
-    value = None if is_text else decode_or_none(text.strip())
-    return text if value is None else value
 
 
 @dataclasses.dataclass(eq=False)
@@ -2216,6 +2243,30 @@ class ToolCall:
 EMPTY = "Z.ai sent an empty answer."
 UNFINISHED = "Z.ai's answer ended before it was finished."
 NAMELESS = "Z.ai sent a tool call without a name."
+
+
+USAGE_DETAILS = {
+    "prompt_tokens_details": "cached_tokens",
+    "completion_tokens_details": "reasoning_tokens",
+}
+
+
+def token_count(usage, name):
+    value = usage.get(name)
+    return value if type(value) is int and 0 <= value < MOST_TOKENS else 0
+
+
+def to_openai_usage(usage):
+    """OpenAI's usage object; None if `usage` is not an object. A count that is missing
+    or garbage is 0. The details differ by model and may be missing."""
+    if not isinstance(usage, dict):
+        return None
+    result = {name: token_count(usage, name) for name in ("prompt_tokens", "completion_tokens")}
+    result["total_tokens"] = token_count(usage, "total_tokens") or sum(result.values())
+    for name, detail in USAGE_DETAILS.items():
+        if isinstance(usage.get(name), dict):
+            result[name] = {detail: token_count(usage[name], detail)}
+    return result
 
 
 @dataclasses.dataclass(eq=False)
@@ -2319,7 +2370,7 @@ class Translator:
         is_alone = len(delta) - ("role" in delta) == 1
         if not is_alone or "finish_reason" in choice or "usage" in value:
             return False
-        self.steps.append(Step(FIELD_OF[self.passing_field], text))
+        self.steps.append(Step(KIND_OF_FIELD[self.passing_field], text))
         return True
 
     def _torn(self, event):
@@ -2346,8 +2397,9 @@ class Translator:
 
     @staticmethod
     def _inner_frame(event):
-        """The frame inside a torn one. Its text may hold the mark as well, so the last
-        that can be read is it; a few tries are enough and keep the time linear."""
+        """The frame inside a torn one, None if there is none. Its text may hold the
+        mark as well, so the last one that can be read counts. A few tries are enough,
+        and keep the time linear."""
         mark = "data: "
         at = len(event)
         for _ in range(8):
@@ -2386,7 +2438,7 @@ class Translator:
 
     def _delta(self, delta):
         self.passing_field = None
-        for field, kind in FIELD_OF.items():
+        for field, kind in KIND_OF_FIELD.items():
             text = delta.get(field)
             if text and isinstance(text, str):
                 # What the other kind holds back came first.
@@ -2571,7 +2623,7 @@ class Translator:
 
     @staticmethod
     def _check_number(calls):
-        """Each piece is compared with all calls, so an event has no more of them."""
+        """The bound of calls: each piece of one is compared with all of them."""
         if len(calls) > MOST_CALLS:
             raise UpstreamError(f"Z.ai made more than {MOST_CALLS} tool calls.", GIVE_UP)
 
@@ -2626,30 +2678,6 @@ class Translator:
         has_tokens = self.usage and self.usage["completion_tokens"]
         if self.finish == "stop" and not self.begun and not has_tokens:
             raise UpstreamError(EMPTY)
-
-
-USAGE_DETAILS = {
-    "prompt_tokens_details": "cached_tokens",
-    "completion_tokens_details": "reasoning_tokens",
-}
-
-
-def to_openai_usage(usage):
-    """OpenAI's usage object; None if `usage` is not an object. A count that is missing
-    or garbage is 0. The details differ by model and may be missing."""
-    if not isinstance(usage, dict):
-        return None
-    result = {name: count(usage, name) for name in ("prompt_tokens", "completion_tokens")}
-    result["total_tokens"] = count(usage, "total_tokens") or sum(result.values())
-    for name, detail in USAGE_DETAILS.items():
-        if isinstance(usage.get(name), dict):
-            result[name] = {detail: count(usage[name], detail)}
-    return result
-
-
-def count(usage, name):
-    value = usage.get(name)
-    return value if type(value) is int and 0 <= value < MOST_TOKENS else 0
 
 
 class Reply:
@@ -2805,11 +2833,11 @@ class Answer:
             raise UpstreamError(
                 f"Z.ai's answer is compressed with {coding[:60]!a}, which was not asked for.",
                 GIVE_UP)
-        kind = fields.get("content-type", "").lower()
-        if self.reply.status != 200 or "html" in kind:
+        content_type = fields.get("content-type", "").lower()
+        if self.reply.status != 200 or "html" in content_type:
             return Answer._read_refusal
         # Streams were seen under the name of JSON, so the first byte counts as well.
-        is_json = "json" in kind and body.startswith(b"{")
+        is_json = "json" in content_type and body.startswith(b"{")
         return Answer._read_json if is_json else Answer._read_events
 
     def _read_events(self, body, ended):
@@ -2850,8 +2878,7 @@ class Item:
 
 
 class Tally:
-    """Counts the memory that the steps take which somebody keeps. UpstreamError beyond
-    `limit` bytes."""
+    """Counts the memory of steps that are kept. UpstreamError beyond `limit` bytes."""
 
     # A Python object stands behind each piece, and several behind an item, which begins
     # where the kind changes.
@@ -2925,7 +2952,8 @@ class Fold:
 
 class Memory:
     """What fronts remember from one request to the next: the latest values, within a
-    bound of bytes. Nothing is written to disk."""
+    bound of bytes. Nothing is written to disk. Responses keeps the items of its answers
+    here, as some clients refer to them by their ids."""
 
     LIMIT_BYTES = 16 << 20
 
@@ -3175,6 +3203,9 @@ class Chat(Front):
 
 # What Messages and Responses share. Both bring a conversation in pieces, of which a
 # chat request is made, and both tell an answer as a row of items, of which one is open.
+#
+# An item is a message, a stretch of thinking, a call of a tool, or a call's output. A
+# message's content has parts. Anthropic has one word for items and parts: blocks.
 
 def typed_event(type, **fields):
     """The SSE text of a value whose type is also the event's name."""
@@ -3246,17 +3277,31 @@ ITEM_READERS = {
 CHAT_NAMES = {"max_output_tokens": "max_tokens", "stop_sequences": "stop"}
 TOOL_KEYS = ("type", "name", "namespace")
 MEDIA_FIELDS = ("image_url", "file_url", "file_data")
-# Stands before thinking that the client keeps for us. It is not encrypted.
+# Stands before the thinking that clients keep for us in `encrypted_content`. It is not
+# encrypted.
 MARK = "ztoapi:"
+
+
+def read_source(part_type, source):
+    """Where an image or a document of Messages is, as a part of Responses."""
+    form = source.get("type")
+    if form in ("text", "content"):
+        return text_part(source.get("content", source.get("data")))
+    url = source.get("url")
+    if form == "base64":
+        url = f"data:{source.get('media_type')};base64,{source.get('data')}"
+    field = "image_url"
+    if part_type == "document":
+        field = "file_data" if form == "base64" else "file_url"
+    return {"type": part_type, field: url}
 
 
 class Conversation:
     """Makes a chat request of Responses' tools and items. Messages has the same in
     other words, and is brought into this form first.
 
-    All that the assistant said between two things that it did not say is one message.
-    Its calls are followed by their outputs, and what was said in between comes behind
-    them.
+    What the assistant says in a row is one message, with its calls. Their outputs
+    follow it, and behind them comes what others said in between.
     """
 
     def __init__(self, body, same, others, caller):
@@ -3290,12 +3335,12 @@ class Conversation:
     def read_item(self, item):
         item = without_nulls(expect(item, dict, "input"))
         item.setdefault("type", "message")
-        kind = need(item, "type", str, "input")
-        if kind in ITEM_READERS:
-            getattr(self, ITEM_READERS[kind])(item)
+        item_type = need(item, "type", str, "input")
+        if item_type in ITEM_READERS:
+            getattr(self, ITEM_READERS[item_type])(item)
         else:
             # Histories outlive versions, and change their provider.
-            self.changed.append(name_of(kind))
+            self.changed.append(name_of(item_type))
 
     def read_message(self, item):
         role = need(item, "role", str, "input")
@@ -3306,10 +3351,10 @@ class Conversation:
             self.add("system" if role == "developer" else role, parts)
 
     def text_of_assistant(self, part):
-        kind = part["type"]
-        if kind == "text":
+        part_type = part["type"]
+        if part_type == "text":
             return part["text"]
-        noun = MEDIA.get(kind, name_of(kind))
+        noun = MEDIA.get(part_type, name_of(part_type))
         self.changed.append(noun)
         return f"[{noun} left out: a message of the assistant takes text only]"
 
@@ -3411,14 +3456,14 @@ class Conversation:
 
     def part(self, part):
         """A part as chat has it."""
-        kind = part["type"]
+        part_type = part["type"]
         if isinstance(part.get("source"), dict):
-            part = read_source(kind, part["source"])
+            part = read_source(part_type, part["source"])
         for field in ("text", "refusal", "content"):
             if field in part:
                 return text_part(joined_text(part[field]))
         media = [field for field in MEDIA_FIELDS if part.get(field)]
-        if kind.startswith("input_") and not media:
+        if part_type.startswith("input_") and not media:
             raise RequestError(
                 "No files are kept, and no audio is taken: send images and files as data.",
                 "input")
@@ -3436,12 +3481,12 @@ class Conversation:
         """A chat tool for each of the client's. Those that run at OpenAI or Anthropic
         go on as they are: section To Z.ai leaves them out by name."""
         for tool in expect(holder.get("tools", []), list, "tools"):
-            kind = need(tool, "type", str, "tools")
-            # There is none in another: that would only be deep.
-            if kind == "namespace" and not namespace:
+            tool_type = need(tool, "type", str, "tools")
+            # No namespace is in another one.
+            if tool_type == "namespace" and not namespace:
                 self.read_tools(tool, namespace=tool.get("name"))
                 continue
-            if kind in ("function", "custom"):
+            if tool_type in ("function", "custom"):
                 tool = self.read_tool({**without_nulls(tool), **namespace})
             self.request.setdefault("tools", []).append(tool)
 
@@ -3460,19 +3505,19 @@ class Conversation:
 
     def choice(self, choice):
         """tool_choice in chat's form."""
-        kind = isinstance(choice, dict) and choice.get("type")
-        if kind != "allowed_tools":
+        choice_type = isinstance(choice, dict) and choice.get("type")
+        if choice_type != "allowed_tools":
             return self.chosen_tool(choice)
         tools = need(choice, "tools", list, "tool_choice")
         tools = list(map(self.chosen_tool, tools))
         allowed = {**choice, "tools": tools}
-        return {"type": kind, kind: allowed}
+        return {"type": choice_type, choice_type: allowed}
 
     @staticmethod
     def chosen_tool(choice):
         """What names no function goes on as it is."""
-        kind = isinstance(choice, dict) and choice.get("type")
-        if kind in ("function", "custom"):
+        choice_type = isinstance(choice, dict) and choice.get("type")
+        if choice_type in ("function", "custom"):
             return function_object(name=chat_name(choice))
         return choice
 
@@ -3481,20 +3526,6 @@ class Conversation:
         if isinstance(form, dict) and form.get("type") == "json_schema":
             form = {"type": "json_schema", "json_schema": form}
         self.request["response_format"] = form
-
-
-def read_source(kind, source):
-    """Where an image or a document of Messages is, as a part of Responses."""
-    form = source.get("type")
-    if form in ("text", "content"):
-        return text_part(source.get("content", source.get("data")))
-    url = source.get("url")
-    if form == "base64":
-        url = f"data:{source.get('media_type')};base64,{source.get('data')}"
-    field = "image_url"
-    if kind == "document":
-        field = "file_data" if form == "base64" else "file_url"
-    return {"type": kind, field: url}
 
 
 class OneCallAtATime:
@@ -3648,10 +3679,10 @@ STOP_REASONS = {
 }
 # How a block begins, its delta, and the delta's field that holds the text.
 BLOCKS = {
-    "text": ({"type": "text", "text": ""}, "text_delta", "text"),
-    "thinking": (
+    TEXT: ({"type": "text", "text": ""}, "text_delta", "text"),
+    THINKING: (
         {"type": "thinking", "thinking": "", "signature": ""}, "thinking_delta", "thinking"),
-    "call": ({"type": "tool_use", "input": {}}, "input_json_delta", "partial_json"),
+    CALL: ({"type": "tool_use", "input": {}}, "input_json_delta", "partial_json"),
 }
 ANTHROPIC_ERRORS = {
     401: "authentication_error",
@@ -3669,6 +3700,74 @@ HOPELESS_STATUSES = {402: 403, 500: 400, 502: 400}
 NO_THREADS = "thread_unsupported_request"
 # Claude Code's first system block changes with each release, and would spoil the cache.
 BILLING = "x-anthropic-billing-header"
+
+
+# The blocks that are items of their own in Responses: the item's type, and the fields
+# that have another name there.
+RENAMED = {
+    "thinking": ("reasoning", {"thinking": "content"}),
+    "tool_use": ("function_call", {"id": "call_id", "input": "arguments"}),
+    "tool_result": ("function_call_output", {"tool_use_id": "call_id", "content": "output"}),
+}
+
+
+def to_items(messages):
+    """Messages as the items that Responses would have for them."""
+    items = []
+    for message in expect(messages, list, "messages"):
+        role = need(message, "role", str, "messages")
+        parts = []
+        for block in parts_of(message.get("content")):
+            item_type, names = RENAMED.get(block["type"], (None, {}))
+            if item_type:
+                item = {names.get(name, name): block[name] for name in block}
+                items.append({**item, "type": item_type})
+            elif role == "assistant" and block["type"] != "text":
+                items.append(block)
+            else:
+                parts.append(block)
+        if parts:
+            items.append({"role": role, "content": parts})
+    return items
+
+
+def to_flat_tool(tool):
+    """A tool as Responses has it. One with a type of its own has no schema."""
+    tool = without_nulls(expect(tool, dict, "tools"))
+    if tool.get("type", "custom") != "custom":
+        return tool
+    return {**tool, "type": "function", "parameters": tool.get("input_schema")}
+
+
+def read_wishes(body, conversation):
+    """The wishes that Messages has in other words than chat."""
+    fields = {}
+    config = inner(body, "output_config")
+    form = config.get("format", body.get("output_format"))
+    if form:
+        conversation.read_format(form)
+    choice = inner(body, "tool_choice")
+    if choice.get("disable_parallel_tool_use"):
+        fields["parallel_tool_calls"] = False
+    if choice:
+        choice_type = need(choice, "type", str, "tool_choice")
+        named = {**choice, "type": "function"}
+        words = {"any": "required", "tool": named}
+        fields["tool_choice"] = conversation.choice(words.get(choice_type, choice_type))
+    user = inner(body, "metadata").get("user_id")
+    if isinstance(user, str):
+        # Claude Code's has 150 characters; Z.ai takes 128.
+        fields["user"] = digest(user) if len(user) > 128 else user
+    # Not to ask for thinking is to want none.
+    thinking = inner(body, "thinking")
+    mode = thinking.get("type", "disabled")
+    effort = effort_of_budget(thinking.get("budget_tokens"))
+    if mode == "adaptive":
+        mode = "enabled"
+        effort = config.get("effort")
+    fields["thinking"] = {"type": mode}
+    fields["reasoning_effort"] = effort
+    return fields
 
 
 class Messages(Itemized):
@@ -3689,8 +3788,8 @@ class Messages(Itemized):
         tools = expect(body.get("tools", []), list, "tools")
         conversation.read_tools({"tools": list(map(to_flat_tool, tools))})
         request = conversation.request
-        request.update(read_asides(body, conversation))
-        # Who did not ask for thinking reads content[0] as the text.
+        request.update(read_wishes(body, conversation))
+        # A client that did not ask for thinking reads content[0] as the text.
         is_unwanted = request["thinking"]["type"] == "disabled"
         hidden = is_unwanted or settings.reasoning_format == "hidden"
         return cls("msg_", body, conversation, hidden), request
@@ -3708,8 +3807,8 @@ class Messages(Itemized):
         return self._event("start", content_block=self._block(item))
 
     def _piece(self, item, text):
-        _, kind, field = BLOCKS[item.kind]
-        return self._event("delta", delta={"type": kind, field: text})
+        _, delta_type, field = BLOCKS[item.kind]
+        return self._event("delta", delta={"type": delta_type, field: text})
 
     def _end(self, item):
         text = self._event("stop")
@@ -3766,8 +3865,8 @@ class Messages(Itemized):
 
     @staticmethod
     def error(error, request_id=""):
-        kind = ANTHROPIC_ERRORS.get(Messages.status(error), "invalid_request_error")
-        told = {"type": kind, "message": error.message}
+        error_type = ANTHROPIC_ERRORS.get(Messages.status(error), "invalid_request_error")
+        told = {"type": error_type, "message": error.message}
         if error.code == "context_length_exceeded":
             # Claude Code shortens the conversation if it reads these words first.
             told["message"] = f"prompt is too long: {error.message}"
@@ -3781,75 +3880,7 @@ class Messages(Itemized):
         return hopeless.get(error.status, error.status)
 
 
-# The blocks that are items of their own in Responses: the item's type, and the fields
-# that have another name there.
-RENAMED = {
-    "thinking": ("reasoning", {"thinking": "content"}),
-    "tool_use": ("function_call", {"id": "call_id", "input": "arguments"}),
-    "tool_result": ("function_call_output", {"tool_use_id": "call_id", "content": "output"}),
-}
-
-
-def to_items(messages):
-    """Messages as the items that Responses would have for them."""
-    items = []
-    for message in expect(messages, list, "messages"):
-        role = need(message, "role", str, "messages")
-        parts = []
-        for block in parts_of(message.get("content")):
-            kind, names = RENAMED.get(block["type"], (None, {}))
-            if kind:
-                item = {names.get(name, name): block[name] for name in block}
-                items.append({**item, "type": kind})
-            elif role == "assistant" and block["type"] != "text":
-                items.append(block)
-            else:
-                parts.append(block)
-        if parts:
-            items.append({"role": role, "content": parts})
-    return items
-
-
-def to_flat_tool(tool):
-    """A tool as Responses has it. One with a type of its own has no schema."""
-    tool = without_nulls(expect(tool, dict, "tools"))
-    if tool.get("type", "custom") != "custom":
-        return tool
-    return {**tool, "type": "function", "parameters": tool.get("input_schema")}
-
-
-def read_asides(body, conversation):
-    """The wishes that Messages has in other words than chat."""
-    fields = {}
-    config = inner(body, "output_config")
-    form = config.get("format", body.get("output_format"))
-    if form:
-        conversation.read_format(form)
-    choice = inner(body, "tool_choice")
-    if choice.get("disable_parallel_tool_use"):
-        fields["parallel_tool_calls"] = False
-    if choice:
-        kind = need(choice, "type", str, "tool_choice")
-        named = {**choice, "type": "function"}
-        words = {"any": "required", "tool": named}
-        fields["tool_choice"] = conversation.choice(words.get(kind, kind))
-    user = inner(body, "metadata").get("user_id")
-    if isinstance(user, str):
-        # Claude Code's has 150 characters; Z.ai takes 128.
-        fields["user"] = digest(user) if len(user) > 128 else user
-    # Not to ask for thinking is to want none.
-    thinking = inner(body, "thinking")
-    kind = thinking.get("type", "disabled")
-    effort = effort_of_budget(thinking.get("budget_tokens"))
-    if kind == "adaptive":
-        kind = "enabled"
-        effort = config.get("effort")
-    fields["thinking"] = {"type": kind}
-    fields["reasoning_effort"] = effort
-    return fields
-
-
-# As for Messages.
+# The same two lists as for Messages.
 RESPONSES_SAME = (
     "model", "max_output_tokens", "temperature", "top_p", "user", "user_id", "stop", "seed",
     "parallel_tool_calls", "stream", "thinking", "enable_thinking")
@@ -3863,7 +3894,7 @@ STATEFUL = {
     "conversation": "unsupported_parameter",
     "background": "unsupported_parameter",
 }
-# A response at its beginning. These fields say what the request said, if it did.
+# What a response repeats of its request; the values are for what the request left out.
 ECHO = {
     "max_output_tokens": None,
     "max_tool_calls": None,
@@ -3880,7 +3911,8 @@ ECHO = {
     "user": None,
 }
 LONGEST_ECHO_BYTES = 1 << 14
-# And these do not. The tools of Codex have 40 KB, and nobody misses them.
+# What a response has beside that, at its beginning. The request's tools are not
+# repeated: those of Codex have 40 KB, and nobody misses them.
 RESPONSE = {
     "object": "response",
     "background": False,
@@ -3896,13 +3928,15 @@ RESPONSE = {
     "truncation": "disabled",
     "usage": None,
 }
+# Why an answer is not whole, by the finish of its steps.
 INCOMPLETE = {
     "length": "max_output_tokens", "context_window": "max_output_tokens",
     "content_filter": "content_filter",
 }
 # The codes of a failure that mean something to Codex.
 FAILURES = ("insufficient_quota", "context_length_exceeded", "rate_limit_exceeded")
-# A 401 asks for a key; the others Codex takes as they are meant.
+# Statuses that go out as they are: a 401 makes clients ask for a key, and the others
+# Codex takes as they are meant.
 KEPT_STATUSES = (401, 404, 405, 426, 429)
 
 
@@ -3919,7 +3953,7 @@ class Shape(NamedTuple):
 
 
 SHAPES = {
-    "thinking": Shape(
+    THINKING: Shape(
         "rs_",
         {"type": "reasoning", "summary": [], "encrypted_content": None},
         "summary",
@@ -3928,7 +3962,7 @@ SHAPES = {
         "reasoning_summary_part",
         {"summary_index": 0},
     ),
-    "text": Shape(
+    TEXT: Shape(
         "msg_",
         {"type": "message", "role": "assistant", "content": []},
         "content",
@@ -3937,7 +3971,7 @@ SHAPES = {
         "content_part",
         {"content_index": 0, "logprobs": []},
     ),
-    "call": Shape(
+    CALL: Shape(
         "fc_",
         {"type": "function_call", "arguments": ""},
         "arguments",
@@ -3952,6 +3986,43 @@ SHAPES = {
         None, "", {},
     ),
 }
+
+
+def read_wish_to_think(body, settings):
+    """The wish to think, in chat's fields."""
+    reasoning = inner(body, "reasoning")
+    effort = reasoning.get("effort")
+    if effort is not None:
+        return {"reasoning_effort": "max" if effort == "ultra" else effort}
+    # That is how Codex asks for thinking if it does not know the model.
+    summary = reasoning.get("summary") or reasoning.get("generate_summary")
+    if summary not in (None, "none", "off") and settings.enable_thinking is None:
+        return {"enable_thinking": True}
+    return {}
+
+
+def unwrap_input(arguments):
+    """The text for a custom tool. Models give its field other names, or leave out the
+    JSON."""
+    value = decode_or_none(arguments)
+    if isinstance(value, dict):
+        texts = [text for text in value.values() if isinstance(text, str)]
+        only = texts[0] if len(texts) == 1 else None
+        value = value.get("input", only)
+    return value if isinstance(value, str) else arguments
+
+
+def to_responses_usage(usage):
+    """The details are always there, as VS Code reads them unasked."""
+    whole = {**NO_USAGE, **usage}
+    cached = whole["prompt_tokens_details"]["cached_tokens"]
+    return {
+        "input_tokens": whole["prompt_tokens"],
+        "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
+        "output_tokens": whole["completion_tokens"],
+        "output_tokens_details": whole["completion_tokens_details"],
+        "total_tokens": whole["total_tokens"],
+    }
 
 
 class Responses(Itemized):
@@ -4099,10 +4170,10 @@ class Responses(Itemized):
     def _response(self, status, **fields):
         return {**self.base, "status": status, "output": self.items, **fields}
 
-    def _event(self, kind, **fields):
+    def _event(self, event_type, **fields):
         number = self.number
         self.number += 1
-        return typed_event(kind, sequence_number=number, **fields)
+        return typed_event(event_type, sequence_number=number, **fields)
 
     def _item_event(self, stage):
         return self._event(
@@ -4126,6 +4197,13 @@ class Responses(Itemized):
             output_index=len(self.items), **self.shape.place, **fields)
 
     @staticmethod
+    def get_error():
+        """Codex asks for a WebSocket first, by GET. At a 426, and only then, it POSTs
+        at once."""
+        return RequestError("Responses are served by POST, not over a WebSocket.",
+                            status=426, code="upgrade_not_supported")
+
+    @staticmethod
     def error(error, request_id=""):
         value = Front.error(error)
         if str(error.param).startswith("messages"):
@@ -4143,43 +4221,6 @@ class Responses(Itemized):
         return 400 if hopeless else error.status
 
 
-def read_wish_to_think(body, settings):
-    """The wish to think, in chat's fields."""
-    reasoning = inner(body, "reasoning")
-    effort = reasoning.get("effort")
-    if effort is not None:
-        return {"reasoning_effort": "max" if effort == "ultra" else effort}
-    # That is how Codex asks for thinking if it does not know the model.
-    summary = reasoning.get("summary") or reasoning.get("generate_summary")
-    if summary not in (None, "none", "off") and settings.enable_thinking is None:
-        return {"enable_thinking": True}
-    return {}
-
-
-def unwrap_input(arguments):
-    """The text for a custom tool. Models give its field other names, or leave out the
-    JSON."""
-    value = decode_or_none(arguments)
-    if isinstance(value, dict):
-        texts = [text for text in value.values() if isinstance(text, str)]
-        only = texts[0] if len(texts) == 1 else None
-        value = value.get("input", only)
-    return value if isinstance(value, str) else arguments
-
-
-def to_responses_usage(usage):
-    """The details are always there, as VS Code reads them unasked."""
-    whole = {**NO_USAGE, **usage}
-    cached = whole["prompt_tokens_details"]["cached_tokens"]
-    return {
-        "input_tokens": whole["prompt_tokens"],
-        "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
-        "output_tokens": whole["completion_tokens"],
-        "output_tokens_details": whole["completion_tokens_details"],
-        "total_tokens": whole["total_tokens"],
-    }
-
-
 # ---- I/O starts here -----------------------------------------------------------------
 #
 # Gates ################################################################################
@@ -4188,7 +4229,8 @@ def to_responses_usage(usage):
 # and changes it. So a gate learns its ceiling from refusals, and tries one more now and
 # then. Who finds no room queues: one queue a model, in which the client keys take
 # turns, each in the order its requests came. All of it stands under one lock; nobody
-# waits while holding it.
+# waits while holding it. Who leaves wakes who may go next. The pump, in the next
+# section, calls tick(), for gates that open without anybody leaving.
 
 def backoff_s(attempt, first_s=0.5, longest_s=8.0):
     """Seconds that double from attempt to attempt; `attempt` counts from 0."""
@@ -4215,6 +4257,7 @@ class Gate:
     closed_until = 0.0
     # The key does not serve this model until then.
     resting_until = 0.0
+    # The last refusal, or the last change of the ceiling.
     quiet_since = 0.0
     # The log has said that Z.ai refuses.
     refusing = False
@@ -4246,7 +4289,7 @@ class Gate:
         self.closed_until = max(self.closed_until, now + min(pause_s, self.PROBE_S))
         self.quiet_since = now
 
-    def learn(self):
+    def lower_ceiling(self):
         """Lower the ceiling to what is in flight beside the request that was
         refused."""
         self.ceiling = max(1, min(self.ceiling, self.in_flight))
@@ -4259,7 +4302,8 @@ class Gate:
 
 class Ticket:
     """One request's place in the queue of its model. It keeps its number when it has to
-    queue again, hence is the first of its client key."""
+    queue again, hence is the first of its client key. `client` is the Client of the
+    next section, of which are used here: `key`, wait(), wake() and `gone`."""
 
     numbers = itertools.count(1)
 
@@ -4270,6 +4314,7 @@ class Ticket:
     waited_s = 0.0
     # Something of an answer has come.
     served = False
+    # How many times Z.ai had no room for it.
     refusals = 0
     # (verdict, words) of the last one. Not the error, whose traceback may hold the
     # ticket.
@@ -4279,8 +4324,7 @@ class Ticket:
         self.model = model
         self.client = client
         self.number = next(self.numbers)
-        # The keys that have refused it.
-        self.spent = set()
+        self.refused_by = set()  # keys
 
 
 class Gates:
@@ -4295,7 +4339,7 @@ class Gates:
     def __init__(self, keys, max_concurrency, queue_timeout_s,
                  clock=time.monotonic, rand=random.random):
         self.keys = [ZaiKey(i, text) for i, text in enumerate(keys, 1)]
-        self.limit = max_concurrency or float("inf")
+        self.limit = max_concurrency or INFINITY
         self.queue_timeout_s = queue_timeout_s
         self.clock = clock
         self.rand = rand
@@ -4310,7 +4354,7 @@ class Gates:
 
     def enter(self, ticket):
         """Wait for a slot; then ticket.gate is it. ClientGone, or an ApiError once the
-        ticket has waited QUEUE_TIMEOUT in all, or is bound to."""
+        ticket has waited QUEUE_TIMEOUT in all, or no slot can come free before."""
         began = self.clock()
         deadline = began + self.queue_timeout_s - ticket.waited_s
         with self.lock:
@@ -4360,7 +4404,7 @@ class Gates:
         with self.lock:
             gates = []
             for (key, model), gate in self.gates.items():
-                ceiling = gate.ceiling if gate.ceiling < float("inf") else None
+                ceiling = gate.ceiling if gate.ceiling < INFINITY else None
                 gates.append((key.position, model, ceiling, gate.in_flight))
             queued = {model: len(queue) for model, queue in self.queues.items() if queue}
             return gates, queued
@@ -4382,7 +4426,7 @@ class Gates:
             rest_s = min(error.retry_after or self.REST_S, self.LONGEST_REST_S)
             resting = gate.key if error.verdict == KEY_RESTS else gate
             resting.resting_until = now + rest_s
-            ticket.spent.add(gate.key)
+            ticket.refused_by.add(gate.key)
         elif error.verdict in (TOO_MANY, TOO_FAST, OVERLOAD):
             return self._refuse(gate, ticket, error, now)
         return None
@@ -4399,13 +4443,13 @@ class Gates:
             pause_s = min(8.0, backoff_s(ticket.refusals) * jitter)
         ticket.refusals += 1
         ticket.refusal = (error.verdict, error.message)
-        gate.close(now, max(pause_s, error.pause or 0))
+        gate.close(now, max(pause_s, error.pause_s or 0))
         if too_many:
-            gate.learn()
+            gate.lower_ceiling()
         if gate.refusing:
             return None
         gate.refusing = True
-        limit = f"{gate.ceiling} at a time" if gate.ceiling < float("inf") else "for now"
+        limit = f"{gate.ceiling} at a time" if gate.ceiling < INFINITY else "for now"
         code = error.zai_code or error.status
         return "%s: Z.ai refuses (%s), %s, queueing", plain(ticket.model), code, limit
 
@@ -4439,7 +4483,7 @@ class Gates:
     def _usable(self, ticket, now):
         """The gates the ticket may use: of keys that do not rest; if all do, that whose
         rest ends first, rather than failing unasked."""
-        keys = [key for key in self.keys if key not in ticket.spent]
+        keys = [key for key in self.keys if key not in ticket.refused_by]
         gates = []
         for key in keys:
             place = (key, ticket.model)
@@ -4488,6 +4532,17 @@ class Gates:
 TICK_S = 0.25
 
 
+def peek(sock):
+    """The next byte of a socket that does not block: b"" at its end, None if there is
+    none yet. Of a TLS connection it is the raw one."""
+    try:
+        return socket.socket.recv(sock, 1, socket.MSG_PEEK)
+    except BlockingIOError:
+        return None
+    except OSError:
+        return b""
+
+
 def ended(socks):
     """Those of the sockets, which must not block, whose other side has closed. TCP
     cannot tell a client that only stopped sending from one that left; clients do not
@@ -4501,17 +4556,6 @@ def ended(socks):
     for fileno in by_fileno:
         poll.register(fileno, select.POLLRDHUP)
     return [by_fileno[fileno] for fileno, _ in poll.poll(0)]
-
-
-def peek(sock):
-    """The next byte of a socket that does not block: b"" at its end, None if there is
-    none yet. Of a TLS connection it is the raw one."""
-    try:
-        return socket.socket.recv(sock, 1, socket.MSG_PEEK)
-    except BlockingIOError:
-        return None
-    except OSError:
-        return b""
 
 
 def shut(sock):
@@ -4647,8 +4691,9 @@ class Client:
 
 
 class Relay:
-    """One attempt at an answer: what comes over `connection` goes through `answer`, and
-    its steps to take(steps). All of it happens in the pump's thread."""
+    """One attempt at an answer: what comes over `connection`, section Upstream's, goes
+    through `answer`, and its steps to take(steps). All of it happens in the pump's
+    thread."""
 
     # Behind the finish there may come the usage, the end mark and the end of the
     # coding.
@@ -4669,8 +4714,9 @@ class Relay:
         # Its release wakes the handler's thread.
         self.ended = threading.Lock()
         self.ended.acquire()
-        # None or one. It is raised off this list, as a variable would hold it, and it
-        # the variable's frame: such a circle is freed late.
+        # What ended it, at most one. run() raises it straight off this list: a variable
+        # would hold the error, and the error's traceback the variable's frame. Such a
+        # circle is freed late.
         self.errors = []
 
     def step(self, now, buffer):
@@ -4858,7 +4904,7 @@ class Pump:
         if relay.watched:
             self.selector.unregister(relay.watched)
         relay.connection.release(relay.answer.reply.reusable)
-        # By now the connection is in the pool, for the next attempt to find.
+        # By now the connection is in Upstream's pool, for the next attempt to find.
         self.relays.discard(relay)
         relay.ended.release()
 
@@ -4948,7 +4994,7 @@ class Pool:
 class ZaiRequest(urllib.request.Request):
     """A request that knows the Client for whom it is made."""
 
-    # Errors come in English. Compressed event streams have caused trouble.
+    # Z.ai's errors shall come in English. Compressed event streams have caused trouble.
     HEAD = (
         "Accept: text/event-stream, application/json",
         "Accept-Encoding: identity",
@@ -5022,6 +5068,21 @@ class Connection:
             self.sock.close()
 
 
+def connect(address_info, client, timeout_s):
+    family, socket_type, protocol, _, address = address_info
+    # A system without IPv6 makes no socket for it.
+    sock = socket.socket(family, socket_type, protocol)
+    try:
+        client.dial(sock)
+        sock.settimeout(timeout_s)
+        sock.connect(address)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return sock
+    except BaseException:
+        sock.close()
+        raise
+
+
 def dial(host, port, client, timeout_s):
     """socket.create_connection(), but with the time shared out among the addresses, as
     a dead IPv6 route must not use up IPv4's, and with the socket shown to the pump."""
@@ -5035,21 +5096,6 @@ def dial(host, port, client, timeout_s):
         except OSError:
             if not addresses:
                 raise
-
-
-def connect(address_info, client, timeout_s):
-    family, kind, protocol, _, address = address_info
-    # A system without IPv6 makes no socket for it.
-    sock = socket.socket(family, kind, protocol)
-    try:
-        client.dial(sock)
-        sock.settimeout(timeout_s)
-        sock.connect(address)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return sock
-    except BaseException:
-        sock.close()
-        raise
 
 
 def open_tunnel(sock, request):
@@ -5142,22 +5188,22 @@ CONNECTION_ERRORS = (
 )
 
 
-def connection_error(error):
-    """The UpstreamError for a connection that could not be made. It quotes no address:
-    one of a proxy may hold a password."""
-    row = next(row for row in CONNECTION_ERRORS if isinstance(error, row[0]))
-    _, step, verdict, words = row
-    text = getattr(error, "verify_message", None) or getattr(error, "strerror", None)
-    words = words.format(
-        reason=text or error, seconds=CONNECT_TIMEOUT_S, certificates=certificate_advice())
-    return UpstreamError(words, verdict, step=step)
-
-
 def certificate_advice():
     path = os.environ.get("SSL_CERT_FILE")
     if path and not os.path.exists(path):
         return "SSL_CERT_FILE names a file that is not there."
     return "Set SSL_CERT_FILE to a file with the certificates to trust, or check the clock."
+
+
+def connection_error(error):
+    """The UpstreamError for a connection that could not be made. It quotes no address:
+    one of a proxy may hold a password."""
+    row = next(row for row in CONNECTION_ERRORS if isinstance(error, row[0]))
+    _, stage, verdict, words = row
+    text = getattr(error, "verify_message", None) or getattr(error, "strerror", None)
+    words = words.format(
+        reason=text or error, seconds=CONNECT_TIMEOUT_S, certificates=certificate_advice())
+    return UpstreamError(words, verdict, stage=stage)
 
 
 @dataclasses.dataclass
@@ -5220,8 +5266,8 @@ class Upstream:
 
     def answer(self, job, client, record, take):
         """Get one answer: take(steps) is called, in the pump's thread, with all that
-        comes. ApiError or ClientGone if there is no answer, or no rest of it. `record`
-        is told what happened on the way."""
+        comes. ApiError or ClientGone if there is no answer, or no rest of it. `record`,
+        of section Metrics, is told what happened on the way."""
         ticket = Ticket(self.settings.redact(job.model), client)
         tries = 0
         while True:
@@ -5297,25 +5343,26 @@ class Upstream:
             return None
         if error.verdict in (TOO_MANY, TOO_FAST, OVERLOAD):
             # It queues again, unless Z.ai names a time that is too far away.
-            return 0 if (error.pause or 0) <= left_s else None
+            return 0 if (error.pause_s or 0) <= left_s else None
         if error.verdict in (KEY_RESTS, MODEL_RESTS):
-            return 0 if len(ticket.spent) < len(self.gates.keys) else None
+            return 0 if len(ticket.refused_by) < len(self.gates.keys) else None
         if tries >= self.settings.max_retries:
             return None
         if error.verdict == TRY_ONCE and tries:
             return None
         # Full jitter, so that all who failed together do not come again together.
-        pause_s = max(backoff_s(tries) * self.rand(), error.pause or 0)
+        pause_s = max(backoff_s(tries) * self.rand(), error.pause_s or 0)
         return pause_s if pause_s <= left_s else None
 
     def open(self, path, key, client, data=None):
         """The Connection with a request on its way to Z.ai."""
         if self.settings.demo_mode:
+            # Section Demo has a stand-in for Z.ai.
             return Connection(demo_socket(data), self.pool, None)
         url = self.settings.zai_base_url + path
         if self.proxy.lower().startswith("socks"):
             raise UpstreamError("SOCKS proxies are not spoken here. Check HTTPS_PROXY "
-                                "and HTTP_PROXY.", GIVE_UP, step="proxy")
+                                "and HTTP_PROXY.", GIVE_UP, stage="proxy")
         try:
             request = ZaiRequest(url, key.text, client, data)
             return self.opener.open(request, timeout=CONNECT_TIMEOUT_S)
@@ -5346,7 +5393,7 @@ class Upstream:
         return zai_error(value, 404 if reply.status == 200 else reply.status)
 
     def close(self):
-        self.pool.expire(float("inf"))
+        self.pool.expire(INFINITY)
 
 
 # Metrics ##############################################################################
@@ -5363,6 +5410,10 @@ LONGEST_ERROR = 300  # characters of an error's message
 # The page's chart: ten minutes, in buckets of ten seconds.
 HISTORY_S = 600
 BUCKET_S = 10
+
+
+def milliseconds(duration_s):
+    return None if duration_s is None else round(duration_s * 1000, 1)
 
 
 @dataclasses.dataclass
@@ -5456,14 +5507,10 @@ class Record:
         }
 
 
-def milliseconds(duration_s):
-    return None if duration_s is None else round(duration_s * 1000, 1)
-
-
 # Prometheus's text format, 0.0.4. A sample is what follows a metric's name in a line of
-# its own: `{model="glm-4.6"} 3`. No label's value needs escapes: see label().
+# its own: `{model="glm-4.6"} 3`. No label's value needs escapes: see model_label().
 
-def label(model_id):
+def model_label(model_id):
     """A model id as a label. Labels must be few, so unknown models share one."""
     return model_id if model_id in MODELS else "other"
 
@@ -5504,6 +5551,36 @@ class Histogram:
         yield f"_count {total}"
 
 
+def gate_families(gates, queued):
+    """What Gates.state() gives, as metrics."""
+    # Models that the table does not know share a label: their queues are added up, and
+    # the lowest of their ceilings is told.
+    waiting = collections.Counter({("other",): 0})
+    for model, count in queued.items():
+        waiting[(model_label(model),)] += count
+    ceilings = {}
+    for key, model, ceiling, _ in gates:
+        if ceiling is not None:
+            place = (key, model_label(model))
+            ceilings[place] = min(ceiling, ceilings.get(place, ceiling))
+    return (
+        ("requests_queued", "gauge",
+         "Requests waiting for a slot.", samples(("model",), waiting)),
+        ("concurrency_ceiling", "gauge",
+         "Slots, set or learned.", samples(("key", "model"), ceilings)),
+    )
+
+
+# The metrics that are one number, with the name of it in Metrics.counts.
+COUNT_FAMILIES = (
+    ("unauthorized_total", "counter", "Requests without a valid key.", "unauthorized"),
+    ("requests_in_flight", "gauge", "Requests being answered.", "in_flight"),
+    ("retries_total", "counter", "Further attempts at Z.ai.", "retries"),
+    ("repaired_frames_total", "counter", "Z.ai's events skipped or mended.", "repaired"),
+    ("cancelled_total", "counter", "Requests whose client left.", "cancelled"),
+)
+
+
 class Metrics:
     """All that /metrics and /stats tell. The threads of all requests report here."""
 
@@ -5518,6 +5595,7 @@ class Metrics:
         self.tokens = collections.Counter()
         self.ttft = Histogram()
         self.duration = Histogram()
+        # bucket() replaces the first entry by ten minutes of empty ones.
         self.history = collections.deque([{"t": 0}], maxlen=HISTORY_S // BUCKET_S)
         self.recent = collections.deque(maxlen=20)
 
@@ -5533,7 +5611,7 @@ class Metrics:
         record.model = record.model[:LONGEST_WORD]
         record.path = record.path[:LONGEST_WORD]
         record.error = record.error[:LONGEST_ERROR]
-        model = label(record.model_id)
+        model = model_label(record.model_id)
         with self.lock:
             self.counts["in_flight"] -= 1
             self.counts["retries"] += record.retries
@@ -5595,42 +5673,24 @@ class Metrics:
 
     def families(self, gates, queued):
         """(name, type, help, samples) of each metric."""
+        yield from self.request_families()
+        yield from gate_families(gates, queued)
+        for name, metric_type, text, counted in COUNT_FAMILIES:
+            yield name, metric_type, text, [f" {self.counts[counted]}"]
+        start = [f" {self.began:.3f}"]
+        yield "process_start_time_seconds", "gauge", "Start, Unix time.", start
+
+    def request_families(self):
         requests = samples(("model", "status", "key"), self.requests)
         tokens = samples(("model", "kind", "key"), self.tokens)
-        # Models that the table does not know share a label: their queues are added up,
-        # and the lowest of their ceilings is told.
-        waiting = collections.Counter({("other",): 0})
-        for model, count in queued.items():
-            waiting[(label(model),)] += count
-        ceilings = {}
-        for key, model, ceiling, _ in gates:
-            if ceiling is not None:
-                place = (key, label(model))
-                ceilings[place] = min(ceiling, ceilings.get(place, ceiling))
-        counts = self.counts
         return (
             ("requests_total", "counter",
              "Requests, by status; 499: the client left.", requests),
             ("tokens_total", "counter", "Tokens as Z.ai counts them.", tokens),
-            ("unauthorized_total", "counter",
-             "Requests without a valid key.", [f" {counts['unauthorized']}"]),
             ("time_to_first_token_seconds", "histogram",
              "Until the first token.", self.ttft.samples()),
             ("request_duration_seconds", "histogram",
              "Until an answer's end.", self.duration.samples()),
-            ("requests_in_flight", "gauge",
-             "Requests being answered.", [f" {counts['in_flight']}"]),
-            ("requests_queued", "gauge",
-             "Requests waiting for a slot.", samples(("model",), waiting)),
-            ("concurrency_ceiling", "gauge",
-             "Slots, set or learned.", samples(("key", "model"), ceilings)),
-            ("retries_total", "counter",
-             "Further attempts at Z.ai.", [f" {counts['retries']}"]),
-            ("repaired_frames_total", "counter",
-             "Z.ai's events skipped or mended.", [f" {counts['repaired']}"]),
-            ("cancelled_total", "counter",
-             "Requests whose client left.", [f" {counts['cancelled']}"]),
-            ("process_start_time_seconds", "gauge", "Start, Unix time.", [f" {self.began:.3f}"]),
         )
 
 
@@ -5651,7 +5711,8 @@ TARGET = re.compile("(?:https?://[^/?#]*)?([^?#]*)", re.IGNORECASE)
 
 
 class Route(NamedTuple):
-    """A path, and the names of the Handler's methods that answer GET and POST there."""
+    """A path, and the names of the Handler's methods that answer GET and POST there.
+    refuse_get is for a front with a get_error(), which says why not."""
 
     pattern: str
     get: str = ""
@@ -5665,7 +5726,7 @@ class Route(NamedTuple):
 # an API say in its own shape that there is nothing. The last row fits every path.
 ROUTES = (
     Route("(?:/v1)?/chat/completions", post="post_answer"),
-    Route("(?:/v1)?/responses", "refuse_upgrade", "post_answer", front=Responses),
+    Route("(?:/v1)?/responses", "refuse_get", "post_answer", front=Responses),
     Route("(?:/v1)?/responses/.+", front=Responses),
     Route("(?:/v1)?/messages", post="post_answer", front=Messages),
     Route("(?:/v1)?/messages/.+", front=Messages),
@@ -5714,8 +5775,8 @@ EXPOSED = ("x-request-id, retry-after, x-should-retry, x-ztoapi-changed, x-ztoap
 
 
 def page_policy():
-    """The Content-Security-Policy that lets the page's own script and style run, and
-    nothing else."""
+    """The Content-Security-Policy that lets the script and the style of PAGE, which is
+    last in this file, run, and nothing else."""
     def source(tag):
         text = PAGE.split(f"<{tag}>", 1)[1].split(f"</{tag}>", 1)[0]
         digest = hashlib.sha256(text.encode()).digest()
@@ -5733,7 +5794,7 @@ def too_large_head(data):
     return RequestError("The request line is too long.", status=414, code="uri_too_long")
 
 
-def shape(zai_request):
+def request_outline(zai_request):
     """A request as a log may show it: roles and lengths, never texts."""
     messages = [f"{message['role']}:{len(message['content'])}"
                 for message in zai_request["messages"]]
@@ -5745,7 +5806,8 @@ def shape(zai_request):
 class Handler(http.server.BaseHTTPRequestHandler):
     """One connection. The base class's part is setup(), handle() and finish(); reading
     a head and sending an answer are ours, as its email parser takes things that are no
-    headers for some, and each of its writes would be a packet of its own."""
+    headers for some, and each of its writes would be a packet of its own. `server` is
+    the Server of the next section, which owns all that requests share."""
 
     # With Nagle's algorithm a request over a kept connection takes 44 ms.
     disable_nagle_algorithm = True
@@ -5761,6 +5823,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not self.rfile.peek(1) or self.server.draining:
             return
         self.set_deadline(self.settings.client_timeout)
+        # read_head() adds `path` and `body_bytes`, find_route() adds `match` and
+        # `client_key`.
         self.fields = {}
         self.command = ""
         self.front = Chat
@@ -5774,7 +5838,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         try:
             self.dispatch()
         finally:
-            # It knows this object, and would keep it until the garbage collector comes.
+            # The outbox holds this handler: such a circle is freed late.
             self.outbox = None
             # In this order: a connection that is not busy may lose its deadline.
             self.set_deadline(KEEP_ALIVE_S)
@@ -5830,6 +5894,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         reader = HeadReader()
         head = None
         try:
+            # So begins TLS.
             if self.receive().startswith(b"\x16"):
                 raise RequestError("This port speaks HTTP, not HTTPS.")
             while head is None:
@@ -5854,6 +5919,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not version.startswith("HTTP/1."):
             raise RequestError("The only HTTP versions spoken here are 1.0 and 1.1.",
                                status=505, code="http_version_not_supported")
+        # The request line and the blank line are no fields.
         if head.count("\n") - 2 > MOST_FIELDS:
             raise too_large_head(b"\n")
         self.http_1_0 = version == "HTTP/1.0"
@@ -5948,7 +6014,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def not_found(self):
         path = self.path[:200]
         words = next(words for pattern, words in ELSEWHERE if re.match(pattern, path))
-        tail = ascii(re.sub("^/v1", "", path))[1:-1]
+        tail = escaped(re.sub("^/v1", "", path))
         there = self.settings.zai_base_url + tail
         words = words.format(base=self.server.url + "/v1", path=path, there=there)
         return RequestError(words, status=404, code="not_found")
@@ -6000,13 +6066,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except OSError:
             raise ClientGone from None
 
-    def answer(self, status, body, kind="application/json", fields=()):
+    def answer(self, status, body, content_type="application/json", fields=()):
         """Send a whole answer. One given before the body was read ends the connection,
         as the body must not become the next request."""
         self.record.status = status
         if self.body_left or self.server.draining:
             self.close_connection = True
-        fields = [*self.common_fields(kind), *fields]
+        fields = [*self.common_fields(content_type), *fields]
         if status != 204:
             fields.append(("Content-Length", len(body)))
         if self.close_connection:
@@ -6020,8 +6086,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.answer(status, encode_json(value), fields=fields)
 
     def answer_error(self, error):
-        """An error in the regime that is left: an HTTP status before a stream has
-        begun, an event after."""
+        """Tell of an error: by an HTTP status before a stream has begun, by an event
+        after."""
         error.message = self.settings.redact(error.message)
         self.record.error = error.message
         try:
@@ -6049,9 +6115,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         end = outbox.frame(outbox.front.failure(error), last)
         self.send(bytes(outbox.unsent) + end)
 
-    def common_fields(self, kind):
+    def common_fields(self, content_type):
         return [
-            ("Content-Type", kind),
+            ("Content-Type", content_type),
             ("x-request-id", self.record.id),
             ("request-id", self.record.id),
             ("X-Content-Type-Options", "nosniff"),
@@ -6083,8 +6149,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return [field for field in fields if field[1]]
 
     def linger(self):
-        """Take what the client is still sending, for a moment: closing on it would
-        reset the connection before the answer is read."""
+        """Take what the client is still sending, for a moment and up to 16 MiB: closing
+        on it would reset the connection before the answer is read."""
         with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_WR)
             self.set_deadline(LINGER_S)
@@ -6150,11 +6216,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         stats = self.server.metrics.stats(*state, self.settings.demo_mode)
         self.answer_json(stats, fields=[("Cache-Control", "no-store")])
 
-    def refuse_upgrade(self):
-        """Codex asks for a WebSocket first. At a 426, and only then, it POSTs at
-        once."""
-        raise RequestError("Responses are served by POST, not over a WebSocket.",
-                           status=426, code="upgrade_not_supported")
+    def refuse_get(self):
+        raise self.front.get_error()
 
     # Answers of Z.ai
 
@@ -6172,7 +6235,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             take = fold.add
         client = Client(self.connection, self.outbox, self.client_key)
         # The pump looks after the client now.
-        self.set_deadline(float("inf"))
+        self.set_deadline(INFINITY)
         with self.server.pump.minding(client):
             self.server.upstream.answer(job, client, self.record, take)
         if not front.stream:
@@ -6185,7 +6248,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         record = self.record
         patience_s = self.settings.client_timeout
         # Until there is room it is not the client who is waited for.
-        self.set_deadline(float("inf"))
+        self.set_deadline(INFINITY)
         with self.server.bodies.room_for(self.body_bytes, patience_s):
             self.set_deadline(patience_s)
             body = read_json_object(self.read_body())
@@ -6200,7 +6263,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             record.stream = front.stream
             record.stream_default = front.stream_defaulted
             if log.isEnabledFor(logging.DEBUG):
-                words = self.settings.redact(shape(asked.body))[:2000]
+                words = self.settings.redact(request_outline(asked.body))[:2000]
                 log.debug("%s to Z.ai: %s", record.id, words)
             if not self.server.upstream.gates.keys:
                 raise missing_key()
@@ -6231,6 +6294,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 # Server ###############################################################################
+#
+# What all requests share, and the bounds of it: how many large bodies are in memory at
+# once, how many connections there are, and until when each of them may live.
 
 class Budget:
     """Bytes that may be in use together. Who finds too few left waits."""
@@ -6246,8 +6312,8 @@ class Budget:
 
     @contextlib.contextmanager
     def room_for(self, size_bytes, patience_s):
-        """`size_bytes`: None if unknown, which may be all of it. ApiError if there is
-        no room for so many seconds."""
+        """`size_bytes`: None if unknown, which counts as a quarter of the whole.
+        ApiError if there is no room for so many seconds."""
         if size_bytes is None:
             size_bytes = self.total_bytes // 4
         size_bytes = min(size_bytes, self.total_bytes)
@@ -6301,6 +6367,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.pump = Pump(settings)
         self.pump.chores.append(self.shut_late)
         self.upstream = Upstream(settings, self.pump)
+        # Four of the usual largest bodies, or one larger.
         self.bodies = Budget(max(256, settings.max_body_mb) << 20)
         self.page_policy = page_policy()
         # It guards which connections `deadlines` has: connection -> when it is shut.
@@ -6454,7 +6521,7 @@ class Server(http.server.ThreadingHTTPServer):
     def stop(self, grace_s=GRACE_S):
         """Stop accepting, let running answers finish, close everything. True if nothing
         was cut."""
-        # It would wait for ever for a loop that never ran.
+        # shutdown() would wait for ever for a loop that never ran.
         if self.pump.thread.ident:
             self.shutdown()
         return self.drain(grace_s)
@@ -6463,7 +6530,7 @@ class Server(http.server.ThreadingHTTPServer):
         """What stop() does once serve_forever() has ended."""
         if not self.draining:
             self.take_backlog()
-            # At once, as closing resets who has connected since.
+            # At once, as closing resets all that have connected since.
             self.socket.close()
             time.sleep(self.SETTLE_S)
         self.draining = True
@@ -6576,15 +6643,6 @@ def demo_events(request):
 DEMO_HEAD = b"HTTP/1.0 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
 
 
-def demo_socket(data):
-    """A socket that answers as Z.ai's would. `data`: the chat request; None asks for
-    the list of models."""
-    ours, theirs = socket.socketpair()
-    ours.setblocking(False)
-    threading.Thread(target=demo_answer, args=(theirs, data), daemon=True).start()
-    return ours
-
-
 def demo_answer(sock, data):
     pieces = demo_events(json.loads(data)) if data else [b'{"object":"list","data":[]}']
     # The proxy hangs up whenever its own client does.
@@ -6592,6 +6650,15 @@ def demo_answer(sock, data):
         sock.sendall(DEMO_HEAD)
         for piece in pieces:
             sock.sendall(piece)
+
+
+def demo_socket(data):
+    """A socket that answers as Z.ai's would. `data`: the chat request; None asks for
+    the list of models."""
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    threading.Thread(target=demo_answer, args=(theirs, data), daemon=True).start()
+    return ours
 
 
 # Check ################################################################################
@@ -6611,26 +6678,14 @@ CHECK_REQUEST = {
     "stream": True,
 }
 
-def check(settings):
-    """Print what was found. True if a chat would work."""
-    say(f"Python {sys.version.split()[0]} on {sys.platform}, {ssl.OPENSSL_VERSION}")
-    say(f"ztoapi {__version__}; settings that are not the defaults:")
-    for field in dataclasses.fields(settings):
-        value = getattr(settings, field.name)
-        if value != getattr(Settings(), field.name):
-            shown = ", ".join(map(mask, value)) if field.metadata["secret"] else value
-            say(f"      {field.name.upper()}={shown}")
-    # The client who asks is one end of a socket pair.
-    ours, theirs = socket.socketpair()
-    pump = Pump(settings)
-    upstream = Upstream(settings, pump)
-    pump.start()
+
+def say(text, stream="stdout"):
+    """print(), for an output that nobody may read any more: that ends no server."""
     try:
-        with ours, theirs, pump.minding(Client(ours)) as client:
-            return check_keys(upstream, client) and check_chat(upstream, client)
-    finally:
-        pump.close()
-        upstream.close()
+        print(text, file=getattr(sys, stream), flush=True)
+    except OSError:
+        # What is left in its buffer would fail again, and loudly, when Python ends.
+        setattr(sys, stream, None)
 
 
 def check_keys(upstream, client):
@@ -6643,7 +6698,7 @@ def check_keys(upstream, client):
         error = upstream.check_key(key, client)
         if error:
             words = upstream.settings.redact(error.message)
-            say(f"FAIL  {error.step or 'key ' + key.name}: {words}")
+            say(f"FAIL  {error.stage or 'key ' + key.name}: {words}")
         else:
             say(f"ok    key {key.name}: accepted, so DNS, TCP and TLS are well")
             accepted = True
@@ -6668,19 +6723,34 @@ def check_chat(upstream, client):
     return False
 
 
+def check(settings):
+    """Print what was found. True if a chat would work."""
+    say(f"Python {sys.version.split()[0]} on {sys.platform}, {ssl.OPENSSL_VERSION}")
+    say(f"ztoapi {__version__}; settings that are not the defaults:")
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if value != getattr(Settings(), field.name):
+            shown = ", ".join(map(mask, value)) if field.metadata["secret"] else value
+            say(f"      {field.name.upper()}={shown}")
+    # The client who asks is one end of a socket pair.
+    ours, theirs = socket.socketpair()
+    pump = Pump(settings)
+    upstream = Upstream(settings, pump)
+    pump.start()
+    try:
+        with ours, theirs, pump.minding(Client(ours)) as client:
+            return check_keys(upstream, client) and check_chat(upstream, client)
+    finally:
+        pump.close()
+        upstream.close()
+
+
 # Main #################################################################################
+#
+# The command line, what is printed, and the signals that end the program.
 
 # For `python -OO`, which drops docstrings.
 USAGE = "usage: python3 ztoapi.py [--check | --help | --version]; README.md tells the rest"
-
-
-def say(text, stream="stdout"):
-    """print(), for an output that nobody may read any more: that ends no server."""
-    try:
-        print(text, file=getattr(sys, stream), flush=True)
-    except OSError:
-        # What is left in its buffer would fail again, and loudly, when Python ends.
-        setattr(sys, stream, None)
 
 
 def raise_descriptor_limit(connections):
@@ -6729,7 +6799,7 @@ def serve(settings):
         server = Server(settings)
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
-        host = ascii(settings.host)[1:-1]
+        host = escaped(settings.host)
         say(f"Cannot listen on HOST={host} PORT={settings.port}: {reason}", "stderr")
         return 1
     # Outside of the main thread, ValueError: then somebody else minds the signals.
@@ -6745,6 +6815,14 @@ def serve(settings):
         whole = server.drain()
     say("Stopped.")
     return 0 if whole else 1
+
+
+def set_up_logging(settings):
+    level = logging.DEBUG if settings.debug_mode else logging.INFO
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(message)s")
+    # As logging's HOWTO advises for speed: nothing looks for what no line shows.
+    logging._srcfile = None
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
 
 
 def main(environ=os.environ, argv=()):
@@ -6772,11 +6850,7 @@ def main(environ=os.environ, argv=()):
     except SettingsError as error:
         say(f"ztoapi: {error}", "stderr")
         return 2
-    level = logging.DEBUG if settings.debug_mode else logging.INFO
-    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(message)s")
-    # As logging's HOWTO advises for speed: nothing looks for what no line shows.
-    logging._srcfile = None
-    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    set_up_logging(settings)
     if argv:
         return 0 if check(settings) else 1
     return serve(settings)
@@ -6787,42 +6861,60 @@ def main(environ=os.environ, argv=()):
 # Data, read at run time only. Foreign text becomes text nodes in it, never HTML.
 
 PAGE = r"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>ZtoApi</title>
+<html lang="en"><head><meta charset="utf-8"><title>ZtoApi</title>
+<meta name="viewport" content="width=device-width">
 <link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 8 8'%3E%3Crect rx='2'
  width='8' height='8' fill='%234338ca'/%3E%3Cpath d='M2 2h4L2 6h4' fill='none' stroke='white'/%3E%3C/svg%3E">
 <style>
-:root { color-scheme: light dark; --page: #f5f6fa; --card: #fff; --text: #1c222e; --quiet: #566073; --line: #dfe3ea;
-  --edge: #848d9e; --accent: #4338ca; --second: #0b7566; --bad: #b3261e; --tint: #eeeffc; }
-@media (prefers-color-scheme: dark) { :root { --page: #12141b; --card: #1a1e27; --text: #e5e9f0; --quiet: #a0aabb;
-  --line: #303744; --edge: #737e92; --accent: #a5b0ff; --second: #5cc9b5; --bad: #ff9086; --tint: #262b44; } }
-* { box-sizing: border-box; } [hidden], #log:empty { display: none !important; } a { color: var(--accent); }
+:root { color-scheme: light dark; --page: #f5f6fa; --card: #fff; --text: #1c222e; --quiet: #566073;
+  --line: #dfe3ea; --edge: #848d9e; --accent: #4338ca; --second: #0b7566; --bad: #b3261e;
+  --tint: #eeeffc; }
+@media (prefers-color-scheme: dark) { :root { --page: #12141b; --card: #1a1e27; --text: #e5e9f0;
+  --quiet: #a0aabb; --line: #303744; --edge: #737e92; --accent: #a5b0ff; --second: #5cc9b5;
+  --bad: #ff9086; --tint: #262b44; } } * { box-sizing: border-box; }
+[hidden], #log:empty { display: none !important; } a { color: var(--accent); }
 body { margin: auto; max-width: 62rem; padding: 1rem; background: var(--page); color: var(--text);
-  font: 1rem/1.5 system-ui, sans-serif; } dd { margin: 0; font-size: 1.4rem; } textarea { resize: vertical; }
-section { margin: 1rem 0; padding: 1rem; border: 1px solid var(--line); border-radius: 1rem; background: var(--card); }
-h1, h2, h3, p, dl, pre, figure { margin: 0 0 .75rem; } h1, h2 { font-size: 1.25rem; } h3 { font-size: 1rem; }
-h1::before { content: "Z" / ""; margin-right: .5rem; padding: 0 .5rem; border-radius: .4rem; background: var(--accent);
-  color: var(--card); } header * { margin: 0; } nav { margin-left: auto; } header p, textarea { flex: 1 0 100%; }
+  font: 1rem/1.5 system-ui, sans-serif; } dd { margin: 0; font-size: 1.4rem; }
+textarea { resize: vertical; }
+section { margin: 1rem 0; padding: 1rem; border: 1px solid var(--line); border-radius: 1rem;
+  background: var(--card); } h1, h2, h3, p, dl, pre, figure { margin: 0 0 .75rem; }
+h1, h2 { font-size: 1.25rem; } h3 { font-size: 1rem; }
+h1::before { content: "Z" / ""; margin-right: .5rem; padding: 0 .5rem; border-radius: .4rem;
+  background: var(--accent); color: var(--card); } header * { margin: 0; }
+nav { margin-left: auto; } header p, textarea { flex: 1 0 100%; }
 header, nav, form, #tabs { display: flex; flex-wrap: wrap; align-items: center; gap: .5rem .75rem; }
-.quiet, dt, th, figcaption, summary, .thoughts, .code button, ::placeholder { color: var(--quiet); font-size: .875rem; }
-button, input, select, textarea { max-width: 100%; padding: .3rem .7rem; border: 1px solid var(--edge);
-  border-radius: .5rem; background: var(--card); color: var(--text); font: inherit; accent-color: var(--accent); }
-.main { border-color: var(--accent); background: var(--accent); color: var(--card); } .bad { color: var(--bad); }
-.link { max-width: 14rem; padding: 0; border: 0; text-decoration: underline dotted; overflow: hidden;
-  text-overflow: ellipsis; } :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
-pre, code { font: .875rem/1.5 ui-monospace, Menlo, monospace; white-space: pre-wrap; overflow-wrap: anywhere; }
-pre { min-height: 2.6rem; padding: .6rem 4rem .6rem .75rem; background: var(--page); border-radius: .5rem; }
-.code { position: relative; } .code button { position: absolute; top: .4rem; right: .4rem; padding: 0 .5rem; }
-#log { max-height: max(65vh, 20rem); margin-bottom: .75rem; overflow: auto; overflow-wrap: anywhere; }
-.user { width: fit-content; max-width: 85%; margin: .5rem 0 1rem auto; padding: .5rem .9rem; background: var(--tint);
-  border-radius: .75rem; } .user, .thoughts { white-space: pre-wrap; } .text :is(h3, p) { margin: 0; min-height: .6em; }
-.item { padding-left: 1.5rem; text-indent: -1rem; } .deep { padding-left: 3rem; } label, th, td { white-space: nowrap; }
-.thoughts { padding-left: .75rem; border-left: 3px solid var(--line); } #tabs { margin-bottom: .5rem; }
-dl, #charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(6rem, 1fr)); gap: .5rem 1rem; }
-#charts { grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr)); } .grid { stroke: var(--line); }
-text { fill: var(--quiet); font-size: 12px; } .end { text-anchor: end; } caption { font-weight: bold; }
-.bars { fill: var(--accent); } figure + figure .bars { fill: var(--second); } table { width: 100%; border-spacing: 0; }
-.scroll { max-height: 22rem; margin-bottom: 1rem; overflow: auto; } td { border-top: 1px solid var(--line); }
-th, span { font-weight: 400; } th, td, caption { padding: .35rem .9rem .35rem 0; text-align: left; font-size: .875rem; }
+.quiet, dt, th, figcaption, summary, .thoughts, .code button, ::placeholder { color: var(--quiet);
+  font-size: .875rem; }
+button, input, select, textarea { max-width: 100%; padding: .3rem .7rem;
+  border: 1px solid var(--edge); border-radius: .5rem; background: var(--card); color: var(--text);
+  font: inherit; accent-color: var(--accent); }
+.main { border-color: var(--accent); background: var(--accent); color: var(--card); }
+.bad { color: var(--bad); }
+.link { max-width: 14rem; padding: 0; border: 0; text-decoration: underline dotted;
+  overflow: hidden; text-overflow: ellipsis; }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
+pre, code { font: .875rem/1.5 ui-monospace, Menlo, monospace; white-space: pre-wrap;
+  overflow-wrap: anywhere; }
+pre { min-height: 2.6rem; padding: .6rem 4rem .6rem .75rem; background: var(--page);
+  border-radius: .5rem; } .code { position: relative; }
+.code button { position: absolute; top: .4rem; right: .4rem; padding: 0 .5rem; }
+#log { max-height: max(65vh, 20rem); margin-bottom: .75rem; overflow: auto;
+  overflow-wrap: anywhere; }
+.user { width: fit-content; max-width: 85%; margin: .5rem 0 1rem auto; padding: .5rem .9rem;
+  background: var(--tint); border-radius: .75rem; } .user, .thoughts { white-space: pre-wrap; }
+.text :is(h3, p) { margin: 0; min-height: .6em; }
+.item { padding-left: 1.5rem; text-indent: -1rem; } .deep { padding-left: 3rem; }
+label, th, td { white-space: nowrap; }
+.thoughts { padding-left: .75rem; border-left: 3px solid var(--line); }
+#tabs { margin-bottom: .5rem; }
+dl, #charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(6rem, 1fr));
+  gap: .5rem 1rem; } #charts { grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr)); }
+.grid { stroke: var(--line); } text { fill: var(--quiet); font-size: 12px; }
+.end { text-anchor: end; } caption { font-weight: bold; } .bars { fill: var(--accent); }
+figure + figure .bars { fill: var(--second); } table { width: 100%; border-spacing: 0; }
+.scroll { max-height: 22rem; margin-bottom: 1rem; overflow: auto; }
+td { border-top: 1px solid var(--line); } th, span { font-weight: 400; }
+th, td, caption { padding: .35rem .9rem .35rem 0; text-align: left; font-size: .875rem; }
 </style></head><body data-key=""><header>
   <h1>ZtoApi <span class="quiet" id="version"></span></h1>
   <nav aria-label="Sections"><a href="#talk">Chat</a> <a href="#now">Numbers</a> <a href="#connect">Connect</a></nav>
@@ -6874,12 +6966,15 @@ console.log((await client.chat.completions.create(body)).choices[0].message.cont
 const $ = id => document.getElementById(id);
 const NONE = "\u2013", join = texts => texts.filter(Boolean).join(" \u00b7 ");
 const time = ms => ms == null ? NONE : ms < 1000 ? ms.toFixed() + " ms" : (ms / 1000).toFixed(1) + " s";
-const size = tokens => !tokens ? NONE : tokens < 1e6 ? (tokens / (tokens % 1024 ? 1000 : 1024)).toFixed() + "K" : "1M";
+const thousands = tokens => (tokens / (tokens % 1024 ? 1000 : 1024)).toFixed() + "K";
+const size = tokens => !tokens ? NONE : tokens < 1e6 ? thousands(tokens) : "1M";
 const clock = unix => new Date(unix * 1000).toLocaleTimeString([], { hourCycle: "h23" });
-const serverError = (error, status) => new Error(join([error?.message ?? "No reason was given.", status, error?.code]));
+const serverError = (error, status) =>
+  new Error(join([error?.message ?? "No reason was given.", status, error?.code]));
 const reason = error => (error.name === "Error" ? "" : "The connection to the server failed: ") + error.message;
 const button = (text, onclick, className = "") => element("button", [text], { type: "button", onclick, className });
-let key, running, turns = [];  // running: the AbortController of the latest answer; turns: the messages so far
+// running: the AbortController of the latest answer; turns: the messages so far
+let key, running, turns = [];
 
 function element(tag, children = [], properties = {}) {
   const made = Object.assign(document.createElement(tag), properties);
@@ -6969,14 +7064,15 @@ function newTurn(question) {
   $("log").scrollTop = $("log").scrollHeight;
   return { thinking, thoughts, text, foot, content: "", drawn: 0, began: performance.now(), model: $("model").value };
 }
-// A finished line becomes an element and stays, so a long answer costs no more a line than a short one.
+// A finished line stays as an element: a long answer costs no more a line than a short one.
 function draw(turn, isEnd) {
   const follows = $("log").scrollHeight - $("log").scrollTop - $("log").clientHeight < 150;
   const lines = turn.content.slice(turn.drawn).split("\n"), last = lines.pop();
   turn.loose?.remove();
   lines.forEach(line => addLine(turn, line));
   turn.drawn = turn.content.length - last.length;
-  turn.loose = isEnd || !/^ *`{1,3}[^`]*$/.test(last) ? addLine(turn, last) : null;  // what may become a fence waits
+  // What may become a fence waits.
+  turn.loose = isEnd || !/^ *`{1,3}[^`]*$/.test(last) ? addLine(turn, last) : null;
   turn.frame = null;
   if (follows) $("log").scrollTop = $("log").scrollHeight;
 }
@@ -7039,7 +7135,8 @@ async function send(event) {
   event.preventDefault();
   if (!key) return $("key-form").reportValidity();
   if ($("send").hidden || !$("message").reportValidity()) return;
-  const content = $("message").value, turn = newTurn(content), ticking = setInterval(showFacts, 1000, turn);
+  const content = $("message").value, turn = newTurn(content);
+  const ticking = setInterval(showFacts, 1000, turn);
   turns.push({ role: "user", content });
   $("message").value = "";
   showRunning(true, "Answering");
