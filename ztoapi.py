@@ -3309,7 +3309,7 @@ class Conversation:
     def text_of_assistant(self, part):
         kind = part["type"]
         if kind == "text":
-            return part["text"]
+            return need(part, kind, str, "content")
         noun = MEDIA.get(kind, name_of(kind))
         self.changed.append(noun)
         return f"[{noun} left out: a message of the assistant takes text only]"
