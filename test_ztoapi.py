@@ -4574,6 +4574,7 @@ BAD_MESSAGES = [
     {"messages": [user([{"type": "text"}])]}, {"messages": [user([tool_result([], "a")])]},
     {"messages": [{"role": "assistant", "content": [use("1", name=5)]}]},
     {"messages": [{"role": "assistant", "content": [use(["1"])]}]},
+    {"messages": [{"role": "assistant", "content": [{"type": "text"}]}]},
     {"messages": [{"role": "assistant", "content": [{"type": "thinking", "thinking": 5}]}]},
     {"messages": [{"role": "judge", "content": "a"}]}, {"messages": []},
     {"system": 5}, {"system": [5]}, {"tools": 5}, {"tools": [5]}, {"tools": [{"name": 5}]}, {"tools": [{}]},
@@ -4796,6 +4797,8 @@ RESPONSES_REQUESTS = [
     ({"tool_choice": "required"}, {"tool_choice": "required"}),
     ({"tool_choice": {"type": "function", "name": "f"}},
      {"tool_choice": {"type": "function", "function": {"name": "f"}}}),
+    ({"tool_choice": {"type": "function", "name": "f", "namespace": None}},
+     {"tool_choice": {"type": "function", "function": {"name": "f"}}}),
     ({"tool_choice": {"type": "custom", "name": "g", "namespace": "mcp__tiny"}},
      {"tool_choice": {"type": "function", "function": {"name": "mcp__tiny__g"}}}),
     ({"tool_choice": {"type": "web_search"}}, {"tool_choice": {"type": "web_search"}}),
@@ -4834,6 +4837,7 @@ RESPONSES_CHANGES = [
     ({"tools": [{"type": "web_search", "external_web_access": False}, {"type": "local_shell"}]},
      {"web_search", "local_shell"}),
     ({"tools": [{"type": "function", "name": "f", "description": None, "strict": False}]}, set()),
+    ({"tools": [{"type": "function", "name": "f", "strict": True}]}, {"strict"}),
     ({"input": [user("a"), {"type": "web_search_call", "id": "ws_1"}, {"type": "invented"}]},
      {"web_search_call", "invented"}),
 ]
@@ -4906,6 +4910,15 @@ INPUTS = [
     ([user("a"), function_call("1"), function_call("2"), gave("2", "two"), user("b"), gave("1", "one")],
      [user("a"), assistant("", [("1", "f", "{}"), ("2", "f", "{}")]), output("1", "one"), output("2", "two"),
       user("b")]),
+    # An output finds its call when the turn is over, too.
+    ([user("a"), function_call("1"), message("developer", text("d")), function_call("2"), gave("1", "one"),
+      gave("2", "two")],
+     [user("a"), ONE_CALL, output("1", "one"), system("d"), assistant("", [("2", "f", "{}")]), output("2", "two")]),
+    ([user("a"), function_call("1"), function_call("2"), gave("1", "one"), output_message("b"), gave("2", "two")],
+     [user("a"), assistant("", [("1", "f", "{}"), ("2", "f", "{}")]), output("1", "one"), output("2", "two"),
+      assistant("b")]),
+    ([user("a"), function_call("1"), gave("1", "one"), gave("1", "two")],
+     [user("a"), ONE_CALL, output("1", "one"), user("Output of the tool call 1:\ntwo")]),
     ([user("a"), function_call("1"), gave("1", "one"), function_call("2"), gave("2", "two")],
      [user("a"), ONE_CALL, output("1", "one"), assistant("", [("2", "f", "{}")]), output("2", "two")]),
     ([user("a"), function_call("1"), user("b")], [user("a"), ONE_CALL, output("1", "(no output)"), user("b")]),
@@ -4935,6 +4948,12 @@ def test_the_input_of_responses_becomes_a_conversation_of_chat(items, expected):
     assert asked_by_front(request).body["messages"] == expected
     _, request = read_responses(input=items, instructions="Be brief.")
     assert asked_by_front(request).body["messages"] == [system("Be brief."), *expected]
+
+
+def test_a_file_keeps_its_name():
+    file = {"filename": "f.pdf", "file_data": "AA"}
+    _, request = read_responses(model="glm-5.3-flash", input=[message("user", {"type": "input_file", **file})])
+    assert {"type": "file", "file": file} in asked_by_front(request).body["messages"][0]["content"]
 
 
 def test_a_picture_in_an_output_never_ends_a_conversation():
@@ -5012,6 +5031,7 @@ BAD_RESPONSES = [
     ({"input": [message("user", {"type": "input_image", "file_id": "f"})]}, "input"),
     ({"input": [message("user", {"type": "input_audio"})]}, "input"),
     ({"input": [message("user", {"type": "input_text"})]}, "input"),
+    ({"input": [message("assistant", {"type": "text"})]}, "content.text"),
     ({"instructions": 5}, "content"), ({"tools": 5}, "tools"), ({"tools": [5]}, "tools"), ({"tools": [{}]},
      "tools.type"),
     ({"tools": [{"type": "function"}]}, "tools.name"),

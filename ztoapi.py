@@ -3319,8 +3319,9 @@ class Conversation:
         self.names = {}  # a tool's name in chat -> its type, name and namespace
         self.messages = []
         self.answer = {}  # the assistant's message that may go on
-        self.outputs = {}  # call id -> content, None until it comes
+        self.outputs = []  # the messages for its calls' outputs
         self.answered = False  # one of them has come
+        self.unanswered = {}  # call id -> such a message, of any turn, until it comes
         self.behind = []  # what others said since
         self.referred = set()  # the ids of items that were put in for a reference
 
@@ -3353,7 +3354,7 @@ class Conversation:
     def text_of_assistant(self, part):
         part_type = part["type"]
         if part_type == "text":
-            return part["text"]
+            return need(part, part_type, str, "content")
         noun = MEDIA.get(part_type, name_of(part_type))
         self.changed.append(noun)
         return f"[{noun} left out: a message of the assistant takes text only]"
@@ -3375,17 +3376,22 @@ class Conversation:
         calls = self.open_turn().setdefault("tool_calls", [])
         function = function_object(name=chat_name(item), arguments=arguments)
         calls.append({"id": id, **function})
-        self.outputs[id] = None
+        # Z.ai wants an output for each call, and one that is not empty.
+        output = {"role": "tool", "tool_call_id": id, "content": "(no output)"}
+        self.outputs.append(output)
+        self.unanswered[id] = output
 
     def read_output(self, item):
-        """Without its call, an output can only be told as a user's words."""
+        """An output goes behind its call, however late it comes. Without a call it can
+        only be told as a user's words."""
         id = need(item, "call_id", str, "input")
         parts = self.parts(item.get("output", ""))
         # A field of Messages.
         if item.get("is_error") and "error" not in joined_text(parts).lower():
             parts.insert(0, text_part("Error:"))
-        if self.outputs.get(id, parts) is None:
-            self.outputs[id] = parts
+        if id in self.unanswered:
+            output = self.unanswered.pop(id)
+            output["content"] = parts or output["content"]
             self.answered = True
         else:
             self.add("user", [text_part(f"Output of the tool call {id}:"), *parts])
@@ -3436,16 +3442,10 @@ class Conversation:
                 texts = filter(None, self.answer[field])
                 self.answer[field] = "\n\n".join(texts)
         self.messages += filter(None, [self.answer])
-        for id, parts in self.outputs.items():
-            # Z.ai wants an output for each call, and one that is not empty.
-            self.messages.append({
-                "role": "tool",
-                "tool_call_id": id,
-                "content": parts or "(no output)",
-            })
+        self.messages += self.outputs
         self.messages += self.behind
         self.answer = {}
-        self.outputs = {}
+        self.outputs = []
         self.answered = False
         self.behind = []
 
@@ -3467,11 +3467,12 @@ class Conversation:
             raise RequestError(
                 "No files are kept, and no audio is taken: send images and files as data.",
                 "input")
+        name = part.get("filename") or "file"
         for field in media:
             value = part[field]
             part = {"type": field, field: value}
             if field == "file_data":
-                file = {"filename": "file", field: value}
+                file = {"filename": name, field: value}
                 part = {"type": "file", "file": file}
         return part
 
@@ -3496,6 +3497,9 @@ class Conversation:
             key: tool[key] for key in TOOL_KEYS if key in tool}
         schema = tool.get("parameters")
         text = tool.get("description")
+        # Codex says of each tool that it is not strict.
+        if tool.get("strict"):
+            self.changed.append("strict")
         if tool["type"] == "custom":
             schema = CUSTOM_SCHEMA
             form = inner(tool, "format")
@@ -3518,7 +3522,7 @@ class Conversation:
         """What names no function goes on as it is."""
         choice_type = isinstance(choice, dict) and choice.get("type")
         if choice_type in ("function", "custom"):
-            return function_object(name=chat_name(choice))
+            return function_object(name=chat_name(without_nulls(choice)))
         return choice
 
     def read_format(self, form):
