@@ -1346,6 +1346,8 @@ CAPTURED = [
     *((400, complaint("1210", words), BAD_REQUEST, "") for words in (
         "输入参数 temperature 超出范围", "输入文件大小超过限制", "输入视频过长")),
     (500, complaint("500", "Input length exceeds the context window"), TOO_LONG, "maximum context length"),
+    *((500, complaint("500", words), BROKEN, "") for words in (
+        "The request exceeded the time limit", "Request rate exceeds the limit", "模型输入处理超时")),
     (400, complaint("1301", "unsafe or sensitive content", contentFilter=[{"level": 1, "role": "user"}]), FILTERED, ""),
     (429, complaint("1302", "High concurrency usage of this API, please reduce concurrency"), NO_ROOM, ""),
     (429, complaint("1302", "Rate limit reached for requests", request_id="20260212064144579f5b8f"), NO_ROOM, ""),
@@ -4106,6 +4108,13 @@ def test_nesting_around_the_recursion_limit_is_an_answer_or_an_error(value):
     for depth in [*range(100, 1100, 3), *range(1200, 10000, 400)]:
         translator = ztoapi.Translator(tools=WEATHER)
         translator.feed([value % ("[" * depth + "]" * depth)], end=True)
+
+
+def test_a_page_with_status_200_is_not_told_as_a_404():
+    steps, failure = receive([answer(200, b"<html>portal</html>")[0]])
+    assert (steps, failure.verdict) == ([], GIVE_UP)
+    assert "ZAI_BASE_URL" in failure.message
+    assert "404" not in failure.message
 
 
 def test_a_leak_that_is_never_closed_is_held_within_a_bound():

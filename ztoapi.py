@@ -448,10 +448,10 @@ BARE_HTTP_ERRORS = {200: BROKEN, 401: OUR_KEY, 408: BROKEN, 429: RATE}
 
 LONG_WORDS = re.compile(
     r"context[ _-]?(length|window)|prompt.{0,20}too long|(input|messages?) (is|are) too long"
-    r"|\b(?<!max )(prompt|request|messages|(input|prompt|total) (length|text)|tokens)\b"
+    r"|\b(?<!max )(prompt|request(?! rate)|messages|(input|prompt|total) (length|text)|tokens)\b"
     r"[^.:]{0,40}\b(exceeds?|exceeded|more|longer|larger|greater|over)\b"
-    r"[^.:]{0,40}(max|limit|length|allowed)"
-    r"|(上下文|输入|提示词|对话|prompt|messages?|(?<![a-z_])tokens?)[^图参件频。，]{0,20}(超|过长|太长)",
+    r"[^.:]{0,40}(max|(?<!time )(?<!rate )limit|length|allowed)"
+    r"|(上下文|输入|提示词|对话|prompt|messages?|(?<![a-z_])tokens?)[^图参件频。，]{0,20}(超(?!时)|过长|太长)",
     re.IGNORECASE)
 MODEL_WORDS = re.compile(
     r"(?<!/)model.{0,80}(not exist|n't exist|not found|not_found|不存在)"
@@ -511,6 +511,12 @@ def missing_key():
     """The error of a proxy that was started without ZAI_API_KEY."""
     return UpstreamError(
         NO_KEY, GIVE_UP, status=OUR_KEY.status, code=OUR_KEY.code, retryable=False)
+
+
+def not_the_api():
+    """The error of a page with status 200 where the API should be."""
+    return UpstreamError(
+        "What answered is not JSON. " + WRONG_PATH.advice, GIVE_UP, retryable=False)
 
 
 def error_row(code, message, status):
@@ -2889,7 +2895,9 @@ class Answer:
         if not ended:
             return [], None
         value = decode_or_none(self.refusal.decode("utf-8", "replace"))
-        # A page with status 200 stands where the API should be.
+        if self.reply.status == 200 and value is None:
+            raise not_the_api()
+        # JSON under the name of a page, which tells what was wrong.
         status = 404 if self.reply.status == 200 else self.reply.status
         retry_after = self.reply.fields.get("retry-after", "")
         return [], self.describe(value, status, retry_after)
@@ -5406,6 +5414,8 @@ class Upstream:
         except OSError as error:
             return connection_error(error)
         value = decode_or_none(body.decode("utf-8", "replace"))
+        if reply.status == 200 and value is None:
+            return not_the_api()
         if reply.status == 200 and "data" in as_dict(value):
             return None
         return zai_error(value, 404 if reply.status == 200 else reply.status)
