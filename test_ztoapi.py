@@ -2282,7 +2282,7 @@ MESSAGES = [
     *(([{"role": role, "content": PARTS}, U], [{"role": role, "content": "a\nb"}, U], set())
       for role in ("system", "assistant")),
     ([{**RESULT, "content": PARTS}, U], [{**RESULT, "content": "a\nb"}, U], set()),
-    *(([user(content)], [DOT], {"empty_message"}) for content in ("", [], [NO_TEXT])),
+    *(([user(content)], [DOT], {"empty_message"}) for content in ("", [], [NO_TEXT], " \n")),
     *(([{"role": "assistant", "tool_calls": [CALL], **content}, RESULT, U], [calling(), RESULT, U], set())
       for content in ({}, {"content": None}, {"content": ""}, {"content": []})),
     ([{**A, "reasoning_content": "because"}, U], [{**A, "reasoning_content": "because"}, U], set()),
@@ -2309,9 +2309,10 @@ MESSAGES = [
      set()),
     # What is empty
     *(([calling(), {**RESULT, "content": content}], [calling(), {**RESULT, "content": "(no output)"}, DOT],
-       {"empty_message", "user_message"}) for content in ("", None, [], [NO_TEXT, NO_TEXT])),
+       {"empty_message", "user_message"}) for content in (
+           "", None, [], [NO_TEXT, NO_TEXT], "\n", [{"type": "text", "text": " "}])),
     *(([U, {"role": "assistant", **fields}, U], [U, U], {"empty_message"}) for fields in (
-        {}, {"content": None}, {"content": ""}, {"content": [NO_TEXT]}, {"reasoning_content": "hm"},
+        {}, {"content": None}, {"content": ""}, {"content": [NO_TEXT]}, {"content": "\n"}, {"reasoning_content": "hm"},
         {"tool_calls": []})),
     ([{**S, "content": ""}, U], [U], {"empty_message"}),
 ]

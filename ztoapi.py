@@ -1615,7 +1615,9 @@ class Translation:
             result["tool_call_id"] = need(message, "tool_call_id", str, param)
         if role == "assistant":
             result.update(self.assistant(message, param))
-        if not content and "tool_calls" not in result:
+        # Blanks alone are as empty as nothing.
+        is_empty = not content or isinstance(content, str) and content.isspace()
+        if is_empty and "tool_calls" not in result:
             self.changed.append("empty_message")
             result["content"] = FILLERS.get(role)
         return result
