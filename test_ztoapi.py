@@ -1324,6 +1324,8 @@ CAPTURED = [
     (400, complaint("1214", "modelCode: does not exist"), NO_MODEL, "GLM-4.6"),
     (400, complaint("1210", "The model `glm-4.66` was not found"), NO_MODEL, "GLM-4.6"),
     (400, complaint("1999", "Unknown model"), NO_MODEL, "GLM-4.6"),
+    (400, complaint("1214", "未知模型：glm-4.66"), NO_MODEL, "GLM-4.6"),
+    (404, complaint("model_not_found", "The model `glm-4.66` does not exist"), NO_MODEL, "GLM-4.6"),
     (400, complaint("1210", "Invalid API parameter, please check the documentation."), BAD_REQUEST, ""),
     (400, complaint("1210", "max_tokens参数非法：限制数值范围[1,131072]"), BAD_REQUEST, "[1,131072]"),
     (400, complaint("1210", "max_tokens exceeds the maximum of 131072"), BAD_REQUEST, ""),
@@ -1339,8 +1341,13 @@ CAPTURED = [
     (400, complaint("1214", "This model's maximum context length is 131072 tokens"), TOO_LONG, "context_length"),
     (400, complaint("1210", "Your prompt is too long"), TOO_LONG, "maximum context length"),
     (400, complaint("1999", "total tokens exceeded the limit"), TOO_LONG, "maximum context length"),
-    (400, complaint("1210", "输入内容超过模型最大上下文长度"), TOO_LONG, "maximum context length"),
+    *((400, complaint("1210", words), TOO_LONG, "maximum context length") for words in (
+        "输入内容超过模型最大上下文长度", "prompt 超长", "messages 长度超限", "对话内容太长，超出模型最大长度")),
+    *((400, complaint("1210", words), BAD_REQUEST, "") for words in (
+        "输入参数 temperature 超出范围", "输入文件大小超过限制", "输入视频过长")),
     (500, complaint("500", "Input length exceeds the context window"), TOO_LONG, "maximum context length"),
+    *((500, complaint("500", words), BROKEN, "") for words in (
+        "The request exceeded the time limit", "Request rate exceeds the limit", "模型输入处理超时")),
     (400, complaint("1301", "unsafe or sensitive content", contentFilter=[{"level": 1, "role": "user"}]), FILTERED, ""),
     (429, complaint("1302", "High concurrency usage of this API, please reduce concurrency"), NO_ROOM, ""),
     (429, complaint("1302", "Rate limit reached for requests", request_id="20260212064144579f5b8f"), NO_ROOM, ""),
@@ -1458,6 +1465,7 @@ def test_too_long_a_prompt_names_the_max_tokens_that_may_be_to_blame():
     ("claude-sonnet-4-5", "or set MODEL_ALIASES=claude-sonnet-4-5=glm-4.6", "?"),
     ("o3", "or set MODEL_ALIASES=o3=glm-4.6", "?"),
     ("google/gemini-3-pro", "or set MODEL_ALIASES=google/gemini-3-pro=glm-4.6", "?"),
+    ("mixtral-8x7b", "or set MODEL_ALIASES=mixtral-8x7b=glm-4.6", "?"),
     ("zzz", "/v1/models", "MODEL_ALIASES"),
     ("x" * 10**7, "/v1/models", "xx"),
 ])
@@ -1485,6 +1493,13 @@ RESET_AT = 1788903508  # 2026-09-09 05:38:28 in Beijing, 2026-09-08 21:38:28 in 
     "Limit reached at 2026-09-09 00:00:00, resets at 2026-09-09 05:38:28",
     "您的限额将在 2026-09-09 05:38:28 重置。",
     "已达到使用上限，将于2026年9月9日 05:38:28重置",
+    "已达到使用上限，将于2026年9月9日5时38分28秒恢复",
+    "Please try again after 2026-09-09 05:38:28",
+    "请在 2026-09-09 05:38:28 后重试",
+    "Your limit resets in 60 minutes",
+    "Limit of 5 hours reached, try again in 1 hour",
+    "请于3600秒后再试",
+    "限额将在 1 小时后重置",
 ])
 def test_the_time_of_a_reset_is_read(message):
     error = zai_error(complaint("1308", message), 429, now=RESET_AT - 3600)
@@ -1503,6 +1518,8 @@ def test_the_time_of_a_reset_is_read(message):
     ("Your limit will reset at 0000-01-01 00:00:00", 0, 7, "7"),
     ("Your plan expired at 2026-09-09 05:38:28", -100, None, None),
     ("Usage limit reached", 0, None, None),
+    ("Your limit will reset in 2 fortnights", 0, None, None),
+    ("Failed at 2026-09-09 05:38:28, please try again later", -100, None, None),
 ])
 def test_retry_after_comes_from_the_reset_or_else_from_zai(message, late, asked, expected):
     error = zai_error(complaint("1310", message), 429, now=RESET_AT + late, retry_after=asked)
@@ -2265,7 +2282,7 @@ MESSAGES = [
     *(([{"role": role, "content": PARTS}, U], [{"role": role, "content": "a\nb"}, U], set())
       for role in ("system", "assistant")),
     ([{**RESULT, "content": PARTS}, U], [{**RESULT, "content": "a\nb"}, U], set()),
-    *(([user(content)], [DOT], {"empty_message"}) for content in ("", [], [NO_TEXT])),
+    *(([user(content)], [DOT], {"empty_message"}) for content in ("", [], [NO_TEXT], " \n")),
     *(([{"role": "assistant", "tool_calls": [CALL], **content}, RESULT, U], [calling(), RESULT, U], set())
       for content in ({}, {"content": None}, {"content": ""}, {"content": []})),
     ([{**A, "reasoning_content": "because"}, U], [{**A, "reasoning_content": "because"}, U], set()),
@@ -2292,9 +2309,10 @@ MESSAGES = [
      set()),
     # What is empty
     *(([calling(), {**RESULT, "content": content}], [calling(), {**RESULT, "content": "(no output)"}, DOT],
-       {"empty_message", "user_message"}) for content in ("", None, [], [NO_TEXT, NO_TEXT])),
+       {"empty_message", "user_message"}) for content in (
+           "", None, [], [NO_TEXT, NO_TEXT], "\n", [{"type": "text", "text": " "}])),
     *(([U, {"role": "assistant", **fields}, U], [U, U], {"empty_message"}) for fields in (
-        {}, {"content": None}, {"content": ""}, {"content": [NO_TEXT]}, {"reasoning_content": "hm"},
+        {}, {"content": None}, {"content": ""}, {"content": [NO_TEXT]}, {"content": "\n"}, {"reasoning_content": "hm"},
         {"tool_calls": []})),
     ([{**S, "content": ""}, U], [U], {"empty_message"}),
 ]
@@ -2367,8 +2385,10 @@ def result(*parts):
       user([FROM_TOOLS, PICTURE]), U]),
 ])
 def test_a_model_that_sees_gets_the_pictures(model, messages, expected):
-    body, _ = to_zai(chat_body(model=model, messages=messages))
+    body, changed = to_zai(chat_body(model=model, messages=messages))
     assert body["messages"] == expected
+    moved = FROM_TOOLS["text"] in json.dumps(expected)
+    assert changed == ({"image"} if moved else set())
 
 
 # To add a case, add a row: OpenAI's messages, Z.ai's, for GLM-4.6, which sees nothing.
@@ -3178,7 +3198,12 @@ GOOD_ANSWERS = [
     ("a name with markup that is no tool's", calls_in(item("x</arg_value>", PARIS, id="c", index=0)) + TOOLS_END,
      asks(("x</arg_value>", PARIS))),
     *((f"the key {key!r}", calls_in(item("get_weather", {key: "Paris"}, id="c", index=0)) + TOOLS_END, asks(RAIN))
-      for key in ("city</arg_key>", "city<arg_key>", "city</arg_value>")),
+      for key in ("city</arg_key>", "city<arg_key>", "city</arg_value>", "city </arg_key>\n<arg_value>")),
+    *((f"markup in a key, in pieces of {size}", calls_in(
+        item("get_weather", "", id="c", index=0),
+        *(item(None, text[at:at + size], index=0) for at in range(0, len(text), size))) + TOOLS_END,
+       asks(("get_weather", '{"city":"</arg_key>", "a<b":1}')))
+      for text in ['{"city</arg_key>":"</arg_key>", "a<b":1}'] for size in (1, 3, 8)),
     ("markup in a value is a text", calls_in(item("get_time", {"a": "x</arg_key>"}, id="c", index=0)) + TOOLS_END,
      asks(("get_time", '{"a":"x</arg_key>"}'))),
     *((f"arguments in the name, {arguments}",
@@ -3224,6 +3249,8 @@ GOOD_ANSWERS = [
         "get_weather<arg_key>city</arg_key></arg_key><arg_value>Paris</arg_value>",
         "get_weather<arg_key>city</arg_key><arg_value>Paris</arg_value></arg_value>",
         "get_weather<arg_key>city<arg_value>Paris</arg_value>",
+        "get_weather<arg_key>city</arg_key><arg_value><arg_value>Paris</arg_value>",
+        "get_weather" + CITY + "</tool_call>",
         "get_weather<arg_key> city </arg_key>\n<arg_value>Paris</arg_value>\n")),
     *((f"no call, {text}", say(leak(text)) + ENDED, says(leak(text))) for text in (
         "get_weather<arg_key>city</arg_key>Paris</arg_value>", "get_weather<arg_key>city</arg_key><arg_value>Paris",
@@ -4082,6 +4109,13 @@ def test_nesting_around_the_recursion_limit_is_an_answer_or_an_error(value):
     for depth in [*range(100, 1100, 3), *range(1200, 10000, 400)]:
         translator = ztoapi.Translator(tools=WEATHER)
         translator.feed([value % ("[" * depth + "]" * depth)], end=True)
+
+
+def test_a_page_with_status_200_is_not_told_as_a_404():
+    steps, failure = receive([answer(200, b"<html>portal</html>")[0]])
+    assert (steps, failure.verdict) == ([], GIVE_UP)
+    assert "ZAI_BASE_URL" in failure.message
+    assert "404" not in failure.message
 
 
 def test_a_leak_that_is_never_closed_is_held_within_a_bound():
@@ -6911,7 +6945,7 @@ def test_a_retry_after_beyond_queue_timeout_is_told_at_once_with_the_true_time(m
     timed = make_timed(QUEUE_TIMEOUT="60")
     timed.script = answer(429, {"error": {"code": code, "message": "no"}}, "Retry-After: 90")
     _, error, _ = timed.ask()
-    assert error.headers()["Retry-After"] == "90"
+    assert error.headers() == {"Retry-After": "90", "x-should-retry": "false"}
     assert len(timed.times) == 1
     assert timed.clock.now == 1024
 

@@ -460,13 +460,14 @@ BARE_HTTP_ERRORS = {200: BROKEN, 401: OUR_KEY, 408: BROKEN, 429: RATE}
 
 LONG_WORDS = re.compile(
     r"context[ _-]?(length|window)|prompt.{0,20}too long|(input|messages?) (is|are) too long"
-    r"|\b(?<!max )(prompt|request|messages|(input|prompt|total) (length|text)|tokens)\b"
+    r"|\b(?<!max )(prompt|request(?! rate)|messages|(input|prompt|total) (length|text)|tokens)\b"
     r"[^.:]{0,40}\b(exceeds?|exceeded|more|longer|larger|greater|over)\b"
-    r"[^.:]{0,40}(max|limit|length|allowed)"
-    r"|(上下文|输入|提示词|(?<![a-z_])tokens?)[^图。，]{0,20}(超|过长|太长)", re.IGNORECASE)
+    r"[^.:]{0,40}(max|(?<!time )(?<!rate )limit|length|allowed)"
+    r"|(上下文|输入|提示词|对话|prompt|messages?|(?<![a-z_])tokens?)[^图参件频。，]{0,20}(超(?!时)|过长|太长)",
+    re.IGNORECASE)
 MODEL_WORDS = re.compile(
-    r"model.{0,80}(not exist|n't exist|not found|not_found|不存在)"
-    r"|(unknown|no such) model|模型.{0,80}不存在", re.IGNORECASE)
+    r"(?<!/)model.{0,80}(not exist|n't exist|not found|not_found|不存在)"
+    r"|(unknown|no such) model|模型.{0,80}(不存在|未找到)|(未知|无此|找不到)模型", re.IGNORECASE)
 PATH_WORDS = re.compile(r"\b404\b.{0,20}not.?found|^(\S* )?404\b", re.IGNORECASE)
 LIMIT_WORDS = re.compile(
     r"usage limit|limit exhausted|will reset|resets? at|insufficient (balance|quota)"
@@ -476,6 +477,7 @@ ZAI_WORDS = (
     (INVALID, LONG_WORDS, TOO_LONG),
     (BROKEN, LONG_WORDS, TOO_LONG),
     (INVALID, MODEL_WORDS, NO_MODEL),
+    (WRONG_PATH, MODEL_WORDS, NO_MODEL),
     (BROKEN, PATH_WORDS, WRONG_PATH),
     (RATE, LIMIT_WORDS, QUOTA),
 )
@@ -533,29 +535,48 @@ def seconds_to_wait(text, now):
         return None
 
 
-RESET_WORDS = re.compile("reset|renew|refresh|available|重置|恢复|刷新", re.IGNORECASE)
-
-
-# The groups: year, month, day, hour:minute, second, UTC, offset.
+RESET_WORDS = re.compile(
+    "reset|renew|refresh|available|(again|retry) (at|after|in)|重置|恢复|刷新|后[重再]试",
+    re.IGNORECASE)
+# The groups: year, month, day, hour, minute, second, UTC, offset.
 TIMESTAMP = re.compile(
-    r"(\d{4})[-/年](\d\d?)[-/月](\d\d?)日?[T ]*(\d\d?:\d\d)(?::(\d\d))?(?:\.\d+)?"
+    r"(\d{4})[-/年](\d\d?)[-/月](\d\d?)日?[T ]*(\d\d?)[:时](\d\d)(?:[:分](\d\d))?(?:\.\d+)?"
     r"\s*\(?((?:Z|UTC|GMT)(?![+-]))?(?:UTC|GMT)?([+-]\d\d:?\d\d)?", re.IGNORECASE)
+# "resets in 2 hours", "30分钟后重置". The groups: number and unit, in either language.
+IN_A_WHILE = re.compile(
+    r"\b(?:in|after) (\d{1,6}) ?(s|min|h|day)|(\d{1,6}) ?(秒|分|小?时|天)[钟之以]*后",
+    re.IGNORECASE)
+UNITS_S = {
+    "s": 1, "min": 60, "h": 3600, "day": 86400,
+    "秒": 1, "分": 60, "时": 3600, "小时": 3600, "天": 86400,
+}
 
 
 def seconds_until_reset(message, now):
     """Seconds from `now` (Unix) to the time at which a limit ends; None without one."""
-    found = RESET_WORDS.search(message) and TIMESTAMP.findall(message)
-    if not found or now is None:
+    if not RESET_WORDS.search(message) or now is None:
         return None
-    year, month, day, clock, second, utc, offset = found[-1]
+    found = TIMESTAMP.findall(message)
+    if not found:
+        return seconds_named(message)
+    year, month, day, hour, minute, second, utc, offset = found[-1]
     # A time without a zone is Beijing's.
     zone = offset or ("+0000" if utc else "+0800")
-    text = f"{year}-{month}-{day} {clock}:{second or 0} {zone}"
+    text = f"{year}-{month}-{day} {hour}:{minute}:{second or 0} {zone}"
     try:
         reset = datetime.datetime.strptime(text, "%Y-%m-%d %H:%M:%S %z")
     except ValueError:
         return None
     return max(1.0, reset.timestamp() - now)
+
+
+def seconds_named(message):
+    """The seconds of "in 2 hours", or None."""
+    found = IN_A_WHILE.search(message)
+    if not found:
+        return None
+    number, unit = filter(None, found.groups())
+    return float(number) * UNITS_S[unit.lower()]
 
 
 def duration(seconds):
@@ -621,6 +642,12 @@ def zai_error(
 NO_KEY = (
     "ZAI_API_KEY is not set where the proxy runs. Get a key (free models need one too) at"
     " https://z.ai/manage-apikey/apikey-list.")
+
+
+def not_the_api():
+    """The error of a page with status 200 where the API should be."""
+    return UpstreamError(
+        "What answered is not JSON. " + WRONG_PATH.advice, GIVE_UP, retryable=False)
 
 
 def missing_key():
@@ -730,7 +757,8 @@ def zai_model_id(name, model_aliases):
 
 
 FOREIGN_MODEL = re.compile(
-    r"(^|/)(gpt|chatgpt|o\d|codex|claude|gemini|gemma|deepseek|qwen|llama|mistral|kimi|grok)")
+    r"(^|/)(gpt|chatgpt|o\d|codex|claude|gemini|gemma|deepseek|qwen|llama|mi[sx]tral|kimi|grok"
+    r"|text-|phi|command|minimax|doubao|ernie|hunyuan)")
 
 
 def model_advice(id):
@@ -1692,7 +1720,9 @@ class Translation:
             result["tool_call_id"] = need(message, "tool_call_id", str, param)
         if role == "assistant":
             result.update(self.assistant(message, param))
-        if not content and "tool_calls" not in result:
+        # Blanks alone are as empty as nothing.
+        is_empty = not content or isinstance(content, str) and content.isspace()
+        if is_empty and "tool_calls" not in result:
             self.changed.append("empty_message")
             result["content"] = FILLERS.get(role)
         return result
@@ -1744,6 +1774,7 @@ class Translation:
         media = [part for part in parts if part["type"] != "text"]
         texts = [part["text"] for part in parts if part["type"] == "text"]
         if role == "tool" and media:
+            self.changed += [MEDIA[part["type"]] for part in media]
             self.images += media
             return "\n".join(texts) or "(an image)"
         if not media:
@@ -2137,8 +2168,23 @@ class StopCutter:
 # in texts, with tags of it missing or doubled, and in names.
 MARKUP_TAGS = ("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>")
 MARKUP = re.compile("|".join(MARKUP_TAGS))
+VALUE_START = re.compile("(?:<arg_value>)+")
 # A key is what stands before a colon. Anywhere else the same letters may be meant.
-MARKUP_IN_KEY = re.compile(r'</?arg_(?:key|value)>(?="\s*:)')
+# A line end in it is escaped.
+MARKUP_IN_KEY = re.compile(
+    r'\s{0,8}(?:</?arg_(?:key|value)>(?:\s|\\n){0,8}){1,8}(?="\s*:)')
+
+
+# A tag, and what may stand behind it before it is known whether it ends a key.
+LONGEST_MARKUP = 40
+
+
+def begins_markup(text):
+    """Whether `text` may go on as a tag at the end of a key."""
+    for tag in MARKUP_TAGS:
+        if tag.startswith(text) or text.startswith(tag) and not text[len(tag):].strip('" \\n'):
+            return True
+    return False
 
 
 def typed_value(text, schema, key):
@@ -2166,7 +2212,8 @@ def parse_leaked_call(text, tools):
         return None
     arguments = {}
     for pair in pairs:
-        key, _, value = pair.partition("<arg_value>")
+        key, *values = VALUE_START.split(pair, 1)
+        value = "".join(values)
         key, *junk = MARKUP.split(key)
         key = key.strip()
         value, closed, rest = value.partition("</arg_value>")
@@ -2221,9 +2268,24 @@ class ToolCall:
     early: str = ""
     # No arguments have come.
     blank: bool = True
+    # The end of the arguments so far, if it may be markup in a key.
+    held: str = ""
     # The arguments are a whole JSON object.
     whole: bool = False
     progress: JsonProgress = dataclasses.field(default_factory=JsonProgress)
+
+    def mend(self, piece):
+        """Arguments without the markup that was seen in keys. What may become such
+        markup is held back."""
+        if "<" not in piece and not self.held:
+            return piece
+        text = MARKUP_IN_KEY.sub("", self.held + piece)
+        self.held = ""
+        at = text.rfind("<", -LONGEST_MARKUP)
+        if at >= 0 and begins_markup(text[at:]):
+            self.held = text[at:]
+            text = text[:at]
+        return text
 
     def follow(self, arguments):
         self.blank = self.blank and not arguments.strip()
@@ -2484,6 +2546,9 @@ class Translator:
                 self.in_think = True
             elif piece == THINK_END and self.in_think:
                 self.in_think = False
+            elif piece == LEAK_END and self.leaked:
+                # It was doubled.
+                continue
             elif piece == LEAK and self.tools:
                 self.leak = Leak(kind, self.tools)
             else:
@@ -2556,6 +2621,7 @@ class Translator:
         call = self._find_call(item, name, seen)
         seen.add(call)
         call.name = call.name or name
+        arguments = call.mend(arguments)
         if call.index is not None:
             call.follow(arguments)
             if arguments:
@@ -2578,8 +2644,8 @@ class Translator:
             self.steps.append(step)
 
     def _mend(self, function):
-        """(name, arguments) as texts. Names and keys were seen with markup in them, and
-        names with all the arguments behind."""
+        """(name, arguments) as texts. Names were seen with markup in them, and with all
+        the arguments behind."""
         name = function.get("name")
         name = name.strip() if isinstance(name, str) else ""
         arguments = function.get("arguments")
@@ -2587,8 +2653,6 @@ class Translator:
             arguments = ""
         if not isinstance(arguments, str):
             arguments = encode_text(arguments)
-        if "arg_" in arguments:
-            arguments = MARKUP_IN_KEY.sub("", arguments)
         if "<" not in name:
             return name[:LONGEST_NAME], arguments
         self.repaired += 1
@@ -2657,6 +2721,10 @@ class Translator:
         for name, arguments in leaked:
             self._call({"function": {"name": name, "arguments": arguments}}, set())
         self._close_filters()
+        for call in self.calls:
+            if call.held and call.index is not None:
+                call.follow(call.held)
+                self.steps.append(Step(ARGUMENTS, call.held, call.index))
         self._check_whole()
         for call in self.calls:
             # Clients parse the arguments as JSON, which no text at all is not.
@@ -2855,7 +2923,9 @@ class Answer:
         if not ended:
             return [], None
         value = decode_or_none(self.refusal.decode("utf-8", "replace"))
-        # A page with status 200 stands where the API should be.
+        if self.reply.status == 200 and value is None:
+            raise not_the_api()
+        # JSON under the name of a page, which tells what was wrong.
         status = 404 if self.reply.status == 200 else self.reply.status
         retry_after = self.reply.fields.get("retry-after", "")
         return [], self.describe(value, status, retry_after)
@@ -5285,6 +5355,9 @@ class Upstream:
             except UpstreamError as error:
                 pause_s = self._pause_s(error, ticket, tries)
                 if pause_s is None:
+                    # Z.ai asks for more time than the client may queue.
+                    if error.pause_s and error.pause_s > self.settings.queue_timeout:
+                        error.retryable = False
                     raise
                 tries += error.verdict in (TRY_AGAIN, TRY_ONCE)
             record.retries += 1
@@ -5392,6 +5465,8 @@ class Upstream:
         except OSError as error:
             return connection_error(error)
         value = decode_or_none(body.decode("utf-8", "replace"))
+        if reply.status == 200 and value is None:
+            return not_the_api()
         if reply.status == 200 and "data" in as_dict(value):
             return None
         return zai_error(value, 404 if reply.status == 200 else reply.status)
