@@ -4779,6 +4779,8 @@ class Relay:
     finishing_since = None
     # Nothing more is to be read.
     is_read = False
+    # The handler's thread has been woken, and the client's socket is its own again.
+    woken = False
 
     def __init__(self, connection, answer, client, take):
         self.connection = connection
@@ -4795,11 +4797,10 @@ class Relay:
 
     def step(self, now, buffer):
         """Read what there is and tell it. True once all is read and out."""
-        client = self.client
         answer = self.answer
-        if client.is_behind:
-            client.outbox.flush()
-        while not self.is_read and not client.is_behind:
+        if self.is_behind:
+            self.client.outbox.flush()
+        while not self.is_read and not self.is_behind:
             data = self.connection.receive(buffer)
             if data is None:
                 break
@@ -4815,10 +4816,25 @@ class Relay:
             # TLS may hold more than its socket shows.
             if not self.connection.pending():
                 break
-        return self.is_read and not client.is_behind
+        # The handler need not wait for the end of a body that is told already.
+        if answer.complete and not self.is_behind:
+            self.wake()
+        return self.is_read and not self.is_behind
+
+    @property
+    def is_behind(self):
+        return not self.woken and self.client.is_behind
+
+    def wake(self):
+        if not self.woken:
+            self.woken = True
+            self.ended.release()
 
     def look(self, now, silence_s):
         """What the time says. True once all is read and out."""
+        if self.woken:
+            # The end of the body usually comes with the answer's.
+            return now - self.heard_at > TICK_S
         if self.client.gone:
             raise ClientGone
         if self.client.is_behind:
@@ -4833,9 +4849,8 @@ class Relay:
         elif now - self.heard_at > silence_s:
             raise UpstreamError(
                 f"Z.ai was silent for {silence_s:g} s (UPSTREAM_TIMEOUT).", TRY_ONCE)
-        # The end of the body usually comes with the answer's; nobody waits long for it.
         self.is_read = self.answer.complete
-        return self.is_read and not self.client.is_behind
+        return self.is_read and not self.is_behind
 
 
 class Pump:
@@ -4952,7 +4967,7 @@ class Pump:
     def _watch(self, relay):
         """Wait for the client to take what is unsent, or else for Z.ai."""
         sock, event = relay.connection.sock, selectors.EVENT_READ
-        if relay.client.is_behind:
+        if relay.is_behind:
             sock, event = relay.client.connection, selectors.EVENT_WRITE
         if sock is relay.watched:
             return
@@ -4966,7 +4981,9 @@ class Pump:
         try:
             is_over = method(*args)
         except Exception as error:
-            relay.errors.append(error)
+            # Behind an answer that has been told nothing can fail any more.
+            if not relay.woken:
+                relay.errors.append(error)
             is_over = True
         if is_over:
             self._end(relay)
@@ -4980,7 +4997,7 @@ class Pump:
         relay.connection.release(relay.answer.reply.reusable)
         # By now the connection is in Upstream's pool, for the next attempt to find.
         self.relays.discard(relay)
-        relay.ended.release()
+        relay.wake()
 
     # Some times a second
 
