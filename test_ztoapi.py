@@ -9044,11 +9044,13 @@ def test_a_full_house_makes_room_for_a_newcomer_by_closing_who_has_idled_longest
 
 def test_who_has_just_come_has_not_idled_longest(zai):
     with proxying(zai, MAX_CONNECTIONS="2") as proxy:
-        with hold(proxy, raw_request("GET", "/health")) as idle, proxy.connect(5) as silent:
-            time.sleep(0.05)
-            assert proxy.call("GET", "/health")[0] == 200
-            assert read_to_end(idle) == b""
-            assert not readable(silent)
+        with hold(proxy, raw_request("GET", "/health")) as idle:
+            # From then on its idleness counts, which may be after its answer has been read.
+            assert eventually(proxy.server.idle)
+            with proxy.connect(5) as silent:
+                assert proxy.call("GET", "/health")[0] == 200
+                assert read_to_end(idle) == b""
+                assert not readable(silent)
 
 
 def test_where_all_are_busy_a_503_can_be_read_and_the_rest_goes_on(zai, log_lines):
