@@ -1223,9 +1223,8 @@ def encode_event(value):
 #
 # The one door to Z.ai: to_zai_request(), last in this section, makes of a chat request
 # the request that Z.ai takes. All checks are made here: what has passed is trusted
-# below. The ranges refused are OpenAI's own;
-# what is inside them and outside Z.ai's is clamped. null in an optional field counts as
-# absent.
+# below. The ranges refused are OpenAI's own; what is inside them and outside Z.ai's is
+# clamped. null in an optional field counts as absent.
 #
 # What a client once let into its history comes again with every turn. So only the
 # last message can be refused for what it shows. What stands before it is mended, or
