@@ -2131,6 +2131,7 @@ BAD_REQUESTS = [
     *((image_of(value), "messages[0].content[1].image_url.url") for value in ({}, {"url": 5})),
     (asking([TEXT, PICTURE]), "messages[0].content[1]"),
     ({**asking([PICTURE]), "model": "glm-5.2"}, "messages[0].content[0]"),
+    ({"messages": [user([PICTURE]), {"role": "system", "content": "S"}]}, "messages[0].content[0]"),
     (asking([TEXT, FILE]), "messages[0].content[1]"),
     (seeing(asking([FILE])), "messages[0].content[0]"),
     *((said_last_by("assistant", tool_calls=value), "messages[0].tool_calls") for value in ("x", {"a": 1}, 5)),
@@ -2214,7 +2215,7 @@ def check_history(messages):
     assert not waiting
 
 
-BAD_LAST = [fields["messages"][-1] for fields, _ in BAD_REQUESTS if fields.get("messages") not in (None, [], {}, "Hi", 5)]
+BAD_LAST = [fields["messages"][0] for fields, _ in BAD_REQUESTS if fields.get("messages") not in (None, [], {}, "Hi", 5)]
 
 
 @pytest.mark.parametrize("model", ["glm-4.6", "glm-4.5v"])
@@ -5030,8 +5031,8 @@ RESPONSES_CHANGES = [
      {"web_search", "local_shell"}),
     ({"tools": [{"type": "function", "name": "f", "description": None, "strict": False}]}, set()),
     ({"tools": [{"type": "function", "name": "f", "strict": True}]}, {"strict"}),
-    ({"input": [user("a"), {"type": "web_search_call", "id": "ws_1"}, {"type": "invented"}]},
-     {"web_search_call", "invented"}),
+    ({"input": [user("a"), {"type": "web_search_call", "id": "ws_1"}, {"type": "invented"}, {"type": ""}]},
+     {"web_search_call", "invented", "_"}),
 ]
 
 
@@ -5550,6 +5551,11 @@ LONG_REQUESTS = {
     "calls without outputs": {"input": [function_call(str(i)) for i in range(30000)]},
     "calls with their outputs":
         {"input": [item for i in range(10000) for item in (function_call(str(i)), gave(str(i), "x"))]},
+    "calls without ids":
+        {"input": [function_call(None) for i in range(10000)] + [gave(None, "x") for i in range(10000)]},
+    "calls of one id": {"input": [function_call("1") for i in range(10000)] + [gave("1", "x") for i in range(10000)]},
+    "outputs of nothing": {"input": [function_call("1")] * 5000 + [gave(str(i), "x") for i in range(10000)]},
+    "what cannot be read": {"input": [[]] * 30000},
     "calls before their outputs":
         {"input": [function_call(str(i)) for i in range(10000)] + [gave(str(i), "x") for i in range(10000)]},
     "thinking": {"input": [{"type": "reasoning", "summary": [{"type": "summary_text", "text": "x" * 1000}]}] * 10000},

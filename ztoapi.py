@@ -1542,7 +1542,7 @@ def refusable_message(roles):
 
 def name_of(word):
     """A client's word as an item of a header's list."""
-    return re.sub("[^a-zA-Z0-9_.-]", "_", word[:40])
+    return re.sub("[^a-zA-Z0-9_.-]", "_", word[:40]) or "_"
 
 
 def some_of(names):
@@ -1700,7 +1700,7 @@ class Translation:
         result = []
         behind_tools = 0
         for i, role in enumerate(roles):
-            self.is_last = i == len(messages) - 1
+            self.is_last = i in (refusable, len(messages) - 1)
             try:
                 message = self.message(messages[i], f"messages[{i}]", i == refusable)
             except RequestError as error:
@@ -1861,8 +1861,6 @@ class Translation:
             try:
                 parts.append(self.part(part, role, f"{param}[{i}]", refusable))
             except RequestError as error:
-                if refusable:
-                    raise
                 parts.append(text_part(self.unreadable(part, error)))
         parts = list(filter(None, parts))
         media = [part for part in parts if part["type"] != "text"]
