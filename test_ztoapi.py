@@ -2844,6 +2844,8 @@ def test_thinking_in_other_dialects_means_the_same(model, fields, ours):
     ({"thinking": {"type": "enabled", "budget_tokens": 20000}, "reasoning_effort": "low"},
      {"thinking": ON, "reasoning_effort": "low"}),
     ({"thinking": {"budget_tokens": 1024}}, {"reasoning_effort": "low"}),
+    ({"enable_thinking": True, "thinking_budget": 20000}, {"enable_thinking": True, "reasoning_effort": "high"}),
+    ({"enable_thinking": False, "thinking_budget": 20000}, {"enable_thinking": False, "reasoning_effort": "high"}),
     ({"enable_thinking": "true"}, {"enable_thinking": True}),
     *(({"enable_thinking": value}, {"enable_thinking": False}) for value in ("false", 0)),
     ({"enable_thinking": {}}, {}),

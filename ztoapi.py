@@ -1294,12 +1294,12 @@ DROPPED = frozenset("""
     prompt_cache_retention safety_identifier service_tier store top_logprobs verbosity
     web_search_options
 """.split())
-# The wish for thinking: our own fields, those of other APIs, what these may hold, and
-# the words for on, off and no wish. 1 and 0 are True and False, too.
-OWN_WISHES = ("thinking", "enable_thinking", "reasoning_effort")
+# The wish for thinking: our own fields and one that others send beside them, fields of
+# other APIs, what these may hold, and the words for on, off and no wish. 1 and 0 are
+# True and False, too.
+OWN_WISHES = ("thinking", "enable_thinking", "reasoning_effort", "thinking_budget")
 FOREIGN_WISHES = (
-    "reasoning", "chat_template_kwargs", "output_config", "think", "thinking_config",
-    "thinking_budget")
+    "reasoning", "chat_template_kwargs", "output_config", "think", "thinking_config")
 WISH_KEYS = """
     type enabled enable_thinking thinking effort reasoning_effort thinking_level max_tokens
     budget_tokens thinking_budget
@@ -3467,8 +3467,6 @@ class Conversation:
     What the assistant says in a row is one message, with its calls.
     """
 
-    SAID = ("content", "reasoning_content")
-
     def __init__(self, body, same, others, caller):
         """`same`: the fields that mean the same in chat; `others`: those that are read
         one by one, and those that ask for nothing."""
@@ -3502,9 +3500,9 @@ class Conversation:
                 self.changed.append("unreadable")
                 self.add("user", encode_request(item).decode())
         for message in self.messages:
-            for field in self.SAID if message["role"] == "assistant" else ():
-                texts = filter(None, message.get(field, []))
-                message[field] = "\n\n".join(texts)
+            said = message if message["role"] == "assistant" else {}
+            for field in said.keys() & {"content", "reasoning_content"}:
+                message[field] = "\n\n".join(filter(None, said[field]))
         self.request["messages"] = self.messages
 
     def read_item(self, item):
