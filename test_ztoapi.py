@@ -2085,6 +2085,10 @@ def said_by(role, **fields):
     return {"messages": [{"role": role, **fields}, user("Hi")]}
 
 
+def said_last_by(role, **fields):
+    return {"messages": [{"role": role, **fields}]}
+
+
 def seeing(fields):
     return {**fields, "model": "glm-4.5v"}
 
@@ -2110,14 +2114,14 @@ BAD_REQUESTS = [
     *(({"messages": [{"role": value, "content": "x"}]}, "messages[0].role")
       for value in (None, "", 5, "robot", "function", "User", ["user"])),
     ({"messages": [{"content": "x"}]}, "messages[0].role"),
-    *((said_by(role, content=value), "messages[0].content")
+    *((said_last_by(role, content=value), "messages[0].content")
       for role in ("user", "system", "developer") for value in (None, 5, {}, True)),
     ({"messages": [{"role": "user"}]}, "messages[0].content"),
     ({"messages": [{"role": "system"}]}, "messages[0].content"),
-    (said_by("assistant", content=5), "messages[0].content"),
-    (said_by("assistant", reasoning_content=5), "messages[0].reasoning_content"),
-    (said_by("tool", content="x"), "messages[0].tool_call_id"),
-    (said_by("tool", content="x", tool_call_id=5), "messages[0].tool_call_id"),
+    (said_last_by("assistant", content=5), "messages[0].content"),
+    (said_last_by("assistant", reasoning_content=5), "messages[0].reasoning_content"),
+    (said_last_by("tool", content=5), "messages[0].content"),
+    (said_last_by("assistant", content=["x"]), "messages[0].content[0]"),
     *((asking([part]), "messages[0].content[0]") for part in (None, "x", 5, [])),
     *((asking([TEXT, part]), "messages[0].content[1].type")
       for part in ({}, {"type": None}, {"type": 5}, AUDIO, {"type": "x"})),
@@ -2127,21 +2131,21 @@ BAD_REQUESTS = [
     *((image_of(value), "messages[0].content[1].image_url.url") for value in ({}, {"url": 5})),
     (asking([TEXT, PICTURE]), "messages[0].content[1]"),
     ({**asking([PICTURE]), "model": "glm-5.2"}, "messages[0].content[0]"),
+    ({"messages": [user([PICTURE]), {"role": "system", "content": "S"}]}, "messages[0].content[0]"),
     (asking([TEXT, FILE]), "messages[0].content[1]"),
     (seeing(asking([FILE])), "messages[0].content[0]"),
-    *((said_by("assistant", tool_calls=value), "messages[0].tool_calls") for value in ("x", {"a": 1}, 5)),
-    (said_by("assistant", tool_calls=["x"]), "messages[0].tool_calls[0]"),
-    (said_by("assistant", tool_calls=[{**CALL, "id": None}]), "messages[0].tool_calls[0].id"),
-    (said_by("assistant", tool_calls=[CALL, {**CALL, "function": None}]), "messages[0].tool_calls[1].function"),
-    (said_by("assistant", tool_calls=[{**CALL, "function": {"arguments": "{}"}}]),
+    *((said_last_by("assistant", tool_calls=value), "messages[0].tool_calls") for value in ("x", {"a": 1}, 5)),
+    (said_last_by("assistant", tool_calls=["x"]), "messages[0].tool_calls[0]"),
+    (said_last_by("assistant", tool_calls=[CALL, {**CALL, "function": None}]), "messages[0].tool_calls[1].function"),
+    (said_last_by("assistant", tool_calls=[{**CALL, "function": {"arguments": "{}"}}]),
      "messages[0].tool_calls[0].function.name"),
-    *(({name: value}, name) for name in ("stream", "parallel_tool_calls", "enable_thinking")
+    *(({name: value}, name) for name in ("stream", "parallel_tool_calls")
       for value in ("true", 1, 0, [], {})),
     *(({name: value}, name) for name in ("temperature", "top_p") for value in ("1", True, [], {})),
     *(({name: value}, name) for name in ("n", "max_tokens", "max_completion_tokens")
       for value in ("1", True, 1.5, [], {})),
     *(({"user": value}, "user") for value in (5, True, [], {})),
-    *(({name: value}, name) for name in ("stream_options", "response_format", "thinking")
+    *(({name: value}, name) for name in ("stream_options", "response_format")
       for value in ("x", 5, True, [])),
     *(({"n": value}, "n") for value in (0, 2, 128)),
     *(({"temperature": value}, "temperature") for value in (-0.1, 2.01)),
@@ -2153,7 +2157,6 @@ BAD_REQUESTS = [
     ({"stream_options": {"include_usage": "yes"}}, "stream_options.include_usage"),
     *(({"reasoning_effort": value}, "reasoning_effort") for value in ("", "very", 5, True, "High")),
     *(({"reasoning_format": value}, "reasoning_format") for value in ("", "think", 5)),
-    *(({"thinking": {"type": value}}, "thinking.type") for value in ("on", 5, True)),
     *(({"response_format": {"type": value}}, "response_format.type") for value in ("xml", 5, None)),
     ({"response_format": {}}, "response_format.type"),
     ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
@@ -2188,6 +2191,40 @@ def test_a_bad_request_is_a_400_that_names_the_parameter(fields, param):
     assert error.param == param, error.message
     assert isinstance(error.code, str)
     assert 0 < len(error.message) < 500
+
+
+def check_history(messages):
+    """Z.ai takes these messages: none is empty, and each call has its output behind it."""
+    waiting = []
+    for message in messages:
+        role, content = message["role"], message["content"]
+        if role == "tool":
+            assert message["tool_call_id"] == waiting.pop(0)
+        assert role == "tool" or not waiting
+        assert role in ("system", "user", "assistant", "tool")
+        assert message.keys() <= {"role", "content", "tool_calls", "tool_call_id", "reasoning_content"}
+        assert isinstance(content, str) or role == "user"
+        calls = message.get("tool_calls", [])
+        assert calls or (content.strip() if isinstance(content, str) else content)
+        for call in calls:
+            assert re.fullmatch("[a-zA-Z0-9_-]{1,64}", call["function"]["name"])
+            assert isinstance(json.loads(call["function"]["arguments"]), dict)
+        waiting = [*waiting, *(call["id"] for call in calls)]
+        assert all(isinstance(id, str) and id for id in waiting)
+        assert len(set(waiting)) == len(waiting)
+    assert not waiting
+
+
+BAD_LAST = [fields["messages"][0] for fields, _ in BAD_REQUESTS if fields.get("messages") not in (None, [], {}, "Hi", 5)]
+
+
+@pytest.mark.parametrize("model", ["glm-4.6", "glm-4.5v"])
+@pytest.mark.parametrize("message", BAD_LAST)
+def test_what_is_refused_in_the_last_message_is_told_if_it_stands_before_it(model, message):
+    body, changed = to_zai(chat_body(model=model, messages=[message, user("Hi")]))
+    check_history(body["messages"])
+    assert len(body["messages"]) == 2
+    assert changed or "image_url" in json.dumps(body)
 
 
 # To add a case, add a row: model, part of the current turn, what the error must say.
@@ -2281,7 +2318,8 @@ MESSAGES = [
     ([user(PARTS)], [user("a\nb")], set()),
     *(([{"role": role, "content": PARTS}, U], [{"role": role, "content": "a\nb"}, U], set())
       for role in ("system", "assistant")),
-    ([{**RESULT, "content": PARTS}, U], [{**RESULT, "content": "a\nb"}, U], set()),
+    ([calling(), {**RESULT, "content": PARTS}, U], [calling(), {**RESULT, "content": "a\nb"}, U], set()),
+    ([user([{"type": "input_text", "text": "a"}, {"type": "output_text", "text": "b"}])], [user("a\nb")], set()),
     *(([user(content)], [DOT], {"empty_message"}) for content in ("", [], [NO_TEXT], " \n")),
     *(([{"role": "assistant", "tool_calls": [CALL], **content}, RESULT, U], [calling(), RESULT, U], set())
       for content in ({}, {"content": None}, {"content": ""}, {"content": []})),
@@ -2290,10 +2328,10 @@ MESSAGES = [
     ([{**A, "reasoning": "no", "reasoning_content": "yes"}, U], [{**A, "reasoning_content": "yes"}, U], set()),
     ([{**A, "reasoning": {"a": 1}, "reasoning_details": [{"type": "x"}]}, U], [A, U], {"reasoning_details"}),
     ([{**A, "tool_calls": []}, U], [A, U], set()),
-    ([calling({"city": "Paris"}), U], [calling(), U], set()),
+    ([calling({"city": "Paris"}), RESULT, U], [calling(), RESULT, U], set()),
     ([{"role": "assistant", "tool_calls": [{"id": "c1", "type": "custom",
-     "custom": {"name": "get_weather", "input": "x"}}]}, U],
-     [calling('{"input":"x"}'), U], set()),
+     "custom": {"name": "get_weather", "input": "x"}}]}, RESULT, U],
+     [calling('{"input":"x"}'), RESULT, U], set()),
     ([{"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]}, U],
      [{"role": "assistant", "content": "No."}, U], set()),
     ([{**U, "name": "bob"}], [U], {"name"}),
@@ -2315,12 +2353,75 @@ MESSAGES = [
         {}, {"content": None}, {"content": ""}, {"content": [NO_TEXT]}, {"content": "\n"}, {"reasoning_content": "hm"},
         {"tool_calls": []})),
     ([{**S, "content": ""}, U], [U], {"empty_message"}),
+    # What cannot be read
+    ([None, U], [user("null"), U], {"unreadable"}),
+    ([{"role": "model", "content": "A"}, U], [user('{"role":"model","content":"A"}'), U], {"unreadable"}),
+    ([{**A, "content": ["a", *PARTS]}, U], [{**A, "content": '"a"\na\nb'}, U], {"unreadable"}),
 ]
+
+
+def calls_of(*ids, **fields):
+    return {"role": "assistant", "content": "", "tool_calls": [
+        {**CALL, "id": id, "function": {"name": "f", "arguments": "{}"}, **fields} for id in ids]}
+
+
+def gives(id, content="20"):
+    return {"role": "tool", "tool_call_id": id, "content": content}
+
+
+NAMELESS = {"role": "tool", "content": "20"}
+TOLD = user("Output of the tool call c1:\n20")
+# To add a case, add a row: OpenAI's messages behind a first one, Z.ai's, what was changed.
+CALL_HISTORIES = [
+    *(([calls_of(id), {**NAMELESS, "tool_call_id": other}], [calls_of("call_3_0"), gives("call_3_0")], {"tool_call_id"})
+      for id in (None, "", [], True, 0) for other in (None, "", [], "c9")),
+    ([calls_of(5), gives(5)], [calls_of("5"), gives("5")], {"tool_call_id"}),
+    ([{**calls_of(), "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}, NAMELESS],
+     [calls_of("call_3_0"), gives("call_3_0")], {"tool_call_id"}),
+    ([calls_of("c1", "c2"), NAMELESS, {**NAMELESS, "content": "30"}],
+     [calls_of("c1", "c2"), gives("c1"), gives("c2", "30")], {"tool_call_id"}),
+    ([calls_of("c1", None), {**NAMELESS, "content": "30"}, gives("c1")],
+     [calls_of("c1", "call_3_1"), gives("c1", "30"), gives("call_3_1", "20")], {"tool_call_id"}),
+    ([calls_of("c1", "c1"), gives("c1"), gives("c1", "30")],
+     [calls_of("c1", "call_3_1"), gives("c1"), gives("call_3_1", "30")], {"tool_call_id"}),
+    ([calls_of("c1"), gives("c1"), calls_of("c1"), gives("c1", "30")],
+     [calls_of("c1"), gives("c1"), calls_of("c1"), gives("c1", "30")], set()),
+    ([calls_of("c1"), U, calls_of("c1"), gives("c1")],
+     [calls_of("c1"), gives("c1", "(no output)"), U, calls_of("c1"), gives("c1")], {"empty_message"}),
+    ([calls_of("c1", "c2"), gives("c2")], [calls_of("c1", "c2"), gives("c1", "(no output)"), gives("c2")],
+     {"empty_message"}),
+    ([calls_of("c1")], [calls_of("c1"), gives("c1", "(no output)")], {"empty_message"}),
+    ([calls_of("c1"), S, gives("c1")], [calls_of("c1"), gives("c1"), S], {"message_order"}),
+    ([calls_of("c1"), A, gives("c1")], [calls_of("c1"), gives("c1"), A], {"message_order"}),
+    ([calls_of("c1", "c2"), gives("c2"), gives("c1", "30")],
+     [calls_of("c1", "c2"), gives("c1", "30"), gives("c2")], set()),
+    ([gives("c1"), calls_of("c1")], [TOLD, calls_of("c1"), gives("c1", "(no output)")],
+     {"tool_call_id", "empty_message"}),
+    ([gives("c1")], [TOLD], {"tool_call_id"}),
+    ([calls_of("c1"), gives("c1", "10"), gives("c1")], [calls_of("c1"), gives("c1", "10"), TOLD], {"tool_call_id"}),
+    *(([calls_of("c1", function={"name": name, "arguments": "{}"}), gives("c1")],
+       [calls_of("c1", function={"name": clean, "arguments": "{}"}), gives("c1")], {"tool_name"})
+      for name, clean in ((" f</arg_value>", "f"), ("mcp.a b", "mcp_a_b"), ("", "unknown"), ("x" * 65, "x" * 64))),
+    ([calls_of("c1", function="f"), gives("c1")],
+     [user(json.dumps(calls_of("c1", function="f"), separators=(",", ":"))), TOLD], {"unreadable", "tool_call_id"}),
+]
+
+
+@pytest.mark.parametrize("messages, expected, changed", CALL_HISTORIES)
+def test_each_call_has_its_output_behind_it(messages, expected, changed):
+    body, really = to_zai(chat_body(messages=[S, U, *messages]))
+    check_history(body["messages"])
+    assert body["messages"] == [S, U, *expected]
+    assert really == changed
+    # What follows changes nothing, or Z.ai's cache would be lost.
+    again, _ = to_zai(chat_body(messages=[S, U, *messages, U]))
+    assert again["messages"] == [S, U, *expected, U]
 
 
 @pytest.mark.parametrize("messages, expected, changed", MESSAGES)
 def test_messages_become(messages, expected, changed):
     body, really = to_zai(chat_body(messages=messages))
+    check_history(body["messages"])
     assert body["messages"] == expected
     assert really == changed
 
@@ -2365,6 +2466,9 @@ FROM_TOOLS = {"type": "text", "text": "From the tool results:"}
 NO_PICTURE = {"type": "text", "text": "[image left out: GLM-4.6 takes text only]"}
 
 
+TWO_CALLS = calls_of("c1", "c2")
+
+
 def result(*parts):
     return {**RESULT, "content": list(parts)}
 
@@ -2376,11 +2480,11 @@ def result(*parts):
     ([user([PICTURE])], [user([PICTURE, {"type": "text", "text": "."}])]),
     ([user([PICTURE, NO_TEXT])], [user([PICTURE, {"type": "text", "text": "."}])]),
     ([user([TEXT, PICTURE]), A, U], [user([TEXT, PICTURE]), A, U]),
-    ([calling(), result(TEXT, PICTURE), RESULT, U],
-     [calling(), {**RESULT, "content": TEXT["text"]}, RESULT, user([FROM_TOOLS, PICTURE]), U]),
+    ([calling(), result(TEXT, PICTURE), U],
+     [calling(), {**RESULT, "content": TEXT["text"]}, user([FROM_TOOLS, PICTURE]), U]),
     ([calling(), result(PICTURE)], [calling(), {**RESULT, "content": "(an image)"}, user([FROM_TOOLS, PICTURE])]),
-    ([calling(), result(PICTURE), S, result(PICTURE), A, U, calling(), result(PICTURE), U],
-     [calling(), {**RESULT, "content": "(an image)"}, S, {**RESULT, "content": "(an image)"},
+    ([TWO_CALLS, result(PICTURE), {**result(PICTURE), "tool_call_id": "c2"}, A, U, calling(), result(PICTURE), U],
+     [TWO_CALLS, {**RESULT, "content": "(an image)"}, {**RESULT, "content": "(an image)", "tool_call_id": "c2"},
       user([FROM_TOOLS, PICTURE, PICTURE]), A, U, calling(), {**RESULT, "content": "(an image)"},
       user([FROM_TOOLS, PICTURE]), U]),
 ])
@@ -2684,7 +2788,8 @@ def test_thinking_is_asked_for_as_each_family_takes_it(family, model, fields, de
     ({"reasoning": {"enabled": True}}, {"enable_thinking": True}),
     ({"reasoning": {"enabled": False, "exclude": True}}, {"enable_thinking": False}),
     ({"reasoning": {"enabled": True, "effort": "low"}}, {"enable_thinking": True, "reasoning_effort": "low"}),
-    ({"reasoning": {"max_tokens": 0}}, {"reasoning_effort": "none"}),
+    ({"reasoning": {"max_tokens": 0}}, {"enable_thinking": False}),
+    ({"reasoning": {"max_tokens": -1}}, {}),
     ({"reasoning": {"max_tokens": 1024}}, {"reasoning_effort": "low"}),
     ({"reasoning": {"max_tokens": 2000}}, {"reasoning_effort": "medium"}),
     ({"reasoning": {"max_tokens": 20000}}, {"reasoning_effort": "high"}),
@@ -2697,11 +2802,26 @@ def test_thinking_is_asked_for_as_each_family_takes_it(family, model, fields, de
     # Our own field wins
     ({"reasoning": {"effort": "high"}, "thinking": OFF}, {"thinking": OFF}),
     ({"chat_template_kwargs": {"enable_thinking": False}, "reasoning_effort": "high"}, {"reasoning_effort": "high"}),
+    # Other words, and other fields
+    *(({name: value}, {"enable_thinking": on})
+      for name in ("reasoning", "think", "thinking_config", "chat_template_kwargs")
+      for value, on in ((True, True), ("true", True), (False, False), ("off", False), ({"type": "adaptive"}, True),
+                        ({"thinking": False}, False), ({"enabled": "false"}, False))),
+    *(({name: {"type": "enabled", "budget_tokens": 1024}}, {"enable_thinking": True, "reasoning_effort": "low"})
+      for name in ("reasoning", "thinking_config")),
+    *(({name: "high"}, {"reasoning_effort": "high"}) for name in ("reasoning", "think", "output_config")),
+    ({"output_config": {"effort": "low"}}, {"reasoning_effort": "low"}),
+    ({"thinking_budget": 2000}, {"reasoning_effort": "medium"}),
+    ({"thinking_budget": 0}, {"enable_thinking": False}),
+    ({"thinking_budget": -1}, {}),
+    ({"thinking_config": {"thinking_level": "high", "include_thoughts": True}}, {"reasoning_effort": "high"}),
+    ({"chat_template_kwargs": {"enable_thinking": True, "clear_thinking": False}},
+     {"thinking": {"type": "enabled", "clear_thinking": False}}),
+    ({"include_reasoning": False}, {}),
     # What cannot be read is no wish
     *(({"reasoning": value}, {}) for value in (
-        {}, [], "x", 5, True, {"effort": "very"}, {"effort": ["high"]}, {"enabled": "high"}, {"max_tokens": "high"},
-        {"max_tokens": True})),
-    *(({"chat_template_kwargs": value}, {}) for value in ({}, [], {"enable_thinking": "low"}, {"thinking": ON})),
+        {}, [], "x", "auto", {"effort": "very"}, {"effort": ["high"]}, {"effort": "default"}, {"exclude": True})),
+    *(({"chat_template_kwargs": value}, {}) for value in ({}, [], {"enable_thinking": []}, {"thinking": ON})),
 ])
 @pytest.mark.parametrize("model", ["glm-4.6", "glm-5.2", "glm-5.3", "glm-9"])
 def test_thinking_in_other_dialects_means_the_same(model, fields, ours):
@@ -2709,6 +2829,35 @@ def test_thinking_in_other_dialects_means_the_same(model, fields, ours):
     same, also = to_zai(chat_body(model=model, **ours))
     assert body == same
     assert changed == also | (fields.keys() | fields.get("extra_body", {}).keys()) - ours.keys()
+
+
+# To add a form of one of our own fields, add a row: the fields, the same in ours.
+@pytest.mark.parametrize("fields, ours", [
+    *(({"thinking": value}, {"thinking": ON}) for value in (
+        True, "true", "enabled", "adaptive", {"type": "adaptive"}, {"enabled": True}, {"type": "on"})),
+    *(({"thinking": value}, {"thinking": OFF}) for value in (False, "disabled", {"enabled": False}, {"type": "off"})),
+    *(({"thinking": value}, {}) for value in (
+        "auto", {"type": "auto"}, {"type": "perhaps"}, {"type": []}, [], "perhaps", {"budget_tokens": -1})),
+    ({"thinking": {"type": "adaptive", "clear_thinking": False}},
+     {"thinking": {"type": "enabled", "clear_thinking": False}}),
+    ({"thinking": {"type": "enabled", "budget_tokens": 20000}}, {"thinking": ON, "reasoning_effort": "high"}),
+    ({"thinking": {"type": "enabled", "budget_tokens": 20000}, "reasoning_effort": "low"},
+     {"thinking": ON, "reasoning_effort": "low"}),
+    ({"thinking": {"budget_tokens": 1024}}, {"reasoning_effort": "low"}),
+    ({"enable_thinking": True, "thinking_budget": 20000}, {"enable_thinking": True, "reasoning_effort": "high"}),
+    ({"enable_thinking": False, "thinking_budget": 20000}, {"enable_thinking": False, "reasoning_effort": "high"}),
+    ({"enable_thinking": "true"}, {"enable_thinking": True}),
+    *(({"enable_thinking": value}, {"enable_thinking": False}) for value in ("false", 0)),
+    ({"enable_thinking": {}}, {}),
+    *(({"reasoning_effort": value}, {}) for value in ("auto", "default")),
+    ({"reasoning_effort": "ultra"}, {"reasoning_effort": "max"}),
+    ({"reasoning_effort": "xlow"}, {"reasoning_effort": "minimal"}),
+])
+@pytest.mark.parametrize("model", ["glm-4.6", "glm-5.2", "glm-5.3", "glm-9"])
+def test_our_own_fields_in_other_words_mean_the_same(model, fields, ours):
+    body, changed = to_zai(chat_body(model=model, **fields))
+    assert body == to_zai(chat_body(model=model, **ours))[0]
+    assert changed & set(fields)
 
 
 def test_an_unknown_model_gets_the_thinking_that_was_asked_for():
@@ -4562,7 +4711,8 @@ CLAUDE_HISTORIES = [
     # GLM-4.6V takes no such file; the conversation goes on all the same.
     (None, [user([source("document", type="base64", media_type="application/pdf", data="AA"), text("a")])],
      [user("[file left out: GLM-4.6V takes no such file]\na")]),
-    (None, [user([{"type": "search_result", "source": "s", "title": "t", "content": [text("S")]}])], [user("S")]),
+    (None, [user([{"type": "search_result", "source": "s", "title": "t", "content": [text("S")]}])], [user("t\nS")]),
+    (None, [user([dict(source("document", type="text", data="D"), title="t", context="c")])], [user("t\nc\nD")]),
     (None, [user("a"), {"role": "assistant", "content": [
         {"type": "thinking", "thinking": "T", "signature": ""}, {"type": "redacted_thinking", "data": "x"},
         text("b"), use("1", input={"q": 1}), use("2")]},
@@ -4581,6 +4731,18 @@ CLAUDE_HISTORIES = [
     # A system message between a call and its result waits.
     (None, [user("a"), using(use("1")), system("s"), user([tool_result("1", "one")])],
      [user("a"), assistant("", [("1", "f", "{}")]), output("1", "one"), system("s")]),
+    # Calls and results without ids.
+    *((None, [user("a"), using(use(id)), user([tool_result(id, "one")])],
+       [user("a"), assistant("", [("call_2_0", "f", "{}")]), output("call_2_0", "one")]) for id in (None, "", [], ["1"])),
+    # What cannot be read, before the last message.
+    *((None, [{"role": "user", "content": content}, user("a")],
+       [user(json.dumps({"role": "user", "content": content}, separators=(",", ":"))), user("a")])
+      for content in (5, ["x"], [{"text": "x"}])),
+    (None, [user([text("a"), {"type": "text", "text": None}]), user("b")],
+     [user('a\n{"type":"text"}'), user("b")]),
+    (None, [user("a"), using(text("b"), dict(use("1"), name=None)), user([tool_result("1", "one")])],
+     [user("a"), user('{"type":"function_call","call_id":"1","name":null,"arguments":{}}'), assistant("b"),
+      user("Output of the tool call 1:\none")]),
     # The beginning of an answer.
     (None, [user("a"), {"role": "assistant", "content": "b"}], [user("a"), assistant("b")]),
     (None, [user("a"), {"role": "assistant", "content": "b"}, {"role": "assistant", "content": "c"}, user("d")],
@@ -4605,9 +4767,8 @@ def test_a_picture_never_ends_a_conversation_with_a_model_that_sees_none():
 BAD_MESSAGES = [
     {"messages": None}, {"messages": 5}, {"messages": [5]}, {"messages": [{"role": 5, "content": "a"}]},
     {"messages": [{"role": "user"}]}, {"messages": [user([5])]}, {"messages": [user([{"type": []}])]},
-    {"messages": [user([{"type": "text"}])]}, {"messages": [user([tool_result([], "a")])]},
+    {"messages": [user([{"type": "text"}])]},
     {"messages": [{"role": "assistant", "content": [use("1", name=5)]}]},
-    {"messages": [{"role": "assistant", "content": [use(["1"])]}]},
     {"messages": [{"role": "assistant", "content": [{"type": "text"}]}]},
     {"messages": [{"role": "assistant", "content": [{"type": "thinking", "thinking": 5}]}]},
     {"messages": [{"role": "judge", "content": "a"}]}, {"messages": []},
@@ -4822,7 +4983,7 @@ RESPONSES_REQUESTS = [
     ({"text": {"format": {"type": "json_object"}}}, {"response_format": {"type": "json_object"}}),
     ({"text": {"format": {"type": "text"}}}, {"response_format": {"type": "text"}}),
     ({"reasoning": {"effort": "xhigh", "summary": "auto"}}, {"reasoning_effort": "xhigh", "enable_thinking": None}),
-    ({"reasoning": {"effort": "ultra"}}, {"reasoning_effort": "max"}),
+    ({"reasoning": {"effort": "ultra"}}, {"reasoning_effort": "ultra"}),
     ({"reasoning": {"effort": None, "summary": "auto"}}, {"reasoning_effort": None, "enable_thinking": True}),
     ({"reasoning": {"generate_summary": "concise"}}, {"enable_thinking": True}),
     ({"reasoning": {"summary": "off"}}, {"enable_thinking": None}),
@@ -4872,8 +5033,8 @@ RESPONSES_CHANGES = [
      {"web_search", "local_shell"}),
     ({"tools": [{"type": "function", "name": "f", "description": None, "strict": False}]}, set()),
     ({"tools": [{"type": "function", "name": "f", "strict": True}]}, {"strict"}),
-    ({"input": [user("a"), {"type": "web_search_call", "id": "ws_1"}, {"type": "invented"}]},
-     {"web_search_call", "invented"}),
+    ({"input": [user("a"), {"type": "web_search_call", "id": "ws_1"}, {"type": "invented"}, {"type": ""}]},
+     {"web_search_call", "invented", "_"}),
 ]
 
 
@@ -4972,6 +5133,17 @@ INPUTS = [
     ([user("a"), message("assistant", {"type": "refusal", "refusal": "No."}), user("b")],
      [user("a"), assistant("No."), user("b")]),
     ([{"type": "compaction", "encrypted_content": "So far."}, user("a")], [user("So far."), user("a")]),
+    ([user("a"), function_call(5), gave(5, "one")], [user("a"), assistant("", [("5", "f", "{}")]), output("5", "one")]),
+    # What cannot be read, before the last item.
+    ([5, user("a")], [user("5"), user("a")]),
+    ([user("a"), function_call("1"), gave("1", {"b": 1}), user("c")],
+     [user("a"), ONE_CALL, output("1", "(no output)"), user(json.dumps(gave("1", {"b": 1}), separators=(",", ":"))),
+      user("c")]),
+    # Files of another provider.
+    ([message("user", text("a"), {"type": "input_image", "file_id": "f"}), user("b")],
+     [user("a\n[input_image left out: Z.ai takes no input_image]"), user("b")]),
+    ([user("a"), function_call("1"), gave("1", [{"type": "input_file", "file_id": "f"}])],
+     [user("a"), ONE_CALL, output("1", "[input_file left out: Z.ai takes no input_file]")]),
     ([{"type": "item_reference", "id": "rs_unknown"}, user("a")], [user("a")]),
 ]
 
@@ -4982,6 +5154,13 @@ def test_the_input_of_responses_becomes_a_conversation_of_chat(items, expected):
     assert asked_by_front(request).body["messages"] == expected
     _, request = read_responses(input=items, instructions="Be brief.")
     assert asked_by_front(request).body["messages"] == [system("Be brief."), *expected]
+
+
+@pytest.mark.parametrize("id", [None, "", []])
+def test_a_call_without_an_id_finds_its_output(id):
+    _, request = read_responses(input=[user("a"), function_call(id), gave(id, "one")])
+    expected = [user("a"), assistant("", [("call_2_0", "f", "{}")]), output("call_2_0", "one")]
+    assert asked_by_front(request).body["messages"] == expected
 
 
 def test_a_file_keeps_its_name():
@@ -5056,10 +5235,10 @@ BAD_RESPONSES = [
     ({"prompt": {"id": "p"}}, "prompt"), ({"background": True}, "background"), ({"input": None}, "input"),
     ({"input": 5}, "input"), ({"input": [5]}, "input"), ({"input": [{"type": 5}]}, "input.type"),
     ({"input": [{"role": "user"}]}, "content"), ({"input": [{"content": "a"}]}, "input.role"),
-    ({"input": [{"role": "user", "content": [5]}]}, "content"), ({"input": [function_call(5)]}, "input.call_id"),
-    ({"input": [function_call([])]}, "input.call_id"), ({"input": [function_call("1", 5)]}, "tools.name"),
+    ({"input": [{"role": "user", "content": [5]}]}, "content"), 
+    ({"input": [function_call("1", 5)]}, "tools.name"),
     ({"input": [function_call("1", namespace=5)]}, "tools.namespace"),
-    ({"input": [gave([], "a")]}, "input.call_id"), ({"input": [gave("1", {})]}, "content"),
+    ({"input": [gave("1", {})]}, "content"),
     ({"input": [{"type": "item_reference"}]}, "input.id"), ({"input": [thought(5, content=5)]}, "content"),
     ({"input": [{"type": "compaction_trigger"}]}, "input"), ({"input": [{"type": "compaction"}]}, "content"),
     ({"input": [message("user", {"type": "input_image", "file_id": "f"})]}, "input"),
@@ -5374,6 +5553,11 @@ LONG_REQUESTS = {
     "calls without outputs": {"input": [function_call(str(i)) for i in range(30000)]},
     "calls with their outputs":
         {"input": [item for i in range(10000) for item in (function_call(str(i)), gave(str(i), "x"))]},
+    "calls without ids":
+        {"input": [function_call(None) for i in range(10000)] + [gave(None, "x") for i in range(10000)]},
+    "calls of one id": {"input": [function_call("1") for i in range(10000)] + [gave("1", "x") for i in range(10000)]},
+    "outputs of nothing": {"input": [function_call("1")] * 5000 + [gave(str(i), "x") for i in range(10000)]},
+    "what cannot be read": {"input": [[]] * 30000},
     "calls before their outputs":
         {"input": [function_call(str(i)) for i in range(10000)] + [gave(str(i), "x") for i in range(10000)]},
     "thinking": {"input": [{"type": "reasoning", "summary": [{"type": "summary_text", "text": "x" * 1000}]}] * 10000},

@@ -1288,25 +1288,28 @@ UNITS = {str: " characters", list: " items"}
 WORDS = {"reasoning_effort": EFFORTS, "reasoning_format": REASONING_FORMATS}
 # OpenAI's fields that Z.ai has no use for.
 DROPPED = frozenset("""
-    audio frequency_penalty logit_bias logprobs metadata modalities moderation prediction
-    presence_penalty prompt_cache_key prompt_cache_options prompt_cache_retention
-    safety_identifier service_tier store top_logprobs verbosity web_search_options
+    audio frequency_penalty include_reasoning logit_bias logprobs metadata modalities
+    moderation prediction presence_penalty prompt_cache_key prompt_cache_options
+    prompt_cache_retention safety_identifier service_tier store top_logprobs verbosity
+    web_search_options
 """.split())
-# The wish for thinking as other APIs spell it: their field and its keys, each with our
-# field of the same meaning.
-FOREIGN_WISHES = {
-    "reasoning": {
-        "enabled": "enable_thinking",
-        "effort": "reasoning_effort",
-        "max_tokens": "reasoning_effort",
-    },
-    "chat_template_kwargs": {
-        "enable_thinking": "enable_thinking",
-        "thinking": "enable_thinking",
-        "reasoning_effort": "reasoning_effort",
-    },
+# The wish for thinking: our own fields and one that others send beside them, fields of
+# other APIs, what these may hold, and the words for on, off and no wish. 1 and 0 are
+# True and False, too.
+OWN_WISHES = ("thinking", "enable_thinking", "reasoning_effort", "thinking_budget")
+FOREIGN_WISHES = (
+    "reasoning", "chat_template_kwargs", "output_config", "think", "thinking_config")
+WISH_KEYS = """
+    type enabled enable_thinking thinking effort reasoning_effort thinking_level max_tokens
+    budget_tokens thinking_budget
+""".split()
+WISH_WORDS = {
+    1: True, "true": True, "on": True, "enabled": True, "adaptive": True,
+    0: False, "false": False, "off": False, "disabled": False,
+    "auto": None, "default": None,
+    "xlow": "minimal", "ultra": "max",
+    **{effort: effort for effort in EFFORTS},
 }
-OWN_WISHES = ("thinking", "enable_thinking", "reasoning_effort")
 
 
 class Asked(NamedTuple):
@@ -1400,7 +1403,7 @@ def function_object(**fields):
 def effort_of_budget(tokens):
     """The effort that comes nearest to a budget of thinking, in tokens; None without a
     budget."""
-    if type(tokens) is not int:
+    if type(tokens) is not int or tokens < 0:
         return None
     efforts = {0: "none", 1024: "low", 8192: "medium", 24576: "high"}
     for most, effort in efforts.items():
@@ -1409,20 +1412,35 @@ def effort_of_budget(tokens):
     return "max"
 
 
-def read_wish(value, meanings):
-    """Our fields for what a foreign one says of thinking. What cannot be read is passed
+def read_wish(value):
+    """Our fields for what a value says of thinking. What cannot be read is passed
     over."""
-    found = {}
-    for key, name in meanings.items():
-        wish = value.get(key)
-        if key == "max_tokens":
-            wish = effort_of_budget(wish)
-        fits = wish in EFFORTS
-        if name == "enable_thinking":
-            fits = isinstance(wish, bool)
-        if fits:
-            found.setdefault(name, wish)
-    return found
+    if isinstance(value, dict):
+        found = {}
+        for key in WISH_KEYS:
+            wish = value.get(key)
+            if not isinstance(wish, dict):
+                found = {**read_wish(wish), **found}
+        if "clear_thinking" in value:
+            found["thinking"] = {"clear_thinking": value["clear_thinking"]}
+        return found
+    if isinstance(value, (str, int)):
+        value = WISH_WORDS.get(value, effort_of_budget(value))
+    if isinstance(value, bool):
+        return {"enable_thinking": value}
+    return {"reasoning_effort": value} if value in EFFORTS else {}
+
+
+def is_own_wish(name, value):
+    """Whether we read it as it is. The error of a wrong effort is OpenAI's, too."""
+    if name == "reasoning_effort":
+        return not isinstance(value, str) or WISH_WORDS.get(value, value) == value
+    if name == "enable_thinking":
+        return isinstance(value, bool)
+    thinking = without_nulls(value) if isinstance(value, dict) else {"enabled": value}
+    is_ours = thinking.get("type", "enabled") in ("enabled", "disabled")
+    # Claude's has a budget.
+    return is_ours and thinking.keys() & WISH_KEYS <= {"type"}
 
 
 def own_dialect(request, changed):
@@ -1434,15 +1452,14 @@ def own_dialect(request, changed):
         inner = as_dict(request["extra_body"])
         request = {**without_nulls(inner), **request}
         del request["extra_body"]
-    # Where the client also sends our own fields, those count.
-    own_wish = any(name in request for name in OWN_WISHES)
-    for foreign, meanings in FOREIGN_WISHES.items():
-        if foreign not in request:
+    for name in (*OWN_WISHES, *FOREIGN_WISHES):
+        if name not in request or name in OWN_WISHES and is_own_wish(name, request[name]):
             continue
-        changed.append(foreign)
-        value = request.pop(foreign)
-        if not own_wish:
-            request = {**read_wish(as_dict(value), meanings), **request}
+        changed.append(name)
+        wish = read_wish(request.pop(name))
+        # Where the client also sends our own fields, those count.
+        if name in OWN_WISHES or not any(own in request for own in OWN_WISHES):
+            request = {**wish, **request}
     return request
 
 
@@ -1524,7 +1541,7 @@ def refusable_message(roles):
 
 def name_of(word):
     """A client's word as an item of a header's list."""
-    return re.sub("[^a-zA-Z0-9_.-]", "_", word[:40])
+    return re.sub("[^a-zA-Z0-9_.-]", "_", word[:40]) or "_"
 
 
 def some_of(names):
@@ -1615,7 +1632,6 @@ def read_thinking(thinking, request, default):
     """(wish, field): True, False or None for no wish, and the field that says it."""
     switch = thinking.get("type")
     if switch is not None:
-        need_word(switch, ("enabled", "disabled"), "thinking.type")
         return switch == "enabled", "thinking"
     if "enable_thinking" in request:
         return request["enable_thinking"], "enable_thinking"
@@ -1639,6 +1655,10 @@ class Translation:
         self.instructions = []
         # Images of tool results, until the last of these results has come.
         self.images = []
+        # The tool messages that wait for their text: all, by id; those of this turn;
+        # and of these the ones whose call came without an id of its own.
+        self.waiting = {}
+        self.turn = self.nameless = iter(())
         self.functions = {}
         self.stop = ()
 
@@ -1674,26 +1694,82 @@ class Translation:
     def messages(self):
         """Z.ai's messages. It refuses a request without a user among them."""
         messages = self.request["messages"]
-        roles = []
-        for i, message in enumerate(messages):
-            roles.append(need(message, "role", str, f"messages[{i}]"))
+        roles = [as_dict(message).get("role") for message in messages]
         refusable = refusable_message(roles) if self.refuses_media else None
         result = []
         behind_tools = 0
         for i, role in enumerate(roles):
-            message = self.message(messages[i], role, f"messages[{i}]", i == refusable)
+            self.is_last = i in (refusable, len(messages) - 1)
+            try:
+                message = self.message(messages[i], f"messages[{i}]", i == refusable)
+            except RequestError as error:
+                text = self.unreadable(messages[i], error)
+                message = {"role": "user", "content": text}
             # Parallel calls have several results, which must stand side by side.
-            if role == "assistant":
+            if message["role"] == "assistant":
                 self.place_images(result, behind_tools)
+            if message["role"] == "tool":
+                message = self.answer(message, result)
             if message["content"] is not None:
                 result.append(message)
-            if role == "tool":
+            if "tool_calls" in message:
+                result += self.expect_answers(message, len(result))
+            if "tool_calls" in message or role == "tool":
                 behind_tools = len(result)
+        for message in result:
+            if message["content"] is None:
+                self.changed.append("empty_message")
+                message["content"] = FILLERS["tool"]
         self.place_images(result, behind_tools)
         if not any(message["role"] == "user" for message in result):
             result.append({"role": "user", "content": FILLERS["user"]})
             self.changed.append("user_message")
         return result
+
+    def unreadable(self, value, error):
+        """What cannot be read, as text. In the last message it is an error."""
+        if self.is_last:
+            raise error
+        self.changed.append("unreadable")
+        return encode_request(value).decode()
+
+    def expect_answers(self, message, place):
+        """A tool message for each call, as Z.ai wants. They wait for their text.
+
+        A call without an id, or with that of another one, gets one by its place: what
+        is sent again must stay the same, or Z.ai's cache is lost.
+        """
+        turn = {}
+        nameless = []
+        for i, call in enumerate(message["tool_calls"]):
+            waiting = {"role": "tool", "content": None}
+            if call["id"] is None or call["id"] in turn:
+                call["id"] = f"call_{place}_{i}"
+                nameless.append(waiting)
+                self.changed.append("tool_call_id")
+            waiting["tool_call_id"] = call["id"]
+            turn[call["id"]] = waiting
+        self.waiting.update(turn)
+        self.turn = iter(turn.values())
+        self.nameless = iter(nameless)
+        return turn.values()
+
+    def answer(self, message, result):
+        """Give a tool's output to its call, however late it comes: what is then left is
+        nothing. Without a call it can only be told as a user's words."""
+        id = message["tool_call_id"]
+        found = self.waiting.pop(id, None)
+        if found is None or found["content"] is not None:
+            rest = self.nameless if id else self.turn
+            found = next((other for other in rest if other["content"] is None), None)
+            self.changed.append("tool_call_id")
+        if found is None:
+            text = f"Output of the tool call {id}:\n{message['content']}"
+            return {"role": "user", "content": text}
+        if result[-1]["role"] != "tool":
+            self.changed.append("message_order")
+        found["content"] = message["content"]
+        return {"role": "tool", "content": None}
 
     def place_images(self, result, place):
         """Z.ai takes images from users only: those of tools follow the last result."""
@@ -1702,8 +1778,9 @@ class Translation:
             result.insert(place, {"role": "user", "content": content})
             self.images = []
 
-    def message(self, message, role, param, refusable):
+    def message(self, message, param, refusable):
         """One message; its content is None if nothing is left of it."""
+        role = need(message, "role", str, param)
         message = without_nulls(message)
         need_word(role, ROLES, f"{param}.role")
         if role == "developer":
@@ -1716,7 +1793,7 @@ class Translation:
         content = self.content(message, role, f"{param}.content", refusable)
         result = {"role": role, "content": content}
         if role == "tool":
-            result["tool_call_id"] = need(message, "tool_call_id", str, param)
+            result["tool_call_id"] = self.call_id(message.get("tool_call_id"))
         if role == "assistant":
             result.update(self.assistant(message, param))
         # Blanks alone are as empty as nothing.
@@ -1740,9 +1817,16 @@ class Translation:
             fields["tool_calls"] = list(map(self.call, calls, paths))
         return fields
 
+    def call_id(self, id):
+        """The id of a call as text, None without one. Z.ai itself has sent numbers."""
+        if id and type(id) is int:
+            self.changed.append("tool_call_id")
+            id = str(id)
+        return id if id and isinstance(id, str) else None
+
     def call(self, call, param):
         """A tool call of an earlier answer, sent back."""
-        id = need(call, "id", str, param)
+        id = self.call_id(expect(call, dict, param).get("id"))
         if call.get("type") == "custom":
             # Another model's. Z.ai has no such calls, so the text becomes an argument.
             custom = need(call, "custom", dict, param)
@@ -1750,7 +1834,12 @@ class Translation:
             call = {"function": {**custom, "arguments": arguments}}
         function = without_nulls(need(call, "function", dict, param))
         param += ".function"
-        name = need(function, "name", str, param)
+        said = need(function, "name", str, param)
+        # Markup or another model's letters. The tools' own names are checked apart.
+        clean = re.sub("[^a-zA-Z0-9_-]", "_", said.partition("<")[0].strip())
+        name = clean[:64] or "unknown"
+        if name != said:
+            self.changed.append("tool_name")
         arguments = function.get("arguments", "")
         mended = mend_arguments(arguments)
         if mended != arguments and not isinstance(arguments, dict):
@@ -1765,10 +1854,13 @@ class Translation:
         if content is None:
             raise missing(param)
         if not isinstance(content, list):
-            return expect(content, str, param)
-        parts = [
-            self.part(part, role, f"{param}[{i}]", refusable)
-            for i, part in enumerate(content)]
+            return expect(content, (str, list), param)
+        parts = []
+        for i, part in enumerate(content):
+            try:
+                parts.append(self.part(part, role, f"{param}[{i}]", refusable))
+            except RequestError as error:
+                parts.append(text_part(self.unreadable(part, error)))
         parts = list(filter(None, parts))
         media = [part for part in parts if part["type"] != "text"]
         texts = [part["text"] for part in parts if part["type"] == "text"]
@@ -1786,8 +1878,10 @@ class Translation:
     def part(self, part, role, param, refusable):
         """One content part; None for an empty text."""
         part_type = need(part, "type", str, param)
-        if part_type in TEXT_PARTS:
-            text = need(part, part_type, str, param)
+        # Responses' texts have types of their own.
+        if part_type in TEXT_PARTS or isinstance(part.get("text"), str):
+            field = part_type if part_type in part else "text"
+            text = need(part, field, str, param)
             return text_part(text) if text else None
         try:
             if role not in ("user", "tool"):
@@ -3369,8 +3463,7 @@ class Conversation:
     """Makes a chat request of Responses' tools and items. Messages has the same in
     other words, and is brought into this form first.
 
-    What the assistant says in a row is one message, with its calls. Their outputs
-    follow it, and behind them comes what others said in between.
+    What the assistant says in a row is one message, with its calls.
     """
 
     def __init__(self, body, same, others, caller):
@@ -3387,19 +3480,28 @@ class Conversation:
                 self.changed.append(name_of(name))
         self.names = {}  # a tool's name in chat -> its type, name and namespace
         self.messages = []
-        self.answer = {}  # the assistant's message that may go on
-        self.outputs = []  # the messages for its calls' outputs
-        self.answered = False  # one of them has come
-        self.unanswered = {}  # call id -> such a message, of any turn, until it comes
-        self.behind = []  # what others said since
+        self.refuses_media = True  # that of what is being read
         self.referred = set()  # the ids of items that were put in for a reference
 
     # What the conversation is made of
 
     def read(self, items):
-        for item in expect(items, list, "input"):
-            self.read_item(item)
-        self.end_turn()
+        for i, item in enumerate(expect(items, list, "input")):
+            is_last = i == len(items) - 1
+            # What a tool brings, an agent would send again for ever.
+            self.refuses_media = is_last and "output" not in as_dict(item)
+            try:
+                self.read_item(item)
+            except RequestError as error:
+                # As in chat, only the last one is refused.
+                if is_last or error.status != 400:
+                    raise
+                self.changed.append("unreadable")
+                self.add("user", encode_request(item).decode())
+        for message in self.messages:
+            said = message if message["role"] == "assistant" else {}
+            for field in said.keys() & {"content", "reasoning_content"}:
+                message[field] = "\n\n".join(filter(None, said[field]))
         self.request["messages"] = self.messages
 
     def read_item(self, item):
@@ -3441,29 +3543,16 @@ class Conversation:
         arguments = item.get("arguments")
         if item["type"] == "custom_tool_call":
             arguments = {"input": item.get("input")}
-        id = need(item, "call_id", str, "input")
-        calls = self.open_turn().setdefault("tool_calls", [])
         function = function_object(name=chat_name(item), arguments=arguments)
-        calls.append({"id": id, **function})
-        # Z.ai wants an output for each call, and one that is not empty.
-        output = {"role": "tool", "tool_call_id": id, "content": "(no output)"}
-        self.outputs.append(output)
-        self.unanswered[id] = output
+        calls = self.open_turn().setdefault("tool_calls", [])
+        calls.append({"id": item.get("call_id"), **function})
 
     def read_output(self, item):
-        """An output goes behind its call, however late it comes. Without a call it can
-        only be told as a user's words."""
-        id = need(item, "call_id", str, "input")
         parts = self.parts(item.get("output", ""))
         # A field of Messages.
         if item.get("is_error") and "error" not in joined_text(parts).lower():
             parts.insert(0, text_part("Error:"))
-        if id in self.unanswered:
-            output = self.unanswered.pop(id)
-            output["content"] = parts or output["content"]
-            self.answered = True
-        else:
-            self.add("user", [text_part(f"Output of the tool call {id}:"), *parts])
+        self.add("tool", parts, tool_call_id=item.get("call_id"))
 
     def read_reference(self, item):
         id = need(item, "id", str, "input")
@@ -3491,32 +3580,19 @@ class Conversation:
 
     # Turns
 
-    def add(self, role, content):
+    def add(self, role, content, **more):
         """A message that is not the assistant's."""
-        self.behind.append({"role": role, "content": content})
+        self.messages.append({"role": role, "content": content, **more})
 
     def say(self, field, text):
         """A piece of the assistant's content or reasoning_content."""
         self.open_turn().setdefault(field, []).append(text)
 
     def open_turn(self):
-        if self.behind or self.answered:
-            self.end_turn()
-        self.answer.setdefault("role", "assistant")
-        return self.answer
-
-    def end_turn(self):
-        for field in ("content", "reasoning_content"):
-            if field in self.answer:
-                texts = filter(None, self.answer[field])
-                self.answer[field] = "\n\n".join(texts)
-        self.messages += filter(None, [self.answer])
-        self.messages += self.outputs
-        self.messages += self.behind
-        self.answer = {}
-        self.outputs = []
-        self.answered = False
-        self.behind = []
+        """The assistant's message that goes on."""
+        if not self.messages or self.messages[-1]["role"] != "assistant":
+            self.messages.append({"role": "assistant"})
+        return self.messages[-1]
 
     # Parts
 
@@ -3525,14 +3601,16 @@ class Conversation:
 
     def part(self, part):
         """A part as chat has it."""
+        part = without_nulls(part)
         part_type = part["type"]
         if isinstance(part.get("source"), dict):
-            part = read_source(part_type, part["source"])
+            part = {**part, **read_source(part_type, part["source"])}
         for field in ("text", "refusal", "content"):
             if field in part:
-                return text_part(joined_text(part[field]))
+                texts = [part.get("title"), part.get("context"), joined_text(part[field])]
+                return text_part("\n".join(map(str, filter(None, texts))))
         media = [field for field in MEDIA_FIELDS if part.get(field)]
-        if part_type.startswith("input_") and not media:
+        if part_type.startswith("input_") and not media and self.refuses_media:
             raise RequestError(
                 "No files are kept, and no audio is taken: send images and files as data.",
                 "input")
@@ -3787,10 +3865,18 @@ RENAMED = {
 def to_items(messages):
     """Messages as the items that Responses would have for them."""
     items = []
-    for message in expect(messages, list, "messages"):
-        role = need(message, "role", str, "messages")
+    for i, message in enumerate(expect(messages, list, "messages")):
+        try:
+            role = need(message, "role", str, "messages")
+            blocks = parts_of(message.get("content"))
+        except RequestError:
+            if i == len(messages) - 1:
+                raise
+            # Neither is it an item that can be read.
+            items.append(message)
+            continue
         parts = []
-        for block in parts_of(message.get("content")):
+        for block in blocks:
             item_type, names = RENAMED.get(block["type"], (None, {}))
             if item_type:
                 item = {names.get(name, name): block[name] for name in block}
@@ -3834,6 +3920,7 @@ def read_wishes(body, conversation):
     # Not to ask for thinking is to want none.
     thinking = inner(body, "thinking")
     mode = thinking.get("type", "disabled")
+    need_word(mode, ("enabled", "disabled", "adaptive"), "thinking.type")
     effort = effort_of_budget(thinking.get("budget_tokens"))
     if mode == "adaptive":
         mode = "enabled"
@@ -4066,7 +4153,7 @@ def read_wish_to_think(body, settings):
     reasoning = inner(body, "reasoning")
     effort = reasoning.get("effort")
     if effort is not None:
-        return {"reasoning_effort": "max" if effort == "ultra" else effort}
+        return {"reasoning_effort": effort}
     # That is how Codex asks for thinking if it does not know the model.
     summary = reasoning.get("summary") or reasoning.get("generate_summary")
     if summary not in (None, "none", "off") and settings.enable_thinking is None:
