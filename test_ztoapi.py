@@ -3215,12 +3215,14 @@ GOOD_ANSWERS = [
     ("a name with markup that is no tool's", calls_in(item("x</arg_value>", PARIS, id="c", index=0)) + TOOLS_END,
      asks(("x</arg_value>", PARIS))),
     *((f"the key {key!r}", calls_in(item("get_weather", {key: "Paris"}, id="c", index=0)) + TOOLS_END, asks(RAIN))
-      for key in ("city</arg_key>", "city<arg_key>", "city</arg_value>", "city </arg_key>\n<arg_value>")),
+      for key in ("city</arg_key>", "city<arg_key>", "city</arg_value>", "city </arg_key>\n<arg_value>", "city</tool_call>",
+                  "city<tool_call>")),
     *((f"markup in a key, in pieces of {size}", calls_in(
         item("get_weather", "", id="c", index=0),
         *(item(None, text[at:at + size], index=0) for at in range(0, len(text), size))) + TOOLS_END,
        asks(("get_weather", '{"city":"</arg_key>", "a<b":1}')))
-      for text in ['{"city</arg_key>":"</arg_key>", "a<b":1}'] for size in (1, 3, 8)),
+      for text in ['{"city</arg_key>":"</arg_key>", "a<b":1}', '{"city</tool_call>":"</arg_key>", "a<b":1}']
+      for size in (1, 3, 8)),
     ("markup in a value is a text", calls_in(item("get_time", {"a": "x</arg_key>"}, id="c", index=0)) + TOOLS_END,
      asks(("get_time", '{"a":"x</arg_key>"}'))),
     *((f"arguments in the name, {arguments}",

@@ -2177,7 +2177,7 @@ VALUE_START = re.compile("(?:<arg_value>)+")
 # A key is what stands before a colon. Anywhere else the same letters may be meant.
 # A line end in it is escaped.
 MARKUP_IN_KEY = re.compile(
-    r'\s{0,8}(?:</?arg_(?:key|value)>(?:\s|\\n){0,8}){1,8}(?="\s*:)')
+    r'\s{0,8}(?:</?(?:arg_key|arg_value|tool_call)>(?:\s|\\n){0,8}){1,8}(?="\s*:)')
 
 
 # A tag, and what may stand behind it before it is known whether it ends a key.
@@ -2186,7 +2186,7 @@ LONGEST_MARKUP = 40
 
 def begins_markup(text):
     """Whether `text` may go on as a tag at the end of a key."""
-    for tag in MARKUP_TAGS:
+    for tag in (*MARKUP_TAGS, LEAK, LEAK_END):
         if tag.startswith(text) or text.startswith(tag) and not text[len(tag):].strip('" \\n'):
             return True
     return False
@@ -2316,10 +2316,11 @@ class ToolCall:
         return piece[:end]
 
     @property
-    def is_lossy(self):
-        """Whether what came behind the object is not the same again."""
-        first, second = self.hashes
-        return self.doubled and first.digest() != second.digest()
+    def is_broken(self):
+        """Whether the arguments were cut, or what came behind them is not the same
+        again."""
+        first, second = (seen.digest() for seen in self.hashes)
+        return self.progress.depth > 0 or self.doubled and first != second
 
     def takes(self, zai_id, zai_index, name):
         """Whether an item with these belongs to this call, as far as Z.ai tells."""
@@ -2336,6 +2337,7 @@ EMPTY = "Z.ai sent an empty answer."
 UNFINISHED = "Z.ai's answer ended before it was finished."
 TORN = "Z.ai sent an event that cannot be read."
 NAMELESS = "Z.ai sent a tool call without a name."
+BROKEN_CALL = "Z.ai sent a tool call with broken arguments."
 
 
 USAGE_DETAILS = {
@@ -2433,9 +2435,10 @@ class Translator:
         if self.complete:
             return
         event = event.strip()
-        value, end = None, 0
-        with contextlib.suppress(*NO_JSON):
+        try:
             value, end = scan_json(event, 0)
+        except NO_JSON:
+            value, end = None, 0
         if end != len(event):
             self._torn(event, end)
             return
@@ -2792,14 +2795,11 @@ class Translator:
         """A finish alone makes no answer: Z.ai at its limits was seen to send one with
         nothing before it, and calls may have come without a name."""
         nameless = [call for call in self.calls if call.index is None]
-        if any(call.early.strip("{} \n") for call in nameless):
+        is_lost = any(call.early.strip("{} \n") for call in nameless)
+        if is_lost or nameless and self.finish == "stop" and not self.told:
             raise UpstreamError(NAMELESS)
-        if nameless and self.finish == "stop" and not self.told:
-            raise UpstreamError(NAMELESS)
-        if self.finish in WHOLE and any(call.progress.depth > 0 for call in told):
-            raise UpstreamError("Z.ai's tool call ended in the middle of its arguments.")
-        if self.finish in WHOLE and any(call.is_lossy for call in told):
-            raise UpstreamError("Z.ai sent a tool call with two sets of arguments.")
+        if self.finish in WHOLE and any(call.is_broken for call in told):
+            raise UpstreamError(BROKEN_CALL)
         if self.finish == "tool_calls" and not self.given_calls:
             raise UpstreamError("Z.ai announced a tool call and sent none.")
         has_tokens = self.usage and self.usage["completion_tokens"]
@@ -3950,7 +3950,7 @@ class Messages(Itemized):
             self.items.append(block)
         # A call that was cut short is left out. Empty input would be a lie.
         elif self.finish in WHOLE:
-            raise UpstreamError("Z.ai sent a tool call with broken arguments.")
+            raise UpstreamError(BROKEN_CALL)
         return text
 
     def _finish(self, step):
