@@ -3920,6 +3920,8 @@ STOPPED = [
     (("b", "a"), "xaby", "x", True),
     (("cd", "abc"), "xabcd", "x", True),
     (("abc", "b"), "xab", "xa", True),
+    (("abcd", "b"), "xabcd", "xa", True),  # the first to end counts, as it would letter by letter
+    (("bcd", "abcd"), "xabcd", "x", True),
     (("aab",), "aaaab", "aa", True),
     (("\n\n",), "a\nb\n\nc", "a\nb", True),
     (("\n",), "a", "a", False),

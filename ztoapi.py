@@ -2148,12 +2148,14 @@ class StopCutter:
         if self.hit:
             return ""
         text = self.held + text
-        # A pattern of all words would compare each of them at each place.
-        found = [at for at in map(text.find, self.words) if at >= 0]
+        # A pattern of all words would compare each of them at each place. The first to
+        # end counts, as more of the text might not have come yet.
+        places = zip(map(text.find, self.words), self.words)
+        found = [(at + len(word), at) for at, word in places if at >= 0]
         if found:
             self.hit = True
             self.held = ""
-            return text[:min(found)]
+            return text[:min(found)[1]]
         # The end of the text may be the beginning of a word.
         end = len(text) - max(overlap(text, word) for word in self.words)
         self.held = text[end:]
