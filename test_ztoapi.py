@@ -3773,6 +3773,13 @@ def test_a_spliced_frame_may_hold_anything_an_event_may():
             assert folded_stream(translated(splice(head, inner) + say("22") + ENDED))[:3] == expected, (head, inner)
 
 
+@pytest.mark.parametrize("size", range(1, 7))
+def test_a_frame_may_be_torn_in_its_first_letters(size):
+    torn = b"data: "[:size] + splice("{")[7:] + say("22") + ENDED
+    assert folded_stream(translated(think("old") + torn)) == ("1122", "old", [], "stop", USAGE)
+    assert broken(wire(say("old") + torn))[0].code == "upstream_stream_restarted"
+
+
 def test_an_error_in_a_spliced_frame_is_told_as_such():
     for before in (b"", say("old")):
         assert broken(wire(before + b'data: {"id":"2026' + error_event("1305") + say("a")))[0].code == "overloaded"

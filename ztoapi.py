@@ -1130,6 +1130,9 @@ class SSEDecoder:
 
     # There is one bare line, at the end. Millions of them would hold up all streams.
     MOST_BARE = 1000
+    # How it begins. The others are frames that were torn in their first letters and
+    # have a new one inside.
+    BARE = ("{", "ddata: ", "dadata: ", "datdata: ", "datadata: ")
 
     def __init__(self, limit=16 << 20):
         self.limit = limit
@@ -1202,7 +1205,8 @@ class SSEDecoder:
         and each bare JSON line."""
         lines = block.lstrip("\ufeff").split("\n")
         data = [line[5:] for line in lines if line.startswith("data:") or line == "data"]
-        bare = [line for line in lines if line.startswith("{")][:SSEDecoder.MOST_BARE]
+        bare = [line for line in lines if line.startswith(SSEDecoder.BARE)]
+        bare = bare[:SSEDecoder.MOST_BARE]
         if not data:
             return bare
         # One blank behind the colon belongs to the format.
