@@ -1736,7 +1736,7 @@ def test_the_json_of_clients_is_taken_strictly(text, expected):
 LENIENT_JSON = [
     ('{"a":1}', {"a": 1}), ('{"a":NaN,"b":-Infinity}', {"a": None, "b": None}), ('{"a":1e999}', {"a": None}),
     ("9" * 400, int("9" * 400)), ("9" * 5000, None), ("", None), ("nul", None), ('{"a":1}x', None),
-    ("[" * 100000, None),
+    ("[" * 100000, None), ('"a\t\n\0b"', "a\t\n\0b"),
 ]
 
 
@@ -3288,6 +3288,7 @@ GOOD_ANSWERS = [
      says("a\u2028b\u2029\u0085\0\U0001f600 \"\\\n")),
     ("lone surrogates", sse(b'data: {"choices":[{"delta":{"content":"\\ud83d \\udfff"}}]}\n\n') + ENDED,
      says("\ud83d \udfff")),
+    ("a tab that is not escaped", say("a\\tb").replace(b"\\\\t", b"\t") + ENDED, says("a\tb")),
     ("data: in the text", say("the line\ndata: {\"a\":1}\n\ndata: [DONE]\n\n") + say(" data: x") + ENDED,
      says("the line\ndata: {\"a\":1}\n\ndata: [DONE]\n\n data: x")),
 ]

@@ -848,11 +848,11 @@ def finite_number(text):
 decode_strictly = json.JSONDecoder(
     parse_constant=no_number, parse_int=whole_number, parse_float=finite_number).decode
 
-# For Z.ai: NaN and infinity are read as null. Whole numbers are left to int(), which
-# refuses those of more than 4,300 digits; a function of ours would be called three
-# times an event.
+# For Z.ai: NaN and infinity are read as null, and texts may hold what JSON escapes.
+# Whole numbers are left to int(), which refuses those of more than 4,300 digits; a
+# function of ours would be called three times an event.
 _lenient_decoder = json.JSONDecoder(
-    parse_constant=lambda name: None, parse_float=finite_or_null)
+    parse_constant=lambda name: None, parse_float=finite_or_null, strict=False)
 # The C function itself: (value, where it ends), or StopIteration where there is no
 # value.
 scan_json = _lenient_decoder.scan_once
