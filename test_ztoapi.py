@@ -1736,7 +1736,7 @@ def test_the_json_of_clients_is_taken_strictly(text, expected):
 LENIENT_JSON = [
     ('{"a":1}', {"a": 1}), ('{"a":NaN,"b":-Infinity}', {"a": None, "b": None}), ('{"a":1e999}', {"a": None}),
     ("9" * 400, int("9" * 400)), ("9" * 5000, None), ("", None), ("nul", None), ('{"a":1}x', None),
-    ("[" * 100000, None),
+    ("[" * 100000, None), ('"a\t\n\0b"', "a\t\n\0b"),
 ]
 
 
@@ -3221,17 +3221,14 @@ GOOD_ANSWERS = [
     ("events that are no objects",
      say("a") + b'data: 42\n\ndata: [1]\n\ndata: null\n\ndata: "x"\n\ndata: true\n\n' + say("b") + ENDED, says("ab")),
     ("lines that are no JSON",
-     say("a") + b'data: garbage\n\ndata: {"id\n\ndata:\n\n' + say("b") + b"junk\n" + ENDED, says("ab")),
+     say("a") + b'data: garbage\n\ndata: "id\n\ndata:\n\n' + say("b") + b"junk\n" + ENDED, says("ab")),
     ("blanks around the JSON",
      say("a").replace(b"data: ", b"data:   \t").replace(b"\n\n", b"  \n\n") + ENDED, says("a")),
     ("another model, another id",
      event({"content": "a"}, model="glm-5.3") + event({"content": "b"}, id="x", created=1) + ENDED, says("ab")),
     ("fields of the wrong kind",
-     sse({"choices": [{"delta": {"content": 5, "reasoning_content": {}, "tool_calls": "x"}}]},
-               {"choices": [{"delta": {"tool_calls": [5, None]}}]})
-     + say("a")
-     + sse({"choices": [{"delta": {"content": ["b"]}}]}, {"choices": [{"delta": {"content": {"b": 1}}}]})
-     + ENDED, says("a")),
+     sse({"choices": [{"delta": {"content": [], "reasoning_content": {}, "tool_calls": ""}}]},
+               {"choices": [{"delta": {"tool_calls": [5, None]}}]}) + say("a") + ENDED, says("a")),
     ("text after the finish", say("a") + FINISH + say("b") + ENDED, says("a")),
     ("an error after the finish", say("a") + FINISH + sse({"error": {"code": "500", "message": "x"}}), says("a")),
     ("content and reasoning in turn", say("a") + think("r") + say("b") + think("s") + ENDED, says("ab", "rs")),
@@ -3253,11 +3250,18 @@ GOOD_ANSWERS = [
      say("a")
      + event(user(""), "sensitive", USAGE, content_filter=[{"role": "user", "level": 0}])
      + DONE, says("a", finish="content_filter")),
+    *((f"finish {first}, then {second}", say("a") + event(finish=first) + finished(second), says("a", finish=ours))
+      for first, second, ours in (
+        ("length", "stop", "length"), ("stop", "length", "length"), ("sensitive", "stop", "content_filter"))),
     ("finish empty, then real", sse({"choices": [{"delta": {"content": "a"}, "finish_reason": ""}]}) + ENDED,
      says("a")),
     ("stop after a call", call() + ENDED, asks(RAIN)),
     ("length within a call", calls_in(item("get_weather", '{"ci', id="c", index=0)) + finished("length"),
      asks(("get_weather", '{"ci'), finish="length")),
+    ("length before a call's arguments", calls_in(item("get_weather", "", id="c", index=0)) + finished("length"),
+     asks(("get_weather", ""), finish="length")),
+    ("length behind a call without arguments", calls_in(item(*TIME, id="c", index=0)) + finished("length"),
+     asks(TIME, finish="length")),
     ("length before a call's name", say("a") + calls_in(item(None, "", id="c", index=0)) + finished("length"),
      says("a", finish="length")),
     # Usage
@@ -3278,6 +3282,10 @@ GOOD_ANSWERS = [
     ("two calls, one id on the first",
      calls_in(item(*RAIN, id="c", index=0, type="function"), item(*TIME, index=1, type="function")) + TOOLS_END,
      asks(RAIN, TIME)),
+    *((f"two calls, an event each, the same id, {where}",
+       calls_in(item(*RAIN, id="c", index=0)) + calls_in(item(name, '{"a":2}', id="c", **where)) + TOOLS_END,
+       asks(RAIN, (name, '{"a":2}'))) for name, where in (
+           ("get_time", {"index": 1}), ("get_time", {"index": 0}), ("get_time", {}), ("get_weather", {"index": 1}))),
     ("two calls, the same id", calls_in(item(*RAIN, id="c", index=0), item(*TIME, id="c", index=1)) + TOOLS_END,
      asks(RAIN, TIME)),
     *((f"two calls of one tool, no id, {where}",
@@ -3299,8 +3307,17 @@ GOOD_ANSWERS = [
        calls_in({"id": "c", "function": {"name": "get_time", "arguments": arguments}}) + TOOLS_END, asks(TIME))
       for arguments in ("", "{}", None, {})),
     ("arguments missing", calls_in(item("get_time", id="c")) + TOOLS_END, asks(TIME)),
+    *((f"arguments {first!r}, then real ones",
+       calls_in(item("get_weather", first, id="c", index=0)) + calls_in(item(None, '{"city":', index=0))
+       + calls_in(item(None, '"Paris"}', index=0)) + TOOLS_END, asks(RAIN)) for first in ("{}", "null", " ")),
+    *((f"behind the arguments {behind!r}", calls_in(item("get_weather", PARIS + behind, id="c", index=0)) + TOOLS_END,
+       asks(RAIN)) for behind in (PARIS, "\n" + PARIS, "}", "\n</tool_call>")),
+    *((f"arguments twice, {where}",
+       calls_in(item("get_weather", '{"city":', id="c", index=0)) + calls_in(item(None, '"Paris"}', index=0))
+       + calls_in(item(name, PARIS, **where)) + TOOLS_END, asks(RAIN))
+      for name, where in ((None, {"index": 0}), ("get_weather", {"id": "c", "index": 0}))),
     ("arguments missing, then blanks", calls_in(item("get_time", id="c", index=0)) + calls_in(item(None, " ", index=0))
-     + TOOLS_END, asks(("get_time", " {}"))),
+     + TOOLS_END, asks(TIME)),
     ("content, reasoning and a call in one event",
      say("a") + calls_in(item(*RAIN, id="c"), content="b", reasoning_content="r") + TOOLS_END,
      asks(RAIN, content="ab", reasoning="r")),
@@ -3347,12 +3364,14 @@ GOOD_ANSWERS = [
     ("a name with markup that is no tool's", calls_in(item("x</arg_value>", PARIS, id="c", index=0)) + TOOLS_END,
      asks(("x</arg_value>", PARIS))),
     *((f"the key {key!r}", calls_in(item("get_weather", {key: "Paris"}, id="c", index=0)) + TOOLS_END, asks(RAIN))
-      for key in ("city</arg_key>", "city<arg_key>", "city</arg_value>", "city </arg_key>\n<arg_value>")),
+      for key in ("city</arg_key>", "city<arg_key>", "city</arg_value>", "city </arg_key>\n<arg_value>", "city</tool_call>",
+                  "city<tool_call>")),
     *((f"markup in a key, in pieces of {size}", calls_in(
         item("get_weather", "", id="c", index=0),
         *(item(None, text[at:at + size], index=0) for at in range(0, len(text), size))) + TOOLS_END,
        asks(("get_weather", '{"city":"</arg_key>", "a<b":1}')))
-      for text in ['{"city</arg_key>":"</arg_key>", "a<b":1}'] for size in (1, 3, 8)),
+      for text in ['{"city</arg_key>":"</arg_key>", "a<b":1}', '{"city</tool_call>":"</arg_key>", "a<b":1}']
+      for size in (1, 3, 8)),
     ("markup in a value is a text", calls_in(item("get_time", {"a": "x</arg_key>"}, id="c", index=0)) + TOOLS_END,
      asks(("get_time", '{"a":"x</arg_key>"}'))),
     *((f"arguments in the name, {arguments}",
@@ -3389,6 +3408,10 @@ GOOD_ANSWERS = [
      says(f"Write {leak('name')} so.")),
     ("a call in the content and the real one", say(leak("get_time")) + call() + TOOLS_END, asks(RAIN)),
     ("a call in the content, cut behind its arguments", say("<tool_call>get_weather" + CITY) + ENDED, asks(RAIN)),
+    ("a call in the content, cut by length", say("<tool_call>get_weather" + CITY) + finished("length"),
+     says("<tool_call>get_weather" + CITY, finish="length")),
+    ("a call in the content, whole before length", say(leak("get_weather" + CITY)) + finished("length"),
+     asks(RAIN, finish="length")),
     ("a call in the content, cut in the next tag", say("<tool_call>get_weather" + CITY + "</tool_") + ENDED,
      says("<tool_call>get_weather" + CITY + "</tool_")),
     ("a tool's name behind the tag, at the end", say("So <tool_call>get_time") + ENDED, says("So <tool_call>get_time")),
@@ -3405,6 +3428,7 @@ GOOD_ANSWERS = [
         "get_weather<arg_key>city</arg_key>Paris</arg_value>", "get_weather<arg_key>city</arg_key><arg_value>Paris",
         "get_weather city</arg_key><arg_value>Paris</arg_value>", "get_weather<arg_key>city</arg_key>",
         "get_weather<arg_key></arg_key><arg_value>Paris</arg_value>", 'get_weather{"city": "Paris"}',
+        "get_weather" + CITY + CITY.replace("Paris", "Rome"),
         "get_weather<arg_value>Paris</arg_value>", CITY, "", "get_weather" + CITY + "and so on",
         "get_weather<arg_key><arg_key>city</arg_key><arg_value>Paris</arg_value>")),
     ("a call inside a call", say("<tool_call>" + leak("get_time")) + ENDED, says("<tool_call>" + leak("get_time"))),
@@ -3413,6 +3437,7 @@ GOOD_ANSWERS = [
      says("a\u2028b\u2029\u0085\0\U0001f600 \"\\\n")),
     ("lone surrogates", sse(b'data: {"choices":[{"delta":{"content":"\\ud83d \\udfff"}}]}\n\n') + ENDED,
      says("\ud83d \udfff")),
+    ("a tab that is not escaped", say("a\\tb").replace(b"\\\\t", b"\t") + ENDED, says("a\tb")),
     ("data: in the text", say("the line\ndata: {\"a\":1}\n\ndata: [DONE]\n\n") + say(" data: x") + ENDED,
      says("the line\ndata: {\"a\":1}\n\ndata: [DONE]\n\n data: x")),
 ]
@@ -3502,6 +3527,24 @@ FAILURES = [
     ("an error event", RATE_LIMITED, "rate_limit_exceeded", TOO_MANY),
     ("an error without an event's name", RATE_LIMITED[len("event: error\n"):], "rate_limit_exceeded", TOO_MANY),
     ("an error in mid-stream", say("a") + error_event("1234") + ENDED, "upstream_error", TRY_AGAIN),
+    *((f"an error {where}", say("a") + sse(value) + ENDED, "rate_limit_exceeded", TOO_MANY) for where, value in (
+        ("beside a finish", dict(LIMITED, choices=[{"delta": {"content": "b"}, "finish_reason": "stop"}], usage=USAGE)),
+        ("beside a text", dict(LIMITED, choices=[{"delta": {"content": "b"}}])),
+        ("in a choice", {"choices": [dict(LIMITED, delta={"content": "b"})]}),
+        ("in a delta", {"choices": [{"delta": LIMITED}]}))),
+    *((f"{field} {str(value):.20}", sse({"choices": [{"delta": {field: value}}]}) + ENDED, "upstream_error", TRY_AGAIN)
+      for field, value in (
+        ("content", 5), ("content", ["b"]), ("content", [{"type": "text", "text": "b"}]), ("content", {"b": 1}),
+        ("reasoning_content", ["b"]), ("tool_calls", "x"), ("tool_calls", item(*TIME)))),
+    ("a call in fields of its own", calls_in({"id": "c", "name": "get_time"}) + ENDED, "upstream_error", TRY_AGAIN),
+    *((f"events in one, {between!r}", say("a")[:-2] + between + say("b")[6:] + ENDED, "upstream_error", TRY_AGAIN)
+      for between in (b"", b"\ndata: ", b"data: ")),
+    *((f"the event {torn!r}", say("a") + b"data: " + torn + b"\n\n" + say("b") + ENDED, "upstream_error", TRY_AGAIN)
+      for torn in (b'{"id', b'{"choices":[{"delta":{"content":"b', b'{"iddata: ["choices"]', b'{"iddata: 5')),
+    ("two sets of arguments", calls_in(item("get_weather", PARIS + '{"b":1}', id="c", index=0)) + TOOLS_END,
+     "upstream_error", TRY_AGAIN),
+    ("arguments in the name, and others",
+     calls_in(item("get_weather" + CITY, '{"b":1}', id="c", index=0)) + TOOLS_END, "upstream_error", TRY_AGAIN),
     ("an error with choices null", say("a") + error_event("1305", choices=None), "overloaded", OVERLOAD),
     ("an error with choices empty", say("a") + error_event("1305", choices=[]), "overloaded", OVERLOAD),
     ("a bare error line", think("a") + say("b") + BARE_LINE, "upstream_error", TRY_AGAIN),
@@ -3544,7 +3587,7 @@ def test_what_came_before_a_failure_is_told():
 
 def test_what_is_no_event_is_counted():
     translator = ztoapi.Translator()
-    odd = ("42", "[]", "null", '"x"', "garbage", '{"id', '{"iddata: ["choices"]', '{"iddata: 5')
+    odd = ("42", "[]", "null", '"x"', "garbage", '"id', 'iddata: ["choices"]', "iddata: 5")
     assert translator.feed(odd) == ([], None)
     assert translator.repaired == 8
     translator.feed(decode_events([say("a") + ENDED]))
@@ -3612,6 +3655,12 @@ def test_a_response_is_understood_however_it_arrives(data):
         assert failure is None, pieces[:3]
         assert "".join(step.text for step in steps if step.kind == ztoapi.TEXT) == "Hello"
         assert steps[-1].kind == ztoapi.FINISH
+
+
+def test_a_line_end_inside_a_json_body_is_a_blank_however_it_arrives():
+    for pieces in pieces_of(answer(200, JSON_ANSWER.replace(b"Hello", b"Hel\nlo"))[0]):
+        steps, _ = receive(pieces)
+        assert steps[0].text == "Hel lo", pieces[:3]
 
 
 def status_line(status, *lines):
@@ -3874,6 +3923,13 @@ def test_a_spliced_frame_may_hold_anything_an_event_may():
             assert folded_stream(translated(splice(head, inner) + say("22") + ENDED))[:3] == expected, (head, inner)
 
 
+@pytest.mark.parametrize("size", range(1, 7))
+def test_a_frame_may_be_torn_in_its_first_letters(size):
+    torn = b"data: "[:size] + splice("{")[7:] + say("22") + ENDED
+    assert folded_stream(translated(think("old") + torn)) == ("1122", "old", [], "stop", USAGE)
+    assert broken(wire(say("old") + torn))[0].code == "upstream_stream_restarted"
+
+
 def test_an_error_in_a_spliced_frame_is_told_as_such():
     for before in (b"", say("old")):
         assert broken(wire(before + b'data: {"id":"2026' + error_event("1305") + say("a")))[0].code == "overloaded"
@@ -4021,12 +4077,15 @@ STOPPED = [
     (("b", "a"), "xaby", "x", True),
     (("cd", "abc"), "xabcd", "x", True),
     (("abc", "b"), "xab", "xa", True),
+    (("abcd", "b"), "xabcd", "xa", True),  # the first to end counts, as it would letter by letter
+    (("bcd", "abcd"), "xabcd", "x", True),
     (("aab",), "aaaab", "aa", True),
     (("\n\n",), "a\nb\n\nc", "a\nb", True),
     (("\n",), "a", "a", False),
     ((".*",), "a.b.*c", "a.b", True),
     (("好了",), "你好好了吗", "你好", True),
     (("<think>",), "a<think>b", "a", True),
+    (("Human<",), "aHuman<b", "a", True),
     (("STOP", "END", "HALT", "QUIT"), "so we HALT here, STOP", "so we ", True),
 ]
 
@@ -4074,6 +4133,26 @@ def test_behind_a_stop_word_there_are_no_calls():
 
 def test_a_call_before_a_stop_word_stays_one():
     check_answer(call() + say("a stop") + ENDED, asks(RAIN, content="a ", usage=UNCOUNTED), stop=("stop",))
+
+
+def test_a_stop_word_at_the_very_end_leaves_nothing_of_itself():
+    check_answer(say("a sto<") + ENDED, says("a "), stop=("sto<",))
+
+
+def test_a_leaked_call_before_a_stop_word_is_made_and_one_behind_it_is_not():
+    data = say(leak("get_weather" + CITY) + "a stop" + leak("get_time")) + ENDED
+    check_answer(data, asks(RAIN, content="a ", usage=UNCOUNTED), stop=("stop",), tools=WEATHER)
+
+
+def test_a_call_without_arguments_before_a_stop_word_has_some():
+    data = calls_in(item("get_time", "", id="c", index=0)) + say("a stop") + ENDED
+    check_answer(data, asks(TIME, content="a ", usage=UNCOUNTED), stop=("stop",))
+
+
+@pytest.mark.parametrize("name", ("get_weather", None))
+def test_half_a_call_before_a_stop_word_is_a_failure(name):
+    data = calls_in(item(name, '{"ci', id="c", index=0)) + say("a stop") + ENDED
+    assert broken(wire(data), stop=("stop",))[0].verdict == TRY_AGAIN
 
 
 def test_usage_that_came_with_the_stop_word_counts():
@@ -4550,7 +4629,6 @@ ANSWERS = {
     "arguments at the end only": [called(0, "call_0", "f"), called(1, "call_1", "f"),
                                   called(2, "call_2", "f", '{"a":1}'), arguments(0, "{}"), arguments(1, "{}"),
                                   finish("tool_calls")],
-    "arguments twice": [called(0, "call_0", "f", '{"a":1}'), arguments(0, '{"a":1}'), finish("tool_calls")],
     "a brace in a string": [called(0, "call_0", "f", '{"a":"}'), arguments(0, '\\"}"}'), finish("tool_calls")],
     "a custom tool": [called(0, "call_0", "patch", '{"inp'), arguments(0, 'ut":"x"}'), finish("tool_calls")],
     "cut by length": [Step("text", "Hel"), finish("length")],
@@ -7057,6 +7135,15 @@ def test_an_answer_is_complete_two_seconds_behind_its_finish(zai, brisk, monkeyp
         assert ask(proxy, streamed) == WELL
         assert eventually(lambda: zai.cut_by_client == 1)
         assert len(zai.requests) == 1
+
+
+@both
+def test_a_finish_without_an_answer_is_tried_again(zai, brisk, monkeypatch, streamed):
+    monkeypatch.setattr(ztoapi.Relay, "PATIENCE_S", 0.1)
+    zai.scripts.append([HEAD, chunked(event(finish="stop")), 30])
+    with strict_proxy(zai) as proxy:
+        assert ask(proxy, streamed) == WELL
+        assert len(zai.requests) == 2
 
 
 @pytest.mark.parametrize("late", (FINISH, DONE), ids=("usage", "end mark"))

@@ -848,11 +848,11 @@ def finite_number(text):
 decode_strictly = json.JSONDecoder(
     parse_constant=no_number, parse_int=whole_number, parse_float=finite_number).decode
 
-# For Z.ai: NaN and infinity are read as null. Whole numbers are left to int(), which
-# refuses those of more than 4,300 digits; a function of ours would be called three
-# times an event.
+# For Z.ai: NaN and infinity are read as null, and texts may hold what JSON escapes.
+# Whole numbers are left to int(), which refuses those of more than 4,300 digits; a
+# function of ours would be called three times an event.
 _lenient_decoder = json.JSONDecoder(
-    parse_constant=lambda name: None, parse_float=finite_or_null)
+    parse_constant=lambda name: None, parse_float=finite_or_null, strict=False)
 # The C function itself: (value, where it ends), or StopIteration where there is no
 # value.
 scan_json = _lenient_decoder.scan_once
@@ -1130,6 +1130,9 @@ class SSEDecoder:
 
     # There is one bare line, at the end. Millions of them would hold up all streams.
     MOST_BARE = 1000
+    # How it begins. The others are frames that were torn in their first letters and
+    # have a new one inside.
+    BARE = ("{", "ddata: ", "dadata: ", "datdata: ", "datadata: ")
 
     def __init__(self, limit=16 << 20):
         self.limit = limit
@@ -1202,7 +1205,8 @@ class SSEDecoder:
         and each bare JSON line."""
         lines = block.lstrip("\ufeff").split("\n")
         data = [line[5:] for line in lines if line.startswith("data:") or line == "data"]
-        bare = [line for line in lines if line.startswith("{")][:SSEDecoder.MOST_BARE]
+        bare = [line for line in lines if line.startswith(SSEDecoder.BARE)]
+        bare = bare[:SSEDecoder.MOST_BARE]
         if not data:
             return bare
         # One blank behind the colon belongs to the format.
@@ -2122,6 +2126,8 @@ FINISHES = {
     "content_filter": "content_filter",
     "model_context_window_exceeded": "context_window",
 }
+# With these an answer is whole, or may become so; with the others it was cut.
+WHOLE = (None, "stop", "tool_calls")
 # An answer that is held as a whole takes that many bytes of memory at most.
 LONGEST_ANSWER_BYTES = 32 << 20
 # So many characters may wait until it is clear what they are.
@@ -2142,6 +2148,8 @@ TAGS = (THINK, THINK_END, LEAK, LEAK_END, *BOXES)
 
 # The fields of a delta with the kind of step they are.
 KIND_OF_FIELD = {"reasoning_content": THINKING, "content": TEXT}
+# What they hold. In another form they cannot be told.
+FORMS = {"reasoning_content": str, "content": str, "tool_calls": list}
 
 
 class TagSplitter:
@@ -2237,11 +2245,14 @@ class StopCutter:
         if self.hit:
             return ""
         text = self.held + text
-        # A pattern of all words would compare each of them at each place.
-        found = [at for at in map(text.find, self.words) if at >= 0]
+        # A pattern of all words would compare each of them at each place. The first to
+        # end counts, as more of the text might not have come yet.
+        places = zip(map(text.find, self.words), self.words)
+        found = [(at + len(word), at) for at, word in places if at >= 0]
         if found:
             self.hit = True
-            return text[:min(found)]
+            self.held = ""
+            return text[:min(found)[1]]
         # The end of the text may be the beginning of a word.
         end = len(text) - max(overlap(text, word) for word in self.words)
         self.held = text[end:]
@@ -2265,7 +2276,7 @@ VALUE_START = re.compile("(?:<arg_value>)+")
 # A key is what stands before a colon. Anywhere else the same letters may be meant.
 # A line end in it is escaped.
 MARKUP_IN_KEY = re.compile(
-    r'\s{0,8}(?:</?arg_(?:key|value)>(?:\s|\\n){0,8}){1,8}(?="\s*:)')
+    r'\s{0,8}(?:</?(?:arg_key|arg_value|tool_call)>(?:\s|\\n){0,8}){1,8}(?="\s*:)')
 
 
 # A tag, and what may stand behind it before it is known whether it ends a key.
@@ -2274,7 +2285,7 @@ LONGEST_MARKUP = 40
 
 def begins_markup(text):
     """Whether `text` may go on as a tag at the end of a key."""
-    for tag in MARKUP_TAGS:
+    for tag in (*MARKUP_TAGS, LEAK, LEAK_END):
         if tag.startswith(text) or text.startswith(tag) and not text[len(tag):].strip('" \\n'):
             return True
     return False
@@ -2311,7 +2322,7 @@ def parse_leaked_call(text, tools):
         key = key.strip()
         value, closed, rest = value.partition("</arg_value>")
         junk += MARKUP.split(rest)
-        if not key or not closed or "".join(junk).strip():
+        if not key or key in arguments or not closed or "".join(junk).strip():
             return None
         arguments[key] = typed_value(value, tools[name], key)
     return name, encode_text(arguments)
@@ -2359,13 +2370,18 @@ class ToolCall:
     name: str = ""
     # Arguments that came before the name.
     early: str = ""
-    # No arguments have come.
+    # No arguments have come, or what stands for none.
     blank: bool = True
     # The end of the arguments so far, if it may be markup in a key.
     held: str = ""
     # The arguments are a whole JSON object.
     whole: bool = False
     progress: JsonProgress = dataclasses.field(default_factory=JsonProgress)
+    # Another object came behind that one.
+    doubled: bool = False
+    # Hashes, without blanks, of the object and of what came behind it.
+    hashes: tuple = dataclasses.field(
+        default_factory=lambda: (hashlib.sha256(), hashlib.sha256()))
 
     def mend(self, piece):
         """Arguments without the markup that was seen in keys. What may become such
@@ -2380,24 +2396,47 @@ class ToolCall:
             text = text[:at]
         return text
 
-    def follow(self, arguments):
-        self.blank = self.blank and not arguments.strip()
-        self.whole = self.whole or self.progress.feed(arguments) >= 0
+    def follow(self, piece):
+        """What of a piece of arguments the client is told: nothing behind the whole
+        object, as Z.ai was seen to write it twice. "{}" may come before the real
+        ones."""
+        if self.blank and piece.strip() in ("", "{}", "null"):
+            self.whole = self.whole or bool(piece.strip())
+            return ""
+        if self.blank:
+            self.blank = self.whole = False
+        end = 0 if self.whole else self.progress.feed(piece)
+        self.whole = end >= 0
+        if end < 0:
+            end = len(piece)
+        self.doubled = self.doubled or "{" in piece[end:]
+        for text, seen in zip((piece[:end], piece[end:]), self.hashes):
+            seen.update("".join(text.split()).encode("utf-8", "replace"))
+        return piece[:end]
+
+    @property
+    def is_broken(self):
+        """Whether the arguments were cut, or what came behind them is not the same
+        again."""
+        first, second = (seen.digest() for seen in self.hashes)
+        return self.progress.depth > 0 or self.doubled and first != second
 
     def takes(self, zai_id, zai_index, name):
         """Whether an item with these belongs to this call, as far as Z.ai tells."""
+        if name and self.name not in ("", name):
+            return False
+        is_here = zai_index in (None, self.zai_index)
         if zai_id:
-            return self.zai_id == zai_id
-        if not name:
-            return zai_index in (None, self.zai_index)
+            return self.zai_id == zai_id and (is_here or self.zai_index is None)
         # A name again is the same call as long as its arguments are not whole.
-        is_same = zai_index is not None and zai_index == self.zai_index
-        return is_same and self.name in ("", name) and not self.whole
+        return is_here and (not name or zai_index is not None and not self.whole)
 
 
 EMPTY = "Z.ai sent an empty answer."
 UNFINISHED = "Z.ai's answer ended before it was finished."
+TORN = "Z.ai sent an event that cannot be read."
 NAMELESS = "Z.ai sent a tool call without a name."
+BROKEN_CALL = "Z.ai sent a tool call with broken arguments."
 
 
 USAGE_DETAILS = {
@@ -2497,10 +2536,10 @@ class Translator:
         event = event.strip()
         try:
             value, end = scan_json(event, 0)
-            if end != len(event):
-                raise ValueError
         except NO_JSON:
-            self._torn(event)
+            value, end = None, 0
+        if end != len(event):
+            self._torn(event, end)
             return
         if self._pass_on(value):
             return
@@ -2525,20 +2564,26 @@ class Translator:
         is_alone = len(delta) - ("role" in delta) == 1
         if not is_alone or "finish_reason" in choice or "usage" in value:
             return False
+        if "error" in value or "error" in choice:
+            return False
         self.steps.append(Step(KIND_OF_FIELD[self.passing_field], text))
         return True
 
-    def _torn(self, event):
-        """An event that is not JSON: the end mark, garbage, or a frame that was cut
-        short and has the first frame of a new answer inside."""
+    def _torn(self, event, end):
+        """An event that is JSON up to `end` only: the end mark, garbage, a frame that
+        was cut short, maybe with the first frame of a new answer inside, or several in
+        one."""
         if event.startswith("[DONE]"):
             # Without a finish the answer is not whole, whatever the mark says.
             if self.finish:
                 self._end()
             return
         self.repaired += 1
-        value = self._inner_frame(event)
+        value = None if end else self._inner_frame(event)
         if value is None:
+            # What it said is lost. Behind the finish that is the usage at most.
+            if event.startswith("{") and not self.finish:
+                raise UpstreamError(TORN)
             return
         if self.told and not self.restartable and "error" not in value:
             raise UpstreamError(
@@ -2574,18 +2619,25 @@ class Translator:
         choice = choices[0] if isinstance(choices, list) and choices else None
         usage = to_openai_usage(value.get("usage"))
         if not isinstance(choice, dict):
-            # Errors come in a response of status 200 as well.
-            if value.get("error") or "code" in value and "choices" not in value:
+            if "code" in value and "choices" not in value:
                 raise self.describe(value)
             self.repaired += choices is None and "usage" not in value
             choice = {}
-        self._delta(as_dict(choice.get("delta") or choice.get("message")))
+        delta = as_dict(choice.get("delta") or choice.get("message"))
+        # Errors come in a response of status 200 as well.
+        for place in (value, choice, delta):
+            if place.get("error"):
+                raise self.describe(place)
+        self._delta(delta)
         self.usage = usage or self.usage
         reason = choice.get("finish_reason")
         if reason:
-            self.finish = FINISHES.get(str(reason))
-            if self.finish is None:
+            finish = FINISHES.get(str(reason))
+            if finish is None:
                 raise UpstreamError(f"Z.ai broke off the answer: {str(reason)[:60]!a}.")
+            # It may come twice. What was cut does not get whole again.
+            if self.finish in WHOLE:
+                self.finish = finish
         # Nothing comes behind finish and usage but the end mark, late or never. And
         # Z.ai would go on behind a stop word.
         if self.is_stopped() or self.finish and self.usage:
@@ -2593,15 +2645,18 @@ class Translator:
 
     def _delta(self, delta):
         self.passing_field = None
+        for field, form in FORMS.items():
+            if delta.get(field) and not isinstance(delta[field], form):
+                raise UpstreamError(f"Z.ai sent {field} in an unknown form.")
         for field, kind in KIND_OF_FIELD.items():
             text = delta.get(field)
-            if text and isinstance(text, str):
+            if text:
                 # What the other kind holds back came first.
                 self._flush(TEXT if kind == THINKING else THINKING)
                 self._split_text(kind, self.splitters[kind].feed(text))
                 self.passing_field = field if self._is_passing(kind) else None
         items = delta.get("tool_calls")
-        if items and isinstance(items, list) and not self.is_stopped():
+        if items and not self.is_stopped():
             self._flush(THINKING)
             self._flush(TEXT)
             self._check_number(items)
@@ -2630,6 +2685,8 @@ class Translator:
         """Give texts and tags: boxes go, what stands in <think> is thinking, and a
         leaking call is collected."""
         for piece in pieces:
+            if self.is_stopped():
+                return
             if self.leak:
                 self._feed_leak(piece)
             elif piece in BOXES:
@@ -2686,9 +2743,10 @@ class Translator:
 
     def _end_leak(self, closing):
         """A leak has ended. It is kept as a call if it can be read whole. One that just
-        ends must at least have brought an argument."""
+        ends must at least have brought an argument, and not have been cut."""
         call = parse_leaked_call("".join(self.leak.pieces), self.tools)
-        if call is None or not closing and call[1] == "{}":
+        is_ended = closing or self.finish in WHOLE
+        if call is None or not is_ended or not closing and call[1] == "{}":
             self._show_leak(closing)
             return
         self.leak = None
@@ -2716,9 +2774,7 @@ class Translator:
         call.name = call.name or name
         arguments = call.mend(arguments)
         if call.index is not None:
-            call.follow(arguments)
-            if arguments:
-                self.steps.append(Step(ARGUMENTS, arguments, call.index))
+            self._go_on(call, arguments)
         # Further calls stay in the list, so that their pieces have a home.
         elif not self.one_call or not self.given_calls:
             call.early += arguments
@@ -2729,12 +2785,25 @@ class Translator:
         if len(call.early) > LONGEST_EARLY and not call.name:
             raise UpstreamError(NAMELESS)
         if call.name:
+            self._give_empty()
             call.index = self.given_calls
             self.given_calls += 1
             self.told = True
-            call.follow(call.early)
-            step = Step(CALL, call.early, call.index, call.id, call.name)
-            self.steps.append(step)
+            text = call.follow(call.early)
+            self.steps.append(Step(CALL, text, call.index, call.id, call.name))
+
+    def _go_on(self, call, arguments):
+        text = call.follow(arguments)
+        if text:
+            self.steps.append(Step(ARGUMENTS, text, call.index))
+
+    def _give_empty(self, is_end=False):
+        """Tell of calls without arguments, once those can come no more. Clients parse
+        them as JSON, which no text at all is not."""
+        for call in self.calls:
+            if call.blank and call.index is not None and (call.whole or is_end):
+                call.blank = call.whole = False
+                self._go_on(call, "{}")
 
     def _mend(self, function):
         """(name, arguments) as texts. Names were seen with markup in them, and with all
@@ -2749,9 +2818,10 @@ class Translator:
         if "<" not in name:
             return name[:LONGEST_NAME], arguments
         self.repaired += 1
-        if "<arg_key>" in name and arguments.strip() in ("", "{}"):
+        is_blank = arguments.strip() in ("", "{}")
+        if "<arg_key>" in name and (is_blank or "<arg_value>" in name):
             leaked = parse_leaked_call(name, self.tools)
-            if leaked is None:
+            if leaked is None or not is_blank:
                 raise UpstreamError("Z.ai sent a tool call that cannot be read.")
             return leaked
         # A name that no tool has is for the client to refuse.
@@ -2789,18 +2859,17 @@ class Translator:
     def _end(self):
         if self.complete:
             return
-        reason = self.finish
         if self.is_stopped():
-            reason = "stop"
+            self.finish = "stop"
             # Z.ai's counts come at its own end. Programs that send stop words, such as
             # smolagents, read the usage unasked.
             self.usage = self.usage or to_openai_usage({})
-        elif reason:
-            self._give_rest()
-        else:
+        elif not self.finish:
             raise UpstreamError(UNFINISHED if self.begun else EMPTY)
+        self._give_rest()
+        reason = self.finish
         # Clients look at the finish to learn whether there are calls to make.
-        if reason in ("stop", "tool_calls"):
+        if reason in WHOLE:
             reason = "tool_calls" if self.given_calls else "stop"
         self.complete = True
         self.steps.append(Step(FINISH, reason, usage=self.usage))
@@ -2814,26 +2883,22 @@ class Translator:
         for name, arguments in leaked:
             self._call({"function": {"name": name, "arguments": arguments}}, set())
         self._close_filters()
-        for call in self.calls:
-            if call.held and call.index is not None:
-                call.follow(call.held)
-                self.steps.append(Step(ARGUMENTS, call.held, call.index))
-        self._check_whole()
-        for call in self.calls:
-            # Clients parse the arguments as JSON, which no text at all is not.
-            if call.index is not None and call.blank:
-                self.steps.append(Step(ARGUMENTS, "{}", call.index))
+        told = [call for call in self.calls if call.index is not None]
+        for call in told:
+            self._go_on(call, call.held)
+        self._check_whole(told)
+        # Where the answer was cut they may be lost.
+        self._give_empty(self.finish in WHOLE)
 
-    def _check_whole(self):
+    def _check_whole(self, told):
         """A finish alone makes no answer: Z.ai at its limits was seen to send one with
         nothing before it, and calls may have come without a name."""
-        told = [call for call in self.calls if call.index is not None]
         nameless = [call for call in self.calls if call.index is None]
-        if any(call.early.strip("{} \n") for call in nameless):
+        is_lost = any(call.early.strip("{} \n") for call in nameless)
+        if is_lost or nameless and self.finish == "stop" and not self.told:
             raise UpstreamError(NAMELESS)
-        is_cut = any(call.progress.depth > 0 for call in told)
-        if is_cut and self.finish in ("stop", "tool_calls"):
-            raise UpstreamError("Z.ai's tool call ended in the middle of its arguments.")
+        if self.finish in WHOLE and any(call.is_broken for call in told):
+            raise UpstreamError(BROKEN_CALL)
         if self.finish == "tool_calls" and not self.given_calls:
             raise UpstreamError("Z.ai announced a tool call and sent none.")
         has_tokens = self.usage and self.usage["completion_tokens"]
@@ -2967,7 +3032,7 @@ class Answer:
         except UpstreamError as error:
             steps, failure = [], error
         # A cut explains a missing end better; behind the finish it does no harm.
-        if cut and failure and failure.message in (EMPTY, UNFINISHED):
+        if cut and failure and failure.message in (EMPTY, UNFINISHED, TORN):
             failure = cut
         self.complete = self.translator.complete or failure is not None
         return steps, failure
@@ -3009,7 +3074,8 @@ class Answer:
 
     def _read_json(self, body, ended):
         """One JSON body where a stream was asked for. On one line it is an event."""
-        return self._read_events(b" ".join(body.splitlines()), ended)
+        line = body.replace(b"\r", b" ").replace(b"\n", b" ")
+        return self._read_events(line, ended)
 
     def _read_refusal(self, body, ended):
         self.refusal += body[:self.LONGEST_ERROR_BYTES - len(self.refusal)]
@@ -3683,8 +3749,7 @@ class OneCallAtATime:
     """Steps in, the same steps out, in an order that lets no call be interrupted.
 
     While a call's arguments are not a whole JSON object, all that belongs elsewhere is
-    held: clients join the pieces of calls by their order. What comes behind the object
-    is dropped; Z.ai was seen to write arguments twice.
+    held: clients join the pieces of calls by their order.
     """
 
     def __init__(self):
@@ -3716,14 +3781,10 @@ class OneCallAtATime:
         if step.kind == CALL:
             self.index = step.index
             self.progress = JsonProgress()
-        elif step.kind != ARGUMENTS:
-            return [step]
         elif self.index is None:
-            return []
-        end = self.progress.feed(step.text)
-        if end < 0:
             return [step]
-        step = step._replace(text=step.text[:end])
+        if self.progress.feed(step.text) < 0:
+            return [step]
         return [step, *self._release()]
 
     def _release(self):
@@ -3980,8 +4041,8 @@ class Messages(Itemized):
         if isinstance(block.get("input", {}), dict):
             self.items.append(block)
         # A call that was cut short is left out. Empty input would be a lie.
-        elif self.finish in (None, "stop", "tool_calls"):
-            raise UpstreamError("Z.ai sent a tool call with broken arguments.")
+        elif self.finish in WHOLE:
+            raise UpstreamError(BROKEN_CALL)
         return text
 
     def _finish(self, step):
@@ -4929,7 +4990,8 @@ class Relay:
             self.finishing_since = self.finishing_since or now
             if now - self.finishing_since > self.PATIENCE_S:
                 steps, failure = self.answer.close()
-                self.take(steps)
+                if steps:
+                    self.take(steps)
                 if failure:
                     raise failure
         elif now - self.heard_at > silence_s:
