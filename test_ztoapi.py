@@ -6970,6 +6970,22 @@ def test_a_gate_that_opens_too_late_is_not_waited_for(make_timed):
     assert len(timed.times) == 1
 
 
+@pytest.mark.parametrize("code, expected", [("1305", FULL), ("1302", NO_ROOM)])
+def test_behind_a_closed_gate_the_reason_is_the_one_that_closed_it(make_timed, code, expected):
+    timed = make_timed(QUEUE_TIMEOUT="30")
+    timed.answers.append(answer(429, complaint(code, "No room."), "Retry-After: 60"))
+    assert timed.ask()[1] is not None
+    _, error, _ = timed.ask()
+    assert len(timed.times) == 1
+    assert (error.status, error.code) == expected
+    assert "No room." in error.message
+    timed.clock.now += 60
+    assert timed.ask()[0] == "Hello"
+    timed.answers.append(answer(429, complaint("1302", "Slow."), "Retry-After: 60"))
+    assert timed.ask()[1] is not None
+    assert "Slow." in timed.ask()[1].message
+
+
 @pytest.mark.parametrize("rand", (0.0, 0.5, 1.0))
 def test_a_refused_request_goes_again_after_a_backoff_that_doubles_to_8_seconds(make_timed, rand):
     timed = make_timed(rand)

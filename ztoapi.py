@@ -4335,6 +4335,8 @@ class Gate:
     quiet_since = 0.0
     # The log has said that Z.ai refuses.
     refusing = False
+    # (verdict, words) of the last refusal, until something is served again.
+    refusal = None
 
     def __init__(self, key, limit):
         self.key = key
@@ -4390,8 +4392,7 @@ class Ticket:
     served = False
     # How many times Z.ai had no room for it.
     refusals = 0
-    # (verdict, words) of the last one. Not the error, whose traceback may hold the
-    # ticket.
+    # As in a gate. Not the error, whose traceback may hold the ticket.
     refusal = None
 
     def __init__(self, model, client):
@@ -4435,12 +4436,13 @@ class Gates:
             self.queues.setdefault(ticket.model, []).append(ticket)
             self._admit(ticket.model, began)
             # When the first of its gates opens again, if Z.ai has refused before.
-            opens_at = min(gate.closed_until for gate in self._usable(ticket, began))
+            first = min(self._usable(ticket, began), key=lambda gate: gate.closed_until)
+            opens_at = first.closed_until
         try:
             while not ticket.gate:
                 now = self.clock()
                 if now >= deadline or opens_at > deadline:
-                    raise self._timeout(ticket, opens_at - now)
+                    raise self._timeout(ticket.refusal or first.refusal, opens_at - now)
                 ticket.client.wait(deadline - now)
             if ticket.client.gone:
                 raise ClientGone
@@ -4491,6 +4493,7 @@ class Gates:
         ticket.gate = None
         gate.in_flight -= 1
         if ticket.served:
+            gate.refusal = None
             if ticket.probes_rest:
                 gate.key.resting_until = gate.resting_until = 0.0
             return self._cleared(gate, ticket.model, now)
@@ -4516,7 +4519,7 @@ class Gates:
             jitter = 1 + 0.5 * self.rand()
             pause_s = min(8.0, backoff_s(ticket.refusals) * jitter)
         ticket.refusals += 1
-        ticket.refusal = (error.verdict, error.message)
+        ticket.refusal = gate.refusal = (error.verdict, error.message)
         gate.close(now, max(pause_s, error.pause_s or 0))
         if too_many:
             gate.lower_ceiling()
@@ -4579,11 +4582,11 @@ class Gates:
             for place in unused[:too_many]:
                 del self.gates[place]
 
-    def _timeout(self, ticket, opens_in_s):
+    def _timeout(self, refusal, opens_in_s):
         words = f"No slot at Z.ai came free within QUEUE_TIMEOUT ({self.queue_timeout_s:g} s)."
         row = RATE
-        if ticket.refusal:
-            verdict, message = ticket.refusal
+        if refusal:
+            verdict, message = refusal
             words += " Its last word: " + message
             row = OVERLOADED if verdict == OVERLOAD else RATE
         # Clients would queue as long again, unseen, each time they try again by
