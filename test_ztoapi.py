@@ -8215,11 +8215,26 @@ def test_models_are_listed_as_openai_lists_them(zai):
         for id, model in entries.items():
             assert (model["object"], model["owned_by"]) == ("model", "z.ai")
             assert type(model["created"]) is int
-            assert proxy.call("GET", "/v1/models/" + id.upper())[2] == model
-        status, _, body = proxy.call("GET", "/v1/models/gpt-9")
+            assert proxy.call("GET", "/v1/models/" + id)[2] == model
+
+
+# To add a case, add a row: a name that chat takes, that of the entry like it.
+@pytest.mark.parametrize("name, like", [
+    ("glm-4.6", "GLM-4.6"), ("z-ai/glm-4.6", "GLM-4.6"), ("z-ai%2FGLM-4.5-air", "GLM-4.5-Air"),
+    ("glm-5.2-highspeed", "GLM-5.2"), ("GLM-5.2[1m]", "GLM-5.2"), ("GPT-4O", "mine"), ("mine", "mine"), ("gpt-9", None),
+    ("glm-4.66", None),
+])
+def test_a_model_is_found_by_any_name_that_chat_takes(zai, name, like):
+    with proxying(zai, MODEL_ALIASES="gpt-4o=glm-9,mine=mine") as proxy:
+        status, _, body = proxy.call("GET", "/v1/models/" + name)
+        if like:
+            asked = urllib.parse.unquote(name)
+            entry = proxy.call("GET", "/v1/models/" + like)[2]
+            assert body == dict(entry, id=asked, display_name=asked)
+            return
     assert status == 404
     assert (body["error"]["code"], body["error"]["param"]) == ("model_not_found", "model")
-    assert "gpt-9" in body["error"]["message"]
+    assert name in body["error"]["message"]
 
 
 # Keys

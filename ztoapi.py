@@ -6298,13 +6298,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         })
 
     def get_model(self):
-        id = self.match["id"]
-        for name, entry in listed_models(self.settings).items():
-            if name.lower() == id.lower():
-                self.answer_json(entry)
-                return
-        words = f"The model {id[:100]!a} is not listed; GET /v1/models lists the known ones."
-        raise RequestError(words, "model", status=404, code="model_not_found")
+        name = self.match["id"]
+        aliases = self.settings.model_aliases
+        id = zai_model_id(name, aliases)
+        model = find_model(id)
+        if model is None and name not in aliases and id == canonical_id(name):
+            words = f"The model {name[:100]!a} is not known; GET /v1/models lists those that are."
+            raise RequestError(words, "model", status=404, code="model_not_found")
+        self.answer_json(model_entry(name, model or UNKNOWN_MODEL))
 
     def get_metrics(self):
         text = self.server.metrics.prometheus(*self.server.upstream.gates.state())
