@@ -8152,7 +8152,7 @@ def test_the_chat_is_found_however_the_base_url_was_joined(shared, path):
 
 
 # To add a case, add a row: a path, patterns of what its 404 says; {base} is the proxy's
-# base URL and {zai} that of Z.ai.
+# base URL, {root} the same without /v1, and {zai} that of Z.ai.
 NOT_HERE = [
     ("/nowhere", ["/nowhere", "base URL to {base}"]),
     ("/api/tags", ["base URL to {base}"]),
@@ -8166,6 +8166,10 @@ NOT_HERE = [
     (CHAT + "/chat/completions", ["doubled", "base URL to {base}"]),
     (CHAT + CHAT, ["doubled", "base URL to {base}"]),
     ("/v1/embeddings/%7Bzai%7D%0a", ["{zai}/embeddings"]),
+    *((f"/v1/{name}", ["chat only", f"{{zai}}/{name}"]) for name in (
+        "moderations", "batches", "fine_tuning/jobs", "assistants", "threads", "vector_stores/x", "realtime")),
+    *((path, ["base URL to {root}, without /v1"]) for path in (
+        "/openai/v1/messages", CHAT + "/v1/messages", "/api/anthropic/v1/messages", "/anthropic")),
 ]
 
 
@@ -8175,7 +8179,8 @@ def test_a_404_says_where_to_go(shared, path, words):
     assert status == 404
     assert body["error"]["code"] == "not_found"
     for word in words:
-        assert word.format(base=f"http://localhost:{shared.port}/v1", zai=shared.zai.url) in body["error"]["message"]
+        root = f"http://localhost:{shared.port}"
+        assert word.format(root=root, base=root + "/v1", zai=shared.zai.url) in body["error"]["message"]
 
 
 # To add a case, add a row: a path, the method it takes.
@@ -8567,6 +8572,7 @@ API_REFUSALS = [
     ("GET", "/v1/messages/batches/abc", True, 404, "not_found_error"),
     ("GET", "/v1/messages", True, 405, "invalid_request_error"),
     ("POST", "/v1/messages", True, 400, "invalid_request_error"),
+    ("POST", "/v1/v1/messages", True, 400, "invalid_request_error"),
     ("POST", "/v1/messages", False, 401, "authentication_error"),
     ("POST", "/v1/messages/count_tokens", False, 401, "authentication_error"),
     ("GET", "/v1/responses", True, 426, "upgrade_not_supported"),

@@ -5827,7 +5827,8 @@ ROUTES = (
     Route("(?:/v1)?/chat/completions", post="post_answer"),
     Route("(?:/v1)?/responses", "refuse_get", "post_answer", front=Responses),
     Route("(?:/v1)?/responses/.+", front=Responses),
-    Route("(?:/v1)?/messages", post="post_answer", front=Messages),
+    # Anthropic's base URL has no /v1, which its clients add themselves.
+    Route("(?:/v1)*/messages", post="post_answer", front=Messages),
     Route("(?:/v1)?/messages/.+", front=Messages),
     Route("(?:/v1)?/models", "get_models"),
     Route("(?:/v1)?/models/(?P<id>.+)", "get_model"),
@@ -5841,11 +5842,13 @@ ROUTES = (
 # What clients look for here in vain, and what to tell them. To add a path, add a row
 # above the last, which fits every path.
 ELSEWHERE = (
+    (".+/v1/messages|.*/anthropic", "Set the client's base URL to {root}, without /v1."),
     ("/v1/v1(?:/|$)|.*/(?:completions|responses|messages)/.*completions$",
      "The path is doubled: set the client's base URL to {base}."),
     ("(?:/v1)?/completions$",
      "The legacy completions API is not served: use {base}/chat/completions."),
-    ("(?:/v1)?/(?:embeddings|images|audio|rerank|files|videos)(?:/|$)",
+    (("(?:/v1)?/(?:embeddings|images|audio|rerank|files|videos|moderations|batches|realtime"
+      "|fine_tuning|uploads|web_search|tokenizer|assistants|threads|vector_stores)(?:/|$)"),
      "ZtoApi serves chat only. What Z.ai has of this is at {there}, billed to the balance."),
     ("(?:/v1)?/responses/.",
      "ZtoApi keeps no responses: there is nothing to get, to cancel or to compact."),
@@ -6115,7 +6118,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         words = next(words for pattern, words in ELSEWHERE if re.match(pattern, path))
         tail = escaped(re.sub("^/v1", "", path))
         there = self.settings.zai_base_url + tail
-        words = words.format(base=self.server.url + "/v1", path=path, there=there)
+        root = self.server.url
+        words = words.format(root=root, base=root + "/v1", path=path, there=there)
         return RequestError(words, status=404, code="not_found")
 
     def check_host(self):
