@@ -1583,6 +1583,8 @@ def test_the_time_of_a_reset_is_read(message):
     ("Your limit will reset in 1h 20m", 0, None, "4800"),
     ("Your limit will reset in 2h30m15s", 0, None, "9015"),
     ("Your limit will reset at 6am", -28 - 3600, None, "4920"),
+    ("Your limit will reset at 05:38", 0, None, "1"),
+    ("Your limit will reset at 04:38", 0, None, "82772"),
     ("将在 1 小时 20 分钟后重置", 0, None, "4800"),
     # One that is not plain is none.
     *((message, -3600, None, None) for message in (

@@ -584,10 +584,10 @@ SPELLINGS = (
     (r"\b(?:UTC|GMT)(?= ?[+-])|\b(?:CST|China|Beijing|Asia/Shanghai)\b", ""),
     (r"\b(?:UTC|GMT)\b|(?<=\d)Z\b", "+0000"),
 )
-# An hour without a day is the next such one, if no words follow that may name a day.
-# One without a zone is Beijing's; in a zone that was not spelled above it is none. The
-# groups: day, hour and minute, second, half of the day, the offset's sign, hours and
-# minutes.
+# An hour without a day is the next such one, or just over, if no words follow that may
+# name a day. One without a zone is Beijing's; in a zone that was not spelled above it
+# is none. The groups: day, hour and minute, second, half of the day, the offset's sign,
+# hours and minutes.
 MOMENT = re.compile(
     r"(?:(?<!\d)(\d{4}-(?:\d\d?|[a-z]{3})-\d\d?),?[T ]*(?:at )?|\b(?:resets?|again) at |于 ?)"
     r"(\d\d?:\d\d)(?::?(\d\d))?秒?(?:\.\d+)? ?(?:([ap]m)\b)?(?!\.?\d|:|\s*\(?(?-i:[A-Z]|[ap]m))"
@@ -623,9 +623,9 @@ def seconds_until_reset(message, now):
         return None
     wait_s = reset.timestamp() - now
     if not day:
-        return wait_s % 86400
+        wait_s = (wait_s + 3600) % 86400 - 3600
     # One that is long over is the time of something else.
-    return bounded(max(1.0, wait_s)) if wait_s > -3600 else None
+    return bounded(max(1.0, wait_s)) if wait_s >= -3600 else None
 
 
 def seconds_named(message):
