@@ -502,14 +502,6 @@ def as_dict(value):
     return value if isinstance(value, dict) else {}
 
 
-def as_text(value):
-    """What is not empty as JSON, "" if that cannot be: it may be of any depth."""
-    try:
-        return encode_text(value) if value else ""
-    except (ValueError, RecursionError):
-        return ""
-
-
 # Z.ai's Messages API, and gateways, put the code into the text: "[1302][text][id]",
 # '... {"code":"1302"'.
 CODE_IN_TEXT = re.compile(
@@ -529,18 +521,22 @@ def parse_zai_error(value):
     """(code, message) of any error shape of Z.ai, both texts, "" for what is not there.
 
     {"error": {"code", "message"}}; {"code", "msg", "success"}; and, from paths that are
-    not there, {"status", "error": "Not Found", "path"}. Of another shape all is words.
+    not there, {"status", "error": "Not Found", "path"}. What gateways wrap around these
+    counts less than what is inside.
     """
-    outer = as_dict(value)
-    error = outer.get("error")
-    inner = as_dict(error)
-    code = next(filter(None, map(parse_code, (
-        inner.get("code"), outer.get("code"), outer.get("status")))), "")
-    texts = (
-        inner.get("message"), inner.get("msg"), error,
-        outer.get("msg"), outer.get("message"))
-    spoken = [text for text in texts if isinstance(text, str) and text]
-    message = (spoken[0] if spoken else as_text(value))[:2000]
+    shells = []
+    while value and len(shells) < 5:
+        if isinstance(value, list):
+            value = value[0]
+        if isinstance(value, str):
+            value = {"message": value}
+        shell = as_dict(value)
+        shells.insert(0, shell)
+        value = shell.get("error") or shell.get("errors") or shell.get("detail")
+    codes = [parse_code(shell.get(name)) for shell in shells for name in ("code", "status")]
+    texts = [shell.get(name) for shell in shells for name in ("message", "msg")]
+    code = next(filter(None, codes), "")
+    message = next((text for text in texts if text and isinstance(text, str)), "")[:2000]
     found = CODE_IN_TEXT.search(message)
     if found and code not in ZAI_ERRORS:
         code = found[1] or found[2]
