@@ -461,7 +461,7 @@ BARE_HTTP_ERRORS = {200: BROKEN, 401: OUR_KEY, 408: BROKEN, 413: TOO_LARGE, 429:
 # First phrases that mean it anywhere; then looser ones, without words of other limits.
 LONG_WORDS = re.compile(
     r"context[ _-]?(length|window|size|overflow)|maximum (prompt|input) length|max message tokens"
-    r"|(prompt|input|messages?|conversation|context)\b[^.:]{0,20}too (long|many tokens)"
+    r"|(prompt|conversation).{0,20}too long|(context|input|messages?)( text)?( is| are)? too long"
     r"|too many (input )?tokens|reduce the length of the (prompt|messages)"
     r"|^(?!.*(\b(images?|files?|tools?|system|rate|per|time|body|month|access|author\w+)\b|\d s"
     r"|seconds|(max_tokens|_id|name) ?超(?!.*上下文)|图|参数|文件|视频|音频|格式|超时))"
@@ -492,6 +492,7 @@ ZAI_WORDS = (
     (WRONG_PATH, MODEL_WORDS, NO_MODEL),
     (BROKEN, PATH_WORDS, WRONG_PATH),
     (RATE, LIMIT_WORDS, QUOTA),
+    (BROKEN, LIMIT_WORDS, QUOTA),
     (BROKEN, BUSY_WORDS, OVERLOADED),
     (RATE, BUSY_WORDS, OVERLOADED),
 )
@@ -811,7 +812,7 @@ def zai_model_id(name, model_aliases):
 
 
 FOREIGN_MODEL = re.compile(
-    r"(^|/)(gpt|chatgpt|o\d|codex|claude|gemini|gemma|deepseek|qwen|llama|mi[sx]tral|kimi|grok"
+    r"(^|[/.:])(gpt|chatgpt|o\d|codex|claude|gemini|gemma|deepseek|qwen|llama|mi[sx]tral|kimi|grok"
     r"|text-|phi|command|minimax|doubao|ernie|hunyuan)")
 
 
@@ -2978,7 +2979,9 @@ class Answer:
         self.refusal += body[:self.LONGEST_ERROR_BYTES - len(self.refusal)]
         if not ended:
             return [], None
-        value = decode_or_none(self.refusal.decode("utf-8", "replace"))
+        # Gateways write something before it, such as "data: ", and behind it.
+        text = self.refusal.decode("utf-8", "replace")
+        value = decode_or_none(text[text.find("{"):], lambda json: scan_json(json, 0)[0])
         if self.reply.status == 200 and value is None:
             raise not_the_api()
         # JSON under the name of a page, which tells what was wrong.
