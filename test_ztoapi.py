@@ -1353,14 +1353,16 @@ CAPTURED = [
         "input length and `max_tokens` exceed context limit: 190000 + 21333 > 200000",
         "The input token count (1200000) exceeds the maximum number of tokens allowed (1048576).",
         "the request exceeds the available context size (8192 tokens), try increasing it",
-        "The total number of tokens in the prompt and max_tokens exceed 202752", "Please reduce the length of the prompt",
+        "The total number of tokens in the prompt and max_tokens exceed 202752",
+        "Please reduce the length of the prompt",
         "total tokens of image and text exceed max message tokens", "Too many tokens in the request",
         "Conversation too long", "context overflow", "token limit exceeded", "超出模型最大上下文", "消息长度超过限制",
         "超过最大token数", "请求文本长度超过模型上下文窗口", "prompt + max_tokens 超过上下文窗口",
     ) for status, code in ((400, "1210"), (400, "1999"), (500, "500"))),
     *((400, complaint("1210", words), BAD_REQUEST, "") for words in (
         "Number of images in request exceeds the limit of 50", "The prompt contains more than 5 images, limit is 5",
-        "The input video is too long", "messages[2].name is too long", "Request body size exceeds limit", "The request has more than 128 tools, the limit is 128",
+        "The input video is too long", "messages[2].name is too long", "Request body size exceeds limit",
+        "The request has more than 128 tools, the limit is 128",
         "messages with more than one system message are not allowed", "max_tokens 超过最大长度限制",
         "request_id 超过长度限制", "The request took longer than the allowed 30 s", "tokens must be greater than 0",
         "Access token exceeded its lifetime limit", "Tokens per minute exceeded the limit")),
@@ -1370,7 +1372,8 @@ CAPTURED = [
         "无效的模型", "模型已下线", "分组 default 下模型 glm-4.66 无可用渠道")),
     *((400, complaint("1210", words), BAD_REQUEST, "") for words in (
         "The tool `model_search` was not found", "Parameter model_options not found",
-        "The model named a call that was not found in messages", "该模型不支持图片", "Failed to load the image: 404 not found")),
+        "The model named a call that was not found in messages", "该模型不支持图片",
+        "Failed to load the image: 404 not found")),
     (500, complaint("500", "Input length exceeds the context window"), TOO_LONG, "maximum context length"),
     *((500, complaint("500", words), BROKEN, "") for words in (
         "The request exceeded the time limit", "Request rate exceeds the limit", "模型输入处理超时")),
@@ -1595,7 +1598,8 @@ def test_the_time_of_a_reset_is_read(message):
         "resets on 09/10/2026 05:38", "resets at 2026-09-09 23:59:60", "resets at 9999-12-31 23:59:59",
         "resets at 0001-01-01 00:00:00", "resets at 2020-01-01 00:00:00", "resets at 3000000000", "resets in 1 month",
         "resets in 2 days and 1 month", "resets in 500 ms", "only available in 5 seats", "retry after 5 failures",
-        "100 prompts in 5 hours were sent, the limit will reset later", "resets every 5 hours", "resets in 999999 weeks",
+        "100 prompts in 5 hours were sent, the limit will reset later", "resets every 5 hours",
+        "resets in 999999 weeks",
         "resets at 2026-09-09 05:38:28 UTC+99", "将于11月26日 15:04 重置")),
 ])
 def test_retry_after_comes_from_the_reset_or_else_from_zai(message, late, asked, expected):
@@ -3573,7 +3577,8 @@ BROKEN_RESPONSES = [
     ("an empty body", answer(200, b"")[0], (502, "upstream_error"), TRY_AGAIN),
     ("an empty body without a length", OK + b"Connection: close\r\n\r\n", (502, "upstream_error"), TRY_AGAIN),
     ("a refusal as an event", answer(429, error_event("1113") + DONE)[0], (402, "insufficient_quota"), MODEL_RESTS),
-    ("a refusal behind words", answer(500, b'upstream said {"code": 1302}.')[0], (429, "rate_limit_exceeded"), TOO_MANY),
+    ("a refusal behind words", answer(500, b'upstream said {"code": 1302}.')[0], (429, "rate_limit_exceeded"),
+     TOO_MANY),
     ("a page with braces", answer(403, b"<style>body {margin: 0}</style>")[0], (502, "upstream_error"), GIVE_UP),
     ("a JSON body cut", answer(200, JSON_ANSWER)[0][:-20], (502, "upstream_error"), TRY_AGAIN),
     ("a cut behind the finish, before its call", HEAD + chunked(event(finish="tool_calls")), (502, "upstream_error"),
