@@ -1583,6 +1583,7 @@ def test_the_time_of_a_reset_is_read(message):
     ("Your limit will reset at 0000-01-01 00:00:00", 0, 7, "7"),
     ("Your plan expired at 2026-09-09 05:38:28", -100, None, None),
     ("Usage limit reached", 0, None, None),
+    ("Usage limit reached", 0, 0.0, None),
     ("Your limit will reset in 2 fortnights", 0, None, None),
     ("Failed at 2026-09-09 05:38:28, please try again later", -100, None, None),
     ("Your limit will reset in 1h 20m", 0, None, "4800"),

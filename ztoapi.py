@@ -679,7 +679,8 @@ def zai_error(
     words = "Z.ai: " + (message or f"HTTP status {status} without a reason")
     wait_s = None if now is None else seconds_until_reset(message, now)
     if wait_s is None:
-        wait_s = retry_after
+        # "Now" says nothing about a limit.
+        wait_s = retry_after or None
     else:
         words += f" (in {duration(wait_s)})"
     words += f" (code {code})." if code else "."
