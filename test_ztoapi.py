@@ -1395,6 +1395,7 @@ CAPTURED = [
     (429, complaint("1999", "余额不足"), NO_MONEY, "1999"),
     (429, complaint("insufficient_quota", "No."), NO_MONEY, ""),
     (200, {"msg": "余额不足", "success": False}, NO_MONEY, ""),
+    *((500, complaint("1234", words), BROKEN, "") for words in ("网络连接被重置", "Connection reset at the other side")),
     (429, complaint(None, "You exceeded your current quota, please check your plan."), NO_MONEY, ""),
     *((status, complaint("1999", words), FULL, "") for status in (429, 500, 503) for words in (
         "The model is overloaded", "该模型当前访问量过大，请您稍后再试", "The service is under heavy load")),

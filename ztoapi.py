@@ -481,8 +481,8 @@ PATH_WORDS = re.compile(
     r"\b404\b.{0,20}not.?found|^(\S* )?404\b|no static resource|request method '|路径不存在",
     re.IGNORECASE)
 LIMIT_WORDS = re.compile(
-    r"usage limit|limit exhausted|will reset|resets? at|insufficient.(balance|quota)"
-    r"|current quota|in arrears|重置|余额不足|欠费", re.IGNORECASE)
+    r"usage limit|limit exhausted|will reset|(?<!connection )resets? at|in arrears|current quota"
+    r"|insufficient.(balance|quota)|(?<!连接)(?<!连接被)重置|余额不足|欠费", re.IGNORECASE)
 BUSY_WORDS = re.compile(r"overload|heavy load|访问量过大|负载|繁忙", re.IGNORECASE)
 # What a row becomes, as the third column says, if code and message hold these words.
 ZAI_WORDS = (
