@@ -1345,6 +1345,35 @@ CAPTURED = [
         "输入内容超过模型最大上下文长度", "prompt 超长", "messages 长度超限", "对话内容太长，超出模型最大长度")),
     *((400, complaint("1210", words), BAD_REQUEST, "") for words in (
         "输入参数 temperature 超出范围", "输入文件大小超过限制", "输入视频过长")),
+    # So others say that a prompt is too long, and what is too long otherwise
+    *((status, complaint(code, words), TOO_LONG, "maximum context length") for words in (
+        "The input (150000 tokens) is longer than the model's context length (131072 tokens).",
+        "This model's maximum prompt length is 131072 but the request contains 537812 tokens.",
+        "prompt is too long: 213462 tokens > 200000 maximum",
+        "input length and `max_tokens` exceed context limit: 190000 + 21333 > 200000",
+        "The input token count (1200000) exceeds the maximum number of tokens allowed (1048576).",
+        "the request exceeds the available context size (8192 tokens), try increasing it",
+        "The total number of tokens in the prompt and max_tokens exceed 202752",
+        "Please reduce the length of the prompt",
+        "total tokens of image and text exceed max message tokens", "Too many tokens in the request",
+        "Conversation too long", "context overflow", "token limit exceeded", "超出模型最大上下文", "消息长度超过限制",
+        "超过最大token数", "请求文本长度超过模型上下文窗口", "prompt + max_tokens 超过上下文窗口",
+    ) for status, code in ((400, "1210"), (400, "1999"), (500, "500"))),
+    *((400, complaint("1210", words), BAD_REQUEST, "") for words in (
+        "Number of images in request exceeds the limit of 50", "The prompt contains more than 5 images, limit is 5",
+        "The input video is too long", "messages[2].name is too long", "Request body size exceeds limit",
+        "The request has more than 128 tools, the limit is 128",
+        "messages with more than one system message are not allowed", "max_tokens 超过最大长度限制",
+        "request_id 超过长度限制", "The request took longer than the allowed 30 s", "tokens must be greater than 0",
+        "Access token exceeded its lifetime limit", "Tokens per minute exceeded the limit")),
+    *((400, complaint("1210", words), NO_MODEL, "GLM-4.6") for words in (
+        "Invalid model: glm-4.66", "glm-4.66 is not a valid model ID", "model glm-4.66 is not supported",
+        "Could not find model glm-4.66", "No available channel for model glm-4.66", "未找到模型 glm-4.66", "不支持的模型",
+        "无效的模型", "模型已下线", "分组 default 下模型 glm-4.66 无可用渠道")),
+    *((400, complaint("1210", words), BAD_REQUEST, "") for words in (
+        "The tool `model_search` was not found", "Parameter model_options not found",
+        "The model named a call that was not found in messages", "该模型不支持图片",
+        "Failed to load the image: 404 not found")),
     (500, complaint("500", "Input length exceeds the context window"), TOO_LONG, "maximum context length"),
     *((500, complaint("500", words), BROKEN, "") for words in (
         "The request exceeded the time limit", "Request rate exceeds the limit", "模型输入处理超时")),
@@ -1364,13 +1393,27 @@ CAPTURED = [
     (500, complaint("1234", "网络错误，错误id：202602261029392bc0093d0e944297，请联系客服。"), BROKEN, ""),
     (429, complaint("1999", "Usage limit reached. Your limit will reset at 2027-01-01 00:00:00"), NO_MONEY, "1999"),
     (429, complaint("1999", "余额不足"), NO_MONEY, "1999"),
+    (429, complaint("insufficient_quota", "No."), NO_MONEY, ""),
+    (200, {"msg": "余额不足", "success": False}, NO_MONEY, ""),
+    *((500, complaint("1234", words), BROKEN, "") for words in ("网络连接被重置", "Connection reset at the other side")),
+    (429, complaint(None, "You exceeded your current quota, please check your plan."), NO_MONEY, ""),
+    *((status, complaint("1999", words), FULL, "") for status in (429, 500, 503) for words in (
+        "The model is overloaded", "该模型当前访问量过大，请您稍后再试", "The service is under heavy load")),
     # The code in the text: Z.ai's Messages API, and gateways
     (400, complaint("1211", "[1211][模型不存在，请检查模型代码。][20261009015533c889cd]"), NO_MODEL, ""),
     (429, {"error": {"message": "[1302][Rate limit reached for requests][2026]"}}, NO_ROOM, "1302"),
     (529, {"error": {"code": "", "message": "529 [1305][The service may be overloaded][2026]"}}, FULL, "1305"),
     (403, {"type": "error", "error": {"type": "api_error", "message": "[1311][no GLM-5.3-FlashX][2026]"}}, DENIED,
      "1311"),
+    *((status, value, NO_MONEY, "1113") for status in (200, 400, 429, 500) for value in (
+        complaint(None, "error code: 1113, please recharge"),
+        complaint("429", 'RateLimitError: OpenAIException - {"error":{"code":"1113","message":"x"}}'),
+        [complaint("1113")], {"detail": {"code": "1113"}}, {"error": complaint("1113")}, {"errors": [{"code": 1113}]},
+        {"error": '{"code":"1113"}'})),
     # Paths that are not there
+    (500, {"code": 500, "msg": "No static resource v4/v1/chat/completions."}, BROKEN, "ZAI_BASE_URL"),
+    (500, complaint("500", "Request method 'POST' not supported"), BROKEN, "ZAI_BASE_URL"),
+    (200, {"status": 404, "message": "no such thing"}, BROKEN, "ZAI_BASE_URL"),
     (404, {"timestamp": "2026-08-13T04:35:22.960+00:00", "status": 404, "error": "Not Found", "path": "/v4/v1"},
      BROKEN, "ZAI_BASE_URL"),
     (200, {"code": 500, "msg": "404 NOT_FOUND", "success": False}, BROKEN, "ZAI_BASE_URL"),
@@ -1391,6 +1434,7 @@ CAPTURED = [
         301, 302, 307, 308, 400, 403, 404, 405, 500, 502, 503, 504, 529)),
     *((status, None, BROKEN, "ZAI_BASE_URL") for status in (301, 302, 404, 405)),
     (401, None, AUTH, "ZAI_API_KEY"),
+    (413, None, (413, "invalid_value"), "413"),
     # Unknown codes go by HTTP status
     *((status, complaint("1999"), expected, "1999") for status, expected in (
         (400, BAD_REQUEST), (401, AUTH), (402, NO_MONEY), (403, DENIED), (434, DENIED), (429, NO_ROOM), (500, BROKEN),
@@ -1465,6 +1509,7 @@ def test_too_long_a_prompt_names_the_max_tokens_that_may_be_to_blame():
     ("claude-sonnet-4-5", "or set MODEL_ALIASES=claude-sonnet-4-5=glm-4.6", "?"),
     ("o3", "or set MODEL_ALIASES=o3=glm-4.6", "?"),
     ("google/gemini-3-pro", "or set MODEL_ALIASES=google/gemini-3-pro=glm-4.6", "?"),
+    ("us.anthropic.claude-3", "or set MODEL_ALIASES=us.anthropic.claude-3=glm-4.6", "?"),
     ("mixtral-8x7b", "or set MODEL_ALIASES=mixtral-8x7b=glm-4.6", "?"),
     ("zzz", "/v1/models", "MODEL_ALIASES"),
     ("x" * 10**7, "/v1/models", "xx"),
@@ -1500,6 +1545,27 @@ RESET_AT = 1788903508  # 2026-09-09 05:38:28 in Beijing, 2026-09-08 21:38:28 in 
     "Limit of 5 hours reached, try again in 1 hour",
     "请于3600秒后再试",
     "限额将在 1 小时后重置",
+    "resets on Sep 9, 2026 5:38:28 AM",
+    "reset at September 9th, 2026 at 5:38:28 a.m.",
+    "resets at Tue, 08 Sep 2026 21:38:28 GMT",
+    "resets at 2026-09-08 9:38:28 PM UTC",
+    "resets at 2026/09/09 05:38:28 CST",
+    "resets at 2026-09-09 05:38:28 (Asia/Shanghai)",
+    "resets at 2026-09-08 16:38:28 UTC-5",
+    "resets at 2026-09-08T21:38:28+00",
+    "resets at 1788903508",
+    'the limit has "reset":1788903508000',
+    "Limit reached. It resets at 05:38:28",
+    "resets at 5:38:28 am (Beijing time).",
+    "resets at 21:38:28 UTC",
+    "将于 05:38:28 重置。",
+    "Limit reached at 2026-09-09 04:00:00. Resets at 2026-09-09 05:38:28. It is 2026-09-09 04:38:28",
+    "resets in 1h",
+    "Please try again in 59m60.0s",
+    "100 prompts in 5 hours were sent, try again in 30 minutes and 1800 seconds",
+    "retry after PT0H60M",
+    "Please wait 3600 seconds",
+    "请0天1小时之后重试",
 ])
 def test_the_time_of_a_reset_is_read(message):
     error = zai_error(complaint("1308", message), 429, now=RESET_AT - 3600)
@@ -1518,8 +1584,25 @@ def test_the_time_of_a_reset_is_read(message):
     ("Your limit will reset at 0000-01-01 00:00:00", 0, 7, "7"),
     ("Your plan expired at 2026-09-09 05:38:28", -100, None, None),
     ("Usage limit reached", 0, None, None),
+    ("Usage limit reached", 0, 0.0, None),
     ("Your limit will reset in 2 fortnights", 0, None, None),
     ("Failed at 2026-09-09 05:38:28, please try again later", -100, None, None),
+    ("Your limit will reset in 1h 20m", 0, None, "4800"),
+    ("Your limit will reset in 2h30m15s", 0, None, "9015"),
+    ("Your limit will reset at 6am", -28 - 3600, None, "4920"),
+    ("Your limit will reset at 05:38", 0, None, "1"),
+    ("Your limit will reset at 04:38", 0, None, "82772"),
+    ("将在 1 小时 20 分钟后重置", 0, None, "4800"),
+    # One that is not plain is none.
+    *((message, -3600, None, None) for message in (
+        "resets at 2026-09-09 05:38:28 EST", "resets at 2026-09-09 05:38:28 PST", "resets at 05:38 Pacific time",
+        "resets Sep 9 at 5:38 AM", "resets at 05:38 tomorrow", "resets at 05:38, Sep 10, 2026", "明天 05:38 重置",
+        "resets on 09/10/2026 05:38", "resets at 2026-09-09 23:59:60", "resets at 9999-12-31 23:59:59",
+        "resets at 0001-01-01 00:00:00", "resets at 2020-01-01 00:00:00", "resets at 3000000000", "resets in 1 month",
+        "resets in 2 days and 1 month", "resets in 500 ms", "only available in 5 seats", "retry after 5 failures",
+        "100 prompts in 5 hours were sent, the limit will reset later", "resets every 5 hours",
+        "resets in 999999 weeks",
+        "resets at 2026-09-09 05:38:28 UTC+99", "将于11月26日 15:04 重置")),
 ])
 def test_retry_after_comes_from_the_reset_or_else_from_zai(message, late, asked, expected):
     error = zai_error(complaint("1310", message), 429, now=RESET_AT + late, retry_after=asked)
@@ -1562,6 +1645,8 @@ def test_a_duration_in_words(seconds, words):
     ("Wed, 09 Sep 2026 05:38:28 GMT", 28800.0), ("Tue, 08 Sep 2026 21:38:28 GMT", 0.0),
     ("Mon, 07 Sep 2026 21:38:28 GMT", 0.0),
     ("", None), ("soon", None), ("-1", None), ("1.5", None), ("9999999", None), ("Wed, 99 Sep 2026 05:38:28 GMT", None),
+    ("5, 7", None), ("Fri, 31 Dec 9999 23:59:59 GMT", None), ("Wed Sep  9 05:38:28 2026", 28800.0),
+    ("Wednesday, 09-Sep-26 05:38:28 GMT", 28800.0), ("Wed, 09 Sep 2026 05:38:28 +0800", 0.0),
     ("\u0667", None), ("Wed, 09 Sep 99999999999999999999 05:38:28 GMT", None), ("1 Jan 1 00:00:00 +9999999999", None),
 ])
 def test_retry_after_is_a_number_or_a_date(text, seconds):
@@ -3547,6 +3632,10 @@ FAILURES = [
      calls_in(item("get_weather" + CITY, '{"b":1}', id="c", index=0)) + TOOLS_END, "upstream_error", TRY_AGAIN),
     ("an error with choices null", say("a") + error_event("1305", choices=None), "overloaded", OVERLOAD),
     ("an error with choices empty", say("a") + error_event("1305", choices=[]), "overloaded", OVERLOAD),
+    ("an error beside a choice", say("a") + error_event("1302", choices=[{"delta": {}, "finish_reason": "error"}]),
+     "rate_limit_exceeded", TOO_MANY),
+    ("an error without a code", sse({"msg": "the service is overloaded", "success": False}), "overloaded", OVERLOAD),
+    ("an error in detail", sse({"detail": {"code": "1308"}}), "insufficient_quota", KEY_RESTS),
     ("a bare error line", think("a") + say("b") + BARE_LINE, "upstream_error", TRY_AGAIN),
     ("a bare error line first", b"\n" + BARE_LINE + b"\n", "upstream_error", TRY_AGAIN),
     ("an error as a JSON body", BARE_LINE, "upstream_error", TRY_AGAIN),
@@ -3687,6 +3776,10 @@ BROKEN_RESPONSES = [
     ("an empty stream", HEAD + END, (502, "upstream_error"), TRY_AGAIN),
     ("an empty body", answer(200, b"")[0], (502, "upstream_error"), TRY_AGAIN),
     ("an empty body without a length", OK + b"Connection: close\r\n\r\n", (502, "upstream_error"), TRY_AGAIN),
+    ("a refusal as an event", answer(429, error_event("1113") + DONE)[0], (402, "insufficient_quota"), MODEL_RESTS),
+    ("a refusal behind words", answer(500, b'upstream said {"code": 1302}.')[0], (429, "rate_limit_exceeded"),
+     TOO_MANY),
+    ("a page with braces", answer(403, b"<style>body {margin: 0}</style>")[0], (502, "upstream_error"), GIVE_UP),
     ("a JSON body cut", answer(200, JSON_ANSWER)[0][:-20], (502, "upstream_error"), TRY_AGAIN),
     ("a cut behind the finish, before its call", HEAD + chunked(event(finish="tool_calls")), (502, "upstream_error"),
      TRY_AGAIN),
@@ -7243,6 +7336,22 @@ def test_a_gate_that_opens_too_late_is_not_waited_for(make_timed):
     assert len(timed.times) == 1
 
 
+@pytest.mark.parametrize("code, expected", [("1305", FULL), ("1302", NO_ROOM)])
+def test_behind_a_closed_gate_the_reason_is_the_one_that_closed_it(make_timed, code, expected):
+    timed = make_timed(QUEUE_TIMEOUT="30")
+    timed.answers.append(answer(429, complaint(code, "No room."), "Retry-After: 60"))
+    assert timed.ask()[1] is not None
+    _, error, _ = timed.ask()
+    assert len(timed.times) == 1
+    assert (error.status, error.code) == expected
+    assert "No room." in error.message
+    timed.clock.now += 60
+    assert timed.ask()[0] == "Hello"
+    timed.answers.append(answer(429, complaint("1302", "Slow."), "Retry-After: 60"))
+    assert timed.ask()[1] is not None
+    assert "Slow." in timed.ask()[1].message
+
+
 @pytest.mark.parametrize("rand", (0.0, 0.5, 1.0))
 def test_a_refused_request_goes_again_after_a_backoff_that_doubles_to_8_seconds(make_timed, rand):
     timed = make_timed(rand)
@@ -8409,7 +8518,7 @@ def test_the_chat_is_found_however_the_base_url_was_joined(shared, path):
 
 
 # To add a case, add a row: a path, patterns of what its 404 says; {base} is the proxy's
-# base URL and {zai} that of Z.ai.
+# base URL, {root} the same without /v1, and {zai} that of Z.ai.
 NOT_HERE = [
     ("/nowhere", ["/nowhere", "base URL to {base}"]),
     ("/api/tags", ["base URL to {base}"]),
@@ -8423,6 +8532,10 @@ NOT_HERE = [
     (CHAT + "/chat/completions", ["doubled", "base URL to {base}"]),
     (CHAT + CHAT, ["doubled", "base URL to {base}"]),
     ("/v1/embeddings/%7Bzai%7D%0a", ["{zai}/embeddings"]),
+    *((f"/v1/{name}", ["chat only", f"{{zai}}/{name}"]) for name in (
+        "moderations", "batches", "fine_tuning/jobs", "assistants", "threads", "vector_stores/x", "realtime")),
+    *((path, ["base URL to {root}, without /v1"]) for path in (
+        "/openai/v1/messages", CHAT + "/v1/messages", "/api/anthropic/v1/messages", "/anthropic")),
 ]
 
 
@@ -8432,7 +8545,8 @@ def test_a_404_says_where_to_go(shared, path, words):
     assert status == 404
     assert body["error"]["code"] == "not_found"
     for word in words:
-        assert word.format(base=f"http://localhost:{shared.port}/v1", zai=shared.zai.url) in body["error"]["message"]
+        root = f"http://localhost:{shared.port}"
+        assert word.format(root=root, base=root + "/v1", zai=shared.zai.url) in body["error"]["message"]
 
 
 # To add a case, add a row: a path, the method it takes.
@@ -8472,11 +8586,26 @@ def test_models_are_listed_as_openai_lists_them(zai):
         for id, model in entries.items():
             assert (model["object"], model["owned_by"]) == ("model", "z.ai")
             assert type(model["created"]) is int
-            assert proxy.call("GET", "/v1/models/" + id.upper())[2] == model
-        status, _, body = proxy.call("GET", "/v1/models/gpt-9")
+            assert proxy.call("GET", "/v1/models/" + id)[2] == model
+
+
+# To add a case, add a row: a name that chat takes, that of the entry like it.
+@pytest.mark.parametrize("name, like", [
+    ("glm-4.6", "GLM-4.6"), ("z-ai/glm-4.6", "GLM-4.6"), ("z-ai%2FGLM-4.5-air", "GLM-4.5-Air"),
+    ("glm-5.2-highspeed", "GLM-5.2"), ("GLM-5.2[1m]", "GLM-5.2"), ("GPT-4O", "mine"), ("mine", "mine"), ("gpt-9", None),
+    ("glm-4.66", None),
+])
+def test_a_model_is_found_by_any_name_that_chat_takes(zai, name, like):
+    with proxying(zai, MODEL_ALIASES="gpt-4o=glm-9,mine=mine") as proxy:
+        status, _, body = proxy.call("GET", "/v1/models/" + name)
+        if like:
+            asked = urllib.parse.unquote(name)
+            entry = proxy.call("GET", "/v1/models/" + like)[2]
+            assert body == dict(entry, id=asked, display_name=asked)
+            return
     assert status == 404
     assert (body["error"]["code"], body["error"]["param"]) == ("model_not_found", "model")
-    assert "gpt-9" in body["error"]["message"]
+    assert name in body["error"]["message"]
 
 
 # Keys
@@ -8809,6 +8938,7 @@ API_REFUSALS = [
     ("GET", "/v1/messages/batches/abc", True, 404, "not_found_error"),
     ("GET", "/v1/messages", True, 405, "invalid_request_error"),
     ("POST", "/v1/messages", True, 400, "invalid_request_error"),
+    ("POST", "/v1/v1/messages", True, 400, "invalid_request_error"),
     ("POST", "/v1/messages", False, 401, "authentication_error"),
     ("POST", "/v1/messages/count_tokens", False, 401, "authentication_error"),
     ("GET", "/v1/responses", True, 426, "upgrade_not_supported"),

@@ -456,22 +456,34 @@ HTTP_ERRORS = {
     435: TOO_LARGE,
 }
 # Answers with neither a code nor words were written by a CDN or a proxy on the road.
-BARE_HTTP_ERRORS = {200: BROKEN, 401: OUR_KEY, 408: BROKEN, 429: RATE}
+BARE_HTTP_ERRORS = {200: BROKEN, 401: OUR_KEY, 408: BROKEN, 413: TOO_LARGE, 429: RATE}
 
+# First phrases that mean it anywhere; then looser ones, without words of other limits.
 LONG_WORDS = re.compile(
-    r"context[ _-]?(length|window)|prompt.{0,20}too long|(input|messages?) (is|are) too long"
-    r"|\b(?<!max )(prompt|request(?! rate)|messages|(input|prompt|total) (length|text)|tokens)\b"
-    r"[^.:]{0,40}\b(exceeds?|exceeded|more|longer|larger|greater|over)\b"
-    r"[^.:]{0,40}(max|(?<!time )(?<!rate )limit|length|allowed)"
-    r"|(上下文|输入|提示词|对话|prompt|messages?|(?<![a-z_])tokens?)[^图参件频。，]{0,20}(超(?!时)|过长|太长)",
-    re.IGNORECASE)
+    r"context[ _-]?(length|window|size|overflow)|maximum (prompt|input) length|max message tokens"
+    r"|(prompt|conversation).{0,20}too long|(context|input|messages?)( text)?( is| are)? too long"
+    r"|too many (input )?tokens|reduce the length of the (prompt|messages)"
+    r"|^(?!.*(\b(images?|files?|tools?|system|rate|per|time|body|month|access|author\w+)\b|\d s"
+    r"|seconds|(max_tokens|_id|name) ?超(?!.*上下文)|图|参数|文件|视频|音频|格式|超时))"
+    r".*(\b(?<!max )((prompt|request|messages|(input|prompt|total) (length|text)|tokens?)\b"
+    r"[^.:]{0,40}\b(exceed(s|ed)?|more|longer|larger|greater|over)\b[^.:]{0,40}(max|limit|length|allowed)"
+    r"|tokens?\b[^.:]{0,40} exceed)"
+    r"|(上下文|输入|提示词|对话|消息|文本|内容|prompt|messages?|(?<![a-z_])tokens?)[^频。，]{0,20}"
+    r"(超|过长|太长)|超[出过][^。，]{0,10}(上下文|长度|token))", re.IGNORECASE)
 MODEL_WORDS = re.compile(
-    r"(?<!/)model.{0,80}(not exist|n't exist|not found|not_found|不存在)"
-    r"|(unknown|no such) model|模型.{0,80}(不存在|未找到)|(未知|无此|找不到)模型", re.IGNORECASE)
-PATH_WORDS = re.compile(r"\b404\b.{0,20}not.?found|^(\S* )?404\b", re.IGNORECASE)
+    r"(?<![/\w`])model(_?code|_?name|_?id)?\b(?!.{0,40}\b(in|for|tools?)\b).{0,80}"
+    r"(not exist|n't exist|not( be)? found|不存在)|model_not_found|channel for model"
+    r"|\bmodel( name| id)?:? ?\S{0,60} is (not (supported|available)|unavailable|deprecated)"
+    r"|(unknown|no such|invalid|valid|could not find( the)?) model\b"
+    r"|模型.{0,80}(不存在|未找到|已下线|无可用渠道)"
+    r"|(未知|无此|不存在|找不到|未找到|无效|不支持)的?模型", re.IGNORECASE)
+PATH_WORDS = re.compile(
+    r"\b404\b.{0,20}not.?found|^(\S* )?404\b|no static resource|request method '|路径不存在",
+    re.IGNORECASE)
 LIMIT_WORDS = re.compile(
-    r"usage limit|limit exhausted|will reset|resets? at|insufficient (balance|quota)"
-    r"|重置|余额不足", re.IGNORECASE)
+    r"usage limit|limit exhausted|will reset|(?<!connection )resets? at|in arrears|current quota"
+    r"|insufficient.(balance|quota)|(?<!连接)(?<!连接被)重置|余额不足|欠费", re.IGNORECASE)
+BUSY_WORDS = re.compile(r"overload|heavy load|访问量过大|负载|繁忙", re.IGNORECASE)
 # What a row becomes, as the third column says, if code and message hold these words.
 ZAI_WORDS = (
     (INVALID, LONG_WORDS, TOO_LONG),
@@ -480,6 +492,9 @@ ZAI_WORDS = (
     (WRONG_PATH, MODEL_WORDS, NO_MODEL),
     (BROKEN, PATH_WORDS, WRONG_PATH),
     (RATE, LIMIT_WORDS, QUOTA),
+    (BROKEN, LIMIT_WORDS, QUOTA),
+    (BROKEN, BUSY_WORDS, OVERLOADED),
+    (RATE, BUSY_WORDS, OVERLOADED),
 )
 
 
@@ -488,8 +503,10 @@ def as_dict(value):
     return value if isinstance(value, dict) else {}
 
 
-# Z.ai's Messages API, and gateways, put the code into the text: "[1302][text][id]".
-BRACKETED_CODE = re.compile(r"(?:^|\s)\[(-?\d{1,5})\]")
+# Z.ai's Messages API, and gateways, put the code into the text: "[1302][text][id]",
+# '... {"code":"1302"'.
+CODE_IN_TEXT = re.compile(
+    r"(?:^|\s)\[(-?\d{1,5})\]|\bcode\W{1,6}(\d{4})\b", re.IGNORECASE)
 
 
 def parse_code(value):
@@ -505,23 +522,31 @@ def parse_zai_error(value):
     """(code, message) of any error shape of Z.ai, both texts, "" for what is not there.
 
     {"error": {"code", "message"}}; {"code", "msg", "success"}; and, from paths that are
-    not there, {"status", "error": "Not Found", "path"}.
+    not there, {"status", "error": "Not Found", "path"}. What gateways wrap around these
+    counts less than what is inside.
     """
-    outer = as_dict(value)
-    error = outer.get("error")
-    inner = as_dict(error)
-    if isinstance(error, str):
-        inner = {"code": outer.get("status"), "message": error}
-    code = parse_code(inner.get("code")) or parse_code(outer.get("code"))
-    texts = (
-        inner.get("message"), inner.get("msg"),
-        outer.get("msg"), outer.get("message"))
-    spoken = [text for text in texts if isinstance(text, str) and text]
-    message = spoken[0][:2000] if spoken else ""
-    bracketed = BRACKETED_CODE.search(message)
-    if bracketed and code not in ZAI_ERRORS:
-        code = bracketed.group(1)
+    shells = []
+    while value and len(shells) < 5:
+        if isinstance(value, list):
+            value = value[0]
+        if isinstance(value, str):
+            value = {"message": value}
+        shell = as_dict(value)
+        shells.insert(0, shell)
+        value = shell.get("error") or shell.get("errors") or shell.get("detail")
+    codes = [parse_code(shell.get(name)) for shell in shells for name in ("code", "status")]
+    texts = [shell.get(name) for shell in shells for name in ("message", "msg")]
+    code = next(filter(None, codes), "")
+    message = next((text for text in texts if text and isinstance(text, str)), "")[:2000]
+    found = CODE_IN_TEXT.search(message)
+    if found and code not in ZAI_ERRORS:
+        code = found[1] or found[2]
     return code, message
+
+
+def bounded(wait_s):
+    """The seconds; None if they are more than a year's, as no limit lasts longer."""
+    return wait_s if wait_s < 366 * 86400 else None
 
 
 def seconds_to_wait(text, now):
@@ -530,44 +555,74 @@ def seconds_to_wait(text, now):
         return float(text)
     try:
         date = email.utils.parsedate_to_datetime(text[:100])
-        return max(0.0, date.timestamp() - now)
+        # In a header a date without a zone is one in UTC.
+        date = date.replace(tzinfo=date.tzinfo or datetime.timezone.utc)
+        return bounded(max(0.0, date.timestamp() - now))
     except (TypeError, ValueError, IndexError, OverflowError, OSError):
         return None
 
 
+# Only sentences with these words tell when a limit ends.
 RESET_WORDS = re.compile(
-    "reset|renew|refresh|available|(again|retry) (at|after|in)|重置|恢复|刷新|后[重再]试",
+    "reset|renew|refresh|available|(again|retry) (at|on|after|in)|wait|重置|恢复|刷新|后[重再]试",
     re.IGNORECASE)
-# The groups: year, month, day, hour, minute, second, UTC, offset.
-TIMESTAMP = re.compile(
-    r"(\d{4})[-/年](\d\d?)[-/月](\d\d?)日?[T ]*(\d\d?)[:时](\d\d)(?:[:分](\d\d))?(?:\.\d+)?"
-    r"\s*\(?((?:Z|UTC|GMT)(?![+-]))?(?:UTC|GMT)?([+-]\d\d:?\d\d)?", re.IGNORECASE)
-# "resets in 2 hours", "30分钟后重置". The groups: number and unit, in either language.
+SENTENCE_END = re.compile(r"[.;!](?=\s+\D|\s*$)|[。；！]")
+MONTH = "(jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*\\.?"
+# Parts of a time in other spellings, and in the usual one.
+SPELLINGS = (
+    (r"\b([12]\d{9})(?:\d{3})?\b",
+     lambda found: time.strftime("%Y-%m-%d %H:%M:%SZ", time.gmtime(int(found[1])))),
+    (r"([ap])\.m\.", r"\1m"),
+    (r"(?<![:\d])(\d\d?) ?(?=[ap]m\b)", r"\1:00 "),
+    (rf"\b(\d\d?)(?:st|nd|rd|th)?[ -]{MONTH},?[ -](\d{{4}})\b", r"\3-\2-\1"),
+    (rf"\b{MONTH} (\d\d?)(?:st|nd|rd|th)?,? (\d{{4}})\b", r"\3-\1-\2"),
+    (r"(\d{4})[/.年] ?(\d\d?)[/.月] ?(\d\d?)日?", r"\1-\2-\3"),
+    (r"(\d\d?)[时点](\d\d)分?", r"\1:\2"),
+    (r"\b(?:UTC|GMT)(?= ?[+-])|\b(?:CST|China|Beijing|Asia/Shanghai)\b", ""),
+    (r"\b(?:UTC|GMT)\b|(?<=\d)Z\b", "+0000"),
+)
+# An hour without a day is the next such one, or just over, if no words follow that may
+# name a day. One without a zone is Beijing's; in a zone that was not spelled above it
+# is none. The groups: day, hour and minute, second, half of the day, the offset's sign,
+# hours and minutes.
+MOMENT = re.compile(
+    r"(?:(?<!\d)(\d{4}-(?:\d\d?|[a-z]{3})-\d\d?),?[T ]*(?:at )?|\b(?:resets?|again) at |于 ?)"
+    r"(\d\d?:\d\d)(?::?(\d\d))?秒?(?:\.\d+)? ?(?:([ap]m)\b)?(?!\.?\d|:|\s*\(?(?-i:[A-Z]|[ap]m))"
+    r"[ (]*(?:([+-])(\d\d?):?(\d\d)?)?(?(1)|(?=(?:\W|time)*(?:重置|恢复|刷新|$)))", re.IGNORECASE)
+# "1h 20m", "1小时20分钟": number and unit, in either language.
+PART = r"(\d{1,6}(?:\.\d+)?) ?小?([smhdw秒分时天])(?:ec\w*|in\w*|ou\w*|rs?|ays?|eeks?|钟)?(?![a-z])"
 IN_A_WHILE = re.compile(
-    r"\b(?:in|after) (\d{1,6}) ?(s|min|h|day)|(\d{1,6}) ?(秒|分|小?时|天)[钟之以]*后",
-    re.IGNORECASE)
+    r"(?:(?:reset|renew|refresh|available|again|retry)[^\d,]{0,30}\b(?:in|after)|wait(?: for)?)"
+    rf" P?T?(?:{PART}(?:[ ,T]|and)*)+(?!\D{{0,6}}\d)|(?:{PART} ?)+[之以]?后", re.IGNORECASE)
 UNITS_S = {
-    "s": 1, "min": 60, "h": 3600, "day": 86400,
-    "秒": 1, "分": 60, "时": 3600, "小时": 3600, "天": 86400,
+    "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400,
+    "秒": 1, "分": 60, "时": 3600, "天": 86400,
 }
 
 
 def seconds_until_reset(message, now):
-    """Seconds from `now` (Unix) to the time at which a limit ends; None without one."""
-    if not RESET_WORDS.search(message) or now is None:
-        return None
-    found = TIMESTAMP.findall(message)
-    if not found:
+    """Seconds from `now` (Unix) to the time at which a limit ends. None without one,
+    and if it is not plain: a wrong time is worse than none."""
+    for pattern, usual in SPELLINGS:
+        message = re.sub(pattern, usual, message, flags=re.IGNORECASE)
+    message = " ".join(filter(RESET_WORDS.search, SENTENCE_END.split(message)))
+    moments = MOMENT.findall(message)
+    if not moments:
         return seconds_named(message)
-    year, month, day, hour, minute, second, utc, offset = found[-1]
-    # A time without a zone is Beijing's.
-    zone = offset or ("+0000" if utc else "+0800")
-    text = f"{year}-{month}-{day} {hour}:{minute}:{second or 0} {zone}"
+    day, clock, second, half, sign, hours, minutes = moments[-1]
+    ahead = f"{sign or '+'}{hours or '08':0>2}{minutes or '00'}"
+    text = f"{day or '2000-1-1'} {clock}:{second or '00'}{half} {ahead}"
+    month = "%b" if day[5:8].isalpha() else "%m"
+    hour = "%I:%M:%S%p" if half else "%H:%M:%S"
     try:
-        reset = datetime.datetime.strptime(text, "%Y-%m-%d %H:%M:%S %z")
+        reset = datetime.datetime.strptime(text, f"%Y-{month}-%d {hour} %z")
     except ValueError:
         return None
-    return max(1.0, reset.timestamp() - now)
+    wait_s = reset.timestamp() - now
+    if not day:
+        wait_s = (wait_s + 3600) % 86400 - 3600
+    # One that is long over is the time of something else.
+    return bounded(max(1.0, wait_s)) if wait_s >= -3600 else None
 
 
 def seconds_named(message):
@@ -575,8 +630,8 @@ def seconds_named(message):
     found = IN_A_WHILE.search(message)
     if not found:
         return None
-    number, unit = filter(None, found.groups())
-    return float(number) * UNITS_S[unit.lower()]
+    parts = re.findall(PART, found.group(), re.IGNORECASE)
+    return bounded(sum(float(number) * UNITS_S[unit.lower()] for number, unit in parts))
 
 
 def duration(seconds):
@@ -622,9 +677,10 @@ def zai_error(
     code, message = parse_zai_error(value)
     row = error_row(code, message, status)
     words = "Z.ai: " + (message or f"HTTP status {status} without a reason")
-    wait_s = seconds_until_reset(message, now)
+    wait_s = None if now is None else seconds_until_reset(message, now)
     if wait_s is None:
-        wait_s = retry_after
+        # "Now" says nothing about a limit.
+        wait_s = retry_after or None
     else:
         words += f" (in {duration(wait_s)})"
     words += f" (code {code})." if code else "."
@@ -757,7 +813,7 @@ def zai_model_id(name, model_aliases):
 
 
 FOREIGN_MODEL = re.compile(
-    r"(^|/)(gpt|chatgpt|o\d|codex|claude|gemini|gemma|deepseek|qwen|llama|mi[sx]tral|kimi|grok"
+    r"(^|[/.:])(gpt|chatgpt|o\d|codex|claude|gemini|gemma|deepseek|qwen|llama|mi[sx]tral|kimi|grok"
     r"|text-|phi|command|minimax|doubao|ernie|hunyuan)")
 
 
@@ -2432,6 +2488,8 @@ class ToolCall:
         return is_here and (not name or zai_index is not None and not self.whole)
 
 
+# The fields of an error that is not under "error".
+SPOKEN = {"code", "msg", "message", "detail", "errors"}
 EMPTY = "Z.ai sent an empty answer."
 UNFINISHED = "Z.ai's answer ended before it was finished."
 TORN = "Z.ai sent an event that cannot be read."
@@ -2616,15 +2674,15 @@ class Translator:
 
     def _event(self, value):
         choices = value.get("choices")
+        # Errors come in a response of status 200 as well.
+        if choices is None and SPOKEN & value.keys():
+            raise self.describe(value)
         choice = choices[0] if isinstance(choices, list) and choices else None
         usage = to_openai_usage(value.get("usage"))
         if not isinstance(choice, dict):
-            if "code" in value and "choices" not in value:
-                raise self.describe(value)
             self.repaired += choices is None and "usage" not in value
             choice = {}
         delta = as_dict(choice.get("delta") or choice.get("message"))
-        # Errors come in a response of status 200 as well.
         for place in (value, choice, delta):
             if place.get("error"):
                 raise self.describe(place)
@@ -3081,7 +3139,9 @@ class Answer:
         self.refusal += body[:self.LONGEST_ERROR_BYTES - len(self.refusal)]
         if not ended:
             return [], None
-        value = decode_or_none(self.refusal.decode("utf-8", "replace"))
+        # Gateways write something before it, such as "data: ", and behind it.
+        text = self.refusal.decode("utf-8", "replace")
+        value = decode_or_none(text[text.find("{"):], lambda json: scan_json(json, 0)[0])
         if self.reply.status == 200 and value is None:
             raise not_the_api()
         # JSON under the name of a page, which tells what was wrong.
@@ -4482,6 +4542,8 @@ class Gate:
     quiet_since = 0.0
     # The log has said that Z.ai refuses.
     refusing = False
+    # (verdict, words) of the last refusal, until something is served again.
+    refusal = None
 
     def __init__(self, key, limit):
         self.key = key
@@ -4537,8 +4599,7 @@ class Ticket:
     served = False
     # How many times Z.ai had no room for it.
     refusals = 0
-    # (verdict, words) of the last one. Not the error, whose traceback may hold the
-    # ticket.
+    # As in a gate. Not the error, whose traceback may hold the ticket.
     refusal = None
 
     def __init__(self, model, client):
@@ -4582,12 +4643,13 @@ class Gates:
             self.queues.setdefault(ticket.model, []).append(ticket)
             self._admit(ticket.model, began)
             # When the first of its gates opens again, if Z.ai has refused before.
-            opens_at = min(gate.closed_until for gate in self._usable(ticket, began))
+            first = min(self._usable(ticket, began), key=lambda gate: gate.closed_until)
+            opens_at = first.closed_until
         try:
             while not ticket.gate:
                 now = self.clock()
                 if now >= deadline or opens_at > deadline:
-                    raise self._timeout(ticket, opens_at - now)
+                    raise self._timeout(ticket.refusal or first.refusal, opens_at - now)
                 ticket.client.wait(deadline - now)
             if ticket.client.gone:
                 raise ClientGone
@@ -4638,6 +4700,7 @@ class Gates:
         ticket.gate = None
         gate.in_flight -= 1
         if ticket.served:
+            gate.refusal = None
             if ticket.probes_rest:
                 gate.key.resting_until = gate.resting_until = 0.0
             return self._cleared(gate, ticket.model, now)
@@ -4663,7 +4726,7 @@ class Gates:
             jitter = 1 + 0.5 * self.rand()
             pause_s = min(8.0, backoff_s(ticket.refusals) * jitter)
         ticket.refusals += 1
-        ticket.refusal = (error.verdict, error.message)
+        ticket.refusal = gate.refusal = (error.verdict, error.message)
         gate.close(now, max(pause_s, error.pause_s or 0))
         if too_many:
             gate.lower_ceiling()
@@ -4726,11 +4789,11 @@ class Gates:
             for place in unused[:too_many]:
                 del self.gates[place]
 
-    def _timeout(self, ticket, opens_in_s):
+    def _timeout(self, refusal, opens_in_s):
         words = f"No slot at Z.ai came free within QUEUE_TIMEOUT ({self.queue_timeout_s:g} s)."
         row = RATE
-        if ticket.refusal:
-            verdict, message = ticket.refusal
+        if refusal:
+            verdict, message = refusal
             words += " Its last word: " + message
             row = OVERLOADED if verdict == OVERLOAD else RATE
         # Clients would queue as long again, unseen, each time they try again by
@@ -5972,7 +6035,8 @@ ROUTES = (
     Route("(?:/v1)?/chat/completions", post="post_answer"),
     Route("(?:/v1)?/responses", "refuse_get", "post_answer", front=Responses),
     Route("(?:/v1)?/responses/.+", front=Responses),
-    Route("(?:/v1)?/messages", post="post_answer", front=Messages),
+    # Anthropic's base URL has no /v1, which its clients add themselves.
+    Route("(?:/v1)*/messages", post="post_answer", front=Messages),
     Route("(?:/v1)?/messages/.+", front=Messages),
     Route("(?:/v1)?/models", "get_models"),
     Route("(?:/v1)?/models/(?P<id>.+)", "get_model"),
@@ -5986,11 +6050,13 @@ ROUTES = (
 # What clients look for here in vain, and what to tell them. To add a path, add a row
 # above the last, which fits every path.
 ELSEWHERE = (
+    (".+/v1/messages|.*/anthropic", "Set the client's base URL to {root}, without /v1."),
     ("/v1/v1(?:/|$)|.*/(?:completions|responses|messages)/.*completions$",
      "The path is doubled: set the client's base URL to {base}."),
     ("(?:/v1)?/completions$",
      "The legacy completions API is not served: use {base}/chat/completions."),
-    ("(?:/v1)?/(?:embeddings|images|audio|rerank|files|videos)(?:/|$)",
+    (("(?:/v1)?/(?:embeddings|images|audio|rerank|files|videos|moderations|batches|realtime"
+      "|fine_tuning|uploads|web_search|tokenizer|assistants|threads|vector_stores)(?:/|$)"),
      "ZtoApi serves chat only. What Z.ai has of this is at {there}, billed to the balance."),
     ("(?:/v1)?/responses/.",
      "ZtoApi keeps no responses: there is nothing to get, to cancel or to compact."),
@@ -6260,7 +6326,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         words = next(words for pattern, words in ELSEWHERE if re.match(pattern, path))
         tail = escaped(re.sub("^/v1", "", path))
         there = self.settings.zai_base_url + tail
-        words = words.format(base=self.server.url + "/v1", path=path, there=there)
+        root = self.server.url
+        words = words.format(root=root, base=root + "/v1", path=path, there=there)
         return RequestError(words, status=404, code="not_found")
 
     def check_host(self):
@@ -6443,13 +6510,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         })
 
     def get_model(self):
-        id = self.match["id"]
-        for name, entry in listed_models(self.settings).items():
-            if name.lower() == id.lower():
-                self.answer_json(entry)
-                return
-        words = f"The model {id[:100]!a} is not listed; GET /v1/models lists the known ones."
-        raise RequestError(words, "model", status=404, code="model_not_found")
+        name = self.match["id"]
+        aliases = self.settings.model_aliases
+        id = zai_model_id(name, aliases)
+        model = find_model(id)
+        if model is None and name not in aliases and id == canonical_id(name):
+            words = f"The model {name[:100]!a} is not known; GET /v1/models lists those that are."
+            raise RequestError(words, "model", status=404, code="model_not_found")
+        self.answer_json(model_entry(name, model or UNKNOWN_MODEL))
 
     def get_metrics(self):
         text = self.server.metrics.prometheus(*self.server.upstream.gates.state())
