@@ -1574,6 +1574,17 @@ def test_the_time_of_a_reset_is_read(message):
     assert "(in 60 min)" in error.message
 
 
+@pytest.mark.parametrize("words", [
+    "1sec", "9h", "1小时", "1h and ", "resets in 1 ", "resets at 10:00 ", "10:", "12 ", "jan ", ". ", "wait ",
+    "model ", "tokens more ", "prompt exceeds ", "输入", "超出", "/404 ", "[1", "code ", "1700000000 ",
+])
+@pytest.mark.parametrize("message", ["please wait {} 5", "resets in {}x", "{}", "reset {} 后x"])
+def test_no_words_of_an_error_take_more_than_linear_time(words, message):
+    text = message.format(words * (2000 // len(words)))
+    with under_a_second():
+        assert zai_error(complaint("1210", text), 400, now=RESET_AT).status in (400, 404)
+
+
 # To add a case, add a row: Z.ai's words, seconds behind RESET_AT, Z.ai's Retry-After,
 # ours.
 @pytest.mark.parametrize("message, late, asked, expected", [

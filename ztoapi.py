@@ -458,31 +458,45 @@ HTTP_ERRORS = {
 # Answers with neither a code nor words were written by a CDN or a proxy on the road.
 BARE_HTTP_ERRORS = {200: BROKEN, 401: OUR_KEY, 408: BROKEN, 413: TOO_LARGE, 429: RATE}
 
-# First phrases that mean it anywhere; then looser ones, without words of other limits.
-LONG_WORDS = re.compile(
-    r"context[ _-]?(length|window|size|overflow)|maximum (prompt|input) length|max message tokens"
-    r"|(prompt|conversation).{0,20}too long|(context|input|messages?)( text)?( is| are)? too long"
-    r"|too many (input )?tokens|reduce the length of the (prompt|messages)"
-    r"|^(?!.*(\b(images?|files?|tools?|system|rate|per|time|body|month|access|author\w+)\b|\d s"
-    r"|seconds|(max_tokens|_id|name) ?超(?!.*上下文)|图|参数|文件|视频|音频|格式|超时))"
-    r".*(\b(?<!max )((prompt|request|messages|(input|prompt|total) (length|text)|tokens?)\b"
-    r"[^.:]{0,40}\b(exceed(s|ed)?|more|longer|larger|greater|over)\b[^.:]{0,40}(max|limit|length|allowed)"
-    r"|tokens?\b[^.:]{0,40} exceed)"
-    r"|(上下文|输入|提示词|对话|消息|文本|内容|prompt|messages?|(?<![a-z_])tokens?)[^频。，]{0,20}"
-    r"(超|过长|太长)|超[出过][^。，]{0,10}(上下文|长度|token))", re.IGNORECASE)
-MODEL_WORDS = re.compile(
-    r"(?<![/\w`])model(_?code|_?name|_?id)?\b(?!.{0,40}\b(in|for|tools?)\b).{0,80}"
-    r"(not exist|n't exist|not( be)? found|不存在)|model_not_found|channel for model"
-    r"|\bmodel( name| id)?:? ?\S{0,60} is (not (supported|available)|unavailable|deprecated)"
-    r"|(unknown|no such|invalid|valid|could not find( the)?) model\b"
-    r"|模型.{0,80}(不存在|未找到|已下线|无可用渠道)"
-    r"|(未知|无此|不存在|找不到|未找到|无效|不支持)的?模型", re.IGNORECASE)
-PATH_WORDS = re.compile(
-    r"\b404\b.{0,20}not.?found|^(\S* )?404\b|no static resource|request method '|路径不存在",
-    re.IGNORECASE)
-LIMIT_WORDS = re.compile(
-    r"usage limit|limit exhausted|will reset|(?<!connection )resets? at|in arrears|current quota"
-    r"|insufficient.(balance|quota)|(?<!连接)(?<!连接被)重置|余额不足|欠费", re.IGNORECASE)
+LONG_WORDS = re.compile(r"""
+    # Phrases that mean it anywhere.
+    context[ _-]?(length|window|size|overflow) | maximum\ (prompt|input)\ length
+    | (prompt|conversation).{0,20}too\ long
+    | (context|input|messages?)(\ text)?(\ is|\ are)?\ too\ long
+    | too\ many\ (input\ )?tokens | max\ message\ tokens
+    | reduce\ the\ length\ of\ the\ (prompt|messages)
+    # Looser ones, where no word is about another limit.
+    | ^(?! .* (
+        \b(images?|files?|tools?|system|rate|per|time|body|month|access|author\w+)\b
+        | \d\ s | seconds | (max_tokens|_id|name)\ ?超(?!.*上下文)
+        | 图 | 参数 | 文件 | 视频 | 音频 | 格式 | 超时 ))
+    .* (
+        \b(?<!max\ )(prompt|request|messages|(input|prompt|total)\ (length|text)|tokens?)\b
+            [^.:]{0,40} \b(exceed(s|ed)?|more|longer|larger|greater|over)\b
+            [^.:]{0,40} (max|limit|length|allowed)
+        | \b(?<!max\ )tokens?\b [^.:]{0,40} \ exceed
+        | (上下文|输入|提示词|对话|消息|文本|内容|prompt|messages?|(?<![a-z_])tokens?)
+            [^频。，]{0,20} (超|过长|太长)
+        | 超[出过] [^。，]{0,10} (上下文|长度|token) )
+    """, re.IGNORECASE | re.VERBOSE)
+MODEL_WORDS = re.compile(r"""
+    (?<![/\w`])model(_?code|_?name|_?id)?\b (?!.{0,40}\b(in|for|tools?)\b)
+        .{0,80} (not\ exist|n't\ exist|not(\ be)?\ found|不存在)
+    | \bmodel(\ name|\ id)?:?\ ?\S{0,60}\ is\ (not\ (supported|available)|unavailable|deprecated)
+    | (unknown|no\ such|invalid|valid|could\ not\ find(\ the)?)\ model\b
+    | model_not_found | channel\ for\ model
+    | 模型.{0,80}(不存在|未找到|已下线|无可用渠道)
+    | (未知|无此|不存在|找不到|未找到|无效|不支持)的?模型
+    """, re.IGNORECASE | re.VERBOSE)
+PATH_WORDS = re.compile(r"""
+    \b404\b.{0,20}not.?found | ^(\S*\ )?404\b
+    | no\ static\ resource | request\ method\ ' | 路径不存在
+    """, re.IGNORECASE | re.VERBOSE)
+LIMIT_WORDS = re.compile(r"""
+    usage\ limit | limit\ exhausted | will\ reset | (?<!connection\ )resets?\ at
+    | in\ arrears | current\ quota | insufficient.(balance|quota)
+    | (?<!连接)(?<!连接被)重置 | 余额不足 | 欠费
+    """, re.IGNORECASE | re.VERBOSE)
 BUSY_WORDS = re.compile(r"overload|heavy load|访问量过大|负载|繁忙", re.IGNORECASE)
 # What a row becomes, as the third column says, if code and message hold these words.
 ZAI_WORDS = (
@@ -583,20 +597,31 @@ SPELLINGS = (
 )
 # An hour without a day is the next such one, or just over, if no words follow that may
 # name a day. One without a zone is Beijing's; in a zone that was not spelled above it
-# is none. The groups: day, hour and minute, second, half of the day, the offset's sign,
-# hours and minutes.
-MOMENT = re.compile(
-    r"(?:(?<!\d)(\d{4}-(?:\d\d?|[a-z]{3})-\d\d?),?[T ]*(?:at )?|\b(?:resets?|again) at |于 ?)"
-    r"(\d\d?:\d\d)(?::?(\d\d))?秒?(?:\.\d+)? ?(?:([ap]m)\b)?(?!\.?\d|:|\s*\(?(?-i:[A-Z]|[ap]m))"
-    r"[ (]*(?:([+-])(\d\d?):?(\d\d)?)?(?(1)|(?=(?:\W|time)*(?:重置|恢复|刷新|$)))", re.IGNORECASE)
-# "1h 20m", "1小时20分钟": number and unit, in either language.
-PART = r"(\d{1,6}(?:\.\d+)?) ?小?([smhdw秒分时天])(?:ec\w*|in\w*|ou\w*|rs?|ays?|eeks?|钟)?(?![a-z])"
-IN_A_WHILE = re.compile(
-    r"(?:(?:reset|renew|refresh|available|again|retry)[^\d,]{0,30}\b(?:in|after)|wait(?: for)?)"
-    rf" P?T?(?:{PART}(?:[ ,T]|and)*)+(?!\D{{0,6}}\d)|(?:{PART} ?)+[之以]?后", re.IGNORECASE)
+# is none.
+MOMENT = re.compile(r"""
+    (?: (?<!\d)(\d{4}-(?:\d\d?|[a-z]{3})-\d\d?),?[T ]*(?:at\ )?  # day
+      | \b(?:resets?|again)\ at\  | 于\ ?)
+    (\d\d?:\d\d)(?::?(\d\d))?秒?(?:\.\d+)?  # hour and minute, second
+    \ ?(?:([ap]m)\b)?  # half of the day
+    (?!\.?\d | : | \s*\(?(?-i:[A-Z]|[ap]m))
+    [ (]*(?:([+-])(\d\d?):?(\d\d)?)?  # the offset's sign, hours and minutes
+    (?(1) | (?=(?:\W|time)*(?:重置|恢复|刷新|$)))
+    """, re.IGNORECASE | re.VERBOSE)
+# Number and unit, in either language, as in "1h 20m" and "1小时20分钟". No unit holds a
+# digit, so that there is one way to read a row of them.
+PART = (
+    r"(\d{1,6}(?:\.\d{1,6})?)\ ?"
+    r"(s(?:ec(?:ond)?s?)?|m(?:in(?:ute)?s?)?|h(?:(?:ou)?rs?)?|d(?:ays?)?|w(?:eeks?)?"
+    r"|秒钟?|分钟?|小?时|天)(?![a-z])")
+IN_A_WHILE = re.compile(rf"""
+    (?: (?:reset|renew|refresh|available|again|retry)[^\d,]{{0,30}}\b(?:in|after)
+      | wait(?:\ for)?)
+    \ P?T?(?:{PART}[ ,]*(?:and\ )?T?){{1,4}}(?!\D{{0,6}}\d)
+    | (?:{PART}\ ?){{1,4}}[之以]?后
+    """, re.IGNORECASE | re.VERBOSE)
 UNITS_S = {
     "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400,
-    "秒": 1, "分": 60, "时": 3600, "天": 86400,
+    "秒": 1, "分": 60, "小": 3600, "时": 3600, "天": 86400,
 }
 
 
@@ -630,8 +655,8 @@ def seconds_named(message):
     found = IN_A_WHILE.search(message)
     if not found:
         return None
-    parts = re.findall(PART, found.group(), re.IGNORECASE)
-    return bounded(sum(float(number) * UNITS_S[unit.lower()] for number, unit in parts))
+    parts = re.findall(PART, found.group(), re.IGNORECASE | re.VERBOSE)
+    return bounded(sum(float(number) * UNITS_S[unit[0].lower()] for number, unit in parts))
 
 
 def duration(seconds):
