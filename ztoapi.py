@@ -5044,42 +5044,38 @@ STALE_WITHIN_S = 1.0
 
 
 class Pool:
-    """Idle connections to Z.ai, the last used first. A socket is here only when its
-    last answer was read to the end; none of them blocks."""
+    """Idle connections, the last used first; all lead the one way that an Upstream has
+    to Z.ai. A socket is here only when its last answer was read to the end; none of
+    them blocks."""
 
     def __init__(self, clock=time.monotonic):
         self.clock = clock
-        # It guards `idle`: socket -> (key, since when), the longest idle first.
+        # It guards `idle`: (socket, since when), the longest idle first.
         self.lock = threading.Lock()
-        self.idle = {}
+        self.idle = collections.deque()
 
-    def take(self, key):
-        """An idle socket that is still alive, or None. `key`: where it leads to."""
+    def take(self):
+        """An idle socket that is still alive, or None."""
         while True:
             with self.lock:
-                for sock, (place, since) in reversed(self.idle.items()):
-                    if place == key:
-                        break
-                else:
+                if not self.idle:
                     return None
-                del self.idle[sock]
+                sock, since = self.idle.pop()
             fresh = self.clock() - since < KEEP_IDLE_S
             # What an idle server says is that it has closed.
             if fresh and peek(sock) is None:
                 return sock
             sock.close()
 
-    def put(self, key, sock):
+    def put(self, sock):
         with self.lock:
-            self.idle[sock] = (key, self.clock())
+            self.idle.append((sock, self.clock()))
 
     def expire(self, now):
         """Close what has been idle for too long at `now`."""
         with self.lock:
-            for sock, (_, since) in list(self.idle.items()):
-                if now - since >= KEEP_IDLE_S:
-                    del self.idle[sock]
-                    sock.close()
+            while self.idle and now - self.idle[0][1] >= KEEP_IDLE_S:
+                self.idle.popleft()[0].close()
 
 
 class ZaiRequest(urllib.request.Request):
@@ -5116,12 +5112,10 @@ class Connection:
     """A socket to Z.ai with a request on its way. After the request it does not
     block. `reused`: it comes from the pool."""
 
-    reused = False
-
-    def __init__(self, sock, pool, key):
+    def __init__(self, sock, pool, reused=False):
         self.sock = sock
         self.pool = pool
-        self.key = key
+        self.reused = reused
 
     def send(self, data, timeout_s):
         self.sock.settimeout(timeout_s)
@@ -5154,7 +5148,7 @@ class Connection:
         # What waits inside of TLS would be taken for the next answer: Pool.take() does
         # not see it.
         if reusable and not self.pending():
-            self.pool.put(self.key, self.sock)
+            self.pool.put(self.sock)
         else:
             self.sock.close()
 
@@ -5225,10 +5219,8 @@ class KeepAliveHandler(urllib.request.BaseHandler):
         return context
 
     def connect(self, request):
-        key = (request.type, request.host, request._tunnel_host)
-        sock = self.pool.take(key)
-        connection = Connection(sock or self._dial(request), self.pool, key)
-        connection.reused = sock is not None
+        pooled = self.pool.take()
+        connection = Connection(pooled or self._dial(request), self.pool, pooled is not None)
         request.client.dial(connection.sock)
         # Inside of a tunnel, a new one or one from the pool, the request goes to Z.ai,
         # for whom the proxy's password is not.
@@ -5452,7 +5444,7 @@ class Upstream:
         """The Connection with a request on its way to Z.ai."""
         if self.settings.demo_mode:
             # Section Demo has a stand-in for Z.ai.
-            return Connection(demo_socket(data), self.pool, None)
+            return Connection(demo_socket(data), self.pool)
         url = self.settings.zai_base_url + path
         if self.proxy.lower().startswith("socks"):
             raise UpstreamError("SOCKS proxies are not spoken here. Check HTTPS_PROXY "
