@@ -4787,9 +4787,6 @@ class Relay:
         self.answer = answer
         self.client = client
         self.take = take
-        # wake() releases it, which lets the handler's thread go on.
-        self.ended = threading.Lock()
-        self.ended.acquire()
         # What ended it, at most one. run() raises it straight off this list: a variable
         # would hold the error, and the error's traceback the variable's frame. Such a
         # circle is freed late.
@@ -4828,7 +4825,7 @@ class Relay:
     def wake(self):
         if not self.woken:
             self.woken = True
-            self.ended.release()
+            self.client.wake()
 
     def look(self, now, silence_s):
         """What the time says. True once all is read and out."""
@@ -4922,7 +4919,10 @@ class Pump:
         # no relay is overlooked.
         if self.asleep:
             self._wake()
-        relay.ended.acquire()
+        # The alarm rings for a client that leaves, too: of that the pump tells in
+        # `errors`.
+        while not relay.woken:
+            relay.client.alarm.acquire()
         if relay.errors:
             raise relay.errors.pop()
 
