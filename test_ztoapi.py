@@ -5782,7 +5782,7 @@ def test_gates_of_models_that_taught_nothing_are_forgotten():
     for i in range(100):
         timed.gates.leave(timed.enter(model=f"model-{i}"), served=True)
     assert timed.gates.state() == ([], {})
-    assert timed.gates.queues == {}
+    assert timed.gates.queue == []
 
 
 def test_the_log_tells_once_when_a_gate_begins_to_refuse_and_once_when_it_clears(caplog):

@@ -4420,8 +4420,8 @@ class Gates:
         self.lock = threading.Lock()
         # (key, model) -> Gate
         self.gates = {}
-        # model -> the tickets that wait
-        self.queues = {}
+        # The tickets that wait, for any model.
+        self.queue = []
         # client key -> the number of its last admission
         self.turns = collections.Counter()
         self.admissions = 0
@@ -4432,7 +4432,7 @@ class Gates:
         began = self.clock()
         deadline = began + self.queue_timeout_s - ticket.waited_s
         with self.lock:
-            self.queues.setdefault(ticket.model, []).append(ticket)
+            self.queue.append(ticket)
             self._admit(ticket.model, began)
             # When the first of its gates opens again, if Z.ai has refused before.
             opens_at = min(gate.closed_until for gate in self._usable(ticket, began))
@@ -4459,8 +4459,8 @@ class Gates:
             if ticket.gate:
                 ticket.served = served
                 news = self._settle(ticket, error, now)
-            elif ticket in self.queues.get(ticket.model, ()):
-                self.queues[ticket.model].remove(ticket)
+            elif ticket in self.queue:
+                self.queue.remove(ticket)
             self._admit(ticket.model, now)
             self._forget(now)
         if news:
@@ -4469,7 +4469,7 @@ class Gates:
     def tick(self, now):
         """Let those go whose gate opens though nobody leaves it. The pump calls it."""
         with self.lock:
-            for model in list(self.queues):
+            for model in self._queued():
                 self._admit(model, now)
 
     def state(self):
@@ -4480,10 +4480,13 @@ class Gates:
             for (key, model), gate in self.gates.items():
                 ceiling = gate.ceiling if gate.ceiling < INFINITY else None
                 gates.append((key.position, model, ceiling, gate.in_flight))
-            queued = {model: len(queue) for model, queue in self.queues.items() if queue}
-            return gates, queued
+            return gates, dict(self._queued())
 
     # The methods below are called with the lock held.
+
+    def _queued(self):
+        """{model: how many queue for it}"""
+        return collections.Counter(ticket.model for ticket in self.queue)
 
     def _settle(self, ticket, error, now):
         """What an attempt teaches; the log line about it, if there is one."""
@@ -4528,25 +4531,26 @@ class Gates:
         return "%s: Z.ai refuses (%s), %s, queueing", plain(ticket.model), code, limit
 
     def _cleared(self, gate, model, now):
-        if not gate.refusing or self.queues.get(model) or now < gate.closed_until:
+        if not gate.refusing or self._queued()[model] or now < gate.closed_until:
             return None
         gate.refusing = False
         return "%s: nobody queues any more", plain(model)
 
     def _admit(self, model, now):
-        """Let the first in the queue go, as long as there is room."""
-        queue = self.queues.get(model, ())
-        while queue:
+        """Let the first in the model's queue go, as long as there is room."""
+        while True:
+            queue = [ticket for ticket in self.queue if ticket.model == model]
+            if not queue:
+                return
             ticket = min(queue, key=lambda waiting: (
                 self.turns[waiting.client.key], waiting.number))
             gates = self._usable(ticket, now)
             for gate in gates:
                 gate.probe(now)
-            rooms = [(gate.room(now), -gate.in_flight) for gate in gates]
-            gate = gates[rooms.index(max(rooms))]
+            gate = max(gates, key=lambda gate: (gate.room(now), -gate.in_flight))
             if gate.room(now) <= 0:
                 return
-            queue.remove(ticket)
+            self.queue.remove(ticket)
             self.admissions += 1
             self.turns[ticket.client.key] = self.admissions
             ticket.gate = gate
@@ -4568,14 +4572,14 @@ class Gates:
     def _forget(self, now):
         """Drop gates that know nothing; beyond so many, the oldest that nobody uses:
         the names of models come from clients."""
-        self.queues = {model: queue for model, queue in self.queues.items() if queue}
         for place, gate in list(self.gates.items()):
             if gate.knows_nothing(now):
                 del self.gates[place]
         too_many = len(self.gates) - self.MOST_GATES * len(self.keys)
         if too_many > 0:
+            queued = self._queued()
             unused = [place for place, gate in self.gates.items()
-                      if not gate.in_flight and place[1] not in self.queues]
+                      if not gate.in_flight and place[1] not in queued]
             for place in unused[:too_many]:
                 del self.gates[place]
 
