@@ -5643,10 +5643,10 @@ class Histogram:
         yield f"_count {total}"
 
 
-def gate_families(gates, queued):
-    """What Gates.state() gives, as metrics."""
-    # Models that the table does not know share a label: their queues are added up, and
-    # the lowest of their ceilings is told.
+def gate_counts(gates, queued):
+    """What Gates.state() gives, by labels: ({model: how many queue}, {key, model:
+    ceiling}). Models that the table does not know share a label: their queues are added
+    up, and the lowest of their ceilings is told."""
     waiting = collections.Counter({("other",): 0})
     for model, count in queued.items():
         waiting[(model_label(model),)] += count
@@ -5655,22 +5655,7 @@ def gate_families(gates, queued):
         if ceiling is not None:
             place = (key, model_label(model))
             ceilings[place] = min(ceiling, ceilings.get(place, ceiling))
-    return (
-        ("requests_queued", "gauge",
-         "Requests waiting for a slot.", samples(("model",), waiting)),
-        ("concurrency_ceiling", "gauge",
-         "Slots, set or learned.", samples(("key", "model"), ceilings)),
-    )
-
-
-# The metrics that are one number, with the name of it in Metrics.counts.
-COUNT_FAMILIES = (
-    ("unauthorized_total", "counter", "Requests without a valid key.", "unauthorized"),
-    ("requests_in_flight", "gauge", "Requests being answered.", "in_flight"),
-    ("retries_total", "counter", "Further attempts at Z.ai.", "retries"),
-    ("repaired_frames_total", "counter", "Z.ai's events skipped or mended.", "repaired"),
-    ("cancelled_total", "counter", "Requests whose client left.", "cancelled"),
-)
+    return waiting, ceilings
 
 
 class Metrics:
@@ -5764,25 +5749,34 @@ class Metrics:
         return "\n".join(lines) + "\n"
 
     def families(self, gates, queued):
-        """(name, type, help, samples) of each metric."""
-        yield from self.request_families()
-        yield from gate_families(gates, queued)
-        for name, metric_type, text, counted in COUNT_FAMILIES:
-            yield name, metric_type, text, [f" {self.counts[counted]}"]
-        start = [f" {self.began:.3f}"]
-        yield "process_start_time_seconds", "gauge", "Start, Unix time.", start
-
-    def request_families(self):
-        requests = samples(("model", "status", "key"), self.requests)
-        tokens = samples(("model", "kind", "key"), self.tokens)
+        """(name, type, help, samples) of each metric. To add a metric, add a row."""
+        waiting, ceilings = gate_counts(gates, queued)
+        counts = self.counts
         return (
-            ("requests_total", "counter",
-             "Requests, by status; 499: the client left.", requests),
-            ("tokens_total", "counter", "Tokens as Z.ai counts them.", tokens),
-            ("time_to_first_token_seconds", "histogram",
-             "Until the first token.", self.ttft.samples()),
-            ("request_duration_seconds", "histogram",
-             "Until an answer's end.", self.duration.samples()),
+            ("requests_total", "counter", "Requests, by status; 499: the client left.",
+             samples(("model", "status", "key"), self.requests)),
+            ("tokens_total", "counter", "Tokens as Z.ai counts them.",
+             samples(("model", "kind", "key"), self.tokens)),
+            ("time_to_first_token_seconds", "histogram", "Until the first token.",
+             self.ttft.samples()),
+            ("request_duration_seconds", "histogram", "Until an answer's end.",
+             self.duration.samples()),
+            ("requests_queued", "gauge", "Requests waiting for a slot.",
+             samples(("model",), waiting)),
+            ("concurrency_ceiling", "gauge", "Slots, set or learned.",
+             samples(("key", "model"), ceilings)),
+            ("unauthorized_total", "counter", "Requests without a valid key.",
+             [f" {counts['unauthorized']}"]),
+            ("requests_in_flight", "gauge", "Requests being answered.",
+             [f" {counts['in_flight']}"]),
+            ("retries_total", "counter", "Further attempts at Z.ai.",
+             [f" {counts['retries']}"]),
+            ("repaired_frames_total", "counter", "Z.ai's events skipped or mended.",
+             [f" {counts['repaired']}"]),
+            ("cancelled_total", "counter", "Requests whose client left.",
+             [f" {counts['cancelled']}"]),
+            ("process_start_time_seconds", "gauge", "Start, Unix time.",
+             [f" {self.began:.3f}"]),
         )
 
 
