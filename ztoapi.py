@@ -4656,25 +4656,26 @@ class Outbox:
     # Nothing may follow the last byte.
     finished = False
     unsent = memoryview(b"")
-    blocked_since = None
 
     def __init__(self, connection, make_head, front, chunked=True):
         self.connection = connection
         self.make_head = make_head
         self.front = front
         self.chunked = chunked
-        # When it last sent something, or tried to.
-        self.sent_at = time.monotonic()
+        # When it was last given something to send. As it gets nothing while something
+        # is unsent, that is also since when the client has not taken it.
+        self.put_at = time.monotonic()
 
     def put(self, text, last=False):
         """Send SSE text, and before it what must come first. ClientGone if it has
         left."""
         data = self.frame(text, last)
         self.finished = self.finished or last
+        self.put_at = time.monotonic()
         self.unsent = memoryview(bytes(self.unsent) + data)
         self.flush()
 
-    def frame(self, text, last=False):
+    def frame(self, text, last):
         """The bytes for `text`; `last`: with the end of the coding behind it."""
         head = b""
         if not self.started:
@@ -4689,30 +4690,23 @@ class Outbox:
         return head + data
 
     def flush(self):
-        self.sent_at = time.monotonic()
         try:
             sent = self.connection.send(self.unsent)
         except BlockingIOError:
-            sent = 0
+            return
         except OSError:
             raise ClientGone from None
         self.unsent = self.unsent[sent:]
-        if not self.unsent:
-            self.blocked_since = None
-        elif self.blocked_since is None:
-            self.blocked_since = self.sent_at
 
     def look(self, now, settings):
         """Send what is due: what is unsent, or a heartbeat. ClientGone if the client
         has not taken the former for too long."""
+        waited_s = now - self.put_at
         if self.unsent:
             self.flush()
-        if self.unsent:
-            if now - self.blocked_since > settings.client_timeout:
+            if self.unsent and waited_s > settings.client_timeout:
                 raise ClientGone
-            return
-        is_due = now - self.sent_at >= settings.heartbeat > 0
-        if is_due and not self.finished:
+        elif waited_s >= settings.heartbeat > 0 and not self.finished:
             # Before anything else, the opening is a sign of life.
             self.put(self.front.heartbeat() if self.started else "")
 
