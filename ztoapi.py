@@ -361,7 +361,7 @@ class UpstreamError(ApiError):
     """Z.ai, or the road to it, failed.
 
     `verdict`: one of the eight above; `zai_code`: Z.ai's own code, "" without one;
-    `pause_s`: what Z.ai itself asked to wait, or None; `stage`: how far the way
+    `pause_s`: what Z.ai itself asked to wait, 0 if nothing; `stage`: how far the way
     to Z.ai went (proxy, DNS, TCP or TLS), "" if Z.ai was reached.
     """
 
@@ -370,7 +370,7 @@ class UpstreamError(ApiError):
     code = "upstream_error"
 
     zai_code = ""
-    pause_s = None
+    pause_s = 0.0
     stage = ""
 
     def __init__(self, message, verdict=TRY_AGAIN, **facts):
@@ -616,7 +616,8 @@ def zai_error(
 
     `value`: the parsed body, None if it was no JSON; `status`: its HTTP status; `now`:
     Unix seconds; `model`, `max_tokens`: what was asked for, for advice; `patience_s`:
-    the longest limit worth waiting for; `retry_after`: seconds, from Z.ai's own header.
+    the longest limit worth waiting for, for an SDK too; `retry_after`: seconds, from
+    Z.ai's own header.
     Never raises, whatever `value` holds.
     """
     code, message = parse_zai_error(value)
@@ -630,13 +631,14 @@ def zai_error(
     words += f" (code {code})." if code else "."
     if row is QUOTA and wait_s is not None and wait_s <= patience_s:
         row = SHORT_LIMIT
+    pause_s = wait_s or 0.0
     hopeless = row.verdict in (GIVE_UP, KEY_RESTS, MODEL_RESTS) and row is not SHORT_LIMIT
     return UpstreamError(
         f"{words} {error_advice(row, model, max_tokens)}".rstrip(), row.verdict,
         status=row.status, type=row.type, code=row.code,
-        zai_code=code, pause_s=wait_s,
+        zai_code=code, pause_s=pause_s,
         retry_after=row.retry_after if wait_s is None else wait_s,
-        retryable=False if hopeless else None)
+        retryable=False if hopeless or pause_s > patience_s else None)
 
 
 NO_KEY = (
@@ -4520,7 +4522,7 @@ class Gates:
             pause_s = min(8.0, backoff_s(ticket.refusals) * jitter)
         ticket.refusals += 1
         ticket.refusal = (error.verdict, error.message)
-        gate.close(now, max(pause_s, error.pause_s or 0))
+        gate.close(now, max(pause_s, error.pause_s))
         if too_many:
             gate.lower_ceiling()
         if gate.refusing:
@@ -5362,9 +5364,6 @@ class Upstream:
             except UpstreamError as error:
                 pause_s = self._pause_s(error, ticket, tries)
                 if pause_s is None:
-                    # Z.ai asks for more time than the client may queue.
-                    if error.pause_s and error.pause_s > self.settings.queue_timeout:
-                        error.retryable = False
                     raise
                 tries += error.verdict in (TRY_AGAIN, TRY_ONCE)
             record.retries += 1
@@ -5427,7 +5426,7 @@ class Upstream:
             return None
         if error.verdict in (TOO_MANY, TOO_FAST, OVERLOAD):
             # It queues again, unless Z.ai names a time that is too far away.
-            return 0 if (error.pause_s or 0) <= left_s else None
+            return 0 if error.pause_s <= left_s else None
         if error.verdict in (KEY_RESTS, MODEL_RESTS):
             return 0 if len(ticket.refused_by) < len(self.gates.keys) else None
         if tries >= self.settings.max_retries:
@@ -5435,7 +5434,7 @@ class Upstream:
         if error.verdict == TRY_ONCE and tries:
             return None
         # Full jitter, so that all who failed together do not come again together.
-        pause_s = max(backoff_s(tries) * self.rand(), error.pause_s or 0)
+        pause_s = max(backoff_s(tries) * self.rand(), error.pause_s)
         return pause_s if pause_s <= left_s else None
 
     def open(self, path, key, client, data=None):
