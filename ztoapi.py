@@ -6434,7 +6434,6 @@ class Server(http.server.ThreadingHTTPServer):
     # Requests that were sent before the end need a moment to be read.
     SETTLE_S = 0.1
 
-    backlog_taken = False
     draining = False
     # The log tells of refusals once, and again after a minute without any.
     warn_from = 0.0
@@ -6635,13 +6634,13 @@ class Server(http.server.ThreadingHTTPServer):
     def take_backlog(self):
         """Accept what has connected."""
         self.timeout = 0
-        for _ in range(self.request_queue_size):
-            if not self.backlog_taken:
+        with contextlib.suppress(TimeoutError):
+            for _ in range(self.request_queue_size):
                 self.handle_request()
 
     def handle_timeout(self):
-        """The base class's word for: nobody else has connected."""
-        self.backlog_taken = True
+        """The base class calls it when nobody else has connected."""
+        raise TimeoutError
 
     def close_parts(self):
         self.pump.close()
