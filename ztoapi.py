@@ -4563,11 +4563,9 @@ class Gates:
     def _usable(self, ticket, now):
         """The gates the ticket may use: of keys that do not rest; if all do, that whose
         rest ends first, rather than failing unasked."""
-        keys = [key for key in self.keys if key not in ticket.refused_by]
-        gates = []
-        for key in keys:
-            place = (key, ticket.model)
-            gates.append(self.gates.setdefault(place, Gate(key, self.limit)))
+        gates = [
+            self.gates.setdefault((key, ticket.model), Gate(key, self.limit))
+            for key in self.keys if key not in ticket.refused_by]
         awake = [gate for gate in gates if gate.rests_until() <= now]
         return awake or [min(gates, key=Gate.rests_until)]
 
