@@ -6842,10 +6842,11 @@ def raise_descriptor_limit(connections):
     need = 2 * connections + 64
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     soft, hard = (need if n == resource.RLIM_INFINITY else n for n in limits)
-    if soft < min(need, hard):
+    wanted = min(need, hard)
+    if soft < wanted:
         with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (min(need, hard), limits[1]))
-            soft = min(need, hard)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, limits[1]))
+            soft = wanted
     return max(1, min(connections, (soft - 64) // 2))
 
 
