@@ -5888,8 +5888,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     # With Nagle's algorithm a request over a kept connection takes 44 ms.
     disable_nagle_algorithm = True
-    # The buffer is kept as long as the connection is; a longer body is read past it.
-    rbufsize = 2048
+    # What is read goes straight to our parsers, which tell what they leave.
+    rbufsize = 0
+    unread = b""
+    # recv() allocates before it waits, hence little at a time while waiting for a head.
+    HEAD_BYTES = 2048
 
     # One request
 
@@ -5897,7 +5900,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Called by the base class until self.close_connection is true."""
         self.settings = self.server.settings
         self.close_connection = True
-        if not self.rfile.peek(1) or self.server.draining:
+        self.unread = self.unread or self.connection.recv(self.HEAD_BYTES)
+        if not self.unread or self.server.draining:
             return
         self.set_deadline(self.settings.client_timeout)
         # read_head() adds `path` and `body_bytes`, find_route() adds `match` and
@@ -5956,12 +5960,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     # Reading
 
-    def receive(self):
-        """What has come of the request, at least one byte; it stays in the buffer."""
-        try:
-            data = self.rfile.peek(1)
-        except OSError:
-            data = b""
+    def receive(self, most_bytes=65536):
+        """What has come of the request, at least one byte."""
+        data = self.unread
+        self.unread = b""
+        with contextlib.suppress(OSError):
+            data = data or self.connection.recv(most_bytes)
         if not data:
             raise ClientGone
         return data
@@ -5972,14 +5976,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         head = None
         try:
             # So begins TLS.
-            if self.receive().startswith(b"\x16"):
+            if self.unread.startswith(b"\x16"):
                 raise RequestError("This port speaks HTTP, not HTTPS.")
             while head is None:
-                data = self.receive()
-                head = reader.feed(data)
-                self.rfile.read(len(data) - len(reader.rest))
+                head = reader.feed(self.receive(self.HEAD_BYTES))
         except OverflowError:
             raise too_large_head(reader.data) from None
+        self.unread = reader.rest
         self.parse_head(head)
 
     def parse_head(self, head):
@@ -6034,33 +6037,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise self.too_large_body()
         if self.fields.get("expect", "").lower() == "100-continue" and not self.http_1_0:
             self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        framing = Dechunker(limit) if self.body_bytes is None else Counted(self.body_bytes)
+        pieces = []
         try:
-            body = self.read_chunked(limit) if self.body_bytes is None else self.read_counted()
-        except OSError:
-            raise ClientGone from None
-        self.body_left = False
-        return body
-
-    def read_counted(self):
-        body = self.rfile.read(self.body_bytes)
-        if len(body) < self.body_bytes:
-            raise ClientGone
-        return body
-
-    def read_chunked(self, limit):
-        dechunker = Dechunker(limit)
-        body = []
-        try:
-            while not dechunker.done:
-                data = self.receive()
-                body.append(dechunker.feed(data))
-                behind = len(dechunker.rest) if dechunker.done else 0
-                self.rfile.read(len(data) - behind)
+            while not framing.done:
+                pieces.append(framing.feed(self.receive()))
         except OverflowError:
             raise self.too_large_body() from None
         except ValueError as error:
             raise RequestError(f"Malformed chunked body: {error}.") from None
-        return b"".join(body)
+        self.unread = framing.rest
+        self.body_left = False
+        return b"".join(pieces)
 
     def too_large_body(self):
         words = f"The body is larger than MAX_BODY_MB ({self.settings.max_body_mb})."
@@ -6232,7 +6220,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.connection.shutdown(socket.SHUT_WR)
             self.set_deadline(LINGER_S)
             for _ in range(256):
-                if not self.rfile.read1(65536):
+                if not self.connection.recv(65536):
                     break
 
     # Routes
