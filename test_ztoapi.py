@@ -1806,7 +1806,7 @@ REQUEST_FIELDS = [
 @pytest.mark.parametrize("text, expected", REQUEST_FIELDS)
 def test_the_fields_of_a_request_are_taken_to_the_letter(text, expected):
     try:
-        assert ztoapi.parse_request_fields(text) == expected
+        assert ztoapi.parse_request_fields(text + "\r\n") == expected
     except RequestError as error:
         assert error.status == expected
 

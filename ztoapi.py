@@ -967,10 +967,11 @@ def join_fields(pairs):
 
 
 def parse_request_fields(lines):
-    """The fields of a request's head. RequestError for a line that is not exactly a
-    field, as a proxy in front might take it for something else."""
+    """The fields of a request's head, whose blank line is the last. RequestError for
+    any other line that is not exactly a field, as a proxy in front might take it for
+    something else."""
     pairs = FIELD_LINE.findall(lines)
-    if len(pairs) < lines.count("\n"):
+    if len(pairs) < lines.count("\n") - 1:
         raise RequestError("Malformed header line.")
     names = [name.lower() for name, _ in pairs]
     if any(names.count(name) > 1 for name in NEVER_TWICE):
@@ -6003,8 +6004,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if head.count("\n") - 2 > MOST_FIELDS:
             raise too_large_head(b"\n")
         self.http_1_0 = version == "HTTP/1.0"
-        lines = re.sub(r"\r?\n\Z", "", head[line.end():])
-        self.fields = parse_request_fields(lines)
+        self.fields = parse_request_fields(head[line.end():])
         given = self.fields.get("x-client-request-id") or self.fields.get("x-request-id", "")
         self.record.client_request_id = plain(self.settings.redact(given), 64)
         self.body_bytes = self.parse_length()
