@@ -5401,6 +5401,8 @@ class Upstream:
                 record.ttft_s = self.clock() - record.started
                 self._note(record, answer)
                 job.data = None
+            if steps[-1].kind == FINISH:
+                record.usage = steps[-1].usage
             take(steps)
 
         connection = self.open("/chat/completions", key, client, job.data)
@@ -6304,7 +6306,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         with self.server.pump.minding(client):
             self.server.upstream.answer(job, client, self.record, take)
         if not front.stream:
-            self.record.usage = fold.usage
             self.answer_json(front.whole(fold))
 
     def read_request(self):
@@ -6336,11 +6337,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def tell(self, steps):
         text = self.front.tell(steps)
-        last = steps[-1]
-        if last.kind == FINISH:
-            self.record.usage = last.usage
         if text:
-            self.outbox.put(text, last.kind == FINISH)
+            self.outbox.put(text, last=steps[-1].kind == FINISH)
 
     def stream_head(self):
         """The head of a streamed answer. It is made when the first bytes go out, so
