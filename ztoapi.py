@@ -5358,7 +5358,7 @@ class Upstream:
             finally:
                 record.queued_s = ticket.waited_s
             try:
-                self._attempt(job, ticket, client, record, take)
+                self._attempt(job, ticket, record, take)
                 return
             except UpstreamError as error:
                 pause_s = self._pause_s(error, ticket, tries)
@@ -5371,17 +5371,17 @@ class Upstream:
                 client.wait(deadline - self.clock())
             ticket.waited_s += pause_s
 
-    def _attempt(self, job, ticket, client, record, take):
+    def _attempt(self, job, ticket, record, take):
         """One attempt, which gives the slot back; `ticket` learns how it went."""
         stale = True
-        key = ticket.gate.key
         try:
             while stale:
                 answer = job.make_answer()
-                stale = self._relay(job, key, client, record, answer, take)
+                stale = self._relay(job, ticket, record, answer, take)
         except UpstreamError as error:
             words = self.settings.redact(error.message)
-            log.debug("%s attempt with key %s failed: %s", record.id, key.name, words)
+            key = ticket.gate.key.name
+            log.debug("%s attempt with key %s failed: %s", record.id, key, words)
             self.gates.leave(ticket, error, answer.begun)
             # Its cause and its traceback hold frames of the pump that hold the error:
             # such a circle is freed late.
@@ -5393,7 +5393,7 @@ class Upstream:
             # Whoever has left already does not leave again.
             self.gates.leave(ticket, None, answer.begun)
 
-    def _relay(self, job, key, client, record, answer, take):
+    def _relay(self, job, ticket, record, answer, take):
         """Send the request and let the pump tell the answer. True if the connection was
         an old one that had died before."""
         def told(steps):
@@ -5405,7 +5405,8 @@ class Upstream:
                 record.usage = steps[-1].usage
             take(steps)
 
-        connection = self.open("/chat/completions", key, client, job.data)
+        client = ticket.client
+        connection = self.open("/chat/completions", ticket.gate.key, client, job.data)
         sent_at = self.clock()
         try:
             self.pump.run(Relay(connection, answer, client, told))
