@@ -5908,8 +5908,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not self.unread or self.server.draining:
             return
         self.set_deadline(self.settings.client_timeout)
-        # read_head() adds `path` and `body_bytes`, find_route() adds `match` and
-        # `client_key`.
+        # read_head() adds `path` and `body_bytes`, find_route() adds `match`.
         self.fields = {}
         self.command = ""
         self.front = Chat
@@ -6112,7 +6111,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             for text in given:
                 if hmac.compare_digest(key.encode(), text.encode("utf-8", "replace")):
                     self.record.key = f"#{position}"
-                    self.client_key = key
                     return
         self.server.metrics.count("unauthorized")
         raise self.wrong_key(any(given))
@@ -6301,7 +6299,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         else:
             fold = Fold()
             take = fold.add
-        client = Client(self.connection, self.outbox, self.client_key)
+        client = Client(self.connection, self.outbox, self.record.key)
         # The pump looks after the client now.
         self.set_deadline(INFINITY)
         with self.server.pump.minding(client):
@@ -6319,7 +6317,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         with self.server.bodies.room_for(self.body_bytes, patience_s):
             self.set_deadline(patience_s)
             body = read_json_object(self.read_body())
-            caller = Caller(self.fields, self.client_key, record.began, self.server.memory)
+            caller = Caller(self.fields, record.key, record.began, self.server.memory)
             model = self.settings.redact(str(body.get("model", "")))
             record.model = model[:LONGEST_WORD]
             front, request = self.front.read(body, caller, self.settings)
