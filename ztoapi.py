@@ -4953,15 +4953,13 @@ class Pump:
             else:
                 self.ear.recv(4096)
         while self.inbox:
-            self._take_in(self.inbox.popleft(), now)
+            relay = self.inbox.popleft()
+            relay.heard_at = now
+            self.relays.add(relay)
+            self._watch(relay)
         if now >= self.next_tick:
             self.next_tick = now + TICK_S
             self._tick(now)
-
-    def _take_in(self, relay, now):
-        relay.heard_at = now
-        self.relays.add(relay)
-        self._watch(relay)
 
     def _watch(self, relay):
         """Wait for the client to take what is unsent, or else for Z.ai."""
