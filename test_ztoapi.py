@@ -6873,6 +6873,15 @@ def test_an_answer_is_complete_two_seconds_behind_its_finish(zai, brisk, monkeyp
         assert len(zai.requests) == 1
 
 
+@both
+def test_an_answer_that_finishes_empty_and_never_ends_is_tried_again(zai, brisk, monkeypatch, streamed):
+    monkeypatch.setattr(ztoapi.Relay, "PATIENCE_S", 0.1)
+    zai.scripts.append([HEAD, chunked(event(finish="stop")), 30])
+    with strict_proxy(zai) as proxy:
+        assert ask(proxy, streamed) == WELL
+        assert len(zai.requests) == 2
+
+
 @pytest.mark.parametrize("late", (FINISH, DONE), ids=("usage", "end mark"))
 def test_what_comes_late_behind_a_finish_is_waited_for(zai, brisk, late):
     zai.default = stream(say("Hello"), event(finish="stop"), 0.15, late)

@@ -4801,11 +4801,7 @@ class Relay:
             if data is None:
                 break
             self.heard_at = now
-            steps, failure = answer.feed(data)
-            if steps:
-                self.take(steps)
-            if failure:
-                raise failure
+            self.tell(*answer.feed(data))
             # Only at the end of its body a connection can serve again.
             if answer.complete:
                 self.is_read = answer.reply.complete or answer.is_cut_short or not data
@@ -4816,6 +4812,13 @@ class Relay:
         if answer.complete and not self.is_behind:
             self.wake()
         return self.is_read and not self.is_behind
+
+    def tell(self, steps, failure):
+        """What Answer gave. take() gets at least one step."""
+        if steps:
+            self.take(steps)
+        if failure:
+            raise failure
 
     @property
     def is_behind(self):
@@ -4838,10 +4841,7 @@ class Relay:
         if self.answer.is_finishing:
             self.finishing_since = self.finishing_since or now
             if now - self.finishing_since > self.PATIENCE_S:
-                steps, failure = self.answer.close()
-                self.take(steps)
-                if failure:
-                    raise failure
+                self.tell(*self.answer.close())
         elif now - self.heard_at > silence_s:
             raise UpstreamError(
                 f"Z.ai was silent for {silence_s:g} s (UPSTREAM_TIMEOUT).", TRY_ONCE)
