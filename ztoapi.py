@@ -6046,7 +6046,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise self.too_large_body() from None
         except ValueError as error:
             raise RequestError(f"Malformed chunked body: {error}.") from None
-        self.unread = framing.rest
+        # An empty body has not been fed, and has no rest.
+        if pieces:
+            self.unread = framing.rest
         self.body_left = False
         return b"".join(pieces)
 
