@@ -6015,17 +6015,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def parse_length(self):
         """The body's size in bytes, None if it is chunked. What two readers might take
         differently is refused."""
-        length = self.fields.get("content-length")
-        coding = self.fields.get("transfer-encoding")
         if "host" not in self.fields and not self.http_1_0:
             raise RequestError("A Host header is needed.")
-        if coding is not None and (length is not None or self.http_1_0):
-            raise RequestError("Ambiguous length of the body.")
-        if coding is not None and coding.lower() != "chunked":
-            raise RequestError("The only Transfer-Encoding understood is chunked.", status=501)
-        if length is not None and not LENGTH.fullmatch(length):
+        coding = self.fields.get("transfer-encoding")
+        if coding is not None:
+            if "content-length" in self.fields or self.http_1_0:
+                raise RequestError("Ambiguous length of the body.")
+            if coding.lower() != "chunked":
+                raise RequestError(
+                    "The only Transfer-Encoding understood is chunked.", status=501)
+            return None
+        length = self.fields.get("content-length", "0")
+        if not LENGTH.fullmatch(length):
             raise RequestError("Malformed Content-Length.")
-        return None if coding else int(length or 0)
+        return int(length)
 
     def read_body(self):
         """The bytes of the body, once it is clear that they are wanted."""
