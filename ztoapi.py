@@ -355,6 +355,8 @@ TOO_FAST = "too fast"        # queue again, allow as many as before
 OVERLOAD = "overload"        # Z.ai is full, or there are too many of ours in flight
 KEY_RESTS = "key rests"      # Z.ai refuses this key, or it is exhausted: next key
 MODEL_RESTS = "model rests"  # this key does not serve this model (now): next key
+QUEUE_AGAIN = (TOO_MANY, TOO_FAST, OVERLOAD)
+NEXT_KEY = (KEY_RESTS, MODEL_RESTS)
 
 
 class UpstreamError(ApiError):
@@ -632,7 +634,7 @@ def zai_error(
     if row is QUOTA and wait_s is not None and wait_s <= patience_s:
         row = SHORT_LIMIT
     pause_s = wait_s or 0.0
-    hopeless = row.verdict in (GIVE_UP, KEY_RESTS, MODEL_RESTS) and row is not SHORT_LIMIT
+    hopeless = row.verdict in (GIVE_UP, *NEXT_KEY) and row is not SHORT_LIMIT
     return UpstreamError(
         f"{words} {error_advice(row, model, max_tokens)}".rstrip(), row.verdict,
         status=row.status, type=row.type, code=row.code,
@@ -4502,12 +4504,12 @@ class Gates:
             return self._cleared(gate, ticket.model, now)
         if error is None:
             return None
-        if error.verdict in (KEY_RESTS, MODEL_RESTS):
+        if error.verdict in NEXT_KEY:
             rest_s = min(error.retry_after or self.REST_S, self.LONGEST_REST_S)
             resting = gate.key if error.verdict == KEY_RESTS else gate
             resting.resting_until = now + rest_s
             ticket.refused_by.add(gate.key)
-        elif error.verdict in (TOO_MANY, TOO_FAST, OVERLOAD):
+        elif error.verdict in QUEUE_AGAIN:
             return self._refuse(gate, ticket, error, now)
         return None
 
@@ -5424,10 +5426,10 @@ class Upstream:
         left_s = self.settings.queue_timeout - ticket.waited_s
         if ticket.served or error.verdict == GIVE_UP:
             return None
-        if error.verdict in (TOO_MANY, TOO_FAST, OVERLOAD):
+        if error.verdict in QUEUE_AGAIN:
             # It queues again, unless Z.ai names a time that is too far away.
             return 0 if error.pause_s <= left_s else None
-        if error.verdict in (KEY_RESTS, MODEL_RESTS):
+        if error.verdict in NEXT_KEY:
             return 0 if len(ticket.refused_by) < len(self.gates.keys) else None
         if tries >= self.settings.max_retries:
             return None
