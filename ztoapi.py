@@ -5929,33 +5929,38 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.server.busy.discard(self.connection)
 
     def dispatch(self):
-        """Read the head, find the route, call it, and turn what it raises into an
-        answer."""
+        """Answer one request, or note that its client left, and tell the log and the
+        metrics."""
         record = self.record
         try:
-            self.read_head()
-            self.server.busy.add(self.connection)
-            getattr(self, self.find_route())()
-        except ApiError as error:
-            self.answer_error(error)
+            self.answer_request()
         except ClientGone:
             # Without a whole head there was no request.
             if not self.command:
                 return
-            self.note_gone()
-        except Exception:
-            log.exception("%s failed; this is a bug", record.id)
-            words = f"Internal error; the log says more under the id {record.id}."
-            self.answer_error(ApiError(words))
+            self.close_connection = True
+            record.status = 499
+            record.error = "the client left"
         record.total_s = time.monotonic() - record.started
         log.info("%s", record.line())
         if record.counted:
             self.server.metrics.finish(record)
 
-    def note_gone(self):
-        self.close_connection = True
-        self.record.status = 499
-        self.record.error = "the client left"
+    def answer_request(self):
+        """Read the head, find the route, call it, and turn what it raises into an
+        answer."""
+        try:
+            self.read_head()
+            self.server.busy.add(self.connection)
+            getattr(self, self.find_route())()
+        except ClientGone:
+            raise
+        except ApiError as error:
+            self.answer_error(error)
+        except Exception:
+            log.exception("%s failed; this is a bug", self.record.id)
+            words = f"Internal error; the log says more under the id {self.record.id}."
+            self.answer_error(ApiError(words))
 
     def set_deadline(self, seconds):
         """The connection is shut unless it gets on within so many seconds."""
@@ -6161,18 +6166,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         after."""
         error.message = self.settings.redact(error.message)
         self.record.error = error.message
-        try:
-            if self.outbox and self.outbox.started:
-                self.end_stream(error)
-            else:
-                status = self.front.status(error)
-                value = self.front.error(error, self.record.id)
-                fields = [*error.headers().items()]
-                if status == 405:
-                    fields.append(("Allow", ", ".join(error.allowed)))
-                self.answer_json(value, status, fields)
-        except ClientGone:
-            self.note_gone()
+        if self.outbox and self.outbox.started:
+            self.end_stream(error)
+            return
+        status = self.front.status(error)
+        value = self.front.error(error, self.record.id)
+        fields = [*error.headers().items()]
+        if status == 405:
+            fields.append(("Allow", ", ".join(error.allowed)))
+        self.answer_json(value, status, fields)
 
     def end_stream(self, error):
         """A stream that fails ends without its last chunk, which shows as the cut it
