@@ -6325,8 +6325,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.set_deadline(patience_s)
             body = read_json_object(self.read_body())
             caller = Caller(self.fields, record.key, record.began, self.server.memory)
-            model = self.settings.redact(str(body.get("model", "")))
-            record.model = model[:LONGEST_WORD]
+            record.model = self.settings.redact(str(body.get("model", "")))
             front, request = self.front.read(body, caller, self.settings)
             asked = to_zai_request(request, self.settings, front.refuses_media)
             self.front = front
