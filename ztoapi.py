@@ -4332,7 +4332,7 @@ class Gate:
     PROBE_S = 60.0
 
     in_flight = 0
-    # Nobody may pass until then, after a refusal.
+    # Nobody may pass until then, after a refusal. It is `refusing` at least as long.
     closed_until = 0.0
     # The key does not serve this model until then.
     resting_until = 0.0
@@ -4357,14 +4357,14 @@ class Gate:
 
     def probe(self, now):
         """Raise a learned ceiling that is reached by one, if it is time to."""
-        quiet = now >= max(self.closed_until, self.quiet_since + self.PROBE_S)
+        quiet = now >= self.quiet_since + self.PROBE_S
         if quiet and self.ceiling <= self.in_flight and self.ceiling < self.limit:
             self.ceiling += 1
             self.quiet_since = now
 
     def close(self, now, pause_s):
         """Let nobody through for a while. Z.ai's own wish may be absurd, hence the
-        bound."""
+        bound; because of it probe() need not look at `closed_until`."""
         self.closed_until = max(self.closed_until, now + min(pause_s, self.PROBE_S))
         self.quiet_since = now
 
@@ -4376,7 +4376,7 @@ class Gate:
     def knows_nothing(self, now):
         if self.in_flight or self.refusing or self.ceiling < self.limit:
             return False
-        return now >= max(self.closed_until, self.resting_until)
+        return now >= self.resting_until
 
 
 class Ticket:
