@@ -6251,7 +6251,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         key = WELL_KNOWN_KEY if self.settings.well_known else ""
         page = PAGE.replace('data-key=""', f'data-key="{key}"')
         self.answer(200, page.encode(), "text/html; charset=utf-8", [
-            ("Content-Security-Policy", self.server.page_policy),
+            ("Content-Security-Policy", page_policy()),
             ("Referrer-Policy", "no-referrer"),
             ("Cache-Control", "no-cache"),
         ])
@@ -6436,7 +6436,6 @@ class Server(http.server.ThreadingHTTPServer):
         self.upstream = Upstream(settings, self.pump)
         # Four of the usual largest bodies, or one larger.
         self.bodies = Budget(max(256, settings.max_body_mb) << 20)
-        self.page_policy = page_policy()
         # It guards which connections `deadlines` has: connection -> when it is shut.
         # Each handler moves its own, for which dicts need no lock.
         self.lock = threading.Lock()
