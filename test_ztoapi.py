@@ -6096,7 +6096,7 @@ def leaving(proxy, caplog, request, how="close"):
 
 
 def is_connecting(proxy):
-    return any(client.dialing for client in list(proxy.server.pump.clients))
+    return any(client.blocked_on for client in list(proxy.server.pump.clients))
 
 
 def is_pausing(proxy, zai):

@@ -4716,13 +4716,13 @@ class Outbox:
 
 class Client:
     """Who waits for one answer, streamed into `outbox` or not. `key` is the client key
-    that it used. wait() and dial() are called by the handler's thread, leave() by the
-    pump's, wake() by any."""
+    that it used. wait() and block_on() are called by the handler's thread, leave() by
+    the pump's, wake() by any."""
 
     # The pump sets it once the client has left.
     gone = False
     # The socket to Z.ai that the handler's thread may be blocked on.
-    dialing = None
+    blocked_on = None
 
     def __init__(self, connection, outbox=None, key=""):
         self.connection = connection
@@ -4745,9 +4745,9 @@ class Client:
         with contextlib.suppress(RuntimeError):
             self.alarm.release()
 
-    def dial(self, sock):
+    def block_on(self, sock):
         """From here on `sock` is the one to shut if the client leaves."""
-        self.dialing = sock
+        self.blocked_on = sock
         if self.gone:
             raise ClientGone
 
@@ -4756,7 +4756,7 @@ class Client:
         self.gone = True
         self.wake()
         # Read once, as the handler's thread sets it to None.
-        sock = self.dialing
+        sock = self.blocked_on
         if sock:
             shut(sock)
 
@@ -5157,7 +5157,7 @@ def connect(address_info, client, timeout_s):
     # A system without IPv6 makes no socket for it.
     sock = socket.socket(family, socket_type, protocol)
     try:
-        client.dial(sock)
+        client.block_on(sock)
         sock.settimeout(timeout_s)
         sock.connect(address)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -5217,10 +5217,11 @@ class KeepAliveHandler(urllib.request.BaseHandler):
         context.set_alpn_protocols(["http/1.1"])
         return context
 
-    def connect(self, request):
+    def send_request(self, request):
+        """The names that OpenerDirector looks for are below."""
         pooled = self.pool.take()
         connection = Connection(pooled or self._dial(request), self.pool, pooled is not None)
-        request.client.dial(connection.sock)
+        request.client.block_on(connection.sock)
         # Inside of a tunnel, a new one or one from the pool, the request goes to Z.ai,
         # for whom the proxy's password is not.
         if request._tunnel_host:
@@ -5228,9 +5229,8 @@ class KeepAliveHandler(urllib.request.BaseHandler):
         connection.send(request.encode(), self.send_timeout_s)
         return connection
 
-    # The names that OpenerDirector looks for.
-    http_open = connect
-    https_open = connect
+    http_open = send_request
+    https_open = send_request
 
     def _dial(self, request):
         place = urllib.parse.urlsplit("//" + request.host)
@@ -5246,7 +5246,7 @@ class KeepAliveHandler(urllib.request.BaseHandler):
                 zai = urllib.parse.urlsplit("//" + (request._tunnel_host or request.host))
                 sock = self.tls.wrap_socket(
                     sock, server_hostname=zai.hostname, do_handshake_on_connect=False)
-                request.client.dial(sock)
+                request.client.block_on(sock)
                 sock.do_handshake()
             return sock
         except BaseException:
@@ -5456,7 +5456,7 @@ class Upstream:
                 raise ClientGone from None
             raise connection_error(error) from None
         finally:
-            client.dialing = None
+            client.blocked_on = None
 
     def check_key(self, key, client):
         """GET {base}/models with one key: None if it was accepted, else the
