@@ -4514,10 +4514,9 @@ class Gates:
         return None
 
     def _refuse(self, gate, ticket, error, now):
-        overloaded = error.verdict == OVERLOAD
         # The Coding Plan says 1305 for too many at once, too.
         too_many = error.verdict == TOO_MANY or error.zai_code == "1305" and gate.in_flight
-        if overloaded and not too_many:
+        if error.verdict == OVERLOAD and not too_many:
             # A model that is overloaded was seen to be so for minutes.
             pause_s = backoff_s(ticket.refusals, 1.0, 15.0)
         else:
@@ -5090,7 +5089,7 @@ class ZaiRequest(urllib.request.Request):
         "Connection: keep-alive",
     )
 
-    def __init__(self, url, key, client, data=None):
+    def __init__(self, url, key, client, data):
         super().__init__(url, data, {"Authorization": "Bearer " + key})
         # A proxy's name takes the place of `host` later.
         self.add_header("Host", self.host)
@@ -5280,8 +5279,8 @@ def certificate_advice():
 def connection_error(error):
     """The UpstreamError for a connection that could not be made. It quotes no address:
     one of a proxy may hold a password."""
-    row = next(row for row in CONNECTION_ERRORS if isinstance(error, row[0]))
-    _, stage, verdict, words = row
+    _, stage, verdict, words = next(
+        row for row in CONNECTION_ERRORS if isinstance(error, row[0]))
     text = getattr(error, "verify_message", None) or getattr(error, "strerror", None)
     words = words.format(
         reason=text or error, seconds=CONNECT_TIMEOUT_S, certificates=certificate_advice())
