@@ -5217,7 +5217,6 @@ class KeepAliveHandler(urllib.request.BaseHandler):
         return context
 
     def send_request(self, request):
-        """The names that OpenerDirector looks for are below."""
         pooled = self.pool.take()
         connection = Connection(pooled or self._dial(request), self.pool, pooled is not None)
         request.client.block_on(connection.sock)
@@ -5228,6 +5227,7 @@ class KeepAliveHandler(urllib.request.BaseHandler):
         connection.send(request.encode(), self.send_timeout_s)
         return connection
 
+    # The names that OpenerDirector looks for.
     http_open = send_request
     https_open = send_request
 
