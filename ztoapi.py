@@ -6042,17 +6042,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.fields.get("content-encoding", "identity").lower() != "identity":
             raise RequestError("Compressed bodies are not understood.",
                                status=415, code="unsupported_media_type")
-        if self.body_bytes is not None and self.body_bytes > limit:
-            raise self.too_large_body()
-        if self.fields.get("expect", "").lower() == "100-continue" and not self.http_1_0:
-            self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         framing = Dechunker(limit) if self.body_bytes is None else Counted(self.body_bytes)
         pieces = []
         try:
+            if (self.body_bytes or 0) > limit:
+                raise OverflowError
+            if self.fields.get("expect", "").lower() == "100-continue" and not self.http_1_0:
+                self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
             while not framing.done:
                 pieces.append(framing.feed(self.receive()))
         except OverflowError:
-            raise self.too_large_body() from None
+            words = f"The body is larger than MAX_BODY_MB ({self.settings.max_body_mb})."
+            raise RequestError(words, status=413, code="request_too_large") from None
         except ValueError as error:
             raise RequestError(f"Malformed chunked body: {error}.") from None
         # An empty body has not been fed, and has no rest.
@@ -6060,10 +6061,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.unread = framing.rest
         self.body_left = False
         return b"".join(pieces)
-
-    def too_large_body(self):
-        words = f"The body is larger than MAX_BODY_MB ({self.settings.max_body_mb})."
-        return RequestError(words, status=413, code="request_too_large")
 
     # Finding the route
 
