@@ -5866,14 +5866,6 @@ def page_policy():
             "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
 
 
-def too_large_head(data):
-    """The error for a head that does not end; `data` is what has come of it."""
-    if b"\n" in data:
-        return RequestError("The request's head is too large.",
-                            status=431, code="request_header_fields_too_large")
-    return RequestError("The request line is too long.", status=414, code="uri_too_long")
-
-
 def request_outline(zai_request):
     """A request as a log may show it: roles and lengths, never texts."""
     messages = [f"{message['role']}:{len(message['content'])}"
@@ -5987,10 +5979,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 raise RequestError("This port speaks HTTP, not HTTPS.")
             while head is None:
                 head = reader.feed(self.receive(self.HEAD_BYTES))
+            self.unread = reader.rest
+            self.parse_head(head)
         except OverflowError:
-            raise too_large_head(reader.data) from None
-        self.unread = reader.rest
-        self.parse_head(head)
+            if b"\n" in reader.data:
+                raise RequestError("The request's head is too large.", status=431,
+                                   code="request_header_fields_too_large") from None
+            raise RequestError("The request line is too long.", status=414,
+                               code="uri_too_long") from None
 
     def parse_head(self, head):
         line = REQUEST_LINE.match(head)
@@ -6008,7 +6004,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                                status=505, code="http_version_not_supported")
         # The request line and the blank line are no fields.
         if head.count("\n") - 2 > MOST_FIELDS:
-            raise too_large_head(b"\n")
+            raise OverflowError
         self.http_1_0 = version == "HTTP/1.0"
         self.fields = parse_request_fields(head[line.end():])
         given = self.fields.get("x-client-request-id") or self.fields.get("x-request-id", "")
