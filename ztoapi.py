@@ -355,13 +355,15 @@ TOO_FAST = "too fast"        # queue again, allow as many as before
 OVERLOAD = "overload"        # Z.ai is full, or there are too many of ours in flight
 KEY_RESTS = "key rests"      # Z.ai refuses this key, or it is exhausted: next key
 MODEL_RESTS = "model rests"  # this key does not serve this model (now): next key
+QUEUE_AGAIN = (TOO_MANY, TOO_FAST, OVERLOAD)
+NEXT_KEY = (KEY_RESTS, MODEL_RESTS)
 
 
 class UpstreamError(ApiError):
     """Z.ai, or the road to it, failed.
 
     `verdict`: one of the eight above; `zai_code`: Z.ai's own code, "" without one;
-    `pause_s`: what Z.ai itself asked to wait, or None; `stage`: how far the way
+    `pause_s`: what Z.ai itself asked to wait, 0 if nothing; `stage`: how far the way
     to Z.ai went (proxy, DNS, TCP or TLS), "" if Z.ai was reached.
     """
 
@@ -370,7 +372,7 @@ class UpstreamError(ApiError):
     code = "upstream_error"
 
     zai_code = ""
-    pause_s = None
+    pause_s = 0.0
     stage = ""
 
     def __init__(self, message, verdict=TRY_AGAIN, **facts):
@@ -696,7 +698,8 @@ def zai_error(
 
     `value`: the parsed body, None if it was no JSON; `status`: its HTTP status; `now`:
     Unix seconds; `model`, `max_tokens`: what was asked for, for advice; `patience_s`:
-    the longest limit worth waiting for; `retry_after`: seconds, from Z.ai's own header.
+    the longest limit worth waiting for, for an SDK too; `retry_after`: seconds, from
+    Z.ai's own header.
     Never raises, whatever `value` holds.
     """
     code, message = parse_zai_error(value)
@@ -711,13 +714,14 @@ def zai_error(
     words += f" (code {code})." if code else "."
     if row is QUOTA and wait_s is not None and wait_s <= patience_s:
         row = SHORT_LIMIT
-    hopeless = row.verdict in (GIVE_UP, KEY_RESTS, MODEL_RESTS) and row is not SHORT_LIMIT
+    pause_s = wait_s or 0.0
+    hopeless = row.verdict in (GIVE_UP, *NEXT_KEY) and row is not SHORT_LIMIT
     return UpstreamError(
         f"{words} {error_advice(row, model, max_tokens)}".rstrip(), row.verdict,
         status=row.status, type=row.type, code=row.code,
-        zai_code=code, pause_s=wait_s,
+        zai_code=code, pause_s=pause_s,
         retry_after=row.retry_after if wait_s is None else wait_s,
-        retryable=False if hopeless else None)
+        retryable=False if hopeless or pause_s > patience_s else None)
 
 
 NO_KEY = (
@@ -1046,10 +1050,11 @@ def join_fields(pairs):
 
 
 def parse_request_fields(lines):
-    """The fields of a request's head. RequestError for a line that is not exactly a
-    field, as a proxy in front might take it for something else."""
+    """The fields of a request's head, whose blank line is the last. RequestError for
+    any other line that is not exactly a field, as a proxy in front might take it for
+    something else."""
     pairs = FIELD_LINE.findall(lines)
-    if len(pairs) < lines.count("\n"):
+    if len(pairs) < lines.count("\n") - 1:
         raise RequestError("Malformed header line.")
     names = [name.lower() for name, _ in pairs]
     if any(names.count(name) > 1 for name in NEVER_TWICE):
@@ -4559,7 +4564,7 @@ class Gate:
     PROBE_S = 60.0
 
     in_flight = 0
-    # Nobody may pass until then, after a refusal.
+    # Nobody may pass until then, after a refusal. It is `refusing` at least as long.
     closed_until = 0.0
     # The key does not serve this model until then.
     resting_until = 0.0
@@ -4586,14 +4591,14 @@ class Gate:
 
     def probe(self, now):
         """Raise a learned ceiling that is reached by one, if it is time to."""
-        quiet = now >= max(self.closed_until, self.quiet_since + self.PROBE_S)
+        quiet = now >= self.quiet_since + self.PROBE_S
         if quiet and self.ceiling <= self.in_flight and self.ceiling < self.limit:
             self.ceiling += 1
             self.quiet_since = now
 
     def close(self, now, pause_s):
         """Let nobody through for a while. Z.ai's own wish may be absurd, hence the
-        bound."""
+        bound; because of it probe() need not look at `closed_until`."""
         self.closed_until = max(self.closed_until, now + min(pause_s, self.PROBE_S))
         self.quiet_since = now
 
@@ -4605,7 +4610,7 @@ class Gate:
     def knows_nothing(self, now):
         if self.in_flight or self.refusing or self.ceiling < self.limit:
             return False
-        return now >= max(self.closed_until, self.resting_until)
+        return now >= self.resting_until
 
 
 class Ticket:
@@ -4653,8 +4658,8 @@ class Gates:
         self.lock = threading.Lock()
         # (key, model) -> Gate
         self.gates = {}
-        # model -> the tickets that wait
-        self.queues = {}
+        # The tickets that wait, for any model.
+        self.queue = []
         # client key -> the number of its last admission
         self.turns = collections.Counter()
         self.admissions = 0
@@ -4665,7 +4670,7 @@ class Gates:
         began = self.clock()
         deadline = began + self.queue_timeout_s - ticket.waited_s
         with self.lock:
-            self.queues.setdefault(ticket.model, []).append(ticket)
+            self.queue.append(ticket)
             self._admit(ticket.model, began)
             # When the first of its gates opens again, if Z.ai has refused before.
             first = min(self._usable(ticket, began), key=lambda gate: gate.closed_until)
@@ -4693,8 +4698,8 @@ class Gates:
             if ticket.gate:
                 ticket.served = served
                 news = self._settle(ticket, error, now)
-            elif ticket in self.queues.get(ticket.model, ()):
-                self.queues[ticket.model].remove(ticket)
+            elif ticket in self.queue:
+                self.queue.remove(ticket)
             self._admit(ticket.model, now)
             self._forget(now)
         if news:
@@ -4703,7 +4708,7 @@ class Gates:
     def tick(self, now):
         """Let those go whose gate opens though nobody leaves it. The pump calls it."""
         with self.lock:
-            for model in list(self.queues):
+            for model in self._queued():
                 self._admit(model, now)
 
     def state(self):
@@ -4714,10 +4719,13 @@ class Gates:
             for (key, model), gate in self.gates.items():
                 ceiling = gate.ceiling if gate.ceiling < INFINITY else None
                 gates.append((key.position, model, ceiling, gate.in_flight))
-            queued = {model: len(queue) for model, queue in self.queues.items() if queue}
-            return gates, queued
+            return gates, dict(self._queued())
 
     # The methods below are called with the lock held.
+
+    def _queued(self):
+        """{model: how many queue for it}"""
+        return collections.Counter(ticket.model for ticket in self.queue)
 
     def _settle(self, ticket, error, now):
         """What an attempt teaches; the log line about it, if there is one."""
@@ -4731,20 +4739,19 @@ class Gates:
             return self._cleared(gate, ticket.model, now)
         if error is None:
             return None
-        if error.verdict in (KEY_RESTS, MODEL_RESTS):
+        if error.verdict in NEXT_KEY:
             rest_s = min(error.retry_after or self.REST_S, self.LONGEST_REST_S)
             resting = gate.key if error.verdict == KEY_RESTS else gate
             resting.resting_until = now + rest_s
             ticket.refused_by.add(gate.key)
-        elif error.verdict in (TOO_MANY, TOO_FAST, OVERLOAD):
+        elif error.verdict in QUEUE_AGAIN:
             return self._refuse(gate, ticket, error, now)
         return None
 
     def _refuse(self, gate, ticket, error, now):
-        overloaded = error.verdict == OVERLOAD
         # The Coding Plan says 1305 for too many at once, too.
         too_many = error.verdict == TOO_MANY or error.zai_code == "1305" and gate.in_flight
-        if overloaded and not too_many:
+        if error.verdict == OVERLOAD and not too_many:
             # A model that is overloaded was seen to be so for minutes.
             pause_s = backoff_s(ticket.refusals, 1.0, 15.0)
         else:
@@ -4752,7 +4759,7 @@ class Gates:
             pause_s = min(8.0, backoff_s(ticket.refusals) * jitter)
         ticket.refusals += 1
         ticket.refusal = gate.refusal = (error.verdict, error.message)
-        gate.close(now, max(pause_s, error.pause_s or 0))
+        gate.close(now, max(pause_s, error.pause_s))
         if too_many:
             gate.lower_ceiling()
         if gate.refusing:
@@ -4763,25 +4770,26 @@ class Gates:
         return "%s: Z.ai refuses (%s), %s, queueing", plain(ticket.model), code, limit
 
     def _cleared(self, gate, model, now):
-        if not gate.refusing or self.queues.get(model) or now < gate.closed_until:
+        if not gate.refusing or self._queued()[model] or now < gate.closed_until:
             return None
         gate.refusing = False
         return "%s: nobody queues any more", plain(model)
 
     def _admit(self, model, now):
-        """Let the first in the queue go, as long as there is room."""
-        queue = self.queues.get(model, ())
-        while queue:
+        """Let the first in the model's queue go, as long as there is room."""
+        while True:
+            queue = [ticket for ticket in self.queue if ticket.model == model]
+            if not queue:
+                return
             ticket = min(queue, key=lambda waiting: (
                 self.turns[waiting.client.key], waiting.number))
             gates = self._usable(ticket, now)
             for gate in gates:
                 gate.probe(now)
-            rooms = [(gate.room(now), -gate.in_flight) for gate in gates]
-            gate = gates[rooms.index(max(rooms))]
+            gate = max(gates, key=lambda gate: (gate.room(now), -gate.in_flight))
             if gate.room(now) <= 0:
                 return
-            queue.remove(ticket)
+            self.queue.remove(ticket)
             self.admissions += 1
             self.turns[ticket.client.key] = self.admissions
             ticket.gate = gate
@@ -4792,25 +4800,23 @@ class Gates:
     def _usable(self, ticket, now):
         """The gates the ticket may use: of keys that do not rest; if all do, that whose
         rest ends first, rather than failing unasked."""
-        keys = [key for key in self.keys if key not in ticket.refused_by]
-        gates = []
-        for key in keys:
-            place = (key, ticket.model)
-            gates.append(self.gates.setdefault(place, Gate(key, self.limit)))
+        gates = [
+            self.gates.setdefault((key, ticket.model), Gate(key, self.limit))
+            for key in self.keys if key not in ticket.refused_by]
         awake = [gate for gate in gates if gate.rests_until() <= now]
         return awake or [min(gates, key=Gate.rests_until)]
 
     def _forget(self, now):
         """Drop gates that know nothing; beyond so many, the oldest that nobody uses:
         the names of models come from clients."""
-        self.queues = {model: queue for model, queue in self.queues.items() if queue}
         for place, gate in list(self.gates.items()):
             if gate.knows_nothing(now):
                 del self.gates[place]
         too_many = len(self.gates) - self.MOST_GATES * len(self.keys)
         if too_many > 0:
+            queued = self._queued()
             unused = [place for place, gate in self.gates.items()
-                      if not gate.in_flight and place[1] not in self.queues]
+                      if not gate.in_flight and place[1] not in queued]
             for place in unused[:too_many]:
                 del self.gates[place]
 
@@ -4887,25 +4893,26 @@ class Outbox:
     # Nothing may follow the last byte.
     finished = False
     unsent = memoryview(b"")
-    blocked_since = None
 
     def __init__(self, connection, make_head, front, chunked=True):
         self.connection = connection
         self.make_head = make_head
         self.front = front
         self.chunked = chunked
-        # When it last sent something, or tried to.
-        self.sent_at = time.monotonic()
+        # When it was last given something to send. As it gets nothing while something
+        # is unsent, that is also since when the client has not taken it.
+        self.put_at = time.monotonic()
 
     def put(self, text, last=False):
         """Send SSE text, and before it what must come first. ClientGone if it has
         left."""
         data = self.frame(text, last)
         self.finished = self.finished or last
+        self.put_at = time.monotonic()
         self.unsent = memoryview(bytes(self.unsent) + data)
         self.flush()
 
-    def frame(self, text, last=False):
+    def frame(self, text, last):
         """The bytes for `text`; `last`: with the end of the coding behind it."""
         head = b""
         if not self.started:
@@ -4920,43 +4927,36 @@ class Outbox:
         return head + data
 
     def flush(self):
-        self.sent_at = time.monotonic()
         try:
             sent = self.connection.send(self.unsent)
         except BlockingIOError:
-            sent = 0
+            return
         except OSError:
             raise ClientGone from None
         self.unsent = self.unsent[sent:]
-        if not self.unsent:
-            self.blocked_since = None
-        elif self.blocked_since is None:
-            self.blocked_since = self.sent_at
 
     def look(self, now, settings):
         """Send what is due: what is unsent, or a heartbeat. ClientGone if the client
         has not taken the former for too long."""
+        waited_s = now - self.put_at
         if self.unsent:
             self.flush()
-        if self.unsent:
-            if now - self.blocked_since > settings.client_timeout:
+            if self.unsent and waited_s > settings.client_timeout:
                 raise ClientGone
-            return
-        is_due = now - self.sent_at >= settings.heartbeat > 0
-        if is_due and not self.finished:
+        elif waited_s >= settings.heartbeat > 0 and not self.finished:
             # Before anything else, the opening is a sign of life.
             self.put(self.front.heartbeat() if self.started else "")
 
 
 class Client:
     """Who waits for one answer, streamed into `outbox` or not. `key` is the client key
-    that it used. wait() and dial() are called by the handler's thread, leave() by the
-    pump's, wake() by any."""
+    that it used. wait() and block_on() are called by the handler's thread, leave() by
+    the pump's, wake() by any."""
 
     # The pump sets it once the client has left.
     gone = False
     # The socket to Z.ai that the handler's thread may be blocked on.
-    dialing = None
+    blocked_on = None
 
     def __init__(self, connection, outbox=None, key=""):
         self.connection = connection
@@ -4979,9 +4979,9 @@ class Client:
         with contextlib.suppress(RuntimeError):
             self.alarm.release()
 
-    def dial(self, sock):
+    def block_on(self, sock):
         """From here on `sock` is the one to shut if the client leaves."""
-        self.dialing = sock
+        self.blocked_on = sock
         if self.gone:
             raise ClientGone
 
@@ -4990,7 +4990,7 @@ class Client:
         self.gone = True
         self.wake()
         # Read once, as the handler's thread sets it to None.
-        sock = self.dialing
+        sock = self.blocked_on
         if sock:
             shut(sock)
 
@@ -5022,9 +5022,6 @@ class Relay:
         self.answer = answer
         self.client = client
         self.take = take
-        # wake() releases it, which lets the handler's thread go on.
-        self.ended = threading.Lock()
-        self.ended.acquire()
         # What ended it, at most one. run() raises it straight off this list: a variable
         # would hold the error, and the error's traceback the variable's frame. Such a
         # circle is freed late.
@@ -5040,11 +5037,7 @@ class Relay:
             if data is None:
                 break
             self.heard_at = now
-            steps, failure = answer.feed(data)
-            if steps:
-                self.take(steps)
-            if failure:
-                raise failure
+            self.tell(*answer.feed(data))
             # Only at the end of its body a connection can serve again.
             if answer.complete:
                 self.is_read = answer.reply.complete or answer.is_cut_short or not data
@@ -5056,6 +5049,13 @@ class Relay:
             self.wake()
         return self.is_read and not self.is_behind
 
+    def tell(self, steps, failure):
+        """What Answer gave. take() gets at least one step."""
+        if steps:
+            self.take(steps)
+        if failure:
+            raise failure
+
     @property
     def is_behind(self):
         return not self.woken and self.client.is_behind
@@ -5063,7 +5063,7 @@ class Relay:
     def wake(self):
         if not self.woken:
             self.woken = True
-            self.ended.release()
+            self.client.wake()
 
     def look(self, now, silence_s):
         """What the time says. True once all is read and out."""
@@ -5077,11 +5077,7 @@ class Relay:
         if self.answer.is_finishing:
             self.finishing_since = self.finishing_since or now
             if now - self.finishing_since > self.PATIENCE_S:
-                steps, failure = self.answer.close()
-                if steps:
-                    self.take(steps)
-                if failure:
-                    raise failure
+                self.tell(*self.answer.close())
         elif now - self.heard_at > silence_s:
             raise UpstreamError(
                 f"Z.ai was silent for {silence_s:g} s (UPSTREAM_TIMEOUT).", TRY_ONCE)
@@ -5158,7 +5154,10 @@ class Pump:
         # no relay is overlooked.
         if self.asleep:
             self._wake()
-        relay.ended.acquire()
+        # The alarm rings for a client that leaves, too: of that the pump tells in
+        # `errors`.
+        while not relay.woken:
+            relay.client.alarm.acquire()
         if relay.errors:
             raise relay.errors.pop()
 
@@ -5190,15 +5189,13 @@ class Pump:
             else:
                 self.ear.recv(4096)
         while self.inbox:
-            self._take_in(self.inbox.popleft(), now)
+            relay = self.inbox.popleft()
+            relay.heard_at = now
+            self.relays.add(relay)
+            self._watch(relay)
         if now >= self.next_tick:
             self.next_tick = now + TICK_S
             self._tick(now)
-
-    def _take_in(self, relay, now):
-        relay.heard_at = now
-        self.relays.add(relay)
-        self._watch(relay)
 
     def _watch(self, relay):
         """Wait for the client to take what is unsent, or else for Z.ai."""
@@ -5280,42 +5277,38 @@ STALE_WITHIN_S = 1.0
 
 
 class Pool:
-    """Idle connections to Z.ai, the last used first. A socket is here only when its
-    last answer was read to the end; none of them blocks."""
+    """Idle connections, the last used first; all lead the one way that an Upstream has
+    to Z.ai. A socket is here only when its last answer was read to the end; none of
+    them blocks."""
 
     def __init__(self, clock=time.monotonic):
         self.clock = clock
-        # It guards `idle`: socket -> (key, since when), the longest idle first.
+        # It guards `idle`: (socket, since when), the longest idle first.
         self.lock = threading.Lock()
-        self.idle = {}
+        self.idle = collections.deque()
 
-    def take(self, key):
-        """An idle socket that is still alive, or None. `key`: where it leads to."""
+    def take(self):
+        """An idle socket that is still alive, or None."""
         while True:
             with self.lock:
-                for sock, (place, since) in reversed(self.idle.items()):
-                    if place == key:
-                        break
-                else:
+                if not self.idle:
                     return None
-                del self.idle[sock]
+                sock, since = self.idle.pop()
             fresh = self.clock() - since < KEEP_IDLE_S
             # What an idle server says is that it has closed.
             if fresh and peek(sock) is None:
                 return sock
             sock.close()
 
-    def put(self, key, sock):
+    def put(self, sock):
         with self.lock:
-            self.idle[sock] = (key, self.clock())
+            self.idle.append((sock, self.clock()))
 
     def expire(self, now):
         """Close what has been idle for too long at `now`."""
         with self.lock:
-            for sock, (_, since) in list(self.idle.items()):
-                if now - since >= KEEP_IDLE_S:
-                    del self.idle[sock]
-                    sock.close()
+            while self.idle and now - self.idle[0][1] >= KEEP_IDLE_S:
+                self.idle.popleft()[0].close()
 
 
 class ZaiRequest(urllib.request.Request):
@@ -5331,7 +5324,7 @@ class ZaiRequest(urllib.request.Request):
         "Connection: keep-alive",
     )
 
-    def __init__(self, url, key, client, data=None):
+    def __init__(self, url, key, client, data):
         super().__init__(url, data, {"Authorization": "Bearer " + key})
         # A proxy's name takes the place of `host` later.
         self.add_header("Host", self.host)
@@ -5352,12 +5345,10 @@ class Connection:
     """A socket to Z.ai with a request on its way. After the request it does not
     block. `reused`: it comes from the pool."""
 
-    reused = False
-
-    def __init__(self, sock, pool, key):
+    def __init__(self, sock, pool, reused=False):
         self.sock = sock
         self.pool = pool
-        self.key = key
+        self.reused = reused
 
     def send(self, data, timeout_s):
         self.sock.settimeout(timeout_s)
@@ -5390,7 +5381,7 @@ class Connection:
         # What waits inside of TLS would be taken for the next answer: Pool.take() does
         # not see it.
         if reusable and not self.pending():
-            self.pool.put(self.key, self.sock)
+            self.pool.put(self.sock)
         else:
             self.sock.close()
 
@@ -5400,7 +5391,7 @@ def connect(address_info, client, timeout_s):
     # A system without IPv6 makes no socket for it.
     sock = socket.socket(family, socket_type, protocol)
     try:
-        client.dial(sock)
+        client.block_on(sock)
         sock.settimeout(timeout_s)
         sock.connect(address)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -5460,12 +5451,10 @@ class KeepAliveHandler(urllib.request.BaseHandler):
         context.set_alpn_protocols(["http/1.1"])
         return context
 
-    def connect(self, request):
-        key = (request.type, request.host, request._tunnel_host)
-        sock = self.pool.take(key)
-        connection = Connection(sock or self._dial(request), self.pool, key)
-        connection.reused = sock is not None
-        request.client.dial(connection.sock)
+    def send_request(self, request):
+        pooled = self.pool.take()
+        connection = Connection(pooled or self._dial(request), self.pool, pooled is not None)
+        request.client.block_on(connection.sock)
         # Inside of a tunnel, a new one or one from the pool, the request goes to Z.ai,
         # for whom the proxy's password is not.
         if request._tunnel_host:
@@ -5474,8 +5463,8 @@ class KeepAliveHandler(urllib.request.BaseHandler):
         return connection
 
     # The names that OpenerDirector looks for.
-    http_open = connect
-    https_open = connect
+    http_open = send_request
+    https_open = send_request
 
     def _dial(self, request):
         place = urllib.parse.urlsplit("//" + request.host)
@@ -5491,7 +5480,7 @@ class KeepAliveHandler(urllib.request.BaseHandler):
                 zai = urllib.parse.urlsplit("//" + (request._tunnel_host or request.host))
                 sock = self.tls.wrap_socket(
                     sock, server_hostname=zai.hostname, do_handshake_on_connect=False)
-                request.client.dial(sock)
+                request.client.block_on(sock)
                 sock.do_handshake()
             return sock
         except BaseException:
@@ -5525,8 +5514,8 @@ def certificate_advice():
 def connection_error(error):
     """The UpstreamError for a connection that could not be made. It quotes no address:
     one of a proxy may hold a password."""
-    row = next(row for row in CONNECTION_ERRORS if isinstance(error, row[0]))
-    _, stage, verdict, words = row
+    _, stage, verdict, words = next(
+        row for row in CONNECTION_ERRORS if isinstance(error, row[0]))
     text = getattr(error, "verify_message", None) or getattr(error, "strerror", None)
     words = words.format(
         reason=text or error, seconds=CONNECT_TIMEOUT_S, certificates=certificate_advice())
@@ -5603,14 +5592,11 @@ class Upstream:
             finally:
                 record.queued_s = ticket.waited_s
             try:
-                self._attempt(job, ticket, client, record, take)
+                self._attempt(job, ticket, record, take)
                 return
             except UpstreamError as error:
                 pause_s = self._pause_s(error, ticket, tries)
                 if pause_s is None:
-                    # Z.ai asks for more time than the client may queue.
-                    if error.pause_s and error.pause_s > self.settings.queue_timeout:
-                        error.retryable = False
                     raise
                 tries += error.verdict in (TRY_AGAIN, TRY_ONCE)
             record.retries += 1
@@ -5619,17 +5605,17 @@ class Upstream:
                 client.wait(deadline - self.clock())
             ticket.waited_s += pause_s
 
-    def _attempt(self, job, ticket, client, record, take):
+    def _attempt(self, job, ticket, record, take):
         """One attempt, which gives the slot back; `ticket` learns how it went."""
         stale = True
-        key = ticket.gate.key
         try:
             while stale:
                 answer = job.make_answer()
-                stale = self._relay(job, key, client, record, answer, take)
+                stale = self._relay(job, ticket, record, answer, take)
         except UpstreamError as error:
             words = self.settings.redact(error.message)
-            log.debug("%s attempt with key %s failed: %s", record.id, key.name, words)
+            key = ticket.gate.key.name
+            log.debug("%s attempt with key %s failed: %s", record.id, key, words)
             self.gates.leave(ticket, error, answer.begun)
             # Its cause and its traceback hold frames of the pump that hold the error:
             # such a circle is freed late.
@@ -5641,7 +5627,7 @@ class Upstream:
             # Whoever has left already does not leave again.
             self.gates.leave(ticket, None, answer.begun)
 
-    def _relay(self, job, key, client, record, answer, take):
+    def _relay(self, job, ticket, record, answer, take):
         """Send the request and let the pump tell the answer. True if the connection was
         an old one that had died before."""
         def told(steps):
@@ -5649,9 +5635,12 @@ class Upstream:
                 record.ttft_s = self.clock() - record.started
                 self._note(record, answer)
                 job.data = None
+            if steps[-1].kind == FINISH:
+                record.usage = steps[-1].usage
             take(steps)
 
-        connection = self.open("/chat/completions", key, client, job.data)
+        client = ticket.client
+        connection = self.open("/chat/completions", ticket.gate.key, client, job.data)
         sent_at = self.clock()
         try:
             self.pump.run(Relay(connection, answer, client, told))
@@ -5671,24 +5660,24 @@ class Upstream:
         left_s = self.settings.queue_timeout - ticket.waited_s
         if ticket.served or error.verdict == GIVE_UP:
             return None
-        if error.verdict in (TOO_MANY, TOO_FAST, OVERLOAD):
+        if error.verdict in QUEUE_AGAIN:
             # It queues again, unless Z.ai names a time that is too far away.
-            return 0 if (error.pause_s or 0) <= left_s else None
-        if error.verdict in (KEY_RESTS, MODEL_RESTS):
+            return 0 if error.pause_s <= left_s else None
+        if error.verdict in NEXT_KEY:
             return 0 if len(ticket.refused_by) < len(self.gates.keys) else None
         if tries >= self.settings.max_retries:
             return None
         if error.verdict == TRY_ONCE and tries:
             return None
         # Full jitter, so that all who failed together do not come again together.
-        pause_s = max(backoff_s(tries) * self.rand(), error.pause_s or 0)
+        pause_s = max(backoff_s(tries) * self.rand(), error.pause_s)
         return pause_s if pause_s <= left_s else None
 
     def open(self, path, key, client, data=None):
         """The Connection with a request on its way to Z.ai."""
         if self.settings.demo_mode:
             # Section Demo has a stand-in for Z.ai.
-            return Connection(demo_socket(data), self.pool, None)
+            return Connection(demo_socket(data), self.pool)
         url = self.settings.zai_base_url + path
         if self.proxy.lower().startswith("socks"):
             raise UpstreamError("SOCKS proxies are not spoken here. Check HTTPS_PROXY "
@@ -5701,7 +5690,7 @@ class Upstream:
                 raise ClientGone from None
             raise connection_error(error) from None
         finally:
-            client.dialing = None
+            client.blocked_on = None
 
     def check_key(self, key, client):
         """GET {base}/models with one key: None if it was accepted, else the
@@ -5883,10 +5872,10 @@ class Histogram:
         yield f"_count {total}"
 
 
-def gate_families(gates, queued):
-    """What Gates.state() gives, as metrics."""
-    # Models that the table does not know share a label: their queues are added up, and
-    # the lowest of their ceilings is told.
+def gate_counts(gates, queued):
+    """What Gates.state() gives, by labels: ({model: how many queue}, {key, model:
+    ceiling}). Models that the table does not know share a label: their queues are added
+    up, and the lowest of their ceilings is told."""
     waiting = collections.Counter({("other",): 0})
     for model, count in queued.items():
         waiting[(model_label(model),)] += count
@@ -5895,22 +5884,7 @@ def gate_families(gates, queued):
         if ceiling is not None:
             place = (key, model_label(model))
             ceilings[place] = min(ceiling, ceilings.get(place, ceiling))
-    return (
-        ("requests_queued", "gauge",
-         "Requests waiting for a slot.", samples(("model",), waiting)),
-        ("concurrency_ceiling", "gauge",
-         "Slots, set or learned.", samples(("key", "model"), ceilings)),
-    )
-
-
-# The metrics that are one number, with the name of it in Metrics.counts.
-COUNT_FAMILIES = (
-    ("unauthorized_total", "counter", "Requests without a valid key.", "unauthorized"),
-    ("requests_in_flight", "gauge", "Requests being answered.", "in_flight"),
-    ("retries_total", "counter", "Further attempts at Z.ai.", "retries"),
-    ("repaired_frames_total", "counter", "Z.ai's events skipped or mended.", "repaired"),
-    ("cancelled_total", "counter", "Requests whose client left.", "cancelled"),
-)
+    return waiting, ceilings
 
 
 class Metrics:
@@ -6004,25 +5978,34 @@ class Metrics:
         return "\n".join(lines) + "\n"
 
     def families(self, gates, queued):
-        """(name, type, help, samples) of each metric."""
-        yield from self.request_families()
-        yield from gate_families(gates, queued)
-        for name, metric_type, text, counted in COUNT_FAMILIES:
-            yield name, metric_type, text, [f" {self.counts[counted]}"]
-        start = [f" {self.began:.3f}"]
-        yield "process_start_time_seconds", "gauge", "Start, Unix time.", start
-
-    def request_families(self):
-        requests = samples(("model", "status", "key"), self.requests)
-        tokens = samples(("model", "kind", "key"), self.tokens)
+        """(name, type, help, samples) of each metric. To add a metric, add a row."""
+        waiting, ceilings = gate_counts(gates, queued)
+        counts = self.counts
         return (
-            ("requests_total", "counter",
-             "Requests, by status; 499: the client left.", requests),
-            ("tokens_total", "counter", "Tokens as Z.ai counts them.", tokens),
-            ("time_to_first_token_seconds", "histogram",
-             "Until the first token.", self.ttft.samples()),
-            ("request_duration_seconds", "histogram",
-             "Until an answer's end.", self.duration.samples()),
+            ("requests_total", "counter", "Requests, by status; 499: the client left.",
+             samples(("model", "status", "key"), self.requests)),
+            ("tokens_total", "counter", "Tokens as Z.ai counts them.",
+             samples(("model", "kind", "key"), self.tokens)),
+            ("time_to_first_token_seconds", "histogram", "Until the first token.",
+             self.ttft.samples()),
+            ("request_duration_seconds", "histogram", "Until an answer's end.",
+             self.duration.samples()),
+            ("requests_queued", "gauge", "Requests waiting for a slot.",
+             samples(("model",), waiting)),
+            ("concurrency_ceiling", "gauge", "Slots, set or learned.",
+             samples(("key", "model"), ceilings)),
+            ("unauthorized_total", "counter", "Requests without a valid key.",
+             [f" {counts['unauthorized']}"]),
+            ("requests_in_flight", "gauge", "Requests being answered.",
+             [f" {counts['in_flight']}"]),
+            ("retries_total", "counter", "Further attempts at Z.ai.",
+             [f" {counts['retries']}"]),
+            ("repaired_frames_total", "counter", "Z.ai's events skipped or mended.",
+             [f" {counts['repaired']}"]),
+            ("cancelled_total", "counter", "Requests whose client left.",
+             [f" {counts['cancelled']}"]),
+            ("process_start_time_seconds", "gauge", "Start, Unix time.",
+             [f" {self.began:.3f}"]),
         )
 
 
@@ -6121,14 +6104,6 @@ def page_policy():
             "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
 
 
-def too_large_head(data):
-    """The error for a head that does not end; `data` is what has come of it."""
-    if b"\n" in data:
-        return RequestError("The request's head is too large.",
-                            status=431, code="request_header_fields_too_large")
-    return RequestError("The request line is too long.", status=414, code="uri_too_long")
-
-
 def request_outline(zai_request):
     """A request as a log may show it: roles and lengths, never texts."""
     messages = [f"{message['role']}:{len(message['content'])}"
@@ -6146,8 +6121,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     # With Nagle's algorithm a request over a kept connection takes 44 ms.
     disable_nagle_algorithm = True
-    # The buffer is kept as long as the connection is; a longer body is read past it.
-    rbufsize = 2048
+    # What is read goes straight to our parsers, which tell what they leave.
+    rbufsize = 0
+    unread = b""
+    # recv() allocates before it waits, hence little at a time while waiting for a head.
+    HEAD_BYTES = 2048
 
     # One request
 
@@ -6155,11 +6133,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Called by the base class until self.close_connection is true."""
         self.settings = self.server.settings
         self.close_connection = True
-        if not self.rfile.peek(1) or self.server.draining:
+        self.unread = self.unread or self.connection.recv(self.HEAD_BYTES)
+        if not self.unread or self.server.draining:
             return
         self.set_deadline(self.settings.client_timeout)
-        # read_head() adds `path` and `body_bytes`, find_route() adds `match` and
-        # `client_key`.
+        # read_head() adds `path` and `body_bytes`, find_route() adds `match`.
         self.fields = {}
         self.command = ""
         self.front = Chat
@@ -6180,33 +6158,38 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.server.busy.discard(self.connection)
 
     def dispatch(self):
-        """Read the head, find the route, call it, and turn what it raises into an
-        answer."""
+        """Answer one request, or note that its client left, and tell the log and the
+        metrics."""
         record = self.record
         try:
-            self.read_head()
-            self.server.busy.add(self.connection)
-            getattr(self, self.find_route())()
-        except ApiError as error:
-            self.answer_error(error)
+            self.answer_request()
         except ClientGone:
             # Without a whole head there was no request.
             if not self.command:
                 return
-            self.note_gone()
-        except Exception:
-            log.exception("%s failed; this is a bug", record.id)
-            words = f"Internal error; the log says more under the id {record.id}."
-            self.answer_error(ApiError(words))
+            self.close_connection = True
+            record.status = 499
+            record.error = "the client left"
         record.total_s = time.monotonic() - record.started
         log.info("%s", record.line())
         if record.counted:
             self.server.metrics.finish(record)
 
-    def note_gone(self):
-        self.close_connection = True
-        self.record.status = 499
-        self.record.error = "the client left"
+    def answer_request(self):
+        """Read the head, find the route, call it, and turn what it raises into an
+        answer."""
+        try:
+            self.read_head()
+            self.server.busy.add(self.connection)
+            getattr(self, self.find_route())()
+        except ClientGone:
+            raise
+        except ApiError as error:
+            self.answer_error(error)
+        except Exception:
+            log.exception("%s failed; this is a bug", self.record.id)
+            words = f"Internal error; the log says more under the id {self.record.id}."
+            self.answer_error(ApiError(words))
 
     def set_deadline(self, seconds):
         """The connection is shut unless it gets on within so many seconds."""
@@ -6214,12 +6197,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     # Reading
 
-    def receive(self):
-        """What has come of the request, at least one byte; it stays in the buffer."""
-        try:
-            data = self.rfile.peek(1)
-        except OSError:
-            data = b""
+    def receive(self, most_bytes=65536):
+        """What has come of the request, at least one byte."""
+        data = self.unread
+        self.unread = b""
+        with contextlib.suppress(OSError):
+            data = data or self.connection.recv(most_bytes)
         if not data:
             raise ClientGone
         return data
@@ -6230,15 +6213,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
         head = None
         try:
             # So begins TLS.
-            if self.receive().startswith(b"\x16"):
+            if self.unread.startswith(b"\x16"):
                 raise RequestError("This port speaks HTTP, not HTTPS.")
             while head is None:
-                data = self.receive()
-                head = reader.feed(data)
-                self.rfile.read(len(data) - len(reader.rest))
+                head = reader.feed(self.receive(self.HEAD_BYTES))
+            self.unread = reader.rest
+            self.parse_head(head)
         except OverflowError:
-            raise too_large_head(reader.data) from None
-        self.parse_head(head)
+            if b"\n" in reader.data:
+                raise RequestError("The request's head is too large.", status=431,
+                                   code="request_header_fields_too_large") from None
+            raise RequestError("The request line is too long.", status=414,
+                               code="uri_too_long") from None
 
     def parse_head(self, head):
         line = REQUEST_LINE.match(head)
@@ -6256,10 +6242,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
                                status=505, code="http_version_not_supported")
         # The request line and the blank line are no fields.
         if head.count("\n") - 2 > MOST_FIELDS:
-            raise too_large_head(b"\n")
+            raise OverflowError
         self.http_1_0 = version == "HTTP/1.0"
-        lines = re.sub(r"\r?\n\Z", "", head[line.end():])
-        self.fields = parse_request_fields(lines)
+        self.fields = parse_request_fields(head[line.end():])
         given = self.fields.get("x-client-request-id") or self.fields.get("x-request-id", "")
         self.record.client_request_id = plain(self.settings.redact(given), 64)
         self.body_bytes = self.parse_length()
@@ -6270,17 +6255,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def parse_length(self):
         """The body's size in bytes, None if it is chunked. What two readers might take
         differently is refused."""
-        length = self.fields.get("content-length")
-        coding = self.fields.get("transfer-encoding")
         if "host" not in self.fields and not self.http_1_0:
             raise RequestError("A Host header is needed.")
-        if coding is not None and (length is not None or self.http_1_0):
-            raise RequestError("Ambiguous length of the body.")
-        if coding is not None and coding.lower() != "chunked":
-            raise RequestError("The only Transfer-Encoding understood is chunked.", status=501)
-        if length is not None and not LENGTH.fullmatch(length):
+        coding = self.fields.get("transfer-encoding")
+        if coding is not None:
+            if "content-length" in self.fields or self.http_1_0:
+                raise RequestError("Ambiguous length of the body.")
+            if coding.lower() != "chunked":
+                raise RequestError(
+                    "The only Transfer-Encoding understood is chunked.", status=501)
+            return None
+        length = self.fields.get("content-length", "0")
+        if not LENGTH.fullmatch(length):
             raise RequestError("Malformed Content-Length.")
-        return None if coding else int(length or 0)
+        return int(length)
 
     def read_body(self):
         """The bytes of the body, once it is clear that they are wanted."""
@@ -6288,41 +6276,26 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.fields.get("content-encoding", "identity").lower() != "identity":
             raise RequestError("Compressed bodies are not understood.",
                                status=415, code="unsupported_media_type")
-        if self.body_bytes is not None and self.body_bytes > limit:
-            raise self.too_large_body()
-        if self.fields.get("expect", "").lower() == "100-continue" and not self.http_1_0:
-            self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        framing = Dechunker(limit) if self.body_bytes is None else Counted(self.body_bytes)
+        # Not a list of pieces: a client that drips would make millions.
+        body = bytearray()
         try:
-            body = self.read_chunked(limit) if self.body_bytes is None else self.read_counted()
-        except OSError:
-            raise ClientGone from None
-        self.body_left = False
-        return body
-
-    def read_counted(self):
-        body = self.rfile.read(self.body_bytes)
-        if len(body) < self.body_bytes:
-            raise ClientGone
-        return body
-
-    def read_chunked(self, limit):
-        dechunker = Dechunker(limit)
-        body = []
-        try:
-            while not dechunker.done:
-                data = self.receive()
-                body.append(dechunker.feed(data))
-                behind = len(dechunker.rest) if dechunker.done else 0
-                self.rfile.read(len(data) - behind)
+            if (self.body_bytes or 0) > limit:
+                raise OverflowError
+            if self.fields.get("expect", "").lower() == "100-continue" and not self.http_1_0:
+                self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+            while not framing.done:
+                body += framing.feed(self.receive())
         except OverflowError:
-            raise self.too_large_body() from None
+            words = f"The body is larger than MAX_BODY_MB ({self.settings.max_body_mb})."
+            raise RequestError(words, status=413, code="request_too_large") from None
         except ValueError as error:
             raise RequestError(f"Malformed chunked body: {error}.") from None
-        return b"".join(body)
-
-    def too_large_body(self):
-        words = f"The body is larger than MAX_BODY_MB ({self.settings.max_body_mb})."
-        return RequestError(words, status=413, code="request_too_large")
+        # An empty body has not been fed, and has no rest.
+        if self.body_left:
+            self.unread = framing.rest
+        self.body_left = False
+        return body
 
     # Finding the route
 
@@ -6380,7 +6353,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             for text in given:
                 if hmac.compare_digest(key.encode(), text.encode("utf-8", "replace")):
                     self.record.key = f"#{position}"
-                    self.client_key = key
                     return
         self.server.metrics.count("unauthorized")
         raise self.wrong_key(any(given))
@@ -6426,18 +6398,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         after."""
         error.message = self.settings.redact(error.message)
         self.record.error = error.message
-        try:
-            if self.outbox and self.outbox.started:
-                self.end_stream(error)
-            else:
-                status = self.front.status(error)
-                value = self.front.error(error, self.record.id)
-                fields = [*error.headers().items()]
-                if status == 405:
-                    fields.append(("Allow", ", ".join(error.allowed)))
-                self.answer_json(value, status, fields)
-        except ClientGone:
-            self.note_gone()
+        if self.outbox and self.outbox.started:
+            self.end_stream(error)
+            return
+        status = self.front.status(error)
+        value = self.front.error(error, self.record.id)
+        fields = [*error.headers().items()]
+        if status == 405:
+            fields.append(("Allow", ", ".join(error.allowed)))
+        self.answer_json(value, status, fields)
 
     def end_stream(self, error):
         """A stream that fails ends without its last chunk, which shows as the cut it
@@ -6491,7 +6460,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.connection.shutdown(socket.SHUT_WR)
             self.set_deadline(LINGER_S)
             for _ in range(256):
-                if not self.rfile.read1(65536):
+                if not self.connection.recv(65536):
                     break
 
     # Routes
@@ -6514,7 +6483,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         key = WELL_KNOWN_KEY if self.settings.well_known else ""
         page = PAGE.replace('data-key=""', f'data-key="{key}"')
         self.answer(200, page.encode(), "text/html; charset=utf-8", [
-            ("Content-Security-Policy", self.server.page_policy),
+            ("Content-Security-Policy", page_policy()),
             ("Referrer-Policy", "no-referrer"),
             ("Cache-Control", "no-cache"),
         ])
@@ -6570,13 +6539,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         else:
             fold = Fold()
             take = fold.add
-        client = Client(self.connection, self.outbox, self.client_key)
+        client = Client(self.connection, self.outbox, self.record.key)
         # The pump looks after the client now.
         self.set_deadline(INFINITY)
         with self.server.pump.minding(client):
             self.server.upstream.answer(job, client, self.record, take)
         if not front.stream:
-            self.record.usage = fold.usage
             self.answer_json(front.whole(fold))
 
     def read_request(self):
@@ -6589,9 +6557,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         with self.server.bodies.room_for(self.body_bytes, patience_s):
             self.set_deadline(patience_s)
             body = read_json_object(self.read_body())
-            caller = Caller(self.fields, self.client_key, record.began, self.server.memory)
-            model = self.settings.redact(str(body.get("model", "")))
-            record.model = model[:LONGEST_WORD]
+            caller = Caller(self.fields, record.key, record.began, self.server.memory)
+            record.model = self.settings.redact(str(body.get("model", "")))
             front, request = self.front.read(body, caller, self.settings)
             asked = to_zai_request(request, self.settings, front.refuses_media)
             self.front = front
@@ -6608,11 +6575,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def tell(self, steps):
         text = self.front.tell(steps)
-        last = steps[-1]
-        if last.kind == FINISH:
-            self.record.usage = last.usage
         if text:
-            self.outbox.put(text, last.kind == FINISH)
+            self.outbox.put(text, last=steps[-1].kind == FINISH)
 
     def stream_head(self):
         """The head of a streamed answer. It is made when the first bytes go out, so
@@ -6692,7 +6656,6 @@ class Server(http.server.ThreadingHTTPServer):
     # Requests that were sent before the end need a moment to be read.
     SETTLE_S = 0.1
 
-    backlog_taken = False
     draining = False
     # The log tells of refusals once, and again after a minute without any.
     warn_from = 0.0
@@ -6706,7 +6669,6 @@ class Server(http.server.ThreadingHTTPServer):
         self.upstream = Upstream(settings, self.pump)
         # Four of the usual largest bodies, or one larger.
         self.bodies = Budget(max(256, settings.max_body_mb) << 20)
-        self.page_policy = page_policy()
         # It guards which connections `deadlines` has: connection -> when it is shut.
         # Each handler moves its own, for which dicts need no lock.
         self.lock = threading.Lock()
@@ -6893,13 +6855,13 @@ class Server(http.server.ThreadingHTTPServer):
     def take_backlog(self):
         """Accept what has connected."""
         self.timeout = 0
-        for _ in range(self.request_queue_size):
-            if not self.backlog_taken:
+        with contextlib.suppress(TimeoutError):
+            for _ in range(self.request_queue_size):
                 self.handle_request()
 
     def handle_timeout(self):
-        """The base class's word for: nobody else has connected."""
-        self.backlog_taken = True
+        """The base class calls it when nobody else has connected."""
+        raise TimeoutError
 
     def close_parts(self):
         self.pump.close()
@@ -7103,10 +7065,11 @@ def raise_descriptor_limit(connections):
     need = 2 * connections + 64
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     soft, hard = (need if n == resource.RLIM_INFINITY else n for n in limits)
-    if soft < min(need, hard):
+    wanted = min(need, hard)
+    if soft < wanted:
         with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (min(need, hard), limits[1]))
-            soft = min(need, hard)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, limits[1]))
+            soft = wanted
     return max(1, min(connections, (soft - 64) // 2))
 
 
