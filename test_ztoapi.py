@@ -9349,10 +9349,16 @@ def test_quotes_of_a_client_are_bounded(zai, log_lines):
 
 # The end
 
-def test_requests_sent_before_the_end_are_answered(zai):
+def test_requests_sent_before_the_end_are_answered(zai, monkeypatch):
     """Kept connections, new ones, and those in the backlog that nobody has accepted yet."""
+    setup = ztoapi.Handler.setup
+
+    def set_up_late(handler):
+        time.sleep(0.1)
+        setup(handler)
     with proxying(zai) as proxy:
         kept = [hold(proxy, raw_request("GET", "/health")) for _ in range(10)]
+        monkeypatch.setattr(ztoapi.Handler, "setup", set_up_late)
         new = [proxy.connect() for _ in range(40)]
         for sock in kept + new:
             sock.sendall(raw_chat(chat_body(stream=False)))
@@ -9761,7 +9767,7 @@ CHECK_FAILURES = {
 def test_the_check_fails_with_one_sentence_on_what_to_do(zai, capsys, name):
     scripts, advice = CHECK_FAILURES[name]
     zai.scripts.extend(scripts)
-    patience = "1" if "silence" in name else "300"
+    patience = {"silence": "0.1", "silence in the answer": "0.5"}.get(name, "300")
     status, out = check(capsys, ZAI_API_KEY=ZAI_KEY, ZAI_BASE_URL=zai.url, MAX_RETRIES="0", UPSTREAM_TIMEOUT=patience)
     assert status == 1
     assert re.search(advice, failures(out)[0])
