@@ -718,9 +718,15 @@ class Proxy:
         """Close the idle connections to Z.ai."""
         self.server.upstream.pool.expire(float("inf"))
 
+    def quiet(self):
+        """No connection is left: the line of a request that could not be read comes after its answer has ended, and
+        must not come into the next test."""
+        return eventually(lambda: not self.server.deadlines) or pytest.fail("a connection is left")
+
     def stop(self):
         self.server.stop(2)
-        self.thread.join(5)
+        self.thread.join(20)
+        self.quiet()
 
 
 @contextlib.contextmanager
@@ -871,14 +877,21 @@ def shared(shared_proxy, caplog):
     """The proxy of the tables; no row may be a bug."""
     shared_proxy.zai.requests.clear()
     yield shared_proxy
+    shared_proxy.quiet()
     assert [record for record in caplog.get_records("call") if record.levelno >= logging.ERROR] == []
 
 
 @pytest.fixture(scope="module")
-def well_known():
-    """A proxy with the well-known key."""
+def well_known_proxy():
     with standing_proxy(DEFAULT_KEY="own-key,sk-your-key") as proxy:
         yield proxy
+
+
+@pytest.fixture
+def well_known(well_known_proxy):
+    """A proxy with the well-known key."""
+    yield well_known_proxy
+    well_known_proxy.quiet()
 
 
 def test_a_heartbeat_that_fails_ends_one_answer_and_no_other(zai, monkeypatch, log_lines):
@@ -7510,6 +7523,7 @@ def test_what_stands_behind_an_answer_over_tls_never_becomes_the_next(trusted, s
         for _ in range(3):
             assert ask(proxy, False) == WELL
             proxy.idle()
+            assert eventually(lambda: not trusted.in_flight), "all of it has been sent"
         assert trusted.connections == 2
 
 
