@@ -64,8 +64,10 @@ CHAT = "/v1/chat/completions"
 
 # The fake Z.ai ########################################################################
 #
-# A script is a list: bytes are sent, numbers are seconds slept, callables are called
-# with the fake and the request, and two words end the connection.
+# A script is a list: bytes are sent, numbers are seconds slept, threading's Events are
+# waited for, callables are called with the fake and the request, and two words end the
+# connection. What must have happened before a step is waited for, not slept for: any
+# thread may stand still at any time.
 
 RESET, CLOSE = "reset", "close"
 USAGE = {
@@ -257,6 +259,8 @@ class FakeZai:
                 return False
             if callable(step):
                 step(self, request)
+            elif isinstance(step, threading.Event):
+                step.wait(20)
             elif isinstance(step, bytes):
                 try:
                     sock.sendall(step)
@@ -300,7 +304,7 @@ def stuck_listener():
         listener.listen(0)
         for _ in range(8):
             sock = filling.enter_context(socket.socket())
-            sock.settimeout(0.05)
+            sock.settimeout(0.2)
             try:
                 sock.connect(listener.getsockname())
             except OSError:
@@ -545,6 +549,11 @@ def read_chunked(file):
     return body, decoder.done
 
 
+def see(sock, pattern):
+    """Wait until what has come, none of which is taken, matches."""
+    assert eventually(lambda: re.search(pattern, sock.recv(1 << 16, socket.MSG_PEEK), re.DOTALL))
+
+
 def read_to_end(sock):
     """All bytes until the other side closes. A socket.timeout is a hang and fails the test, as does a reset."""
     return b"".join(iter(lambda: sock.recv(65536), b""))
@@ -563,7 +572,7 @@ def replies_in(data, *heads):
 
 def talk(proxy, data):
     """All bytes that come back for `data`."""
-    with socket.create_connection(("127.0.0.1", proxy.port), 5) as sock:
+    with socket.create_connection(("127.0.0.1", proxy.port), 30) as sock:
         sock.sendall(data)
         return read_to_end(sock)
 
@@ -623,7 +632,7 @@ def json_chat(**fields):
 JSON_CHAT = json_chat()
 
 
-def eventually(condition, seconds=5):
+def eventually(condition, seconds=20):
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
@@ -656,8 +665,9 @@ class Proxy:
         self.port = self.server.server_port
         self.thread = threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True)
         self.thread.start()
+        assert eventually(self.server.pump.thread.is_alive), "threads are counted from here on"
 
-    def connect(self, timeout=10):
+    def connect(self, timeout=30):
         sock = socket.create_connection(("127.0.0.1", self.port), timeout)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return sock
@@ -666,7 +676,7 @@ class Proxy:
         """(status, headers, parsed JSON or text) over a connection of its own. `lines` are header lines, as in
         raw_request()."""
         data = json.dumps(body).encode() if isinstance(body, dict) else body or b""
-        with self.connect(20) as sock:
+        with self.connect() as sock:
             sock.sendall(raw_request(method, path, *lines, body=data, auth=key or False))
             with sock.makefile("rb") as file:
                 reply = read_reply(file)
@@ -693,6 +703,10 @@ class Proxy:
         """Nothing is in use any more: waits for it, as handler threads end a moment after their answers."""
         return eventually(self.server.idle) or pytest.fail("still in use")
 
+    def tune(self, **settings):
+        """Have the pump go by these settings from now on, and else by those of the start."""
+        self.server.pump.settings = dataclasses.replace(self.settings, **settings)
+
     def gates(self):
         """A row for each gate: (key, model, ceiling, requests in flight)."""
         return self.server.upstream.gates.state()[0]
@@ -704,9 +718,15 @@ class Proxy:
         """Close the idle connections to Z.ai."""
         self.server.upstream.pool.expire(float("inf"))
 
+    def quiet(self):
+        """No connection is left: the line of a request that could not be read comes after its answer has ended, and
+        must not come into the next test."""
+        return eventually(lambda: not self.server.deadlines) or pytest.fail("a connection is left")
+
     def stop(self):
         self.server.stop(2)
-        self.thread.join(5)
+        self.thread.join(20)
+        self.quiet()
 
 
 @contextlib.contextmanager
@@ -773,6 +793,12 @@ def brisk(monkeypatch):
     monkeypatch.setattr(ztoapi, "TICK_S", 0.02)
 
 
+@pytest.fixture
+def unhurried(monkeypatch):
+    """The pump does not mind how late a body ends, for tests of connections that serve again."""
+    monkeypatch.setattr(ztoapi, "TICK_S", 20)
+
+
 WELL = (200, "Hello", None, True)  # what ask() gives for HEALTHY
 ZAI_KEYS = tuple(f"{i}123456789abcdef.SecretSecret{i}" for i in (1, 2, 3))
 both = pytest.mark.parametrize("streamed", (True, False), ids=("stream", "json"))
@@ -795,7 +821,10 @@ def ask(proxy, streamed, **fields):
 
 def failed_stream(proxy, **fields):
     """The events of a stream that began and failed, once all is checked that holds for each."""
-    status, _, events, clean = proxy.stream(**fields)
+    return check_failed(*proxy.stream(**fields))
+
+
+def check_failed(status, headers, events, clean):
     assert status == 200
     assert not clean
     assert "[DONE]" not in events
@@ -848,26 +877,35 @@ def shared(shared_proxy, caplog):
     """The proxy of the tables; no row may be a bug."""
     shared_proxy.zai.requests.clear()
     yield shared_proxy
+    shared_proxy.quiet()
     assert [record for record in caplog.get_records("call") if record.levelno >= logging.ERROR] == []
 
 
 @pytest.fixture(scope="module")
-def well_known():
-    """A proxy with the well-known key."""
+def well_known_proxy():
     with standing_proxy(DEFAULT_KEY="own-key,sk-your-key") as proxy:
         yield proxy
+
+
+@pytest.fixture
+def well_known(well_known_proxy):
+    """A proxy with the well-known key."""
+    yield well_known_proxy
+    well_known_proxy.quiet()
 
 
 def test_a_heartbeat_that_fails_ends_one_answer_and_no_other(zai, monkeypatch, log_lines):
     def fail(front):
         raise RecursionError("a bug")
     monkeypatch.setattr(ztoapi.Messages, "heartbeat", fail)
-    zai.default = stream(say("Hel"), 1, say("lo"), FINISH, DONE)
+    go = threading.Event()
+    zai.default = stream(say("Hel"), go, say("lo"), FINISH, DONE)
     with proxying(zai, HEARTBEAT="0.05") as proxy:
         body = {"model": "glm-4.6", "max_tokens": 9, "stream": True, "messages": [{"role": "user", "content": "Hi"}]}
         with proxy.connect() as sock, proxy.open_stream() as other:
             sock.sendall(raw_request("POST", "/v1/messages", body=json.dumps(body).encode()))
             assert b"message_stop" not in read_to_end(sock)
+            go.set()
             assert said(read_stream(other)[2]) == "Hello"
     assert len(log_lines(logging.ERROR)) == 1
 
@@ -900,11 +938,13 @@ def check_refused(replies, status):
 
 
 def hold(proxy, data):
-    """A connection over which one request has been answered, and that is kept."""
-    sock = proxy.connect(5)
+    """A connection over which one request has been answered, and that is kept, and idle."""
+    sock = proxy.connect()
     sock.sendall(data)
     with sock.makefile("rb") as file:
         assert read_reply(file).status == 200
+    # Its idleness counts from then on, which may be after its answer has been read.
+    proxy.idle()
     return sock
 
 
@@ -1051,7 +1091,7 @@ print("clean")
 
 def test_importing_has_no_side_effect():
     process = start("-c", IMPORTING, os.path.dirname(os.path.abspath(ztoapi.__file__)))
-    assert process.communicate(timeout=10) == ("clean\n", "")
+    assert process.communicate(timeout=30) == ("clean\n", "")
 
 
 # Settings #############################################################################
@@ -6178,11 +6218,16 @@ BURSTS = {
 @pytest.mark.parametrize("how", BURSTS)
 def test_a_burst_of_10_against_a_limit_of_3_succeeds_and_teaches(zai, how):
     running = threading.BoundedSemaphore(3)
+    all_are_there = threading.Event()
+
+    def until_the_others_queue(*_):
+        assert eventually(lambda: all_are_there.is_set() or proxy.queued() == 7)
+        all_are_there.set()
 
     def limited(request):
         if not running.acquire(blocking=False):
             return BURSTS[how]
-        return stream(say("a"), 0.06, lambda *_: running.release(), say("b"), FINISH, DONE)
+        return stream(say("a"), until_the_others_queue, lambda *_: running.release(), say("b"), FINISH, DONE)
     zai.default = limited
     with strict_proxy(zai) as proxy:
         results = together(*[lambda i=i: ask(proxy, i % 3) for i in range(10)])
@@ -6193,13 +6238,15 @@ def test_a_burst_of_10_against_a_limit_of_3_succeeds_and_teaches(zai, how):
 
 def test_max_concurrency_bounds_what_is_in_flight_at_zai(zai):
     counts = []
+    three = threading.Barrier(3)
 
     def begin(*_):
         counts.append(1)
+        three.wait(20)
 
     def end(*_):
         counts.append(-1)
-    zai.default = stream(begin, say("a"), 0.03, end, FINISH, DONE)
+    zai.default = stream(begin, say("a"), end, FINISH, DONE)
     with strict_proxy(zai, MAX_CONCURRENCY="3") as proxy:
         results = together(*[lambda i=i: ask(proxy, i % 2) for i in range(12)])
         assert [whole for *_, whole in results] == [True] * 12
@@ -6207,7 +6254,8 @@ def test_max_concurrency_bounds_what_is_in_flight_at_zai(zai):
 
 
 def test_queue_timeout_is_a_429_that_sdks_do_not_repeat(zai):
-    zai.default = stream(say("a"), 0.3, FINISH, DONE)
+    go = threading.Event()
+    zai.default = stream(say("a"), go, FINISH, DONE)
     with strict_proxy(zai, MAX_CONCURRENCY="1", QUEUE_TIMEOUT="0.1") as proxy, proxy.open_stream() as occupant:
         assert eventually(lambda: zai.in_flight == 1)
         status, headers, body = proxy.chat()
@@ -6215,18 +6263,25 @@ def test_queue_timeout_is_a_429_that_sdks_do_not_repeat(zai):
         assert headers["x-should-retry"] == "false"
         assert int(headers["Retry-After"]) >= 1
         assert int(headers["x-ztoapi-queue-ms"]) >= 100
+        go.set()
         assert read_stream(occupant)[3]
         assert len(zai.requests) == 1
 
 
 @both
 def test_queue_ms_tells_how_long_a_request_waited(zai, streamed):
-    zai.default = stream(say("a"), 0.1, FINISH, DONE)
-    with strict_proxy(zai, MAX_CONCURRENCY="1") as proxy, proxy.open_stream() as occupant:
-        assert eventually(lambda: zai.in_flight == 1)
-        headers = (proxy.stream() if streamed else proxy.chat())[1]
-        assert 20 <= int(headers["x-ztoapi-queue-ms"]) <= 5000
-        assert int(read_stream(occupant)[1].get("x-ztoapi-queue-ms", 0)) < 50
+    go = threading.Event()
+    zai.default = stream(say("a"), go, FINISH, DONE)
+    with strict_proxy(zai, MAX_CONCURRENCY="1") as proxy:
+        clock = proxy.server.upstream.gates.clock = FakeClock()
+        with proxy.open_stream() as occupant, proxy.connect() as sock:
+            assert eventually(lambda: zai.in_flight == 1)
+            sock.sendall(raw_chat(chat_body(stream=streamed)))
+            assert eventually(lambda: proxy.queued() == 1)
+            clock.now += 7
+            go.set()
+            assert read_stream(sock)[1]["x-ztoapi-queue-ms"] == "7000"
+            assert "x-ztoapi-queue-ms" not in read_stream(occupant)[1]
 
 
 def test_retries_are_in_the_log_and_in_the_metrics(zai, caplog):
@@ -6440,7 +6495,8 @@ def test_a_bug_in_a_chore_does_not_end_the_pump(zai, brisk, caplog):
 
 @contextlib.contextmanager
 def leaving(proxy, caplog, request, how="close"):
-    """A request whose client leaves, and is gone within a second, without an error in the log."""
+    """A request whose client leaves, which is noticed within a second, without an error in the log. The pump's ticks
+    are counted for that, as a busy machine is slow."""
     caplog.set_level(logging.INFO, "ztoapi")
     caplog.clear()
     sock = proxy.connect()
@@ -6452,9 +6508,13 @@ def leaving(proxy, caplog, request, how="close"):
         sock.shutdown(socket.SHUT_WR)
     else:
         sock.close()
-    left = time.monotonic()
-    assert eventually(proxy.server.idle, 5)
-    assert time.monotonic() - left < 2
+    pump = proxy.server.pump
+    noticed = []
+    pump.chores.append(lambda now: noticed.append(all(client.gone for client in list(pump.clients))))
+    proxy.idle()
+    # The first tick may have begun before.
+    assert all(noticed[1:])
+    assert ztoapi.TICK_S <= 0.25
     sock.close()
     assert figures(proxy)[1:] == (0, 1)
     assert " 499 " in caplog.text
@@ -6488,7 +6548,7 @@ def test_the_clients_leaving_is_noticed(zai, brisk, caplog, phase, streamed):
     with strict_proxy(zai) as proxy:
         with leaving(proxy, caplog, raw_chat(chat_body(stream=streamed))):
             assert eventually(lambda: is_reached(proxy, zai))
-        assert eventually(lambda: zai.cut_by_client == connected, 2)
+        assert eventually(lambda: zai.cut_by_client == connected)
         assert len(zai.requests) == 1
 
 
@@ -6498,7 +6558,7 @@ def test_every_way_of_leaving_is_noticed(zai, caplog, how, streamed):
     with strict_proxy(zai) as proxy:
         with leaving(proxy, caplog, raw_chat(chat_body(stream=streamed)), how):
             assert eventually(lambda: zai.in_flight == 1)
-        assert eventually(lambda: zai.cut_by_client == 1, 2)
+        assert eventually(lambda: zai.cut_by_client == 1)
 
 
 @both
@@ -6509,7 +6569,7 @@ def test_the_clients_leaving_the_queue_is_noticed(zai, brisk, caplog, streamed):
         with proxy.connect() as sock:
             sock.sendall(raw_chat(chat_body(stream=streamed)))
             assert eventually(lambda: proxy.queued() == 1)
-        assert eventually(lambda: proxy.queued() == 0, 1)
+        assert eventually(lambda: proxy.queued() == 0)
         occupant.close()
         assert figures(proxy) == (0, 0, 2)
         assert len(zai.requests) == 1
@@ -6520,9 +6580,11 @@ def test_a_slot_never_goes_to_one_who_has_left(zai):
     """Not even when a write that fails frees it, before the pump looks."""
     zai.default = stream(*[say("Hel"), 0.01] * 500)
     with strict_proxy(zai, MAX_CONCURRENCY="1") as proxy:
-        socks = [proxy.open_stream() for _ in range(6)]
-        assert eventually(lambda: zai.in_flight == 1 and proxy.queued() == 5)
-        for sock in socks:
+        socks = [proxy.open_stream()]
+        assert eventually(lambda: zai.in_flight == 1)
+        socks += [proxy.open_stream() for _ in range(5)]
+        assert eventually(lambda: proxy.queued() == 5)
+        for sock in reversed(socks):
             sock.close()
         proxy.idle()
         assert len(zai.requests) == 1
@@ -6544,8 +6606,8 @@ def test_the_clients_leaving_in_a_handshake_is_noticed(brisk, caplog, monkeypatc
             url = "https://api.z.ai/api"
         with strict_proxy(ZAI_BASE_URL=url) as proxy:
             with leaving(proxy, caplog, raw_chat(chat_body(stream=True))):
-                assert mute.heard.wait(5)
-            assert mute.ended.wait(1)
+                assert mute.heard.wait(20)
+            assert mute.ended.wait(20)
 
 
 @pytest.mark.skipif(
@@ -6557,17 +6619,18 @@ def test_the_leaving_of_a_client_that_had_sent_more_is_noticed(zai, brisk):
             sock.sendall(raw_chat(chat_body(stream=True)))
             assert eventually(lambda: zai.in_flight == 1)
             sock.sendall(raw_chat(chat_body(stream=True)))  # pipelined
-        assert eventually(lambda: zai.cut_by_client == 1, 2)
+        assert eventually(lambda: zai.cut_by_client == 1)
 
 
 # Heartbeats
 
-@pytest.mark.parametrize("begin", ([0.6], [HEAD, 0.6]), ids=("before the head", "before the first token"))
+@pytest.mark.parametrize("begin", ([], [HEAD]), ids=("before the head", "before the first token"))
 def test_a_heartbeat_is_a_valid_empty_chunk_and_the_opening_one_comes_first(zai, brisk, begin):
-    zai.default = begin + stream(*HEALTHY)[len(begin) - 1:]
+    go = threading.Event()
+    zai.default = [*begin, go, *stream(*HEALTHY)[len(begin):]]
     with strict_proxy(zai, HEARTBEAT="0.04") as proxy, proxy.open_stream() as sock:
-        assert sock.recv(12, socket.MSG_PEEK) == b"HTTP/1.1 200"
-        assert zai.in_flight == 1, "the head is out before Z.ai has said anything"
+        see(sock, rb'^HTTP/1.1 200.*"delta":\{\}')  # before Z.ai has said anything
+        go.set()
         _, _, events, clean = read_stream(sock)
         assert clean
         assert said(events) == "Hello"
@@ -6580,9 +6643,12 @@ def test_a_heartbeat_is_a_valid_empty_chunk_and_the_opening_one_comes_first(zai,
 
 
 def test_a_heartbeat_comes_mid_stream_too(zai, brisk):
-    zai.default = stream(say("Hel"), 0.4, say("lo"), FINISH, DONE)
-    with strict_proxy(zai, HEARTBEAT="0.04") as proxy:
-        _, _, events, clean = proxy.stream()
+    go = threading.Event()
+    zai.default = stream(say("Hel"), go, say("lo"), FINISH, DONE)
+    with strict_proxy(zai, HEARTBEAT="0.04") as proxy, proxy.open_stream() as sock:
+        see(sock, rb'Hel.*"delta":\{\}')
+        go.set()
+        _, _, events, clean = read_stream(sock)
         assert clean
         deltas = [choice["delta"] for choice in choices_of(events)]
         assert {} in deltas[deltas.index({"content": "Hel"}):deltas.index({"content": "lo"})]
@@ -6621,7 +6687,7 @@ def test_a_heartbeat_never_follows_the_end_of_an_answer(zai, brisk, case):
 
 def test_a_quick_refusal_keeps_its_status_with_heartbeats_on(zai, brisk):
     zai.default = refusal(400, "1210")
-    with strict_proxy(zai, HEARTBEAT="1") as proxy:
+    with strict_proxy(zai, HEARTBEAT="10") as proxy:
         assert ask(proxy, True)[0] == 400
 
 
@@ -6644,12 +6710,14 @@ def test_retrying_goes_on_after_a_heartbeat(zai, brisk):
 
 
 def test_queueing_goes_on_after_a_heartbeat(zai, brisk):
-    zai.default = stream(0.7, *HEALTHY)
+    go = threading.Event()
+    zai.default = stream(go, *HEALTHY)
     with strict_proxy(zai, HEARTBEAT="0.03", MAX_CONCURRENCY="1") as proxy, proxy.open_stream() as first:
         assert eventually(lambda: zai.in_flight == 1)
         with proxy.open_stream() as second:
-            assert second.recv(1, socket.MSG_PEEK) == b"H"
+            see(second, b"HTTP/1.1 200")
             assert proxy.queued() == 1
+            go.set()
             for _, _, events, clean in together(lambda: read_stream(first), lambda: read_stream(second)):
                 assert (said(events), clean) == ("Hello", True)
 
@@ -6657,27 +6725,38 @@ def test_queueing_goes_on_after_a_heartbeat(zai, brisk):
 # To add a case, add a row: what Z.ai does after a heartbeat, the code of the error
 # then.
 FAILURES_AFTER_BEAT = {
-    "400": ([0.3, *refusal(400, "1210")], "invalid_value"),
-    "429": ([0.3, *refusal(429, "1113")], "insufficient_quota"),
-    "reset": ([0.3, RESET], "upstream_error"),
-    "event": ([0.3, *stream(sse(NETWORK))], "upstream_error"),
+    "400": (refusal(400, "1210"), "invalid_value"),
+    "429": (refusal(429, "1113"), "insufficient_quota"),
+    "reset": ([RESET], "upstream_error"),
+    "event": (stream(sse(NETWORK)), "upstream_error"),
 }
 
 
 @pytest.mark.parametrize("case", FAILURES_AFTER_BEAT)
 def test_a_failure_after_a_heartbeat_is_the_in_stream_error(zai, brisk, case):
-    zai.default, code = FAILURES_AFTER_BEAT[case]
-    with strict_proxy(zai, HEARTBEAT="0.03", MAX_RETRIES="0") as proxy:
-        events = failed_stream(proxy)
+    script, code = FAILURES_AFTER_BEAT[case]
+    go = threading.Event()
+    zai.default = [go, *script]
+    with strict_proxy(zai, HEARTBEAT="0.03", MAX_RETRIES="0") as proxy, proxy.open_stream() as sock:
+        see(sock, b"HTTP/1.1 200")
+        go.set()
+        events = check_failed(*read_stream(sock))
         assert events[0]["choices"][0]["delta"]["role"] == "assistant"
         assert events[-1]["error"]["code"] == code
 
 
 def test_queue_timeout_after_a_heartbeat_is_the_in_stream_error(zai, brisk):
     zai.default = stream(say("Hel"), 30)
-    with strict_proxy(zai, HEARTBEAT="0.03", MAX_CONCURRENCY="1", QUEUE_TIMEOUT="0.1") as proxy, proxy.open_stream():
-        assert eventually(lambda: zai.in_flight == 1)
-        assert failed_stream(proxy)[-1]["error"]["code"] == "rate_limit_exceeded"
+    with strict_proxy(zai, HEARTBEAT="0.03", MAX_CONCURRENCY="1", QUEUE_TIMEOUT="60") as proxy:
+        clock = proxy.server.upstream.gates.clock = FakeClock()
+        with proxy.open_stream():
+            assert eventually(lambda: zai.in_flight == 1)
+            with proxy.open_stream() as sock:
+                see(sock, b"HTTP/1.1 200")
+                clock.now += 61
+                for client in list(proxy.server.pump.clients):
+                    client.wake()
+                assert check_failed(*read_stream(sock))[-1]["error"]["code"] == "rate_limit_exceeded"
 
 
 @contextlib.contextmanager
@@ -6689,7 +6768,7 @@ def minded_stream(make_head, **environ):
     front = ztoapi.Chat("chatcmpl-1", 1, "glm-4.6")
     pump.start()
     with ours, theirs:
-        theirs.settimeout(5)
+        theirs.settimeout(30)
         yield pump, ztoapi.Client(ours, ztoapi.Outbox(ours, make_head, front)), theirs
     pump.close()
 
@@ -6705,7 +6784,7 @@ def test_who_takes_a_client_back_from_the_pump_finds_no_heartbeat_under_way(monk
         return b"HEAD"
     with minded_stream(slow_head, HEARTBEAT="0.01") as (pump, client, theirs):
         with pump.minding(client):
-            assert beating.wait(5)
+            assert beating.wait(20)
         assert client.outbox.started
         theirs.setblocking(False)
         assert theirs.recv(4) == b"HEAD"
@@ -6734,8 +6813,10 @@ def test_heartbeats_into_a_full_window_wait_for_room_and_come_whole(monkeypatch)
             got = []
             reading.start()
             assert eventually(lambda: not client.is_behind)
-        client.connection.sendall(client.outbox.frame("data: [DONE]\n\n", last=True))
-        reading.join(5)
+        # A beat more may have filled the window again.
+        end = client.outbox.frame("data: [DONE]\n\n", last=True)
+        client.connection.sendall(bytes(client.outbox.unsent) + end)
+        reading.join(20)
         _, _, events, clean = got[0]
         assert clean
         assert events[-1] == "[DONE]"
@@ -6793,25 +6874,33 @@ class Torrent:
     def count(self, fake, request):
         self.sent += 1
 
+    def stand_still(self):
+        """Wait until it is held up; how much was sent by then."""
+        sent = 0
+        while not sent or sent != self.sent:
+            sent = self.sent
+            time.sleep(0.2)
+        return sent
+
 
 def test_a_slow_reader_slows_zai_down_and_costs_no_memory(zai):
     torrent = Torrent(600, 1 << 16)
     zai.default = torrent.script
     with strict_proxy(zai) as proxy, proxy.open_stream() as sock:
         before = rss()
-        sent = -1
-        while sent != torrent.sent:  # until Z.ai is held up
-            sent = torrent.sent
-            time.sleep(0.2)
-        assert sent < 500
+        assert torrent.stand_still() < 500
         assert rss() - before < 16 << 20
         assert count_text(sock, b"Q") == (600 << 16, True)
 
 
 def test_a_client_that_is_behind_is_no_silence_of_zai(zai, brisk):
-    zai.default = Torrent(300, 1 << 16).script
-    with strict_proxy(zai, UPSTREAM_TIMEOUT="0.1") as proxy, proxy.open_stream() as sock:
+    torrent = Torrent(300, 1 << 16)
+    zai.default = torrent.script
+    with strict_proxy(zai) as proxy, proxy.open_stream() as sock:
+        torrent.stand_still()
+        proxy.tune(upstream_timeout=0.1)
         time.sleep(0.4)
+        proxy.tune()
         assert count_text(sock, b"Q") == (300 << 16, True)
 
 
@@ -6834,18 +6923,35 @@ def test_a_slow_reader_does_not_hold_up_the_others(zai):
 
 def test_a_client_that_takes_no_write_within_client_timeout_is_dropped(zai, brisk):
     zai.default = Torrent(1000, 1 << 16).script
-    with strict_proxy(zai, CLIENT_TIMEOUT="0.2") as proxy, proxy.open_stream():
-        assert eventually(lambda: zai.cut_by_client == 1)
+    with strict_proxy(zai) as proxy:
+        proxy.tune(client_timeout=0.2)
+        with proxy.open_stream():
+            assert eventually(lambda: zai.cut_by_client == 1)
+            proxy.idle()
         assert figures(proxy) == (0, 0, 1)
 
 
-def test_a_slow_reader_is_no_dropped_one(zai, brisk):
-    zai.default = Torrent(300, 1 << 16).script
-    with strict_proxy(zai, CLIENT_TIMEOUT="0.3", UPSTREAM_TIMEOUT="0.3") as proxy, proxy.open_stream() as sock:
-        for _ in range(5):
-            time.sleep(0.08)
-            sock.recv(1 << 20)
-        assert count_text(sock, b"Q")[1]
+def test_a_slow_reader_is_no_dropped_one(monkeypatch):
+    """CLIENT_TIMEOUT bounds how long nothing is taken, and not how long all of it takes."""
+    clock = FakeClock()
+    monkeypatch.setattr(ztoapi, "time", types.SimpleNamespace(monotonic=clock))
+    sock = types.SimpleNamespace(send=len)
+    outbox = ztoapi.Outbox(sock, bytes, ztoapi.Chat("chatcmpl-1", 1, "glm-4.6"))
+    settings = Settings(client_timeout=60)
+    for _ in range(5):
+        sock.send = FullSocket().send
+        outbox.put("text")
+        clock.now += 60
+        outbox.look(clock.now, settings)
+        assert outbox.unsent
+        sock.send = len
+        outbox.look(clock.now, settings)
+        assert not outbox.unsent
+    sock.send = FullSocket().send
+    outbox.put("text")
+    clock.now += 61
+    with pytest.raises(ztoapi.ClientGone):
+        outbox.look(clock.now, settings)
 
 
 # What is made for one request, and must go with it.
@@ -6877,7 +6983,7 @@ def litter_of(make_request):
     gc.disable()
     try:
         make_request()
-        eventually(lambda: left().keys() <= before.keys(), 1)
+        eventually(lambda: left().keys() <= before.keys(), 5)
         return [kind for key, kind in left().items() if key not in before]
     finally:
         gc.enable()
@@ -7106,6 +7212,7 @@ def test_redirects_are_not_followed(zai, status):
         assert elsewhere.connections == 0
 
 
+@pytest.mark.usefixtures("unhurried")
 @both
 def test_bytes_that_come_one_at_a_time_are_an_answer_like_any_other(zai, streamed):
     whole = b"".join(stream(*HEALTHY))
@@ -7171,11 +7278,13 @@ def test_a_bug_in_a_front_ends_one_answer_only(zai, monkeypatch, caplog):
             raise ZeroDivisionError
         return tell(front, steps)
     monkeypatch.setattr(ztoapi.Chat, "tell", buggy)
-    zai.default = stream(say("Hel"), 0.1, say("lo"), FINISH, DONE)
+    go = threading.Event()
+    zai.scripts.append(stream(say("Hel"), go, say("lo"), FINISH, DONE))
     with strict_proxy(zai) as proxy, proxy.open_stream() as running:
         assert eventually(lambda: zai.in_flight == 1)
         status, _, error, _ = ask(proxy, True, model="buggy")
         assert (status, error["code"]) == (500, "internal_error")
+        go.set()
         assert said(read_stream(running)[2]) == "Hello"
         assert ask(proxy, True) == WELL
     assert "this is a bug" in caplog.text
@@ -7199,27 +7308,52 @@ def test_a_silence_is_tried_again_once(zai, brisk, case, streamed):
         status, _, error, _ = ask(proxy, streamed)
         assert status == 502
         assert "UPSTREAM_TIMEOUT" in error["message"]
-        assert len(zai.requests) == 2
         assert eventually(lambda: zai.cut_by_client == 2)
+        assert len(zai.requests) == 2
+
+        def take_time():
+            """Chance is asked between the attempts; the second may take as long as it likes."""
+            proxy.tune(upstream_timeout=300)
+            return 0.0
+        proxy.server.upstream.rand = take_time
         zai.scripts.append(SILENT[case])
         zai.default = stream(*HEALTHY)
         assert ask(proxy, streamed) == WELL
 
 
-def test_a_silence_behind_the_first_delta_ends_the_answer(zai, brisk):
-    zai.default = stream(say("Hel"), 30)
-    with strict_proxy(zai, UPSTREAM_TIMEOUT="0.1") as proxy:
-        assert "UPSTREAM_TIMEOUT" in failed_stream(proxy)[-1]["error"]["message"]
-        assert ask(proxy, False)[0] == 502
-        assert len(zai.requests) == 2
-        assert eventually(lambda: zai.cut_by_client == 2)
+def impatience(proxy, since):
+    """A step: from then on UPSTREAM_TIMEOUT is short. `since`: begun or is_finishing, what the answer must be first."""
+    def step(*_):
+        assert eventually(lambda: any(getattr(relay.answer, since) for relay in list(proxy.server.pump.relays)))
+        proxy.tune(upstream_timeout=0.1)
+    return step
 
 
 @both
-def test_upstream_timeout_is_of_silence_and_never_of_the_whole(zai, brisk, streamed):
-    zai.default = stream(*[say("a"), 0.06] * 6, FINISH, DONE)
-    with strict_proxy(zai, UPSTREAM_TIMEOUT="0.25") as proxy:
-        assert ask(proxy, streamed) == (200, "aaaaaa", None, True)
+def test_a_silence_behind_the_first_delta_ends_the_answer(zai, brisk, streamed):
+    with strict_proxy(zai) as proxy:
+        zai.default = stream(say("Hel"), impatience(proxy, "begun"), 30)
+        if streamed:
+            assert "UPSTREAM_TIMEOUT" in failed_stream(proxy)[-1]["error"]["message"]
+        else:
+            assert ask(proxy, False)[0] == 502
+        assert eventually(lambda: zai.cut_by_client == 1)
+        assert len(zai.requests) == 1
+
+
+def test_upstream_timeout_is_of_silence_and_never_of_the_whole():
+    pieces = [HEAD, *[chunked(say("a"))] * 6]
+    connection = types.SimpleNamespace(pending=bool)
+    fold = ztoapi.Fold()
+    answer_to_come = ztoapi.Answer(ztoapi.Translator(), zai_error)
+    relay = ztoapi.Relay(connection, answer_to_come, ztoapi.Client(None), fold.add)
+    for i, piece in enumerate(pieces):
+        connection.receive = lambda buffer: piece
+        assert not relay.step(i * 300, None)
+        assert not relay.look(i * 300 + 300, 300)
+    assert fold.text(ztoapi.TEXT) == "aaaaaa"
+    with pytest.raises(UpstreamError, match="UPSTREAM_TIMEOUT"):
+        relay.look(i * 300 + 301, 300)
 
 
 # To add a case, add a row: what Z.ai does behind a finish without usage -> the script.
@@ -7251,9 +7385,10 @@ def test_a_finish_without_an_answer_is_tried_again(zai, brisk, monkeypatch, stre
 
 
 @pytest.mark.parametrize("late", (FINISH, DONE), ids=("usage", "end mark"))
-def test_what_comes_late_behind_a_finish_is_waited_for(zai, brisk, late):
-    zai.default = stream(say("Hello"), event(finish="stop"), 0.15, late)
-    with strict_proxy(zai, UPSTREAM_TIMEOUT="0.1") as proxy:
+def test_what_comes_late_behind_a_finish_is_waited_for(zai, brisk, monkeypatch, late):
+    monkeypatch.setattr(ztoapi.Relay, "PATIENCE_S", 20)
+    with strict_proxy(zai) as proxy:
+        zai.default = stream(say("Hello"), event(finish="stop"), impatience(proxy, "is_finishing"), 0.15, late)
         options = {"include_usage": True}
         _, _, events, clean = proxy.stream(stream_options=options)
         assert clean
@@ -7267,7 +7402,7 @@ def test_a_stop_word_hangs_up_on_zai(zai, brisk):
     with strict_proxy(zai) as proxy:
         _, text, _, whole = ask(proxy, True, stop="STOP")
         assert (text, whole) == ("Hello ", True)
-        assert eventually(lambda: zai.cut_by_client == 1, 2)
+        assert eventually(lambda: zai.cut_by_client == 1)
     assert not ended.is_set()
 
 
@@ -7275,7 +7410,7 @@ def test_a_stop_word_hangs_up_on_zai(zai, brisk):
 def test_a_trickle_behind_the_finish_does_not_hold_the_slot(zai, brisk, monkeypatch, streamed):
     monkeypatch.setattr(ztoapi.Relay, "PATIENCE_S", 0.3)
     trickled = threading.Event()
-    zai.default = stream(*HEALTHY, *[b":\n", 0.2] * 15, lambda *_: trickled.set())
+    zai.default = stream(*HEALTHY, *[b":\n", 0.2] * 50, lambda *_: trickled.set())
     with strict_proxy(zai) as proxy:
         assert ask(proxy, streamed) == WELL
         assert eventually(lambda: slots(proxy) == 0)
@@ -7429,13 +7564,15 @@ def test_a_job_keeps_nothing_of_the_conversation(make_timed):
 def test_the_requests_bytes_are_let_go_of_with_the_first_step(make_timed):
     timed = make_timed()
     timed.answers.append(refusal(500, "1234"))
-    timed.script = stream(say("Hel"), 0.05, say("lo"), FINISH, DONE)
+    go = threading.Event()
+    timed.script = stream(say("Hel"), go, say("lo"), FINISH, DONE)
     job = timed.job()
     data = job.data
     holders = []
 
     def take(steps):
         holders.append(sys.getrefcount(data))
+        go.set()
     timed.upstream.answer(job, ClockClient(timed.clock), ztoapi.Record("req_1", "127.0.0.1", 0.0), take)
     assert job.data is None
     assert len(holders) >= 2
@@ -7494,7 +7631,7 @@ def test_a_handshake_that_never_comes_takes_ten_seconds_at_most(monkeypatch):
     monkeypatch.setattr(ztoapi, "CONNECT_TIMEOUT_S", 0.1)
     with MuteListener() as mute, strict_proxy(ZAI_BASE_URL=f"https://127.0.0.1:{mute.port}", MAX_RETRIES="0") as proxy:
         assert ask(proxy, True)[0] == 502
-        assert mute.ended.wait(5)
+        assert mute.ended.wait(20)
 
 
 def test_a_dead_address_does_not_use_up_the_time_of_the_next(zai, monkeypatch):
@@ -7503,11 +7640,17 @@ def test_a_dead_address_does_not_use_up_the_time_of_the_next(zai, monkeypatch):
         places = [("127.0.0.1", port), ("127.0.0.1", zai.port)]
         found = [(socket.AF_INET, socket.SOCK_STREAM, 0, "", place) for place in places]
         found.insert(0, (9999, socket.SOCK_STREAM, 0, "", places[0]))
+        connect = ztoapi.connect
+        shares = []
+
+        def connect_in(address, client, timeout_s):
+            shares.append(timeout_s)
+            return connect(address, client, timeout_s)
         with monkeypatch.context() as patch:
             patch.setattr(socket, "getaddrinfo", lambda *_: found)
-            began = time.monotonic()
+            patch.setattr(ztoapi, "connect", connect_in)
             sock = ztoapi.dial("three.example", 80, ztoapi.Client(None), 0.9)
-            assert time.monotonic() - began < 0.8
+        assert shares == [pytest.approx(0.3)] * 3
         assert sock.getpeername() == places[1]
         assert sock.gettimeout() == 0.9
         sock.close()
@@ -7577,6 +7720,8 @@ REUSE = {
 def test_a_connection_serves_again_once_its_answer_was_read_to_the_end(zai, brisk, monkeypatch, case, streamed):
     monkeypatch.setattr(ztoapi.Relay, "PATIENCE_S", 0.2)
     script, again = REUSE[case]
+    if again:
+        monkeypatch.setattr(ztoapi, "TICK_S", 20)
     zai.scripts.append(script)
     with strict_proxy(zai) as proxy:
         ask(proxy, streamed)
@@ -7599,7 +7744,8 @@ def test_a_pooled_connection_found_dead_is_replaced_unseen(zai):
 @contextlib.contextmanager
 def three_pooled(zai):
     """A proxy with three idle connections to Z.ai."""
-    zai.default = stream(say("Hello"), 0.1, FINISH, DONE)
+    three = threading.Barrier(3)
+    zai.scripts.extend([stream(say("Hello"), lambda *_: three.wait(20), FINISH, DONE)] * 3)
     with strict_proxy(zai, MAX_RETRIES="0") as proxy:
         assert together(*[lambda: ask(proxy, True)] * 3) == [WELL] * 3
         proxy.idle()
@@ -7607,8 +7753,11 @@ def three_pooled(zai):
         yield proxy
 
 
+@pytest.mark.usefixtures("unhurried")
 @pytest.mark.parametrize("death", ([RESET], [CLOSE]), ids=("reset", "end"))
-def test_pooled_connections_that_die_when_used_are_replaced_unseen(zai, death):
+def test_pooled_connections_that_die_when_used_are_replaced_unseen(zai, monkeypatch, death):
+    assert ztoapi.STALE_WITHIN_S == 1
+    monkeypatch.setattr(ztoapi, "STALE_WITHIN_S", 20)
     with three_pooled(zai) as proxy:
         zai.scripts.extend([death] * 3)
         assert ask(proxy, True) == WELL
@@ -7616,6 +7765,7 @@ def test_pooled_connections_that_die_when_used_are_replaced_unseen(zai, death):
         assert figures(proxy)[0] == 0
 
 
+@pytest.mark.usefixtures("unhurried")
 def test_a_pooled_connection_that_ends_after_a_while_was_not_dead(zai, monkeypatch):
     """Z.ai has worked on the request, which is billed: it is tried again MAX_RETRIES times, and counted."""
     monkeypatch.setattr(ztoapi, "STALE_WITHIN_S", 0.05)
@@ -7627,6 +7777,7 @@ def test_a_pooled_connection_that_ends_after_a_while_was_not_dead(zai, monkeypat
 
 # Through proxies, and over TLS
 
+@pytest.mark.usefixtures("unhurried")
 @both
 def test_plain_requests_go_through_http_proxy_over_one_connection(zai, http_proxy, monkeypatch, streamed):
     through(monkeypatch, "http", http_proxy.url)
@@ -7638,6 +7789,7 @@ def test_plain_requests_go_through_http_proxy_over_one_connection(zai, http_prox
         assert len(zai.requests) == 3
 
 
+@pytest.mark.usefixtures("unhurried")
 @both
 def test_tls_goes_through_https_proxy_by_connect_over_one_connection(trusted, http_proxy, monkeypatch, streamed):
     through(monkeypatch, "https", http_proxy.url)
@@ -7658,6 +7810,7 @@ def test_no_proxy_goes_around_the_proxy(trusted, http_proxy, monkeypatch, no_pro
         assert http_proxy.heads == []
 
 
+@pytest.mark.usefixtures("unhurried")
 def test_a_proxys_password_reaches_the_proxy_alone(trusted, http_proxy, monkeypatch):
     through(monkeypatch, "https", http_proxy.url.replace("//", "//user:pass-word@"))
     with strict_proxy(trusted) as proxy:
@@ -7726,6 +7879,7 @@ def test_https_to_a_plain_port_is_a_502():
             assert "TLS" in error["message"]
 
 
+@pytest.mark.usefixtures("unhurried")
 @both
 def test_tls_with_ssl_cert_file_answers_over_one_connection(trusted, streamed):
     with strict_proxy(trusted) as proxy:
@@ -7754,6 +7908,7 @@ def test_cuts_over_tls_are_cuts(trusted, fault):
         assert len(trusted.requests) == 2
 
 
+@pytest.mark.usefixtures("unhurried")
 @pytest.mark.parametrize("size", (8192, 16384, 65536))
 def test_what_stands_behind_an_answer_over_tls_never_becomes_the_next(trusted, size):
     """Bytes that TLS has decrypted and nobody has read are seen by no poll(). The answer is padded to end where a read
@@ -7767,6 +7922,7 @@ def test_what_stands_behind_an_answer_over_tls_never_becomes_the_next(trusted, s
         for _ in range(3):
             assert ask(proxy, False) == WELL
             proxy.idle()
+            assert eventually(lambda: not trusted.in_flight), "all of it has been sent"
         assert trusted.connections == 2
 
 
@@ -7776,7 +7932,7 @@ def test_the_clients_leaving_is_noticed_over_tls(trusted, brisk, caplog, phase):
     with strict_proxy(trusted) as proxy:
         with leaving(proxy, caplog, raw_chat(chat_body(stream=True))):
             assert eventually(lambda: trusted.in_flight == 1)
-        assert eventually(lambda: trusted.cut_by_client == 1, 2)
+        assert eventually(lambda: trusted.cut_by_client == 1)
 
 
 def test_a_slow_reader_over_tls_gets_all(trusted, brisk):
@@ -8262,7 +8418,7 @@ EXPECTING = [
 def test_100_continue_is_only_said_once_nothing_else_can_be(shared, lines, key_is_right, expected):
     """The body is sent after a 100 only."""
     body = chunked(JSON_CHAT) + END if "chunked" in lines[0] else JSON_CHAT
-    with shared.connect(5) as sock, sock.makefile("rb") as file:
+    with shared.connect() as sock, sock.makefile("rb") as file:
         sock.sendall(raw_request("POST", CHAT, "Expect: 100-continue", *lines, auth=key_is_right))
         found = [read_reply(file).status]
         if found == [100]:
@@ -8295,7 +8451,7 @@ SIZES = [
 
 @table("line,body,status", SIZES)
 def test_the_body_limit_holds_before_the_body_is_there(shared, line, body, status):
-    with shared.connect(5) as sock, sock.makefile("rb") as file:
+    with shared.connect() as sock, sock.makefile("rb") as file:
         sock.sendall(raw_request("POST", CHAT, line) + body)
         reply = read_reply(file)
     assert reply.status == status
@@ -8337,14 +8493,14 @@ def test_a_body_nobody_read_never_becomes_the_next_request(shared, method, path,
     (raw_request("GET", "/health", "X: " + "y" * 1000000), 431),
 ])
 def test_an_answer_can_be_read_while_more_is_still_being_sent(shared, data, status):
-    with shared.connect(5) as sock:
+    with shared.connect() as sock:
         sock.sendall(data)
         sock.shutdown(socket.SHUT_WR)
         assert [reply.status for reply in replies_in(read_to_end(sock))] == [status]
 
 
 def test_what_stands_behind_the_last_request_does_not_reset_the_connection(shared):
-    with shared.connect(5) as sock:
+    with shared.connect() as sock:
         sock.sendall(raw_request("GET", "/health", "Connection: close") + b"x" * 10000)
         assert eventually(lambda: readable(sock))
         time.sleep(0.05)
@@ -9032,11 +9188,24 @@ def test_a_failure_in_mid_stream_is_the_last_event_of_each_api(zai, api):
     assert len(zai.requests) == 2
 
 
+# To add an API, add a row: its name -> its heartbeats before the answer, and in it.
+BEATS = {
+    "messages": (rb"event: ping", rb"Hel.*event: ping"),
+    "responses": (rb"(event: response.in_progress.*){2}", rb'Hel.*"delta":""'),
+}
+
+
 @each_api
 def test_each_api_has_heartbeats_of_its_own(zai, brisk, api):
-    zai.default = [0.15, *stream(say("Hel"), 0.15, say("lo"), FINISH, DONE)]
-    with proxying(zai, HEARTBEAT="0.04") as proxy:
-        reply, events = ask_api(proxy, api, True)
+    first, second = threading.Event(), threading.Event()
+    zai.default = [first, *stream(say("Hel"), second, say("lo"), FINISH, DONE)]
+    with proxying(zai, HEARTBEAT="0.04") as proxy, proxy.connect() as sock:
+        sock.sendall(api_request(api, True, "Connection: close"))
+        for pattern, go in zip(BEATS[api], (first, second)):
+            see(sock, pattern)
+            go.set()
+        reply, = replies_in(read_to_end(sock))
+    events = events_of(reply.body.decode())
     kinds = [event["type"] for event in events]
     assert reply.clean
     if api == "messages":
@@ -9057,7 +9226,7 @@ def test_the_leaving_of_a_client_of_each_api_is_noticed(zai, brisk, caplog, api,
     with strict_proxy(zai) as proxy:
         with leaving(proxy, caplog, api_request(api, streamed)):
             assert eventually(lambda: zai.in_flight == 1)
-        assert eventually(lambda: zai.cut_by_client == 1, 2)
+        assert eventually(lambda: zai.cut_by_client == 1)
 
 
 def test_an_item_is_remembered_for_the_key_that_got_it_and_for_no_other(zai):
@@ -9247,6 +9416,7 @@ def test_the_metrics_are_prometheus_text_with_the_promised_names(zai):
         proxy.chat()
         proxy.chat()
         proxy.stream()
+        proxy.idle()  # a handler tells the counters after its answer is out
         zai.default = stream(say("Hi"), 30)
         held = proxy.open_stream()
         assert eventually(lambda: readable(held))
@@ -9283,7 +9453,7 @@ def test_stats_tell_the_page_what_is_going_on(zai):
     with proxying(zai, MAX_RETRIES="0") as proxy:
         for i in range(23):
             assert proxy.chat(model=f"m{i}", messages=[user("PROMPT")])[0] == 200
-        proxy.idle()  # a handler tells the counters after its answer is out
+            proxy.idle()
         zai.scripts.append(refusal(400, "1210", "no such"))
         assert proxy.chat()[0] == 400
         proxy.idle()
@@ -9308,7 +9478,7 @@ def test_stats_tell_the_page_what_is_going_on(zai):
 
 
 def test_a_learned_ceiling_shows(zai):
-    zai.limit, zai.default = 2, stream(say("a"), 0.1, FINISH, DONE)
+    zai.limit, zai.default = 2, stream(say("a"), lambda *_: eventually(lambda: zai.refused), FINISH, DONE)
     with proxying(zai) as proxy:
         together(*[proxy.chat] * 4)
         row, = proxy.call("GET", "/stats")[2]["ceilings"]
@@ -9352,7 +9522,8 @@ def test_a_bug_during_a_stream_is_the_in_stream_error(zai, proxy, monkeypatch, c
         calls.append(steps)
         return boom() if len(calls) == 3 else tell(self, steps)
     monkeypatch.setattr(ztoapi.Chat, "tell", third_time)
-    zai.default = stream(say("ab"), 0.05, say("cd"), 0.05, say("ef"), FINISH, DONE)
+    told = [lambda *_, count=count: eventually(lambda: len(calls) >= count) for count in (1, 2)]
+    zai.default = stream(say("ab"), told[0], say("cd"), told[1], say("ef"), FINISH, DONE)
     status, headers, events, clean = proxy.stream()
     assert status == 200
     assert said(events) == "abcd"
@@ -9375,7 +9546,7 @@ def test_stop_cuts_what_still_runs_after_the_grace(zai):
             assert eventually(lambda: readable(sock))
             began = time.monotonic()
             proxy.server.stop(0.3)
-            assert 0.3 <= time.monotonic() - began < 2
+            assert 0.3 <= time.monotonic() - began < 20
             status, headers, events, clean = read_stream(sock)
             assert said(events) == "Hel"
             assert not clean
@@ -9387,8 +9558,8 @@ def test_client_timeout_holds_while_the_server_drains(zai):
         sock.sendall(raw_request("POST", CHAT, body=JSON_CHAT)[:-5])
         time.sleep(0.1)
         began = time.monotonic()
-        proxy.server.stop(4)
-        assert time.monotonic() - began < 2.5
+        proxy.server.stop(60)
+        assert time.monotonic() - began < 30
 
 
 def test_it_can_be_embedded_twice_in_one_process(zai):
@@ -9422,7 +9593,7 @@ def test_a_server_that_never_served_can_be_stopped():
     server = ztoapi.Server(ztoapi.Settings(port=0))
     thread = threading.Thread(target=server.stop, args=(1,), daemon=True)
     thread.start()
-    thread.join(3)
+    thread.join(20)
     assert not thread.is_alive()
 
 
@@ -9434,7 +9605,7 @@ def test_host_double_colon_serves_both_ip_versions(zai, host):
         pytest.skip("no IPv6 here")
     with proxying(zai, HOST=host) as proxy:
         for place in ("127.0.0.1", "::1"):
-            with socket.create_connection((place, proxy.port), 5) as sock:
+            with socket.create_connection((place, proxy.port), 30) as sock:
                 sock.sendall(SENTINEL)
                 assert read_to_end(sock).startswith(b"HTTP/1.1 200"), place
 
@@ -9449,6 +9620,7 @@ def test_a_full_house_makes_room_for_a_newcomer_by_closing_who_has_idled_longest
         with first, second, third:
             first.sendall(raw_request("GET", "/health"))
             assert read_reply(first.makefile("rb")).status == 200
+            proxy.idle()
             assert proxy.chat()[0] == 200
             assert read_to_end(second) == b""
             assert not readable(first)
@@ -9457,18 +9629,15 @@ def test_a_full_house_makes_room_for_a_newcomer_by_closing_who_has_idled_longest
 
 def test_who_has_just_come_has_not_idled_longest(zai):
     with proxying(zai, MAX_CONNECTIONS="2") as proxy:
-        with hold(proxy, raw_request("GET", "/health")) as idle:
-            # From then on its idleness counts, which may be after its answer has been read.
-            assert eventually(proxy.server.idle)
-            with proxy.connect(5) as silent:
-                assert proxy.call("GET", "/health")[0] == 200
-                assert read_to_end(idle) == b""
-                assert not readable(silent)
+        with hold(proxy, raw_request("GET", "/health")) as idle, proxy.connect() as silent:
+            assert proxy.call("GET", "/health")[0] == 200
+            assert read_to_end(idle) == b""
+            assert not readable(silent)
 
 
 def test_where_all_are_busy_a_503_can_be_read_and_the_rest_goes_on(zai, log_lines):
     go = threading.Event()
-    zai.default = stream(say("Hel"), lambda fake, request: go.wait(10), say("lo"), FINISH, DONE)
+    zai.default = stream(say("Hel"), go, say("lo"), FINISH, DONE)
     with proxying(zai, MAX_CONNECTIONS="3") as proxy:
         busy = [proxy.open_stream() for _ in range(3)]
         assert eventually(lambda: all(map(readable, busy)))
@@ -9480,7 +9649,7 @@ def test_where_all_are_busy_a_503_can_be_read_and_the_rest_goes_on(zai, log_line
             assert headers["Connection"] == "close"
             assert headers["x-request-id"]
             assert body["error"]["code"] == "too_many_connections"
-        assert threading.active_count() == threads, "a refusal needs no thread"
+        assert threading.active_count() <= threads, "a refusal needs no thread"
         assert len(zai.requests) == 3
         go.set()
         for sock in busy:
@@ -9512,13 +9681,19 @@ def test_where_no_thread_can_be_started_there_is_a_503(zai, monkeypatch, log_lin
     assert not log_lines(logging.ERROR)
 
 
-def life_of(proxy, first, drip, pause_s, longest_s=8.0):
+def life_of(proxy, first, drip, pause_s, longest_s=20.0):
     """How long a connection lives that sends `first`, and then for ever `drip`."""
     began = time.monotonic()
-    with proxy.connect(longest_s) as sock, contextlib.suppress(OSError):
+    with proxy.connect() as sock, contextlib.suppress(ConnectionError):
         sock.sendall(first)
+        sock.settimeout(1)
         while time.monotonic() - began < longest_s:
-            sock.sendall(drip)
+            try:
+                sock.sendall(drip)
+            except socket.timeout:
+                # Behind a full window a client may not hear that it has been cut.
+                if not proxy.server.deadlines:
+                    break
             if readable(sock) and not sock.recv(1):
                 break
             time.sleep(pause_s)
@@ -9554,17 +9729,17 @@ def test_a_request_must_come_within_client_timeout_as_a_whole(zai, monkeypatch, 
         before = threading.active_count()
         lives = together(*[lambda drip=drip: life_of(proxy, *drip) for drip in DRIPS.values()])
         assert eventually(lambda: threading.active_count() <= before)
-        assert proxy.call("GET", "/health")[0] == 200
+        assert eventually(lambda: served(proxy.port))
     # Far above 0.4 s: that a connection ends is the point, and a busy machine is slow.
-    assert [name for name, life in zip(DRIPS, lives) if life > 6] == []
+    assert [name for name, life in zip(DRIPS, lives) if life > 15] == []
     assert not zai.requests
     assert not log_lines(logging.ERROR)
 
 
 def test_an_idle_connection_is_kept_for_keep_alive_seconds(zai, monkeypatch):
-    with proxying(zai, CLIENT_TIMEOUT="0.3") as proxy:
+    with proxying(zai, CLIENT_TIMEOUT="1") as proxy:
         with hold(proxy, raw_request("GET", "/health")) as sock, sock.makefile("rb") as file:
-            time.sleep(0.7)  # longer than a request may take, shorter than keep-alive
+            time.sleep(1.4)  # longer than a request may take, shorter than keep-alive
             monkeypatch.setattr(ztoapi, "KEEP_ALIVE_S", 0.2)
             sock.sendall(raw_request("GET", "/health"))
             assert read_reply(file).status == 200
@@ -9578,7 +9753,7 @@ def test_a_full_descriptor_table_does_not_spin_and_heals(zai, monkeypatch):
     get_request = ztoapi.Server.get_request
     monkeypatch.setattr(ztoapi.Server, "get_request", lambda self: accepts.append(1) or get_request(self))
     with proxying(zai) as proxy, socket.socket() as sock:
-        sock.settimeout(5)
+        sock.settimeout(30)
         spare = [os.dup(0)]
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, (max(spare) + 20, limits[1]))
@@ -9586,7 +9761,7 @@ def test_a_full_descriptor_table_does_not_spin_and_heals(zai, monkeypatch):
                 while True:
                     spare.append(os.dup(0))
             sock.connect(("127.0.0.1", proxy.port))
-            assert eventually(lambda: accepts, 2)
+            assert eventually(lambda: accepts)
             time.sleep(0.25)
             tries = len(accepts)
         finally:
@@ -9614,15 +9789,22 @@ def test_quotes_of_a_client_are_bounded(zai, log_lines):
 
 # The end
 
-def test_requests_sent_before_the_end_are_answered(zai):
+def test_requests_sent_before_the_end_are_answered(zai, monkeypatch):
     """Kept connections, new ones, and those in the backlog that nobody has accepted yet."""
+    setup = ztoapi.Handler.setup
+
+    def set_up_late(handler):
+        time.sleep(0.1)
+        setup(handler)
     with proxying(zai) as proxy:
         kept = [hold(proxy, raw_request("GET", "/health")) for _ in range(10)]
-        new = [proxy.connect(5) for _ in range(40)]
+        monkeypatch.setattr(ztoapi.Handler, "setup", set_up_late)
+        new = [proxy.connect() for _ in range(40)]
         for sock in kept + new:
             sock.sendall(raw_chat(chat_body(stream=False)))
-        proxy.server.SETTLE_S = ztoapi.Server.SETTLE_S
-        proxy.server.stop(5)
+        assert ztoapi.Server.SETTLE_S == 0.1
+        proxy.server.SETTLE_S = 1  # for fifty, on a busy machine
+        proxy.server.stop(30)
         replies = [replies_in(read_to_end(sock)) for sock in kept + new]
         for sock in kept + new:
             sock.close()
@@ -9635,8 +9817,8 @@ def test_stop_does_not_wait_for_idle_connections(zai):
         with proxy.connect() as silent, hold(proxy, raw_request("GET", "/health")) as idle:
             idle.sendall(b"\r\n")
             began = time.monotonic()
-            assert proxy.server.stop(5)
-            assert time.monotonic() - began < 2
+            assert proxy.server.stop(60)
+            assert time.monotonic() - began < 30
             assert read_to_end(silent) == b""
 
 
@@ -9680,18 +9862,18 @@ def test_attack_a_flood_of_connections_beyond_the_limit_costs_no_threads_and_few
         for sock in socks:
             sock.close()
         assert eventually(lambda: proxy.call("GET", "/health")[0] == 200)
-        assert eventually(lambda: descriptors() <= before + 2, 3)
+        assert eventually(lambda: descriptors() <= before + 2)
 
 
 def test_attack_a_deaf_client_that_pipelines_is_dropped(zai):
     """It sends requests for ever and reads nothing: the answers fill the buffers, and then CLIENT_TIMEOUT is over."""
-    with proxying(zai, CLIENT_TIMEOUT="0.2") as proxy, proxy.connect(5) as sock:
+    with proxying(zai, CLIENT_TIMEOUT="0.2") as proxy, proxy.connect() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         began = time.monotonic()
         with pytest.raises(OSError):
-            while time.monotonic() - began < 8:
+            while time.monotonic() - began < 25:
                 sock.sendall(raw_request("GET", "/") * 50)
-        assert time.monotonic() - began < 6
+        assert time.monotonic() - began < 20
         assert proxy.idle()
 
 
@@ -9699,16 +9881,16 @@ def test_attack_a_large_error_does_not_keep_the_thread_of_a_deaf_client(zai):
     """The error of a stream that has begun is a write like any other: CLIENT_TIMEOUT bounds it."""
     error = b'data: {"error":{"code":"1234","message":"%b"}}\n\n' % (b"x" * 12000000)
     zai.default = stream(say("Hi"), 0.1, error)
-    with proxying(zai, CLIENT_TIMEOUT="0.2") as proxy, socket.socket() as sock:
+    with proxying(zai, CLIENT_TIMEOUT="1") as proxy, socket.socket() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         sock.connect(("127.0.0.1", proxy.port))
         sock.sendall(raw_chat(chat_body(stream=True)))
         assert eventually(lambda: zai.requests)
-        assert eventually(proxy.idle, 4)
+        proxy.idle()
 
 
 def test_attack_a_continue_that_is_never_followed_is_dropped(zai):
-    with proxying(zai, CLIENT_TIMEOUT="0.1") as proxy:
+    with proxying(zai, CLIENT_TIMEOUT="1") as proxy:
         data = raw_request("POST", CHAT, "Content-Length: 5", "Expect: 100-continue")
         assert talk(proxy, data) == b"HTTP/1.1 100 Continue\r\n\r\n"
     assert not zai.requests
@@ -9789,7 +9971,7 @@ def test_a_socket_has_ended_once_its_other_side_is_closed(monkeypatch, rdhup):
 
 
 def test_attack_a_header_flood_before_the_key_is_bounded(shared):
-    with shared.connect(5) as sock:
+    with shared.connect() as sock:
         with contextlib.suppress(OSError):
             sock.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n")
             for i in range(200):
@@ -9893,7 +10075,7 @@ def test_two_thousand_broken_requests_meet_no_hang_no_500_and_a_living_server(pr
             scramble = scramble_bytes if rand.random() < 0.55 else scramble_lines
             data = scramble(rand, data)
         try:
-            with proxy.connect(5) as sock:
+            with proxy.connect() as sock:
                 sock.sendall(data + rand.choice((b"", b"", SENTINEL)))
                 with contextlib.suppress(OSError):  # a refused request may be over by now
                     sock.shutdown(socket.SHUT_WR)  # one cut short must not wait for its rest
@@ -9967,7 +10149,7 @@ def check(capsys, **environ):
     found = []
     thread = threading.Thread(target=lambda: found.append(run_main(capsys, "--check", **environ)), daemon=True)
     thread.start()
-    thread.join(8)
+    thread.join(30)
     assert found, "--check hangs"
     status, out, err = found[0]
     assert "Traceback" not in err
@@ -10007,7 +10189,7 @@ def test_the_check_names_a_short_key_by_its_position(zai, capsys):
 
 
 # To add a case, add a row: a name, what Z.ai does, and a pattern of what the first FAIL
-# says.
+# says. Where it falls silent, UPSTREAM_TIMEOUT is short.
 CHECK_FAILURES = {
     "bad key": ([refusal(401, "1000", "Authentication failed " + ZAI_KEY)], "ZAI_API_KEY"),
     "HTML": ([answer(200, b"<html>portal</html>")], "ZAI_BASE_URL"),
@@ -10025,7 +10207,8 @@ CHECK_FAILURES = {
 def test_the_check_fails_with_one_sentence_on_what_to_do(zai, capsys, name):
     scripts, advice = CHECK_FAILURES[name]
     zai.scripts.extend(scripts)
-    status, out = check(capsys, ZAI_API_KEY=ZAI_KEY, ZAI_BASE_URL=zai.url, MAX_RETRIES="0", UPSTREAM_TIMEOUT="0.1")
+    patience = {"silence": "0.1", "silence in the answer": "0.5"}.get(name, "300")
+    status, out = check(capsys, ZAI_API_KEY=ZAI_KEY, ZAI_BASE_URL=zai.url, MAX_RETRIES="0", UPSTREAM_TIMEOUT=patience)
     assert status == 1
     assert re.search(advice, failures(out)[0])
     assert "ZaiSecret" not in out
@@ -10079,7 +10262,7 @@ def test_the_check_can_be_told_on_a_console_that_knows_only_ascii(zai):
     zai.scripts.append(refusal(401, "1000", "\u8eab\u4efd\u9a8c\u8bc1\u5931\u8d25"))
     environ = dict(os.environ, PYTHONIOENCODING="ascii", ZAI_API_KEY=ZAI_KEY, ZAI_BASE_URL=zai.url)
     run = subprocess.run([sys.executable, "-S", "-B", ztoapi.__file__, "--check"], stdout=subprocess.PIPE,
-                         stderr=subprocess.PIPE, timeout=10, env=environ)
+                         stderr=subprocess.PIPE, timeout=30, env=environ)
     assert run.returncode == 1
     assert b"FAIL" in run.stdout
     assert b"Traceback" not in run.stderr
@@ -10170,14 +10353,14 @@ def program(*argv, **environ):
     finally:
         if process.poll() is None:
             process.kill()
-        process.out, process.err = process.communicate(timeout=5)
+        process.out, process.err = process.communicate(timeout=20)
 
 
 def end(process, *signals):
     """The exit status after these signals, which must come soon."""
     for number in signals:
         process.send_signal(number)
-    return process.wait(4)
+    return process.wait(20)
 
 
 AUDITED = """
@@ -10198,7 +10381,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def test_it_serves_from_a_bare_environment_and_writes_and_starts_nothing():
     """python -I -S -B, no variables but two, a directory nobody can write to; an idle client is no reason to stay."""
     with program("-c", AUDITED, ztoapi.__file__, DEMO_MODE="1") as process:
-        with socket.create_connection(("127.0.0.1", process.port), 5) as idle:
+        with socket.create_connection(("127.0.0.1", process.port), 30) as idle:
             idle.sendall(raw_request("GET", "/health"))
             assert eventually(lambda: readable(idle))
             chat = raw_request("POST", CHAT, body=JSON_CHAT, auth="sk-your-key")
@@ -10219,7 +10402,7 @@ def test_it_serves_from_a_bare_environment_and_writes_and_starts_nothing():
 @posix_only
 def test_the_start_lines_mask_keys_and_sigint_ends_it(zai):
     with program(ZAI_API_KEY=ZAI_KEY + ",short", ZAI_BASE_URL=zai.url, DEFAULT_KEY=KEY) as process:
-        with socket.create_connection(("127.0.0.1", process.port), 5) as half:
+        with socket.create_connection(("127.0.0.1", process.port), 30) as half:
             half.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: lo")  # half a request is nothing that runs
             assert exchange(process, raw_request("GET", "/health"))[0].status == 200
             assert end(process, signal.SIGINT) == 0
@@ -10241,19 +10424,28 @@ def test_without_a_key_the_start_lines_warn():
     assert "ZAI_API_KEY" in process.lines[1]
 
 
+def refused(port):
+    try:
+        socket.create_connection(("127.0.0.1", port), 30).close()
+    except OSError:
+        return True
+    return False
+
+
+def served(port):
+    """Whether it answers. That it listens alone does not mean that it minds signals yet."""
+    with contextlib.suppress(OSError):
+        reply = talk(types.SimpleNamespace(port=port), SENTINEL)
+        return reply.startswith(b"HTTP/1.1 200 ")
+    return False
+
+
 @posix_only
 def test_sigterm_lets_a_running_answer_finish_and_takes_no_new_one(zai):
     go = threading.Event()
-    zai.default = stream(say("Hel"), lambda fake, request: go.wait(10), say("lo"), FINISH, DONE)
-
-    def refused(port):
-        try:
-            socket.create_connection(("127.0.0.1", port), 5).close()
-        except OSError:
-            return True
-        return False
+    zai.default = stream(say("Hel"), go, say("lo"), FINISH, DONE)
     with program(ZAI_API_KEY=ZAI_KEY, ZAI_BASE_URL=zai.url, DEFAULT_KEY=KEY) as process:
-        with socket.create_connection(("127.0.0.1", process.port), 5) as sock:
+        with socket.create_connection(("127.0.0.1", process.port), 30) as sock:
             sock.sendall(raw_chat(chat_body(stream=True)))
             assert eventually(lambda: readable(sock))
             process.send_signal(signal.SIGTERM)
@@ -10270,10 +10462,11 @@ def test_sigterm_lets_a_running_answer_finish_and_takes_no_new_one(zai):
 def test_a_second_signal_ends_at_once(zai):
     zai.default = stream(say("Hel"), 30)
     with program(ZAI_API_KEY=ZAI_KEY, ZAI_BASE_URL=zai.url, DEFAULT_KEY=KEY) as process:
-        with socket.create_connection(("127.0.0.1", process.port), 5) as sock:
+        with socket.create_connection(("127.0.0.1", process.port), 30) as sock:
             sock.sendall(raw_chat(chat_body(stream=True)))
             assert eventually(lambda: readable(sock))
             process.send_signal(signal.SIGINT)
+            assert eventually(lambda: refused(process.port))
             with pytest.raises(subprocess.TimeoutExpired):
                 process.wait(0.2)
             assert end(process, signal.SIGTERM) == 1
@@ -10288,7 +10481,7 @@ def test_what_the_machine_refuses_is_one_line_and_exit_status_1(environ):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1]) if "PORT" in environ else "0"
         process = start(ztoapi.__file__, **dict(environ, PORT=port, DEFAULT_KEY=KEY))
-        out, err = process.communicate(timeout=10)
+        out, err = process.communicate(timeout=30)
     assert process.returncode == 1
     assert not out
     assert err.count("\n") == 1
@@ -10297,7 +10490,7 @@ def test_what_the_machine_refuses_is_one_line_and_exit_status_1(environ):
 
 def test_help_without_docstrings_is_one_line():
     process = start("-OO", ztoapi.__file__, "--help")
-    out, err = process.communicate(timeout=10)
+    out, err = process.communicate(timeout=30)
     assert (process.returncode, err) == (0, "")
     assert out.startswith("usage: ")
 
@@ -10310,19 +10503,14 @@ def test_an_output_that_nobody_reads_ends_no_server(closed_port):
     process = subprocess.Popen([sys.executable, "-I", "-B", ztoapi.__file__], env=environ, stdout=writer,
                                stderr=subprocess.PIPE, text=True)
     os.close(writer)
-
-    def listens():
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", closed_port), 1):
-            return True
-        return False
     try:
-        assert eventually(listens)
+        assert eventually(lambda: served(closed_port))
         process.send_signal(signal.SIGTERM)
-        assert process.wait(5) == 0
+        assert process.wait(20) == 0
     finally:
         process.kill()
-        _, err = process.communicate(timeout=5)
-    assert err == ""
+        _, err = process.communicate(timeout=20)
+    assert [line for line in err.splitlines() if " INFO req_" not in line] == []
 
 
 LOW_LIMIT = """
@@ -10338,10 +10526,10 @@ def test_a_low_descriptor_limit_lowers_the_ceiling_and_is_said():
     pytest.importorskip("resource")
     with program("-c", LOW_LIMIT, ztoapi.__file__, MAX_CONNECTIONS="500") as process:
         # More than it has descriptors.
-        held = [socket.create_connection(("127.0.0.1", process.port), 5) for _ in range(150)]
+        held = [socket.create_connection(("127.0.0.1", process.port), 30) for _ in range(150)]
         for sock in held:
             sock.close()
-        assert eventually(lambda: exchange(process, raw_request("GET", "/health"))[0].status == 200)
+        assert eventually(lambda: served(process.port))
         assert end(process, signal.SIGTERM) == 0
     assert re.search(r"\b\d\d connections.*MAX_CONNECTIONS=500", process.err.splitlines()[0])
     assert "Traceback" not in process.err
