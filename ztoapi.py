@@ -3391,7 +3391,7 @@ def joined_text(content):
     return "\n".join(map(str, texts))
 
 
-def inner(value, name):
+def optional_dict(value, name):
     """The dict value[name], which may be absent."""
     return expect(value.get(name, {}), dict, name)
 
@@ -3649,7 +3649,7 @@ class Conversation:
             self.changed.append("strict")
         if tool["type"] == "custom":
             schema = CUSTOM_SCHEMA
-            form = inner(tool, "format")
+            form = optional_dict(tool, "format")
             texts = (text, form.get("syntax"), form.get("definition"))
             text = "\n".join(map(str, filter(None, texts)))
         return function_object(name=name, description=text, parameters=schema)
@@ -3901,11 +3901,11 @@ def to_flat_tool(tool):
 def read_wishes(body, conversation):
     """The wishes that Messages has in other words than chat."""
     fields = {}
-    config = inner(body, "output_config")
+    config = optional_dict(body, "output_config")
     form = config.get("format", body.get("output_format"))
     if form:
         conversation.read_format(form)
-    choice = inner(body, "tool_choice")
+    choice = optional_dict(body, "tool_choice")
     if choice.get("disable_parallel_tool_use"):
         fields["parallel_tool_calls"] = False
     if choice:
@@ -3913,12 +3913,12 @@ def read_wishes(body, conversation):
         named = {**choice, "type": "function"}
         words = {"any": "required", "tool": named}
         fields["tool_choice"] = conversation.choice(words.get(choice_type, choice_type))
-    user = inner(body, "metadata").get("user_id")
+    user = optional_dict(body, "metadata").get("user_id")
     if isinstance(user, str):
         # Claude Code's has 150 characters; Z.ai takes 128.
         fields["user"] = digest(user) if len(user) > 128 else user
     # Not to ask for thinking is to want none.
-    thinking = inner(body, "thinking")
+    thinking = optional_dict(body, "thinking")
     mode = thinking.get("type", "disabled")
     need_word(mode, ("enabled", "disabled", "adaptive"), "thinking.type")
     effort = effort_of_budget(thinking.get("budget_tokens"))
@@ -4150,7 +4150,7 @@ SHAPES = {
 
 def read_wish_to_think(body, settings):
     """The wish to think, in chat's fields."""
-    reasoning = inner(body, "reasoning")
+    reasoning = optional_dict(body, "reasoning")
     effort = reasoning.get("effort")
     if effort is not None:
         return {"reasoning_effort": effort}
@@ -4233,7 +4233,7 @@ class Responses(Itemized):
         request = conversation.request
         if "tool_choice" in body:
             request["tool_choice"] = conversation.choice(body["tool_choice"])
-        text = inner(body, "text")
+        text = optional_dict(body, "text")
         conversation.read_format(text.get("format"))
         if "verbosity" in text:
             conversation.changed.append("verbosity")
