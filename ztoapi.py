@@ -3126,19 +3126,18 @@ class Memory:
         self.size_bytes = 0
 
     def put(self, key, value, size_bytes):
+        """`key` is a new one, as ids are."""
         with self.lock:
-            self._drop(key)
             self.values[key] = (value, size_bytes)
             self.size_bytes += size_bytes
             while self.size_bytes > self.LIMIT_BYTES:
-                self._drop(next(iter(self.values)))
+                _, (_, oldest_bytes) = self.values.popitem(last=False)
+                self.size_bytes -= oldest_bytes
 
     def get(self, key):
         with self.lock:
-            return self.values.get(key, (None, 0))[0]
-
-    def _drop(self, key):
-        self.size_bytes -= self.values.pop(key, (None, 0))[1]
+            value, _ = self.values.get(key, (None, 0))
+            return value
 
 
 class Caller(NamedTuple):
