@@ -4741,7 +4741,7 @@ CLAUDE_HISTORIES = [
     (None, [user([text("a"), {"type": "text", "text": None}]), user("b")],
      [user('a\n{"type":"text"}'), user("b")]),
     (None, [user("a"), using(text("b"), dict(use("1"), name=None)), user([tool_result("1", "one")])],
-     [user("a"), user('{"type":"function_call","call_id":"1","name":null,"arguments":{}}'), assistant("b"),
+     [user("a"), assistant("b"), user('{"type":"function_call","call_id":"1","name":null,"arguments":{}}'),
       user("Output of the tool call 1:\none")]),
     # The beginning of an answer.
     (None, [user("a"), {"role": "assistant", "content": "b"}], [user("a"), assistant("b")]),
@@ -5132,6 +5132,8 @@ INPUTS = [
      [user("a"), assistant("", [("1", "f", '{"input":"x"}')]), output("1", "one")]),
     ([user("a"), message("assistant", {"type": "refusal", "refusal": "No."}), user("b")],
      [user("a"), assistant("No."), user("b")]),
+    ([user("a"), message("assistant", text("b"), INPUT_IMAGE, {"type": "refusal", "refusal": "No."}), user("c")],
+     [user("a"), assistant("b\n\nNo."), user("c")]),
     ([{"type": "compaction", "encrypted_content": "So far."}, user("a")], [user("So far."), user("a")]),
     ([user("a"), function_call(5), gave(5, "one")], [user("a"), assistant("", [("5", "f", "{}")]), output("5", "one")]),
     # What cannot be read, before the last item.

@@ -3435,6 +3435,13 @@ ITEM_READERS = {
     "compaction": "read_compaction",
     "compaction_trigger": "refuse_compaction",
 }
+# The blocks of Messages that are items in Responses: the item's type, and the fields
+# that have another name there.
+BLOCK_ITEMS = {
+    "thinking": ("reasoning", {"thinking": "content"}),
+    "tool_use": ("function_call", {"id": "call_id", "input": "arguments"}),
+    "tool_result": ("function_call_output", {"tool_use_id": "call_id", "content": "output"}),
+}
 # Fields that chat has under other names.
 CHAT_NAMES = {"max_output_tokens": "max_tokens", "stop_sequences": "stop"}
 TOOL_KEYS = ("type", "name", "namespace")
@@ -3459,8 +3466,8 @@ def read_source(part_type, source):
 
 
 class Conversation:
-    """Makes a chat request of Responses' tools and items. Messages has the same in
-    other words, and is brought into this form first.
+    """Makes a chat request of Responses' tools and items, and of Messages' messages,
+    some of whose blocks are items.
 
     What the assistant says in a row is one message, with its calls.
     """
@@ -3479,24 +3486,16 @@ class Conversation:
                 self.changed.append(name_of(name))
         self.names = {}  # a tool's name in chat -> its type, name and namespace
         self.messages = []
-        self.refuses_media = True  # that of what is being read
         self.referred = set()  # the ids of items that were put in for a reference
 
     # What the conversation is made of
 
-    def read(self, items):
-        for i, item in enumerate(expect(items, list, "input")):
-            is_last = i == len(items) - 1
-            # What a tool brings, an agent would send again for ever.
-            self.refuses_media = is_last and "output" not in as_dict(item)
-            try:
-                self.read_item(item)
-            except RequestError as error:
-                # As in chat, only the last one is refused.
-                if is_last or error.status != 400:
-                    raise
-                self.changed.append("unreadable")
-                self.add("user", encode_request(item).decode())
+    def read(self, items, path):
+        """`path` is what the client calls the items."""
+        self.path = path
+        for i, item in enumerate(expect(items, list, path)):
+            self.is_last = i == len(items) - 1
+            self.read_item(item)
         for message in self.messages:
             said = message if message["role"] == "assistant" else {}
             for field in said.keys() & {"content", "reasoning_content"}:
@@ -3504,30 +3503,43 @@ class Conversation:
         self.request["messages"] = self.messages
 
     def read_item(self, item):
-        item = without_nulls(expect(item, dict, "input"))
-        item.setdefault("type", "message")
-        item_type = need(item, "type", str, "input")
-        if item_type in ITEM_READERS:
-            getattr(self, ITEM_READERS[item_type])(item)
-        else:
-            # Histories outlive versions, and change their provider.
-            self.changed.append(name_of(item_type))
+        try:
+            fields = {"type": "message", **without_nulls(expect(item, dict, self.path))}
+            item_type = need(fields, "type", str, self.path)
+            if item_type in ITEM_READERS:
+                getattr(self, ITEM_READERS[item_type])(fields)
+            else:
+                # Histories outlive versions, and change their provider.
+                self.changed.append(name_of(item_type))
+        except RequestError as error:
+            # As in chat, only the last one is refused.
+            if self.is_last or error.status != 400:
+                raise
+            self.changed.append("unreadable")
+            self.add("user", encode_request(item).decode())
 
     def read_message(self, item):
-        role = need(item, "role", str, "input")
-        parts = self.parts(item.get("content"))
-        if role == "assistant":
-            self.say("content", "\n".join(map(self.text_of_assistant, parts)))
-        else:
+        role = need(item, "role", str, self.path)
+        parts = []
+        for part in parts_of(item.get("content")):
+            item_type, names = BLOCK_ITEMS.get(part["type"], (None, {}))
+            if item_type:
+                fields = {names.get(name, name): part[name] for name in part}
+                self.read_item({**fields, "type": item_type})
+            elif role == "assistant":
+                self.say_part(part)
+            else:
+                parts.append(self.part(part, self.is_last))
+        if parts:
             self.add("system" if role == "developer" else role, parts)
 
-    def text_of_assistant(self, part):
-        part_type = part["type"]
-        if part_type == "text":
-            return need(part, part_type, str, "content")
-        noun = MEDIA.get(part_type, name_of(part_type))
-        self.changed.append(noun)
-        return f"[{noun} left out: a message of the assistant takes text only]"
+    def say_part(self, part):
+        """The assistant's parts are texts. All else in them is left out by name."""
+        if part["type"] in TEXT_PARTS or part.keys() & TEXT_PARTS:
+            said = self.part(part, True)
+            self.say("content", need(said, "text", str, "content"))
+        else:
+            self.changed.append(name_of(part["type"]))
 
     def read_reasoning(self, item):
         text = str(item.get("encrypted_content"))
@@ -3547,14 +3559,16 @@ class Conversation:
         calls.append({"id": item.get("call_id"), **function})
 
     def read_output(self, item):
-        parts = self.parts(item.get("output", ""))
+        # What a tool brings, an agent would send again for ever.
+        content = parts_of(item.get("output", ""))
+        parts = [self.part(part, refusable=False) for part in content]
         # A field of Messages.
         if item.get("is_error") and "error" not in joined_text(parts).lower():
             parts.insert(0, text_part("Error:"))
         self.add("tool", parts, tool_call_id=item.get("call_id"))
 
     def read_reference(self, item):
-        id = need(item, "id", str, "input")
+        id = need(item, "id", str, self.path)
         found = self.caller.memory.get((self.caller.key, id))
         if id in self.referred:
             # A short reference to a long item, many times, would fill the memory.
@@ -3595,10 +3609,7 @@ class Conversation:
 
     # Parts
 
-    def parts(self, content):
-        return [self.part(part) for part in parts_of(content)]
-
-    def part(self, part):
+    def part(self, part, refusable):
         """A part as chat has it."""
         part = without_nulls(part)
         part_type = part["type"]
@@ -3609,7 +3620,7 @@ class Conversation:
                 texts = [part.get("title"), part.get("context"), joined_text(part[field])]
                 return text_part("\n".join(map(str, filter(None, texts))))
         media = [field for field in MEDIA_FIELDS if part.get(field)]
-        if part_type.startswith("input_") and not media and self.refuses_media:
+        if part_type.startswith("input_") and not media and refusable:
             raise RequestError(
                 "No files are kept, and no audio is taken: send images and files as data.",
                 "input")
@@ -3852,43 +3863,6 @@ NO_THREADS = "thread_unsupported_request"
 BILLING = "x-anthropic-billing-header"
 
 
-# The blocks that are items of their own in Responses: the item's type, and the fields
-# that have another name there.
-RENAMED = {
-    "thinking": ("reasoning", {"thinking": "content"}),
-    "tool_use": ("function_call", {"id": "call_id", "input": "arguments"}),
-    "tool_result": ("function_call_output", {"tool_use_id": "call_id", "content": "output"}),
-}
-
-
-def to_items(messages):
-    """Messages as the items that Responses would have for them."""
-    items = []
-    for i, message in enumerate(expect(messages, list, "messages")):
-        try:
-            role = need(message, "role", str, "messages")
-            blocks = parts_of(message.get("content"))
-        except RequestError:
-            if i == len(messages) - 1:
-                raise
-            # Neither is it an item that can be read.
-            items.append(message)
-            continue
-        parts = []
-        for block in blocks:
-            item_type, names = RENAMED.get(block["type"], (None, {}))
-            if item_type:
-                item = {names.get(name, name): block[name] for name in block}
-                items.append({**item, "type": item_type})
-            elif role == "assistant" and block["type"] != "text":
-                items.append(block)
-            else:
-                parts.append(block)
-        if parts:
-            items.append({"role": role, "content": parts})
-    return items
-
-
 def to_flat_tool(tool):
     """A tool as Responses has it. One with a type of its own has no schema."""
     tool = without_nulls(expect(tool, dict, "tools"))
@@ -3943,7 +3917,7 @@ class Messages(Itemized):
         for part in parts_of(body.get("system", [])):
             if not str(part.get("text")).startswith(BILLING):
                 conversation.add("system", [part])
-        conversation.read(to_items(body.get("messages")))
+        conversation.read(body.get("messages"), "messages")
         tools = expect(body.get("tools", []), list, "tools")
         conversation.read_tools({"tools": list(map(to_flat_tool, tools))})
         request = conversation.request
@@ -4228,7 +4202,7 @@ class Responses(Itemized):
         if isinstance(items, str):
             items = [{"role": "user", "content": items}]
         conversation.read_tools(body)
-        conversation.read(items)
+        conversation.read(items, "input")
         request = conversation.request
         if "tool_choice" in body:
             request["tool_choice"] = conversation.choice(body["tool_choice"])
