@@ -4079,10 +4079,10 @@ class Shape(NamedTuple):
     item: dict   # its beginning
     field: str   # the one of its fields where its text is in the end
     events: str  # what the events are called that bring the text
-    # The part that stands around some texts, its events, and its place in the item.
-    part: dict | None
-    part_events: str
-    place: dict
+    place: dict  # what these events have beside
+    # The part that stands around some texts, and its events.
+    part: dict | None = None
+    part_events: str = ""
 
 
 SHAPES = {
@@ -4091,32 +4091,32 @@ SHAPES = {
         {"type": "reasoning", "summary": [], "encrypted_content": None},
         "summary",
         "reasoning_summary_text",
+        {"summary_index": 0},
         {"type": "summary_text"},
         "reasoning_summary_part",
-        {"summary_index": 0},
     ),
     TEXT: Shape(
         "msg_",
         {"type": "message", "role": "assistant", "content": []},
         "content",
         "output_text",
+        {"content_index": 0, "logprobs": []},
         {"type": "output_text", "annotations": [], "logprobs": []},
         "content_part",
-        {"content_index": 0, "logprobs": []},
     ),
     CALL: Shape(
         "fc_",
         {"type": "function_call", "arguments": ""},
         "arguments",
         "function_call_arguments",
-        None, "", {},
+        {},
     ),
     "custom": Shape(
         "ctc_",
         {"type": "custom_tool_call", "input": ""},
         "input",
         "custom_tool_call_input",
-        None, "", {},
+        {},
     ),
 }
 
@@ -4224,7 +4224,7 @@ class Responses(Itemized):
         """Behind the first item some clients take response.in_progress for a new
         start."""
         if self.open:
-            return self._text_event("delta", delta="")
+            return self._delta("")
         response = self._response("in_progress")
         return self._event("response.in_progress", response=response)
 
@@ -4261,34 +4261,37 @@ class Responses(Itemized):
 
     def _piece(self, item, text):
         # What a custom tool gets stands inside the JSON that comes.
-        if "input" in self.item:
-            return ""
-        return self._text_event("delta", delta=text)
+        return "" if "input" in self.item else self._delta(text)
 
     def _end(self, item):
         text = item.text
         events = ""
         if "input" in self.item:
             text = unwrap_input(text)
-            events = self._text_event("delta", delta=text)
-        fields = {"text" if self.shape.part else self.shape.field: text}
-        if item.kind == CALL:
-            fields["name"] = self.item["name"]
-        events += self._text_event("done", **fields)
+            events = self._delta(text)
+        shape = self.shape
+        if shape.part:
+            told = {"text": text}
+            self.item[shape.field] = [{**shape.part, **told}]
+        else:
+            told = {shape.field: text, "name": self.item["name"]}
+            self.item[shape.field] = text
+        events += self._inner_event(f"{shape.events}.done", **told)
         events += self._part_event("done", text)
-        part = self._part(text)
-        self.item[self.shape.field] = [part] if part else text
         if item.kind == THINKING and self.keeps_thinking:
             self.item["encrypted_content"] = MARK + text
         is_cut = self.finish in INCOMPLETE
         self.item["status"] = "incomplete" if is_cut else "completed"
         events += self._item_event("done")
+        self._keep_item()
+        return events
+
+    def _keep_item(self):
         self.items.append(self.item)
         # The AI SDK refers to items by their ids, in place of sending them.
         key = (self.key, self.item["id"])
         size_bytes = len(encode_json(self.item)) + Tally.ITEM_BYTES
         self.memory.put(key, self.item, size_bytes)
-        return events
 
     def _finish(self, step):
         reason = INCOMPLETE.get(step.text)
@@ -4312,21 +4315,19 @@ class Responses(Itemized):
         return self._event(
             f"response.output_item.{stage}", output_index=len(self.items), item=self.item)
 
-    def _text_event(self, stage, **fields):
-        return self._inner_event(self.shape.events, stage, fields)
-
     def _part_event(self, stage, text):
-        part = self._part(text)
-        if not part:
+        shape = self.shape
+        if not shape.part:
             return ""
-        return self._inner_event(self.shape.part_events, stage, {"part": part})
+        return self._inner_event(
+            f"{shape.part_events}.{stage}", part={**shape.part, "text": text})
 
-    def _part(self, text):
-        return self.shape.part and {**self.shape.part, "text": text}
+    def _delta(self, text):
+        return self._inner_event(f"{self.shape.events}.delta", delta=text)
 
-    def _inner_event(self, events, stage, fields):
+    def _inner_event(self, event_type, **fields):
         return self._event(
-            f"response.{events}.{stage}", item_id=self.item["id"],
+            f"response.{event_type}", item_id=self.item["id"],
             output_index=len(self.items), **self.shape.place, **fields)
 
     @staticmethod
