@@ -3385,9 +3385,13 @@ def parts_of(content):
     return content
 
 
+def lines(*texts):
+    """What there is of some texts, one below the other."""
+    return "\n".join(map(str, filter(None, texts)))
+
+
 def joined_text(content):
-    texts = [part.get("text", "") for part in parts_of(content)]
-    return "\n".join(map(str, texts))
+    return lines(*[part.get("text") for part in parts_of(content)])
 
 
 def optional_dict(value, name):
@@ -3407,8 +3411,6 @@ def chat_name(tool):
     namespace = need({"namespace": "functions", **tool}, "namespace", str, "tools")
     if namespace != "functions":
         full = f"{namespace}__{full}"
-    if len(full) > LONGEST_NAME:
-        raise RequestError(f"A tool's name is longer than {LONGEST_NAME} characters.", "tools")
     name = re.sub("[^a-zA-Z0-9_-]", "_", full)
     if name != full or len(name) > 64:
         # What was cut off must not make two names the same.
@@ -3617,8 +3619,8 @@ class Conversation:
             part = {**part, **read_source(part_type, part["source"])}
         for field in ("text", "refusal", "content"):
             if field in part:
-                texts = [part.get("title"), part.get("context"), joined_text(part[field])]
-                return text_part("\n".join(map(str, filter(None, texts))))
+                text = joined_text(part[field])
+                return text_part(lines(part.get("title"), part.get("context"), text))
         media = [field for field in MEDIA_FIELDS if part.get(field)]
         if part_type.startswith("input_") and not media and refusable:
             raise RequestError(
@@ -3660,8 +3662,7 @@ class Conversation:
         if tool["type"] == "custom":
             schema = CUSTOM_SCHEMA
             form = optional_dict(tool, "format")
-            texts = (text, form.get("syntax"), form.get("definition"))
-            text = "\n".join(map(str, filter(None, texts)))
+            text = lines(text, form.get("syntax"), form.get("definition"))
         return function_object(name=name, description=text, parameters=schema)
 
     def choice(self, choice):
