@@ -1437,10 +1437,11 @@ def is_own_wish(name, value):
         return not isinstance(value, str) or WISH_WORDS.get(value, value) == value
     if name == "enable_thinking":
         return isinstance(value, bool)
-    thinking = without_nulls(value) if isinstance(value, dict) else {"enabled": value}
-    is_ours = thinking.get("type", "enabled") in ("enabled", "disabled")
+    if not isinstance(value, dict):
+        return False
     # Claude's has a budget.
-    return is_ours and thinking.keys() & WISH_KEYS <= {"type"}
+    says = without_nulls(value).keys() & WISH_KEYS
+    return says <= {"type"} and value.get("type") in (None, "enabled", "disabled")
 
 
 def own_dialect(request, changed):
@@ -1628,16 +1629,13 @@ def read_tool_choice(choice, names, some_left_out):
     return wanted, must
 
 
-def read_thinking(thinking, request, default):
-    """(wish, field): True, False or None for no wish, and the field that says it."""
-    switch = thinking.get("type")
-    if switch is not None:
-        return switch == "enabled", "thinking"
-    if "enable_thinking" in request:
-        return request["enable_thinking"], "enable_thinking"
+def wants_thinking(thinking, request, default):
+    """True or False; None for no wish."""
+    if "type" in thinking:
+        return thinking["type"] == "enabled"
     if "reasoning_effort" in request:
-        return request["reasoning_effort"] not in ("none", "minimal"), "reasoning_effort"
-    return default, "thinking"
+        default = request["reasoning_effort"] not in ("none", "minimal")
+    return request.get("enable_thinking", default)
 
 
 class Translation:
@@ -2023,18 +2021,19 @@ class Translation:
     def thinking(self, default):
         """thinking and reasoning_effort as the model's family takes them."""
         request = self.request
+        asked = [name for name in OWN_WISHES if name in request]
         off, on, grades = FAMILIES[self.model and self.model.thinking]
         if on is None:
-            self.changed += [name for name in OWN_WISHES if name in request]
+            self.changed += asked
             return {}
         thinking = without_nulls(request.get("thinking", {}))
-        wish, asked = read_thinking(thinking, request, default)
+        wish = wants_thinking(thinking, request, default)
         effort = grades.get(request.get("reasoning_effort"))
         if wish is not None:
             thinking["type"] = on if wish else off
         if wish is False and off == "enabled":
             # It thinks all the same: as little as it can.
-            self.changed.append(asked)
+            self.changed += asked or ["thinking"]
             effort = "low"
         fields = {"thinking": thinking} if thinking else {}
         if effort and thinking["type"] == "enabled":
