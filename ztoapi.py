@@ -3417,6 +3417,30 @@ def chat_name(tool):
     return name
 
 
+def chosen_tool(choice):
+    """A choice of one tool as chat has it. What names no function goes on as it is."""
+    if as_dict(choice).get("type") in ("function", "custom"):
+        return function_object(name=chat_name(without_nulls(choice)))
+    return choice
+
+
+def chat_choice(choice):
+    """tool_choice in chat's form."""
+    choice_type = as_dict(choice).get("type")
+    if choice_type != "allowed_tools":
+        return chosen_tool(choice)
+    tools = need(choice, "tools", list, "tool_choice")
+    allowed = {**choice, "tools": list(map(chosen_tool, tools))}
+    return {"type": choice_type, choice_type: allowed}
+
+
+def chat_format(form):
+    """Here a schema lies flat beside its type."""
+    if as_dict(form).get("type") == "json_schema":
+        return {"type": "json_schema", "json_schema": form}
+    return form
+
+
 # Chat has no tools that take a text, so such a tool gets JSON around it.
 CUSTOM_SCHEMA = {
     "type": "object",
@@ -3664,30 +3688,6 @@ class Conversation:
             text = lines(text, form.get("syntax"), form.get("definition"))
         return function_object(name=name, description=text, parameters=schema)
 
-    def choice(self, choice):
-        """tool_choice in chat's form."""
-        choice_type = isinstance(choice, dict) and choice.get("type")
-        if choice_type != "allowed_tools":
-            return self.chosen_tool(choice)
-        tools = need(choice, "tools", list, "tool_choice")
-        tools = list(map(self.chosen_tool, tools))
-        allowed = {**choice, "tools": tools}
-        return {"type": choice_type, choice_type: allowed}
-
-    @staticmethod
-    def chosen_tool(choice):
-        """What names no function goes on as it is."""
-        choice_type = isinstance(choice, dict) and choice.get("type")
-        if choice_type in ("function", "custom"):
-            return function_object(name=chat_name(without_nulls(choice)))
-        return choice
-
-    def read_format(self, form):
-        # Here the schema lies flat beside the type.
-        if isinstance(form, dict) and form.get("type") == "json_schema":
-            form = {"type": "json_schema", "json_schema": form}
-        self.request["response_format"] = form
-
 
 class OneCallAtATime:
     """Steps in, the same steps out, in an order that lets no call be interrupted.
@@ -3871,13 +3871,12 @@ def to_flat_tool(tool):
     return {**tool, "type": "function", "parameters": tool.get("input_schema")}
 
 
-def read_wishes(body, conversation):
-    """The wishes that Messages has in other words than chat."""
+def wishes_of_messages(body):
+    """The wishes that Messages has in other words, in chat's fields."""
     fields = {}
     config = optional_dict(body, "output_config")
     form = config.get("format", body.get("output_format"))
-    if form:
-        conversation.read_format(form)
+    fields["response_format"] = chat_format(form)
     choice = optional_dict(body, "tool_choice")
     if choice.get("disable_parallel_tool_use"):
         fields["parallel_tool_calls"] = False
@@ -3885,21 +3884,17 @@ def read_wishes(body, conversation):
         choice_type = need(choice, "type", str, "tool_choice")
         named = {**choice, "type": "function"}
         words = {"any": "required", "tool": named}
-        fields["tool_choice"] = conversation.choice(words.get(choice_type, choice_type))
+        fields["tool_choice"] = chosen_tool(words.get(choice_type, choice_type))
     user = optional_dict(body, "metadata").get("user_id")
     if isinstance(user, str):
         # Claude Code's has 150 characters; Z.ai takes 128.
         fields["user"] = digest(user) if len(user) > 128 else user
     # Not to ask for thinking is to want none.
-    thinking = optional_dict(body, "thinking")
-    mode = thinking.get("type", "disabled")
+    thinking = {"type": "disabled", **optional_dict(body, "thinking")}
+    mode = thinking["type"]
     need_word(mode, ("enabled", "disabled", "adaptive"), "thinking.type")
-    effort = effort_of_budget(thinking.get("budget_tokens"))
-    if mode == "adaptive":
-        mode = "enabled"
-        effort = config.get("effort")
-    fields["thinking"] = {"type": mode}
-    fields["reasoning_effort"] = effort
+    fields["thinking"] = {"type": "disabled" if mode == "disabled" else "enabled"}
+    fields["reasoning_effort"] = read_wish({**config, **thinking}).get("reasoning_effort")
     return fields
 
 
@@ -3920,8 +3915,7 @@ class Messages(Itemized):
         conversation.read(body.get("messages"), "messages")
         tools = expect(body.get("tools", []), list, "tools")
         conversation.read_tools({"tools": list(map(to_flat_tool, tools))})
-        request = conversation.request
-        request.update(read_wishes(body, conversation))
+        request = {**conversation.request, **wishes_of_messages(body)}
         # A client that did not ask for thinking reads content[0] as the text.
         is_unwanted = request["thinking"]["type"] == "disabled"
         hidden = is_unwanted or settings.reasoning_format == "hidden"
@@ -4121,17 +4115,20 @@ SHAPES = {
 }
 
 
-def read_wish_to_think(body, settings):
-    """The wish to think, in chat's fields."""
+def wishes_of_responses(body, settings):
+    """The wishes that Responses has in other words, in chat's fields."""
     reasoning = optional_dict(body, "reasoning")
-    effort = reasoning.get("effort")
-    if effort is not None:
-        return {"reasoning_effort": effort}
-    # That is how Codex asks for thinking if it does not know the model.
+    fields = {
+        "tool_choice": chat_choice(body.get("tool_choice")),
+        "response_format": chat_format(optional_dict(body, "text").get("format")),
+        "reasoning_effort": reasoning.get("effort"),
+    }
     summary = reasoning.get("summary") or reasoning.get("generate_summary")
-    if summary not in (None, "none", "off") and settings.enable_thinking is None:
-        return {"enable_thinking": True}
-    return {}
+    # That is how Codex asks for thinking if it does not know the model.
+    asks = summary not in (None, "none", "off") and settings.enable_thinking is None
+    if asks and fields["reasoning_effort"] is None:
+        fields["enable_thinking"] = True
+    return fields
 
 
 def unwrap_input(arguments):
@@ -4203,14 +4200,9 @@ class Responses(Itemized):
             items = [{"role": "user", "content": items}]
         conversation.read_tools(body)
         conversation.read(items, "input")
-        request = conversation.request
-        if "tool_choice" in body:
-            request["tool_choice"] = conversation.choice(body["tool_choice"])
-        text = optional_dict(body, "text")
-        conversation.read_format(text.get("format"))
-        if "verbosity" in text:
+        request = {**wishes_of_responses(body, settings), **conversation.request}
+        if "verbosity" in body.get("text", {}):
             conversation.changed.append("verbosity")
-        request = {**read_wish_to_think(body, settings), **request}
         hidden = settings.reasoning_format == "hidden"
         return cls(body, conversation, hidden, caller), request
 
