@@ -4163,24 +4163,21 @@ class Responses(Itemized):
         # opening() has the numbers 0 and 1; it may be made behind the first steps.
         self.number = 2
         self.item = {}  # the open one, in the client's terms
-        self.key = caller.key
-        self.memory = caller.memory
-        if body.get("store") is False:
-            self.memory = Memory()
+        self.caller = caller
+        self.stores = body.get("store") is not False
         include = expect(body.get("include", []), list, "include")
         self.keeps_thinking = "reasoning.encrypted_content" in include
         self.base = {
             **RESPONSE,
+            **ECHO,
             "id": self.id,
             "created_at": int(caller.now),
             "model": self.model,
         }
-        for name, usual in ECHO.items():
-            value = body.get(name, usual)
+        for name in ECHO.keys() & body.keys():
             # It is told three times, and kept until then.
-            if len(encode_request(value)) > LONGEST_ECHO_BYTES:
-                value = usual
-            self.base[name] = value
+            if len(encode_request(body[name])) <= LONGEST_ECHO_BYTES:
+                self.base[name] = body[name]
 
     @classmethod
     def read(cls, body, caller, settings):
@@ -4217,8 +4214,7 @@ class Responses(Itemized):
         start."""
         if self.open:
             return self._delta("")
-        response = self._response("in_progress")
-        return self._event("response.in_progress", response=response)
+        return self._response_event("in_progress")
 
     def failure(self, error):
         """Two events: some clients overlook the one, some the other."""
@@ -4231,11 +4227,11 @@ class Responses(Itemized):
         if wait_s:
             # Codex reads the time out of the text.
             message += f" Please try again in {wait_s}s."
-        failed = self._response("failed", error={"code": code, "message": message})
         # The event has a type of its own.
         flat = {name: told[name] for name in ("message", "param", "code")}
         text = self._event("error", **flat, error=told)
-        return text + self._event("response.failed", response=failed)
+        failure = {"code": code, "message": message}
+        return text + self._response_event("failed", error=failure)
 
     def _begin(self, item):
         tool = {}
@@ -4272,8 +4268,7 @@ class Responses(Itemized):
         events += self._part_event("done", text)
         if item.kind == THINKING and self.keeps_thinking:
             self.item["encrypted_content"] = MARK + text
-        is_cut = self.finish in INCOMPLETE
-        self.item["status"] = "incomplete" if is_cut else "completed"
+        self.item["status"] = self._end_status()
         events += self._item_event("done")
         self._keep_item()
         return events
@@ -4281,18 +4276,23 @@ class Responses(Itemized):
     def _keep_item(self):
         self.items.append(self.item)
         # The AI SDK refers to items by their ids, in place of sending them.
-        key = (self.key, self.item["id"])
-        size_bytes = len(encode_json(self.item)) + Tally.ITEM_BYTES
-        self.memory.put(key, self.item, size_bytes)
+        if self.stores:
+            key = (self.caller.key, self.item["id"])
+            size_bytes = len(encode_json(self.item)) + Tally.ITEM_BYTES
+            self.caller.memory.put(key, self.item, size_bytes)
 
     def _finish(self, step):
         reason = INCOMPLETE.get(step.text)
-        usage = step.usage and to_responses_usage(step.usage)
-        self.answer = self._response("completed", usage=usage)
-        if reason:
-            self.answer["status"] = "incomplete"
-            self.answer["incomplete_details"] = {"reason": reason}
-        status = self.answer["status"]
+        return self._response_event(
+            self._end_status(),
+            incomplete_details=reason and {"reason": reason},
+            usage=step.usage and to_responses_usage(step.usage))
+
+    def _end_status(self):
+        return "incomplete" if self.finish in INCOMPLETE else "completed"
+
+    def _response_event(self, status, **fields):
+        self.answer = self._response(status, **fields)
         return self._event(f"response.{status}", response=self.answer)
 
     def _response(self, status, **fields):
