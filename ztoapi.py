@@ -3931,7 +3931,11 @@ class Messages(Itemized):
         return typed_event(**self.error(error))
 
     def _begin(self, item):
-        return self._event("start", content_block=self._block(item))
+        self.block = dict(BLOCKS[item.kind][0])
+        if item.kind == CALL:
+            self.block["id"] = item.id
+            self.block["name"] = self.find_tool(item.name)["name"]
+        return self._event("start", content_block=self.block)
 
     def _piece(self, item, text):
         _, delta_type, field = BLOCKS[item.kind]
@@ -3939,7 +3943,7 @@ class Messages(Itemized):
 
     def _end(self, item):
         text = self._event("stop")
-        block = self._block(item)
+        block = self.block
         if item.kind == CALL:
             block["input"] = decode_or_none(item.text)
         else:
@@ -3960,13 +3964,6 @@ class Messages(Itemized):
 
     def _event(self, name, **fields):
         return typed_event(f"content_block_{name}", index=len(self.items), **fields)
-
-    def _block(self, item):
-        block = dict(BLOCKS[item.kind][0])
-        if item.kind == CALL:
-            tool = self.find_tool(item.name)
-            block.update(id=item.id, name=tool["name"])
-        return block
 
     def _message(self, usage, content, stop_reason):
         usage = {**NO_USAGE, **(usage or {})}
