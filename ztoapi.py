@@ -3467,10 +3467,13 @@ BLOCK_ITEMS = {
     "tool_use": ("function_call", {"id": "call_id", "input": "arguments"}),
     "tool_result": ("function_call_output", {"tool_use_id": "call_id", "content": "output"}),
 }
-# Fields that chat has under other names.
+# The fields that mean the same in chat, and the name of two there.
+SAME_FIELDS = frozenset("""
+    model max_tokens max_output_tokens temperature top_p user user_id stop stop_sequences
+    seed stream parallel_tool_calls thinking enable_thinking
+""".split())
 CHAT_NAMES = {"max_output_tokens": "max_tokens", "stop_sequences": "stop"}
 TOOL_KEYS = ("type", "name", "namespace")
-MEDIA_FIELDS = ("image_url", "file_url", "file_data")
 # Stands before the thinking that clients keep for us in `encrypted_content`. It is not
 # encrypted.
 MARK = "ztoapi:"
@@ -3497,15 +3500,15 @@ class Conversation:
     What the assistant says in a row is one message, with its calls.
     """
 
-    def __init__(self, body, same, others, caller):
-        """`same`: the fields that mean the same in chat; `others`: those that are read
-        one by one, and those that ask for nothing."""
+    def __init__(self, body, others, caller):
+        """`others`: the fields that are read one by one, and those that ask for
+        nothing. What is not known is dropped by name: there are new ones each month."""
         self.caller = caller
         # These APIs take an absent "stream" for false, whatever DEFAULT_STREAM says.
         self.request = {"stream": False}
         self.changed = []
         for name, value in body.items():
-            if name in same:
+            if name in SAME_FIELDS:
                 self.request[CHAT_NAMES.get(name, name)] = value
             elif name not in others:
                 self.changed.append(name_of(name))
@@ -3644,18 +3647,16 @@ class Conversation:
             if field in part:
                 text = joined_text(part[field])
                 return text_part(lines(part.get("title"), part.get("context"), text))
-        media = [field for field in MEDIA_FIELDS if part.get(field)]
-        if part_type.startswith("input_") and not media and refusable:
+        if part.get("file_data"):
+            file = {"filename": part.get("filename", "file"), "file_data": part["file_data"]}
+            return {"type": "file", "file": file}
+        for field in ("image_url", "file_url"):
+            if part.get(field):
+                return {"type": field, field: part[field]}
+        if refusable and part_type.startswith("input_"):
             raise RequestError(
                 "No files are kept, and no audio is taken: send images and files as data.",
                 "input")
-        name = part.get("filename") or "file"
-        for field in media:
-            value = part[field]
-            part = {"type": field, field: value}
-            if field == "file_data":
-                file = {"filename": name, field: value}
-                part = {"type": "file", "file": file}
         return part
 
     # Tools
@@ -3826,11 +3827,10 @@ NO_USAGE = {
 }
 
 
-# The fields that mean the same in chat, and the others; all else is dropped by name.
-MESSAGES_SAME = ("model", "max_tokens", "temperature", "top_p", "stop_sequences", "stream")
-MESSAGES_OTHERS = (
-    "messages", "system", "tools", "tool_choice", "thinking", "output_config",
-    "output_format", "metadata", "cache_control")
+# The fields that chat has not, and that are not dropped by name.
+MESSAGES_FIELDS = frozenset("""
+    messages system tools tool_choice output_config output_format metadata cache_control
+""".split())
 STOP_REASONS = {
     "stop": "end_turn",
     "tool_calls": "tool_use",
@@ -3908,7 +3908,7 @@ class Messages(Itemized):
             # Anthropic's SDK then sends the whole conversation.
             raise RequestError(
                 "Threads are not kept here: send all messages.", "thread", code=NO_THREADS)
-        conversation = Conversation(body, MESSAGES_SAME, MESSAGES_OTHERS, caller)
+        conversation = Conversation(body, MESSAGES_FIELDS, caller)
         for part in parts_of(body.get("system", [])):
             if not str(part.get("text")).startswith(BILLING):
                 conversation.add("system", [part])
@@ -4004,13 +4004,11 @@ class Messages(Itemized):
         return hopeless.get(error.status, error.status)
 
 
-# The same two lists as for Messages.
-RESPONSES_SAME = (
-    "model", "max_output_tokens", "temperature", "top_p", "user", "user_id", "stop", "seed",
-    "parallel_tool_calls", "stream", "thinking", "enable_thinking")
-RESPONSES_OTHERS = (
-    "input", "instructions", "tools", "tool_choice", "text", "reasoning", "include",
-    "store", "stream_options", "client_metadata", "background")
+# The same list as for Messages.
+RESPONSES_FIELDS = frozenset("""
+    input instructions tools tool_choice text reasoning include store stream_options
+    client_metadata background
+""".split())
 # What would need a memory of answers. VS Code sends everything again at the first code.
 STATEFUL = {
     "previous_response_id": "previous_response_not_found",
@@ -4186,7 +4184,7 @@ class Responses(Itemized):
                     name, code=code)
         if "input" not in body:
             raise missing("input")
-        conversation = Conversation(body, RESPONSES_SAME, RESPONSES_OTHERS, caller)
+        conversation = Conversation(body, RESPONSES_FIELDS, caller)
         if "instructions" in body:
             conversation.add("system", parts_of(body["instructions"]))
         items = body["input"]
