@@ -1599,14 +1599,15 @@ def chosen_name(tool):
 
 
 def read_tool_choice(choice, names, some_left_out):
-    """(wanted, must): the tools that may be called, None for all; whether one must be.
+    """(wanted, must): the tools that may be called; whether one must be.
 
     `names`: the function tools there are; `some_left_out`: there were others, so that
-    the client may well choose a tool that is not among them.
+    the client may well choose a tool that is not among them. "" stands for Z.ai's own.
     """
+    everything = {*names, ""}
     if isinstance(choice, str):
         need_word(choice, ("none", "auto", "required"), "tool_choice")
-        return (set() if choice == "none" else None), choice == "required"
+        return (set() if choice == "none" else everything), choice == "required"
     path = "tool_choice"
     if choice.get("type") == "allowed_tools":
         allowed = need(choice, "allowed_tools", dict, path)
@@ -1615,9 +1616,9 @@ def read_tool_choice(choice, names, some_left_out):
         allowed = {"mode": "required", "tools": [choice]}
     else:
         # Z.ai's own tools, and those that were left out, cannot be demanded.
-        return None, False
+        return everything, False
     wanted = {chosen_name(tool) for tool in need(allowed, "tools", list, path)}
-    unknown = wanted.difference(names, [""])
+    unknown = wanted - everything
     if unknown and not some_left_out:
         shown = ascii(min(unknown)[:200])
         raise RequestError(
@@ -1625,7 +1626,7 @@ def read_tool_choice(choice, names, some_left_out):
     must = allowed.get("mode") == "required"
     # If all that may be called was left out, a demand for a call would never be met.
     if must and wanted.isdisjoint(names):
-        return None, False
+        return everything, False
     return wanted, must
 
 
@@ -1697,9 +1698,10 @@ class Translation:
         result = []
         behind_tools = 0
         for i, role in enumerate(roles):
-            self.is_last = i in (refusable, len(messages) - 1)
+            self.is_refusable = i == refusable
+            self.is_last = self.is_refusable or i == len(messages) - 1
             try:
-                message = self.message(messages[i], f"messages[{i}]", i == refusable)
+                message = self.message(messages[i], f"messages[{i}]")
             except RequestError as error:
                 text = self.unreadable(messages[i], error)
                 message = {"role": "user", "content": text}
@@ -1776,7 +1778,7 @@ class Translation:
             result.insert(place, {"role": "user", "content": content})
             self.images = []
 
-    def message(self, message, param, refusable):
+    def message(self, message, param):
         """One message; its content is None if nothing is left of it."""
         role = need(message, "role", str, param)
         message = without_nulls(message)
@@ -1788,7 +1790,7 @@ class Translation:
             if name not in MESSAGE_KEYS:
                 known = name in DROPPED_MESSAGE_KEYS
                 self.changed.append(name if known else "message_fields")
-        content = self.content(message, role, f"{param}.content", refusable)
+        content = self.content(message, role, f"{param}.content")
         result = {"role": role, "content": content}
         if role == "tool":
             result["tool_call_id"] = self.call_id(message.get("tool_call_id"))
@@ -1844,7 +1846,7 @@ class Translation:
             self.changed.append("arguments")
         return {"id": id, **function_object(name=name, arguments=mended)}
 
-    def content(self, message, role, param, refusable):
+    def content(self, message, role, param):
         """A string, or parts where something is to be seen; "" if there is nothing."""
         content = message.get("content")
         if content is None and role in ("assistant", "tool"):
@@ -1856,7 +1858,7 @@ class Translation:
         parts = []
         for i, part in enumerate(content):
             try:
-                parts.append(self.part(part, role, f"{param}[{i}]", refusable))
+                parts.append(self.part(part, role, f"{param}[{i}]"))
             except RequestError as error:
                 parts.append(text_part(self.unreadable(part, error)))
         parts = list(filter(None, parts))
@@ -1873,7 +1875,7 @@ class Translation:
             parts.append(text_part("."))
         return parts
 
-    def part(self, part, role, param, refusable):
+    def part(self, part, role, param):
         """One content part; None for an empty text."""
         part_type = need(part, "type", str, param)
         # Responses' texts have types of their own.
@@ -1886,7 +1888,7 @@ class Translation:
                 raise RequestError(f"a message of the {role} takes text only")
             return self.media(part, part_type, param)
         except RequestError as error:
-            if refusable:
+            if self.is_refusable:
                 raise
             noun = MEDIA.get(part_type, name_of(part_type))
             self.changed.append(noun)
@@ -1979,13 +1981,9 @@ class Translation:
             self.changed.append("tool_choice")
         functions = self.functions
         wanted, must = read_tool_choice(choice, functions, some_left_out)
-        if wanted is not None:
-            self.functions = {
-                name: schema for name, schema in functions.items() if name in wanted}
-            # Z.ai's own tools are no functions, and cannot be chosen.
-            tools = [
-                tool for tool in tools
-                if tool.get("function", {}).get("name") in wanted]
+        self.functions = {name: functions[name] for name in functions if name in wanted}
+        tools = [
+            tool for tool in tools if tool.get("function", {}).get("name", "") in wanted]
         if must and self.functions:
             wish = "one or more of the tools"
             if len(self.functions) == 1:
