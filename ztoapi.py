@@ -3663,13 +3663,16 @@ class Conversation:
         """A chat tool for each of the client's. Those that run at OpenAI or Anthropic
         go on as they are: section To Z.ai leaves them out by name."""
         for tool in expect(holder.get("tools", []), list, "tools"):
-            tool_type = need(tool, "type", str, "tools")
+            tool = {"type": "function", **without_nulls(expect(tool, dict, "tools"))}
+            # Anthropic's: without a type, or "custom", which means another thing here.
+            if "input_schema" in tool:
+                tool.update(type="function", parameters=tool["input_schema"])
             # No namespace is in another one.
-            if tool_type == "namespace" and not namespace:
+            if tool["type"] == "namespace" and not namespace:
                 self.read_tools(tool, namespace=tool.get("name"))
                 continue
-            if tool_type in ("function", "custom"):
-                tool = self.read_tool({**without_nulls(tool), **namespace})
+            if tool["type"] in ("function", "custom"):
+                tool = self.read_tool({**tool, **namespace})
             self.request.setdefault("tools", []).append(tool)
 
     def read_tool(self, tool):
@@ -3801,9 +3804,9 @@ class Itemized(Front):
 
     def whole(self, fold):
         """The answer that the same steps give as a stream."""
-        for i, item in enumerate(fold.items):
-            step = Step(item.kind, item.text, i, item.id, item.name)
-            self.tell([step])
+        self.tell([
+            Step(item.kind, item.text, i, item.id, item.name)
+            for i, item in enumerate(fold.items)])
         self.tell([Step(FINISH, fold.finish, usage=fold.usage)])
         return self.answer
 
@@ -3861,14 +3864,6 @@ NO_THREADS = "thread_unsupported_request"
 BILLING = "x-anthropic-billing-header"
 
 
-def to_flat_tool(tool):
-    """A tool as Responses has it. One with a type of its own has no schema."""
-    tool = without_nulls(expect(tool, dict, "tools"))
-    if tool.get("type", "custom") != "custom":
-        return tool
-    return {**tool, "type": "function", "parameters": tool.get("input_schema")}
-
-
 def wishes_of_messages(body):
     """The wishes that Messages has in other words, in chat's fields."""
     fields = {}
@@ -3911,8 +3906,7 @@ class Messages(Itemized):
             if not str(part.get("text")).startswith(BILLING):
                 conversation.add("system", [part])
         conversation.read(body.get("messages"), "messages")
-        tools = expect(body.get("tools", []), list, "tools")
-        conversation.read_tools({"tools": list(map(to_flat_tool, tools))})
+        conversation.read_tools(body)
         request = {**conversation.request, **wishes_of_messages(body)}
         # A client that did not ask for thinking reads content[0] as the text.
         is_unwanted = request["thinking"]["type"] == "disabled"
