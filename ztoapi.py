@@ -1974,23 +1974,27 @@ class Translation:
         """Z.ai knows tool_choice "auto" only; a system line tells of any other."""
         asked = self.request.get("tools", [])
         tools = [self.tool(tool, f"tools[{i}]") for i, tool in enumerate(asked)]
-        some_left_out = None in tools
-        tools = list(filter(None, tools))
         choice = self.request.get("tool_choice", "auto")
         if choice != "auto":
             self.changed.append("tool_choice")
+            self.choose(tools, choice)
+        tools = list(filter(None, tools))
+        return {"tools": tools, "tool_choice": "auto"} if tools else {}
+
+    def choose(self, tools, choice):
+        """Take out of `tools` what is not chosen."""
         functions = self.functions
-        wanted, must = read_tool_choice(choice, functions, some_left_out)
+        wanted, must = read_tool_choice(choice, functions, None in tools)
         self.functions = {name: functions[name] for name in functions if name in wanted}
-        tools = [
-            tool for tool in tools if tool.get("function", {}).get("name", "") in wanted]
+        tools[:] = [
+            tool for tool in tools
+            if tool and tool.get("function", {}).get("name", "") in wanted]
         if must and self.functions:
             wish = "one or more of the tools"
             if len(self.functions) == 1:
                 wish = "the tool " + "".join(self.functions)
             self.instructions.append(
                 f"You must answer by calling {wish}. Do not answer in text.")
-        return {"tools": tools, "tool_choice": "auto"} if tools else {}
 
     def tool(self, tool, param):
         """A tool with the fields that Z.ai requires; None for one it does not take."""
@@ -4156,10 +4160,10 @@ class Responses(Itemized):
         self.keeps_thinking = "reasoning.encrypted_content" in include
         self.base = {
             **RESPONSE,
-            **ECHO,
             "id": self.id,
             "created_at": int(caller.now),
             "model": self.model,
+            **ECHO,
         }
         for name in ECHO.keys() & body.keys():
             # It is told three times, and kept until then.
