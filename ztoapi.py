@@ -1977,24 +1977,24 @@ class Translation:
         choice = self.request.get("tool_choice", "auto")
         if choice != "auto":
             self.changed.append("tool_choice")
-            self.choose(tools, choice)
+            tools = self.choose(tools, choice)
         tools = list(filter(None, tools))
         return {"tools": tools, "tool_choice": "auto"} if tools else {}
 
     def choose(self, tools, choice):
-        """Take out of `tools` what is not chosen."""
+        """What is chosen of `tools`, where None stands for one that was left out."""
         functions = self.functions
         wanted, must = read_tool_choice(choice, functions, None in tools)
         self.functions = {name: functions[name] for name in functions if name in wanted}
-        tools[:] = [
-            tool for tool in tools
-            if tool and tool.get("function", {}).get("name", "") in wanted]
         if must and self.functions:
             wish = "one or more of the tools"
             if len(self.functions) == 1:
                 wish = "the tool " + "".join(self.functions)
             self.instructions.append(
                 f"You must answer by calling {wish}. Do not answer in text.")
+        return [
+            tool for tool in tools
+            if tool and tool.get("function", {}).get("name", "") in wanted]
 
     def tool(self, tool, param):
         """A tool with the fields that Z.ai requires; None for one it does not take."""
@@ -3870,28 +3870,26 @@ BILLING = "x-anthropic-billing-header"
 
 def wishes_of_messages(body):
     """The wishes that Messages has in other words, in chat's fields."""
-    fields = {}
     config = optional_dict(body, "output_config")
-    form = config.get("format", body.get("output_format"))
-    fields["response_format"] = chat_format(form)
-    choice = optional_dict(body, "tool_choice")
-    if choice.get("disable_parallel_tool_use"):
-        fields["parallel_tool_calls"] = False
-    if choice:
-        choice_type = need(choice, "type", str, "tool_choice")
-        named = {**choice, "type": "function"}
-        words = {"any": "required", "tool": named}
-        fields["tool_choice"] = chosen_tool(words.get(choice_type, choice_type))
-    user = optional_dict(body, "metadata").get("user_id")
-    if isinstance(user, str):
-        # Claude Code's has 150 characters; Z.ai takes 128.
-        fields["user"] = digest(user) if len(user) > 128 else user
+    choice = {"type": "auto", **optional_dict(body, "tool_choice")}
+    choice_type = need(choice, "type", str, "tool_choice")
+    words = {"any": "required", "tool": {**choice, "type": "function"}}
     # Not to ask for thinking is to want none.
     thinking = {"type": "disabled", **optional_dict(body, "thinking")}
     mode = thinking["type"]
     need_word(mode, ("enabled", "disabled", "adaptive"), "thinking.type")
-    fields["thinking"] = {"type": "disabled" if mode == "disabled" else "enabled"}
-    fields["reasoning_effort"] = read_wish({**config, **thinking}).get("reasoning_effort")
+    fields = {
+        "tool_choice": chosen_tool(words.get(choice_type, choice_type)),
+        "parallel_tool_calls": not choice.get("disable_parallel_tool_use"),
+        "response_format": chat_format(config.get("format", body.get("output_format"))),
+        "thinking": {"type": "disabled" if mode == "disabled" else "enabled"},
+        # An effort may stand in `output_config`, a budget in `thinking`.
+        "reasoning_effort": read_wish({**config, **thinking}).get("reasoning_effort"),
+    }
+    user = optional_dict(body, "metadata").get("user_id")
+    if isinstance(user, str):
+        # Claude Code's has 150 characters; Z.ai takes 128.
+        fields["user"] = digest(user) if len(user) > 128 else user
     return fields
 
 
