@@ -1381,10 +1381,9 @@ def need_within(value, bounds, param):
     unit = UNITS.get(type(value), "")
     size = len(value) if unit else value
     verb = "have" if unit else "be"
-    if size < low:
-        raise RequestError(f"'{param}' must {verb} at least {low}{unit}.", param)
-    if size > high:
-        raise RequestError(f"'{param}' must {verb} at most {high}{unit}.", param)
+    if not low <= size <= high:
+        bound = f"at least {low}" if size < low else f"at most {high}"
+        raise RequestError(f"'{param}' must {verb} {bound}{unit}.", param)
 
 
 def without_nulls(value):
@@ -1419,6 +1418,7 @@ def read_wish(value):
         found = {}
         for key in WISH_KEYS:
             wish = value.get(key)
+            # The first that is said counts.
             if not isinstance(wish, dict):
                 found = {**read_wish(wish), **found}
         if "clear_thinking" in value:
@@ -1699,6 +1699,7 @@ class Translation:
         behind_tools = 0
         for i, role in enumerate(roles):
             self.is_refusable = i == refusable
+            # Behind the user's last message there may be one of the system.
             self.is_last = self.is_refusable or i == len(messages) - 1
             try:
                 message = self.message(messages[i], f"messages[{i}]")
@@ -1760,6 +1761,7 @@ class Translation:
         id = message["tool_call_id"]
         found = self.waiting.pop(id, None)
         if found is None or found["content"] is not None:
+            # Both are iterators: what was passed over is not gone through again.
             rest = self.nameless if id else self.turn
             found = next((other for other in rest if other["content"] is None), None)
             self.changed.append("tool_call_id")
@@ -3526,6 +3528,7 @@ class Conversation:
         for i, item in enumerate(expect(items, list, path)):
             self.is_last = i == len(items) - 1
             self.read_item(item)
+        # Joined once: a turn may have thousands of pieces.
         for message in self.messages:
             said = message if message["role"] == "assistant" else {}
             for field in said.keys() & {"content", "reasoning_content"}:
@@ -3549,6 +3552,8 @@ class Conversation:
             self.add("user", encode_request(item).decode())
 
     def read_message(self, item):
+        """A message. Calls, their outputs and thinking stand inside those of Messages,
+        and come before what else is said: outputs belong right behind their calls."""
         role = need(item, "role", str, self.path)
         parts = []
         for part in parts_of(item.get("content")):
@@ -3564,7 +3569,8 @@ class Conversation:
             self.add("system" if role == "developer" else role, parts)
 
     def say_part(self, part):
-        """The assistant's parts are texts. All else in them is left out by name."""
+        """The assistant's parts are texts. All else, such as a search that ran at
+        Anthropic, is left out by name."""
         if part["type"] in TEXT_PARTS or part.keys() & TEXT_PARTS:
             said = self.part(part, True)
             self.say("content", need(said, "text", str, "content"))
@@ -3645,6 +3651,7 @@ class Conversation:
         part_type = part["type"]
         if isinstance(part.get("source"), dict):
             part = {**part, **read_source(part_type, part["source"])}
+        # Documents and search results of Messages have their texts in `content`.
         for field in ("text", "refusal", "content"):
             if field in part:
                 text = joined_text(part[field])
@@ -3681,8 +3688,7 @@ class Conversation:
 
     def read_tool(self, tool):
         name = chat_name(tool)
-        self.names[name] = {
-            key: tool[key] for key in TOOL_KEYS if key in tool}
+        self.names[name] = {key: tool[key] for key in TOOL_KEYS if key in tool}
         schema = tool.get("parameters")
         text = tool.get("description")
         # Codex says of each tool that it is not strict.
@@ -3808,6 +3814,7 @@ class Itemized(Front):
 
     def whole(self, fold):
         """The answer that the same steps give as a stream."""
+        # The places stand for the calls' own numbers: each item is whole.
         self.tell([
             Step(item.kind, item.text, i, item.id, item.name)
             for i, item in enumerate(fold.items)])
@@ -4237,7 +4244,7 @@ class Responses(Itemized):
         return self._item_event("added") + self._part_event("added", "")
 
     def _piece(self, item, text):
-        # What a custom tool gets stands inside the JSON that comes.
+        # An input is a custom tool's, which gets what stands inside the JSON.
         return "" if "input" in self.item else self._delta(text)
 
     def _end(self, item):
@@ -4266,6 +4273,7 @@ class Responses(Itemized):
         self.items.append(self.item)
         # The AI SDK refers to items by their ids, in place of sending them.
         if self.stores:
+            # Ids are no secret, so another client's key finds nothing.
             key = (self.caller.key, self.item["id"])
             size_bytes = len(encode_json(self.item)) + Tally.ITEM_BYTES
             self.caller.memory.put(key, self.item, size_bytes)
