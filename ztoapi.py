@@ -1815,8 +1815,8 @@ class Translation:
             fields["reasoning_content"] = thinking
         if message.get("tool_calls"):
             calls = need(message, "tool_calls", list, param)
-            paths = (f"{param}.tool_calls[{i}]" for i in range(len(calls)))
-            fields["tool_calls"] = list(map(self.call, calls, paths))
+            fields["tool_calls"] = [
+                self.call(call, f"{param}.tool_calls[{i}]") for i, call in enumerate(calls)]
         return fields
 
     def call_id(self, id):
@@ -1864,15 +1864,15 @@ class Translation:
             except RequestError as error:
                 parts.append(text_part(self.unreadable(part, error)))
         parts = list(filter(None, parts))
+        text = "\n".join([part["text"] for part in parts if part["type"] == "text"])
         media = [part for part in parts if part["type"] != "text"]
-        texts = [part["text"] for part in parts if part["type"] == "text"]
-        if role == "tool" and media:
+        if not media:
+            return text
+        if role == "tool":
             self.changed += [MEDIA[part["type"]] for part in media]
             self.images += media
-            return "\n".join(texts) or "(an image)"
-        if not media:
-            return "\n".join(texts)
-        if not texts:
+            return text or "(an image)"
+        if not text:
             # "cannot be empty": Z.ai wants a text beside an image.
             parts.append(text_part("."))
         return parts
@@ -3519,6 +3519,7 @@ class Conversation:
         self.names = {}  # a tool's name in chat -> its type, name and namespace
         self.messages = []
         self.referred = set()  # the ids of items that were put in for a reference
+        self.read_tools(body)
 
     # What the conversation is made of
 
@@ -3915,7 +3916,6 @@ class Messages(Itemized):
             if not str(part.get("text")).startswith(BILLING):
                 conversation.add("system", [part])
         conversation.read(body.get("messages"), "messages")
-        conversation.read_tools(body)
         request = {**conversation.request, **wishes_of_messages(body)}
         # A client that did not ask for thinking reads content[0] as the text.
         is_unwanted = request["thinking"]["type"] == "disabled"
@@ -4191,7 +4191,6 @@ class Responses(Itemized):
         items = body["input"]
         if isinstance(items, str):
             items = [{"role": "user", "content": items}]
-        conversation.read_tools(body)
         conversation.read(items, "input")
         request = {**wishes_of_responses(body, settings), **conversation.request}
         if "verbosity" in body.get("text", {}):
