@@ -4223,7 +4223,8 @@ class Responses(Itemized):
             # Codex reads the time out of the text.
             message += f" Please try again in {wait_s}s."
         # The event has a type of its own.
-        flat = {name: told[name] for name in ("message", "param", "code")}
+        flat = dict(told)
+        del flat["type"]
         text = self._event("error", **flat, error=told)
         failure = {"code": code, "message": message}
         return text + self._response_event("failed", error=failure)
@@ -4232,8 +4233,8 @@ class Responses(Itemized):
         tool = {}
         if item.kind == CALL:
             tool = {**self.find_tool(item.name), "call_id": item.id}
-        is_custom = tool.get("type") == "custom"
-        self.shape = SHAPES["custom" if is_custom else item.kind]
+        # Custom tools alone have a shape by their type.
+        self.shape = SHAPES.get(tool.get("type"), SHAPES[item.kind])
         self.item = {
             **tool,
             **self.shape.item,
