@@ -2698,6 +2698,14 @@ def test_a_forced_tool_choice_becomes_auto_with_fewer_tools_and_a_system_line(ch
     assert body["messages"][0] == messages[0]
 
 
+def test_zais_own_tools_stay_where_a_choice_allows_them():
+    choice = allowed("auto", "get_time")
+    tools = [TOOL, TOOL2, SEARCH]
+    assert to_zai(chat_body(tools=tools, tool_choice=choice))[0]["tools"] == [TOOL2]
+    choice["allowed_tools"]["tools"].append({"type": "web_search"})
+    assert to_zai(chat_body(tools=tools, tool_choice=choice))[0]["tools"] == [TOOL2, SEARCH]
+
+
 # To add a case, add a row: a choice that names the tool "gone", which was left out; the
 # tools that are left.
 @pytest.mark.parametrize("choice, left", [
@@ -4594,9 +4602,13 @@ MESSAGES_REQUESTS = [
     ({"thinking": {"type": "adaptive"}, "output_config": {"effort": "high"}},
      {"thinking": {"type": "enabled"}, "reasoning_effort": "high"}),
     ({"thinking": {"type": "adaptive"}}, {"thinking": {"type": "enabled"}, "reasoning_effort": None}),
+    ({"thinking": {"type": "enabled", "clear_thinking": False}, "output_config": {"effort": "low"}},
+     {"thinking": {"type": "enabled"}, "reasoning_effort": "low"}),
     ({"tools": [{"name": "f", "description": "d", "input_schema": {"type": "object"}, "cache_control": {}}]},
      {"tools": [{"type": "function",
                  "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}]}),
+    ({"tools": [{"type": "custom", "name": "f", "description": "d", "input_schema": {}}]},
+     {"tools": [{"type": "function", "function": {"name": "f", "description": "d", "parameters": {}}}]}),
     ({"tools": [{"type": "web_search_20250305", "name": "web_search", "max_uses": 8}]},
      {"tools": [{"type": "web_search_20250305", "name": "web_search", "max_uses": 8}]}),
     ({"tool_choice": {"type": "auto"}}, {"tool_choice": "auto"}),
