@@ -3483,18 +3483,17 @@ TOOL_KEYS = ("type", "name", "namespace")
 MARK = "ztoapi:"
 
 
-def read_source(part_type, source):
-    """Where an image or a document of Messages is, as a part of Responses."""
+def read_source(source, is_image):
+    """Where an image or a document of Messages is, in the field of Responses."""
     form = source.get("type")
     if form in ("text", "content"):
-        return text_part(source.get("content", source.get("data")))
+        return {"text": source.get("content", source.get("data"))}
     url = source.get("url")
     if form == "base64":
         url = f"data:{source.get('media_type')};base64,{source.get('data')}"
-    field = "image_url"
-    if part_type == "document":
-        field = "file_data" if form == "base64" else "file_url"
-    return {"type": part_type, field: url}
+    if is_image:
+        return {"image_url": url}
+    return {"file_data" if form == "base64" else "file_url": url}
 
 
 class Conversation:
@@ -3651,7 +3650,7 @@ class Conversation:
         part = without_nulls(part)
         part_type = part["type"]
         if isinstance(part.get("source"), dict):
-            part = {**part, **read_source(part_type, part["source"])}
+            part.update(read_source(part["source"], part_type == "image"))
         # Documents and search results of Messages have their texts in `content`.
         for field in ("text", "refusal", "content"):
             if field in part:
