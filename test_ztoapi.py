@@ -2834,6 +2834,14 @@ def test_a_forced_tool_choice_becomes_auto_with_fewer_tools_and_a_system_line(ch
     assert body["messages"][0] == messages[0]
 
 
+def test_zais_own_tools_stay_where_a_choice_allows_them():
+    choice = allowed("auto", "get_time")
+    tools = [TOOL, TOOL2, SEARCH]
+    assert to_zai(chat_body(tools=tools, tool_choice=choice))[0]["tools"] == [TOOL2]
+    choice["allowed_tools"]["tools"].append({"type": "web_search"})
+    assert to_zai(chat_body(tools=tools, tool_choice=choice))[0]["tools"] == [TOOL2, SEARCH]
+
+
 # To add a case, add a row: a choice that names the tool "gone", which was left out; the
 # tools that are left.
 @pytest.mark.parametrize("choice, left", [
@@ -4816,9 +4824,13 @@ MESSAGES_REQUESTS = [
     ({"thinking": {"type": "adaptive"}, "output_config": {"effort": "high"}},
      {"thinking": {"type": "enabled"}, "reasoning_effort": "high"}),
     ({"thinking": {"type": "adaptive"}}, {"thinking": {"type": "enabled"}, "reasoning_effort": None}),
+    ({"thinking": {"type": "enabled", "clear_thinking": False}, "output_config": {"effort": "low"}},
+     {"thinking": {"type": "enabled"}, "reasoning_effort": "low"}),
     ({"tools": [{"name": "f", "description": "d", "input_schema": {"type": "object"}, "cache_control": {}}]},
      {"tools": [{"type": "function",
                  "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}]}),
+    ({"tools": [{"type": "custom", "name": "f", "description": "d", "input_schema": {}}]},
+     {"tools": [{"type": "function", "function": {"name": "f", "description": "d", "parameters": {}}}]}),
     ({"tools": [{"type": "web_search_20250305", "name": "web_search", "max_uses": 8}]},
      {"tools": [{"type": "web_search_20250305", "name": "web_search", "max_uses": 8}]}),
     ({"tool_choice": {"type": "auto"}}, {"tool_choice": "auto"}),
@@ -4963,7 +4975,7 @@ CLAUDE_HISTORIES = [
     (None, [user([text("a"), {"type": "text", "text": None}]), user("b")],
      [user('a\n{"type":"text"}'), user("b")]),
     (None, [user("a"), using(text("b"), dict(use("1"), name=None)), user([tool_result("1", "one")])],
-     [user("a"), user('{"type":"function_call","call_id":"1","name":null,"arguments":{}}'), assistant("b"),
+     [user("a"), assistant("b"), user('{"type":"function_call","call_id":"1","name":null,"arguments":{}}'),
       user("Output of the tool call 1:\none")]),
     # The beginning of an answer.
     (None, [user("a"), {"role": "assistant", "content": "b"}], [user("a"), assistant("b")]),
@@ -5354,6 +5366,8 @@ INPUTS = [
      [user("a"), assistant("", [("1", "f", '{"input":"x"}')]), output("1", "one")]),
     ([user("a"), message("assistant", {"type": "refusal", "refusal": "No."}), user("b")],
      [user("a"), assistant("No."), user("b")]),
+    ([user("a"), message("assistant", text("b"), INPUT_IMAGE, {"type": "refusal", "refusal": "No."}), user("c")],
+     [user("a"), assistant("b\n\nNo."), user("c")]),
     ([{"type": "compaction", "encrypted_content": "So far."}, user("a")], [user("So far."), user("a")]),
     ([user("a"), function_call(5), gave(5, "one")], [user("a"), assistant("", [("5", "f", "{}")]), output("5", "one")]),
     # What cannot be read, before the last item.
@@ -5467,8 +5481,8 @@ BAD_RESPONSES = [
     ({"input": [message("user", {"type": "input_audio"})]}, "input"),
     ({"input": [message("user", {"type": "input_text"})]}, "input"),
     ({"input": [message("assistant", {"type": "text"})]}, "content.text"),
-    ({"instructions": 5}, "content"), ({"tools": 5}, "tools"), ({"tools": [5]}, "tools"), ({"tools": [{}]},
-     "tools.type"),
+    ({"instructions": 5}, "content"), ({"tools": 5}, "tools"), ({"tools": [5]}, "tools"),
+    ({"tools": [{}]}, "tools.name"), ({"tools": [{"type": 5}]}, None),
     ({"tools": [{"type": "function"}]}, "tools.name"),
     ({"tools": [{"type": "custom", "name": "f", "format": 5}]}, "format"),
     ({"tools": [{"type": "namespace", "name": "n", "tools": 5}]}, "tools"), ({"tool_choice": 5}, "tool_choice"),

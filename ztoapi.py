@@ -1471,10 +1471,9 @@ def need_within(value, bounds, param):
     unit = UNITS.get(type(value), "")
     size = len(value) if unit else value
     verb = "have" if unit else "be"
-    if size < low:
-        raise RequestError(f"'{param}' must {verb} at least {low}{unit}.", param)
-    if size > high:
-        raise RequestError(f"'{param}' must {verb} at most {high}{unit}.", param)
+    if not low <= size <= high:
+        bound = f"at least {low}" if size < low else f"at most {high}"
+        raise RequestError(f"'{param}' must {verb} {bound}{unit}.", param)
 
 
 def without_nulls(value):
@@ -1509,6 +1508,7 @@ def read_wish(value):
         found = {}
         for key in WISH_KEYS:
             wish = value.get(key)
+            # The first that is said counts.
             if not isinstance(wish, dict):
                 found = {**read_wish(wish), **found}
         if "clear_thinking" in value:
@@ -1527,10 +1527,11 @@ def is_own_wish(name, value):
         return not isinstance(value, str) or WISH_WORDS.get(value, value) == value
     if name == "enable_thinking":
         return isinstance(value, bool)
-    thinking = without_nulls(value) if isinstance(value, dict) else {"enabled": value}
-    is_ours = thinking.get("type", "enabled") in ("enabled", "disabled")
+    if not isinstance(value, dict):
+        return False
     # Claude's has a budget.
-    return is_ours and thinking.keys() & WISH_KEYS <= {"type"}
+    says = without_nulls(value).keys() & WISH_KEYS
+    return says <= {"type"} and value.get("type") in (None, "enabled", "disabled")
 
 
 def own_dialect(request, changed):
@@ -1688,14 +1689,15 @@ def chosen_name(tool):
 
 
 def read_tool_choice(choice, names, some_left_out):
-    """(wanted, must): the tools that may be called, None for all; whether one must be.
+    """(wanted, must): the tools that may be called; whether one must be.
 
     `names`: the function tools there are; `some_left_out`: there were others, so that
-    the client may well choose a tool that is not among them.
+    the client may well choose a tool that is not among them. "" stands for Z.ai's own.
     """
+    everything = {*names, ""}
     if isinstance(choice, str):
         need_word(choice, ("none", "auto", "required"), "tool_choice")
-        return (set() if choice == "none" else None), choice == "required"
+        return (set() if choice == "none" else everything), choice == "required"
     path = "tool_choice"
     if choice.get("type") == "allowed_tools":
         allowed = need(choice, "allowed_tools", dict, path)
@@ -1704,9 +1706,9 @@ def read_tool_choice(choice, names, some_left_out):
         allowed = {"mode": "required", "tools": [choice]}
     else:
         # Z.ai's own tools, and those that were left out, cannot be demanded.
-        return None, False
+        return everything, False
     wanted = {chosen_name(tool) for tool in need(allowed, "tools", list, path)}
-    unknown = wanted.difference(names, [""])
+    unknown = wanted - everything
     if unknown and not some_left_out:
         shown = ascii(min(unknown)[:200])
         raise RequestError(
@@ -1714,20 +1716,17 @@ def read_tool_choice(choice, names, some_left_out):
     must = allowed.get("mode") == "required"
     # If all that may be called was left out, a demand for a call would never be met.
     if must and wanted.isdisjoint(names):
-        return None, False
+        return everything, False
     return wanted, must
 
 
-def read_thinking(thinking, request, default):
-    """(wish, field): True, False or None for no wish, and the field that says it."""
-    switch = thinking.get("type")
-    if switch is not None:
-        return switch == "enabled", "thinking"
-    if "enable_thinking" in request:
-        return request["enable_thinking"], "enable_thinking"
+def wants_thinking(thinking, request, default):
+    """True or False; None for no wish."""
+    if "type" in thinking:
+        return thinking["type"] == "enabled"
     if "reasoning_effort" in request:
-        return request["reasoning_effort"] not in ("none", "minimal"), "reasoning_effort"
-    return default, "thinking"
+        default = request["reasoning_effort"] not in ("none", "minimal")
+    return request.get("enable_thinking", default)
 
 
 class Translation:
@@ -1789,9 +1788,11 @@ class Translation:
         result = []
         behind_tools = 0
         for i, role in enumerate(roles):
-            self.is_last = i in (refusable, len(messages) - 1)
+            self.is_refusable = i == refusable
+            # Behind the user's last message there may be one of the system.
+            self.is_last = self.is_refusable or i == len(messages) - 1
             try:
-                message = self.message(messages[i], f"messages[{i}]", i == refusable)
+                message = self.message(messages[i], f"messages[{i}]")
             except RequestError as error:
                 text = self.unreadable(messages[i], error)
                 message = {"role": "user", "content": text}
@@ -1850,6 +1851,7 @@ class Translation:
         id = message["tool_call_id"]
         found = self.waiting.pop(id, None)
         if found is None or found["content"] is not None:
+            # Both are iterators: what was passed over is not gone through again.
             rest = self.nameless if id else self.turn
             found = next((other for other in rest if other["content"] is None), None)
             self.changed.append("tool_call_id")
@@ -1868,7 +1870,7 @@ class Translation:
             result.insert(place, {"role": "user", "content": content})
             self.images = []
 
-    def message(self, message, param, refusable):
+    def message(self, message, param):
         """One message; its content is None if nothing is left of it."""
         role = need(message, "role", str, param)
         message = without_nulls(message)
@@ -1880,7 +1882,7 @@ class Translation:
             if name not in MESSAGE_KEYS:
                 known = name in DROPPED_MESSAGE_KEYS
                 self.changed.append(name if known else "message_fields")
-        content = self.content(message, role, f"{param}.content", refusable)
+        content = self.content(message, role, f"{param}.content")
         result = {"role": role, "content": content}
         if role == "tool":
             result["tool_call_id"] = self.call_id(message.get("tool_call_id"))
@@ -1903,8 +1905,8 @@ class Translation:
             fields["reasoning_content"] = thinking
         if message.get("tool_calls"):
             calls = need(message, "tool_calls", list, param)
-            paths = (f"{param}.tool_calls[{i}]" for i in range(len(calls)))
-            fields["tool_calls"] = list(map(self.call, calls, paths))
+            fields["tool_calls"] = [
+                self.call(call, f"{param}.tool_calls[{i}]") for i, call in enumerate(calls)]
         return fields
 
     def call_id(self, id):
@@ -1936,7 +1938,7 @@ class Translation:
             self.changed.append("arguments")
         return {"id": id, **function_object(name=name, arguments=mended)}
 
-    def content(self, message, role, param, refusable):
+    def content(self, message, role, param):
         """A string, or parts where something is to be seen; "" if there is nothing."""
         content = message.get("content")
         if content is None and role in ("assistant", "tool"):
@@ -1948,24 +1950,24 @@ class Translation:
         parts = []
         for i, part in enumerate(content):
             try:
-                parts.append(self.part(part, role, f"{param}[{i}]", refusable))
+                parts.append(self.part(part, role, f"{param}[{i}]"))
             except RequestError as error:
                 parts.append(text_part(self.unreadable(part, error)))
         parts = list(filter(None, parts))
+        text = "\n".join([part["text"] for part in parts if part["type"] == "text"])
         media = [part for part in parts if part["type"] != "text"]
-        texts = [part["text"] for part in parts if part["type"] == "text"]
-        if role == "tool" and media:
+        if not media:
+            return text
+        if role == "tool":
             self.changed += [MEDIA[part["type"]] for part in media]
             self.images += media
-            return "\n".join(texts) or "(an image)"
-        if not media:
-            return "\n".join(texts)
-        if not texts:
+            return text or "(an image)"
+        if not text:
             # "cannot be empty": Z.ai wants a text beside an image.
             parts.append(text_part("."))
         return parts
 
-    def part(self, part, role, param, refusable):
+    def part(self, part, role, param):
         """One content part; None for an empty text."""
         part_type = need(part, "type", str, param)
         # Responses' texts have types of their own.
@@ -1978,7 +1980,7 @@ class Translation:
                 raise RequestError(f"a message of the {role} takes text only")
             return self.media(part, part_type, param)
         except RequestError as error:
-            if refusable:
+            if self.is_refusable:
                 raise
             noun = MEDIA.get(part_type, name_of(part_type))
             self.changed.append(noun)
@@ -2064,27 +2066,27 @@ class Translation:
         """Z.ai knows tool_choice "auto" only; a system line tells of any other."""
         asked = self.request.get("tools", [])
         tools = [self.tool(tool, f"tools[{i}]") for i, tool in enumerate(asked)]
-        some_left_out = None in tools
-        tools = list(filter(None, tools))
         choice = self.request.get("tool_choice", "auto")
         if choice != "auto":
             self.changed.append("tool_choice")
+            tools = self.choose(tools, choice)
+        tools = list(filter(None, tools))
+        return {"tools": tools, "tool_choice": "auto"} if tools else {}
+
+    def choose(self, tools, choice):
+        """What is chosen of `tools`, where None stands for one that was left out."""
         functions = self.functions
-        wanted, must = read_tool_choice(choice, functions, some_left_out)
-        if wanted is not None:
-            self.functions = {
-                name: schema for name, schema in functions.items() if name in wanted}
-            # Z.ai's own tools are no functions, and cannot be chosen.
-            tools = [
-                tool for tool in tools
-                if tool.get("function", {}).get("name") in wanted]
+        wanted, must = read_tool_choice(choice, functions, None in tools)
+        self.functions = {name: functions[name] for name in functions if name in wanted}
         if must and self.functions:
             wish = "one or more of the tools"
             if len(self.functions) == 1:
                 wish = "the tool " + "".join(self.functions)
             self.instructions.append(
                 f"You must answer by calling {wish}. Do not answer in text.")
-        return {"tools": tools, "tool_choice": "auto"} if tools else {}
+        return [
+            tool for tool in tools
+            if tool and tool.get("function", {}).get("name", "") in wanted]
 
     def tool(self, tool, param):
         """A tool with the fields that Z.ai requires; None for one it does not take."""
@@ -2113,18 +2115,19 @@ class Translation:
     def thinking(self, default):
         """thinking and reasoning_effort as the model's family takes them."""
         request = self.request
+        asked = [name for name in OWN_WISHES if name in request]
         off, on, grades = FAMILIES[self.model and self.model.thinking]
         if on is None:
-            self.changed += [name for name in OWN_WISHES if name in request]
+            self.changed += asked
             return {}
         thinking = without_nulls(request.get("thinking", {}))
-        wish, asked = read_thinking(thinking, request, default)
+        wish = wants_thinking(thinking, request, default)
         effort = grades.get(request.get("reasoning_effort"))
         if wish is not None:
             thinking["type"] = on if wish else off
         if wish is False and off == "enabled":
             # It thinks all the same: as little as it can.
-            self.changed.append(asked)
+            self.changed += asked or ["thinking"]
             effort = "low"
         fields = {"thinking": thinking} if thinking else {}
         if effort and thinking["type"] == "enabled":
@@ -3282,19 +3285,18 @@ class Memory:
         self.size_bytes = 0
 
     def put(self, key, value, size_bytes):
+        """`key` is a new one, as ids are."""
         with self.lock:
-            self._drop(key)
             self.values[key] = (value, size_bytes)
             self.size_bytes += size_bytes
             while self.size_bytes > self.LIMIT_BYTES:
-                self._drop(next(iter(self.values)))
+                _, (_, oldest_bytes) = self.values.popitem(last=False)
+                self.size_bytes -= oldest_bytes
 
     def get(self, key):
         with self.lock:
-            return self.values.get(key, (None, 0))[0]
-
-    def _drop(self, key):
-        self.size_bytes -= self.values.pop(key, (None, 0))[1]
+            value, _ = self.values.get(key, (None, 0))
+            return value
 
 
 class Caller(NamedTuple):
@@ -3542,12 +3544,16 @@ def parts_of(content):
     return content
 
 
+def lines(*texts):
+    """What there is of some texts, one below the other."""
+    return "\n".join(map(str, filter(None, texts)))
+
+
 def joined_text(content):
-    texts = [part.get("text", "") for part in parts_of(content)]
-    return "\n".join(map(str, texts))
+    return lines(*[part.get("text") for part in parts_of(content)])
 
 
-def inner(value, name):
+def optional_dict(value, name):
     """The dict value[name], which may be absent."""
     return expect(value.get(name, {}), dict, name)
 
@@ -3564,13 +3570,35 @@ def chat_name(tool):
     namespace = need({"namespace": "functions", **tool}, "namespace", str, "tools")
     if namespace != "functions":
         full = f"{namespace}__{full}"
-    if len(full) > LONGEST_NAME:
-        raise RequestError(f"A tool's name is longer than {LONGEST_NAME} characters.", "tools")
     name = re.sub("[^a-zA-Z0-9_-]", "_", full)
     if name != full or len(name) > 64:
         # What was cut off must not make two names the same.
         name = f"{name[:55]}_{digest(full)[:8]}"
     return name
+
+
+def chosen_tool(choice):
+    """A choice of one tool as chat has it. What names no function goes on as it is."""
+    if as_dict(choice).get("type") in ("function", "custom"):
+        return function_object(name=chat_name(without_nulls(choice)))
+    return choice
+
+
+def chat_choice(choice):
+    """tool_choice in chat's form."""
+    choice_type = as_dict(choice).get("type")
+    if choice_type != "allowed_tools":
+        return chosen_tool(choice)
+    tools = need(choice, "tools", list, "tool_choice")
+    allowed = {**choice, "tools": list(map(chosen_tool, tools))}
+    return {"type": choice_type, choice_type: allowed}
+
+
+def chat_format(form):
+    """Here a schema lies flat beside its type."""
+    if as_dict(form).get("type") == "json_schema":
+        return {"type": "json_schema", "json_schema": form}
+    return form
 
 
 # Chat has no tools that take a text, so such a tool gets JSON around it.
@@ -3592,68 +3620,71 @@ ITEM_READERS = {
     "compaction": "read_compaction",
     "compaction_trigger": "refuse_compaction",
 }
-# Fields that chat has under other names.
+# The blocks of Messages that are items in Responses: the item's type, and the fields
+# that have another name there.
+BLOCK_ITEMS = {
+    "thinking": ("reasoning", {"thinking": "content"}),
+    "tool_use": ("function_call", {"id": "call_id", "input": "arguments"}),
+    "tool_result": ("function_call_output", {"tool_use_id": "call_id", "content": "output"}),
+}
+# The fields that mean the same in chat, and the name of two there.
+SAME_FIELDS = frozenset("""
+    model max_tokens max_output_tokens temperature top_p user user_id stop stop_sequences
+    seed stream parallel_tool_calls thinking enable_thinking
+""".split())
 CHAT_NAMES = {"max_output_tokens": "max_tokens", "stop_sequences": "stop"}
 TOOL_KEYS = ("type", "name", "namespace")
-MEDIA_FIELDS = ("image_url", "file_url", "file_data")
 # Stands before the thinking that clients keep for us in `encrypted_content`. It is not
 # encrypted.
 MARK = "ztoapi:"
 
 
-def read_source(part_type, source):
-    """Where an image or a document of Messages is, as a part of Responses."""
+def read_source(source, is_image):
+    """Where an image or a document of Messages is, in the field of Responses."""
     form = source.get("type")
     if form in ("text", "content"):
-        return text_part(source.get("content", source.get("data")))
+        return {"text": source.get("content", source.get("data"))}
     url = source.get("url")
     if form == "base64":
         url = f"data:{source.get('media_type')};base64,{source.get('data')}"
-    field = "image_url"
-    if part_type == "document":
-        field = "file_data" if form == "base64" else "file_url"
-    return {"type": part_type, field: url}
+    if is_image:
+        return {"image_url": url}
+    return {"file_data" if form == "base64" else "file_url": url}
 
 
 class Conversation:
-    """Makes a chat request of Responses' tools and items. Messages has the same in
-    other words, and is brought into this form first.
+    """Makes a chat request of Responses' tools and items, and of Messages' messages,
+    some of whose blocks are items.
 
     What the assistant says in a row is one message, with its calls.
     """
 
-    def __init__(self, body, same, others, caller):
-        """`same`: the fields that mean the same in chat; `others`: those that are read
-        one by one, and those that ask for nothing."""
+    def __init__(self, body, others, caller):
+        """`others`: the fields that are read one by one, and those that ask for
+        nothing. What is not known is dropped by name: there are new ones each month."""
         self.caller = caller
         # These APIs take an absent "stream" for false, whatever DEFAULT_STREAM says.
         self.request = {"stream": False}
         self.changed = []
         for name, value in body.items():
-            if name in same:
+            if name in SAME_FIELDS:
                 self.request[CHAT_NAMES.get(name, name)] = value
             elif name not in others:
                 self.changed.append(name_of(name))
         self.names = {}  # a tool's name in chat -> its type, name and namespace
         self.messages = []
-        self.refuses_media = True  # that of what is being read
         self.referred = set()  # the ids of items that were put in for a reference
+        self.read_tools(body)
 
     # What the conversation is made of
 
-    def read(self, items):
-        for i, item in enumerate(expect(items, list, "input")):
-            is_last = i == len(items) - 1
-            # What a tool brings, an agent would send again for ever.
-            self.refuses_media = is_last and "output" not in as_dict(item)
-            try:
-                self.read_item(item)
-            except RequestError as error:
-                # As in chat, only the last one is refused.
-                if is_last or error.status != 400:
-                    raise
-                self.changed.append("unreadable")
-                self.add("user", encode_request(item).decode())
+    def read(self, items, path):
+        """`path` is what the client calls the items."""
+        self.path = path
+        for i, item in enumerate(expect(items, list, path)):
+            self.is_last = i == len(items) - 1
+            self.read_item(item)
+        # Joined once: a turn may have thousands of pieces.
         for message in self.messages:
             said = message if message["role"] == "assistant" else {}
             for field in said.keys() & {"content", "reasoning_content"}:
@@ -3661,30 +3692,46 @@ class Conversation:
         self.request["messages"] = self.messages
 
     def read_item(self, item):
-        item = without_nulls(expect(item, dict, "input"))
-        item.setdefault("type", "message")
-        item_type = need(item, "type", str, "input")
-        if item_type in ITEM_READERS:
-            getattr(self, ITEM_READERS[item_type])(item)
-        else:
-            # Histories outlive versions, and change their provider.
-            self.changed.append(name_of(item_type))
+        try:
+            fields = {"type": "message", **without_nulls(expect(item, dict, self.path))}
+            item_type = need(fields, "type", str, self.path)
+            if item_type in ITEM_READERS:
+                getattr(self, ITEM_READERS[item_type])(fields)
+            else:
+                # Histories outlive versions, and change their provider.
+                self.changed.append(name_of(item_type))
+        except RequestError as error:
+            # As in chat, only the last one is refused.
+            if self.is_last or error.status != 400:
+                raise
+            self.changed.append("unreadable")
+            self.add("user", encode_request(item).decode())
 
     def read_message(self, item):
-        role = need(item, "role", str, "input")
-        parts = self.parts(item.get("content"))
-        if role == "assistant":
-            self.say("content", "\n".join(map(self.text_of_assistant, parts)))
-        else:
+        """A message. Calls, their outputs and thinking stand inside those of Messages,
+        and come before what else is said: outputs belong right behind their calls."""
+        role = need(item, "role", str, self.path)
+        parts = []
+        for part in parts_of(item.get("content")):
+            item_type, names = BLOCK_ITEMS.get(part["type"], (None, {}))
+            if item_type:
+                fields = {names.get(name, name): part[name] for name in part}
+                self.read_item({**fields, "type": item_type})
+            elif role == "assistant":
+                self.say_part(part)
+            else:
+                parts.append(self.part(part, self.is_last))
+        if parts:
             self.add("system" if role == "developer" else role, parts)
 
-    def text_of_assistant(self, part):
-        part_type = part["type"]
-        if part_type == "text":
-            return need(part, part_type, str, "content")
-        noun = MEDIA.get(part_type, name_of(part_type))
-        self.changed.append(noun)
-        return f"[{noun} left out: a message of the assistant takes text only]"
+    def say_part(self, part):
+        """The assistant's parts are texts. All else, such as a search that ran at
+        Anthropic, is left out by name."""
+        if part["type"] in TEXT_PARTS or part.keys() & TEXT_PARTS:
+            said = self.part(part, True)
+            self.say("content", need(said, "text", str, "content"))
+        else:
+            self.changed.append(name_of(part["type"]))
 
     def read_reasoning(self, item):
         text = str(item.get("encrypted_content"))
@@ -3704,14 +3751,16 @@ class Conversation:
         calls.append({"id": item.get("call_id"), **function})
 
     def read_output(self, item):
-        parts = self.parts(item.get("output", ""))
+        # What a tool brings, an agent would send again for ever.
+        content = parts_of(item.get("output", ""))
+        parts = [self.part(part, refusable=False) for part in content]
         # A field of Messages.
         if item.get("is_error") and "error" not in joined_text(parts).lower():
             parts.insert(0, text_part("Error:"))
         self.add("tool", parts, tool_call_id=item.get("call_id"))
 
     def read_reference(self, item):
-        id = need(item, "id", str, "input")
+        id = need(item, "id", str, self.path)
         found = self.caller.memory.get((self.caller.key, id))
         if id in self.referred:
             # A short reference to a long item, many times, would fill the memory.
@@ -3752,31 +3801,27 @@ class Conversation:
 
     # Parts
 
-    def parts(self, content):
-        return [self.part(part) for part in parts_of(content)]
-
-    def part(self, part):
+    def part(self, part, refusable):
         """A part as chat has it."""
         part = without_nulls(part)
         part_type = part["type"]
         if isinstance(part.get("source"), dict):
-            part = {**part, **read_source(part_type, part["source"])}
+            part.update(read_source(part["source"], part_type == "image"))
+        # Documents and search results of Messages have their texts in `content`.
         for field in ("text", "refusal", "content"):
             if field in part:
-                texts = [part.get("title"), part.get("context"), joined_text(part[field])]
-                return text_part("\n".join(map(str, filter(None, texts))))
-        media = [field for field in MEDIA_FIELDS if part.get(field)]
-        if part_type.startswith("input_") and not media and self.refuses_media:
+                text = joined_text(part[field])
+                return text_part(lines(part.get("title"), part.get("context"), text))
+        if part.get("file_data"):
+            file = {"filename": part.get("filename", "file"), "file_data": part["file_data"]}
+            return {"type": "file", "file": file}
+        for field in ("image_url", "file_url"):
+            if part.get(field):
+                return {"type": field, field: part[field]}
+        if refusable and part_type.startswith("input_"):
             raise RequestError(
                 "No files are kept, and no audio is taken: send images and files as data.",
                 "input")
-        name = part.get("filename") or "file"
-        for field in media:
-            value = part[field]
-            part = {"type": field, field: value}
-            if field == "file_data":
-                file = {"filename": name, field: value}
-                part = {"type": "file", "file": file}
         return part
 
     # Tools
@@ -3785,19 +3830,21 @@ class Conversation:
         """A chat tool for each of the client's. Those that run at OpenAI or Anthropic
         go on as they are: section To Z.ai leaves them out by name."""
         for tool in expect(holder.get("tools", []), list, "tools"):
-            tool_type = need(tool, "type", str, "tools")
+            tool = {"type": "function", **without_nulls(expect(tool, dict, "tools"))}
+            # Anthropic's: without a type, or "custom", which means another thing here.
+            if "input_schema" in tool:
+                tool.update(type="function", parameters=tool["input_schema"])
             # No namespace is in another one.
-            if tool_type == "namespace" and not namespace:
+            if tool["type"] == "namespace" and not namespace:
                 self.read_tools(tool, namespace=tool.get("name"))
                 continue
-            if tool_type in ("function", "custom"):
-                tool = self.read_tool({**without_nulls(tool), **namespace})
+            if tool["type"] in ("function", "custom"):
+                tool = self.read_tool({**tool, **namespace})
             self.request.setdefault("tools", []).append(tool)
 
     def read_tool(self, tool):
         name = chat_name(tool)
-        self.names[name] = {
-            key: tool[key] for key in TOOL_KEYS if key in tool}
+        self.names[name] = {key: tool[key] for key in TOOL_KEYS if key in tool}
         schema = tool.get("parameters")
         text = tool.get("description")
         # Codex says of each tool that it is not strict.
@@ -3805,34 +3852,9 @@ class Conversation:
             self.changed.append("strict")
         if tool["type"] == "custom":
             schema = CUSTOM_SCHEMA
-            form = inner(tool, "format")
-            texts = (text, form.get("syntax"), form.get("definition"))
-            text = "\n".join(map(str, filter(None, texts)))
+            form = optional_dict(tool, "format")
+            text = lines(text, form.get("syntax"), form.get("definition"))
         return function_object(name=name, description=text, parameters=schema)
-
-    def choice(self, choice):
-        """tool_choice in chat's form."""
-        choice_type = isinstance(choice, dict) and choice.get("type")
-        if choice_type != "allowed_tools":
-            return self.chosen_tool(choice)
-        tools = need(choice, "tools", list, "tool_choice")
-        tools = list(map(self.chosen_tool, tools))
-        allowed = {**choice, "tools": tools}
-        return {"type": choice_type, choice_type: allowed}
-
-    @staticmethod
-    def chosen_tool(choice):
-        """What names no function goes on as it is."""
-        choice_type = isinstance(choice, dict) and choice.get("type")
-        if choice_type in ("function", "custom"):
-            return function_object(name=chat_name(without_nulls(choice)))
-        return choice
-
-    def read_format(self, form):
-        # Here the schema lies flat beside the type.
-        if isinstance(form, dict) and form.get("type") == "json_schema":
-            form = {"type": "json_schema", "json_schema": form}
-        self.request["response_format"] = form
 
 
 class OneCallAtATime:
@@ -3943,9 +3965,10 @@ class Itemized(Front):
 
     def whole(self, fold):
         """The answer that the same steps give as a stream."""
-        for i, item in enumerate(fold.items):
-            step = Step(item.kind, item.text, i, item.id, item.name)
-            self.tell([step])
+        # The places stand for the calls' own numbers: each item is whole.
+        self.tell([
+            Step(item.kind, item.text, i, item.id, item.name)
+            for i, item in enumerate(fold.items)])
         self.tell([Step(FINISH, fold.finish, usage=fold.usage)])
         return self.answer
 
@@ -3967,11 +3990,10 @@ NO_USAGE = {
 }
 
 
-# The fields that mean the same in chat, and the others; all else is dropped by name.
-MESSAGES_SAME = ("model", "max_tokens", "temperature", "top_p", "stop_sequences", "stream")
-MESSAGES_OTHERS = (
-    "messages", "system", "tools", "tool_choice", "thinking", "output_config",
-    "output_format", "metadata", "cache_control")
+# The fields that chat has not, and that are not dropped by name.
+MESSAGES_FIELDS = frozenset("""
+    messages system tools tool_choice output_config output_format metadata cache_control
+""".split())
 STOP_REASONS = {
     "stop": "end_turn",
     "tool_calls": "tool_use",
@@ -4004,80 +4026,28 @@ NO_THREADS = "thread_unsupported_request"
 BILLING = "x-anthropic-billing-header"
 
 
-# The blocks that are items of their own in Responses: the item's type, and the fields
-# that have another name there.
-RENAMED = {
-    "thinking": ("reasoning", {"thinking": "content"}),
-    "tool_use": ("function_call", {"id": "call_id", "input": "arguments"}),
-    "tool_result": ("function_call_output", {"tool_use_id": "call_id", "content": "output"}),
-}
-
-
-def to_items(messages):
-    """Messages as the items that Responses would have for them."""
-    items = []
-    for i, message in enumerate(expect(messages, list, "messages")):
-        try:
-            role = need(message, "role", str, "messages")
-            blocks = parts_of(message.get("content"))
-        except RequestError:
-            if i == len(messages) - 1:
-                raise
-            # Neither is it an item that can be read.
-            items.append(message)
-            continue
-        parts = []
-        for block in blocks:
-            item_type, names = RENAMED.get(block["type"], (None, {}))
-            if item_type:
-                item = {names.get(name, name): block[name] for name in block}
-                items.append({**item, "type": item_type})
-            elif role == "assistant" and block["type"] != "text":
-                items.append(block)
-            else:
-                parts.append(block)
-        if parts:
-            items.append({"role": role, "content": parts})
-    return items
-
-
-def to_flat_tool(tool):
-    """A tool as Responses has it. One with a type of its own has no schema."""
-    tool = without_nulls(expect(tool, dict, "tools"))
-    if tool.get("type", "custom") != "custom":
-        return tool
-    return {**tool, "type": "function", "parameters": tool.get("input_schema")}
-
-
-def read_wishes(body, conversation):
-    """The wishes that Messages has in other words than chat."""
-    fields = {}
-    config = inner(body, "output_config")
-    form = config.get("format", body.get("output_format"))
-    if form:
-        conversation.read_format(form)
-    choice = inner(body, "tool_choice")
-    if choice.get("disable_parallel_tool_use"):
-        fields["parallel_tool_calls"] = False
-    if choice:
-        choice_type = need(choice, "type", str, "tool_choice")
-        named = {**choice, "type": "function"}
-        words = {"any": "required", "tool": named}
-        fields["tool_choice"] = conversation.choice(words.get(choice_type, choice_type))
-    user = inner(body, "metadata").get("user_id")
+def wishes_of_messages(body):
+    """The wishes that Messages has in other words, in chat's fields."""
+    config = optional_dict(body, "output_config")
+    choice = {"type": "auto", **optional_dict(body, "tool_choice")}
+    choice_type = need(choice, "type", str, "tool_choice")
+    words = {"any": "required", "tool": {**choice, "type": "function"}}
+    # Not to ask for thinking is to want none.
+    thinking = {"type": "disabled", **optional_dict(body, "thinking")}
+    mode = thinking["type"]
+    need_word(mode, ("enabled", "disabled", "adaptive"), "thinking.type")
+    fields = {
+        "tool_choice": chosen_tool(words.get(choice_type, choice_type)),
+        "parallel_tool_calls": not choice.get("disable_parallel_tool_use"),
+        "response_format": chat_format(config.get("format", body.get("output_format"))),
+        "thinking": {"type": "disabled" if mode == "disabled" else "enabled"},
+        # An effort may stand in `output_config`, a budget in `thinking`.
+        "reasoning_effort": read_wish({**config, **thinking}).get("reasoning_effort"),
+    }
+    user = optional_dict(body, "metadata").get("user_id")
     if isinstance(user, str):
         # Claude Code's has 150 characters; Z.ai takes 128.
         fields["user"] = digest(user) if len(user) > 128 else user
-    # Not to ask for thinking is to want none.
-    thinking = inner(body, "thinking")
-    mode = thinking.get("type", "disabled")
-    need_word(mode, ("enabled", "disabled", "adaptive"), "thinking.type")
-    effort = effort_of_budget(thinking.get("budget_tokens"))
-    if mode == "adaptive":
-        mode = "enabled"
-        effort = config.get("effort")
-    fields["thinking"] = {"type": mode}
-    fields["reasoning_effort"] = effort
     return fields
 
 
@@ -4091,15 +4061,12 @@ class Messages(Itemized):
             # Anthropic's SDK then sends the whole conversation.
             raise RequestError(
                 "Threads are not kept here: send all messages.", "thread", code=NO_THREADS)
-        conversation = Conversation(body, MESSAGES_SAME, MESSAGES_OTHERS, caller)
+        conversation = Conversation(body, MESSAGES_FIELDS, caller)
         for part in parts_of(body.get("system", [])):
             if not str(part.get("text")).startswith(BILLING):
                 conversation.add("system", [part])
-        conversation.read(to_items(body.get("messages")))
-        tools = expect(body.get("tools", []), list, "tools")
-        conversation.read_tools({"tools": list(map(to_flat_tool, tools))})
-        request = conversation.request
-        request.update(read_wishes(body, conversation))
+        conversation.read(body.get("messages"), "messages")
+        request = {**conversation.request, **wishes_of_messages(body)}
         # A client that did not ask for thinking reads content[0] as the text.
         is_unwanted = request["thinking"]["type"] == "disabled"
         hidden = is_unwanted or settings.reasoning_format == "hidden"
@@ -4115,7 +4082,11 @@ class Messages(Itemized):
         return typed_event(**self.error(error))
 
     def _begin(self, item):
-        return self._event("start", content_block=self._block(item))
+        self.block = dict(BLOCKS[item.kind][0])
+        if item.kind == CALL:
+            self.block["id"] = item.id
+            self.block["name"] = self.find_tool(item.name)["name"]
+        return self._event("start", content_block=self.block)
 
     def _piece(self, item, text):
         _, delta_type, field = BLOCKS[item.kind]
@@ -4123,7 +4094,7 @@ class Messages(Itemized):
 
     def _end(self, item):
         text = self._event("stop")
-        block = self._block(item)
+        block = self.block
         if item.kind == CALL:
             block["input"] = decode_or_none(item.text)
         else:
@@ -4144,13 +4115,6 @@ class Messages(Itemized):
 
     def _event(self, name, **fields):
         return typed_event(f"content_block_{name}", index=len(self.items), **fields)
-
-    def _block(self, item):
-        block = dict(BLOCKS[item.kind][0])
-        if item.kind == CALL:
-            tool = self.find_tool(item.name)
-            block.update(id=item.id, name=tool["name"])
-        return block
 
     def _message(self, usage, content, stop_reason):
         usage = {**NO_USAGE, **(usage or {})}
@@ -4191,13 +4155,11 @@ class Messages(Itemized):
         return hopeless.get(error.status, error.status)
 
 
-# The same two lists as for Messages.
-RESPONSES_SAME = (
-    "model", "max_output_tokens", "temperature", "top_p", "user", "user_id", "stop", "seed",
-    "parallel_tool_calls", "stream", "thinking", "enable_thinking")
-RESPONSES_OTHERS = (
-    "input", "instructions", "tools", "tool_choice", "text", "reasoning", "include",
-    "store", "stream_options", "client_metadata", "background")
+# The same list as for Messages.
+RESPONSES_FIELDS = frozenset("""
+    input instructions tools tool_choice text reasoning include store stream_options
+    client_metadata background
+""".split())
 # What would need a memory of answers. VS Code sends everything again at the first code.
 STATEFUL = {
     "previous_response_id": "previous_response_not_found",
@@ -4257,10 +4219,10 @@ class Shape(NamedTuple):
     item: dict   # its beginning
     field: str   # the one of its fields where its text is in the end
     events: str  # what the events are called that bring the text
-    # The part that stands around some texts, its events, and its place in the item.
-    part: dict | None
-    part_events: str
-    place: dict
+    place: dict  # what these events have beside
+    # The part that stands around some texts, and its events.
+    part: dict | None = None
+    part_events: str = ""
 
 
 SHAPES = {
@@ -4269,47 +4231,50 @@ SHAPES = {
         {"type": "reasoning", "summary": [], "encrypted_content": None},
         "summary",
         "reasoning_summary_text",
+        {"summary_index": 0},
         {"type": "summary_text"},
         "reasoning_summary_part",
-        {"summary_index": 0},
     ),
     TEXT: Shape(
         "msg_",
         {"type": "message", "role": "assistant", "content": []},
         "content",
         "output_text",
+        {"content_index": 0, "logprobs": []},
         {"type": "output_text", "annotations": [], "logprobs": []},
         "content_part",
-        {"content_index": 0, "logprobs": []},
     ),
     CALL: Shape(
         "fc_",
         {"type": "function_call", "arguments": ""},
         "arguments",
         "function_call_arguments",
-        None, "", {},
+        {},
     ),
     "custom": Shape(
         "ctc_",
         {"type": "custom_tool_call", "input": ""},
         "input",
         "custom_tool_call_input",
-        None, "", {},
+        {},
     ),
 }
 
 
-def read_wish_to_think(body, settings):
-    """The wish to think, in chat's fields."""
-    reasoning = inner(body, "reasoning")
-    effort = reasoning.get("effort")
-    if effort is not None:
-        return {"reasoning_effort": effort}
-    # That is how Codex asks for thinking if it does not know the model.
+def wishes_of_responses(body, settings):
+    """The wishes that Responses has in other words, in chat's fields."""
+    reasoning = optional_dict(body, "reasoning")
+    fields = {
+        "tool_choice": chat_choice(body.get("tool_choice")),
+        "response_format": chat_format(optional_dict(body, "text").get("format")),
+        "reasoning_effort": reasoning.get("effort"),
+    }
     summary = reasoning.get("summary") or reasoning.get("generate_summary")
-    if summary not in (None, "none", "off") and settings.enable_thinking is None:
-        return {"enable_thinking": True}
-    return {}
+    # That is how Codex asks for thinking if it does not know the model.
+    asks = summary not in (None, "none", "off") and settings.enable_thinking is None
+    if asks and fields["reasoning_effort"] is None:
+        fields["enable_thinking"] = True
+    return fields
 
 
 def unwrap_input(arguments):
@@ -4344,10 +4309,8 @@ class Responses(Itemized):
         # opening() has the numbers 0 and 1; it may be made behind the first steps.
         self.number = 2
         self.item = {}  # the open one, in the client's terms
-        self.key = caller.key
-        self.memory = caller.memory
-        if body.get("store") is False:
-            self.memory = Memory()
+        self.caller = caller
+        self.stores = body.get("store") is not False
         include = expect(body.get("include", []), list, "include")
         self.keeps_thinking = "reasoning.encrypted_content" in include
         self.base = {
@@ -4355,13 +4318,12 @@ class Responses(Itemized):
             "id": self.id,
             "created_at": int(caller.now),
             "model": self.model,
+            **ECHO,
         }
-        for name, usual in ECHO.items():
-            value = body.get(name, usual)
+        for name in ECHO.keys() & body.keys():
             # It is told three times, and kept until then.
-            if len(encode_request(value)) > LONGEST_ECHO_BYTES:
-                value = usual
-            self.base[name] = value
+            if len(encode_request(body[name])) <= LONGEST_ECHO_BYTES:
+                self.base[name] = body[name]
 
     @classmethod
     def read(cls, body, caller, settings):
@@ -4373,22 +4335,16 @@ class Responses(Itemized):
                     name, code=code)
         if "input" not in body:
             raise missing("input")
-        conversation = Conversation(body, RESPONSES_SAME, RESPONSES_OTHERS, caller)
+        conversation = Conversation(body, RESPONSES_FIELDS, caller)
         if "instructions" in body:
             conversation.add("system", parts_of(body["instructions"]))
         items = body["input"]
         if isinstance(items, str):
             items = [{"role": "user", "content": items}]
-        conversation.read_tools(body)
-        conversation.read(items)
-        request = conversation.request
-        if "tool_choice" in body:
-            request["tool_choice"] = conversation.choice(body["tool_choice"])
-        text = inner(body, "text")
-        conversation.read_format(text.get("format"))
-        if "verbosity" in text:
+        conversation.read(items, "input")
+        request = {**wishes_of_responses(body, settings), **conversation.request}
+        if "verbosity" in body.get("text", {}):
             conversation.changed.append("verbosity")
-        request = {**read_wish_to_think(body, settings), **request}
         hidden = settings.reasoning_format == "hidden"
         return cls(body, conversation, hidden, caller), request
 
@@ -4402,9 +4358,8 @@ class Responses(Itemized):
         """Behind the first item some clients take response.in_progress for a new
         start."""
         if self.open:
-            return self._text_event("delta", delta="")
-        response = self._response("in_progress")
-        return self._event("response.in_progress", response=response)
+            return self._delta("")
+        return self._response_event("in_progress")
 
     def failure(self, error):
         """Two events: some clients overlook the one, some the other."""
@@ -4417,18 +4372,19 @@ class Responses(Itemized):
         if wait_s:
             # Codex reads the time out of the text.
             message += f" Please try again in {wait_s}s."
-        failed = self._response("failed", error={"code": code, "message": message})
         # The event has a type of its own.
-        flat = {name: told[name] for name in ("message", "param", "code")}
+        flat = dict(told)
+        del flat["type"]
         text = self._event("error", **flat, error=told)
-        return text + self._event("response.failed", response=failed)
+        failure = {"code": code, "message": message}
+        return text + self._response_event("failed", error=failure)
 
     def _begin(self, item):
         tool = {}
         if item.kind == CALL:
             tool = {**self.find_tool(item.name), "call_id": item.id}
-        is_custom = tool.get("type") == "custom"
-        self.shape = SHAPES["custom" if is_custom else item.kind]
+        # Custom tools alone have a shape by their type.
+        self.shape = SHAPES.get(tool.get("type"), SHAPES[item.kind])
         self.item = {
             **tool,
             **self.shape.item,
@@ -4438,44 +4394,52 @@ class Responses(Itemized):
         return self._item_event("added") + self._part_event("added", "")
 
     def _piece(self, item, text):
-        # What a custom tool gets stands inside the JSON that comes.
-        if "input" in self.item:
-            return ""
-        return self._text_event("delta", delta=text)
+        # An input is a custom tool's, which gets what stands inside the JSON.
+        return "" if "input" in self.item else self._delta(text)
 
     def _end(self, item):
         text = item.text
         events = ""
         if "input" in self.item:
             text = unwrap_input(text)
-            events = self._text_event("delta", delta=text)
-        fields = {"text" if self.shape.part else self.shape.field: text}
-        if item.kind == CALL:
-            fields["name"] = self.item["name"]
-        events += self._text_event("done", **fields)
+            events = self._delta(text)
+        shape = self.shape
+        if shape.part:
+            told = {"text": text}
+            self.item[shape.field] = [{**shape.part, **told}]
+        else:
+            told = {shape.field: text, "name": self.item["name"]}
+            self.item[shape.field] = text
+        events += self._inner_event(f"{shape.events}.done", **told)
         events += self._part_event("done", text)
-        part = self._part(text)
-        self.item[self.shape.field] = [part] if part else text
         if item.kind == THINKING and self.keeps_thinking:
             self.item["encrypted_content"] = MARK + text
-        is_cut = self.finish in INCOMPLETE
-        self.item["status"] = "incomplete" if is_cut else "completed"
+        self.item["status"] = self._end_status()
         events += self._item_event("done")
+        self._keep_item()
+        return events
+
+    def _keep_item(self):
         self.items.append(self.item)
         # The AI SDK refers to items by their ids, in place of sending them.
-        key = (self.key, self.item["id"])
-        size_bytes = len(encode_json(self.item)) + Tally.ITEM_BYTES
-        self.memory.put(key, self.item, size_bytes)
-        return events
+        if self.stores:
+            # Ids are no secret, so another client's key finds nothing.
+            key = (self.caller.key, self.item["id"])
+            size_bytes = len(encode_json(self.item)) + Tally.ITEM_BYTES
+            self.caller.memory.put(key, self.item, size_bytes)
 
     def _finish(self, step):
         reason = INCOMPLETE.get(step.text)
-        usage = step.usage and to_responses_usage(step.usage)
-        self.answer = self._response("completed", usage=usage)
-        if reason:
-            self.answer["status"] = "incomplete"
-            self.answer["incomplete_details"] = {"reason": reason}
-        status = self.answer["status"]
+        return self._response_event(
+            self._end_status(),
+            incomplete_details=reason and {"reason": reason},
+            usage=step.usage and to_responses_usage(step.usage))
+
+    def _end_status(self):
+        return "incomplete" if self.finish in INCOMPLETE else "completed"
+
+    def _response_event(self, status, **fields):
+        self.answer = self._response(status, **fields)
         return self._event(f"response.{status}", response=self.answer)
 
     def _response(self, status, **fields):
@@ -4490,21 +4454,19 @@ class Responses(Itemized):
         return self._event(
             f"response.output_item.{stage}", output_index=len(self.items), item=self.item)
 
-    def _text_event(self, stage, **fields):
-        return self._inner_event(self.shape.events, stage, fields)
-
     def _part_event(self, stage, text):
-        part = self._part(text)
-        if not part:
+        shape = self.shape
+        if not shape.part:
             return ""
-        return self._inner_event(self.shape.part_events, stage, {"part": part})
+        return self._inner_event(
+            f"{shape.part_events}.{stage}", part={**shape.part, "text": text})
 
-    def _part(self, text):
-        return self.shape.part and {**self.shape.part, "text": text}
+    def _delta(self, text):
+        return self._inner_event(f"{self.shape.events}.delta", delta=text)
 
-    def _inner_event(self, events, stage, fields):
+    def _inner_event(self, event_type, **fields):
         return self._event(
-            f"response.{events}.{stage}", item_id=self.item["id"],
+            f"response.{event_type}", item_id=self.item["id"],
             output_index=len(self.items), **self.shape.place, **fields)
 
     @staticmethod
