@@ -956,7 +956,8 @@ def decode_or_none(text, decode=_lenient_decoder.decode):
 
 
 class JsonProgress:
-    """Follows an object or an array that comes in pieces, to tell where it ends."""
+    """Follows an object or an array that comes in pieces: feed(text) -> what of the
+    text belongs to it. `ended`: it is whole."""
 
     # A backslash and what it escapes count as one mark.
     MARK = re.compile(r'\\.?|["{}\[\]]', re.DOTALL)
@@ -965,9 +966,11 @@ class JsonProgress:
         self.depth = 0
         self.in_string = False
         self.skip = 0  # 1 if the last character so far escapes the next
+        self.ended = False
 
     def feed(self, text):
-        """How many characters of `text` belong to the value; -1 while it goes on."""
+        if self.ended:
+            return ""
         start = self.skip
         self.skip = max(0, start - len(text))
         for found in self.MARK.finditer(text, start):
@@ -982,9 +985,10 @@ class JsonProgress:
                 self.depth += 1
             else:
                 self.depth -= 1
-                if self.depth <= 0:
-                    return found.end()
-        return -1
+                self.ended = self.depth <= 0
+                if self.ended:
+                    return text[:found.end()]
+        return text
 
 
 def new_id(prefix, rand=random.getrandbits):
@@ -2278,20 +2282,13 @@ class FenceStripper:
     def __init__(self):
         self.held = ""
         self.fenced = None  # not known as long as the text may still open with a fence
-        self.ended = False
         self.progress = JsonProgress()
 
     def feed(self, text):
         if self.fenced is None:
             text = self._opening(text)
-        if not self.fenced:
-            return text
         # Behind the JSON there is only the rest of the fence.
-        if self.ended:
-            return ""
-        end = self.progress.feed(text)
-        self.ended = end >= 0
-        return text[:end] if self.ended else text
+        return self.progress.feed(text) if self.fenced else text
 
     def _opening(self, text):
         text = (self.held + text).lstrip()
@@ -2491,10 +2488,8 @@ class ToolCall:
             return ""
         if self.blank:
             self.blank = self.whole = False
-        end = 0 if self.whole else self.progress.feed(piece)
-        self.whole = end >= 0
-        if end < 0:
-            end = len(piece)
+        end = len(self.progress.feed(piece))
+        self.whole = self.progress.ended
         self.doubled = self.doubled or "{" in piece[end:]
         for text, seen in zip((piece[:end], piece[end:]), self.hashes):
             seen.update("".join(text.split()).encode("utf-8", "replace"))
@@ -3873,9 +3868,8 @@ class OneCallAtATime:
             self.progress = JsonProgress()
         elif self.index is None:
             return [step]
-        if self.progress.feed(step.text) < 0:
-            return [step]
-        return [step, *self._release()]
+        self.progress.feed(step.text)
+        return [step, *self._release()] if self.progress.ended else [step]
 
     def _release(self):
         held = self.held
