@@ -3401,6 +3401,11 @@ GOOD_ANSWERS = [
     *((f"arguments {first!r}, then real ones",
        calls_in(item("get_weather", first, id="c", index=0)) + calls_in(item(None, '{"city":', index=0))
        + calls_in(item(None, '"Paris"}', index=0)) + TOOLS_END, asks(RAIN)) for first in ("{}", "null", " ")),
+    ("arguments '{}' and real ones in one", calls_in(item("get_weather", "{} " + PARIS, id="c", index=0)) + TOOLS_END,
+     asks(RAIN)),
+    *((f"arguments '{{}}', then {behind!r}",
+       calls_in(item("get_time", "{}", id="c", index=0)) + calls_in(item(None, behind, index=0)) + TOOLS_END,
+       asks(TIME)) for behind in ("}", "</tool_call>", "{}")),
     *((f"behind the arguments {behind!r}", calls_in(item("get_weather", PARIS + behind, id="c", index=0)) + TOOLS_END,
        asks(RAIN)) for behind in (PARIS, "\n" + PARIS, "}", "\n</tool_call>")),
     *((f"arguments twice, {where}",

@@ -56,6 +56,7 @@ pump, upstream, metrics, handler, server), then the demo, the check and the page
 from __future__ import annotations
 
 import base64
+import binascii
 import bisect
 import collections
 import contextlib
@@ -2362,16 +2363,15 @@ MARKUP_IN_KEY = re.compile(
     r'\s{0,8}(?:</?(?:arg_key|arg_value|tool_call)>(?:\s|\\n){0,8}){1,8}(?="\s*:)')
 
 
-# A tag, and what may stand behind it before it is known whether it ends a key.
-LONGEST_MARKUP = 40
+# The end of a piece, where it may go on as such markup.
+MARKUP_START = re.compile(r'(?:<[/a-z_]{0,10}(?:>["\s\\n]{0,20})?){1,4}\Z')
+# What stands for no arguments. It may come before the real ones.
+NO_ARGUMENTS = re.compile(r"\A\s*(?:(?:\{\}|null)\s*)*(?=\{|\Z)")
 
 
-def begins_markup(text):
-    """Whether `text` may go on as a tag at the end of a key."""
-    for tag in (*MARKUP_TAGS, LEAK, LEAK_END):
-        if tag.startswith(text) or text.startswith(tag) and not text[len(tag):].strip('" \\n'):
-            return True
-    return False
+def sum_up(text, before):
+    """A checksum of a text that comes in pieces, without its blanks."""
+    return binascii.crc32("".join(text.split()).encode("utf-8", "replace"), before)
 
 
 def typed_value(text, schema, key):
@@ -2441,66 +2441,66 @@ class Leak:
         return any(markup.startswith(behind[:len(markup)]) for markup in MARKUP_TAGS)
 
 
-# Two calls may look the same, so they are told apart by identity.
-@dataclasses.dataclass(eq=False)
 class ToolCall:
-    """One tool call under way."""
+    """One tool call under way: feed(piece) -> what the client is told of the next piece
+    of its arguments; close(is_cut) -> the rest."""
 
-    id: str
-    zai_id: str  # "" if Z.ai gave none
-    zai_index: int | None
-    index: int | None = None  # ours, given when the client is told of the call
-    name: str = ""
-    # Arguments that came before the name.
-    early: str = ""
-    # No arguments have come, or what stands for none.
-    blank: bool = True
-    # The end of the arguments so far, if it may be markup in a key.
-    held: str = ""
-    # The arguments are a whole JSON object.
-    whole: bool = False
-    progress: JsonProgress = dataclasses.field(default_factory=JsonProgress)
-    # Another object came behind that one.
-    doubled: bool = False
-    # Hashes, without blanks, of the object and of what came behind it.
-    hashes: tuple = dataclasses.field(
-        default_factory=lambda: (hashlib.sha256(), hashlib.sha256()))
+    def __init__(self, id, zai_id, zai_index):
+        self.id = id
+        self.zai_id = zai_id  # "" if Z.ai gave none
+        self.zai_index = zai_index
+        self.index = None  # ours, given when the client is told of the call
+        self.name = ""
+        # What cannot be told yet: all that comes before the name, then "{}" until real
+        # arguments come, then the end of a piece that may be markup.
+        self.waiting = ""
+        self.begun = False  # real arguments have come
+        self.progress = JsonProgress()
+        # Checksums of the arguments, and of a second object behind them, 0 without one.
+        self.first_sum = 0
+        self.second_sum = 0
 
-    def mend(self, piece):
-        """Arguments without the markup that was seen in keys. What may become such
-        markup is held back."""
-        if "<" not in piece and not self.held:
-            return piece
-        text = MARKUP_IN_KEY.sub("", self.held + piece)
-        self.held = ""
-        at = text.rfind("<", -LONGEST_MARKUP)
-        if at >= 0 and begins_markup(text[at:]):
-            self.held = text[at:]
-            text = text[:at]
-        return text
+    def feed(self, piece):
+        text = self.waiting + piece
+        if not self.begun:
+            real = NO_ARGUMENTS.sub("", text)
+            if not real:
+                self.waiting = "{}" if text.strip() else ""
+                return ""
+            text = real
+        text = MARKUP_IN_KEY.sub("", text)
+        start = MARKUP_START.search(text)
+        self.waiting = start.group() if start else ""
+        return self._follow(text[:len(text) - len(self.waiting)])
 
-    def follow(self, piece):
-        """What of a piece of arguments the client is told: nothing behind the whole
-        object, as Z.ai was seen to write it twice. "{}" may come before the real
-        ones."""
-        if self.blank and piece.strip() in ("", "{}", "null"):
-            self.whole = self.whole or bool(piece.strip())
-            return ""
-        if self.blank:
-            self.blank = self.whole = False
-        end = len(self.progress.feed(piece))
-        self.whole = self.progress.ended
-        self.doubled = self.doubled or "{" in piece[end:]
-        for text, seen in zip((piece[:end], piece[end:]), self.hashes):
-            seen.update("".join(text.split()).encode("utf-8", "replace"))
-        return piece[:end]
+    def close(self, is_cut):
+        """The rest of the arguments. Clients parse them as JSON, which no text at all
+        is not; where the answer was cut they may be lost."""
+        rest = self.waiting
+        self.waiting = ""
+        if not self.begun and not is_cut:
+            rest = "{}"
+        return self._follow(rest)
+
+    def _follow(self, text):
+        """Nothing behind the whole object is told, as Z.ai was seen to write it
+        twice."""
+        self.begun = True
+        told = self.progress.feed(text)
+        self.first_sum = sum_up(told, self.first_sum)
+        behind = text[len(told):]
+        if self.second_sum or "{" in behind:
+            self.second_sum = sum_up(behind, self.second_sum)
+        return told
+
+    @property
+    def is_whole(self):
+        return self.progress.ended or self.waiting == "{}"
 
     @property
     def is_broken(self):
-        """Whether the arguments were cut, or what came behind them is not the same
-        again."""
-        first, second = (seen.digest() for seen in self.hashes)
-        return self.progress.depth > 0 or self.doubled and first != second
+        """Whether the arguments were cut, or came with others behind them."""
+        return self.progress.depth > 0 or self.second_sum not in (0, self.first_sum)
 
     def takes(self, zai_id, zai_index, name):
         """Whether an item with these belongs to this call, as far as Z.ai tells."""
@@ -2510,7 +2510,7 @@ class ToolCall:
         if zai_id:
             return self.zai_id == zai_id and (is_here or self.zai_index is None)
         # A name again is the same call as long as its arguments are not whole.
-        return is_here and (not name or zai_index is not None and not self.whole)
+        return is_here and (not name or zai_index is not None and not self.is_whole)
 
 
 # The fields of an error that is not under "error".
@@ -2594,7 +2594,8 @@ class Translator:
         # (name, arguments) of the leaked calls that were read.
         self.leaked = []
         self.calls = []
-        self.given_calls = 0
+        # Those of them that the client was told of.
+        self.given = []
         # The field whose text needs no search for tags: nothing is held back or open.
         self.passing_field = None
 
@@ -2855,53 +2856,24 @@ class Translator:
         call = self._find_call(item, name, seen)
         seen.add(call)
         call.name = call.name or name
-        arguments = call.mend(arguments)
         if call.index is not None:
-            self._go_on(call, arguments)
+            self._go_on(call, call.feed(arguments))
         # Further calls stay in the list, so that their pieces have a home.
-        elif not self.one_call or not self.given_calls:
-            call.early += arguments
-            self._begin_call(call)
-
-    def _begin_call(self, call):
-        """Tell the client of a call as soon as it has a name."""
-        if len(call.early) > LONGEST_EARLY and not call.name:
-            raise UpstreamError(NAMELESS)
-        if call.name:
-            self._give_empty()
-            call.index = self.given_calls
-            self.given_calls += 1
-            self.told = True
-            text = call.follow(call.early)
-            self.steps.append(Step(CALL, text, call.index, call.id, call.name))
-
-    def _go_on(self, call, arguments):
-        text = call.follow(arguments)
-        if text:
-            self.steps.append(Step(ARGUMENTS, text, call.index))
-
-    def _give_empty(self, is_end=False):
-        """Tell of calls without arguments, once those can come no more. Clients parse
-        them as JSON, which no text at all is not."""
-        for call in self.calls:
-            if call.blank and call.index is not None and (call.whole or is_end):
-                call.blank = call.whole = False
-                self._go_on(call, "{}")
+        elif not self.one_call or not self.given:
+            self._begin_call(call, arguments)
 
     def _mend(self, function):
         """(name, arguments) as texts. Names were seen with markup in them, and with all
         the arguments behind."""
         name = function.get("name")
         name = name.strip() if isinstance(name, str) else ""
-        arguments = function.get("arguments")
-        if arguments in (None, {}):
-            arguments = ""
+        arguments = function.get("arguments") or ""
         if not isinstance(arguments, str):
             arguments = encode_text(arguments)
         if "<" not in name:
             return name[:LONGEST_NAME], arguments
         self.repaired += 1
-        is_blank = arguments.strip() in ("", "{}")
+        is_blank = not NO_ARGUMENTS.sub("", arguments)
         if "<arg_key>" in name and (is_blank or "<arg_value>" in name):
             leaked = parse_leaked_call(name, self.tools)
             if leaked is None or not is_blank:
@@ -2920,16 +2892,36 @@ class Translator:
         zai_id = "" if item.get("id") is None else str(item["id"])[:200]
         # A bare piece of arguments may go on with a call of the same event.
         is_bare = not zai_id and not name
-        calls = [call for call in self.calls if is_bare or call not in seen]
-        known = [call for call in calls if call.takes(zai_id, index, name)]
-        if known:
-            return known[-1]
+        for call in reversed(self.calls):
+            if (is_bare or call not in seen) and call.takes(zai_id, index, name):
+                return call
         # Clients take two calls with one id for one.
         is_taken = any(call.id == zai_id for call in self.calls)
         id = self.make_id() if is_taken or not zai_id else zai_id
         self.calls.append(ToolCall(id, zai_id, index))
         self._check_number(self.calls)
         return self.calls[-1]
+
+    def _begin_call(self, call, arguments):
+        """Tell the client of a call as soon as it has a name."""
+        if not call.name:
+            call.waiting += arguments
+            if len(call.waiting) > LONGEST_EARLY:
+                raise UpstreamError(NAMELESS)
+            return
+        # Now the arguments of earlier calls can come no more.
+        for earlier in self.given:
+            if earlier.waiting == "{}":
+                self._go_on(earlier, earlier.close(is_cut=False))
+        call.index = len(self.given)
+        self.given.append(call)
+        self.told = True
+        text = call.feed(arguments)
+        self.steps.append(Step(CALL, text, call.index, call.id, call.name))
+
+    def _go_on(self, call, text):
+        if text:
+            self.steps.append(Step(ARGUMENTS, text, call.index))
 
     @staticmethod
     def _check_number(calls):
@@ -2953,7 +2945,7 @@ class Translator:
         reason = self.finish
         # Clients look at the finish to learn whether there are calls to make.
         if reason in WHOLE:
-            reason = "tool_calls" if self.given_calls else "stop"
+            reason = "tool_calls" if self.given else "stop"
         self.complete = True
         self.steps.append(Step(FINISH, reason, usage=self.usage))
 
@@ -2966,23 +2958,20 @@ class Translator:
         for name, arguments in leaked:
             self._call({"function": {"name": name, "arguments": arguments}}, set())
         self._close_filters()
-        told = [call for call in self.calls if call.index is not None]
-        for call in told:
-            self._go_on(call, call.held)
-        self._check_whole(told)
-        # Where the answer was cut they may be lost.
-        self._give_empty(self.finish in WHOLE)
+        self._check_whole()
+        for call in self.given:
+            self._go_on(call, call.close(is_cut=self.finish not in WHOLE))
 
-    def _check_whole(self, told):
+    def _check_whole(self):
         """A finish alone makes no answer: Z.ai at its limits was seen to send one with
         nothing before it, and calls may have come without a name."""
         nameless = [call for call in self.calls if call.index is None]
-        is_lost = any(call.early.strip("{} \n") for call in nameless)
+        is_lost = any(call.waiting.strip("{} \n") for call in nameless)
         if is_lost or nameless and self.finish == "stop" and not self.told:
             raise UpstreamError(NAMELESS)
-        if self.finish in WHOLE and any(call.is_broken for call in told):
+        if self.finish in WHOLE and any(call.is_broken for call in self.given):
             raise UpstreamError(BROKEN_CALL)
-        if self.finish == "tool_calls" and not self.given_calls:
+        if self.finish == "tool_calls" and not self.given:
             raise UpstreamError("Z.ai announced a tool call and sent none.")
         has_tokens = self.usage and self.usage["completion_tokens"]
         if self.finish == "stop" and not self.begun and not has_tokens:
