@@ -2355,7 +2355,7 @@ class StopCutter:
 # <tool_call>name<arg_key>k</arg_key><arg_value>v</arg_value>... </tool_call>, was seen
 # in texts, with tags of it missing or doubled, and in names.
 MARKUP_TAGS = ("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>")
-MARKUP = re.compile("|".join(MARKUP_TAGS))
+MARKUP = re.compile("|".join((LEAK, LEAK_END, *MARKUP_TAGS)))
 VALUE_START = re.compile("(?:<arg_value>)+")
 # A key is what stands before a colon. Anywhere else the same letters may be meant.
 # A line end in it is escaped.
@@ -2411,34 +2411,45 @@ def parse_leaked_call(text, tools):
     return name, encode_text(arguments)
 
 
-@dataclasses.dataclass(eq=False)
 class Leak:
-    """A <tool_call> in a text or in thinking. It is held back only while it can still
-    be a call of a tool that was sent: models write about the tag as well."""
+    """A <tool_call> in a text or in thinking: feed(piece) -> whether more of it may
+    come. It is held back only while it can still be a call of a tool that was sent, as
+    models write about the tag as well."""
 
     # Names have at most 64 characters; the rest is for blanks around them.
     LONGEST_NAME = 200
 
-    kind: str  # TEXT or THINKING
-    tools: dict
-    pieces: list = dataclasses.field(default_factory=list)
-    held: int = 0  # characters in the pieces
-    start: str = ""  # the first of them, where the name is
+    def __init__(self, kind, tools):
+        self.kind = kind
+        self.tools = tools
+        self.pieces = [LEAK]
+        self.held = 0  # characters in the pieces
+        self.start = ""  # the first of them, where the name is
 
-    def feed(self, text):
-        """Whether it can still be a call."""
-        self.pieces.append(text)
-        self.held += len(text)
-        self.start += text[:self.LONGEST_NAME - len(self.start)]
+    def feed(self, piece):
+        self.pieces.append(piece)
+        self.held += len(piece)
+        if piece == LEAK_END:
+            return False
+        self.start = (self.start + piece)[:self.LONGEST_NAME]
         # Blanks were seen around the name.
         name, tag, rest = "".join(self.start.split()).partition("<")
         if not tag:
-            may_go_on = self.held <= self.LONGEST_NAME
+            may_go_on = len(self.start) < self.LONGEST_NAME
             return may_go_on and any(tool.startswith(name) for tool in self.tools)
         if name not in self.tools or self.held > LONGEST_HELD:
             return False
         behind = tag + rest
         return any(markup.startswith(behind[:len(markup)]) for markup in MARKUP_TAGS)
+
+    def read(self, finish):
+        """(name, arguments) of the call, None if it is none."""
+        call = parse_leaked_call("".join(self.pieces), self.tools)
+        if not call or self.held > LONGEST_HELD:
+            return None
+        # Without its end it must have an argument, and not have been cut.
+        is_whole = self.pieces[-1] == LEAK_END or finish in WHOLE and call[1] != "{}"
+        return call if is_whole else None
 
 
 class ToolCall:
@@ -2583,7 +2594,7 @@ class Translator:
         # Text or a call has been given. Thinking alone can be taken back.
         self.told = False
         self.opened = set()  # TEXT and THINKING, once something of it has come
-        self.splitters = {TEXT: TagSplitter(), THINKING: TagSplitter()}
+        self.splitters = {THINKING: TagSplitter(), TEXT: TagSplitter()}
         self.filters = [FenceStripper()] if self.unfence else []
         if self.stop:
             self.filters.append(StopCutter(self.stop))
@@ -2736,13 +2747,12 @@ class Translator:
             text = delta.get(field)
             if text:
                 # What the other kind holds back came first.
-                self._flush(TEXT if kind == THINKING else THINKING)
+                self._flush(kind)
                 self._split_text(kind, self.splitters[kind].feed(text))
                 self.passing_field = field if self._is_passing(kind) else None
         items = delta.get("tool_calls")
         if items and not self.is_stopped():
-            self._flush(THINKING)
-            self._flush(TEXT)
+            self._flush()
             self._check_number(items)
             seen = set()
             for item in items:
@@ -2758,12 +2768,13 @@ class Translator:
 
     # Text and thinking
 
-    def _flush(self, kind):
-        """Give what is held back of one kind, once the answer goes on with the
-        other."""
-        self._split_text(kind, self.splitters[kind].close())
-        if self.leak and self.leak.kind == kind:
-            self._end_leak("")
+    def _flush(self, going_on=None):
+        """Give what is held back, but of the kind that the answer goes on with."""
+        for kind, splitter in self.splitters.items():
+            if kind != going_on:
+                self._split_text(kind, splitter.close())
+                if self.leak and self.leak.kind == kind:
+                    self._end_leak()
 
     def _split_text(self, kind, pieces):
         """Give texts and tags: boxes go, what stands in <think> is thinking, and a
@@ -2772,23 +2783,24 @@ class Translator:
             if self.is_stopped():
                 return
             if self.leak:
-                self._feed_leak(piece)
-            elif piece in BOXES:
+                if not self.leak.feed(piece):
+                    self._end_leak()
+            # The end of a leaked call may be doubled.
+            elif piece in BOXES or piece == LEAK_END and self.leaked:
                 continue
             # Later in a text somebody writes about the tag.
             elif piece == THINK and kind == TEXT and TEXT not in self.opened:
                 self.in_think = True
             elif piece == THINK_END and self.in_think:
                 self.in_think = False
-            elif piece == LEAK_END and self.leaked:
-                # It was doubled.
-                continue
             elif piece == LEAK and self.tools:
                 self.leak = Leak(kind, self.tools)
             else:
-                self._show(THINKING if self.in_think else kind, piece)
+                self._show(kind, piece)
 
     def _show(self, kind, text):
+        if self.in_think:
+            kind = THINKING
         if kind not in self.opened:
             # GLM 4.5 to 4.7 open with line ends.
             text = text.lstrip("\r\n")
@@ -2819,32 +2831,18 @@ class Translator:
             text += text_filter.close()
         self._give(TEXT, text)
 
-    def _feed_leak(self, piece):
-        if piece == LEAK_END:
-            self._end_leak(piece)
-        elif not self.leak.feed(piece):
-            self._show_leak("")
-
-    def _end_leak(self, closing):
-        """A leak has ended. It is kept as a call if it can be read whole. One that just
-        ends must at least have brought an argument, and not have been cut."""
-        call = parse_leaked_call("".join(self.leak.pieces), self.tools)
-        is_ended = closing or self.finish in WHOLE
-        if call is None or not is_ended or not closing and call[1] == "{}":
-            self._show_leak(closing)
-            return
+    def _end_leak(self):
+        """A leak has ended, as a call, or as a text after all."""
+        leak = self.leak
         self.leak = None
+        call = leak.read(self.finish)
+        if call is None:
+            self._show(leak.kind, "".join(leak.pieces))
+            return
         self.repaired += 1
         self.begun = True
         self.leaked.append(call)
         self._check_number(self.leaked)
-
-    def _show_leak(self, closing):
-        """Give a leak as the text that it was after all."""
-        leak = self.leak
-        self.leak = None
-        kind = THINKING if self.in_think else leak.kind
-        self._show(kind, "".join([LEAK, *leak.pieces, closing]))
 
     # Tool calls
 
@@ -2951,8 +2949,7 @@ class Translator:
 
     def _give_rest(self):
         """Give what was held back until now."""
-        self._flush(THINKING)
-        self._flush(TEXT)
+        self._flush()
         # Where calls came as they should, the leaked ones are the same once more.
         leaked = [] if self.calls else self.leaked
         for name, arguments in leaked:
