@@ -1227,25 +1227,24 @@ class SSEDecoder:
 
     def __init__(self, limit=16 << 20):
         self.limit = limit
-        # The pieces of an event that has not come whole.
-        self.held = []
-        self.held_bytes = 0
+        # The beginning of an event. One bytes object that grows would take quadratic
+        # time.
+        self.held = bytearray()
         # A CR at the end, as an LF may follow.
         self.held_cr = b""
 
     def feed(self, data):
-        data = self._normalize(data)
-        end = self._blank_line(data)
-        if end < 0:
-            self._hold(data)
-            return []
-        complete = b"".join(self.held) + data[:end]
-        self.held = []
-        self.held_bytes = 0
-        self._hold(data[end:])
-        blocks = complete.decode("utf-8", "replace").split("\n\n")
-        if len(complete) > self.limit and max(map(len, blocks)) > self.limit:
-            raise self._too_large()
+        if self.held_cr or b"\r" in data:
+            data = self._normalize(data)
+        self.held += data
+        # The last blank line may have begun in what came before.
+        end = self.held.rfind(b"\n\n", -1 - len(data))
+        blocks = []
+        if end >= 0:
+            blocks = self.held[:end].decode("utf-8", "replace").split("\n\n")
+            del self.held[:end + 2]
+        if end > self.limit or len(self.held) > self.limit:
+            self._check_size([self.held, *blocks])
         events = []
         for block in blocks:
             # Nearly all blocks are one line of data.
@@ -1260,35 +1259,10 @@ class SSEDecoder:
 
     def _normalize(self, data):
         """`data` with LF as the only line end. A last CR waits for what follows."""
-        if not self.held_cr and b"\r" not in data:
-            return data
         data = self.held_cr + data
         self.held_cr = b"\r" if data.endswith(b"\r") else b""
         data = data[:len(data) - len(self.held_cr)]
         return data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-
-    def _blank_line(self, data):
-        """Where the last blank line in `data` ends; it may begin in what is held. -1 if
-        there is none."""
-        end = data.rfind(b"\n\n")
-        if end >= 0:
-            return end + 2
-        if data.startswith(b"\n") and self.held and self.held[-1].endswith(b"\n"):
-            return 1
-        return -1
-
-    def _hold(self, data):
-        """Keep the beginning of an event, in the pieces it came in: one bytes object
-        that grows takes quadratic time and fragments the memory."""
-        if not data:
-            return
-        self.held_bytes += len(data)
-        if self.held_bytes > self.limit:
-            raise self._too_large()
-        # Of tiny pieces there would be too many.
-        if self.held and len(self.held[-1]) < 4096:
-            data = self.held.pop() + data
-        self.held.append(data)
 
     @staticmethod
     def _parse_block(block):
@@ -1304,8 +1278,10 @@ class SSEDecoder:
         data = [line[line.startswith(" "):] for line in data]
         return ["\n".join(data), *bare]
 
-    def _too_large(self):
-        return UpstreamError(f"Z.ai sent an event of more than {self.limit} bytes.", GIVE_UP)
+    def _check_size(self, blocks):
+        if max(map(len, blocks)) > self.limit:
+            raise UpstreamError(
+                f"Z.ai sent an event of more than {self.limit} bytes.", GIVE_UP)
 
 
 def encode_event(value):
