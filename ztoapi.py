@@ -542,19 +542,18 @@ def parse_zai_error(value):
     not there, {"status", "error": "Not Found", "path"}. What gateways wrap around these
     counts less than what is inside.
     """
-    shells = []
-    while value and len(shells) < 5:
-        if isinstance(value, list):
+    code = message = ""
+    for _ in range(5):
+        if value and isinstance(value, list):
             value = value[0]
         if isinstance(value, str):
             value = {"message": value}
         shell = as_dict(value)
-        shells.insert(0, shell)
+        code = parse_code(shell.get("code")) or parse_code(shell.get("status")) or code
+        for text in (shell.get("msg"), shell.get("message")):
+            if isinstance(text, str):
+                message = text[:2000] or message
         value = shell.get("error") or shell.get("errors") or shell.get("detail")
-    codes = [parse_code(shell.get(name)) for shell in shells for name in ("code", "status")]
-    texts = [shell.get(name) for shell in shells for name in ("message", "msg")]
-    code = next(filter(None, codes), "")
-    message = next((text for text in texts if text and isinstance(text, str)), "")[:2000]
     found = CODE_IN_TEXT.search(message)
     if found and code not in ZAI_ERRORS:
         code = found[1] or found[2]
@@ -673,9 +672,8 @@ def duration(seconds):
 def error_row(code, message, status):
     """The ErrorRow of an error: by its code, else by its status; then by its words."""
     by_status = HTTP_ERRORS if code or message else BARE_HTTP_ERRORS
-    row = ZAI_ERRORS.get(code) or by_status.get(status)
-    if row is None:
-        row = BROKEN if status >= 500 else WRONG_PATH
+    unknown = BROKEN if status >= 500 else WRONG_PATH
+    row = ZAI_ERRORS.get(code) or by_status.get(status, unknown)
     for vague, words, precise in ZAI_WORDS:
         if row is vague and words.search(f"{code} {message}"):
             return precise
