@@ -2609,13 +2609,10 @@ class Translator:
             value, end = None, 0
         if end != len(event):
             self._torn(event, end)
-            return
-        if self._pass_on(value):
-            return
-        if isinstance(value, dict):
-            self._event(value)
-        else:
+        elif not isinstance(value, dict):
             self.repaired += 1
+        elif not self._pass_on(value):
+            self._event(value)
 
     def _pass_on(self, value):
         """Whether the event was a piece of text and nothing else, as nine of ten are.
@@ -2688,17 +2685,16 @@ class Translator:
         # Errors come in a response of status 200 as well.
         if choices is None and SPOKEN & value.keys():
             raise self.describe(value)
-        choice = choices[0] if isinstance(choices, list) and choices else None
-        usage = to_openai_usage(value.get("usage"))
-        if not isinstance(choice, dict):
-            self.repaired += choices is None and "usage" not in value
-            choice = {}
+        if choices is None and "usage" not in value:
+            self.repaired += 1
+        has_choice = isinstance(choices, list) and choices
+        choice = as_dict(choices[0]) if has_choice else {}
         delta = as_dict(choice.get("delta") or choice.get("message"))
         for place in (value, choice, delta):
             if place.get("error"):
                 raise self.describe(place)
         self._delta(delta)
-        self.usage = usage or self.usage
+        self.usage = to_openai_usage(value.get("usage")) or self.usage
         reason = choice.get("finish_reason")
         if reason:
             finish = FINISHES.get(str(reason))
@@ -2801,8 +2797,7 @@ class Translator:
         it."""
         text = ""
         for text_filter in self.filters:
-            text = text_filter.feed(text) if text else ""
-            text += text_filter.close()
+            text = text_filter.feed(text) + text_filter.close()
         self._give(TEXT, text)
 
     def _end_leak(self):
@@ -2937,7 +2932,7 @@ class Translator:
         """A finish alone makes no answer: Z.ai at its limits was seen to send one with
         nothing before it, and calls may have come without a name."""
         nameless = [call for call in self.calls if call.index is None]
-        is_lost = any(call.waiting.strip("{} \n") for call in nameless)
+        is_lost = any(NO_ARGUMENTS.sub("", call.waiting) for call in nameless)
         if is_lost or nameless and self.finish == "stop" and not self.told:
             raise UpstreamError(NAMELESS)
         if self.finish in WHOLE and any(call.is_broken for call in self.given):
@@ -3197,11 +3192,8 @@ class Fold:
                 self.finish = step.text
                 self.usage = step.usage
             else:
-                self._add(step)
-
-    def _add(self, step):
-        self._find_item(step).pieces.append(step.text)
-        self.tally.add(step)
+                self._find_item(step).pieces.append(step.text)
+                self.tally.add(step)
 
     def _find_item(self, step):
         if step.kind == ARGUMENTS:
