@@ -954,6 +954,11 @@ def decode_or_none(text, decode=_lenient_decoder.decode):
         return None
 
 
+def decode_first(text):
+    """The value of the JSON that a text begins with; None if it begins with none."""
+    return decode_or_none(text, lambda text: scan_json(text, 0)[0])
+
+
 class JsonProgress:
     """Follows an object or an array that comes in pieces: feed(text) -> what of the
     text belongs to it. `ended`: it is whole."""
@@ -2251,8 +2256,8 @@ class FenceStripper:
     """
 
     # Between a fence and its JSON there is at most the name of the language.
-    LONGEST_OPENING = 100
     OPENING = re.compile(r"```[^{\[]{0,96}(?=[{\[])")
+    MAY_OPEN = re.compile(r"(?:`{0,2}|```[^{\[]{0,96})\Z")
 
     def __init__(self):
         self.held = ""
@@ -2267,12 +2272,11 @@ class FenceStripper:
 
     def _opening(self, text):
         text = (self.held + text).lstrip()
-        opening = self.OPENING.match(text)
-        may_open = text.startswith("```") or "```".startswith(text)
-        if may_open and not opening and len(text) < self.LONGEST_OPENING:
+        if self.MAY_OPEN.match(text):
             self.held = text
             return ""
         self.held = ""
+        opening = self.OPENING.match(text)
         self.fenced = opening is not None
         return text[opening.end():] if opening else text
 
@@ -2609,10 +2613,12 @@ class Translator:
             value, end = None, 0
         if end != len(event):
             self._torn(event, end)
-        elif not isinstance(value, dict):
-            self.repaired += 1
-        elif not self._pass_on(value):
+        elif self._pass_on(value):
+            return
+        elif isinstance(value, dict):
             self._event(value)
+        else:
+            self.repaired += 1
 
     def _pass_on(self, value):
         """Whether the event was a piece of text and nothing else, as nine of ten are.
@@ -2672,11 +2678,8 @@ class Translator:
             at = event.rfind(mark, 0, at)
             if at < 0:
                 break
-            try:
-                value, _ = scan_json(event, at + len(mark))
-            except NO_JSON:
-                continue
-            if "choices" in as_dict(value) or "error" in as_dict(value):
+            value = as_dict(decode_first(event[at + len(mark):]))
+            if "choices" in value or "error" in value:
                 return value
         return None
 
@@ -2931,9 +2934,9 @@ class Translator:
     def _check_whole(self):
         """A finish alone makes no answer: Z.ai at its limits was seen to send one with
         nothing before it, and calls may have come without a name."""
-        nameless = [call for call in self.calls if call.index is None]
-        is_lost = any(NO_ARGUMENTS.sub("", call.waiting) for call in nameless)
-        if is_lost or nameless and self.finish == "stop" and not self.told:
+        untold = [call for call in self.calls if call.index is None]
+        is_lost = any(NO_ARGUMENTS.sub("", call.waiting) for call in untold)
+        if is_lost or untold and self.finish == "stop" and not self.told:
             raise UpstreamError(NAMELESS)
         if self.finish in WHOLE and any(call.is_broken for call in self.given):
             raise UpstreamError(BROKEN_CALL)
@@ -3121,7 +3124,7 @@ class Answer:
             return [], None
         # Gateways write something before it, such as "data: ", and behind it.
         text = self.refusal.decode("utf-8", "replace")
-        value = decode_or_none(text[text.find("{"):], lambda json: scan_json(json, 0)[0])
+        value = decode_first(text[text.find("{"):])
         if self.reply.status == 200 and value is None:
             raise not_the_api()
         # JSON under the name of a page, which tells what was wrong.
