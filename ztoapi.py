@@ -501,17 +501,14 @@ LIMIT_WORDS = re.compile(r"""
     | (?<!连接)(?<!连接被)重置 | 余额不足 | 欠费
     """, re.IGNORECASE | re.VERBOSE)
 BUSY_WORDS = re.compile(r"overload|heavy load|访问量过大|负载|繁忙", re.IGNORECASE)
-# What a row becomes, as the third column says, if code and message hold these words.
+# What one of these rows becomes, as the third column says, if code and message hold
+# these words.
 ZAI_WORDS = (
-    (INVALID, LONG_WORDS, TOO_LONG),
-    (BROKEN, LONG_WORDS, TOO_LONG),
-    (INVALID, MODEL_WORDS, NO_MODEL),
-    (WRONG_PATH, MODEL_WORDS, NO_MODEL),
-    (BROKEN, PATH_WORDS, WRONG_PATH),
-    (RATE, LIMIT_WORDS, QUOTA),
-    (BROKEN, LIMIT_WORDS, QUOTA),
-    (BROKEN, BUSY_WORDS, OVERLOADED),
-    (RATE, BUSY_WORDS, OVERLOADED),
+    ((INVALID, BROKEN), LONG_WORDS, TOO_LONG),
+    ((INVALID, WRONG_PATH), MODEL_WORDS, NO_MODEL),
+    ((BROKEN,), PATH_WORDS, WRONG_PATH),
+    ((RATE, BROKEN), LIMIT_WORDS, QUOTA),
+    ((RATE, BROKEN), BUSY_WORDS, OVERLOADED),
 )
 
 
@@ -675,7 +672,7 @@ def error_row(code, message, status):
     unknown = BROKEN if status >= 500 else WRONG_PATH
     row = ZAI_ERRORS.get(code) or by_status.get(status, unknown)
     for vague, words, precise in ZAI_WORDS:
-        if row is vague and words.search(f"{code} {message}"):
+        if row in vague and words.search(f"{code} {message}"):
             return precise
     return row
 
