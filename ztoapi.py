@@ -1121,7 +1121,10 @@ class Dechunker:
         self.at = 0
         while not self.done:
             if self.left:
-                self._piece()
+                piece = self.data[self.at:self.at + self.left]
+                self.body.append(piece)
+                self.at += len(piece)
+                self.left -= len(piece)
             line = None if self.left else self._line()
             if line is None:
                 break
@@ -1160,12 +1163,6 @@ class Dechunker:
         if line and not TRAILER_LINE.fullmatch(line):
             raise ValueError("broken trailer")
         self.done = not line
-
-    def _piece(self):
-        piece = self.data[self.at:self.at + self.left]
-        self.body.append(piece)
-        self.at += len(piece)
-        self.left -= len(piece)
 
     def _line(self):
         """The next line without its end; None if it has not come whole."""
@@ -1244,7 +1241,10 @@ class SSEDecoder:
             blocks = self.held[:end].decode("utf-8", "replace").split("\n\n")
             del self.held[:end + 2]
         if end > self.limit or len(self.held) > self.limit:
-            self._check_size([self.held, *blocks])
+            longest = max(map(len, [self.held, *blocks]))
+            if longest > self.limit:
+                raise UpstreamError(
+                    f"Z.ai sent an event of more than {self.limit} bytes.", GIVE_UP)
         events = []
         for block in blocks:
             # Nearly all blocks are one line of data.
@@ -1277,11 +1277,6 @@ class SSEDecoder:
         # One blank behind the colon belongs to the format.
         data = [line[line.startswith(" "):] for line in data]
         return ["\n".join(data), *bare]
-
-    def _check_size(self, blocks):
-        if max(map(len, blocks)) > self.limit:
-            raise UpstreamError(
-                f"Z.ai sent an event of more than {self.limit} bytes.", GIVE_UP)
 
 
 def encode_event(value):
@@ -2340,8 +2335,12 @@ MARKUP_IN_KEY = re.compile(
 
 # The end of a piece, where it may go on as such markup.
 MARKUP_START = re.compile(r'(?:<[/a-z_]{0,10}(?:>["\s\\n]{0,20})?){1,4}\Z')
-# What stands for no arguments. It may come before the real ones.
 NO_ARGUMENTS = re.compile(r"\A\s*(?:(?:\{\}|null)\s*)*(?=\{|\Z)")
+
+
+def real_arguments(text):
+    """Arguments without what stands for none, which may come before the real ones."""
+    return NO_ARGUMENTS.sub("", text)
 
 
 def sum_up(text, before):
@@ -2449,14 +2448,13 @@ class ToolCall:
     def feed(self, piece):
         text = self.waiting + piece
         if not self.begun:
-            real = NO_ARGUMENTS.sub("", text)
-            if not real:
-                self.waiting = "{}" if text.strip() else ""
+            self.waiting = "{}" if text.strip() else ""
+            text = real_arguments(text)
+            if not text:
                 return ""
-            text = real
         text = MARKUP_IN_KEY.sub("", text)
         start = MARKUP_START.search(text)
-        self.waiting = start.group() if start else ""
+        self.waiting = start[0] if start else ""
         return self._follow(text[:len(text) - len(self.waiting)])
 
     def close(self, is_cut):
@@ -2819,7 +2817,7 @@ class Translator:
         """One item of delta.tool_calls: a whole call, or a piece of one. `seen`: the
         calls that earlier items of this event belong to."""
         self.begun = True
-        name, arguments = self._mend(as_dict(item.get("function")))
+        name, arguments = self._read_function(as_dict(item.get("function")))
         call = self._find_call(item, name, seen)
         seen.add(call)
         call.name = call.name or name
@@ -2829,7 +2827,7 @@ class Translator:
         elif not self.one_call or not self.given:
             self._begin_call(call, arguments)
 
-    def _mend(self, function):
+    def _read_function(self, function):
         """(name, arguments) as texts. Names were seen with markup in them, and with all
         the arguments behind."""
         name = function.get("name")
@@ -2840,7 +2838,7 @@ class Translator:
         if "<" not in name:
             return name[:LONGEST_NAME], arguments
         self.repaired += 1
-        is_blank = not NO_ARGUMENTS.sub("", arguments)
+        is_blank = not real_arguments(arguments)
         if "<arg_key>" in name and (is_blank or "<arg_value>" in name):
             leaked = parse_leaked_call(name, self.tools)
             if leaked is None or not is_blank:
@@ -2932,7 +2930,7 @@ class Translator:
         """A finish alone makes no answer: Z.ai at its limits was seen to send one with
         nothing before it, and calls may have come without a name."""
         untold = [call for call in self.calls if call.index is None]
-        is_lost = any(NO_ARGUMENTS.sub("", call.waiting) for call in untold)
+        is_lost = any(real_arguments(call.waiting) for call in untold)
         if is_lost or untold and self.finish == "stop" and not self.told:
             raise UpstreamError(NAMELESS)
         if self.finish in WHOLE and any(call.is_broken for call in self.given):
