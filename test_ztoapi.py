@@ -3033,7 +3033,7 @@ def new_answer(**options):
     """An Answer whose calls without an id get "call_new1", "call_new2" and so on."""
     numbers = itertools.count(1)
     translator = ztoapi.Translator(make_id=lambda: f"call_new{next(numbers)}", describe=describe, **options)
-    return ztoapi.Answer(translator, describe)
+    return ztoapi.Answer(translator)
 
 
 def feed_answer(this, pieces):
@@ -3854,8 +3854,8 @@ def test_a_head_without_end_is_refused():
 
 def test_retry_after_reaches_who_describes_an_error():
     seen = []
-    translator = ztoapi.Translator()
-    this = ztoapi.Answer(translator, lambda *facts: seen.append(facts) or UpstreamError("no"))
+    translator = ztoapi.Translator(describe=lambda *facts: seen.append(facts) or UpstreamError("no"))
+    this = ztoapi.Answer(translator)
     this.feed(answer(429, b"null", "Retry-After: 7")[0])
     assert seen == [(None, 429, "7")]
 
@@ -6750,7 +6750,7 @@ def test_nothing_is_read_from_zai_while_its_client_is_behind():
     outbox.put("text")
     received = []
     connection = types.SimpleNamespace(receive=received.append)
-    answer_to_come = ztoapi.Answer(ztoapi.Translator(), zai_error)
+    answer_to_come = ztoapi.Answer(ztoapi.Translator())
     relay = ztoapi.Relay(connection, answer_to_come, ztoapi.Client(FullSocket(), outbox), None)
     assert not relay.step(1, bytearray(10))
     assert received == []

@@ -1220,7 +1220,7 @@ class SSEDecoder:
     MOST_BARE = 1000
     # How it begins. The others are frames that were torn in their first letters and
     # have a new one inside.
-    BARE = ("{", "ddata: ", "dadata: ", "datdata: ", "datadata: ")
+    BARE_STARTS = ("{", "ddata: ", "dadata: ", "datdata: ", "datadata: ")
 
     def __init__(self, limit=16 << 20):
         self.limit = limit
@@ -1270,7 +1270,7 @@ class SSEDecoder:
         and each bare JSON line."""
         lines = block.lstrip("\ufeff").split("\n")
         data = [line[5:] for line in lines if line.startswith("data:") or line == "data"]
-        bare = [line for line in lines if line.startswith(SSEDecoder.BARE)]
+        bare = [line for line in lines if line.startswith(SSEDecoder.BARE_STARTS)]
         bare = bare[:SSEDecoder.MOST_BARE]
         if not data:
             return bare
@@ -2498,7 +2498,7 @@ class ToolCall:
 
 
 # The fields of an error that is not under "error".
-SPOKEN = {"code", "msg", "message", "detail", "errors"}
+ERROR_FIELDS = {"code", "msg", "message", "detail", "errors"}
 EMPTY = "Z.ai sent an empty answer."
 UNFINISHED = "Z.ai's answer ended before it was finished."
 TORN = "Z.ai sent an event that cannot be read."
@@ -2537,8 +2537,9 @@ class Translator:
     An event is the text of one SSE event, or a whole JSON answer; with `end`, no more
     will come. `failure` is the UpstreamError that ended the answer, or None. An answer
     fails if Z.ai sends an error, or what cannot be told in steps, or ends without a
-    finish. What came before the failure is told all the same. describe(value) makes
-    the error of an error event; make_id() names calls that have no id.
+    finish. What came before the failure is told all the same. describe(value, status,
+    retry_after) makes the error of an error event, which has a `value` alone, or of a
+    body, whose value is None if it cannot be read; make_id() names calls without an id.
     """
 
     # The tools sent, name -> parameter schema, to read calls that leak into the text.
@@ -2681,7 +2682,7 @@ class Translator:
     def _event(self, value):
         choices = value.get("choices")
         # Errors come in a response of status 200 as well.
-        if choices is None and SPOKEN & value.keys():
+        if choices is None and ERROR_FIELDS & value.keys():
             raise self.describe(value)
         if choices is None and "usage" not in value:
             self.repaired += 1
@@ -3021,17 +3022,16 @@ class Answer:
     the connection has ended.
 
     `complete`: the last step has been given, or a failure. `begun`: tokens have come,
-    so that another attempt would be paid twice. describe(value, status, retry_after)
-    makes the error of an error body; `value` is None where it could not be read.
+    so that another attempt would be paid twice.
     """
 
     LONGEST_ERROR_BYTES = 1 << 20
 
-    def __init__(self, translator, describe):
+    def __init__(self, translator):
         self.translator = translator
-        self.describe = describe
         self.reply = Reply()
-        self.read_body = None  # one of the _read methods, once the body has begun
+        # One of _read_events, _read_json and _read_refusal, once the body has begun.
+        self.read_body = None
         self.decoder = SSEDecoder()
         self.refusal = bytearray()
         self.complete = False
@@ -3063,8 +3063,9 @@ class Answer:
         if self.reply.status is None:
             self.complete = cut is not None
             return [], cut
+        ended = self.reply.complete or cut is not None
         try:
-            steps, failure = self._read(body, self.reply.complete or cut is not None)
+            steps, failure = self.translator.feed(self._read(body, ended), ended)
         except UpstreamError as error:
             steps, failure = [], error
         # A cut explains a missing end better; behind the finish it does no harm.
@@ -3080,10 +3081,11 @@ class Answer:
         return steps, failure
 
     def _read(self, body, ended):
+        """The events in a piece of the body."""
         if self.read_body is None:
             body = body.lstrip()
             if not body and not ended:
-                return [], None
+                return []
             self.read_body = self._find_reader(body)
         return self.read_body(self, body, ended)
 
@@ -3106,7 +3108,7 @@ class Answer:
         events = self.decoder.feed(body)
         if ended:
             events += self.decoder.close()
-        return self.translator.feed(events, ended)
+        return events
 
     def _read_json(self, body, ended):
         """One JSON body where a stream was asked for. On one line it is an event."""
@@ -3114,9 +3116,10 @@ class Answer:
         return self._read_events(line, ended)
 
     def _read_refusal(self, body, ended):
+        """No events, but an error at the end."""
         self.refusal += body[:self.LONGEST_ERROR_BYTES - len(self.refusal)]
         if not ended:
-            return [], None
+            return []
         # Gateways write something before it, such as "data: ", and behind it.
         text = self.refusal.decode("utf-8", "replace")
         value = decode_first(text[text.find("{"):])
@@ -3125,7 +3128,7 @@ class Answer:
         # JSON under the name of a page, which tells what was wrong.
         status = 404 if self.reply.status == 200 else self.reply.status
         retry_after = self.reply.fields.get("retry-after", "")
-        return [], self.describe(value, status, retry_after)
+        raise self.translator.describe(value, status, retry_after)
 
 
 @dataclasses.dataclass
@@ -5517,10 +5520,9 @@ class Upstream:
                 retry_after=seconds_to_wait(retry_after, now))
 
         def make_answer():
-            translator = Translator(
+            return Answer(Translator(
                 asked.tools, asked.one_call, asked.unfence, asked.stop,
-                restartable=not streamed, describe=describe)
-            return Answer(translator, describe)
+                restartable=not streamed, describe=describe))
 
         return Job(data, model, make_answer)
 
