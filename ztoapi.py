@@ -655,7 +655,8 @@ def seconds_named(message):
     if not found:
         return None
     parts = re.findall(PART, found.group(), re.IGNORECASE | re.VERBOSE)
-    return bounded(sum(float(number) * UNITS_S[unit[0].lower()] for number, unit in parts))
+    seconds = [float(number) * UNITS_S[unit[0].lower()] for number, unit in parts]
+    return bounded(sum(seconds))
 
 
 def duration(seconds):
@@ -701,22 +702,20 @@ def zai_error(
     code, message = parse_zai_error(value)
     row = error_row(code, message, status)
     words = "Z.ai: " + (message or f"HTTP status {status} without a reason")
-    wait_s = None if now is None else seconds_until_reset(message, now)
-    if wait_s is None:
-        # "Now" says nothing about a limit.
-        wait_s = retry_after or None
-    else:
-        words += f" (in {duration(wait_s)})"
+    reset_s = None if now is None else seconds_until_reset(message, now)
+    if reset_s:
+        words += f" (in {duration(reset_s)})"
     words += f" (code {code})." if code else "."
-    if row is QUOTA and wait_s is not None and wait_s <= patience_s:
+    # "Now" says nothing about a limit.
+    pause_s = reset_s or retry_after or 0.0
+    if row is QUOTA and 0 < pause_s <= patience_s:
         row = SHORT_LIMIT
-    pause_s = wait_s or 0.0
     hopeless = row.verdict in (GIVE_UP, *NEXT_KEY) and row is not SHORT_LIMIT
     return UpstreamError(
         f"{words} {error_advice(row, model, max_tokens)}".rstrip(), row.verdict,
         status=row.status, type=row.type, code=row.code,
         zai_code=code, pause_s=pause_s,
-        retry_after=row.retry_after if wait_s is None else wait_s,
+        retry_after=pause_s or row.retry_after,
         retryable=False if hopeless or pause_s > patience_s else None)
 
 
