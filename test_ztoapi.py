@@ -4358,6 +4358,14 @@ ATTACKS = {
     "<arg_key> without end in arguments": ({}, [call("get_time", KEYS), TOOLS_END]),
     "markup in keys without end": ({}, [call("get_time", '{"a</arg_key>":' * 50000), TOOLS_END]),
     "half tags in arguments": ({}, [call("get_time", "</arg_key" * 50000), TOOLS_END]),
+    "< in arguments": ({}, [call("get_time", '{"a":"' + "<" * 200000 + '"}'), TOOLS_END]),
+    "< in arguments, one by one":
+        ({}, [call("get_time", '{"a":"')] + [calls_in(item(None, "<", index=0))] * 10000 + [TOOLS_END]),
+    "{} for arguments": ({}, [call("get_time", "{} " * 200000 + "x"), TOOLS_END]),
+    "{} for arguments, one by one":
+        ({}, [call("get_time", "{}")] + [calls_in(item(None, "{}", index=0))] * 10000 + [TOOLS_END]),
+    "blanks for arguments": ({}, [call("get_time", " " * 500000 + "x"), TOOLS_END]),
+    "markup and blanks in arguments": ({}, [call("get_time", ("</arg_key>" + " " * 20) * 20000), TOOLS_END]),
     "a name of a megabyte": ({}, [call("x" * (1 << 20), "{}"), TOOLS_END]),
     "ids of a megabyte": ({}, [call("f", "{}", "x" * (1 << 20) + str(i)) for i in range(20)] + [TOOLS_END]),
     "leaks without end": ({}, [say("<tool_call>" * 50000), ENDED]),

@@ -2334,6 +2334,7 @@ MARKUP_IN_KEY = re.compile(
 
 # The end of a piece, where it may go on as such markup.
 MARKUP_START = re.compile(r'(?:<[/a-z_]{0,10}(?:>["\s\\n]{0,20})?){1,4}\Z')
+LONGEST_START = 128
 NO_ARGUMENTS = re.compile(r"\A\s*(?:(?:\{\}|null)\s*)*(?=\{|\Z)")
 
 
@@ -2446,14 +2447,17 @@ class ToolCall:
 
     def feed(self, piece):
         text = self.waiting + piece
+        self.waiting = ""
         if not self.begun:
-            self.waiting = "{}" if text.strip() else ""
-            text = real_arguments(text)
-            if not text:
+            real = real_arguments(text)
+            if not real:
+                self.waiting = "{}" if text.strip() else ""
                 return ""
-        text = MARKUP_IN_KEY.sub("", text)
-        start = MARKUP_START.search(text)
-        self.waiting = start[0] if start else ""
+            text = real
+        if "<" in text:
+            text = MARKUP_IN_KEY.sub("", text)
+            start = MARKUP_START.search(text, len(text) - LONGEST_START)
+            self.waiting = start[0] if start else ""
         return self._follow(text[:len(text) - len(self.waiting)])
 
     def close(self, is_cut):
@@ -2477,10 +2481,6 @@ class ToolCall:
         return told
 
     @property
-    def is_whole(self):
-        return self.progress.ended or self.waiting == "{}"
-
-    @property
     def is_broken(self):
         """Whether the arguments were cut, or came with others behind them."""
         return self.progress.depth > 0 or self.second_sum not in (0, self.first_sum)
@@ -2493,7 +2493,8 @@ class ToolCall:
         if zai_id:
             return self.zai_id == zai_id and (is_here or self.zai_index is None)
         # A name again is the same call as long as its arguments are not whole.
-        return is_here and (not name or zai_index is not None and not self.is_whole)
+        is_whole = self.progress.ended or self.waiting == "{}"
+        return is_here and (not name or zai_index is not None and not is_whole)
 
 
 # The fields of an error that is not under "error".
@@ -2874,7 +2875,7 @@ class Translator:
             if len(call.waiting) > LONGEST_EARLY:
                 raise UpstreamError(NAMELESS)
             return
-        # Now the arguments of earlier calls can come no more.
+        # For an earlier call, other arguments than "{}" can come no more.
         for earlier in self.given:
             if earlier.waiting == "{}":
                 self._go_on(earlier, earlier.close(is_cut=False))
