@@ -2330,11 +2330,10 @@ VALUE_START = re.compile("(?:<arg_value>)+")
 # A line end in it is escaped.
 MARKUP_IN_KEY = re.compile(
     r'\s{0,8}(?:</?(?:arg_key|arg_value|tool_call)>(?:\s|\\n){0,8}){1,8}(?="\s*:)')
-
-
 # The end of a piece, where it may go on as such markup.
 MARKUP_START = re.compile(r'(?:<[/a-z_]{0,10}(?:>["\s\\n]{0,20})?){1,4}\Z')
 LONGEST_START = 128
+# Empty arguments, before the end or before real ones.
 NO_ARGUMENTS = re.compile(r"\A\s*(?:(?:\{\}|null)\s*)*(?=\{|\Z)")
 
 
@@ -2345,7 +2344,8 @@ def real_arguments(text):
 
 def sum_up(text, before):
     """A checksum of a text that comes in pieces, without its blanks."""
-    return binascii.crc32("".join(text.split()).encode("utf-8", "replace"), before)
+    solid = "".join(text.split())
+    return binascii.crc32(solid.encode("utf-8", "replace"), before)
 
 
 def typed_value(text, schema, key):
@@ -2647,6 +2647,7 @@ class Translator:
                 self._end()
             return
         self.repaired += 1
+        # Behind a whole frame it is not known what belongs to which.
         value = None if end else self._inner_frame(event)
         if value is None:
             # What it said is lost. Behind the finish that is the usage at most.
@@ -2730,10 +2731,9 @@ class Translator:
 
     def _is_passing(self, kind):
         """Whether the next text of this kind may be given as it is."""
-        if kind not in self.opened or self.in_think or self.leak:
-            return False
         # The other splitter has just been flushed.
-        return not self.splitters[kind].held and not (kind == TEXT and self.filters)
+        is_held = self.leak or self.splitters[kind].held or kind == TEXT and self.filters
+        return kind in self.opened and not self.in_think and not is_held
 
     # Text and thinking
 
