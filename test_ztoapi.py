@@ -1910,14 +1910,9 @@ PROGRESS = [
 def test_the_end_of_a_json_value_is_found_however_it_arrives(text, end):
     for pieces in pieces_of(text):
         progress = ztoapi.JsonProgress()
-        found = -1
-        passed = 0
-        for piece in pieces:
-            found = progress.feed(piece)
-            if found >= 0:
-                break
-            passed += len(piece)
-        assert (found + passed if found >= 0 else -1) == end, pieces[:3]
+        belongs = "".join(map(progress.feed, pieces))
+        assert progress.ended is (end >= 0), pieces[:3]
+        assert belongs == (text[:end] if progress.ended else text), pieces[:3]
 
 
 # The fields of a request's head. To add a case, add a row: the lines, the fields or the
@@ -3086,7 +3081,7 @@ def new_answer(**options):
     """An Answer whose calls without an id get "call_new1", "call_new2" and so on."""
     numbers = itertools.count(1)
     translator = ztoapi.Translator(make_id=lambda: f"call_new{next(numbers)}", describe=describe, **options)
-    return ztoapi.Answer(translator, describe)
+    return ztoapi.Answer(translator)
 
 
 def feed_answer(this, pieces):
@@ -3454,6 +3449,11 @@ GOOD_ANSWERS = [
     *((f"arguments {first!r}, then real ones",
        calls_in(item("get_weather", first, id="c", index=0)) + calls_in(item(None, '{"city":', index=0))
        + calls_in(item(None, '"Paris"}', index=0)) + TOOLS_END, asks(RAIN)) for first in ("{}", "null", " ")),
+    ("arguments '{}' and real ones in one", calls_in(item("get_weather", "{} " + PARIS, id="c", index=0)) + TOOLS_END,
+     asks(RAIN)),
+    *((f"arguments '{{}}', then {behind!r}",
+       calls_in(item("get_time", "{}", id="c", index=0)) + calls_in(item(None, behind, index=0)) + TOOLS_END,
+       asks(TIME)) for behind in ("}", "</tool_call>", "{}")),
     *((f"behind the arguments {behind!r}", calls_in(item("get_weather", PARIS + behind, id="c", index=0)) + TOOLS_END,
        asks(RAIN)) for behind in (PARIS, "\n" + PARIS, "}", "\n</tool_call>")),
     *((f"arguments twice, {where}",
@@ -3902,8 +3902,8 @@ def test_a_head_without_end_is_refused():
 
 def test_retry_after_reaches_who_describes_an_error():
     seen = []
-    translator = ztoapi.Translator()
-    this = ztoapi.Answer(translator, lambda *facts: seen.append(facts) or UpstreamError("no"))
+    translator = ztoapi.Translator(describe=lambda *facts: seen.append(facts) or UpstreamError("no"))
+    this = ztoapi.Answer(translator)
     this.feed(answer(429, b"null", "Retry-After: 7")[0])
     assert seen == [(None, 429, "7")]
 
@@ -4406,6 +4406,14 @@ ATTACKS = {
     "<arg_key> without end in arguments": ({}, [call("get_time", KEYS), TOOLS_END]),
     "markup in keys without end": ({}, [call("get_time", '{"a</arg_key>":' * 50000), TOOLS_END]),
     "half tags in arguments": ({}, [call("get_time", "</arg_key" * 50000), TOOLS_END]),
+    "< in arguments": ({}, [call("get_time", '{"a":"' + "<" * 200000 + '"}'), TOOLS_END]),
+    "< in arguments, one by one":
+        ({}, [call("get_time", '{"a":"')] + [calls_in(item(None, "<", index=0))] * 10000 + [TOOLS_END]),
+    "{} for arguments": ({}, [call("get_time", "{} " * 200000 + "x"), TOOLS_END]),
+    "{} for arguments, one by one":
+        ({}, [call("get_time", "{}")] + [calls_in(item(None, "{}", index=0))] * 10000 + [TOOLS_END]),
+    "blanks for arguments": ({}, [call("get_time", " " * 500000 + "x"), TOOLS_END]),
+    "markup and blanks in arguments": ({}, [call("get_time", ("</arg_key>" + " " * 20) * 20000), TOOLS_END]),
     "a name of a megabyte": ({}, [call("x" * (1 << 20), "{}"), TOOLS_END]),
     "ids of a megabyte": ({}, [call("f", "{}", "x" * (1 << 20) + str(i)) for i in range(20)] + [TOOLS_END]),
     "leaks without end": ({}, [say("<tool_call>" * 50000), ENDED]),
@@ -6845,7 +6853,7 @@ def test_nothing_is_read_from_zai_while_its_client_is_behind():
     outbox.put("text")
     received = []
     connection = types.SimpleNamespace(receive=received.append)
-    answer_to_come = ztoapi.Answer(ztoapi.Translator(), zai_error)
+    answer_to_come = ztoapi.Answer(ztoapi.Translator())
     relay = ztoapi.Relay(connection, answer_to_come, ztoapi.Client(FullSocket(), outbox), None)
     assert not relay.step(1, bytearray(10))
     assert received == []

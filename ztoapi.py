@@ -56,6 +56,7 @@ pump, upstream, metrics, handler, server), then the demo, the check and the page
 from __future__ import annotations
 
 import base64
+import binascii
 import bisect
 import collections
 import contextlib
@@ -500,17 +501,14 @@ LIMIT_WORDS = re.compile(r"""
     | (?<!连接)(?<!连接被)重置 | 余额不足 | 欠费
     """, re.IGNORECASE | re.VERBOSE)
 BUSY_WORDS = re.compile(r"overload|heavy load|访问量过大|负载|繁忙", re.IGNORECASE)
-# What a row becomes, as the third column says, if code and message hold these words.
+# What one of these rows becomes, as the third column says, if code and message hold
+# these words.
 ZAI_WORDS = (
-    (INVALID, LONG_WORDS, TOO_LONG),
-    (BROKEN, LONG_WORDS, TOO_LONG),
-    (INVALID, MODEL_WORDS, NO_MODEL),
-    (WRONG_PATH, MODEL_WORDS, NO_MODEL),
-    (BROKEN, PATH_WORDS, WRONG_PATH),
-    (RATE, LIMIT_WORDS, QUOTA),
-    (BROKEN, LIMIT_WORDS, QUOTA),
-    (BROKEN, BUSY_WORDS, OVERLOADED),
-    (RATE, BUSY_WORDS, OVERLOADED),
+    ((INVALID, BROKEN), LONG_WORDS, TOO_LONG),
+    ((INVALID, WRONG_PATH), MODEL_WORDS, NO_MODEL),
+    ((BROKEN,), PATH_WORDS, WRONG_PATH),
+    ((RATE, BROKEN), LIMIT_WORDS, QUOTA),
+    ((RATE, BROKEN), BUSY_WORDS, OVERLOADED),
 )
 
 
@@ -541,19 +539,18 @@ def parse_zai_error(value):
     not there, {"status", "error": "Not Found", "path"}. What gateways wrap around these
     counts less than what is inside.
     """
-    shells = []
-    while value and len(shells) < 5:
-        if isinstance(value, list):
+    code = message = ""
+    for _ in range(5):
+        if value and isinstance(value, list):
             value = value[0]
         if isinstance(value, str):
             value = {"message": value}
         shell = as_dict(value)
-        shells.insert(0, shell)
+        code = parse_code(shell.get("code")) or parse_code(shell.get("status")) or code
+        for text in (shell.get("msg"), shell.get("message")):
+            if isinstance(text, str):
+                message = text[:2000] or message
         value = shell.get("error") or shell.get("errors") or shell.get("detail")
-    codes = [parse_code(shell.get(name)) for shell in shells for name in ("code", "status")]
-    texts = [shell.get(name) for shell in shells for name in ("message", "msg")]
-    code = next(filter(None, codes), "")
-    message = next((text for text in texts if text and isinstance(text, str)), "")[:2000]
     found = CODE_IN_TEXT.search(message)
     if found and code not in ZAI_ERRORS:
         code = found[1] or found[2]
@@ -658,7 +655,8 @@ def seconds_named(message):
     if not found:
         return None
     parts = re.findall(PART, found.group(), re.IGNORECASE | re.VERBOSE)
-    return bounded(sum(float(number) * UNITS_S[unit[0].lower()] for number, unit in parts))
+    seconds = [float(number) * UNITS_S[unit[0].lower()] for number, unit in parts]
+    return bounded(sum(seconds))
 
 
 def duration(seconds):
@@ -672,11 +670,10 @@ def duration(seconds):
 def error_row(code, message, status):
     """The ErrorRow of an error: by its code, else by its status; then by its words."""
     by_status = HTTP_ERRORS if code or message else BARE_HTTP_ERRORS
-    row = ZAI_ERRORS.get(code) or by_status.get(status)
-    if row is None:
-        row = BROKEN if status >= 500 else WRONG_PATH
+    unknown = BROKEN if status >= 500 else WRONG_PATH
+    row = ZAI_ERRORS.get(code) or by_status.get(status, unknown)
     for vague, words, precise in ZAI_WORDS:
-        if row is vague and words.search(f"{code} {message}"):
+        if row in vague and words.search(f"{code} {message}"):
             return precise
     return row
 
@@ -705,22 +702,20 @@ def zai_error(
     code, message = parse_zai_error(value)
     row = error_row(code, message, status)
     words = "Z.ai: " + (message or f"HTTP status {status} without a reason")
-    wait_s = None if now is None else seconds_until_reset(message, now)
-    if wait_s is None:
-        # "Now" says nothing about a limit.
-        wait_s = retry_after or None
-    else:
-        words += f" (in {duration(wait_s)})"
+    reset_s = None if now is None else seconds_until_reset(message, now)
+    if reset_s:
+        words += f" (in {duration(reset_s)})"
     words += f" (code {code})." if code else "."
-    if row is QUOTA and wait_s is not None and wait_s <= patience_s:
+    # "Now" says nothing about a limit.
+    pause_s = reset_s or retry_after or 0.0
+    if row is QUOTA and 0 < pause_s <= patience_s:
         row = SHORT_LIMIT
-    pause_s = wait_s or 0.0
     hopeless = row.verdict in (GIVE_UP, *NEXT_KEY) and row is not SHORT_LIMIT
     return UpstreamError(
         f"{words} {error_advice(row, model, max_tokens)}".rstrip(), row.verdict,
         status=row.status, type=row.type, code=row.code,
         zai_code=code, pause_s=pause_s,
-        retry_after=row.retry_after if wait_s is None else wait_s,
+        retry_after=pause_s or row.retry_after,
         retryable=False if hopeless or pause_s > patience_s else None)
 
 
@@ -955,8 +950,14 @@ def decode_or_none(text, decode=_lenient_decoder.decode):
         return None
 
 
+def decode_first(text):
+    """The value of the JSON that a text begins with; None if it begins with none."""
+    return decode_or_none(text, lambda text: scan_json(text, 0)[0])
+
+
 class JsonProgress:
-    """Follows an object or an array that comes in pieces, to tell where it ends."""
+    """Follows an object or an array that comes in pieces: feed(text) -> what of the
+    text belongs to it. `ended`: it is whole."""
 
     # A backslash and what it escapes count as one mark.
     MARK = re.compile(r'\\.?|["{}\[\]]', re.DOTALL)
@@ -965,9 +966,11 @@ class JsonProgress:
         self.depth = 0
         self.in_string = False
         self.skip = 0  # 1 if the last character so far escapes the next
+        self.ended = False
 
     def feed(self, text):
-        """How many characters of `text` belong to the value; -1 while it goes on."""
+        if self.ended:
+            return ""
         start = self.skip
         self.skip = max(0, start - len(text))
         for found in self.MARK.finditer(text, start):
@@ -982,9 +985,10 @@ class JsonProgress:
                 self.depth += 1
             else:
                 self.depth -= 1
-                if self.depth <= 0:
-                    return found.end()
-        return -1
+                self.ended = self.depth <= 0
+                if self.ended:
+                    return text[:found.end()]
+        return text
 
 
 def new_id(prefix, rand=random.getrandbits):
@@ -1116,7 +1120,10 @@ class Dechunker:
         self.at = 0
         while not self.done:
             if self.left:
-                self._piece()
+                piece = self.data[self.at:self.at + self.left]
+                self.body.append(piece)
+                self.at += len(piece)
+                self.left -= len(piece)
             line = None if self.left else self._line()
             if line is None:
                 break
@@ -1155,12 +1162,6 @@ class Dechunker:
         if line and not TRAILER_LINE.fullmatch(line):
             raise ValueError("broken trailer")
         self.done = not line
-
-    def _piece(self):
-        piece = self.data[self.at:self.at + self.left]
-        self.body.append(piece)
-        self.at += len(piece)
-        self.left -= len(piece)
 
     def _line(self):
         """The next line without its end; None if it has not come whole."""
@@ -1218,29 +1219,31 @@ class SSEDecoder:
     MOST_BARE = 1000
     # How it begins. The others are frames that were torn in their first letters and
     # have a new one inside.
-    BARE = ("{", "ddata: ", "dadata: ", "datdata: ", "datadata: ")
+    BARE_STARTS = ("{", "ddata: ", "dadata: ", "datdata: ", "datadata: ")
 
     def __init__(self, limit=16 << 20):
         self.limit = limit
-        # The pieces of an event that has not come whole.
-        self.held = []
-        self.held_bytes = 0
+        # The beginning of an event. One bytes object that grows would take quadratic
+        # time.
+        self.held = bytearray()
         # A CR at the end, as an LF may follow.
         self.held_cr = b""
 
     def feed(self, data):
-        data = self._normalize(data)
-        end = self._blank_line(data)
-        if end < 0:
-            self._hold(data)
-            return []
-        complete = b"".join(self.held) + data[:end]
-        self.held = []
-        self.held_bytes = 0
-        self._hold(data[end:])
-        blocks = complete.decode("utf-8", "replace").split("\n\n")
-        if len(complete) > self.limit and max(map(len, blocks)) > self.limit:
-            raise self._too_large()
+        if self.held_cr or b"\r" in data:
+            data = self._normalize(data)
+        self.held += data
+        # The last blank line may have begun in what came before.
+        end = self.held.rfind(b"\n\n", -1 - len(data))
+        blocks = []
+        if end >= 0:
+            blocks = self.held[:end].decode("utf-8", "replace").split("\n\n")
+            del self.held[:end + 2]
+        if end > self.limit or len(self.held) > self.limit:
+            longest = max(map(len, [self.held, *blocks]))
+            if longest > self.limit:
+                raise UpstreamError(
+                    f"Z.ai sent an event of more than {self.limit} bytes.", GIVE_UP)
         events = []
         for block in blocks:
             # Nearly all blocks are one line of data.
@@ -1255,35 +1258,10 @@ class SSEDecoder:
 
     def _normalize(self, data):
         """`data` with LF as the only line end. A last CR waits for what follows."""
-        if not self.held_cr and b"\r" not in data:
-            return data
         data = self.held_cr + data
         self.held_cr = b"\r" if data.endswith(b"\r") else b""
         data = data[:len(data) - len(self.held_cr)]
         return data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-
-    def _blank_line(self, data):
-        """Where the last blank line in `data` ends; it may begin in what is held. -1 if
-        there is none."""
-        end = data.rfind(b"\n\n")
-        if end >= 0:
-            return end + 2
-        if data.startswith(b"\n") and self.held and self.held[-1].endswith(b"\n"):
-            return 1
-        return -1
-
-    def _hold(self, data):
-        """Keep the beginning of an event, in the pieces it came in: one bytes object
-        that grows takes quadratic time and fragments the memory."""
-        if not data:
-            return
-        self.held_bytes += len(data)
-        if self.held_bytes > self.limit:
-            raise self._too_large()
-        # Of tiny pieces there would be too many.
-        if self.held and len(self.held[-1]) < 4096:
-            data = self.held.pop() + data
-        self.held.append(data)
 
     @staticmethod
     def _parse_block(block):
@@ -1291,16 +1269,13 @@ class SSEDecoder:
         and each bare JSON line."""
         lines = block.lstrip("\ufeff").split("\n")
         data = [line[5:] for line in lines if line.startswith("data:") or line == "data"]
-        bare = [line for line in lines if line.startswith(SSEDecoder.BARE)]
+        bare = [line for line in lines if line.startswith(SSEDecoder.BARE_STARTS)]
         bare = bare[:SSEDecoder.MOST_BARE]
         if not data:
             return bare
         # One blank behind the colon belongs to the format.
         data = [line[line.startswith(" "):] for line in data]
         return ["\n".join(data), *bare]
-
-    def _too_large(self):
-        return UpstreamError(f"Z.ai sent an event of more than {self.limit} bytes.", GIVE_UP)
 
 
 def encode_event(value):
@@ -2275,35 +2250,27 @@ class FenceStripper:
     """
 
     # Between a fence and its JSON there is at most the name of the language.
-    LONGEST_OPENING = 100
     OPENING = re.compile(r"```[^{\[]{0,96}(?=[{\[])")
+    MAY_OPEN = re.compile(r"(?:`{0,2}|```[^{\[]{0,96})\Z")
 
     def __init__(self):
         self.held = ""
         self.fenced = None  # not known as long as the text may still open with a fence
-        self.ended = False
         self.progress = JsonProgress()
 
     def feed(self, text):
         if self.fenced is None:
             text = self._opening(text)
-        if not self.fenced:
-            return text
         # Behind the JSON there is only the rest of the fence.
-        if self.ended:
-            return ""
-        end = self.progress.feed(text)
-        self.ended = end >= 0
-        return text[:end] if self.ended else text
+        return self.progress.feed(text) if self.fenced else text
 
     def _opening(self, text):
         text = (self.held + text).lstrip()
-        opening = self.OPENING.match(text)
-        may_open = text.startswith("```") or "```".startswith(text)
-        if may_open and not opening and len(text) < self.LONGEST_OPENING:
+        if self.MAY_OPEN.match(text):
             self.held = text
             return ""
         self.held = ""
+        opening = self.OPENING.match(text)
         self.fenced = opening is not None
         return text[opening.end():] if opening else text
 
@@ -2360,24 +2327,28 @@ class StopCutter:
 # <tool_call>name<arg_key>k</arg_key><arg_value>v</arg_value>... </tool_call>, was seen
 # in texts, with tags of it missing or doubled, and in names.
 MARKUP_TAGS = ("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>")
-MARKUP = re.compile("|".join(MARKUP_TAGS))
+MARKUP = re.compile("|".join((LEAK, LEAK_END, *MARKUP_TAGS)))
 VALUE_START = re.compile("(?:<arg_value>)+")
 # A key is what stands before a colon. Anywhere else the same letters may be meant.
 # A line end in it is escaped.
 MARKUP_IN_KEY = re.compile(
     r'\s{0,8}(?:</?(?:arg_key|arg_value|tool_call)>(?:\s|\\n){0,8}){1,8}(?="\s*:)')
+# The end of a piece, where it may go on as such markup.
+MARKUP_START = re.compile(r'(?:<[/a-z_]{0,10}(?:>["\s\\n]{0,20})?){1,4}\Z')
+LONGEST_START = 128
+# Empty arguments, before the end or before real ones.
+NO_ARGUMENTS = re.compile(r"\A\s*(?:(?:\{\}|null)\s*)*(?=\{|\Z)")
 
 
-# A tag, and what may stand behind it before it is known whether it ends a key.
-LONGEST_MARKUP = 40
+def real_arguments(text):
+    """Arguments without what stands for none, which may come before the real ones."""
+    return NO_ARGUMENTS.sub("", text)
 
 
-def begins_markup(text):
-    """Whether `text` may go on as a tag at the end of a key."""
-    for tag in (*MARKUP_TAGS, LEAK, LEAK_END):
-        if tag.startswith(text) or text.startswith(tag) and not text[len(tag):].strip('" \\n'):
-            return True
-    return False
+def sum_up(text, before):
+    """A checksum of a text that comes in pieces, without its blanks."""
+    solid = "".join(text.split())
+    return binascii.crc32(solid.encode("utf-8", "replace"), before)
 
 
 def typed_value(text, schema, key):
@@ -2417,98 +2388,105 @@ def parse_leaked_call(text, tools):
     return name, encode_text(arguments)
 
 
-@dataclasses.dataclass(eq=False)
 class Leak:
-    """A <tool_call> in a text or in thinking. It is held back only while it can still
-    be a call of a tool that was sent: models write about the tag as well."""
+    """A <tool_call> in a text or in thinking: feed(piece) -> whether more of it may
+    come. It is held back only while it can still be a call of a tool that was sent, as
+    models write about the tag as well."""
 
     # Names have at most 64 characters; the rest is for blanks around them.
     LONGEST_NAME = 200
 
-    kind: str  # TEXT or THINKING
-    tools: dict
-    pieces: list = dataclasses.field(default_factory=list)
-    held: int = 0  # characters in the pieces
-    start: str = ""  # the first of them, where the name is
+    def __init__(self, kind, tools):
+        self.kind = kind
+        self.tools = tools
+        self.pieces = [LEAK]
+        self.held = 0  # characters in the pieces
+        self.start = ""  # the first of them, where the name is
 
-    def feed(self, text):
-        """Whether it can still be a call."""
-        self.pieces.append(text)
-        self.held += len(text)
-        self.start += text[:self.LONGEST_NAME - len(self.start)]
+    def feed(self, piece):
+        self.pieces.append(piece)
+        self.held += len(piece)
+        if piece == LEAK_END:
+            return False
+        self.start = (self.start + piece)[:self.LONGEST_NAME]
         # Blanks were seen around the name.
         name, tag, rest = "".join(self.start.split()).partition("<")
         if not tag:
-            may_go_on = self.held <= self.LONGEST_NAME
+            may_go_on = len(self.start) < self.LONGEST_NAME
             return may_go_on and any(tool.startswith(name) for tool in self.tools)
         if name not in self.tools or self.held > LONGEST_HELD:
             return False
         behind = tag + rest
         return any(markup.startswith(behind[:len(markup)]) for markup in MARKUP_TAGS)
 
+    def read(self, finish):
+        """(name, arguments) of the call, None if it is none."""
+        call = parse_leaked_call("".join(self.pieces), self.tools)
+        if not call or self.held > LONGEST_HELD:
+            return None
+        # Without its end it must have an argument, and not have been cut.
+        is_whole = self.pieces[-1] == LEAK_END or finish in WHOLE and call[1] != "{}"
+        return call if is_whole else None
 
-# Two calls may look the same, so they are told apart by identity.
-@dataclasses.dataclass(eq=False)
+
 class ToolCall:
-    """One tool call under way."""
+    """One tool call under way: feed(piece) -> what the client is told of the next piece
+    of its arguments; close(is_cut) -> the rest."""
 
-    id: str
-    zai_id: str  # "" if Z.ai gave none
-    zai_index: int | None
-    index: int | None = None  # ours, given when the client is told of the call
-    name: str = ""
-    # Arguments that came before the name.
-    early: str = ""
-    # No arguments have come, or what stands for none.
-    blank: bool = True
-    # The end of the arguments so far, if it may be markup in a key.
-    held: str = ""
-    # The arguments are a whole JSON object.
-    whole: bool = False
-    progress: JsonProgress = dataclasses.field(default_factory=JsonProgress)
-    # Another object came behind that one.
-    doubled: bool = False
-    # Hashes, without blanks, of the object and of what came behind it.
-    hashes: tuple = dataclasses.field(
-        default_factory=lambda: (hashlib.sha256(), hashlib.sha256()))
+    def __init__(self, id, zai_id, zai_index):
+        self.id = id
+        self.zai_id = zai_id  # "" if Z.ai gave none
+        self.zai_index = zai_index
+        self.index = None  # ours, given when the client is told of the call
+        self.name = ""
+        # What cannot be told yet: all that comes before the name, then "{}" until real
+        # arguments come, then the end of a piece that may be markup.
+        self.waiting = ""
+        self.begun = False  # real arguments have come
+        self.progress = JsonProgress()
+        # Checksums of the arguments, and of a second object behind them, 0 without one.
+        self.first_sum = 0
+        self.second_sum = 0
 
-    def mend(self, piece):
-        """Arguments without the markup that was seen in keys. What may become such
-        markup is held back."""
-        if "<" not in piece and not self.held:
-            return piece
-        text = MARKUP_IN_KEY.sub("", self.held + piece)
-        self.held = ""
-        at = text.rfind("<", -LONGEST_MARKUP)
-        if at >= 0 and begins_markup(text[at:]):
-            self.held = text[at:]
-            text = text[:at]
-        return text
+    def feed(self, piece):
+        text = self.waiting + piece
+        self.waiting = ""
+        if not self.begun:
+            real = real_arguments(text)
+            if not real:
+                self.waiting = "{}" if text.strip() else ""
+                return ""
+            text = real
+        if "<" in text:
+            text = MARKUP_IN_KEY.sub("", text)
+            start = MARKUP_START.search(text, len(text) - LONGEST_START)
+            self.waiting = start[0] if start else ""
+        return self._follow(text[:len(text) - len(self.waiting)])
 
-    def follow(self, piece):
-        """What of a piece of arguments the client is told: nothing behind the whole
-        object, as Z.ai was seen to write it twice. "{}" may come before the real
-        ones."""
-        if self.blank and piece.strip() in ("", "{}", "null"):
-            self.whole = self.whole or bool(piece.strip())
-            return ""
-        if self.blank:
-            self.blank = self.whole = False
-        end = 0 if self.whole else self.progress.feed(piece)
-        self.whole = end >= 0
-        if end < 0:
-            end = len(piece)
-        self.doubled = self.doubled or "{" in piece[end:]
-        for text, seen in zip((piece[:end], piece[end:]), self.hashes):
-            seen.update("".join(text.split()).encode("utf-8", "replace"))
-        return piece[:end]
+    def close(self, is_cut):
+        """The rest of the arguments. Clients parse them as JSON, which no text at all
+        is not; where the answer was cut they may be lost."""
+        rest = self.waiting
+        self.waiting = ""
+        if not self.begun and not is_cut:
+            rest = "{}"
+        return self._follow(rest)
+
+    def _follow(self, text):
+        """Nothing behind the whole object is told, as Z.ai was seen to write it
+        twice."""
+        self.begun = True
+        told = self.progress.feed(text)
+        self.first_sum = sum_up(told, self.first_sum)
+        behind = text[len(told):]
+        if self.second_sum or "{" in behind:
+            self.second_sum = sum_up(behind, self.second_sum)
+        return told
 
     @property
     def is_broken(self):
-        """Whether the arguments were cut, or what came behind them is not the same
-        again."""
-        first, second = (seen.digest() for seen in self.hashes)
-        return self.progress.depth > 0 or self.doubled and first != second
+        """Whether the arguments were cut, or came with others behind them."""
+        return self.progress.depth > 0 or self.second_sum not in (0, self.first_sum)
 
     def takes(self, zai_id, zai_index, name):
         """Whether an item with these belongs to this call, as far as Z.ai tells."""
@@ -2518,11 +2496,12 @@ class ToolCall:
         if zai_id:
             return self.zai_id == zai_id and (is_here or self.zai_index is None)
         # A name again is the same call as long as its arguments are not whole.
-        return is_here and (not name or zai_index is not None and not self.whole)
+        is_whole = self.progress.ended or self.waiting == "{}"
+        return is_here and (not name or zai_index is not None and not is_whole)
 
 
 # The fields of an error that is not under "error".
-SPOKEN = {"code", "msg", "message", "detail", "errors"}
+ERROR_FIELDS = {"code", "msg", "message", "detail", "errors"}
 EMPTY = "Z.ai sent an empty answer."
 UNFINISHED = "Z.ai's answer ended before it was finished."
 TORN = "Z.ai sent an event that cannot be read."
@@ -2561,8 +2540,9 @@ class Translator:
     An event is the text of one SSE event, or a whole JSON answer; with `end`, no more
     will come. `failure` is the UpstreamError that ended the answer, or None. An answer
     fails if Z.ai sends an error, or what cannot be told in steps, or ends without a
-    finish. What came before the failure is told all the same. describe(value) makes
-    the error of an error event; make_id() names calls that have no id.
+    finish. What came before the failure is told all the same. describe(value, status,
+    retry_after) makes the error of an error event, which has a `value` alone, or of a
+    body, whose value is None if it cannot be read; make_id() names calls without an id.
     """
 
     # The tools sent, name -> parameter schema, to read calls that leak into the text.
@@ -2591,7 +2571,7 @@ class Translator:
         # Text or a call has been given. Thinking alone can be taken back.
         self.told = False
         self.opened = set()  # TEXT and THINKING, once something of it has come
-        self.splitters = {TEXT: TagSplitter(), THINKING: TagSplitter()}
+        self.splitters = {THINKING: TagSplitter(), TEXT: TagSplitter()}
         self.filters = [FenceStripper()] if self.unfence else []
         if self.stop:
             self.filters.append(StopCutter(self.stop))
@@ -2602,7 +2582,8 @@ class Translator:
         # (name, arguments) of the leaked calls that were read.
         self.leaked = []
         self.calls = []
-        self.given_calls = 0
+        # Those of them that the client was told of.
+        self.given = []
         # The field whose text needs no search for tags: nothing is held back or open.
         self.passing_field = None
 
@@ -2631,10 +2612,9 @@ class Translator:
             value, end = None, 0
         if end != len(event):
             self._torn(event, end)
+        elif self._pass_on(value):
             return
-        if self._pass_on(value):
-            return
-        if isinstance(value, dict):
+        elif isinstance(value, dict):
             self._event(value)
         else:
             self.repaired += 1
@@ -2670,6 +2650,7 @@ class Translator:
                 self._end()
             return
         self.repaired += 1
+        # Behind a whole frame it is not known what belongs to which.
         value = None if end else self._inner_frame(event)
         if value is None:
             # What it said is lost. Behind the finish that is the usage at most.
@@ -2697,30 +2678,26 @@ class Translator:
             at = event.rfind(mark, 0, at)
             if at < 0:
                 break
-            try:
-                value, _ = scan_json(event, at + len(mark))
-            except NO_JSON:
-                continue
-            if "choices" in as_dict(value) or "error" in as_dict(value):
+            value = as_dict(decode_first(event[at + len(mark):]))
+            if "choices" in value or "error" in value:
                 return value
         return None
 
     def _event(self, value):
         choices = value.get("choices")
         # Errors come in a response of status 200 as well.
-        if choices is None and SPOKEN & value.keys():
+        if choices is None and ERROR_FIELDS & value.keys():
             raise self.describe(value)
-        choice = choices[0] if isinstance(choices, list) and choices else None
-        usage = to_openai_usage(value.get("usage"))
-        if not isinstance(choice, dict):
-            self.repaired += choices is None and "usage" not in value
-            choice = {}
+        if choices is None and "usage" not in value:
+            self.repaired += 1
+        has_choice = isinstance(choices, list) and choices
+        choice = as_dict(choices[0]) if has_choice else {}
         delta = as_dict(choice.get("delta") or choice.get("message"))
         for place in (value, choice, delta):
             if place.get("error"):
                 raise self.describe(place)
         self._delta(delta)
-        self.usage = usage or self.usage
+        self.usage = to_openai_usage(value.get("usage")) or self.usage
         reason = choice.get("finish_reason")
         if reason:
             finish = FINISHES.get(str(reason))
@@ -2743,13 +2720,12 @@ class Translator:
             text = delta.get(field)
             if text:
                 # What the other kind holds back came first.
-                self._flush(TEXT if kind == THINKING else THINKING)
+                self._flush(kind)
                 self._split_text(kind, self.splitters[kind].feed(text))
                 self.passing_field = field if self._is_passing(kind) else None
         items = delta.get("tool_calls")
         if items and not self.is_stopped():
-            self._flush(THINKING)
-            self._flush(TEXT)
+            self._flush()
             self._check_number(items)
             seen = set()
             for item in items:
@@ -2758,19 +2734,19 @@ class Translator:
 
     def _is_passing(self, kind):
         """Whether the next text of this kind may be given as it is."""
-        if kind not in self.opened or self.in_think or self.leak:
-            return False
         # The other splitter has just been flushed.
-        return not self.splitters[kind].held and not (kind == TEXT and self.filters)
+        is_held = self.leak or self.splitters[kind].held or kind == TEXT and self.filters
+        return kind in self.opened and not self.in_think and not is_held
 
     # Text and thinking
 
-    def _flush(self, kind):
-        """Give what is held back of one kind, once the answer goes on with the
-        other."""
-        self._split_text(kind, self.splitters[kind].close())
-        if self.leak and self.leak.kind == kind:
-            self._end_leak("")
+    def _flush(self, going_on=None):
+        """Give what is held back, but of the kind that the answer goes on with."""
+        for kind, splitter in self.splitters.items():
+            if kind != going_on:
+                self._split_text(kind, splitter.close())
+                if self.leak and self.leak.kind == kind:
+                    self._end_leak()
 
     def _split_text(self, kind, pieces):
         """Give texts and tags: boxes go, what stands in <think> is thinking, and a
@@ -2779,23 +2755,24 @@ class Translator:
             if self.is_stopped():
                 return
             if self.leak:
-                self._feed_leak(piece)
-            elif piece in BOXES:
+                if not self.leak.feed(piece):
+                    self._end_leak()
+            # The end of a leaked call may be doubled.
+            elif piece in BOXES or piece == LEAK_END and self.leaked:
                 continue
             # Later in a text somebody writes about the tag.
             elif piece == THINK and kind == TEXT and TEXT not in self.opened:
                 self.in_think = True
             elif piece == THINK_END and self.in_think:
                 self.in_think = False
-            elif piece == LEAK_END and self.leaked:
-                # It was doubled.
-                continue
             elif piece == LEAK and self.tools:
                 self.leak = Leak(kind, self.tools)
             else:
-                self._show(THINKING if self.in_think else kind, piece)
+                self._show(kind, piece)
 
     def _show(self, kind, text):
+        if self.in_think:
+            kind = THINKING
         if kind not in self.opened:
             # GLM 4.5 to 4.7 open with line ends.
             text = text.lstrip("\r\n")
@@ -2822,36 +2799,21 @@ class Translator:
         it."""
         text = ""
         for text_filter in self.filters:
-            text = text_filter.feed(text) if text else ""
-            text += text_filter.close()
+            text = text_filter.feed(text) + text_filter.close()
         self._give(TEXT, text)
 
-    def _feed_leak(self, piece):
-        if piece == LEAK_END:
-            self._end_leak(piece)
-        elif not self.leak.feed(piece):
-            self._show_leak("")
-
-    def _end_leak(self, closing):
-        """A leak has ended. It is kept as a call if it can be read whole. One that just
-        ends must at least have brought an argument, and not have been cut."""
-        call = parse_leaked_call("".join(self.leak.pieces), self.tools)
-        is_ended = closing or self.finish in WHOLE
-        if call is None or not is_ended or not closing and call[1] == "{}":
-            self._show_leak(closing)
-            return
+    def _end_leak(self):
+        """A leak has ended, as a call, or as a text after all."""
+        leak = self.leak
         self.leak = None
+        call = leak.read(self.finish)
+        if call is None:
+            self._show(leak.kind, "".join(leak.pieces))
+            return
         self.repaired += 1
         self.begun = True
         self.leaked.append(call)
         self._check_number(self.leaked)
-
-    def _show_leak(self, closing):
-        """Give a leak as the text that it was after all."""
-        leak = self.leak
-        self.leak = None
-        kind = THINKING if self.in_think else leak.kind
-        self._show(kind, "".join([LEAK, *leak.pieces, closing]))
 
     # Tool calls
 
@@ -2859,57 +2821,28 @@ class Translator:
         """One item of delta.tool_calls: a whole call, or a piece of one. `seen`: the
         calls that earlier items of this event belong to."""
         self.begun = True
-        name, arguments = self._mend(as_dict(item.get("function")))
+        name, arguments = self._read_function(as_dict(item.get("function")))
         call = self._find_call(item, name, seen)
         seen.add(call)
         call.name = call.name or name
-        arguments = call.mend(arguments)
         if call.index is not None:
-            self._go_on(call, arguments)
+            self._go_on(call, call.feed(arguments))
         # Further calls stay in the list, so that their pieces have a home.
-        elif not self.one_call or not self.given_calls:
-            call.early += arguments
-            self._begin_call(call)
+        elif not self.one_call or not self.given:
+            self._begin_call(call, arguments)
 
-    def _begin_call(self, call):
-        """Tell the client of a call as soon as it has a name."""
-        if len(call.early) > LONGEST_EARLY and not call.name:
-            raise UpstreamError(NAMELESS)
-        if call.name:
-            self._give_empty()
-            call.index = self.given_calls
-            self.given_calls += 1
-            self.told = True
-            text = call.follow(call.early)
-            self.steps.append(Step(CALL, text, call.index, call.id, call.name))
-
-    def _go_on(self, call, arguments):
-        text = call.follow(arguments)
-        if text:
-            self.steps.append(Step(ARGUMENTS, text, call.index))
-
-    def _give_empty(self, is_end=False):
-        """Tell of calls without arguments, once those can come no more. Clients parse
-        them as JSON, which no text at all is not."""
-        for call in self.calls:
-            if call.blank and call.index is not None and (call.whole or is_end):
-                call.blank = call.whole = False
-                self._go_on(call, "{}")
-
-    def _mend(self, function):
+    def _read_function(self, function):
         """(name, arguments) as texts. Names were seen with markup in them, and with all
         the arguments behind."""
         name = function.get("name")
         name = name.strip() if isinstance(name, str) else ""
-        arguments = function.get("arguments")
-        if arguments in (None, {}):
-            arguments = ""
+        arguments = function.get("arguments") or ""
         if not isinstance(arguments, str):
             arguments = encode_text(arguments)
         if "<" not in name:
             return name[:LONGEST_NAME], arguments
         self.repaired += 1
-        is_blank = arguments.strip() in ("", "{}")
+        is_blank = not real_arguments(arguments)
         if "<arg_key>" in name and (is_blank or "<arg_value>" in name):
             leaked = parse_leaked_call(name, self.tools)
             if leaked is None or not is_blank:
@@ -2928,16 +2861,36 @@ class Translator:
         zai_id = "" if item.get("id") is None else str(item["id"])[:200]
         # A bare piece of arguments may go on with a call of the same event.
         is_bare = not zai_id and not name
-        calls = [call for call in self.calls if is_bare or call not in seen]
-        known = [call for call in calls if call.takes(zai_id, index, name)]
-        if known:
-            return known[-1]
+        for call in reversed(self.calls):
+            if (is_bare or call not in seen) and call.takes(zai_id, index, name):
+                return call
         # Clients take two calls with one id for one.
         is_taken = any(call.id == zai_id for call in self.calls)
         id = self.make_id() if is_taken or not zai_id else zai_id
         self.calls.append(ToolCall(id, zai_id, index))
         self._check_number(self.calls)
         return self.calls[-1]
+
+    def _begin_call(self, call, arguments):
+        """Tell the client of a call as soon as it has a name."""
+        if not call.name:
+            call.waiting += arguments
+            if len(call.waiting) > LONGEST_EARLY:
+                raise UpstreamError(NAMELESS)
+            return
+        # For an earlier call, other arguments than "{}" can come no more.
+        for earlier in self.given:
+            if earlier.waiting == "{}":
+                self._go_on(earlier, earlier.close(is_cut=False))
+        call.index = len(self.given)
+        self.given.append(call)
+        self.told = True
+        text = call.feed(arguments)
+        self.steps.append(Step(CALL, text, call.index, call.id, call.name))
+
+    def _go_on(self, call, text):
+        if text:
+            self.steps.append(Step(ARGUMENTS, text, call.index))
 
     @staticmethod
     def _check_number(calls):
@@ -2961,36 +2914,32 @@ class Translator:
         reason = self.finish
         # Clients look at the finish to learn whether there are calls to make.
         if reason in WHOLE:
-            reason = "tool_calls" if self.given_calls else "stop"
+            reason = "tool_calls" if self.given else "stop"
         self.complete = True
         self.steps.append(Step(FINISH, reason, usage=self.usage))
 
     def _give_rest(self):
         """Give what was held back until now."""
-        self._flush(THINKING)
-        self._flush(TEXT)
+        self._flush()
         # Where calls came as they should, the leaked ones are the same once more.
         leaked = [] if self.calls else self.leaked
         for name, arguments in leaked:
             self._call({"function": {"name": name, "arguments": arguments}}, set())
         self._close_filters()
-        told = [call for call in self.calls if call.index is not None]
-        for call in told:
-            self._go_on(call, call.held)
-        self._check_whole(told)
-        # Where the answer was cut they may be lost.
-        self._give_empty(self.finish in WHOLE)
+        self._check_whole()
+        for call in self.given:
+            self._go_on(call, call.close(is_cut=self.finish not in WHOLE))
 
-    def _check_whole(self, told):
+    def _check_whole(self):
         """A finish alone makes no answer: Z.ai at its limits was seen to send one with
         nothing before it, and calls may have come without a name."""
-        nameless = [call for call in self.calls if call.index is None]
-        is_lost = any(call.early.strip("{} \n") for call in nameless)
-        if is_lost or nameless and self.finish == "stop" and not self.told:
+        untold = [call for call in self.calls if call.index is None]
+        is_lost = any(real_arguments(call.waiting) for call in untold)
+        if is_lost or untold and self.finish == "stop" and not self.told:
             raise UpstreamError(NAMELESS)
-        if self.finish in WHOLE and any(call.is_broken for call in told):
+        if self.finish in WHOLE and any(call.is_broken for call in self.given):
             raise UpstreamError(BROKEN_CALL)
-        if self.finish == "tool_calls" and not self.given_calls:
+        if self.finish == "tool_calls" and not self.given:
             raise UpstreamError("Z.ai announced a tool call and sent none.")
         has_tokens = self.usage and self.usage["completion_tokens"]
         if self.finish == "stop" and not self.begun and not has_tokens:
@@ -3076,17 +3025,16 @@ class Answer:
     the connection has ended.
 
     `complete`: the last step has been given, or a failure. `begun`: tokens have come,
-    so that another attempt would be paid twice. describe(value, status, retry_after)
-    makes the error of an error body; `value` is None where it could not be read.
+    so that another attempt would be paid twice.
     """
 
     LONGEST_ERROR_BYTES = 1 << 20
 
-    def __init__(self, translator, describe):
+    def __init__(self, translator):
         self.translator = translator
-        self.describe = describe
         self.reply = Reply()
-        self.read_body = None  # one of the _read methods, once the body has begun
+        # One of _read_events, _read_json and _read_refusal, once the body has begun.
+        self.read_body = None
         self.decoder = SSEDecoder()
         self.refusal = bytearray()
         self.complete = False
@@ -3118,8 +3066,9 @@ class Answer:
         if self.reply.status is None:
             self.complete = cut is not None
             return [], cut
+        ended = self.reply.complete or cut is not None
         try:
-            steps, failure = self._read(body, self.reply.complete or cut is not None)
+            steps, failure = self.translator.feed(self._read(body, ended), ended)
         except UpstreamError as error:
             steps, failure = [], error
         # A cut explains a missing end better; behind the finish it does no harm.
@@ -3135,10 +3084,11 @@ class Answer:
         return steps, failure
 
     def _read(self, body, ended):
+        """The events in a piece of the body."""
         if self.read_body is None:
             body = body.lstrip()
             if not body and not ended:
-                return [], None
+                return []
             self.read_body = self._find_reader(body)
         return self.read_body(self, body, ended)
 
@@ -3161,7 +3111,7 @@ class Answer:
         events = self.decoder.feed(body)
         if ended:
             events += self.decoder.close()
-        return self.translator.feed(events, ended)
+        return events
 
     def _read_json(self, body, ended):
         """One JSON body where a stream was asked for. On one line it is an event."""
@@ -3169,18 +3119,19 @@ class Answer:
         return self._read_events(line, ended)
 
     def _read_refusal(self, body, ended):
+        """No events, but an error at the end."""
         self.refusal += body[:self.LONGEST_ERROR_BYTES - len(self.refusal)]
         if not ended:
-            return [], None
+            return []
         # Gateways write something before it, such as "data: ", and behind it.
         text = self.refusal.decode("utf-8", "replace")
-        value = decode_or_none(text[text.find("{"):], lambda json: scan_json(json, 0)[0])
+        value = decode_first(text[text.find("{"):])
         if self.reply.status == 200 and value is None:
             raise not_the_api()
         # JSON under the name of a page, which tells what was wrong.
         status = 404 if self.reply.status == 200 else self.reply.status
         retry_after = self.reply.fields.get("retry-after", "")
-        return [], self.describe(value, status, retry_after)
+        raise self.translator.describe(value, status, retry_after)
 
 
 @dataclasses.dataclass
@@ -3245,11 +3196,8 @@ class Fold:
                 self.finish = step.text
                 self.usage = step.usage
             else:
-                self._add(step)
-
-    def _add(self, step):
-        self._find_item(step).pieces.append(step.text)
-        self.tally.add(step)
+                self._find_item(step).pieces.append(step.text)
+                self.tally.add(step)
 
     def _find_item(self, step):
         if step.kind == ARGUMENTS:
@@ -3895,9 +3843,8 @@ class OneCallAtATime:
             self.progress = JsonProgress()
         elif self.index is None:
             return [step]
-        if self.progress.feed(step.text) < 0:
-            return [step]
-        return [step, *self._release()]
+        self.progress.feed(step.text)
+        return [step, *self._release()] if self.progress.ended else [step]
 
     def _release(self):
         held = self.held
@@ -5535,10 +5482,9 @@ class Upstream:
                 retry_after=seconds_to_wait(retry_after, now))
 
         def make_answer():
-            translator = Translator(
+            return Answer(Translator(
                 asked.tools, asked.one_call, asked.unfence, asked.stop,
-                restartable=not streamed, describe=describe)
-            return Answer(translator, describe)
+                restartable=not streamed, describe=describe))
 
         return Job(data, model, make_answer)
 
