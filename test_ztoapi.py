@@ -7367,7 +7367,7 @@ def test_upstream_timeout_is_of_silence_and_never_of_the_whole():
     pieces = [HEAD, *[chunked(say("a"))] * 6]
     connection = types.SimpleNamespace(pending=bool)
     fold = ztoapi.Fold()
-    answer_to_come = ztoapi.Answer(ztoapi.Translator(), zai_error)
+    answer_to_come = ztoapi.Answer(ztoapi.Translator())
     relay = ztoapi.Relay(connection, answer_to_come, ztoapi.Client(None), fold.add)
     for i, piece in enumerate(pieces):
         connection.receive = lambda buffer: piece
