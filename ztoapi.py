@@ -1704,6 +1704,96 @@ def wants_thinking(thinking, request, default):
     return request.get("enable_thinking", default)
 
 
+class History:
+    """Puts Z.ai's messages together: add() each, then close() gives them all. Whatever
+    the order they come in, each call has one output, right behind it."""
+
+    def __init__(self, changed):
+        self.changed = changed
+        self.messages = []
+        # Images of tool results, and their place: behind the last of these results.
+        self.images = []
+        self.behind_outputs = 0
+        # The tool messages that wait for their text: all, by id; those of this turn;
+        # and of these the ones whose call came without an id of its own.
+        self.waiting = {}
+        self.turn = self.nameless = iter(())
+
+    def add(self, message):
+        """A message whose content is None has nothing left of it."""
+        role = message["role"]
+        # Parallel calls have several outputs, which must stand side by side.
+        if role == "assistant":
+            self.place_images()
+        if role == "tool":
+            message = self.output(message)
+        if message["content"] is not None:
+            self.messages.append(message)
+        calls = message.get("tool_calls", ())
+        if calls:
+            self.expect_outputs(calls)
+        if calls or role == "tool":
+            self.behind_outputs = len(self.messages)
+
+    def expect_outputs(self, calls):
+        """A tool message for each call, as Z.ai wants. They wait for their text.
+
+        A call without an id, or with that of another one, gets one by its place: what
+        is sent again must stay the same, or Z.ai's cache is lost.
+        """
+        turn = {}
+        nameless = []
+        for i, call in enumerate(calls):
+            waiting = {"role": "tool", "content": None}
+            if call["id"] is None or call["id"] in turn:
+                call["id"] = f"call_{len(self.messages)}_{i}"
+                nameless.append(waiting)
+                self.changed.append("tool_call_id")
+            waiting["tool_call_id"] = call["id"]
+            turn[call["id"]] = waiting
+        self.messages += turn.values()
+        self.waiting.update(turn)
+        self.turn = iter(turn.values())
+        self.nameless = iter(nameless)
+
+    def output(self, message):
+        """Give a tool's output to its call, however late it comes: what is then left is
+        nothing. Without a call it can only be told as a user's words."""
+        id = message["tool_call_id"]
+        found = self.waiting.pop(id, None)
+        if found is None or found["content"] is not None:
+            # Both are iterators: what was passed over is not gone through again.
+            rest = self.nameless if id else self.turn
+            found = next((other for other in rest if other["content"] is None), None)
+            self.changed.append("tool_call_id")
+        if found is None:
+            text = f"Output of the tool call {id}:\n{message['content']}"
+            return {"role": "user", "content": text}
+        if self.messages[-1]["role"] != "tool":
+            self.changed.append("message_order")
+        found["content"] = message["content"]
+        return {"role": "tool", "content": None}
+
+    def place_images(self):
+        """Z.ai takes images from users only."""
+        if self.images:
+            content = [text_part("From the tool results:"), *self.images]
+            self.messages.insert(self.behind_outputs, {"role": "user", "content": content})
+            self.images = []
+
+    def close(self):
+        for message in self.messages:
+            if message["content"] is None:
+                self.changed.append("empty_message")
+                message["content"] = FILLERS["tool"]
+        self.place_images()
+        # Z.ai refuses a request without a user.
+        if not any(message["role"] == "user" for message in self.messages):
+            self.messages.append({"role": "user", "content": FILLERS["user"]})
+            self.changed.append("user_message")
+        return self.messages
+
+
 class Translation:
     """One request on its way. Each method gives the fields of Z.ai's body it treats."""
 
@@ -1717,12 +1807,7 @@ class Translation:
         self.changed = changed
         # What Z.ai has no field for, as system lines.
         self.instructions = []
-        # Images of tool results, until the last of these results has come.
-        self.images = []
-        # The tool messages that wait for their text: all, by id; those of this turn;
-        # and of these the ones whose call came without an id of its own.
-        self.waiting = {}
-        self.turn = self.nameless = iter(())
+        self.history = History(changed)
         self.functions = {}
         self.stop = ()
 
@@ -1756,41 +1841,20 @@ class Translation:
     # Messages
 
     def messages(self):
-        """Z.ai's messages. It refuses a request without a user among them."""
         messages = self.request["messages"]
         roles = [as_dict(message).get("role") for message in messages]
         refusable = refusable_message(roles) if self.refuses_media else None
-        result = []
-        behind_tools = 0
-        for i, role in enumerate(roles):
+        for i, message in enumerate(messages):
             self.is_refusable = i == refusable
             # Behind the user's last message there may be one of the system.
             self.is_last = self.is_refusable or i == len(messages) - 1
             try:
-                message = self.message(messages[i], f"messages[{i}]")
+                message = self.message(message, f"messages[{i}]")
             except RequestError as error:
-                text = self.unreadable(messages[i], error)
+                text = self.unreadable(message, error)
                 message = {"role": "user", "content": text}
-            # Parallel calls have several results, which must stand side by side.
-            if message["role"] == "assistant":
-                self.place_images(result, behind_tools)
-            if message["role"] == "tool":
-                message = self.answer(message, result)
-            if message["content"] is not None:
-                result.append(message)
-            if "tool_calls" in message:
-                result += self.expect_answers(message, len(result))
-            if "tool_calls" in message or role == "tool":
-                behind_tools = len(result)
-        for message in result:
-            if message["content"] is None:
-                self.changed.append("empty_message")
-                message["content"] = FILLERS["tool"]
-        self.place_images(result, behind_tools)
-        if not any(message["role"] == "user" for message in result):
-            result.append({"role": "user", "content": FILLERS["user"]})
-            self.changed.append("user_message")
-        return result
+            self.history.add(message)
+        return self.history.close()
 
     def unreadable(self, value, error):
         """What cannot be read, as text. In the last message it is an error."""
@@ -1798,52 +1862,6 @@ class Translation:
             raise error
         self.changed.append("unreadable")
         return encode_request(value).decode()
-
-    def expect_answers(self, message, place):
-        """A tool message for each call, as Z.ai wants. They wait for their text.
-
-        A call without an id, or with that of another one, gets one by its place: what
-        is sent again must stay the same, or Z.ai's cache is lost.
-        """
-        turn = {}
-        nameless = []
-        for i, call in enumerate(message["tool_calls"]):
-            waiting = {"role": "tool", "content": None}
-            if call["id"] is None or call["id"] in turn:
-                call["id"] = f"call_{place}_{i}"
-                nameless.append(waiting)
-                self.changed.append("tool_call_id")
-            waiting["tool_call_id"] = call["id"]
-            turn[call["id"]] = waiting
-        self.waiting.update(turn)
-        self.turn = iter(turn.values())
-        self.nameless = iter(nameless)
-        return turn.values()
-
-    def answer(self, message, result):
-        """Give a tool's output to its call, however late it comes: what is then left is
-        nothing. Without a call it can only be told as a user's words."""
-        id = message["tool_call_id"]
-        found = self.waiting.pop(id, None)
-        if found is None or found["content"] is not None:
-            # Both are iterators: what was passed over is not gone through again.
-            rest = self.nameless if id else self.turn
-            found = next((other for other in rest if other["content"] is None), None)
-            self.changed.append("tool_call_id")
-        if found is None:
-            text = f"Output of the tool call {id}:\n{message['content']}"
-            return {"role": "user", "content": text}
-        if result[-1]["role"] != "tool":
-            self.changed.append("message_order")
-        found["content"] = message["content"]
-        return {"role": "tool", "content": None}
-
-    def place_images(self, result, place):
-        """Z.ai takes images from users only: those of tools follow the last result."""
-        if self.images:
-            content = [text_part("From the tool results:"), *self.images]
-            result.insert(place, {"role": "user", "content": content})
-            self.images = []
 
     def message(self, message, param):
         """One message; its content is None if nothing is left of it."""
@@ -1935,7 +1953,7 @@ class Translation:
             return text
         if role == "tool":
             self.changed += [MEDIA[part["type"]] for part in media]
-            self.images += media
+            self.history.images += media
             return text or "(an image)"
         if not text:
             # "cannot be empty": Z.ai wants a text beside an image.
