@@ -654,9 +654,10 @@ def seconds_named(message):
     found = IN_A_WHILE.search(message)
     if not found:
         return None
-    parts = re.findall(PART, found.group(), re.IGNORECASE | re.VERBOSE)
-    seconds = [float(number) * UNITS_S[unit[0].lower()] for number, unit in parts]
-    return bounded(sum(seconds))
+    wait_s = 0.0
+    for number, unit in re.findall(PART, found.group(), re.IGNORECASE | re.VERBOSE):
+        wait_s += float(number) * UNITS_S[unit[0].lower()]
+    return bounded(wait_s)
 
 
 def duration(seconds):
