@@ -747,12 +747,6 @@ def proxying(zai=None, **environ):
 
 
 @pytest.fixture
-def proxy(zai):
-    with proxying(zai) as proxy:
-        yield proxy
-
-
-@pytest.fixture
 def log_lines(caplog):
     """log_lines(): the messages of the log so far; with a level, only those of it."""
     caplog.set_level(logging.INFO, "ztoapi")
@@ -785,6 +779,12 @@ def strict_proxy(zai=None, **environ):
         yield proxy
         proxy.idle()
         assert eventually(lambda: footprint(proxy) <= before), footprint(proxy) - before
+
+
+@pytest.fixture
+def proxy(zai):
+    with strict_proxy(zai) as proxy:
+        yield proxy
 
 
 @pytest.fixture
@@ -6216,7 +6216,7 @@ BURSTS = {
 
 
 @pytest.mark.parametrize("how", BURSTS)
-def test_a_burst_of_10_against_a_limit_of_3_succeeds_and_teaches(zai, how):
+def test_a_burst_of_10_against_a_limit_of_3_succeeds_and_teaches(zai, proxy, how):
     running = threading.BoundedSemaphore(3)
     all_are_there = threading.Event()
 
@@ -6229,11 +6229,10 @@ def test_a_burst_of_10_against_a_limit_of_3_succeeds_and_teaches(zai, how):
             return BURSTS[how]
         return stream(say("a"), until_the_others_queue, lambda *_: running.release(), say("b"), FINISH, DONE)
     zai.default = limited
-    with strict_proxy(zai) as proxy:
-        results = together(*[lambda i=i: ask(proxy, i % 3) for i in range(10)])
-        assert results == [(200, "ab", None, True)] * 10
-        (_, _, ceiling, _), = proxy.gates()
-        assert ceiling in (1, 2, 3)
+    results = together(*[lambda i=i: ask(proxy, i % 3) for i in range(10)])
+    assert results == [(200, "ab", None, True)] * 10
+    (_, _, ceiling, _), = proxy.gates()
+    assert ceiling in (1, 2, 3)
 
 
 def test_max_concurrency_bounds_what_is_in_flight_at_zai(zai):
@@ -6284,14 +6283,13 @@ def test_queue_ms_tells_how_long_a_request_waited(zai, streamed):
             assert "x-ztoapi-queue-ms" not in read_stream(occupant)[1]
 
 
-def test_retries_are_in_the_log_and_in_the_metrics(zai, caplog):
+def test_retries_are_in_the_log_and_in_the_metrics(zai, caplog, proxy):
     caplog.set_level(logging.INFO, "ztoapi")
     zai.scripts.extend([refusal(500, "1234"), refusal(429, "1120")])
-    with strict_proxy(zai) as proxy:
-        assert ask(proxy, True) == WELL
-        proxy.idle()
-        assert "retries=2" in caplog.text
-        assert "ztoapi_retries_total 2" in proxy.call("GET", "/metrics")[2]
+    assert ask(proxy, True) == WELL
+    proxy.idle()
+    assert "retries=2" in caplog.text
+    assert "ztoapi_retries_total 2" in proxy.call("GET", "/metrics")[2]
 
 
 # Several keys
@@ -6463,13 +6461,13 @@ def test_no_key_is_seen_in_answers_or_logs(zai, caplog, case, streamed):
 
 # Pump #################################################################################
 
-def test_two_hundred_streams_at_once_are_relayed_whole(zai):
+def test_two_hundred_streams_at_once_are_relayed_whole(zai, proxy):
     def script(request):
         word = request["body"]["messages"][0]["content"]
         pieces = [step for i in range(10) for step in (say(f"{word}.{i} "), 0.02)]
         return stream(*pieces, FINISH, DONE)
     zai.default = script
-    with strict_proxy(zai) as proxy, contextlib.ExitStack() as closing:
+    with contextlib.ExitStack() as closing:
         socks = []
         for i in range(200):
             messages = [user(f"n{i}")]
@@ -6481,14 +6479,13 @@ def test_two_hundred_streams_at_once_are_relayed_whole(zai):
             assert events[-1] == "[DONE]"
 
 
-def test_a_bug_in_a_chore_does_not_end_the_pump(zai, brisk, caplog):
+def test_a_bug_in_a_chore_does_not_end_the_pump(brisk, caplog, proxy):
     def buggy(now):
         proxy.server.pump.chores.remove(buggy)
         raise ZeroDivisionError
-    with strict_proxy(zai) as proxy:
-        proxy.server.pump.chores.append(buggy)
-        assert eventually(lambda: "The pump failed" in caplog.text)
-        assert ask(proxy, True) == WELL
+    proxy.server.pump.chores.append(buggy)
+    assert eventually(lambda: "The pump failed" in caplog.text)
+    assert ask(proxy, True) == WELL
 
 
 # The client's leaving
@@ -6543,22 +6540,20 @@ PHASES = {
 
 @pytest.mark.parametrize("phase", PHASES)
 @both
-def test_the_clients_leaving_is_noticed(zai, brisk, caplog, phase, streamed):
+def test_the_clients_leaving_is_noticed(zai, brisk, caplog, proxy, phase, streamed):
     zai.default, is_reached, connected = PHASES[phase]
-    with strict_proxy(zai) as proxy:
-        with leaving(proxy, caplog, raw_chat(chat_body(stream=streamed))):
-            assert eventually(lambda: is_reached(proxy, zai))
-        assert eventually(lambda: zai.cut_by_client == connected)
-        assert len(zai.requests) == 1
+    with leaving(proxy, caplog, raw_chat(chat_body(stream=streamed))):
+        assert eventually(lambda: is_reached(proxy, zai))
+    assert eventually(lambda: zai.cut_by_client == connected)
+    assert len(zai.requests) == 1
 
 
 @pytest.mark.parametrize("how,streamed", (("reset", True), ("end of file", False)))
-def test_every_way_of_leaving_is_noticed(zai, caplog, how, streamed):
+def test_every_way_of_leaving_is_noticed(zai, caplog, proxy, how, streamed):
     zai.default = stream(say("Hel"), 30)
-    with strict_proxy(zai) as proxy:
-        with leaving(proxy, caplog, raw_chat(chat_body(stream=streamed)), how):
-            assert eventually(lambda: zai.in_flight == 1)
-        assert eventually(lambda: zai.cut_by_client == 1)
+    with leaving(proxy, caplog, raw_chat(chat_body(stream=streamed)), how):
+        assert eventually(lambda: zai.in_flight == 1)
+    assert eventually(lambda: zai.cut_by_client == 1)
 
 
 @both
@@ -6612,14 +6607,13 @@ def test_the_clients_leaving_in_a_handshake_is_noticed(brisk, caplog, monkeypatc
 
 @pytest.mark.skipif(
     not hasattr(select, "POLLRDHUP"), reason="bytes that were sent ahead hide the end")
-def test_the_leaving_of_a_client_that_had_sent_more_is_noticed(zai, brisk):
+def test_the_leaving_of_a_client_that_had_sent_more_is_noticed(zai, brisk, proxy):
     zai.default = stream(say("Hel"), 30)
-    with strict_proxy(zai) as proxy:
-        with proxy.connect() as sock:
-            sock.sendall(raw_chat(chat_body(stream=True)))
-            assert eventually(lambda: zai.in_flight == 1)
-            sock.sendall(raw_chat(chat_body(stream=True)))  # pipelined
-        assert eventually(lambda: zai.cut_by_client == 1)
+    with proxy.connect() as sock:
+        sock.sendall(raw_chat(chat_body(stream=True)))
+        assert eventually(lambda: zai.in_flight == 1)
+        sock.sendall(raw_chat(chat_body(stream=True)))  # pipelined
+    assert eventually(lambda: zai.cut_by_client == 1)
 
 
 # Heartbeats
@@ -6883,20 +6877,20 @@ class Torrent:
         return sent
 
 
-def test_a_slow_reader_slows_zai_down_and_costs_no_memory(zai):
+def test_a_slow_reader_slows_zai_down_and_costs_no_memory(zai, proxy):
     torrent = Torrent(600, 1 << 16)
     zai.default = torrent.script
-    with strict_proxy(zai) as proxy, proxy.open_stream() as sock:
+    with proxy.open_stream() as sock:
         before = rss()
         assert torrent.stand_still() < 500
         assert rss() - before < 16 << 20
         assert count_text(sock, b"Q") == (600 << 16, True)
 
 
-def test_a_client_that_is_behind_is_no_silence_of_zai(zai, brisk):
+def test_a_client_that_is_behind_is_no_silence_of_zai(zai, brisk, proxy):
     torrent = Torrent(300, 1 << 16)
     zai.default = torrent.script
-    with strict_proxy(zai) as proxy, proxy.open_stream() as sock:
+    with proxy.open_stream() as sock:
         torrent.stand_still()
         proxy.tune(upstream_timeout=0.1)
         time.sleep(0.4)
@@ -6904,9 +6898,9 @@ def test_a_client_that_is_behind_is_no_silence_of_zai(zai, brisk):
         assert count_text(sock, b"Q") == (300 << 16, True)
 
 
-def test_an_error_that_comes_while_the_client_is_behind_comes_last_and_whole(zai, brisk):
+def test_an_error_that_comes_while_the_client_is_behind_comes_last_and_whole(zai, brisk, proxy):
     zai.default = [HEAD, chunked(say("Q" * (4 << 20))) + chunked(sse(NETWORK)), CLOSE]
-    with strict_proxy(zai) as proxy, proxy.open_stream() as sock:
+    with proxy.open_stream() as sock:
         time.sleep(0.2)
         _, _, events, clean = read_stream(sock)
         assert len(said(events)) == 4 << 20
@@ -6914,21 +6908,20 @@ def test_an_error_that_comes_while_the_client_is_behind_comes_last_and_whole(zai
         assert not clean
 
 
-def test_a_slow_reader_does_not_hold_up_the_others(zai):
+def test_a_slow_reader_does_not_hold_up_the_others(zai, proxy):
     zai.scripts.append(Torrent(600, 1 << 16).script)
-    with strict_proxy(zai) as proxy, proxy.open_stream():
+    with proxy.open_stream():
         assert eventually(lambda: any(client.is_behind for client in list(proxy.server.pump.clients)))
         assert ask(proxy, True) == WELL
 
 
-def test_a_client_that_takes_no_write_within_client_timeout_is_dropped(zai, brisk):
+def test_a_client_that_takes_no_write_within_client_timeout_is_dropped(zai, brisk, proxy):
     zai.default = Torrent(1000, 1 << 16).script
-    with strict_proxy(zai) as proxy:
-        proxy.tune(client_timeout=0.2)
-        with proxy.open_stream():
-            assert eventually(lambda: zai.cut_by_client == 1)
-            proxy.idle()
-        assert figures(proxy) == (0, 0, 1)
+    proxy.tune(client_timeout=0.2)
+    with proxy.open_stream():
+        assert eventually(lambda: zai.cut_by_client == 1)
+        proxy.idle()
+    assert figures(proxy) == (0, 0, 1)
 
 
 def test_a_slow_reader_is_no_dropped_one(monkeypatch):
@@ -7004,7 +6997,7 @@ def test_a_request_leaves_nothing_for_the_garbage_collector(zai, brisk, case):
 
 
 @both
-def test_a_client_that_leaves_an_answer_leaves_nothing_either(zai, brisk, streamed):
+def test_a_client_that_leaves_an_answer_leaves_nothing_either(zai, brisk, proxy, streamed):
     zai.default = stream(say("Hel"), 30)
 
     def make_request():
@@ -7012,8 +7005,7 @@ def test_a_client_that_leaves_an_answer_leaves_nothing_either(zai, brisk, stream
             sock.sendall(raw_chat(chat_body(stream=streamed)))
             assert eventually(lambda: zai.in_flight == 1)
         proxy.idle()
-    with strict_proxy(zai) as proxy:
-        assert litter_of(make_request) == []
+    assert litter_of(make_request) == []
 
 
 def test_a_client_that_leaves_while_connecting_leaves_nothing_either(brisk):
@@ -7025,23 +7017,21 @@ def test_a_client_that_leaves_while_connecting_leaves_nothing_either(brisk):
         assert litter_of(make_request) == []
 
 
-def test_a_json_answer_of_more_than_64_mib_is_an_error(zai):
+def test_a_json_answer_of_more_than_64_mib_is_an_error(zai, proxy):
     one = chunked(say("\u4e2d" * ((1 << 20) // 3)))  # a mebibyte, whatever the count of characters
     zai.default = [HEAD, *[one] * 66, chunked(FINISH), END]
-    with strict_proxy(zai) as proxy:
-        assert ask(proxy, False)[0] == 502
-        assert len(zai.requests) == 1
+    assert ask(proxy, False)[0] == 502
+    assert len(zai.requests) == 1
 
 
 @pytest.mark.parametrize("script", (stream(*HEALTHY), refusal(400, "1210")), ids=("answer", "refusal"))
-def test_the_log_id_of_zai_is_in_the_answer_and_in_the_log(zai, caplog, script):
+def test_the_log_id_of_zai_is_in_the_answer_and_in_the_log(zai, caplog, proxy, script):
     caplog.set_level(logging.INFO, "ztoapi")
     zai.default = script
-    with strict_proxy(zai) as proxy:
-        for get in (proxy.stream, proxy.chat):
-            caplog.clear()
-            assert get()[1]["x-zai-log-id"] == LOG_ID
-            assert eventually(lambda: LOG_ID in caplog.text)
+    for get in (proxy.stream, proxy.chat):
+        caplog.clear()
+        assert get()[1]["x-zai-log-id"] == LOG_ID
+        assert eventually(lambda: LOG_ID in caplog.text)
 
 
 # Upstream #############################################################################
@@ -7122,18 +7112,17 @@ FIRST_DELTAS = {"text": say("Hel"), "thinking": think("Hel"), "call": call()}
 
 
 @pytest.mark.parametrize("first,fault", LATE_CASES)
-def test_nothing_is_tried_again_after_the_first_delta(zai, first, fault):
+def test_nothing_is_tried_again_after_the_first_delta(zai, proxy, first, fault):
     zai.default = [HEAD, chunked(FIRST_DELTAS[first]), *LATE[fault]]
-    with strict_proxy(zai) as proxy:
-        events = failed_stream(proxy)
-        shown = said(events) + said(events, "reasoning_content")
-        assert shown == ("" if first == "call" else "Hel")
-        assert any("tool_calls" in choice["delta"] for choice in choices_of(events)) == (first == "call")
-        status, _, error, _ = ask(proxy, False)
-        assert status == (429 if "1302" in fault else 502)
-        assert error["message"]
-        assert len(zai.requests) == 2
-        assert figures(proxy)[0] == 0
+    events = failed_stream(proxy)
+    shown = said(events) + said(events, "reasoning_content")
+    assert shown == ("" if first == "call" else "Hel")
+    assert any("tool_calls" in choice["delta"] for choice in choices_of(events)) == (first == "call")
+    status, _, error, _ = ask(proxy, False)
+    assert status == (429 if "1302" in fault else 502)
+    assert error["message"]
+    assert len(zai.requests) == 2
+    assert figures(proxy)[0] == 0
 
 
 @pytest.mark.parametrize("fault", ("reset", "clean end of the body without a finish", "network_error"))
@@ -7151,56 +7140,51 @@ def test_hidden_thinking_is_not_paid_for_twice(zai, fault, streamed):
 TORN = b'data: {"id":"2026data: {"id":"2027","created":1,"choices":[{"index":0,"delta":{"role":"assistant"}}]}\n\n'
 
 
-def test_thinking_that_was_void_is_not_paid_for_twice(zai):
+def test_thinking_that_was_void_is_not_paid_for_twice(zai, proxy):
     """Z.ai starts its answer afresh, which takes the thinking back, and then ends it."""
     zai.default = stream(think("Hm"), TORN, 0.02, CLOSE, end=False)
-    with strict_proxy(zai) as proxy:
-        failed_stream(proxy)
-        assert ask(proxy, False)[0] == 502
-        assert len(zai.requests) == 2
+    failed_stream(proxy)
+    assert ask(proxy, False)[0] == 502
+    assert len(zai.requests) == 2
 
 
 @both
-def test_starting_afresh_before_anything_came_is_no_beginning(zai, streamed):
+def test_starting_afresh_before_anything_came_is_no_beginning(zai, proxy, streamed):
     zai.scripts.append(stream(TORN, 0.02, CLOSE, end=False))
-    with strict_proxy(zai) as proxy:
-        assert ask(proxy, streamed) == WELL
-        assert [request["body"]["model"] for request in zai.requests] == ["glm-4.6", "glm-4.6"]
+    assert ask(proxy, streamed) == WELL
+    assert [request["body"]["model"] for request in zai.requests] == ["glm-4.6", "glm-4.6"]
 
 
 @pytest.mark.parametrize("fault", ("an error as an event", "reset", "network_error"))
-def test_who_loses_an_error_over_a_cut_gets_the_closing_chunk_behind_it(zai, fault):
+def test_who_loses_an_error_over_a_cut_gets_the_closing_chunk_behind_it(zai, proxy, fault):
     zai.default = [HEAD, chunked(say("Hel")), *LATE[fault]]
-    with strict_proxy(zai) as proxy:
-        for line, closed in (("Origin: https://app.example", True), ("User-Agent: ai/6.0 ai-sdk/openai/3.0", True),
-                             ("User-Agent: OpenAI/Python 3.57", False)):
-            _, _, events, clean = proxy.stream([line])
-            assert list(events[-1]) == ["error"]
-            assert finish_of(events) == []
-            assert clean == closed
+    for line, closed in (("Origin: https://app.example", True), ("User-Agent: ai/6.0 ai-sdk/openai/3.0", True),
+                         ("User-Agent: OpenAI/Python 3.57", False)):
+        _, _, events, clean = proxy.stream([line])
+        assert list(events[-1]) == ["error"]
+        assert finish_of(events) == []
+        assert clean == closed
 
 
 HOPELESS = ("1100 1110 1111 1112 1113 1121 1210 1211 1212 1213 1214 1215 1220 1221 1222 1231 1261 1300 1301 1304 1308"
             " 1309 1310 1311 1313 1314 1321 401 1000 1001 1002 1003 1004 1005 1315").split()
 
 
-def test_codes_that_cannot_heal_are_never_tried_again(zai):
-    with strict_proxy(zai) as proxy:
-        for code in HOPELESS:
-            for script in (refusal(429, code), stream(error_event(code))):
-                zai.scripts.append(script)
-                assert ask(proxy, True)[0] >= 400
-        assert len(zai.requests) == 2 * len(HOPELESS)
-        assert figures(proxy)[0] == 0
+def test_codes_that_cannot_heal_are_never_tried_again(zai, proxy):
+    for code in HOPELESS:
+        for script in (refusal(429, code), stream(error_event(code))):
+            zai.scripts.append(script)
+            assert ask(proxy, True)[0] >= 400
+    assert len(zai.requests) == 2 * len(HOPELESS)
+    assert figures(proxy)[0] == 0
 
 
-def test_a_wrong_path_is_never_tried_again_and_names_the_base_url(zai):
+def test_a_wrong_path_is_never_tried_again_and_names_the_base_url(zai, proxy):
     zai.default = answer(404, b"<html>404</html>")
-    with strict_proxy(zai) as proxy:
-        status, _, error, _ = ask(proxy, True)
-        assert status == 502
-        assert "ZAI_BASE_URL" in error["message"]
-        assert len(zai.requests) == 1
+    status, _, error, _ = ask(proxy, True)
+    assert status == 502
+    assert "ZAI_BASE_URL" in error["message"]
+    assert len(zai.requests) == 1
 
 
 @pytest.mark.parametrize("status", (301, 307))
@@ -7214,30 +7198,27 @@ def test_redirects_are_not_followed(zai, status):
 
 @pytest.mark.usefixtures("unhurried")
 @both
-def test_bytes_that_come_one_at_a_time_are_an_answer_like_any_other(zai, streamed):
+def test_bytes_that_come_one_at_a_time_are_an_answer_like_any_other(zai, proxy, streamed):
     whole = b"".join(stream(*HEALTHY))
     zai.default = [whole[i:i + 1] for i in range(len(whole))]
-    with strict_proxy(zai) as proxy:
-        for _ in range(2):
-            assert ask(proxy, streamed) == WELL
-            proxy.idle()
-        assert zai.connections == 1
+    for _ in range(2):
+        assert ask(proxy, streamed) == WELL
+        proxy.idle()
+    assert zai.connections == 1
 
 
 @both
-def test_a_body_without_a_length_ends_with_its_connection(zai, streamed):
+def test_a_body_without_a_length_ends_with_its_connection(zai, proxy, streamed):
     zai.default = [raw_head("Connection: close"), *HEALTHY, CLOSE]
-    with strict_proxy(zai) as proxy:
-        assert ask(proxy, streamed) == WELL
+    assert ask(proxy, streamed) == WELL
 
 
 @pytest.mark.parametrize("end", ([CLOSE], [0.02, RESET]), ids=("end", "reset"))
 @both
-def test_a_cut_behind_the_finish_is_no_failure(zai, end, streamed):
+def test_a_cut_behind_the_finish_is_no_failure(zai, proxy, end, streamed):
     zai.default = [HEAD, chunked(say("Hello")), chunked(event(finish="stop")), *end]
-    with strict_proxy(zai) as proxy:
-        assert ask(proxy, streamed) == WELL
-        assert len(zai.requests) == 1
+    assert ask(proxy, streamed) == WELL
+    assert len(zai.requests) == 1
 
 
 def test_an_answer_that_comes_before_all_was_sent_is_read():
@@ -7270,7 +7251,7 @@ def test_a_request_that_zai_does_not_take_is_tried_once_more():
             assert figures(proxy) == (1, 1, 0)
 
 
-def test_a_bug_in_a_front_ends_one_answer_only(zai, monkeypatch, caplog):
+def test_a_bug_in_a_front_ends_one_answer_only(zai, monkeypatch, caplog, proxy):
     tell = ztoapi.Chat.tell
 
     def buggy(front, steps):
@@ -7280,7 +7261,7 @@ def test_a_bug_in_a_front_ends_one_answer_only(zai, monkeypatch, caplog):
     monkeypatch.setattr(ztoapi.Chat, "tell", buggy)
     go = threading.Event()
     zai.scripts.append(stream(say("Hel"), go, say("lo"), FINISH, DONE))
-    with strict_proxy(zai) as proxy, proxy.open_stream() as running:
+    with proxy.open_stream() as running:
         assert eventually(lambda: zai.in_flight == 1)
         status, _, error, _ = ask(proxy, True, model="buggy")
         assert (status, error["code"]) == (500, "internal_error")
@@ -7330,15 +7311,14 @@ def impatience(proxy, since):
 
 
 @both
-def test_a_silence_behind_the_first_delta_ends_the_answer(zai, brisk, streamed):
-    with strict_proxy(zai) as proxy:
-        zai.default = stream(say("Hel"), impatience(proxy, "begun"), 30)
-        if streamed:
-            assert "UPSTREAM_TIMEOUT" in failed_stream(proxy)[-1]["error"]["message"]
-        else:
-            assert ask(proxy, False)[0] == 502
-        assert eventually(lambda: zai.cut_by_client == 1)
-        assert len(zai.requests) == 1
+def test_a_silence_behind_the_first_delta_ends_the_answer(zai, brisk, proxy, streamed):
+    zai.default = stream(say("Hel"), impatience(proxy, "begun"), 30)
+    if streamed:
+        assert "UPSTREAM_TIMEOUT" in failed_stream(proxy)[-1]["error"]["message"]
+    else:
+        assert ask(proxy, False)[0] == 502
+    assert eventually(lambda: zai.cut_by_client == 1)
+    assert len(zai.requests) == 1
 
 
 def test_upstream_timeout_is_of_silence_and_never_of_the_whole():
@@ -7365,56 +7345,51 @@ UNENDING = {
 
 @pytest.mark.parametrize("case", UNENDING)
 @both
-def test_an_answer_is_complete_two_seconds_behind_its_finish(zai, brisk, monkeypatch, case, streamed):
+def test_an_answer_is_complete_two_seconds_behind_its_finish(zai, brisk, monkeypatch, proxy, case, streamed):
     assert ztoapi.Relay.PATIENCE_S == 2
     monkeypatch.setattr(ztoapi.Relay, "PATIENCE_S", 0.2)
     zai.default = [HEAD, chunked(say("Hello")), chunked(event(finish="stop")), *UNENDING[case]]
-    with strict_proxy(zai) as proxy:
-        assert ask(proxy, streamed) == WELL
-        assert eventually(lambda: zai.cut_by_client == 1)
-        assert len(zai.requests) == 1
+    assert ask(proxy, streamed) == WELL
+    assert eventually(lambda: zai.cut_by_client == 1)
+    assert len(zai.requests) == 1
 
 
 @both
-def test_a_finish_without_an_answer_is_tried_again(zai, brisk, monkeypatch, streamed):
+def test_a_finish_without_an_answer_is_tried_again(zai, brisk, monkeypatch, proxy, streamed):
     monkeypatch.setattr(ztoapi.Relay, "PATIENCE_S", 0.1)
     zai.scripts.append([HEAD, chunked(event(finish="stop")), 30])
-    with strict_proxy(zai) as proxy:
-        assert ask(proxy, streamed) == WELL
-        assert len(zai.requests) == 2
+    assert ask(proxy, streamed) == WELL
+    assert len(zai.requests) == 2
 
 
 @pytest.mark.parametrize("late", (FINISH, DONE), ids=("usage", "end mark"))
-def test_what_comes_late_behind_a_finish_is_waited_for(zai, brisk, monkeypatch, late):
+def test_what_comes_late_behind_a_finish_is_waited_for(zai, brisk, monkeypatch, proxy, late):
     monkeypatch.setattr(ztoapi.Relay, "PATIENCE_S", 20)
-    with strict_proxy(zai) as proxy:
-        zai.default = stream(say("Hello"), event(finish="stop"), impatience(proxy, "is_finishing"), 0.15, late)
-        options = {"include_usage": True}
-        _, _, events, clean = proxy.stream(stream_options=options)
-        assert clean
-        assert finish_of(events) == ["stop"]
-        assert any(event.get("usage") for event in events[:-1]) == (late is FINISH)
+    zai.default = stream(say("Hello"), event(finish="stop"), impatience(proxy, "is_finishing"), 0.15, late)
+    options = {"include_usage": True}
+    _, _, events, clean = proxy.stream(stream_options=options)
+    assert clean
+    assert finish_of(events) == ["stop"]
+    assert any(event.get("usage") for event in events[:-1]) == (late is FINISH)
 
 
-def test_a_stop_word_hangs_up_on_zai(zai, brisk):
+def test_a_stop_word_hangs_up_on_zai(zai, brisk, proxy):
     ended = threading.Event()
     zai.default = stream(say("Hello STOP"), *[say(" more"), 0.02] * 500, lambda *_: ended.set())
-    with strict_proxy(zai) as proxy:
-        _, text, _, whole = ask(proxy, True, stop="STOP")
-        assert (text, whole) == ("Hello ", True)
-        assert eventually(lambda: zai.cut_by_client == 1)
+    _, text, _, whole = ask(proxy, True, stop="STOP")
+    assert (text, whole) == ("Hello ", True)
+    assert eventually(lambda: zai.cut_by_client == 1)
     assert not ended.is_set()
 
 
 @both
-def test_a_trickle_behind_the_finish_does_not_hold_the_slot(zai, brisk, monkeypatch, streamed):
+def test_a_trickle_behind_the_finish_does_not_hold_the_slot(zai, brisk, monkeypatch, proxy, streamed):
     monkeypatch.setattr(ztoapi.Relay, "PATIENCE_S", 0.3)
     trickled = threading.Event()
     zai.default = stream(*HEALTHY, *[b":\n", 0.2] * 50, lambda *_: trickled.set())
-    with strict_proxy(zai) as proxy:
-        assert ask(proxy, streamed) == WELL
-        assert eventually(lambda: slots(proxy) == 0)
-        assert not trickled.is_set()
+    assert ask(proxy, streamed) == WELL
+    assert eventually(lambda: slots(proxy) == 0)
+    assert not trickled.is_set()
 
 
 # Retries, by the clock
@@ -7717,17 +7692,16 @@ REUSE = {
 
 @pytest.mark.parametrize("case", REUSE)
 @both
-def test_a_connection_serves_again_once_its_answer_was_read_to_the_end(zai, brisk, monkeypatch, case, streamed):
+def test_a_connection_serves_again_once_its_answer_was_read_to_the_end(zai, brisk, monkeypatch, proxy, case, streamed):
     monkeypatch.setattr(ztoapi.Relay, "PATIENCE_S", 0.2)
     script, again = REUSE[case]
     if again:
         monkeypatch.setattr(ztoapi, "TICK_S", 20)
     zai.scripts.append(script)
-    with strict_proxy(zai) as proxy:
-        ask(proxy, streamed)
-        proxy.idle()
-        assert ask(proxy, streamed) == WELL
-        assert zai.connections == (1 if again else 2)
+    ask(proxy, streamed)
+    proxy.idle()
+    assert ask(proxy, streamed) == WELL
+    assert zai.connections == (1 if again else 2)
 
 
 def test_a_pooled_connection_found_dead_is_replaced_unseen(zai):
@@ -8604,11 +8578,10 @@ def test_nesting_around_the_recursion_limit_is_an_answer_or_a_400(shared, field)
 
 
 @table("piece", [b"[],", b"{},"])
-def test_a_body_of_more_than_a_million_brackets_is_refused_before_it_is_decoded(zai, piece):
+def test_a_body_of_more_than_a_million_brackets_is_refused_before_it_is_decoded(proxy, piece):
     body = with_field(b'"x":[%b1]' % (piece * 1000000))
-    with proxying(zai) as proxy:
-        with under_a_second():
-            replies = exchange(proxy, raw_chat(body))
+    with under_a_second():
+        replies = exchange(proxy, raw_chat(body))
     assert [reply.status for reply in replies] == [400, 200]
     assert "brackets" in replies[0].error()["message"]
 
@@ -8873,14 +8846,13 @@ def test_without_a_key_for_zai_models_are_served_and_chat_says_what_to_do(zai):
     (refusal(401, "1000"), 403, "upstream_auth_error"),
     (refusal(429, "1311"), 403, "permission_denied"),
 ])
-def test_what_cannot_heal_is_no_429_and_no_502(zai, script, status, code):
+def test_what_cannot_heal_is_no_429_and_no_502(zai, proxy, script, status, code):
     zai.default = script
-    with proxying(zai) as proxy:
-        for got, headers, body in (proxy.chat(), proxy.stream()[:3]):
-            error = body[0]["error"] if isinstance(body, list) else body["error"]
-            assert got == status
-            assert error["code"] == code
-            assert headers["x-should-retry"] == "false"
+    for got, headers, body in (proxy.chat(), proxy.stream()[:3]):
+        error = body[0]["error"] if isinstance(body, list) else body["error"]
+        assert got == status
+        assert error["code"] == code
+        assert headers["x-should-retry"] == "false"
 
 
 # Secure by default
@@ -9162,10 +9134,9 @@ def test_each_api_streams_and_answers_in_json(proxy, api):
     ("responses", 400, "code", "insufficient_quota"),
 ])
 @both
-def test_an_empty_purse_is_an_error_that_no_client_of_an_api_repeats(zai, api, status, field, kind, streamed):
+def test_an_empty_purse_is_an_error_that_no_client_of_an_api_repeats(zai, proxy, api, status, field, kind, streamed):
     zai.default = refusal(429, "1113")
-    with proxying(zai) as proxy:
-        reply, value = ask_api(proxy, api, streamed)
+    reply, value = ask_api(proxy, api, streamed)
     assert reply.status == status
     assert value["error"][field] == kind
     assert reply.headers["x-should-retry"] == "false"
@@ -9173,18 +9144,17 @@ def test_an_empty_purse_is_an_error_that_no_client_of_an_api_repeats(zai, api, s
 
 
 @each_api
-def test_a_failure_in_mid_stream_is_the_last_event_of_each_api(zai, api):
+def test_a_failure_in_mid_stream_is_the_last_event_of_each_api(zai, proxy, api):
     zai.default = stream(say("Hel"), error_event("1234"))
-    with proxying(zai) as proxy:
-        reply, events = ask_api(proxy, api, True)
-        assert reply.status == 200
-        assert reply.clean, "nobody overlooks the event"
-        assert "Hel" in reply.body.decode()
-        last = {"messages": "error", "responses": "response.failed"}[api]
-        assert [event["type"] for event in events].index(last) == len(events) - 1
-        reply, value = ask_api(proxy, api, False)
-        assert reply.status == 502
-        assert value["error"]["message"]
+    reply, events = ask_api(proxy, api, True)
+    assert reply.status == 200
+    assert reply.clean, "nobody overlooks the event"
+    assert "Hel" in reply.body.decode()
+    last = {"messages": "error", "responses": "response.failed"}[api]
+    assert [event["type"] for event in events].index(last) == len(events) - 1
+    reply, value = ask_api(proxy, api, False)
+    assert reply.status == 502
+    assert value["error"]["message"]
     assert len(zai.requests) == 2
 
 
@@ -9221,12 +9191,11 @@ def test_each_api_has_heartbeats_of_its_own(zai, brisk, api):
 
 @each_api
 @both
-def test_the_leaving_of_a_client_of_each_api_is_noticed(zai, brisk, caplog, api, streamed):
+def test_the_leaving_of_a_client_of_each_api_is_noticed(zai, brisk, caplog, proxy, api, streamed):
     zai.default = stream(say("Hel"), 30)
-    with strict_proxy(zai) as proxy:
-        with leaving(proxy, caplog, api_request(api, streamed)):
-            assert eventually(lambda: zai.in_flight == 1)
-        assert eventually(lambda: zai.cut_by_client == 1)
+    with leaving(proxy, caplog, api_request(api, streamed)):
+        assert eventually(lambda: zai.in_flight == 1)
+    assert eventually(lambda: zai.cut_by_client == 1)
 
 
 def test_an_item_is_remembered_for_the_key_that_got_it_and_for_no_other(zai):
@@ -9477,12 +9446,11 @@ def test_stats_tell_the_page_what_is_going_on(zai):
     assert served["error"] is None
 
 
-def test_a_learned_ceiling_shows(zai):
+def test_a_learned_ceiling_shows(zai, proxy):
     zai.limit, zai.default = 2, stream(say("a"), lambda *_: eventually(lambda: zai.refused), FINISH, DONE)
-    with proxying(zai) as proxy:
-        together(*[proxy.chat] * 4)
-        row, = proxy.call("GET", "/stats")[2]["ceilings"]
-        text = proxy.call("GET", "/metrics")[2]
+    together(*[proxy.chat] * 4)
+    row, = proxy.call("GET", "/stats")[2]["ceilings"]
+    text = proxy.call("GET", "/metrics")[2]
     assert row["model"] == "glm-4.6"
     assert 1 <= row["ceiling"] <= 3
     assert f'ztoapi_concurrency_ceiling{{key="1",model="glm-4.6"}} {row["ceiling"]}\n' in text
@@ -9539,18 +9507,17 @@ def test_a_bug_during_a_stream_is_the_in_stream_error(zai, proxy, monkeypatch, c
 
 # Server ###############################################################################
 
-def test_stop_cuts_what_still_runs_after_the_grace(zai):
+def test_stop_cuts_what_still_runs_after_the_grace(zai, proxy):
     zai.default = stream(say("Hel"), 30)
-    with proxying(zai) as proxy:
-        with proxy.open_stream() as sock:
-            assert eventually(lambda: readable(sock))
-            began = time.monotonic()
-            proxy.server.stop(0.3)
-            assert 0.3 <= time.monotonic() - began < 20
-            status, headers, events, clean = read_stream(sock)
-            assert said(events) == "Hel"
-            assert not clean
-            assert eventually(lambda: zai.cut_by_client == 1)
+    with proxy.open_stream() as sock:
+        assert eventually(lambda: readable(sock))
+        began = time.monotonic()
+        proxy.server.stop(0.3)
+        assert 0.3 <= time.monotonic() - began < 20
+        status, headers, events, clean = read_stream(sock)
+        assert said(events) == "Hel"
+        assert not clean
+        assert eventually(lambda: zai.cut_by_client == 1)
 
 
 def test_client_timeout_holds_while_the_server_drains(zai):
@@ -9662,21 +9629,20 @@ def test_where_all_are_busy_a_503_can_be_read_and_the_rest_goes_on(zai, log_line
     assert not log_lines(logging.ERROR)
 
 
-def test_where_no_thread_can_be_started_there_is_a_503(zai, monkeypatch, log_lines):
+def test_where_no_thread_can_be_started_there_is_a_503(monkeypatch, log_lines, proxy):
     start = threading.Thread.start
 
     def fail(thread):
         if "process_request_thread" in str(getattr(thread, "_target", "")):
             raise RuntimeError("can't start new thread")
         start(thread)
-    with proxying(zai) as proxy:
-        with monkeypatch.context() as patch:
-            patch.setattr(threading.Thread, "start", fail)
-            for _ in range(3):
-                reply, = exchange(proxy, raw_request("GET", "/health"))
-                assert reply.status == 503
-                assert int(reply.headers["Retry-After"]) > 0
-        assert proxy.chat()[0] == 200
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", fail)
+        for _ in range(3):
+            reply, = exchange(proxy, raw_request("GET", "/health"))
+            assert reply.status == 503
+            assert int(reply.headers["Retry-After"]) > 0
+    assert proxy.chat()[0] == 200
     assert len(log_lines(logging.WARNING)) == 1
     assert not log_lines(logging.ERROR)
 
@@ -9746,13 +9712,13 @@ def test_an_idle_connection_is_kept_for_keep_alive_seconds(zai, monkeypatch):
             assert file.read() == b""
 
 
-def test_a_full_descriptor_table_does_not_spin_and_heals(zai, monkeypatch):
+def test_a_full_descriptor_table_does_not_spin_and_heals(monkeypatch, proxy):
     resource = pytest.importorskip("resource")
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     accepts = []
     get_request = ztoapi.Server.get_request
     monkeypatch.setattr(ztoapi.Server, "get_request", lambda self: accepts.append(1) or get_request(self))
-    with proxying(zai) as proxy, socket.socket() as sock:
+    with socket.socket() as sock:
         sock.settimeout(30)
         spare = [os.dup(0)]
         try:
@@ -9773,53 +9739,50 @@ def test_a_full_descriptor_table_does_not_spin_and_heals(zai, monkeypatch):
         assert read_to_end(sock).startswith(b"HTTP/1.1 200"), "who waited is served"
 
 
-def test_quotes_of_a_client_are_bounded(zai, log_lines):
+def test_quotes_of_a_client_are_bounded(log_lines, proxy):
     """An error names what was wrong, and the last twenty are kept; they must not keep megabytes."""
     choice = {"type": "function", "function": {"name": "n" * (4 << 20)}}
     body = json_chat(tools=[{"type": "function", "function": {"name": "f"}}], tool_choice=choice)
-    with proxying(zai) as proxy:
-        for _ in range(20):
-            status, headers, answer = proxy.call("POST", CHAT, body)
-            assert status == 400
-            assert len(str(answer)) < 2000
-        proxy.idle()
-        assert len(str(proxy.call("GET", "/stats")[2])) < 20000
+    for _ in range(20):
+        status, headers, answer = proxy.call("POST", CHAT, body)
+        assert status == 400
+        assert len(str(answer)) < 2000
+    proxy.idle()
+    assert len(str(proxy.call("GET", "/stats")[2])) < 20000
     assert max(map(len, log_lines())) < 2000
 
 
 # The end
 
-def test_requests_sent_before_the_end_are_answered(zai, monkeypatch):
+def test_requests_sent_before_the_end_are_answered(monkeypatch, proxy):
     """Kept connections, new ones, and those in the backlog that nobody has accepted yet."""
     setup = ztoapi.Handler.setup
 
     def set_up_late(handler):
         time.sleep(0.1)
         setup(handler)
-    with proxying(zai) as proxy:
-        kept = [hold(proxy, raw_request("GET", "/health")) for _ in range(10)]
-        monkeypatch.setattr(ztoapi.Handler, "setup", set_up_late)
-        new = [proxy.connect() for _ in range(40)]
-        for sock in kept + new:
-            sock.sendall(raw_chat(chat_body(stream=False)))
-        assert ztoapi.Server.SETTLE_S == 0.1
-        proxy.server.SETTLE_S = 1  # for fifty, on a busy machine
-        proxy.server.stop(30)
-        replies = [replies_in(read_to_end(sock)) for sock in kept + new]
-        for sock in kept + new:
-            sock.close()
+    kept = [hold(proxy, raw_request("GET", "/health")) for _ in range(10)]
+    monkeypatch.setattr(ztoapi.Handler, "setup", set_up_late)
+    new = [proxy.connect() for _ in range(40)]
+    for sock in kept + new:
+        sock.sendall(raw_chat(chat_body(stream=False)))
+    assert ztoapi.Server.SETTLE_S == 0.1
+    proxy.server.SETTLE_S = 1  # for fifty, on a busy machine
+    proxy.server.stop(30)
+    replies = [replies_in(read_to_end(sock)) for sock in kept + new]
+    for sock in kept + new:
+        sock.close()
     assert [[reply.status for reply in found] for found in replies] == [[200]] * 50
     assert {found[0].headers["Connection"] for found in replies} <= {"close", None}
 
 
-def test_stop_does_not_wait_for_idle_connections(zai):
-    with proxying(zai) as proxy:
-        with proxy.connect() as silent, hold(proxy, raw_request("GET", "/health")) as idle:
-            idle.sendall(b"\r\n")
-            began = time.monotonic()
-            assert proxy.server.stop(60)
-            assert time.monotonic() - began < 30
-            assert read_to_end(silent) == b""
+def test_stop_does_not_wait_for_idle_connections(proxy):
+    with proxy.connect() as silent, hold(proxy, raw_request("GET", "/health")) as idle:
+        idle.sendall(b"\r\n")
+        began = time.monotonic()
+        assert proxy.server.stop(60)
+        assert time.monotonic() - began < 30
+        assert read_to_end(silent) == b""
 
 
 # Attacks ##############################################################################
@@ -9827,17 +9790,16 @@ def test_stop_does_not_wait_for_idle_connections(zai):
 # More of them stand where they belong: locked doors, nesting, drips, what shapes the
 # log.
 
-def test_attack_resets_at_every_byte_leave_nothing_behind(zai, log_lines):
+def test_attack_resets_at_every_byte_leave_nothing_behind(zai, log_lines, proxy):
     data = raw_chat(chat_body(stream=True))
-    with proxying(zai) as proxy:
-        threads = threading.active_count()
-        for i in [*range(0, len(data), 3), *[len(data)] * 20]:
-            sock = proxy.connect()
-            sock.sendall(data[:i])
-            reset(sock)
-        assert proxy.idle()
-        zai.close()  # a thread of the fake waits at the other end of each kept connection
-        assert eventually(lambda: threading.active_count() <= threads)
+    threads = threading.active_count()
+    for i in [*range(0, len(data), 3), *[len(data)] * 20]:
+        sock = proxy.connect()
+        sock.sendall(data[:i])
+        reset(sock)
+    assert proxy.idle()
+    zai.close()  # a thread of the fake waits at the other end of each kept connection
+    assert eventually(lambda: threading.active_count() <= threads)
     assert not log_lines(logging.ERROR)
 
 
@@ -9937,7 +9899,7 @@ def test_attack_a_client_cannot_write_our_headers(shared, data, status):
     assert [(name, value) for name, value in fields if not re.fullmatch("[ -~]*", value)] == []
 
 
-def test_attack_two_clients_never_see_each_others_answers(zai):
+def test_attack_two_clients_never_see_each_others_answers(zai, proxy):
     """Many connections at once, kept alive and pipelined, each with a text of its own: the echo must match."""
     zai.default = lambda request: stream(say(request["body"]["messages"][0]["content"]), FINISH, DONE)
     seen = {}
@@ -9951,8 +9913,7 @@ def test_attack_two_clients_never_see_each_others_answers(zai):
                 data += raw_chat(json_chat(stream=j == 1, messages=messages))
             for text, reply in zip(texts, exchange(proxy, data)):
                 seen[text] = re.findall("<.*?>", reply.body.decode())
-    with proxying(zai) as proxy:
-        together(*[lambda number=number: client(number) for number in range(8)])
+    together(*[lambda number=number: client(number) for number in range(8)])
     assert len(seen) == len(zai.requests) == 120
     assert {text: found for text, found in seen.items() if found != [text]} == {}
 
@@ -9979,19 +9940,18 @@ def test_attack_a_header_flood_before_the_key_is_bounded(shared):
         assert read_reply(sock.makefile("rb")).status == 431
 
 
-def test_attack_names_that_clients_make_up_are_not_kept(zai):
+def test_attack_names_that_clients_make_up_are_not_kept(proxy):
     """A thousand different models and paths leave nothing behind that grows."""
     data = b""
     for i in range(200):
         data += raw_request("GET", f"/v1/models/m{i}") + raw_chat(json_chat(model=f"m{i}", n=2))
-    with proxying(zai) as proxy:
-        assert statuses(proxy, data) == [404, 400] * 200 + [200]
-        for i in range(30):
-            assert proxy.chat(model=f"unknown-{i}")[0] == 200
-        proxy.idle()
-        assert len(str(proxy.call("GET", "/stats")[2])) < 20000
-        assert "unknown-" not in proxy.call("GET", "/metrics")[2]
-        assert proxy.gates() == []
+    assert statuses(proxy, data) == [404, 400] * 200 + [200]
+    for i in range(30):
+        assert proxy.chat(model=f"unknown-{i}")[0] == 200
+    proxy.idle()
+    assert len(str(proxy.call("GET", "/stats")[2])) < 20000
+    assert "unknown-" not in proxy.call("GET", "/metrics")[2]
+    assert proxy.gates() == []
 
 
 @table("path", ["/", "/health", "/v1/models", "/nope", "/metrics"])
