@@ -309,6 +309,14 @@ def zai():
         yield fake
 
 
+@pytest.fixture
+def go(zai):
+    """Z.ai says "Hel", and "lo" once this is set."""
+    event = threading.Event()
+    zai.default = stream(say("Hel"), event, say("lo"), FINISH, DONE)
+    return event
+
+
 @contextlib.contextmanager
 def stuck_listener():
     """The port of a listener whose backlog is full: connecting to it takes for ever."""
@@ -659,6 +667,21 @@ def together(*calls):
     return results
 
 
+MESSAGES_BODY = {"model": "GLM-4.6", "max_tokens": 100, "messages": [user("Hi")]}
+# To add an API, add a row: its name -> its path, a request.
+APIS = {
+    "messages": ("/v1/messages", MESSAGES_BODY),
+    "responses": ("/v1/responses", {"model": "GLM-4.6", "input": "Hi"}),
+}
+each_api = pytest.mark.parametrize("api", APIS)
+
+
+def api_request(api, streamed, *lines, auth=True, **fields):
+    path, body = APIS[api]
+    data = json.dumps(dict(body, stream=streamed, **fields)).encode()
+    return raw_request("POST", path, *lines, body=data, auth=auth)
+
+
 class Proxy:
     """A ztoapi.Server in a thread, and the calls tests make to it."""
 
@@ -887,20 +910,6 @@ def well_known(well_known_proxy):
     """A proxy with the well-known key."""
     yield well_known_proxy
     well_known_proxy.quiet()
-
-
-def test_a_heartbeat_that_fails_ends_one_answer_and_no_other(zai, monkeypatch, log_lines):
-    def fail(front):
-        raise RecursionError("a bug")
-    monkeypatch.setattr(ztoapi.Messages, "heartbeat", fail)
-    go = threading.Event()
-    zai.default = stream(say("Hel"), go, say("lo"), FINISH, DONE)
-    with proxying(zai, HEARTBEAT="0.05") as proxy:
-        with connect(proxy, api_request("messages", True)) as sock, proxy.open_stream() as other:
-            assert b"message_stop" not in read_to_end(sock)
-            go.set()
-            assert said(read_stream(other)[2]) == "Hello"
-    assert len(log_lines(logging.ERROR)) == 1
 
 
 def boom(*args, **kwargs):
@@ -6227,9 +6236,7 @@ def test_max_concurrency_bounds_what_is_in_flight_at_zai(zai):
         assert max(itertools.accumulate(counts)) == 3
 
 
-def test_queue_timeout_is_a_429_that_sdks_do_not_repeat(zai):
-    go = threading.Event()
-    zai.default = stream(say("a"), go, FINISH, DONE)
+def test_queue_timeout_is_a_429_that_sdks_do_not_repeat(zai, go):
     with strict_proxy(zai, MAX_CONCURRENCY="1", QUEUE_TIMEOUT="0.1") as proxy, proxy.open_stream() as occupant:
         assert eventually(lambda: zai.in_flight == 1)
         status, headers, body = proxy.chat()
@@ -6243,9 +6250,7 @@ def test_queue_timeout_is_a_429_that_sdks_do_not_repeat(zai):
 
 
 @both
-def test_queue_ms_tells_how_long_a_request_waited(zai, streamed):
-    go = threading.Event()
-    zai.default = stream(say("a"), go, FINISH, DONE)
+def test_queue_ms_tells_how_long_a_request_waited(zai, go, streamed):
     with strict_proxy(zai, MAX_CONCURRENCY="1") as proxy:
         clock = proxy.server.upstream.gates.clock = FakeClock()
         with proxy.open_stream() as occupant:
@@ -6460,6 +6465,10 @@ def leaving(proxy, caplog, request, how="close"):
     sock.close()
     assert figures(proxy)[1:] == (0, 1)
     assert " 499 " in caplog.text
+    check_calm(caplog)
+
+
+def check_calm(caplog):
     assert [record for record in caplog.records if record.levelno > logging.INFO] == []
 
 
@@ -6493,10 +6502,15 @@ def test_the_clients_leaving_is_noticed(zai, brisk, caplog, proxy, phase, stream
     assert len(zai.requests) == 1
 
 
-@pytest.mark.parametrize("how,streamed", (("reset", True), ("end of file", False)))
-def test_every_way_of_leaving_is_noticed(zai, caplog, proxy, how, streamed):
+# To add a case, add a row: a request, how its client leaves.
+@table("request_bytes,how", [
+    (raw_chat(chat_body(stream=True)), "reset"),
+    (raw_chat(JSON_CHAT), "end of file"),
+    *((api_request(api, streamed), "close") for api in APIS for streamed in (True, False)),
+])
+def test_every_way_of_leaving_is_noticed(zai, caplog, proxy, request_bytes, how):
     zai.default = stream(say("Hel"), 30)
-    with leaving(proxy, caplog, raw_chat(chat_body(stream=streamed)), how):
+    with leaving(proxy, caplog, request_bytes, how):
         assert eventually(lambda: zai.in_flight == 1)
     assert eventually(lambda: zai.cut_by_client == 1)
 
@@ -6512,7 +6526,7 @@ def test_the_clients_leaving_the_queue_is_noticed(zai, brisk, caplog, streamed):
         occupant.close()
         assert figures(proxy) == (0, 0, 2)
         assert len(zai.requests) == 1
-        assert [record for record in caplog.records if record.levelno > logging.INFO] == []
+        check_calm(caplog)
 
 
 def test_a_slot_never_goes_to_one_who_has_left(zai):
@@ -6561,12 +6575,23 @@ def test_the_leaving_of_a_client_that_had_sent_more_is_noticed(zai, brisk, proxy
 
 # Heartbeats
 
-@pytest.mark.parametrize("begin", ([], [HEAD]), ids=("before the head", "before the first token"))
-def test_a_heartbeat_is_a_valid_empty_chunk_and_the_opening_one_comes_first(zai, brisk, begin):
+# To add a case, add a row: of how many steps of an answer's a heartbeat comes behind,
+# what the client has got by then.
+BEATS_BEHIND = {
+    "nothing": (0, rb'^HTTP/1.1 200.*"delta":\{\}'),
+    "the head": (1, rb'^HTTP/1.1 200.*"delta":\{\}'),
+    "text": (4, rb'"Hel".*"delta":\{\}'),
+}
+
+
+@pytest.mark.parametrize("case", BEATS_BEHIND)
+def test_a_heartbeat_is_a_valid_empty_chunk_and_the_opening_one_comes_first(zai, brisk, case):
+    count, pattern = BEATS_BEHIND[case]
     go = threading.Event()
-    zai.default = [*begin, go, *stream(*HEALTHY)[len(begin):]]
+    steps = stream(*HEALTHY)
+    zai.default = [*steps[:count], go, *steps[count:]]
     with strict_proxy(zai, HEARTBEAT="0.04") as proxy, proxy.open_stream() as sock:
-        see(sock, rb'^HTTP/1.1 200.*"delta":\{\}')  # before Z.ai has said anything
+        see(sock, pattern)
         go.set()
         _, _, events, clean = read_stream(sock)
         assert clean
@@ -6579,22 +6604,12 @@ def test_a_heartbeat_is_a_valid_empty_chunk_and_the_opening_one_comes_first(zai,
             assert len({event[name] for event in events[:-1]}) == 1
 
 
-def test_a_heartbeat_comes_mid_stream_too(zai, brisk):
-    go = threading.Event()
-    zai.default = stream(say("Hel"), go, say("lo"), FINISH, DONE)
-    with strict_proxy(zai, HEARTBEAT="0.04") as proxy, proxy.open_stream() as sock:
-        see(sock, rb'Hel.*"delta":\{\}')
-        go.set()
-        _, _, events, clean = read_stream(sock)
-        assert clean
-        deltas = [choice["delta"] for choice in choices_of(events)]
-        assert {} in deltas[deltas.index({"content": "Hel"}):deltas.index({"content": "lo"})]
-
-
 @pytest.mark.parametrize("heartbeat", ("10", "0"))
-def test_no_heartbeat_comes_before_its_time_or_at_0(zai, brisk, heartbeat):
+def test_no_heartbeat_comes_before_its_time_or_at_0_and_a_refusal_keeps_its_status(zai, brisk, heartbeat):
+    zai.scripts.append(refusal(400, "1210"))
     zai.default = stream(0.1, *HEALTHY)
     with strict_proxy(zai, HEARTBEAT=heartbeat) as proxy:
+        assert ask(proxy, True)[0] == 400
         assert not any(map(is_beat, proxy.stream()[2]))
 
 
@@ -6622,10 +6637,14 @@ def test_a_heartbeat_never_follows_the_end_of_an_answer(zai, brisk, case):
             sock.recv(1)
 
 
-def test_a_quick_refusal_keeps_its_status_with_heartbeats_on(zai, brisk):
-    zai.default = refusal(400, "1210")
-    with strict_proxy(zai, HEARTBEAT="10") as proxy:
-        assert ask(proxy, True)[0] == 400
+def test_a_heartbeat_that_fails_ends_one_answer_and_no_other(go, zai, monkeypatch, log_lines):
+    monkeypatch.setattr(ztoapi.Messages, "heartbeat", boom)
+    with proxying(zai, HEARTBEAT="0.05") as proxy:
+        with connect(proxy, api_request("messages", True)) as sock, proxy.open_stream() as other:
+            assert b"message_stop" not in read_to_end(sock)
+            go.set()
+            assert said(read_stream(other)[2]) == "Hello"
+    assert len(log_lines(logging.ERROR)) == 1
 
 
 def test_a_json_answer_has_no_heartbeats_and_keeps_its_status(zai, brisk):
@@ -7165,7 +7184,7 @@ def test_a_cut_behind_the_finish_is_no_failure(zai, proxy, end, streamed):
 
 def test_an_answer_that_comes_before_all_was_sent_is_read():
     """A front end that refuses a large body closes without reading it."""
-    refusing = b"".join(answer(413, {"error": {"code": "1210", "message": "too long for me"}}))
+    refusing = b"".join(refusal(413, "1210", "too long for me"))
 
     def refuse():
         with listener.accept()[0] as sock:
@@ -7176,8 +7195,7 @@ def test_an_answer_that_comes_before_all_was_sent_is_read():
     with socket.create_server(("127.0.0.1", 0)) as listener:
         threading.Thread(target=refuse, daemon=True).start()
         with strict_proxy(ZAI_BASE_URL=f"http://127.0.0.1:{listener.getsockname()[1]}/api") as proxy:
-            message = {"role": "user", "content": "x" * (8 << 20)}
-            _, _, error, _ = ask(proxy, True, messages=[message])
+            _, _, error, _ = ask(proxy, True, messages=[user("x" * (8 << 20))])
             assert "too long for me" in error["message"]
             assert figures(proxy)[0] == 0
 
@@ -7186,14 +7204,13 @@ def test_a_request_that_zai_does_not_take_is_tried_once_more():
     with socket.create_server(("127.0.0.1", 0)) as deaf:
         url = f"http://127.0.0.1:{deaf.getsockname()[1]}/api"
         with strict_proxy(ZAI_BASE_URL=url, UPSTREAM_TIMEOUT="0.1", MAX_RETRIES="5") as proxy:
-            message = {"role": "user", "content": "x" * (16 << 20)}
-            status, _, error, _ = ask(proxy, True, messages=[message])
+            status, _, error, _ = ask(proxy, True, messages=[user("x" * (16 << 20))])
             assert status == 502
             assert "took no data for 0.1 s" in error["message"]
             assert figures(proxy) == (1, 1, 0)
 
 
-def test_a_bug_in_a_front_ends_one_answer_only(zai, monkeypatch, caplog, proxy):
+def test_a_bug_in_a_front_ends_one_answer_only(zai, go, monkeypatch, caplog, proxy):
     tell = ztoapi.Chat.tell
 
     def buggy(front, steps):
@@ -7201,8 +7218,6 @@ def test_a_bug_in_a_front_ends_one_answer_only(zai, monkeypatch, caplog, proxy):
             raise ZeroDivisionError
         return tell(front, steps)
     monkeypatch.setattr(ztoapi.Chat, "tell", buggy)
-    go = threading.Event()
-    zai.scripts.append(stream(say("Hel"), go, say("lo"), FINISH, DONE))
     with proxy.open_stream() as running:
         assert eventually(lambda: zai.in_flight == 1)
         status, _, error, _ = ask(proxy, True, model="buggy")
@@ -7363,7 +7378,7 @@ RETRY_AFTER = [
 @pytest.mark.parametrize("code,header,seconds", RETRY_AFTER)
 def test_retry_after_of_zai_is_honoured(make_timed, code, header, seconds):
     timed = make_timed()
-    timed.answers.append(answer(429, {"error": {"code": code, "message": "no"}}, f"Retry-After: {header}"))
+    timed.answers.append(refusal(429, code, "no", f"Retry-After: {header}"))
     text, error, _ = timed.ask()
     assert (text, error) == ("Hello", None)
     assert seconds <= timed.gaps()[0] <= seconds + 1
@@ -7372,7 +7387,7 @@ def test_retry_after_of_zai_is_honoured(make_timed, code, header, seconds):
 @pytest.mark.parametrize("code", ("1234", "1302", "1305"))
 def test_a_retry_after_beyond_queue_timeout_is_told_at_once_with_the_true_time(make_timed, code):
     timed = make_timed(QUEUE_TIMEOUT="60")
-    timed.script = answer(429, {"error": {"code": code, "message": "no"}}, "Retry-After: 90")
+    timed.script = refusal(429, code, "no", "Retry-After: 90")
     _, error, _ = timed.ask()
     assert error.headers() == {"Retry-After": "90", "x-should-retry": "false"}
     assert len(timed.times) == 1
@@ -7389,28 +7404,20 @@ def test_an_absurd_retry_after_closes_the_gate_for_a_minute_at_most(make_timed):
     assert timed.gaps() == [60]
 
 
-def test_a_gate_that_opens_too_late_is_not_waited_for(make_timed):
+@pytest.mark.parametrize("code, expected", [("1305", FULL), ("1302", NO_ROOM)])
+def test_a_gate_that_opens_too_late_is_not_waited_for_and_who_closed_it_is_told(make_timed, code, expected):
     timed = make_timed(QUEUE_TIMEOUT="30")
-    timed.answers.append(answer(429, LIMITED, "Retry-After: 86400"))
+    timed.answers.append(refusal(429, code, "No room.", "Retry-After: 86400"))
     assert timed.ask()[1] is not None
     _, error, _ = timed.ask()
     assert error.headers() == {"Retry-After": "60", "x-should-retry": "false"}
     assert timed.clock.now == 1024
     assert len(timed.times) == 1
-
-
-@pytest.mark.parametrize("code, expected", [("1305", FULL), ("1302", NO_ROOM)])
-def test_behind_a_closed_gate_the_reason_is_the_one_that_closed_it(make_timed, code, expected):
-    timed = make_timed(QUEUE_TIMEOUT="30")
-    timed.answers.append(answer(429, complaint(code, "No room."), "Retry-After: 60"))
-    assert timed.ask()[1] is not None
-    _, error, _ = timed.ask()
-    assert len(timed.times) == 1
     assert (error.status, error.code) == expected
     assert "No room." in error.message
     timed.clock.now += 60
     assert timed.ask()[0] == "Hello"
-    timed.answers.append(answer(429, complaint("1302", "Slow."), "Retry-After: 60"))
+    timed.answers.append(refusal(429, "1302", "Slow.", "Retry-After: 60"))
     assert timed.ask()[1] is not None
     assert "Slow." in timed.ask()[1].message
 
@@ -7478,11 +7485,11 @@ def test_a_job_keeps_nothing_of_the_conversation(make_timed):
     assert b"messages" in job.data
 
 
-def test_the_requests_bytes_are_let_go_of_with_the_first_step(make_timed):
+def test_the_requests_bytes_are_let_go_of_with_the_first_step(zai, go, make_timed):
+    script = zai.default
     timed = make_timed()
     timed.answers.append(refusal(500, "1234"))
-    go = threading.Event()
-    timed.script = stream(say("Hel"), go, say("lo"), FINISH, DONE)
+    timed.script = script
     job = timed.job()
     data = job.data
     holders = []
@@ -8972,21 +8979,6 @@ def test_default_stream_false_is_openais_default(zai):
 
 # The other two APIs
 
-MESSAGES_BODY = {"model": "GLM-4.6", "max_tokens": 100, "messages": [user("Hi")]}
-# To add an API, add a row: its name -> its path, a request.
-APIS = {
-    "messages": ("/v1/messages", MESSAGES_BODY),
-    "responses": ("/v1/responses", {"model": "GLM-4.6", "input": "Hi"}),
-}
-each_api = pytest.mark.parametrize("api", APIS)
-
-
-def api_request(api, streamed, *lines, auth=True, **fields):
-    path, body = APIS[api]
-    data = json.dumps(dict(body, stream=streamed, **fields)).encode()
-    return raw_request("POST", path, *lines, body=data, auth=auth)
-
-
 def ask_api(proxy, api, streamed, **more):
     """(reply, events) or (reply, JSON)."""
     reply, = replies_in(talk(proxy, api_request(api, streamed, "Connection: close", **more)))
@@ -9126,15 +9118,6 @@ def test_each_api_has_heartbeats_of_its_own(zai, brisk, api):
         assert "" in [event.get("delta") for event in events]
         assert [event["sequence_number"] for event in events] == list(range(len(events)))
         assert text_of(api, events[-1]["response"]) == "Hello"
-
-
-@each_api
-@both
-def test_the_leaving_of_a_client_of_each_api_is_noticed(zai, brisk, caplog, proxy, api, streamed):
-    zai.default = stream(say("Hel"), 30)
-    with leaving(proxy, caplog, api_request(api, streamed)):
-        assert eventually(lambda: zai.in_flight == 1)
-    assert eventually(lambda: zai.cut_by_client == 1)
 
 
 def test_an_item_is_remembered_for_the_key_that_got_it_and_for_no_other(zai):
@@ -9542,9 +9525,7 @@ def test_who_has_just_come_has_not_idled_longest(zai):
             assert not readable(silent)
 
 
-def test_where_all_are_busy_a_503_can_be_read_and_the_rest_goes_on(zai, log_lines):
-    go = threading.Event()
-    zai.default = stream(say("Hel"), go, say("lo"), FINISH, DONE)
+def test_where_all_are_busy_a_503_can_be_read_and_the_rest_goes_on(zai, go, log_lines):
     with proxying(zai, MAX_CONNECTIONS="3") as proxy:
         busy = [proxy.open_stream() for _ in range(3)]
         assert eventually(lambda: all(map(readable, busy)))
@@ -10335,9 +10316,7 @@ def served(port):
 
 
 @posix_only
-def test_sigterm_lets_a_running_answer_finish_and_takes_no_new_one(zai):
-    go = threading.Event()
-    zai.default = stream(say("Hel"), go, say("lo"), FINISH, DONE)
+def test_sigterm_lets_a_running_answer_finish_and_takes_no_new_one(zai, go):
     with program(ZAI_API_KEY=ZAI_KEY, ZAI_BASE_URL=zai.url, DEFAULT_KEY=KEY) as process:
         with connect(process, raw_chat(chat_body(stream=True))) as sock:
             assert eventually(lambda: readable(sock))
