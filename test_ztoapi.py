@@ -6065,7 +6065,7 @@ def test_the_ceiling_becomes_what_is_in_flight_without_the_refused_one(code):
 
 # To add a case, add a row: code, how many others are in flight, the ceiling then,
 # seconds until it goes again.
-LESSONS = [
+@pytest.mark.parametrize("code,others,ceiling,seconds", [
     ("1302", 1, 1, 60),  # one is in flight, one is allowed: until the probing
     ("1302", 0, 1, 0.5),
     ("1303", 1, None, 0.5),
@@ -6074,10 +6074,7 @@ LESSONS = [
     ("1305", 0, None, 1),
     ("1312", 1, None, 1),
     ("1312", 0, None, 1),
-]
-
-
-@pytest.mark.parametrize("code,others,ceiling,seconds", LESSONS)
+])
 def test_what_a_refusal_teaches(code, others, ceiling, seconds):
     timed = TimedGates()
     for _ in range(others):
@@ -7781,7 +7778,7 @@ def test_a_proxy_that_refuses_is_a_502(trusted, monkeypatch, reply):
 
 
 # To add a case, add a row: HTTPS_PROXY, words of the error.
-BAD_PROXIES = [
+@pytest.mark.parametrize("url,words", [
     ("http://a..b:80", "proxy"),
     ("http://" + "a" * 64 + ".example:80", "proxy"),
     ("http://user:secretpassword", "proxy"),
@@ -7790,10 +7787,7 @@ BAD_PROXIES = [
     ("socks5://user:secretpassword@127.0.0.1:1080", "SOCKS"),
     ("socks5h://127.0.0.1:1080", "SOCKS"),
     ("SOCKS4://127.0.0.1:1080", "SOCKS"),
-]
-
-
-@pytest.mark.parametrize("url,words", BAD_PROXIES)
+])
 def test_a_proxy_that_cannot_be_used_is_refused_in_words_without_its_password(monkeypatch, caplog, url, words):
     through(monkeypatch, "https", url)
     with strict_proxy(ZAI_BASE_URL="https://localhost/api") as proxy:
@@ -7905,7 +7899,7 @@ def counted(**fields):
 
 # To add a case, add a row: fields of a Record, words its line holds, words it does not
 # hold.
-LOG_LINES = [
+@pytest.mark.parametrize("fields,present,absent", [
     ({"method": "GET", "path": "/health", "status": 200}, ["req_1 127.0.0.1 GET /health 200"], ["model=", "key="]),
     ({"key": "#2"}, ["key=#2"], []),
     ({"client_request_id": "run-17"}, ["rid=run-17"], []),
@@ -7920,10 +7914,7 @@ LOG_LINES = [
     ({"counted": True, "changed": ("store", "a b")}, ["changed=store,a?b"], ["repaired="]),
     ({"counted": True, "retries": 2, "repaired": 1}, ["retries=2 repaired=1"], ["changed="]),
     ({"error": "no\n\u6c34" + "e" * 5000}, [r"error='no\n\u6c34eee"], ["e" * 301]),
-]
-
-
-@pytest.mark.parametrize("fields,present,absent", LOG_LINES)
+])
 def test_a_record_is_one_line_of_printable_ascii(fields, present, absent):
     line = record(**fields).line()
     assert re.fullmatch("[ -~]+", line)
@@ -8015,7 +8006,7 @@ def test_stats_tell_the_last_minute_and_the_median():
 
 # To add a case, add a value or a row: header lines of a POST whose length two readers
 # could take differently, the status they get.
-BROKEN_LENGTHS = [
+@table("lines,status", [
     *((f"Content-Length: {size}", 400) for size in (
         "5, 5", "5,6", "+5", "-5", "-0", "1_0", "0x5", "5 5", "5.0", "5;", "1e1", "\xb2", "\xd9\xa5",
         "5\x0b", "\xa05", "five", "9" * 40, "0" * 400 + "5",
@@ -8044,16 +8035,13 @@ BROKEN_LENGTHS = [
     ("X: y\r\n Transfer-Encoding: chunked", 400),
     ("Transfer-Encoding:\r\n chunked", 400),
     ("\x00Transfer-Encoding: chunked", 400),
-]
-
-
-@table("lines,status", BROKEN_LENGTHS)
+])
 def test_an_ambiguous_length_is_refused_and_nothing_behind_it_is_answered(shared, lines, status):
     check_refused(exchange(shared, raw_request("POST", CHAT, lines) + END), status)
 
 
 # To add a case, add a row: a body in a broken chunked coding.
-BROKEN_CHUNKS = [
+@table("body", [
     b"\r\n{}\r\n0\r\n\r\n",
     b"g\r\n",
     b"0x2\r\n{}\r\n0\r\n\r\n",
@@ -8084,10 +8072,7 @@ BROKEN_CHUNKS = [
     b"2\r\n{}\r\n0\r\n fold\r\n\r\n",
     b"2\r\n{}\r\n0\r\nX : y\r\n\r\n",
     b"2\r\n{}\r\n0\r\n: y\r\n\r\n",
-]
-
-
-@table("body", BROKEN_CHUNKS)
+])
 def test_a_broken_chunked_body_is_refused_and_nothing_behind_it_is_answered(shared, body):
     replies = exchange(shared, raw_chunks(body))
     check_refused(replies, 400)
@@ -8097,17 +8082,14 @@ def test_a_broken_chunked_body_is_refused_and_nothing_behind_it_is_answered(shar
 HALF = len(JSON_CHAT) // 2
 
 # To add a case, add a row: JSON_CHAT in a chunked coding.
-WHOLE_CHUNKS = [
+@table("body", [
     chunked(JSON_CHAT) + END,
     chunked(JSON_CHAT[:HALF]) + chunked(JSON_CHAT[HALF:]) + END,
     b"".join(b"1\r\n%c\r\n" % byte for byte in JSON_CHAT) + END,
     b"%X;name=value;x=\"y z\"\r\n%b\r\n0\r\n\r\n" % (len(JSON_CHAT), JSON_CHAT),
     b"000%x \t;x\r\n%b\r\n000\r\n\r\n" % (len(JSON_CHAT), JSON_CHAT),
     chunked(JSON_CHAT) + b"0\r\nX-Trailer: y\r\nContent-Length: 7\r\nTransfer-Encoding: gzip\r\n\r\n",
-]
-
-
-@table("body", WHOLE_CHUNKS)
+])
 def test_a_chunked_body_is_read_however_it_is_cut(shared, body):
     assert statuses(shared, raw_chunks(body)) == [200, 200]
     assert shared.zai.requests[0]["body"]["messages"] == [user("Hi")]
@@ -8122,7 +8104,7 @@ def test_a_request_may_come_byte_by_byte(shared):
 
 
 # To add a case, add a value or a row: a request line, the status it gets.
-REQUEST_LINES = [
+@table("line,status", [
     (b"GET /health HTTP/1.1", 200),
     (b"GET /health HTTP/1.0", 200),
     *((line, 400) for line in (
@@ -8139,10 +8121,7 @@ REQUEST_LINES = [
     (b"PRI * HTTP/2.0", 505),
     (b"GET /" + b"a" * 70000 + b" HTTP/1.1", 414),
     (b"a" * 70000, 414),
-]
-
-
-@table("line,status", REQUEST_LINES)
+])
 def test_a_request_line_is_taken_to_the_letter(shared, line, status):
     replies = exchange(shared, line + b"\r\nHost: localhost\r\n\r\n")
     if status != 200:
@@ -8165,7 +8144,7 @@ def test_a_tls_client_is_told_that_this_is_http(shared):
 
 
 # To add a case, add a value or a row: a header line, the status it gets.
-HEADER_LINES = [
+@table("line,status", [
     *((line, 200) for line in (
         "X: y", "X:y", "X:", "X: \xff\xfe\x01\x1b[31m", "x-request-id: mine", "X_Y: z", "X: " + "y" * 60000,
         "X: a: b",
@@ -8179,10 +8158,7 @@ HEADER_LINES = [
     ("y" * 70000, 431),
     ("\r\n".join(f"X{i}: y" for i in range(90)), 200),
     ("\r\n".join(f"X{i}: y" for i in range(110)), 431),
-]
-
-
-@table("line,status", HEADER_LINES)
+])
 def test_a_header_line_is_taken_to_the_letter(shared, line, status):
     replies = exchange(shared, raw_request("GET", "/health", line))
     if status != 200:
@@ -8225,7 +8201,7 @@ def test_a_blank_line_around_the_end_of_the_buffer_is_none(shared):
 
 
 # To add a case, add a row: header lines, whether the connection is kept.
-CONNECTIONS = [
+@table("lines,kept", [
     (["Connection: close"], False),
     (["Connection: Close"], False),
     (["Connection: close, TE", "TE: trailers"], False),
@@ -8235,10 +8211,7 @@ CONNECTIONS = [
     (["Upgrade: h2c", "Connection: Upgrade, HTTP2-Settings", "HTTP2-Settings: AAMAAABk"], True),
     (["Upgrade: websocket", "Connection: Upgrade", "Sec-WebSocket-Key: x", "Sec-WebSocket-Version: 13"], True),
     ([], True),
-]
-
-
-@table("lines,kept", CONNECTIONS)
+])
 def test_connection_headers_are_obeyed(shared, lines, kept):
     assert statuses(shared, raw_request("GET", "/health", *lines)) == [200] * (1 + kept)
 
@@ -8297,7 +8270,7 @@ JSON_LENGTH = f"Content-Length: {len(JSON_CHAT)}"
 
 # To add a case, add a row: header lines of a POST that expects 100-continue, whether
 # its key is right, the statuses it gets.
-EXPECTING = [
+@table("lines,key_is_right,expected", [
     ([JSON_LENGTH], True, [100, 200]),
     (["Transfer-Encoding: chunked"], True, [100, 200]),
     ([JSON_LENGTH], False, [401]),
@@ -8306,10 +8279,7 @@ EXPECTING = [
     ([JSON_LENGTH, "Content-Encoding: gzip"], True, [415]),
     (["Content-Length: 5, 5"], True, [400]),
     (["Content-Length: 0"], True, [100, 400]),
-]
-
-
-@table("lines,key_is_right,expected", EXPECTING)
+])
 def test_100_continue_is_only_said_once_nothing_else_can_be(shared, lines, key_is_right, expected):
     """The body is sent after a 100 only."""
     body = chunked(JSON_CHAT) + END if "chunked" in lines[0] else JSON_CHAT
@@ -8331,7 +8301,7 @@ MIB = 1 << 20
 
 # To add a case, add a row: the header line of a POST, what comes of its body, the
 # status. 413 does not wait for a body beyond MAX_BODY_MB=1.
-SIZES = [
+@table("line,body,status", [
     (f"Content-Length: {MIB + 1}", b"", 413),
     ("Content-Length: 999999999999", b"", 413),
     ("Transfer-Encoding: chunked", b"100001\r\n", 413),
@@ -8341,10 +8311,7 @@ SIZES = [
     ("Transfer-Encoding: chunked", chunked(b" " * (MIB - 2)) + chunked(b"{}") + END, 400),
     (f"Content-Length: {MIB}", JSON_CHAT.ljust(MIB), 200),
     ("Transfer-Encoding: chunked", chunked(JSON_CHAT.ljust(MIB)) + END, 200),
-]
-
-
-@table("line,body,status", SIZES)
+])
 def test_the_body_limit_holds_before_the_body_is_there(shared, line, body, status):
     with connect(shared, raw_request("POST", CHAT, line) + body) as sock:
         reply = next_reply(sock)
@@ -8354,7 +8321,7 @@ def test_the_body_limit_holds_before_the_body_is_there(shared, line, body, statu
 
 # To add a case, add a row: a request whose body nobody reads (method, path, further
 # header lines, whether its key is right), the status.
-UNREAD = [
+@table("method,path,lines,key_is_right,status", [
     ("POST", CHAT, [], False, 401),
     ("POST", "/nowhere", [], True, 404),
     ("PUT", "/v1/models", [], True, 405),
@@ -8364,10 +8331,7 @@ UNREAD = [
     ("DELETE", "/health", [], True, 405),
     ("POST", CHAT, ["Content-Encoding: br"], True, 415),
     ("BREW", "/health", [], True, 405),
-]
-
-
-@table("method,path,lines,key_is_right,status", UNREAD)
+])
 def test_a_body_nobody_read_never_becomes_the_next_request(shared, method, path, lines, key_is_right, status):
     body = raw_request("GET", "/health") * 3
     for data in (raw_request(method, path, *lines, body=body, auth=key_is_right),
@@ -8415,7 +8379,7 @@ def with_field(text):
 
 
 # To add a case, add a row: a body, the status it gets.
-ODD_BODIES = [
+@table("body,status", [
     (b"", 400),
     (b" ", 400),
     (b"nul", 400),
@@ -8464,10 +8428,7 @@ ODD_BODIES = [
     (json_chat(messages={}), 400),
     (json_chat(messages=[None]), 400),
     (json_chat(stream="yes"), 400),
-]
-
-
-@table("body,status", ODD_BODIES)
+])
 def test_odd_bodies_have_a_defined_answer(shared, body, status):
     replies = exchange(shared, raw_chat(body))
     assert [reply.status for reply in replies] == [status, 200]
@@ -8507,7 +8468,7 @@ def test_a_body_of_more_than_a_million_brackets_is_refused_before_it_is_decoded(
 # Paths
 
 # To add a case, add a value: a target, by the status it gets.
-TARGETS = [
+@table("target,status", [
     *((target, 200) for target in (
         "/v1/models", "/models", "//v1/models", "///models", "/v1//models", "/v1//models//glm-4.6",
         "/v1/models/", "/v1/models?limit=2&x=%zz", "/v1/models#x", "/%76%31/models", "/v1/%6Dodels/glm-4.6",
@@ -8522,10 +8483,7 @@ TARGETS = [
         "/../etc/passwd", "/%2e%2e/%2e%2e/etc/passwd", "/\\", "/[", "/;", "ftp://x/health", "http:/health",
         "localhost:443", "/" + "a" * 60000, "/v1/models/" + "%41" * 20000,
     )),
-]
-
-
-@table("target,status", TARGETS)
+])
 def test_every_target_has_a_defined_answer(shared, target, status):
     replies = exchange(shared, raw_request("GET", target))
     assert [reply.status for reply in replies] == [status, 200]
@@ -8541,7 +8499,7 @@ def test_the_chat_is_found_however_the_base_url_was_joined(shared, path):
 
 # To add a case, add a row: a path, patterns of what its 404 says; {base} is the proxy's
 # base URL, {root} the same without /v1, and {zai} that of Z.ai.
-NOT_HERE = [
+@table("path,words", [
     ("/nowhere", ["/nowhere", "base URL to {base}"]),
     ("/api/tags", ["base URL to {base}"]),
     ("/v1/embeddings", ["{zai}/embeddings", "balance"]),
@@ -8558,10 +8516,7 @@ NOT_HERE = [
         "moderations", "batches", "fine_tuning/jobs", "assistants", "threads", "vector_stores/x", "realtime")),
     *((path, ["base URL to {root}, without /v1"]) for path in (
         "/openai/v1/messages", CHAT + "/v1/messages", "/api/anthropic/v1/messages", "/anthropic")),
-]
-
-
-@table("path,words", NOT_HERE)
+])
 def test_a_404_says_where_to_go(shared, path, words):
     status, headers, body = shared.call("POST", path, {})
     assert status == 404
@@ -8572,7 +8527,7 @@ def test_a_404_says_where_to_go(shared, path, words):
 
 
 # To add a case, add a row: a path, the method it takes.
-METHODS = [
+@table("path,right", [
     ("/v1/models", "GET"),
     ("/models/GLM-4.6", "GET"),
     (CHAT, "POST"),
@@ -8581,10 +8536,7 @@ METHODS = [
     ("/stats", "GET"),
     ("/health", "GET"),
     ("/", "GET"),
-]
-
-
-@table("path,right", METHODS)
+])
 @table("method", ["GET", "POST", "PUT", "PATCH", "DELETE"])
 def test_every_route_takes_its_methods_and_names_them(shared, path, right, method):
     question = chat_body(stream=False) if right == method == "POST" else None
@@ -8633,7 +8585,7 @@ def test_a_model_is_found_by_any_name_that_chat_takes(zai, name, like):
 # Keys
 
 # To add a case, add a value or a row: header lines, whether they hold the key.
-KEY_LINES = [
+@table("lines,right", [
     *(([line], True) for line in (
         "Authorization: Bearer key-one", "authorization: BEARER key-two", "Authorization: bearer  key-one ",
         "x-api-key: key-two", "X-Api-Key: key-one", "api-key: key-one",
@@ -8647,10 +8599,7 @@ KEY_LINES = [
         "Authorization: Bearer key-one,key-two", "Authorization: Bearer key-one key-two",
         "Authorization: Bearer k\xe4y-one", "Authorization: Bearer " + "x" * 60000, "Cookie: key=key-one",
     )),
-]
-
-
-@table("lines,right", KEY_LINES)
+])
 def test_a_key_is_taken_in_three_headers_and_nowhere_else(shared, lines, right):
     reply, _ = exchange(shared, raw_request("GET", "/v1/models?key=key-one", *lines, auth=False))
     assert reply.status == (200 if right else 401)
@@ -8732,7 +8681,7 @@ def test_what_cannot_heal_is_no_429_and_no_502(zai, proxy, script, status, code)
 # Secure by default
 
 # To add a case, add a value: what Host says, by whether it names this computer.
-HOSTS = [
+@table("host,ours", [
     *((host, True) for host in (
         "localhost", "LocalHost:9090", "127.0.0.1", "127.0.0.1:9090", "127.8.9.10:1", "[::1]:9090", "[::1]",
     )),
@@ -8741,10 +8690,7 @@ HOSTS = [
         "[::1", "localhost@evil.example", "localhost:80@evil.example", "127.0.0.1evil", "192.168.1.7",
         "::ffff:1", "[::ffff:192.168.1.7]", "1270.0.1", "evil.example/127.0.0.1", "evil.example#localhost",
     )),
-]
-
-
-@table("host,ours", HOSTS)
+])
 def test_with_the_well_known_key_only_this_computer_is_served(well_known, host, ours):
     for method, path in (("GET", "/v1/models"), ("GET", "/"), ("GET", "/health"), ("OPTIONS", "/v1/models"),
                          ("GET", "/nowhere"), ("POST", CHAT)):
@@ -9024,7 +8970,7 @@ def test_an_item_is_remembered_for_the_key_that_got_it_and_for_no_other(zai):
 # What the log tells
 
 # To add a case, add a row: a request, how its line begins behind its id.
-LOGGED = [
+@table("data,words", [
     (raw_request("GET", "/health", LAST), "127.0.0.1 GET /health 200"),
     (raw_request("GET", "/v1/models", LAST), "127.0.0.1 GET /v1/models 200"),
     (raw_request("GET", "/nope?secret", LAST), "127.0.0.1 GET /nope 404"),
@@ -9036,10 +8982,7 @@ LOGGED = [
     (b"nonsense\r\n\r\n", "127.0.0.1 - - 400"),
     (raw_request("BREW", "/health", LAST), "127.0.0.1 BREW /health 405"),
     (raw_request("GET", "/health", "Content-Length: x"), "127.0.0.1 GET /health 400"),
-]
-
-
-@table("data,words", LOGGED)
+])
 def test_a_request_is_one_line(proxy, log_lines, data, words):
     reply, = replies_in(talk(proxy, data))
     assert eventually(log_lines)
@@ -9257,15 +9200,12 @@ def test_a_learned_ceiling_shows(zai, proxy):
 
 # To add a case, add a row: where a bug is planted, its name there, and the request that
 # meets it.
-BUGS = [
+@pytest.mark.parametrize("place,name,method,path,body", [
     (ztoapi, "listed_models", "GET", "/v1/models", None),
     (ztoapi.Metrics, "stats", "GET", "/stats", None),
     (ztoapi, "to_zai_request", "POST", CHAT, chat_body()),
     (ztoapi.Answer, "feed", "POST", CHAT, chat_body()),
-]
-
-
-@pytest.mark.parametrize("place,name,method,path,body", BUGS)
+])
 @pytest.mark.parametrize("bug", [boom, boom_of_the_system])
 def test_a_bug_is_one_500_and_one_traceback(proxy, monkeypatch, caplog, bug, place, name, method, path, body):
     with monkeypatch.context() as patch:
