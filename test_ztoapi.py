@@ -872,6 +872,13 @@ def slots(proxy):
     return sum(gate[3] for gate in proxy.gates())
 
 
+def check_well(proxy, times, streamed=True):
+    """So many answers, one after the other, are as they should be."""
+    for _ in range(times):
+        assert ask(proxy, streamed) == WELL
+        proxy.idle()
+
+
 def keys_at(zai):
     """The keys that arrived at Z.ai, in order."""
     return [request["headers"]["Authorization"].split()[1] for request in zai.requests]
@@ -5869,27 +5876,18 @@ class FakeClock:
             chore(self.now)
 
 
-class ClockClient(ztoapi.Client):
-    """A client that waits by that clock."""
+class WaitingClient(ztoapi.Client):
+    """A client that waits by a clock; without one, in a thread of its own, until it is woken."""
 
-    def __init__(self, clock, key=""):
+    def __init__(self, clock=None, key=""):
         super().__init__(None, key=key)
         self.clock = clock
 
     def wait(self, seconds):
-        self.clock.wait(seconds)
-        if self.gone:
-            raise ztoapi.ClientGone
-
-
-class SleepingClient(ztoapi.Client):
-    """A client that waits in a thread of its own, until it is woken."""
-
-    def __init__(self, key=""):
-        super().__init__(None, key=key)
-
-    def wait(self, seconds):
-        self.alarm.acquire(timeout=10)
+        if self.clock:
+            self.clock.wait(seconds)
+        else:
+            self.alarm.acquire(timeout=10)
         if self.gone:
             raise ztoapi.ClientGone
 
@@ -5930,7 +5928,7 @@ class TimedUpstream:
         fold = ztoapi.Fold()
         error = None
         try:
-            self.upstream.answer(self.job(model), ClockClient(self.clock), record, fold.add)
+            self.upstream.answer(self.job(model), WaitingClient(self.clock), record, fold.add)
         except ApiError as failure:
             error = failure
         return fold.text(ztoapi.TEXT), error, record
@@ -5975,7 +5973,7 @@ class TimedGates:
 
     def enter(self, ticket=None, model="glm-4.6"):
         """A ticket that got a slot, waiting by the clock if it must."""
-        ticket = ticket or ztoapi.Ticket(model, ClockClient(self.clock))
+        ticket = ticket or ztoapi.Ticket(model, WaitingClient(self.clock))
         self.gates.enter(ticket)
         return ticket
 
@@ -5986,7 +5984,7 @@ class TimedGates:
 
     def queue(self, key="", model="glm-4.6"):
         """A ticket that waits in the queue, in its thread."""
-        ticket = ztoapi.Ticket(model, SleepingClient(key))
+        ticket = ztoapi.Ticket(model, WaitingClient(key=key))
         before = self.queued(model)
 
         def wait():
@@ -6158,7 +6156,7 @@ def test_the_next_in_the_queue_goes_on_when_the_head_leaves_it():
 
 def test_one_who_has_left_keeps_no_slot():
     timed = TimedGates(limit=1)
-    left = ztoapi.Ticket("glm-4.6", ClockClient(timed.clock))
+    left = ztoapi.Ticket("glm-4.6", WaitingClient(timed.clock))
     left.client.gone = True
     with pytest.raises(ztoapi.ClientGone):
         timed.enter(left)
@@ -6369,7 +6367,7 @@ def test_the_head_of_the_queue_goes_when_a_key_comes_back():
     timed = TimedGates(keys=2, limit=1)
     busy = timed.enter()
     timed.gates.leave(timed.enter(), UpstreamError("exhausted", KEY_RESTS, retry_after=10.0))
-    ticket = ztoapi.Ticket("glm-4.6", ClockClient(timed.clock))
+    ticket = ztoapi.Ticket("glm-4.6", WaitingClient(timed.clock))
     assert timed.seconds_to_enter(ticket) == 10
     assert ticket.gate.key is not busy.gate.key
 
@@ -7177,14 +7175,11 @@ def test_redirects_are_not_followed(zai, status):
         assert elsewhere.connections == 0
 
 
-@pytest.mark.usefixtures("unhurried")
 @both
-def test_bytes_that_come_one_at_a_time_are_an_answer_like_any_other(zai, proxy, streamed):
+def test_bytes_that_come_one_at_a_time_are_an_answer_like_any_other(zai, unhurried, proxy, streamed):
     whole = b"".join(stream(*HEALTHY))
     zai.default = [whole[i:i + 1] for i in range(len(whole))]
-    for _ in range(2):
-        assert ask(proxy, streamed) == WELL
-        proxy.idle()
+    check_well(proxy, 2, streamed)
     assert zai.connections == 1
 
 
@@ -7517,7 +7512,7 @@ def test_the_requests_bytes_are_let_go_of_with_the_first_step(zai, go, make_time
     def take(steps):
         holders.append(sys.getrefcount(data))
         go.set()
-    timed.upstream.answer(job, ClockClient(timed.clock), ztoapi.Record("req_1", "127.0.0.1", 0.0), take)
+    timed.upstream.answer(job, WaitingClient(timed.clock), ztoapi.Record("req_1", "127.0.0.1", 0.0), take)
     assert job.data is None
     assert len(holders) >= 2
     assert set(holders) == {sys.getrefcount(data)}
@@ -7696,9 +7691,8 @@ def three_pooled(zai):
         yield proxy
 
 
-@pytest.mark.usefixtures("unhurried")
 @pytest.mark.parametrize("death", ([RESET], [CLOSE]), ids=("reset", "end"))
-def test_pooled_connections_that_die_when_used_are_replaced_unseen(zai, monkeypatch, death):
+def test_pooled_connections_that_die_when_used_are_replaced_unseen(zai, unhurried, monkeypatch, death):
     assert ztoapi.STALE_WITHIN_S == 1
     monkeypatch.setattr(ztoapi, "STALE_WITHIN_S", 20)
     with three_pooled(zai) as proxy:
@@ -7708,8 +7702,7 @@ def test_pooled_connections_that_die_when_used_are_replaced_unseen(zai, monkeypa
         assert figures(proxy)[0] == 0
 
 
-@pytest.mark.usefixtures("unhurried")
-def test_a_pooled_connection_that_ends_after_a_while_was_not_dead(zai, monkeypatch):
+def test_a_pooled_connection_that_ends_after_a_while_was_not_dead(zai, unhurried, monkeypatch):
     """Z.ai has worked on the request, which is billed: it is tried again MAX_RETRIES times, and counted."""
     monkeypatch.setattr(ztoapi, "STALE_WITHIN_S", 0.05)
     with three_pooled(zai) as proxy:
@@ -7720,26 +7713,20 @@ def test_a_pooled_connection_that_ends_after_a_while_was_not_dead(zai, monkeypat
 
 # Through proxies, and over TLS
 
-@pytest.mark.usefixtures("unhurried")
 @both
-def test_plain_requests_go_through_http_proxy_over_one_connection(zai, http_proxy, monkeypatch, streamed):
+def test_plain_requests_go_through_http_proxy_over_one_connection(zai, unhurried, http_proxy, monkeypatch, streamed):
     through(monkeypatch, "http", http_proxy.url)
     with strict_proxy(zai) as proxy:
-        for _ in range(3):
-            assert ask(proxy, streamed) == WELL
-            proxy.idle()
+        check_well(proxy, 3, streamed)
         assert [head.split()[1] for head in http_proxy.heads] == [f"{zai.url}/chat/completions"]
         assert len(zai.requests) == 3
 
 
-@pytest.mark.usefixtures("unhurried")
 @both
-def test_tls_goes_through_https_proxy_by_connect_over_one_connection(trusted, http_proxy, monkeypatch, streamed):
+def test_tls_goes_through_https_proxy_by_connect_over_one_connection(trusted, unhurried, http_proxy, monkeypatch, streamed):
     through(monkeypatch, "https", http_proxy.url)
     with strict_proxy(trusted) as proxy:
-        for _ in range(3):
-            assert ask(proxy, streamed) == WELL
-            proxy.idle()
+        check_well(proxy, 3, streamed)
         assert [head.split()[:2] for head in http_proxy.heads] == [["CONNECT", f"localhost:{trusted.port}"]]
         assert "uthorization" not in http_proxy.heads[0]
         assert [request["path"] for request in trusted.requests] == ["/api/paas/v4/chat/completions"] * 3
@@ -7753,21 +7740,15 @@ def test_no_proxy_goes_around_the_proxy(trusted, http_proxy, monkeypatch, no_pro
         assert http_proxy.heads == []
 
 
-@pytest.mark.usefixtures("unhurried")
-def test_a_proxys_password_reaches_the_proxy_alone(trusted, http_proxy, monkeypatch):
+def test_a_proxys_password_reaches_the_proxy_alone(trusted, unhurried, http_proxy, monkeypatch):
     through(monkeypatch, "https", http_proxy.url.replace("//", "//user:pass-word@"))
     with strict_proxy(trusted) as proxy:
-        for _ in range(2):
-            assert ask(proxy, True) == WELL
-            proxy.idle()
+        check_well(proxy, 2)
         assert "proxy-authorization: basic dXNlcjpwYXNzLXdvcmQ=".lower() in http_proxy.heads[0].lower()
         assert [request["headers"].get("Proxy-Authorization") for request in trusted.requests] == [None, None]
 
 
-REFUSING = (b"HTTP/1.1 407 Proxy Authentication Required\r\n\r\n", b"what?\r\n\r\n", b"", b"X: y\r\n" * 20000)
-
-
-@pytest.mark.parametrize("reply", REFUSING, ids=("407", "garbage", "nothing", "no end"))
+@table("reply", [b"HTTP/1.1 407 Proxy Authentication Required\r\n\r\n", b"what?\r\n\r\n", b"", b"X: y\r\n" * 20000])
 def test_a_proxy_that_refuses_is_a_502(trusted, monkeypatch, reply):
     with HttpProxy(reply) as refusing:
         through(monkeypatch, "https", refusing.url)
@@ -7819,13 +7800,10 @@ def test_https_to_a_plain_port_is_a_502():
             assert "TLS" in error["message"]
 
 
-@pytest.mark.usefixtures("unhurried")
 @both
-def test_tls_with_ssl_cert_file_answers_over_one_connection(trusted, streamed):
+def test_tls_with_ssl_cert_file_answers_over_one_connection(trusted, unhurried, streamed):
     with strict_proxy(trusted) as proxy:
-        for _ in range(3):
-            assert ask(proxy, streamed) == WELL
-            proxy.idle()
+        check_well(proxy, 3, streamed)
         assert trusted.connections == 1
 
 
@@ -7848,9 +7826,8 @@ def test_cuts_over_tls_are_cuts(trusted, fault):
         assert len(trusted.requests) == 2
 
 
-@pytest.mark.usefixtures("unhurried")
 @pytest.mark.parametrize("size", (8192, 16384, 65536))
-def test_what_stands_behind_an_answer_over_tls_never_becomes_the_next(trusted, size):
+def test_what_stands_behind_an_answer_over_tls_never_becomes_the_next(trusted, unhurried, size):
     """Bytes that TLS has decrypted and nobody has read are seen by no poll(). The answer is padded to end where a read
     does."""
     good, other = [b"".join((say(text), FINISH, DONE)) for text in ("Hello", "somebody else's")]
@@ -9929,11 +9906,10 @@ def test_a_missing_key_is_the_first_failure_of_the_check(capsys, closed_port):
     assert road.startswith("FAIL  TCP: ")
 
 
-INVALID_PROXIES = ["http://127.0.0.1:abc", "127.0.0.1:99999", "http://[::1", "http:/me:hidden@host", "http://:80",
-                   "socks5://127.0.0.1:1080"]
-
-
-@pytest.mark.parametrize("text", INVALID_PROXIES)
+@pytest.mark.parametrize("text", [
+    "http://127.0.0.1:abc", "127.0.0.1:99999", "http://[::1", "http:/me:hidden@host", "http://:80",
+    "socks5://127.0.0.1:1080",
+])
 def test_an_address_of_a_proxy_that_is_not_valid_is_a_failure_of_the_check(capsys, monkeypatch, text):
     through(monkeypatch, "https", text)
     assert failures_of(capsys, ZAI_BASE_URL="https://127.0.0.2/api")[0].startswith("FAIL  proxy: ")
@@ -10016,11 +9992,10 @@ def test_the_version_is_one_line(capsys):
     assert run_main(capsys, "--version", DEFAULT_KEY="") == (0, f"ztoapi {ztoapi.__version__}\n", "")
 
 
-WRONG_ARGUMENTS = [["--nope"], ["serve"], ["--check", "--check"], ["--help", "x"], [""], ["--port", "80"],
-                   ["--version", "--help"], ["\udcff\n"]]
-
-
-@pytest.mark.parametrize("argv", WRONG_ARGUMENTS)
+@pytest.mark.parametrize("argv", [
+    ["--nope"], ["serve"], ["--check", "--check"], ["--help", "x"], [""], ["--port", "80"], ["--version", "--help"],
+    ["\udcff\n"],
+])
 def test_any_other_argument_is_one_line_and_exit_status_2(capsys, argv):
     status, out, err = run_main(capsys, *argv)
     assert (status, out) == (2, "")
