@@ -2039,7 +2039,8 @@ CHUNKED = [
         b"\r\n", b"x\r\n", b"-5\r\n", b"+5\r\n", b"0x5\r\n", b"5_0\r\n", b" 5\r\n", b"5 5\r\n", b"\xd9\xa5\r\n",
         b"5\n", b"5\nhello\r\n", b"5\r\nhelloX\r\n", b"5\r\nhello0\r\n\r\n", b"5\r\nhello\n0\r\n\r\n",
         b"5\r\nhello\rX\r\n", b"fffffffffffffffff\r\n", b"5;a\x00b\r\nhello\r\n", b"5;a\nb\r\nhello\r\n",
-        b"5\rhello\r\n",
+        b"5\rhello\r\n", b"\xb2\r\n", b"5=x\r\n", b"5;a\rb\r\nhello\r\n", b"5\r\nhello\r\n\r\n0\r\n\r\n", b"0\n\r\n\r\n",
+        b"0\r\nX: a\rb\r\n\r\n", b"0\r\nX: \0\r\n\r\n", b"0\r\nX : y\r\n\r\n", b"0\r\n: y\r\n\r\n",
         b"0\r\nX: a\nb\r\n\r\n", b"0\r\nno field\r\n\r\n", b"0\r\n X: y\r\n\r\n",
         b"5;" + b"x" * 5000 + b"\r\nhello\r\n0\r\n\r\n")),
 ]
@@ -8017,38 +8018,15 @@ def test_an_ambiguous_length_is_refused_and_nothing_behind_it_is_answered(shared
     check_refused(exchange(shared, raw_request("POST", CHAT, lines) + END), status)
 
 
-# To add a case, add a row: a body in a broken chunked coding.
+# One of each kind; CHUNKED of section Bytes has them all. To add a case, add a row: a
+# body in a broken chunked coding.
 @table("body", [
-    b"\r\n{}\r\n0\r\n\r\n",
     b"g\r\n",
-    b"0x2\r\n{}\r\n0\r\n\r\n",
-    b"-2\r\n{}\r\n0\r\n\r\n",
-    b"+2\r\n{}\r\n0\r\n\r\n",
-    b" 2\r\n{}\r\n0\r\n\r\n",
-    b"2 2\r\n{}\r\n0\r\n\r\n",
-    b"0_2\r\n{}\r\n0\r\n\r\n",
     b"2\n{}\n0\n\n",
-    b"2\r{}\r0\r\r",
-    b"2\r\n{}0\r\n\r\n",
     b"2\r\n{}xx\r\n0\r\n\r\n",
-    b"2\r\n{}\n0\r\n\r\n",
     b"2;" + b"x" * 5000 + b"\r\n{}\r\n0\r\n\r\n",
-    b"2;a\nb\r\n{}\r\n0\r\n\r\n",
-    b"2;a\rb\r\n{}\r\n0\r\n\r\n",
-    b"2;\0\r\n{}\r\n0\r\n\r\n",
-    b"2=x\r\n{}\r\n0\r\n\r\n",
-    b"\xb2\r\n{}\r\n0\r\n\r\n",
-    b"2\r\n{}\r\n\r\n0\r\n\r\n",
-    b"2\r\n{}\r\n0\n\r\n\r\n",
     b"2\r\n{}\r\n0\r\n" + b"X: y\r\n" * 20000,
-    b"2\r\n{}\r\n0\r\nX: y\nZ: w\r\n\r\n",
     b"2\r\n{}\r\n0\r\nGET /health HTTP/1.1\r\n\r\n",
-    b"2\r\n{}\r\n0\r\nnocolon\r\n\r\n",
-    b"2\r\n{}\r\n0\r\nX: a\rb\r\n\r\n",
-    b"2\r\n{}\r\n0\r\nX: \0\r\n\r\n",
-    b"2\r\n{}\r\n0\r\n fold\r\n\r\n",
-    b"2\r\n{}\r\n0\r\nX : y\r\n\r\n",
-    b"2\r\n{}\r\n0\r\n: y\r\n\r\n",
 ])
 def test_a_broken_chunked_body_is_refused_and_nothing_behind_it_is_answered(shared, body):
     replies = exchange(shared, raw_chunks(body))
@@ -8355,20 +8333,10 @@ def with_field(text):
     return JSON_CHAT.replace(b'"stream"', text + b',"stream"')
 
 
-# To add a case, add a row: a body, the status it gets.
+# What JSON is, and which fields are bad, is told by STRICT_JSON and BAD_REQUESTS. To add
+# a case, add a value or a row: a body, the status it gets.
 @table("body,status", [
-    (b"", 400),
-    (b" ", 400),
-    (b"nul", 400),
-    (b"null", 400),
-    (b"[]", 400),
-    (b'"x"', 400),
-    (b"1", 400),
-    (b"{", 400),
-    (b"{}", 400),
-    (b"{}{}", 400),
-    (b"\0", 400),
-    (b"\xff\xfe\x00", 400),
+    *((body, 400) for body in (b"", b" ", b"null", b"[]", b'"x"', b"1", b"{", b"{}", b"\0", b"\xff\xfe\x00")),
     (JSON_CHAT + b"x", 400),
     (JSON_CHAT + b" \r\n\t", 200),
     (b"\xef\xbb\xbf" + JSON_CHAT, 200),
@@ -8386,12 +8354,8 @@ def with_field(text):
     (with_field(b'"model":"GLM-4.5"'), 200),
     (with_field(b'"x":{"a":[1,null,true]}'), 200),
     (with_field(b'"\\r\\nX: y":"z"'), 200),
-    (with_field(b'"model":NaN'), 400),
     (with_field(b'"temperature":NaN'), 400),
-    (with_field(b'"temperature":1e999'), 400),
     (with_field(b'"temperature":1e99'), 400),
-    (with_field(b'"temperature":1' + b"0" * 101), 400),
-    (with_field(b'"temperature":' + b"9" * 5000), 400),
     (with_field(b'"temperature":' + b"9" * 1000000), 400),
     (with_field(b'"seed":' + b"9" * 100), 200),
     (with_field(b'"max_tokens":' + b"9" * 90), 200),
@@ -8399,10 +8363,6 @@ def with_field(text):
     (with_field(b'"x":' + b"[" * 100000 + b"]" * 100000), 400),
     (with_field(b'"x":' + b'{"a":' * 50000 + b"1" + b"}" * 50000), 400),
     (b"[" * 1000000, 400),
-    (json_chat(model="a" * 100000), 400),
-    (json_chat(model=""), 400),
-    (json_chat(model=["x"]), 400),
-    (json_chat(messages={}), 400),
     (json_chat(messages=[None]), 400),
     (json_chat(stream="yes"), 400),
 ])
@@ -9294,9 +9254,7 @@ def test_host_double_colon_serves_both_ip_versions(zai, host):
 
 def test_a_full_house_makes_room_for_a_newcomer_by_closing_who_has_idled_longest(zai):
     with proxying(zai, MAX_CONNECTIONS="3") as proxy:
-        first = hold(proxy, raw_request("GET", "/health"))
-        second = hold(proxy, raw_request("GET", "/health"))
-        third = hold(proxy, raw_request("GET", "/health"))
+        first, second, third = [hold(proxy, raw_request("GET", "/health")) for _ in range(3)]
         with first, second, third:
             first.sendall(raw_request("GET", "/health"))
             assert next_reply(first).status == 200
