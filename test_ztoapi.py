@@ -838,6 +838,13 @@ def ask(proxy, streamed, **fields):
     return status, said(events), error, whole and finish_of(events) != []
 
 
+def check_502(proxy, words, streamed=True):
+    """A chat fails before its answer begins, and its error says so in these words."""
+    status, _, error, _ = ask(proxy, streamed)
+    assert status == 502
+    assert words in error["message"]
+
+
 def failed_stream(proxy, **fields):
     """The events of a stream that began and failed, once all is checked that holds for each."""
     return check_failed(*proxy.stream(**fields))
@@ -6948,7 +6955,7 @@ LITTER = {
 }
 
 
-def litter_of(make_request):
+def litter_of(proxy, make_request):
     """The kinds of things of one request that are still there after it, with the garbage collector off."""
     def left():
         return {id(thing): type(thing).__name__ for thing in gc.get_objects() if isinstance(thing, PER_REQUEST)}
@@ -6957,6 +6964,7 @@ def litter_of(make_request):
     gc.disable()
     try:
         make_request()
+        proxy.idle()
         eventually(lambda: left().keys() <= before.keys(), 5)
         return [kind for key, kind in left().items() if key not in before]
     finally:
@@ -6969,12 +6977,8 @@ def test_a_request_leaves_nothing_for_the_garbage_collector(zai, brisk, case):
     zai.default, streamed = LITTER[case]
     if zai.default is None:
         zai.close()
-
-    def make_request():
-        ask(proxy, streamed)
-        proxy.idle()
     with strict_proxy(zai, MAX_RETRIES="1", UPSTREAM_TIMEOUT="0.1") as proxy:
-        assert litter_of(make_request) == []
+        assert litter_of(proxy, lambda: ask(proxy, streamed)) == []
 
 
 @both
@@ -6984,17 +6988,15 @@ def test_a_client_that_leaves_an_answer_leaves_nothing_either(zai, brisk, proxy,
     def make_request():
         with connect(proxy, raw_chat(chat_body(stream=streamed))):
             assert eventually(lambda: zai.in_flight == 1)
-        proxy.idle()
-    assert litter_of(make_request) == []
+    assert litter_of(proxy, make_request) == []
 
 
 def test_a_client_that_leaves_while_connecting_leaves_nothing_either(brisk):
     def make_request():
         with proxy.open_stream():
             assert eventually(lambda: is_connecting(proxy))
-        proxy.idle()
     with stuck_listener() as port, strict_proxy(ZAI_BASE_URL=f"http://127.0.0.1:{port}") as proxy:
-        assert litter_of(make_request) == []
+        assert litter_of(proxy, make_request) == []
 
 
 def test_a_json_answer_of_more_than_64_mib_is_an_error(zai, proxy):
@@ -7161,9 +7163,7 @@ def test_codes_that_cannot_heal_are_never_tried_again(zai, proxy):
 
 def test_a_wrong_path_is_never_tried_again_and_names_the_base_url(zai, proxy):
     zai.default = answer(404, b"<html>404</html>")
-    status, _, error, _ = ask(proxy, True)
-    assert status == 502
-    assert "ZAI_BASE_URL" in error["message"]
+    check_502(proxy, "ZAI_BASE_URL")
     assert len(zai.requests) == 1
 
 
@@ -7259,9 +7259,7 @@ SILENT = {
 def test_a_silence_is_tried_again_once(zai, brisk, case, streamed):
     zai.default = SILENT[case]
     with strict_proxy(zai, UPSTREAM_TIMEOUT="0.1", MAX_RETRIES="5") as proxy:
-        status, _, error, _ = ask(proxy, streamed)
-        assert status == 502
-        assert "UPSTREAM_TIMEOUT" in error["message"]
+        check_502(proxy, "UPSTREAM_TIMEOUT", streamed)
         assert eventually(lambda: zai.cut_by_client == 2)
         assert len(zai.requests) == 2
 
@@ -7561,9 +7559,7 @@ def test_connecting_takes_ten_seconds_at_most(monkeypatch):
     assert ztoapi.CONNECT_TIMEOUT_S == 10
     monkeypatch.setattr(ztoapi, "CONNECT_TIMEOUT_S", 0.1)
     with stuck_listener() as port, strict_proxy(ZAI_BASE_URL=f"http://127.0.0.1:{port}", MAX_RETRIES="1") as proxy:
-        status, _, error, _ = ask(proxy, True)
-        assert status == 502
-        assert "within 0.1 s" in error["message"]
+        check_502(proxy, "within 0.1 s")
         assert figures(proxy)[0] == 1
 
 
@@ -7781,9 +7777,7 @@ def test_a_proxy_that_cannot_be_used_is_refused_in_words_without_its_password(mo
 
 def test_a_certificate_the_store_does_not_know_is_a_502_that_names_ssl_cert_file(untrusted):
     with strict_proxy(untrusted) as proxy:
-        status, _, error, _ = ask(proxy, True)
-        assert status == 502
-        assert "SSL_CERT_FILE" in error["message"]
+        check_502(proxy, "SSL_CERT_FILE")
         assert (untrusted.connections, untrusted.requests) == (1, []), "it cannot heal"
 
 
@@ -7796,9 +7790,7 @@ def test_a_certificate_of_another_name_is_a_502(trusted):
 def test_https_to_a_plain_port_is_a_502():
     with MuteListener(b"HTTP/1.1 400 Bad Request\r\n\r\n") as plain:
         with strict_proxy(ZAI_BASE_URL=f"https://localhost:{plain.port}", MAX_RETRIES="0") as proxy:
-            status, _, error, _ = ask(proxy, True)
-            assert status == 502
-            assert "TLS" in error["message"]
+            check_502(proxy, "TLS")
 
 
 @both
@@ -9167,11 +9159,8 @@ def test_a_bug_during_a_stream_is_the_in_stream_error(zai, proxy, monkeypatch, c
     told = [lambda *_, count=count: eventually(lambda: len(calls) >= count) for count in (1, 2)]
     zai.default = stream(say("ab"), told[0], say("cd"), told[1], say("ef"), FINISH, DONE)
     status, headers, events, clean = proxy.stream()
-    assert status == 200
+    check_failed(status, headers, events, clean)
     assert said(events) == "abcd"
-    assert not clean
-    assert finish_of(events) == []
-    assert list(events[-1]) == ["error"]
     assert events[-1]["error"]["code"] == "internal_error"
     assert headers["x-request-id"] in events[-1]["error"]["message"]
     assert sum(bool(record.exc_info) for record in caplog.records) == 1
