@@ -824,6 +824,11 @@ both = pytest.mark.parametrize("streamed", (True, False), ids=("stream", "json")
 posix_only = pytest.mark.skipif(os.name == "nt", reason="signals")
 
 
+def cases(names, rows):
+    """Parametrize by the rows of a dict, whose keys name them."""
+    return pytest.mark.parametrize(names, list(rows.values()), ids=list(rows))
+
+
 def ask(proxy, streamed, **fields):
     """(status, text, error or None, whether it ended as it should) of a chat, either way."""
     if not streamed:
@@ -6205,15 +6210,12 @@ def test_the_log_tells_once_when_a_gate_begins_to_refuse_and_once_when_it_clears
 
 
 # To add a case, add a row: how Z.ai refuses -> what too many requests get.
-BURSTS = {
+@cases("refused", {
     "1302": refusal(429, "1302"),
     "1305": refusal(429, "1305"),
     "1302 as first event": stream(sse(LIMITED), DONE),
-}
-
-
-@pytest.mark.parametrize("how", BURSTS)
-def test_a_burst_of_10_against_a_limit_of_3_succeeds_and_teaches(zai, proxy, how):
+})
+def test_a_burst_of_10_against_a_limit_of_3_succeeds_and_teaches(zai, proxy, refused):
     running = threading.BoundedSemaphore(3)
     all_are_there = threading.Event()
 
@@ -6223,7 +6225,7 @@ def test_a_burst_of_10_against_a_limit_of_3_succeeds_and_teaches(zai, proxy, how
 
     def limited(request):
         if not running.acquire(blocking=False):
-            return BURSTS[how]
+            return refused
         return stream(say("a"), until_the_others_queue, lambda *_: running.release(), say("b"), FINISH, DONE)
     zai.default = limited
     results = together(*[lambda i=i: ask(proxy, i % 3) for i in range(10)])
@@ -6398,7 +6400,7 @@ def test_an_empty_purse_at_every_key_is_told_with_no_second_try(zai):
 
 
 # To add a case, add a row: where Z.ai quotes the key -> the script for a key.
-QUOTING = {
+@cases("script_for", {
     "401": lambda key: refusal(401, "401", f"token {key} expired"),
     "halves": lambda key: refusal(500, "1234", "{} and {}".format(*key.split("."))),
     "400": lambda key: refusal(400, "1210", f"key {key}"),
@@ -6406,14 +6408,11 @@ QUOTING = {
     "later event": lambda key: stream(say("a"), error_event("1234", f"Bearer {key}")),
     "log id": lambda key: [raw_head(f"X-Log-Id: {key}"), CLOSE],
     "head": lambda key: [b"HTTP/1.1 %b\r\n\r\n" % key.encode(), CLOSE],
-}
-
-
-@pytest.mark.parametrize("case", QUOTING)
+})
 @both
-def test_no_key_is_seen_in_answers_or_logs(zai, caplog, case, streamed):
+def test_no_key_is_seen_in_answers_or_logs(zai, caplog, script_for, streamed):
     caplog.set_level(logging.DEBUG, "ztoapi")
-    zai.default = lambda request: QUOTING[case](request["headers"]["Authorization"].split()[1])
+    zai.default = lambda request: script_for(request["headers"]["Authorization"].split()[1])
     with strict_proxy(zai, ZAI_API_KEY=",".join(ZAI_KEYS[:2]), DEBUG_MODE="true") as proxy:
         seen = talk(proxy, raw_chat(chat_body(stream=streamed), "Connection: close")).decode()
         proxy.idle()
@@ -6603,16 +6602,12 @@ def test_a_socket_has_ended_once_its_other_side_is_closed(monkeypatch, rdhup):
 
 # To add a case, add a row: of how many steps of an answer's a heartbeat comes behind,
 # what the client has got by then.
-BEATS_BEHIND = {
+@cases("count,pattern", {
     "nothing": (0, rb'^HTTP/1.1 200.*"delta":\{\}'),
     "the head": (1, rb'^HTTP/1.1 200.*"delta":\{\}'),
     "text": (4, rb'"Hel".*"delta":\{\}'),
-}
-
-
-@pytest.mark.parametrize("case", BEATS_BEHIND)
-def test_a_heartbeat_is_a_valid_empty_chunk_and_the_opening_one_comes_first(zai, brisk, case):
-    count, pattern = BEATS_BEHIND[case]
+})
+def test_a_heartbeat_is_a_valid_empty_chunk_and_the_opening_one_comes_first(zai, brisk, count, pattern):
     go = threading.Event()
     steps = stream(*HEALTHY)
     zai.default = [*steps[:count], go, *steps[count:]]
@@ -6640,18 +6635,15 @@ def test_no_heartbeat_comes_before_its_time_or_at_0_and_a_refusal_keeps_its_stat
 
 
 # To add a case, add a row: what comes late -> the script.
-LATE_ENDS = {
+@cases("script", {
     "the end mark": stream(say("Hello"), FINISH, 0.2, DONE),
     "the end of the body": stream(say("Hello"), FINISH, DONE, 0.2),
     "the finish": stream(say("Hello"), 0.2, FINISH, DONE),
     "the usage": stream(say("Hello"), event(finish="stop"), 0.2, FINISH, DONE),
     "nothing, after a large write": [b"".join(stream(say("Hello" * (1 << 20)), FINISH, DONE))],
-}
-
-
-@pytest.mark.parametrize("case", LATE_ENDS)
-def test_a_heartbeat_never_follows_the_end_of_an_answer(zai, brisk, case):
-    zai.default = LATE_ENDS[case]
+})
+def test_a_heartbeat_never_follows_the_end_of_an_answer(zai, brisk, script):
+    zai.default = script
     with strict_proxy(zai, HEARTBEAT="0.05") as proxy, proxy.open_stream() as sock:
         time.sleep(0.3)  # the large write stands still meanwhile
         _, _, events, clean = read_stream(sock)
@@ -6706,17 +6698,13 @@ def test_queueing_goes_on_after_a_heartbeat(zai, brisk):
 
 # To add a case, add a row: what Z.ai does after a heartbeat, the code of the error
 # then.
-FAILURES_AFTER_BEAT = {
+@cases("script,code", {
     "400": (refusal(400, "1210"), "invalid_value"),
     "429": (refusal(429, "1113"), "insufficient_quota"),
     "reset": ([RESET], "upstream_error"),
     "event": (stream(sse(NETWORK)), "upstream_error"),
-}
-
-
-@pytest.mark.parametrize("case", FAILURES_AFTER_BEAT)
-def test_a_failure_after_a_heartbeat_is_the_in_stream_error(zai, brisk, case):
-    script, code = FAILURES_AFTER_BEAT[case]
+})
+def test_a_failure_after_a_heartbeat_is_the_in_stream_error(zai, brisk, script, code):
     go = threading.Event()
     zai.default = [go, *script]
     with strict_proxy(zai, HEARTBEAT="0.03", MAX_RETRIES="0") as proxy, proxy.open_stream() as sock:
@@ -6935,26 +6923,6 @@ def test_a_slow_reader_is_no_dropped_one(monkeypatch):
         outbox.look(clock.now, settings)
 
 
-# What is made for one request, and must go with it.
-PER_REQUEST = (
-    ztoapi.Handler, ztoapi.Client, ztoapi.Outbox, ztoapi.Relay, ztoapi.Connection, ztoapi.ZaiRequest, ztoapi.Answer,
-    ztoapi.Reply, ztoapi.SSEDecoder, ztoapi.Translator, ztoapi.Job, ztoapi.Ticket, ztoapi.Fold, ztoapi.Chat)
-
-# To add a case, add a row: what happens -> what Z.ai does (None: it is not there),
-# streamed or not.
-LITTER = {
-    "well": (stream(*HEALTHY), True),
-    "well, json": (stream(*HEALTHY), False),
-    "reset": ([RESET], True),
-    "first event, json": (stream(sse(NETWORK), DONE), False),
-    "HTML 502": (answer(502, b"<html><h1>502 Bad Gateway</h1></html>"), True),
-    "cut": ([HEAD, chunked(say("Hel")), CLOSE], True),
-    "silence": ([HEAD, 30], True),
-    "a limit that lasts": (answer(429, LIMITED, "Retry-After: 86400"), True),
-    "not there": (None, True),
-}
-
-
 def litter_of(proxy, make_request):
     """The kinds of things of one request that are still there after it, with the garbage collector off."""
     def left():
@@ -6971,11 +6939,28 @@ def litter_of(proxy, make_request):
         gc.enable()
 
 
-@pytest.mark.parametrize("case", LITTER)
-def test_a_request_leaves_nothing_for_the_garbage_collector(zai, brisk, case):
+# What is made for one request, and must go with it.
+PER_REQUEST = (
+    ztoapi.Handler, ztoapi.Client, ztoapi.Outbox, ztoapi.Relay, ztoapi.Connection, ztoapi.ZaiRequest, ztoapi.Answer,
+    ztoapi.Reply, ztoapi.SSEDecoder, ztoapi.Translator, ztoapi.Job, ztoapi.Ticket, ztoapi.Fold, ztoapi.Chat)
+
+# To add a case, add a row: what happens -> what Z.ai does (None: it is not there),
+# streamed or not.
+@cases("script,streamed", {
+    "well": (stream(*HEALTHY), True),
+    "well, json": (stream(*HEALTHY), False),
+    "reset": ([RESET], True),
+    "first event, json": (stream(sse(NETWORK), DONE), False),
+    "HTML 502": (answer(502, b"<html><h1>502 Bad Gateway</h1></html>"), True),
+    "cut": ([HEAD, chunked(say("Hel")), CLOSE], True),
+    "silence": ([HEAD, 30], True),
+    "a limit that lasts": (answer(429, LIMITED, "Retry-After: 86400"), True),
+    "not there": (None, True),
+})
+def test_a_request_leaves_nothing_for_the_garbage_collector(zai, brisk, script, streamed):
     """What it leaves, it leaves with its body and its buffers, for as long as the collector likes."""
-    zai.default, streamed = LITTER[case]
-    if zai.default is None:
+    zai.default = script
+    if script is None:
         zai.close()
     with strict_proxy(zai, MAX_RETRIES="1", UPSTREAM_TIMEOUT="0.1") as proxy:
         assert litter_of(proxy, lambda: ask(proxy, streamed)) == []
@@ -7247,17 +7232,14 @@ def test_a_bug_in_a_front_ends_one_answer_only(zai, go, monkeypatch, caplog, pro
 # Silence, and other times
 
 # To add a case, add a row: what Z.ai does before it falls silent -> the script.
-SILENT = {
+@cases("script", {
     "before the head": [30],
     "behind the head": [HEAD, 30],
     "behind an empty delta": stream(event({"role": "assistant", "content": ""}), 30),
-}
-
-
-@pytest.mark.parametrize("case", SILENT)
+})
 @both
-def test_a_silence_is_tried_again_once(zai, brisk, case, streamed):
-    zai.default = SILENT[case]
+def test_a_silence_is_tried_again_once(zai, brisk, script, streamed):
+    zai.default = script
     with strict_proxy(zai, UPSTREAM_TIMEOUT="0.1", MAX_RETRIES="5") as proxy:
         check_502(proxy, "UPSTREAM_TIMEOUT", streamed)
         assert eventually(lambda: zai.cut_by_client == 2)
@@ -7268,7 +7250,7 @@ def test_a_silence_is_tried_again_once(zai, brisk, case, streamed):
             proxy.tune(upstream_timeout=300)
             return 0.0
         proxy.server.upstream.rand = take_time
-        zai.scripts.append(SILENT[case])
+        zai.scripts.append(script)
         zai.default = stream(*HEALTHY)
         assert ask(proxy, streamed) == WELL
 
@@ -7308,18 +7290,15 @@ def test_upstream_timeout_is_of_silence_and_never_of_the_whole():
 
 
 # To add a case, add a row: what Z.ai does behind a finish without usage -> the script.
-UNENDING = {
+@cases("steps", {
     "silence": [30],
     "comments": [step for _ in range(300) for step in (chunked(b": keep-alive\n\n"), 0.02)],
-}
-
-
-@pytest.mark.parametrize("case", UNENDING)
+})
 @both
-def test_an_answer_is_complete_two_seconds_behind_its_finish(zai, brisk, monkeypatch, proxy, case, streamed):
+def test_an_answer_is_complete_two_seconds_behind_its_finish(zai, brisk, monkeypatch, proxy, steps, streamed):
     assert ztoapi.Relay.PATIENCE_S == 2
     monkeypatch.setattr(ztoapi.Relay, "PATIENCE_S", 0.2)
-    zai.default = [HEAD, chunked(say("Hello")), chunked(event(finish="stop")), *UNENDING[case]]
+    zai.default = [HEAD, chunked(say("Hello")), chunked(event(finish="stop")), *steps]
     assert ask(proxy, streamed) == WELL
     assert eventually(lambda: zai.cut_by_client == 1)
     assert len(zai.requests) == 1
@@ -7642,20 +7621,16 @@ def test_the_pool_closes_what_was_idle_for_60_seconds():
 
 # To add a case, add a row: an answer -> its script, and whether its connection serves
 # again.
-REUSE = {
+@cases("script,again", {
     "a stream read to its end": (stream(*HEALTHY), True),
     "a refusal": (refusal(400, "1210"), True),
     "no last chunk": (stream(*HEALTHY, end=False) + [30], False),
     "Connection: close": ([HEAD[:-2] + b"Connection: close\r\n\r\n", *stream(*HEALTHY)[1:]], False),
     "a cut": (stream(say("Hel"), CLOSE, end=False), False),
-}
-
-
-@pytest.mark.parametrize("case", REUSE)
+})
 @both
-def test_a_connection_serves_again_once_its_answer_was_read_to_the_end(zai, brisk, monkeypatch, proxy, case, streamed):
+def test_a_connection_serves_again_once_its_answer_was_read_whole(zai, brisk, monkeypatch, proxy, script, again, streamed):
     monkeypatch.setattr(ztoapi.Relay, "PATIENCE_S", 0.2)
-    script, again = REUSE[case]
     if again:
         monkeypatch.setattr(ztoapi, "TICK_S", 20)
     zai.scripts.append(script)
@@ -9765,12 +9740,9 @@ OTHER_KEY = "fedcba9876543210.OtherOtherOther"
 
 def check(capsys, **environ):
     """(exit status, stdout) of --check, which must come to an end by itself."""
-    found = []
-    thread = threading.Thread(target=lambda: found.append(run_main(capsys, "--check", **environ)), daemon=True)
-    thread.start()
-    thread.join(30)
+    found, = together(lambda: run_main(capsys, "--check", **environ))
     assert found, "--check hangs"
-    status, out, err = found[0]
+    status, out, err = found
     assert "Traceback" not in err
     return status, out
 
@@ -9815,26 +9787,21 @@ def test_the_check_names_a_short_key_by_its_position(zai, capsys):
     assert "ok    key #1 ...: accepted" in out
 
 
-# To add a case, add a row: a name, what Z.ai does, and a pattern of what the first FAIL
-# says. Where it falls silent, UPSTREAM_TIMEOUT is short.
-CHECK_FAILURES = {
-    "bad key": ([refusal(401, "1000", "Authentication failed " + ZAI_KEY)], "ZAI_API_KEY"),
-    "HTML": ([answer(200, b"<html>portal</html>")], "ZAI_BASE_URL"),
-    "HTML 502": ([answer(502, b"<html>Bad gateway</html>")] * 3, "502"),
-    "wrong path": ([answer(200, {"code": 500, "msg": "404 NOT_FOUND", "success": False})], "ZAI_BASE_URL"),
-    "no money": ([LISTING] + [refusal(429, "1113", "Insufficient balance")] * 9, "Recharge|Coding Plan"),
-    "no model": ([LISTING] + [refusal(400, "1211", "Unknown Model")] * 9, "model"),
-    "silence": ([[20]] * 3, "No answer of Z.ai"),
-    "silence in the answer": ([LISTING] + [stream(think("x"), 20)] * 9, "silent|UPSTREAM_TIMEOUT"),
-    "cut": ([LISTING] + [stream(think("x"), CLOSE)] * 9, "cut|ended"),
-}
-
-
-@pytest.mark.parametrize("name", CHECK_FAILURES)
-def test_the_check_fails_with_one_sentence_on_what_to_do(zai, capsys, name):
-    scripts, advice = CHECK_FAILURES[name]
+# To add a case, add a row: a name -> what Z.ai does, a pattern of what the first FAIL
+# says, UPSTREAM_TIMEOUT, which is short where Z.ai falls silent.
+@cases("scripts,advice,patience", {
+    "bad key": ([refusal(401, "1000", "Authentication failed " + ZAI_KEY)], "ZAI_API_KEY", "300"),
+    "HTML": ([answer(200, b"<html>portal</html>")], "ZAI_BASE_URL", "300"),
+    "HTML 502": ([answer(502, b"<html>Bad gateway</html>")] * 3, "502", "300"),
+    "wrong path": ([answer(200, {"code": 500, "msg": "404 NOT_FOUND", "success": False})], "ZAI_BASE_URL", "300"),
+    "no money": ([LISTING] + [refusal(429, "1113", "Insufficient balance")] * 9, "Recharge|Coding Plan", "300"),
+    "no model": ([LISTING] + [refusal(400, "1211", "Unknown Model")] * 9, "model", "300"),
+    "silence": ([[20]] * 3, "No answer of Z.ai", "0.1"),
+    "silence in the answer": ([LISTING] + [stream(think("x"), 20)] * 9, "silent|UPSTREAM_TIMEOUT", "0.5"),
+    "cut": ([LISTING] + [stream(think("x"), CLOSE)] * 9, "cut|ended", "300"),
+})
+def test_the_check_fails_with_one_sentence_on_what_to_do(zai, capsys, scripts, advice, patience):
     zai.scripts.extend(scripts)
-    patience = {"silence": "0.1", "silence in the answer": "0.5"}.get(name, "300")
     told = failures_of(capsys, ZAI_BASE_URL=zai.url, MAX_RETRIES="0", UPSTREAM_TIMEOUT=patience)
     assert re.search(advice, told[0])
 
