@@ -7578,14 +7578,10 @@ def pooled(count):
     """(pool, its clock, `count` sockets in it, their other ends)."""
     clock = FakeClock()
     pool = ztoapi.Pool(clock)
-    ours = []
-    theirs = []
-    for _ in range(count):
-        pair = socket.socketpair()
-        pair[0].setblocking(False)
-        pool.put(pair[0])
-        ours.append(pair[0])
-        theirs.append(pair[1])
+    ours, theirs = zip(*[socket.socketpair() for _ in range(count)])
+    for sock in ours:
+        sock.setblocking(False)
+        pool.put(sock)
     yield pool, clock, ours, theirs
     for sock in ours + theirs:
         sock.close()
@@ -8181,7 +8177,7 @@ def test_head_works_where_get_does_and_has_no_body(shared, path):
 
 
 def test_head_of_the_chat_is_no_method_of_it(shared):
-    head, last = exchange(shared, raw_request("HEAD", CHAT), 0)
+    head, _ = exchange(shared, raw_request("HEAD", CHAT), 0)
     assert head.status == 405
     assert head.headers["Allow"] == "OPTIONS, POST"
 
