@@ -181,7 +181,31 @@ def readable(sock):
     return bool(select.select([sock], [], [], 0)[0])
 
 
-class FakeZai:
+class Listener:
+    """A server at `port`: serve() is called with each connection, in a thread of its own."""
+
+    def __init__(self):
+        self.socket = socket.create_server(("127.0.0.1", 0), backlog=512)
+        self.port = self.socket.getsockname()[1]
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self):
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=self.serve, args=self.socket.accept()[:1], daemon=True).start()
+
+    def close(self):
+        shut_down(self.socket)  # wakes accept()
+        self.socket.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+class FakeZai(Listener):
     """Plays `scripts`, one a request, then `default` for ever. `limit`: more requests in flight get a 1302."""
 
     def __init__(self, tls=None):
@@ -197,19 +221,9 @@ class FakeZai:
         self.most_in_flight = 0
         self.refused = 0
         self.open = set()
-        self.socket = socket.create_server(("127.0.0.1", 0), backlog=512)
-        self.port = self.socket.getsockname()[1]
+        super().__init__()
         origin = f"https://localhost:{self.port}" if tls else f"http://127.0.0.1:{self.port}"
         self.url = origin + "/api/paas/v4"
-        threading.Thread(target=self.accept, daemon=True).start()
-
-    def accept(self):
-        while True:
-            try:
-                sock, _ = self.socket.accept()
-            except OSError:
-                return
-            threading.Thread(target=self.serve, args=(sock,), daemon=True).start()
 
     def serve(self, sock):
         self.connections += 1
@@ -284,16 +298,23 @@ class FakeZai:
             sock.settimeout(None)
 
     def close(self):
-        shut_down(self.socket)  # wakes accept()
-        self.socket.close()
+        super().close()
         for sock in list(self.open):
             shut_down(sock)
 
 
 @pytest.fixture
 def zai():
-    with contextlib.closing(FakeZai()) as fake:
+    with FakeZai() as fake:
         yield fake
+
+
+@pytest.fixture
+def go(zai):
+    """Z.ai says "Hel", and "lo" once this is set."""
+    event = threading.Event()
+    zai.default = stream(say("Hel"), event, say("lo"), FINISH, DONE)
+    return event
 
 
 @contextlib.contextmanager
@@ -314,32 +335,22 @@ def stuck_listener():
         yield listener.getsockname()[1]
 
 
-class MuteListener:
-    """A server that takes connections, says `words` once something has come, and nothing else. `heard`, `ended`: what
-    came to pass."""
+class MuteListener(Listener):
+    """Takes connections, says `words` once something has come, and nothing else. `heard`, `ended`: what came to
+    pass."""
 
     def __init__(self, words=b""):
         self.words = words
         self.heard = threading.Event()
         self.ended = threading.Event()
-        self.socket = socket.create_server(("127.0.0.1", 0))
-        self.port = self.socket.getsockname()[1]
-        threading.Thread(target=self.serve, daemon=True).start()
+        super().__init__()
 
-    def serve(self):
-        with contextlib.suppress(OSError), self.socket:
-            while True:
-                with self.socket.accept()[0] as sock, contextlib.suppress(ConnectionError):
-                    while sock.recv(65536):
-                        self.heard.set()
-                        sock.sendall(self.words)
-                self.ended.set()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        shut_down(self.socket)
+    def serve(self, sock):
+        with sock, contextlib.suppress(ConnectionError):
+            while sock.recv(65536):
+                self.heard.set()
+                sock.sendall(self.words)
+        self.ended.set()
 
 
 # Of nobody but these tests: "localhost", until 2120.
@@ -379,20 +390,14 @@ def tls_context(path):
     return context
 
 
-class HttpProxy:
+class HttpProxy(Listener):
     """An HTTP proxy: CONNECT, and plain requests passed on. `heads`: the first head of each connection."""
 
     def __init__(self, reply=b"HTTP/1.1 200 Connection established\r\n\r\n"):
         self.heads = []
         self.reply = reply
-        self.socket = socket.create_server(("127.0.0.1", 0), backlog=128)
-        self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
-        threading.Thread(target=self.accept, daemon=True).start()
-
-    def accept(self):
-        with contextlib.suppress(OSError):
-            while True:
-                threading.Thread(target=self.serve, args=self.socket.accept()[:1], daemon=True).start()
+        super().__init__()
+        self.url = f"http://127.0.0.1:{self.port}"
 
     def serve(self, client):
         with client, contextlib.suppress(OSError):
@@ -428,21 +433,17 @@ class HttpProxy:
         shut_down(source)
         shut_down(sink)
 
-    def close(self):
-        shut_down(self.socket)
-        self.socket.close()
-
 
 @pytest.fixture
 def http_proxy():
-    with contextlib.closing(HttpProxy()) as proxy:
+    with HttpProxy() as proxy:
         yield proxy
 
 
 @pytest.fixture
 def trusted(monkeypatch):
     """A fake Z.ai with TLS, whose certificate SSL_CERT_FILE vouches for."""
-    with pem_file() as path, contextlib.closing(FakeZai(tls_context(path))) as fake:
+    with pem_file() as path, FakeZai(tls_context(path)) as fake:
         monkeypatch.setenv("SSL_CERT_FILE", path)
         yield fake
 
@@ -477,6 +478,7 @@ def closed_port():
 # be.
 
 SENTINEL = b"GET /health?last HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+LAST = "Connection: close"
 
 
 class Reply(NamedTuple):
@@ -549,6 +551,11 @@ def read_chunked(file):
     return body, decoder.done
 
 
+def next_reply(sock):
+    with sock.makefile("rb") as file:
+        return read_reply(file)
+
+
 def see(sock, pattern):
     """Wait until what has come, none of which is taken, matches."""
     assert eventually(lambda: re.search(pattern, sock.recv(1 << 16, socket.MSG_PEEK), re.DOTALL))
@@ -570,10 +577,17 @@ def replies_in(data, *heads):
         found.append(reply)
 
 
-def talk(proxy, data):
+def connect(server, data=b""):
+    """A connection to what listens on `server.port`, over which `data` has been sent."""
+    sock = socket.create_connection(("127.0.0.1", server.port), 30)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.sendall(data)
+    return sock
+
+
+def talk(server, data):
     """All bytes that come back for `data`."""
-    with socket.create_connection(("127.0.0.1", proxy.port), 30) as sock:
-        sock.sendall(data)
+    with connect(server, data) as sock:
         return read_to_end(sock)
 
 
@@ -588,8 +602,7 @@ def statuses(proxy, data, *heads):
 
 def read_stream(sock):
     """(status, headers, events, clean) of the answer on a raw socket, which may be an error with a JSON body."""
-    with sock.makefile("rb") as file:
-        reply = read_reply(file)
+    reply = next_reply(sock)
     if "event-stream" not in reply.headers["Content-Type"]:
         return reply.status, reply.headers, [reply.json()], reply.clean
     return reply.status, reply.headers, events_in(reply.body), reply.clean
@@ -655,6 +668,21 @@ def together(*calls):
     return results
 
 
+MESSAGES_BODY = {"model": "GLM-4.6", "max_tokens": 100, "messages": [user("Hi")]}
+# To add an API, add a row: its name -> its path, a request.
+APIS = {
+    "messages": ("/v1/messages", MESSAGES_BODY),
+    "responses": ("/v1/responses", {"model": "GLM-4.6", "input": "Hi"}),
+}
+each_api = pytest.mark.parametrize("api", APIS)
+
+
+def api_request(api, streamed, *lines, auth=True, **fields):
+    path, body = APIS[api]
+    data = json.dumps(dict(body, stream=streamed, **fields)).encode()
+    return raw_request("POST", path, *lines, body=data, auth=auth)
+
+
 class Proxy:
     """A ztoapi.Server in a thread, and the calls tests make to it."""
 
@@ -667,19 +695,12 @@ class Proxy:
         self.thread.start()
         assert eventually(self.server.pump.thread.is_alive), "threads are counted from here on"
 
-    def connect(self, timeout=30):
-        sock = socket.create_connection(("127.0.0.1", self.port), timeout)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return sock
-
     def call(self, method, path, body=None, lines=(), key=KEY):
         """(status, headers, parsed JSON or text) over a connection of its own. `lines` are header lines, as in
         raw_request()."""
         data = json.dumps(body).encode() if isinstance(body, dict) else body or b""
-        with self.connect() as sock:
-            sock.sendall(raw_request(method, path, *lines, body=data, auth=key or False))
-            with sock.makefile("rb") as file:
-                reply = read_reply(file)
+        with connect(self, raw_request(method, path, *lines, body=data, auth=key or False)) as sock:
+            reply = next_reply(sock)
         assert reply.clean
         is_json = "json" in reply.headers.get("Content-Type", "") and reply.body
         return reply.status, reply.headers, reply.json() if is_json else reply.body.decode()
@@ -690,9 +711,7 @@ class Proxy:
 
     def open_stream(self, lines=(), **fields):
         """A raw socket with a streamed request sent; read it with read_stream() or recv()."""
-        sock = self.connect()
-        sock.sendall(raw_chat(chat_body(stream=True, **fields), *lines))
-        return sock
+        return connect(self, raw_chat(chat_body(stream=True, **fields), *lines))
 
     def stream(self, lines=(), **fields):
         """A whole streamed answer: (status, headers, events, clean). clean: the last chunk came."""
@@ -747,12 +766,6 @@ def proxying(zai=None, **environ):
 
 
 @pytest.fixture
-def proxy(zai):
-    with proxying(zai) as proxy:
-        yield proxy
-
-
-@pytest.fixture
 def log_lines(caplog):
     """log_lines(): the messages of the log so far; with a level, only those of it."""
     caplog.set_level(logging.INFO, "ztoapi")
@@ -788,6 +801,12 @@ def strict_proxy(zai=None, **environ):
 
 
 @pytest.fixture
+def proxy(zai):
+    with strict_proxy(zai) as proxy:
+        yield proxy
+
+
+@pytest.fixture
 def brisk(monkeypatch):
     """The pump looks often, for tests of the times it keeps."""
     monkeypatch.setattr(ztoapi, "TICK_S", 0.02)
@@ -805,6 +824,11 @@ both = pytest.mark.parametrize("streamed", (True, False), ids=("stream", "json")
 posix_only = pytest.mark.skipif(os.name == "nt", reason="signals")
 
 
+def cases(names, rows):
+    """Parametrize by the rows of a dict, whose keys name them."""
+    return pytest.mark.parametrize(names, list(rows.values()), ids=list(rows))
+
+
 def ask(proxy, streamed, **fields):
     """(status, text, error or None, whether it ended as it should) of a chat, either way."""
     if not streamed:
@@ -819,9 +843,25 @@ def ask(proxy, streamed, **fields):
     return status, said(events), error, whole and finish_of(events) != []
 
 
+def check_502(proxy, words, streamed=True):
+    """A chat fails before its answer begins, and its error says so in these words."""
+    status, _, error, _ = ask(proxy, streamed)
+    assert status == 502
+    assert words in error["message"]
+
+
 def failed_stream(proxy, **fields):
     """The events of a stream that began and failed, once all is checked that holds for each."""
     return check_failed(*proxy.stream(**fields))
+
+
+def check_whole(status, headers, events, clean):
+    """The events of a stream that ended as it should."""
+    assert status == 200
+    assert clean
+    assert finish_of(events) != []
+    assert events[-1] == "[DONE]"
+    return events
 
 
 def check_failed(status, headers, events, clean):
@@ -853,6 +893,13 @@ def slots(proxy):
     return sum(gate[3] for gate in proxy.gates())
 
 
+def check_well(proxy, times, streamed=True):
+    """So many answers, one after the other, are as they should be."""
+    for _ in range(times):
+        assert ask(proxy, streamed) == WELL
+        proxy.idle()
+
+
 def keys_at(zai):
     """The keys that arrived at Z.ai, in order."""
     return [request["headers"]["Authorization"].split()[1] for request in zai.requests]
@@ -861,7 +908,7 @@ def keys_at(zai):
 @contextlib.contextmanager
 def standing_proxy(**environ):
     """A proxy for many tests; `.zai` is the fake behind it."""
-    with contextlib.closing(FakeZai()) as fake, proxying(fake, **environ) as proxy:
+    with FakeZai() as fake, proxying(fake, **environ) as proxy:
         proxy.zai = fake
         yield proxy
 
@@ -894,22 +941,6 @@ def well_known(well_known_proxy):
     well_known_proxy.quiet()
 
 
-def test_a_heartbeat_that_fails_ends_one_answer_and_no_other(zai, monkeypatch, log_lines):
-    def fail(front):
-        raise RecursionError("a bug")
-    monkeypatch.setattr(ztoapi.Messages, "heartbeat", fail)
-    go = threading.Event()
-    zai.default = stream(say("Hel"), go, say("lo"), FINISH, DONE)
-    with proxying(zai, HEARTBEAT="0.05") as proxy:
-        body = {"model": "glm-4.6", "max_tokens": 9, "stream": True, "messages": [{"role": "user", "content": "Hi"}]}
-        with proxy.connect() as sock, proxy.open_stream() as other:
-            sock.sendall(raw_request("POST", "/v1/messages", body=json.dumps(body).encode()))
-            assert b"message_stop" not in read_to_end(sock)
-            go.set()
-            assert said(read_stream(other)[2]) == "Hello"
-    assert len(log_lines(logging.ERROR)) == 1
-
-
 def boom(*args, **kwargs):
     raise RuntimeError("boom")
 
@@ -939,10 +970,8 @@ def check_refused(replies, status):
 
 def hold(proxy, data):
     """A connection over which one request has been answered, and that is kept, and idle."""
-    sock = proxy.connect()
-    sock.sendall(data)
-    with sock.makefile("rb") as file:
-        assert read_reply(file).status == 200
+    sock = connect(proxy, data)
+    assert next_reply(sock).status == 200
     # Its idleness counts from then on, which may be after its answer has been read.
     proxy.idle()
     return sock
@@ -2026,7 +2055,8 @@ CHUNKED = [
         b"\r\n", b"x\r\n", b"-5\r\n", b"+5\r\n", b"0x5\r\n", b"5_0\r\n", b" 5\r\n", b"5 5\r\n", b"\xd9\xa5\r\n",
         b"5\n", b"5\nhello\r\n", b"5\r\nhelloX\r\n", b"5\r\nhello0\r\n\r\n", b"5\r\nhello\n0\r\n\r\n",
         b"5\r\nhello\rX\r\n", b"fffffffffffffffff\r\n", b"5;a\x00b\r\nhello\r\n", b"5;a\nb\r\nhello\r\n",
-        b"5\rhello\r\n",
+        b"5\rhello\r\n", b"\xb2\r\n", b"5=x\r\n", b"5;a\rb\r\nhello\r\n", b"5\r\nhello\r\n\r\n0\r\n\r\n",
+        b"0\n\r\n\r\n", b"0\r\nX: a\rb\r\n\r\n", b"0\r\nX: \0\r\n\r\n", b"0\r\nX : y\r\n\r\n", b"0\r\n: y\r\n\r\n",
         b"0\r\nX: a\nb\r\n\r\n", b"0\r\nno field\r\n\r\n", b"0\r\n X: y\r\n\r\n",
         b"5;" + b"x" * 5000 + b"\r\nhello\r\n0\r\n\r\n")),
 ]
@@ -5890,27 +5920,18 @@ class FakeClock:
             chore(self.now)
 
 
-class ClockClient(ztoapi.Client):
-    """A client that waits by that clock."""
+class WaitingClient(ztoapi.Client):
+    """A client that waits by a clock; without one, in a thread of its own, until it is woken."""
 
-    def __init__(self, clock, key=""):
+    def __init__(self, clock=None, key=""):
         super().__init__(None, key=key)
         self.clock = clock
 
     def wait(self, seconds):
-        self.clock.wait(seconds)
-        if self.gone:
-            raise ztoapi.ClientGone
-
-
-class SleepingClient(ztoapi.Client):
-    """A client that waits in a thread of its own, until it is woken."""
-
-    def __init__(self, key=""):
-        super().__init__(None, key=key)
-
-    def wait(self, seconds):
-        self.alarm.acquire(timeout=10)
+        if self.clock:
+            self.clock.wait(seconds)
+        else:
+            self.alarm.acquire(timeout=10)
         if self.gone:
             raise ztoapi.ClientGone
 
@@ -5951,7 +5972,7 @@ class TimedUpstream:
         fold = ztoapi.Fold()
         error = None
         try:
-            self.upstream.answer(self.job(model), ClockClient(self.clock), record, fold.add)
+            self.upstream.answer(self.job(model), WaitingClient(self.clock), record, fold.add)
         except ApiError as failure:
             error = failure
         return fold.text(ztoapi.TEXT), error, record
@@ -5996,7 +6017,7 @@ class TimedGates:
 
     def enter(self, ticket=None, model="glm-4.6"):
         """A ticket that got a slot, waiting by the clock if it must."""
-        ticket = ticket or ztoapi.Ticket(model, ClockClient(self.clock))
+        ticket = ticket or ztoapi.Ticket(model, WaitingClient(self.clock))
         self.gates.enter(ticket)
         return ticket
 
@@ -6007,7 +6028,7 @@ class TimedGates:
 
     def queue(self, key="", model="glm-4.6"):
         """A ticket that waits in the queue, in its thread."""
-        ticket = ztoapi.Ticket(model, SleepingClient(key))
+        ticket = ztoapi.Ticket(model, WaitingClient(key=key))
         before = self.queued(model)
 
         def wait():
@@ -6035,26 +6056,22 @@ class TimedGates:
         return self.admitted
 
 
-def error_of(code, message="no", status=429, **more):
-    return zai_error({"error": {"code": code, "message": message}}, status, **more)
+def error_of(code, **more):
+    return zai_error(complaint(code), 429, **more)
 
 
 REFUSED = error_of("1302")
 
 
-def test_first_come_is_first_served():
+# To add a case, add a row: the client keys of those who queue, and who of them go in
+# which order.
+@pytest.mark.parametrize("keys,order", (("aaaaaa", [0, 1, 2, 3, 4, 5]), ("aaabb", [0, 3, 1, 4, 2])))
+def test_client_keys_take_turns_and_first_come_is_first_served(keys, order):
     timed = TimedGates(limit=1)
     first = timed.enter()
-    tickets = [timed.queue() for _ in range(6)]
-    assert timed.serve_all(first) == tickets
+    tickets = [timed.queue(key) for key in keys]
+    assert timed.serve_all(first) == [tickets[i] for i in order]
     assert timed.gates.state()[1] == {}
-
-
-def test_client_keys_take_turns_in_the_queue():
-    timed = TimedGates(limit=1)
-    first = timed.enter()
-    a1, a2, a3, b1, b2 = [timed.queue(key) for key in "aaabb"]
-    assert timed.serve_all(first) == [a1, b1, a2, b2, a3]
 
 
 def test_models_have_queues_of_their_own():
@@ -6090,19 +6107,16 @@ def test_the_ceiling_becomes_what_is_in_flight_without_the_refused_one(code):
 
 # To add a case, add a row: code, how many others are in flight, the ceiling then,
 # seconds until it goes again.
-LESSONS = [
-    ("1302", 1, 1, 0.5),
+@pytest.mark.parametrize("code,others,ceiling,seconds", [
+    ("1302", 1, 1, 60),  # one is in flight, one is allowed: until the probing
     ("1302", 0, 1, 0.5),
     ("1303", 1, None, 0.5),
-    ("1305", 1, 1, 60),  # one is in flight, one is allowed: until the probing
+    ("1305", 1, 1, 60),
     ("1305", 2, 2, 60),
     ("1305", 0, None, 1),
     ("1312", 1, None, 1),
     ("1312", 0, None, 1),
-]
-
-
-@pytest.mark.parametrize("code,others,ceiling,seconds", LESSONS)
+])
 def test_what_a_refusal_teaches(code, others, ceiling, seconds):
     timed = TimedGates()
     for _ in range(others):
@@ -6110,19 +6124,7 @@ def test_what_a_refusal_teaches(code, others, ceiling, seconds):
     refused = timed.enter()
     timed.gates.leave(refused, error_of(code))
     assert timed.ceilings() == [ceiling]
-    if code == "1302" and others:
-        seconds = 60
     assert timed.seconds_to_enter(refused) == seconds
-
-
-def test_the_pauses_of_an_overload_double_to_15_seconds():
-    timed = TimedGates()
-    ticket = timed.enter()
-    pauses = []
-    for _ in range(6):
-        timed.gates.leave(ticket, error_of("1305"))
-        pauses.append(timed.seconds_to_enter(ticket))
-    assert pauses == [1, 2, 4, 8, 15, 15]
 
 
 def test_the_ceiling_is_probed_up_to_max_concurrency_and_no_further():
@@ -6198,7 +6200,7 @@ def test_the_next_in_the_queue_goes_on_when_the_head_leaves_it():
 
 def test_one_who_has_left_keeps_no_slot():
     timed = TimedGates(limit=1)
-    left = ztoapi.Ticket("glm-4.6", ClockClient(timed.clock))
+    left = ztoapi.Ticket("glm-4.6", WaitingClient(timed.clock))
     left.client.gone = True
     with pytest.raises(ztoapi.ClientGone):
         timed.enter(left)
@@ -6211,6 +6213,15 @@ def test_gates_of_models_that_taught_nothing_are_forgotten():
         timed.gates.leave(timed.enter(model=f"model-{i}"), served=True)
     assert timed.gates.state() == ([], {})
     assert timed.gates.queue == []
+
+
+def test_names_that_clients_make_up_fill_no_gates(zai):
+    with proxying(zai, QUEUE_TIMEOUT="0", MAX_RETRIES="0") as proxy:
+        for code in ("1113", "1302"):
+            zai.default = refusal(429, code)
+            for i in range(120):
+                proxy.chat(model=f"model-{code}-{i}")
+        assert len(proxy.server.upstream.gates.gates) <= 100
 
 
 def test_the_log_tells_once_when_a_gate_begins_to_refuse_and_once_when_it_clears(caplog):
@@ -6230,15 +6241,12 @@ def test_the_log_tells_once_when_a_gate_begins_to_refuse_and_once_when_it_clears
 
 
 # To add a case, add a row: how Z.ai refuses -> what too many requests get.
-BURSTS = {
+@cases("refused", {
     "1302": refusal(429, "1302"),
     "1305": refusal(429, "1305"),
     "1302 as first event": stream(sse(LIMITED), DONE),
-}
-
-
-@pytest.mark.parametrize("how", BURSTS)
-def test_a_burst_of_10_against_a_limit_of_3_succeeds_and_teaches(zai, how):
+})
+def test_a_burst_of_10_against_a_limit_of_3_succeeds_and_teaches(zai, proxy, refused):
     running = threading.BoundedSemaphore(3)
     all_are_there = threading.Event()
 
@@ -6248,14 +6256,13 @@ def test_a_burst_of_10_against_a_limit_of_3_succeeds_and_teaches(zai, how):
 
     def limited(request):
         if not running.acquire(blocking=False):
-            return BURSTS[how]
+            return refused
         return stream(say("a"), until_the_others_queue, lambda *_: running.release(), say("b"), FINISH, DONE)
     zai.default = limited
-    with strict_proxy(zai) as proxy:
-        results = together(*[lambda i=i: ask(proxy, i % 3) for i in range(10)])
-        assert results == [(200, "ab", None, True)] * 10
-        (_, _, ceiling, _), = proxy.gates()
-        assert ceiling in (1, 2, 3)
+    results = together(*[lambda i=i: ask(proxy, i % 3) for i in range(10)])
+    assert results == [(200, "ab", None, True)] * 10
+    (_, _, ceiling, _), = proxy.gates()
+    assert ceiling in (1, 2, 3)
 
 
 def test_max_concurrency_bounds_what_is_in_flight_at_zai(zai):
@@ -6275,9 +6282,7 @@ def test_max_concurrency_bounds_what_is_in_flight_at_zai(zai):
         assert max(itertools.accumulate(counts)) == 3
 
 
-def test_queue_timeout_is_a_429_that_sdks_do_not_repeat(zai):
-    go = threading.Event()
-    zai.default = stream(say("a"), go, FINISH, DONE)
+def test_queue_timeout_is_a_429_that_sdks_do_not_repeat(zai, go):
     with strict_proxy(zai, MAX_CONCURRENCY="1", QUEUE_TIMEOUT="0.1") as proxy, proxy.open_stream() as occupant:
         assert eventually(lambda: zai.in_flight == 1)
         status, headers, body = proxy.chat()
@@ -6291,29 +6296,17 @@ def test_queue_timeout_is_a_429_that_sdks_do_not_repeat(zai):
 
 
 @both
-def test_queue_ms_tells_how_long_a_request_waited(zai, streamed):
-    go = threading.Event()
-    zai.default = stream(say("a"), go, FINISH, DONE)
+def test_queue_ms_tells_how_long_a_request_waited(zai, go, streamed):
     with strict_proxy(zai, MAX_CONCURRENCY="1") as proxy:
         clock = proxy.server.upstream.gates.clock = FakeClock()
-        with proxy.open_stream() as occupant, proxy.connect() as sock:
+        with proxy.open_stream() as occupant:
             assert eventually(lambda: zai.in_flight == 1)
-            sock.sendall(raw_chat(chat_body(stream=streamed)))
-            assert eventually(lambda: proxy.queued() == 1)
-            clock.now += 7
-            go.set()
-            assert read_stream(sock)[1]["x-ztoapi-queue-ms"] == "7000"
+            with connect(proxy, raw_chat(chat_body(stream=streamed))) as sock:
+                assert eventually(lambda: proxy.queued() == 1)
+                clock.now += 7
+                go.set()
+                assert read_stream(sock)[1]["x-ztoapi-queue-ms"] == "7000"
             assert "x-ztoapi-queue-ms" not in read_stream(occupant)[1]
-
-
-def test_retries_are_in_the_log_and_in_the_metrics(zai, caplog):
-    caplog.set_level(logging.INFO, "ztoapi")
-    zai.scripts.extend([refusal(500, "1234"), refusal(429, "1120")])
-    with strict_proxy(zai) as proxy:
-        assert ask(proxy, True) == WELL
-        proxy.idle()
-        assert "retries=2" in caplog.text
-        assert "ztoapi_retries_total 2" in proxy.call("GET", "/metrics")[2]
 
 
 # Several keys
@@ -6338,56 +6331,36 @@ def test_a_key_that_learned_a_low_ceiling_gets_less():
     assert positions.count(1) <= 1
 
 
-# To add a case, add a row: codes, their HTTP status, whether the whole key rests or its
-# serving that model.
+# To add a case, add a row: codes, their HTTP status, after how many seconds Z.ai says
+# that the limit ends, for how many the key rests, and whether it rests as a whole or
+# only for that model.
 RESTS = [
-    ("401 1000 1001 1002 1003 1004 1005 1315", 401, True),
-    ("1110 1111 1112 1304 1308 1309 1310", 429, True),
-    ("1113 1311", 429, False),
+    ("401 1000 1001 1002 1003 1004 1005 1315", 401, None, 600, True),
+    ("1110 1111 1112 1304 1308 1309 1310", 429, None, 600, True),
+    ("1113 1311", 429, None, 600, False),
+    ("1308 1310", 429, 5000, 5000, True),
+    ("1310", 429, 3 * 86400, 6 * 3600, True),  # somebody may recharge before
 ]
 REST_ROWS = [(code, *rest) for codes, *rest in RESTS for code in codes.split()]
 
 
-@pytest.mark.parametrize("code,status,whole_key", REST_ROWS)
-def test_a_refused_key_rests_for_ten_minutes_and_the_next_one_serves(zai, make_timed, code, status, whole_key):
+@pytest.mark.parametrize("code,status,ends_after,rest_s,whole_key", REST_ROWS)
+def test_a_refused_key_rests_and_the_next_one_serves(zai, make_timed, code, status, ends_after, rest_s, whole_key):
     timed = make_timed(ZAI_API_KEY=",".join(ZAI_KEYS[:2]))
     first, second = ZAI_KEYS[:2]
-    timed.answers.append(refusal(status, code))
+    words = timed.reset_words(ends_after) if ends_after else "no"
+    timed.answers.append(refusal(status, code, words))
     text, error, record = timed.ask()
     assert (text, error, record.retries) == ("Hello", None, 1)
     assert timed.gaps() == [0]
     assert timed.ask()[0] == "Hello"
     assert timed.ask("glm-4.5")[0] == "Hello"
     assert keys_at(zai) == [first, second, second, second if whole_key else first]
-    timed.clock.now += 599
+    timed.clock.now += rest_s - 1
     assert timed.ask()[0] == "Hello"
     timed.clock.now += 2
     assert timed.ask()[0] == "Hello"
     assert keys_at(zai)[4:] == [second, first]
-
-
-@pytest.mark.parametrize("code", ("1308", "1310"))
-def test_an_exhausted_key_rests_until_its_reset(zai, make_timed, code):
-    timed = make_timed(ZAI_API_KEY=",".join(ZAI_KEYS[:2]))
-    timed.answers.append(refusal(429, code, timed.reset_words(5000)))
-    assert timed.ask()[0] == "Hello"
-    timed.clock.now += 4990
-    assert timed.ask()[0] == "Hello"
-    timed.clock.now += 20
-    assert timed.ask()[0] == "Hello"
-    first, second = ZAI_KEYS[:2]
-    assert keys_at(zai) == [first, second, second, first]
-
-
-def test_no_key_rests_longer_than_six_hours(zai, make_timed):
-    """The reset may be days away, but somebody may recharge."""
-    timed = make_timed(ZAI_API_KEY=",".join(ZAI_KEYS[:2]))
-    timed.answers.append(refusal(429, "1310", timed.reset_words(3 * 86400)))
-    for leap in (6 * 3600 - 1, 2, 0):
-        assert timed.ask()[0] == "Hello"
-        timed.clock.now += leap
-    first, second = ZAI_KEYS[:2]
-    assert keys_at(zai) == [first, second, second, first]
 
 
 @pytest.mark.parametrize("code", ("401", "1113", "1304", "1311"))
@@ -6435,7 +6408,7 @@ def test_the_head_of_the_queue_goes_when_a_key_comes_back():
     timed = TimedGates(keys=2, limit=1)
     busy = timed.enter()
     timed.gates.leave(timed.enter(), UpstreamError("exhausted", KEY_RESTS, retry_after=10.0))
-    ticket = ztoapi.Ticket("glm-4.6", ClockClient(timed.clock))
+    ticket = ztoapi.Ticket("glm-4.6", WaitingClient(timed.clock))
     assert timed.seconds_to_enter(ticket) == 10
     assert ticket.gate.key is not busy.gate.key
 
@@ -6458,7 +6431,7 @@ def test_an_empty_purse_at_every_key_is_told_with_no_second_try(zai):
 
 
 # To add a case, add a row: where Z.ai quotes the key -> the script for a key.
-QUOTING = {
+@cases("script_for", {
     "401": lambda key: refusal(401, "401", f"token {key} expired"),
     "halves": lambda key: refusal(500, "1234", "{} and {}".format(*key.split("."))),
     "400": lambda key: refusal(400, "1210", f"key {key}"),
@@ -6466,14 +6439,11 @@ QUOTING = {
     "later event": lambda key: stream(say("a"), error_event("1234", f"Bearer {key}")),
     "log id": lambda key: [raw_head(f"X-Log-Id: {key}"), CLOSE],
     "head": lambda key: [b"HTTP/1.1 %b\r\n\r\n" % key.encode(), CLOSE],
-}
-
-
-@pytest.mark.parametrize("case", QUOTING)
+})
 @both
-def test_no_key_is_seen_in_answers_or_logs(zai, caplog, case, streamed):
+def test_no_key_is_seen_in_answers_or_logs(zai, caplog, script_for, streamed):
     caplog.set_level(logging.DEBUG, "ztoapi")
-    zai.default = lambda request: QUOTING[case](request["headers"]["Authorization"].split()[1])
+    zai.default = lambda request: script_for(request["headers"]["Authorization"].split()[1])
     with strict_proxy(zai, ZAI_API_KEY=",".join(ZAI_KEYS[:2]), DEBUG_MODE="true") as proxy:
         seen = talk(proxy, raw_chat(chat_body(stream=streamed), "Connection: close")).decode()
         proxy.idle()
@@ -6485,32 +6455,29 @@ def test_no_key_is_seen_in_answers_or_logs(zai, caplog, case, streamed):
 
 # Pump #################################################################################
 
-def test_two_hundred_streams_at_once_are_relayed_whole(zai):
+def test_two_hundred_streams_at_once_are_relayed_whole(zai, proxy):
     def script(request):
         word = request["body"]["messages"][0]["content"]
         pieces = [step for i in range(10) for step in (say(f"{word}.{i} "), 0.02)]
         return stream(*pieces, FINISH, DONE)
     zai.default = script
-    with strict_proxy(zai) as proxy, contextlib.ExitStack() as closing:
+    with contextlib.ExitStack() as closing:
         socks = []
         for i in range(200):
             messages = [user(f"n{i}")]
             socks.append(closing.enter_context(proxy.open_stream(messages=messages)))
         for i, sock in enumerate(socks):
-            _, _, events, clean = read_stream(sock)
-            assert clean
+            events = check_whole(*read_stream(sock))
             assert said(events).split() == [f"n{i}.{j}" for j in range(10)]
-            assert events[-1] == "[DONE]"
 
 
-def test_a_bug_in_a_chore_does_not_end_the_pump(zai, brisk, caplog):
+def test_a_bug_in_a_chore_does_not_end_the_pump(brisk, caplog, proxy):
     def buggy(now):
         proxy.server.pump.chores.remove(buggy)
         raise ZeroDivisionError
-    with strict_proxy(zai) as proxy:
-        proxy.server.pump.chores.append(buggy)
-        assert eventually(lambda: "The pump failed" in caplog.text)
-        assert ask(proxy, True) == WELL
+    proxy.server.pump.chores.append(buggy)
+    assert eventually(lambda: "The pump failed" in caplog.text)
+    assert ask(proxy, True) == WELL
 
 
 # The client's leaving
@@ -6521,8 +6488,7 @@ def leaving(proxy, caplog, request, how="close"):
     are counted for that, as a busy machine is slow."""
     caplog.set_level(logging.INFO, "ztoapi")
     caplog.clear()
-    sock = proxy.connect()
-    sock.sendall(request)
+    sock = connect(proxy, request)
     yield
     if how == "reset":
         make_reset(sock)
@@ -6540,6 +6506,10 @@ def leaving(proxy, caplog, request, how="close"):
     sock.close()
     assert figures(proxy)[1:] == (0, 1)
     assert " 499 " in caplog.text
+    check_calm(caplog)
+
+
+def check_calm(caplog):
     assert [record for record in caplog.records if record.levelno > logging.INFO] == []
 
 
@@ -6565,22 +6535,25 @@ PHASES = {
 
 @pytest.mark.parametrize("phase", PHASES)
 @both
-def test_the_clients_leaving_is_noticed(zai, brisk, caplog, phase, streamed):
+def test_the_clients_leaving_is_noticed(zai, brisk, caplog, proxy, phase, streamed):
     zai.default, is_reached, connected = PHASES[phase]
-    with strict_proxy(zai) as proxy:
-        with leaving(proxy, caplog, raw_chat(chat_body(stream=streamed))):
-            assert eventually(lambda: is_reached(proxy, zai))
-        assert eventually(lambda: zai.cut_by_client == connected)
-        assert len(zai.requests) == 1
+    with leaving(proxy, caplog, raw_chat(chat_body(stream=streamed))):
+        assert eventually(lambda: is_reached(proxy, zai))
+    assert eventually(lambda: zai.cut_by_client == connected)
+    assert len(zai.requests) == 1
 
 
-@pytest.mark.parametrize("how,streamed", (("reset", True), ("end of file", False)))
-def test_every_way_of_leaving_is_noticed(zai, caplog, how, streamed):
+# To add a case, add a row: a request, how its client leaves.
+@table("request_bytes,how", [
+    (raw_chat(chat_body(stream=True)), "reset"),
+    (raw_chat(JSON_CHAT), "end of file"),
+    *((api_request(api, streamed), "close") for api in APIS for streamed in (True, False)),
+])
+def test_every_way_of_leaving_is_noticed(zai, caplog, proxy, request_bytes, how):
     zai.default = stream(say("Hel"), 30)
-    with strict_proxy(zai) as proxy:
-        with leaving(proxy, caplog, raw_chat(chat_body(stream=streamed)), how):
-            assert eventually(lambda: zai.in_flight == 1)
-        assert eventually(lambda: zai.cut_by_client == 1)
+    with leaving(proxy, caplog, request_bytes, how):
+        assert eventually(lambda: zai.in_flight == 1)
+    assert eventually(lambda: zai.cut_by_client == 1)
 
 
 @both
@@ -6588,14 +6561,13 @@ def test_the_clients_leaving_the_queue_is_noticed(zai, brisk, caplog, streamed):
     zai.default = stream(say("Hel"), 30)
     with strict_proxy(zai, MAX_CONCURRENCY="1") as proxy, proxy.open_stream() as occupant:
         assert eventually(lambda: zai.in_flight == 1)
-        with proxy.connect() as sock:
-            sock.sendall(raw_chat(chat_body(stream=streamed)))
+        with connect(proxy, raw_chat(chat_body(stream=streamed))):
             assert eventually(lambda: proxy.queued() == 1)
         assert eventually(lambda: proxy.queued() == 0)
         occupant.close()
         assert figures(proxy) == (0, 0, 2)
         assert len(zai.requests) == 1
-        assert [record for record in caplog.records if record.levelno > logging.INFO] == []
+        check_calm(caplog)
 
 
 def test_a_slot_never_goes_to_one_who_has_left(zai):
@@ -6634,27 +6606,44 @@ def test_the_clients_leaving_in_a_handshake_is_noticed(brisk, caplog, monkeypatc
 
 @pytest.mark.skipif(
     not hasattr(select, "POLLRDHUP"), reason="bytes that were sent ahead hide the end")
-def test_the_leaving_of_a_client_that_had_sent_more_is_noticed(zai, brisk):
+def test_the_leaving_of_a_client_that_had_sent_more_is_noticed(zai, brisk, proxy):
     zai.default = stream(say("Hel"), 30)
-    with strict_proxy(zai) as proxy:
-        with proxy.connect() as sock:
-            sock.sendall(raw_chat(chat_body(stream=True)))
-            assert eventually(lambda: zai.in_flight == 1)
-            sock.sendall(raw_chat(chat_body(stream=True)))  # pipelined
-        assert eventually(lambda: zai.cut_by_client == 1)
+    with connect(proxy, raw_chat(chat_body(stream=True))) as sock:
+        assert eventually(lambda: zai.in_flight == 1)
+        sock.sendall(raw_chat(chat_body(stream=True)))  # pipelined
+    assert eventually(lambda: zai.cut_by_client == 1)
+
+
+@pytest.mark.parametrize("rdhup", (True, False))
+def test_a_socket_has_ended_once_its_other_side_is_closed(monkeypatch, rdhup):
+    if not rdhup:
+        monkeypatch.delattr(select, "POLLRDHUP", raising=False)
+    ours, theirs = socket.socketpair()
+    gone, left = socket.socketpair()
+    left.close()
+    with ours, theirs, gone:
+        for sock in (ours, gone):
+            sock.setblocking(False)
+        assert ztoapi.ended([ours, gone]) == [gone]
 
 
 # Heartbeats
 
-@pytest.mark.parametrize("begin", ([], [HEAD]), ids=("before the head", "before the first token"))
-def test_a_heartbeat_is_a_valid_empty_chunk_and_the_opening_one_comes_first(zai, brisk, begin):
+# To add a case, add a row: of how many steps of an answer's a heartbeat comes behind,
+# what the client has got by then.
+@cases("count,pattern", {
+    "nothing": (0, rb'^HTTP/1.1 200.*"delta":\{\}'),
+    "the head": (1, rb'^HTTP/1.1 200.*"delta":\{\}'),
+    "text": (4, rb'"Hel".*"delta":\{\}'),
+})
+def test_a_heartbeat_is_a_valid_empty_chunk_and_the_opening_one_comes_first(zai, brisk, count, pattern):
     go = threading.Event()
-    zai.default = [*begin, go, *stream(*HEALTHY)[len(begin):]]
+    steps = stream(*HEALTHY)
+    zai.default = [*steps[:count], go, *steps[count:]]
     with strict_proxy(zai, HEARTBEAT="0.04") as proxy, proxy.open_stream() as sock:
-        see(sock, rb'^HTTP/1.1 200.*"delta":\{\}')  # before Z.ai has said anything
+        see(sock, pattern)
         go.set()
-        _, _, events, clean = read_stream(sock)
-        assert clean
+        events = check_whole(*read_stream(sock))
         assert said(events) == "Hello"
         deltas = [choice["delta"] for choice in choices_of(events)]
         assert deltas[0] == {"role": "assistant", "content": ""}
@@ -6664,53 +6653,41 @@ def test_a_heartbeat_is_a_valid_empty_chunk_and_the_opening_one_comes_first(zai,
             assert len({event[name] for event in events[:-1]}) == 1
 
 
-def test_a_heartbeat_comes_mid_stream_too(zai, brisk):
-    go = threading.Event()
-    zai.default = stream(say("Hel"), go, say("lo"), FINISH, DONE)
-    with strict_proxy(zai, HEARTBEAT="0.04") as proxy, proxy.open_stream() as sock:
-        see(sock, rb'Hel.*"delta":\{\}')
-        go.set()
-        _, _, events, clean = read_stream(sock)
-        assert clean
-        deltas = [choice["delta"] for choice in choices_of(events)]
-        assert {} in deltas[deltas.index({"content": "Hel"}):deltas.index({"content": "lo"})]
-
-
 @pytest.mark.parametrize("heartbeat", ("10", "0"))
-def test_no_heartbeat_comes_before_its_time_or_at_0(zai, brisk, heartbeat):
+def test_no_heartbeat_comes_before_its_time_or_at_0_and_a_refusal_keeps_its_status(zai, brisk, heartbeat):
+    zai.scripts.append(refusal(400, "1210"))
     zai.default = stream(0.1, *HEALTHY)
     with strict_proxy(zai, HEARTBEAT=heartbeat) as proxy:
+        assert ask(proxy, True)[0] == 400
         assert not any(map(is_beat, proxy.stream()[2]))
 
 
 # To add a case, add a row: what comes late -> the script.
-LATE_ENDS = {
+@cases("script", {
     "the end mark": stream(say("Hello"), FINISH, 0.2, DONE),
     "the end of the body": stream(say("Hello"), FINISH, DONE, 0.2),
     "the finish": stream(say("Hello"), 0.2, FINISH, DONE),
     "the usage": stream(say("Hello"), event(finish="stop"), 0.2, FINISH, DONE),
     "nothing, after a large write": [b"".join(stream(say("Hello" * (1 << 20)), FINISH, DONE))],
-}
-
-
-@pytest.mark.parametrize("case", LATE_ENDS)
-def test_a_heartbeat_never_follows_the_end_of_an_answer(zai, brisk, case):
-    zai.default = LATE_ENDS[case]
+})
+def test_a_heartbeat_never_follows_the_end_of_an_answer(zai, brisk, script):
+    zai.default = script
     with strict_proxy(zai, HEARTBEAT="0.05") as proxy, proxy.open_stream() as sock:
         time.sleep(0.3)  # the large write stands still meanwhile
-        _, _, events, clean = read_stream(sock)
-        assert clean
-        assert events[-1] == "[DONE]"
-        assert said(events).replace("Hello", "") == ""
+        assert said(check_whole(*read_stream(sock))).replace("Hello", "") == ""
         sock.settimeout(0.2)
         with pytest.raises(socket.timeout):
             sock.recv(1)
 
 
-def test_a_quick_refusal_keeps_its_status_with_heartbeats_on(zai, brisk):
-    zai.default = refusal(400, "1210")
-    with strict_proxy(zai, HEARTBEAT="10") as proxy:
-        assert ask(proxy, True)[0] == 400
+def test_a_heartbeat_that_fails_ends_one_answer_and_no_other(go, zai, monkeypatch, log_lines):
+    monkeypatch.setattr(ztoapi.Messages, "heartbeat", boom)
+    with proxying(zai, HEARTBEAT="0.05") as proxy:
+        with connect(proxy, api_request("messages", True)) as sock, proxy.open_stream() as other:
+            assert b"message_stop" not in read_to_end(sock)
+            go.set()
+            assert said(read_stream(other)[2]) == "Hello"
+    assert len(log_lines(logging.ERROR)) == 1
 
 
 def test_a_json_answer_has_no_heartbeats_and_keeps_its_status(zai, brisk):
@@ -6724,8 +6701,7 @@ def test_a_json_answer_has_no_heartbeats_and_keeps_its_status(zai, brisk):
 def test_retrying_goes_on_after_a_heartbeat(zai, brisk):
     zai.scripts.extend([[0.3, *refusal(500, "1234")], [HEAD, 0.3, CLOSE]])
     with strict_proxy(zai, HEARTBEAT="0.03") as proxy:
-        _, _, events, clean = proxy.stream()
-        assert clean
+        events = check_whole(*proxy.stream())
         assert said(events) == "Hello"
         assert len(zai.requests) == 3
         assert ["role" in choice["delta"] for choice in choices_of(events)].count(True) == 1
@@ -6740,23 +6716,19 @@ def test_queueing_goes_on_after_a_heartbeat(zai, brisk):
             see(second, b"HTTP/1.1 200")
             assert proxy.queued() == 1
             go.set()
-            for _, _, events, clean in together(lambda: read_stream(first), lambda: read_stream(second)):
-                assert (said(events), clean) == ("Hello", True)
+            for stream_read in together(lambda: read_stream(first), lambda: read_stream(second)):
+                assert said(check_whole(*stream_read)) == "Hello"
 
 
 # To add a case, add a row: what Z.ai does after a heartbeat, the code of the error
 # then.
-FAILURES_AFTER_BEAT = {
+@cases("script,code", {
     "400": (refusal(400, "1210"), "invalid_value"),
     "429": (refusal(429, "1113"), "insufficient_quota"),
     "reset": ([RESET], "upstream_error"),
     "event": (stream(sse(NETWORK)), "upstream_error"),
-}
-
-
-@pytest.mark.parametrize("case", FAILURES_AFTER_BEAT)
-def test_a_failure_after_a_heartbeat_is_the_in_stream_error(zai, brisk, case):
-    script, code = FAILURES_AFTER_BEAT[case]
+})
+def test_a_failure_after_a_heartbeat_is_the_in_stream_error(zai, brisk, script, code):
     go = threading.Event()
     zai.default = [go, *script]
     with strict_proxy(zai, HEARTBEAT="0.03", MAX_RETRIES="0") as proxy, proxy.open_stream() as sock:
@@ -6905,20 +6877,20 @@ class Torrent:
         return sent
 
 
-def test_a_slow_reader_slows_zai_down_and_costs_no_memory(zai):
+def test_a_slow_reader_slows_zai_down_and_costs_no_memory(zai, proxy):
     torrent = Torrent(600, 1 << 16)
     zai.default = torrent.script
-    with strict_proxy(zai) as proxy, proxy.open_stream() as sock:
+    with proxy.open_stream() as sock:
         before = rss()
         assert torrent.stand_still() < 500
         assert rss() - before < 16 << 20
         assert count_text(sock, b"Q") == (600 << 16, True)
 
 
-def test_a_client_that_is_behind_is_no_silence_of_zai(zai, brisk):
+def test_a_client_that_is_behind_is_no_silence_of_zai(zai, brisk, proxy):
     torrent = Torrent(300, 1 << 16)
     zai.default = torrent.script
-    with strict_proxy(zai) as proxy, proxy.open_stream() as sock:
+    with proxy.open_stream() as sock:
         torrent.stand_still()
         proxy.tune(upstream_timeout=0.1)
         time.sleep(0.4)
@@ -6926,9 +6898,9 @@ def test_a_client_that_is_behind_is_no_silence_of_zai(zai, brisk):
         assert count_text(sock, b"Q") == (300 << 16, True)
 
 
-def test_an_error_that_comes_while_the_client_is_behind_comes_last_and_whole(zai, brisk):
+def test_an_error_that_comes_while_the_client_is_behind_comes_last_and_whole(zai, brisk, proxy):
     zai.default = [HEAD, chunked(say("Q" * (4 << 20))) + chunked(sse(NETWORK)), CLOSE]
-    with strict_proxy(zai) as proxy, proxy.open_stream() as sock:
+    with proxy.open_stream() as sock:
         time.sleep(0.2)
         _, _, events, clean = read_stream(sock)
         assert len(said(events)) == 4 << 20
@@ -6936,21 +6908,20 @@ def test_an_error_that_comes_while_the_client_is_behind_comes_last_and_whole(zai
         assert not clean
 
 
-def test_a_slow_reader_does_not_hold_up_the_others(zai):
+def test_a_slow_reader_does_not_hold_up_the_others(zai, proxy):
     zai.scripts.append(Torrent(600, 1 << 16).script)
-    with strict_proxy(zai) as proxy, proxy.open_stream():
+    with proxy.open_stream():
         assert eventually(lambda: any(client.is_behind for client in list(proxy.server.pump.clients)))
         assert ask(proxy, True) == WELL
 
 
-def test_a_client_that_takes_no_write_within_client_timeout_is_dropped(zai, brisk):
+def test_a_client_that_takes_no_write_within_client_timeout_is_dropped(zai, brisk, proxy):
     zai.default = Torrent(1000, 1 << 16).script
-    with strict_proxy(zai) as proxy:
-        proxy.tune(client_timeout=0.2)
-        with proxy.open_stream():
-            assert eventually(lambda: zai.cut_by_client == 1)
-            proxy.idle()
-        assert figures(proxy) == (0, 0, 1)
+    proxy.tune(client_timeout=0.2)
+    with proxy.open_stream():
+        assert eventually(lambda: zai.cut_by_client == 1)
+        proxy.idle()
+    assert figures(proxy) == (0, 0, 1)
 
 
 def test_a_slow_reader_is_no_dropped_one(monkeypatch):
@@ -6976,6 +6947,22 @@ def test_a_slow_reader_is_no_dropped_one(monkeypatch):
         outbox.look(clock.now, settings)
 
 
+def litter_of(proxy, make_request):
+    """The kinds of things of one request that are still there after it, with the garbage collector off."""
+    def left():
+        return {id(thing): type(thing).__name__ for thing in gc.get_objects() if isinstance(thing, PER_REQUEST)}
+    gc.collect()
+    before = left()
+    gc.disable()
+    try:
+        make_request()
+        proxy.idle()
+        eventually(lambda: left().keys() <= before.keys(), 5)
+        return [kind for key, kind in left().items() if key not in before]
+    finally:
+        gc.enable()
+
+
 # What is made for one request, and must go with it.
 PER_REQUEST = (
     ztoapi.Handler, ztoapi.Client, ztoapi.Outbox, ztoapi.Relay, ztoapi.Connection, ztoapi.ZaiRequest, ztoapi.Answer,
@@ -6983,7 +6970,7 @@ PER_REQUEST = (
 
 # To add a case, add a row: what happens -> what Z.ai does (None: it is not there),
 # streamed or not.
-LITTER = {
+@cases("script,streamed", {
     "well": (stream(*HEALTHY), True),
     "well, json": (stream(*HEALTHY), False),
     "reset": ([RESET], True),
@@ -6993,77 +6980,49 @@ LITTER = {
     "silence": ([HEAD, 30], True),
     "a limit that lasts": (answer(429, LIMITED, "Retry-After: 86400"), True),
     "not there": (None, True),
-}
-
-
-def litter_of(make_request):
-    """The kinds of things of one request that are still there after it, with the garbage collector off."""
-    def left():
-        return {id(thing): type(thing).__name__ for thing in gc.get_objects() if isinstance(thing, PER_REQUEST)}
-    gc.collect()
-    before = left()
-    gc.disable()
-    try:
-        make_request()
-        eventually(lambda: left().keys() <= before.keys(), 5)
-        return [kind for key, kind in left().items() if key not in before]
-    finally:
-        gc.enable()
-
-
-@pytest.mark.parametrize("case", LITTER)
-def test_a_request_leaves_nothing_for_the_garbage_collector(zai, brisk, case):
+})
+def test_a_request_leaves_nothing_for_the_garbage_collector(zai, brisk, script, streamed):
     """What it leaves, it leaves with its body and its buffers, for as long as the collector likes."""
-    zai.default, streamed = LITTER[case]
-    if zai.default is None:
+    zai.default = script
+    if script is None:
         zai.close()
-
-    def make_request():
-        ask(proxy, streamed)
-        proxy.idle()
     with strict_proxy(zai, MAX_RETRIES="1", UPSTREAM_TIMEOUT="0.1") as proxy:
-        assert litter_of(make_request) == []
+        assert litter_of(proxy, lambda: ask(proxy, streamed)) == []
 
 
 @both
-def test_a_client_that_leaves_an_answer_leaves_nothing_either(zai, brisk, streamed):
+def test_a_client_that_leaves_an_answer_leaves_nothing_either(zai, brisk, proxy, streamed):
     zai.default = stream(say("Hel"), 30)
 
     def make_request():
-        with proxy.connect() as sock:
-            sock.sendall(raw_chat(chat_body(stream=streamed)))
+        with connect(proxy, raw_chat(chat_body(stream=streamed))):
             assert eventually(lambda: zai.in_flight == 1)
-        proxy.idle()
-    with strict_proxy(zai) as proxy:
-        assert litter_of(make_request) == []
+    assert litter_of(proxy, make_request) == []
 
 
 def test_a_client_that_leaves_while_connecting_leaves_nothing_either(brisk):
     def make_request():
         with proxy.open_stream():
             assert eventually(lambda: is_connecting(proxy))
-        proxy.idle()
     with stuck_listener() as port, strict_proxy(ZAI_BASE_URL=f"http://127.0.0.1:{port}") as proxy:
-        assert litter_of(make_request) == []
+        assert litter_of(proxy, make_request) == []
 
 
-def test_a_json_answer_of_more_than_64_mib_is_an_error(zai):
+def test_a_json_answer_of_more_than_64_mib_is_an_error(zai, proxy):
     one = chunked(say("\u4e2d" * ((1 << 20) // 3)))  # a mebibyte, whatever the count of characters
     zai.default = [HEAD, *[one] * 66, chunked(FINISH), END]
-    with strict_proxy(zai) as proxy:
-        assert ask(proxy, False)[0] == 502
-        assert len(zai.requests) == 1
+    assert ask(proxy, False)[0] == 502
+    assert len(zai.requests) == 1
 
 
 @pytest.mark.parametrize("script", (stream(*HEALTHY), refusal(400, "1210")), ids=("answer", "refusal"))
-def test_the_log_id_of_zai_is_in_the_answer_and_in_the_log(zai, caplog, script):
+def test_the_log_id_of_zai_is_in_the_answer_and_in_the_log(zai, caplog, proxy, script):
     caplog.set_level(logging.INFO, "ztoapi")
     zai.default = script
-    with strict_proxy(zai) as proxy:
-        for get in (proxy.stream, proxy.chat):
-            caplog.clear()
-            assert get()[1]["x-zai-log-id"] == LOG_ID
-            assert eventually(lambda: LOG_ID in caplog.text)
+    for get in (proxy.stream, proxy.chat):
+        caplog.clear()
+        assert get()[1]["x-zai-log-id"] == LOG_ID
+        assert eventually(lambda: LOG_ID in caplog.text)
 
 
 # Upstream #############################################################################
@@ -7144,18 +7103,17 @@ FIRST_DELTAS = {"text": say("Hel"), "thinking": think("Hel"), "call": call()}
 
 
 @pytest.mark.parametrize("first,fault", LATE_CASES)
-def test_nothing_is_tried_again_after_the_first_delta(zai, first, fault):
+def test_nothing_is_tried_again_after_the_first_delta(zai, proxy, first, fault):
     zai.default = [HEAD, chunked(FIRST_DELTAS[first]), *LATE[fault]]
-    with strict_proxy(zai) as proxy:
-        events = failed_stream(proxy)
-        shown = said(events) + said(events, "reasoning_content")
-        assert shown == ("" if first == "call" else "Hel")
-        assert any("tool_calls" in choice["delta"] for choice in choices_of(events)) == (first == "call")
-        status, _, error, _ = ask(proxy, False)
-        assert status == (429 if "1302" in fault else 502)
-        assert error["message"]
-        assert len(zai.requests) == 2
-        assert figures(proxy)[0] == 0
+    events = failed_stream(proxy)
+    shown = said(events) + said(events, "reasoning_content")
+    assert shown == ("" if first == "call" else "Hel")
+    assert any("tool_calls" in choice["delta"] for choice in choices_of(events)) == (first == "call")
+    status, _, error, _ = ask(proxy, False)
+    assert status == (429 if "1302" in fault else 502)
+    assert error["message"]
+    assert len(zai.requests) == 2
+    assert figures(proxy)[0] == 0
 
 
 @pytest.mark.parametrize("fault", ("reset", "clean end of the body without a finish", "network_error"))
@@ -7173,98 +7131,85 @@ def test_hidden_thinking_is_not_paid_for_twice(zai, fault, streamed):
 TORN = b'data: {"id":"2026data: {"id":"2027","created":1,"choices":[{"index":0,"delta":{"role":"assistant"}}]}\n\n'
 
 
-def test_thinking_that_was_void_is_not_paid_for_twice(zai):
+def test_thinking_that_was_void_is_not_paid_for_twice(zai, proxy):
     """Z.ai starts its answer afresh, which takes the thinking back, and then ends it."""
     zai.default = stream(think("Hm"), TORN, 0.02, CLOSE, end=False)
-    with strict_proxy(zai) as proxy:
-        failed_stream(proxy)
-        assert ask(proxy, False)[0] == 502
-        assert len(zai.requests) == 2
+    failed_stream(proxy)
+    assert ask(proxy, False)[0] == 502
+    assert len(zai.requests) == 2
 
 
 @both
-def test_starting_afresh_before_anything_came_is_no_beginning(zai, streamed):
+def test_starting_afresh_before_anything_came_is_no_beginning(zai, proxy, streamed):
     zai.scripts.append(stream(TORN, 0.02, CLOSE, end=False))
-    with strict_proxy(zai) as proxy:
-        assert ask(proxy, streamed) == WELL
-        assert [request["body"]["model"] for request in zai.requests] == ["glm-4.6", "glm-4.6"]
+    assert ask(proxy, streamed) == WELL
+    assert [request["body"]["model"] for request in zai.requests] == ["glm-4.6", "glm-4.6"]
 
 
 @pytest.mark.parametrize("fault", ("an error as an event", "reset", "network_error"))
-def test_who_loses_an_error_over_a_cut_gets_the_closing_chunk_behind_it(zai, fault):
+def test_who_loses_an_error_over_a_cut_gets_the_closing_chunk_behind_it(zai, proxy, fault):
     zai.default = [HEAD, chunked(say("Hel")), *LATE[fault]]
-    with strict_proxy(zai) as proxy:
-        for line, closed in (("Origin: https://app.example", True), ("User-Agent: ai/6.0 ai-sdk/openai/3.0", True),
-                             ("User-Agent: OpenAI/Python 3.57", False)):
-            _, _, events, clean = proxy.stream([line])
-            assert list(events[-1]) == ["error"]
-            assert finish_of(events) == []
-            assert clean == closed
+    for line, closed in (("Origin: https://app.example", True), ("User-Agent: ai/6.0 ai-sdk/openai/3.0", True),
+                         ("User-Agent: OpenAI/Python 3.57", False)):
+        _, _, events, clean = proxy.stream([line])
+        assert list(events[-1]) == ["error"]
+        assert finish_of(events) == []
+        assert clean == closed
 
 
 HOPELESS = ("1100 1110 1111 1112 1113 1121 1210 1211 1212 1213 1214 1215 1220 1221 1222 1231 1261 1300 1301 1304 1308"
             " 1309 1310 1311 1313 1314 1321 401 1000 1001 1002 1003 1004 1005 1315").split()
 
 
-def test_codes_that_cannot_heal_are_never_tried_again(zai):
-    with strict_proxy(zai) as proxy:
-        for code in HOPELESS:
-            for script in (refusal(429, code), stream(error_event(code))):
-                zai.scripts.append(script)
-                assert ask(proxy, True)[0] >= 400
-        assert len(zai.requests) == 2 * len(HOPELESS)
-        assert figures(proxy)[0] == 0
+def test_codes_that_cannot_heal_are_never_tried_again(zai, proxy):
+    for code in HOPELESS:
+        for script in (refusal(429, code), stream(error_event(code))):
+            zai.scripts.append(script)
+            assert ask(proxy, True)[0] >= 400
+    assert len(zai.requests) == 2 * len(HOPELESS)
+    assert figures(proxy)[0] == 0
 
 
-def test_a_wrong_path_is_never_tried_again_and_names_the_base_url(zai):
+def test_a_wrong_path_is_never_tried_again_and_names_the_base_url(zai, proxy):
     zai.default = answer(404, b"<html>404</html>")
-    with strict_proxy(zai) as proxy:
-        status, _, error, _ = ask(proxy, True)
-        assert status == 502
-        assert "ZAI_BASE_URL" in error["message"]
-        assert len(zai.requests) == 1
+    check_502(proxy, "ZAI_BASE_URL")
+    assert len(zai.requests) == 1
 
 
 @pytest.mark.parametrize("status", (301, 307))
 def test_redirects_are_not_followed(zai, status):
-    with contextlib.closing(FakeZai()) as elsewhere, strict_proxy(zai) as proxy:
+    with FakeZai() as elsewhere, strict_proxy(zai) as proxy:
         zai.default = answer(status, b"", f"Location: {elsewhere.url}/chat/completions")
         assert ask(proxy, True)[0] == 502
         assert len(zai.requests) == 1
         assert elsewhere.connections == 0
 
 
-@pytest.mark.usefixtures("unhurried")
 @both
-def test_bytes_that_come_one_at_a_time_are_an_answer_like_any_other(zai, streamed):
+def test_bytes_that_come_one_at_a_time_are_an_answer_like_any_other(zai, unhurried, proxy, streamed):
     whole = b"".join(stream(*HEALTHY))
     zai.default = [whole[i:i + 1] for i in range(len(whole))]
-    with strict_proxy(zai) as proxy:
-        for _ in range(2):
-            assert ask(proxy, streamed) == WELL
-            proxy.idle()
-        assert zai.connections == 1
+    check_well(proxy, 2, streamed)
+    assert zai.connections == 1
 
 
 @both
-def test_a_body_without_a_length_ends_with_its_connection(zai, streamed):
+def test_a_body_without_a_length_ends_with_its_connection(zai, proxy, streamed):
     zai.default = [raw_head("Connection: close"), *HEALTHY, CLOSE]
-    with strict_proxy(zai) as proxy:
-        assert ask(proxy, streamed) == WELL
+    assert ask(proxy, streamed) == WELL
 
 
 @pytest.mark.parametrize("end", ([CLOSE], [0.02, RESET]), ids=("end", "reset"))
 @both
-def test_a_cut_behind_the_finish_is_no_failure(zai, end, streamed):
+def test_a_cut_behind_the_finish_is_no_failure(zai, proxy, end, streamed):
     zai.default = [HEAD, chunked(say("Hello")), chunked(event(finish="stop")), *end]
-    with strict_proxy(zai) as proxy:
-        assert ask(proxy, streamed) == WELL
-        assert len(zai.requests) == 1
+    assert ask(proxy, streamed) == WELL
+    assert len(zai.requests) == 1
 
 
 def test_an_answer_that_comes_before_all_was_sent_is_read():
     """A front end that refuses a large body closes without reading it."""
-    refusing = b"".join(answer(413, {"error": {"code": "1210", "message": "too long for me"}}))
+    refusing = b"".join(refusal(413, "1210", "too long for me"))
 
     def refuse():
         with listener.accept()[0] as sock:
@@ -7275,8 +7220,7 @@ def test_an_answer_that_comes_before_all_was_sent_is_read():
     with socket.create_server(("127.0.0.1", 0)) as listener:
         threading.Thread(target=refuse, daemon=True).start()
         with strict_proxy(ZAI_BASE_URL=f"http://127.0.0.1:{listener.getsockname()[1]}/api") as proxy:
-            message = {"role": "user", "content": "x" * (8 << 20)}
-            _, _, error, _ = ask(proxy, True, messages=[message])
+            _, _, error, _ = ask(proxy, True, messages=[user("x" * (8 << 20))])
             assert "too long for me" in error["message"]
             assert figures(proxy)[0] == 0
 
@@ -7285,14 +7229,13 @@ def test_a_request_that_zai_does_not_take_is_tried_once_more():
     with socket.create_server(("127.0.0.1", 0)) as deaf:
         url = f"http://127.0.0.1:{deaf.getsockname()[1]}/api"
         with strict_proxy(ZAI_BASE_URL=url, UPSTREAM_TIMEOUT="0.1", MAX_RETRIES="5") as proxy:
-            message = {"role": "user", "content": "x" * (16 << 20)}
-            status, _, error, _ = ask(proxy, True, messages=[message])
+            status, _, error, _ = ask(proxy, True, messages=[user("x" * (16 << 20))])
             assert status == 502
             assert "took no data for 0.1 s" in error["message"]
             assert figures(proxy) == (1, 1, 0)
 
 
-def test_a_bug_in_a_front_ends_one_answer_only(zai, monkeypatch, caplog):
+def test_a_bug_in_a_front_ends_one_answer_only(zai, go, monkeypatch, caplog, proxy):
     tell = ztoapi.Chat.tell
 
     def buggy(front, steps):
@@ -7300,9 +7243,7 @@ def test_a_bug_in_a_front_ends_one_answer_only(zai, monkeypatch, caplog):
             raise ZeroDivisionError
         return tell(front, steps)
     monkeypatch.setattr(ztoapi.Chat, "tell", buggy)
-    go = threading.Event()
-    zai.scripts.append(stream(say("Hel"), go, say("lo"), FINISH, DONE))
-    with strict_proxy(zai) as proxy, proxy.open_stream() as running:
+    with proxy.open_stream() as running:
         assert eventually(lambda: zai.in_flight == 1)
         status, _, error, _ = ask(proxy, True, model="buggy")
         assert (status, error["code"]) == (500, "internal_error")
@@ -7315,21 +7256,16 @@ def test_a_bug_in_a_front_ends_one_answer_only(zai, monkeypatch, caplog):
 # Silence, and other times
 
 # To add a case, add a row: what Z.ai does before it falls silent -> the script.
-SILENT = {
+@cases("script", {
     "before the head": [30],
     "behind the head": [HEAD, 30],
     "behind an empty delta": stream(event({"role": "assistant", "content": ""}), 30),
-}
-
-
-@pytest.mark.parametrize("case", SILENT)
+})
 @both
-def test_a_silence_is_tried_again_once(zai, brisk, case, streamed):
-    zai.default = SILENT[case]
+def test_a_silence_is_tried_again_once(zai, brisk, script, streamed):
+    zai.default = script
     with strict_proxy(zai, UPSTREAM_TIMEOUT="0.1", MAX_RETRIES="5") as proxy:
-        status, _, error, _ = ask(proxy, streamed)
-        assert status == 502
-        assert "UPSTREAM_TIMEOUT" in error["message"]
+        check_502(proxy, "UPSTREAM_TIMEOUT", streamed)
         assert eventually(lambda: zai.cut_by_client == 2)
         assert len(zai.requests) == 2
 
@@ -7338,7 +7274,7 @@ def test_a_silence_is_tried_again_once(zai, brisk, case, streamed):
             proxy.tune(upstream_timeout=300)
             return 0.0
         proxy.server.upstream.rand = take_time
-        zai.scripts.append(SILENT[case])
+        zai.scripts.append(script)
         zai.default = stream(*HEALTHY)
         assert ask(proxy, streamed) == WELL
 
@@ -7352,15 +7288,14 @@ def impatience(proxy, since):
 
 
 @both
-def test_a_silence_behind_the_first_delta_ends_the_answer(zai, brisk, streamed):
-    with strict_proxy(zai) as proxy:
-        zai.default = stream(say("Hel"), impatience(proxy, "begun"), 30)
-        if streamed:
-            assert "UPSTREAM_TIMEOUT" in failed_stream(proxy)[-1]["error"]["message"]
-        else:
-            assert ask(proxy, False)[0] == 502
-        assert eventually(lambda: zai.cut_by_client == 1)
-        assert len(zai.requests) == 1
+def test_a_silence_behind_the_first_delta_ends_the_answer(zai, brisk, proxy, streamed):
+    zai.default = stream(say("Hel"), impatience(proxy, "begun"), 30)
+    if streamed:
+        assert "UPSTREAM_TIMEOUT" in failed_stream(proxy)[-1]["error"]["message"]
+    else:
+        assert ask(proxy, False)[0] == 502
+    assert eventually(lambda: zai.cut_by_client == 1)
+    assert len(zai.requests) == 1
 
 
 def test_upstream_timeout_is_of_silence_and_never_of_the_whole():
@@ -7379,64 +7314,54 @@ def test_upstream_timeout_is_of_silence_and_never_of_the_whole():
 
 
 # To add a case, add a row: what Z.ai does behind a finish without usage -> the script.
-UNENDING = {
+@cases("steps", {
     "silence": [30],
     "comments": [step for _ in range(300) for step in (chunked(b": keep-alive\n\n"), 0.02)],
-}
-
-
-@pytest.mark.parametrize("case", UNENDING)
+})
 @both
-def test_an_answer_is_complete_two_seconds_behind_its_finish(zai, brisk, monkeypatch, case, streamed):
+def test_an_answer_is_complete_two_seconds_behind_its_finish(zai, brisk, monkeypatch, proxy, steps, streamed):
     assert ztoapi.Relay.PATIENCE_S == 2
     monkeypatch.setattr(ztoapi.Relay, "PATIENCE_S", 0.2)
-    zai.default = [HEAD, chunked(say("Hello")), chunked(event(finish="stop")), *UNENDING[case]]
-    with strict_proxy(zai) as proxy:
-        assert ask(proxy, streamed) == WELL
-        assert eventually(lambda: zai.cut_by_client == 1)
-        assert len(zai.requests) == 1
+    zai.default = [HEAD, chunked(say("Hello")), chunked(event(finish="stop")), *steps]
+    assert ask(proxy, streamed) == WELL
+    assert eventually(lambda: zai.cut_by_client == 1)
+    assert len(zai.requests) == 1
 
 
 @both
-def test_a_finish_without_an_answer_is_tried_again(zai, brisk, monkeypatch, streamed):
+def test_a_finish_without_an_answer_is_tried_again(zai, brisk, monkeypatch, proxy, streamed):
     monkeypatch.setattr(ztoapi.Relay, "PATIENCE_S", 0.1)
     zai.scripts.append([HEAD, chunked(event(finish="stop")), 30])
-    with strict_proxy(zai) as proxy:
-        assert ask(proxy, streamed) == WELL
-        assert len(zai.requests) == 2
+    assert ask(proxy, streamed) == WELL
+    assert len(zai.requests) == 2
 
 
 @pytest.mark.parametrize("late", (FINISH, DONE), ids=("usage", "end mark"))
-def test_what_comes_late_behind_a_finish_is_waited_for(zai, brisk, monkeypatch, late):
+def test_what_comes_late_behind_a_finish_is_waited_for(zai, brisk, monkeypatch, proxy, late):
     monkeypatch.setattr(ztoapi.Relay, "PATIENCE_S", 20)
-    with strict_proxy(zai) as proxy:
-        zai.default = stream(say("Hello"), event(finish="stop"), impatience(proxy, "is_finishing"), 0.15, late)
-        options = {"include_usage": True}
-        _, _, events, clean = proxy.stream(stream_options=options)
-        assert clean
-        assert finish_of(events) == ["stop"]
-        assert any(event.get("usage") for event in events[:-1]) == (late is FINISH)
+    zai.default = stream(say("Hello"), event(finish="stop"), impatience(proxy, "is_finishing"), 0.15, late)
+    events = check_whole(*proxy.stream(stream_options={"include_usage": True}))
+    assert finish_of(events) == ["stop"]
+    assert any(event.get("usage") for event in events[:-1]) == (late is FINISH)
 
 
-def test_a_stop_word_hangs_up_on_zai(zai, brisk):
+def test_a_stop_word_hangs_up_on_zai(zai, brisk, proxy):
     ended = threading.Event()
     zai.default = stream(say("Hello STOP"), *[say(" more"), 0.02] * 500, lambda *_: ended.set())
-    with strict_proxy(zai) as proxy:
-        _, text, _, whole = ask(proxy, True, stop="STOP")
-        assert (text, whole) == ("Hello ", True)
-        assert eventually(lambda: zai.cut_by_client == 1)
+    _, text, _, whole = ask(proxy, True, stop="STOP")
+    assert (text, whole) == ("Hello ", True)
+    assert eventually(lambda: zai.cut_by_client == 1)
     assert not ended.is_set()
 
 
 @both
-def test_a_trickle_behind_the_finish_does_not_hold_the_slot(zai, brisk, monkeypatch, streamed):
+def test_a_trickle_behind_the_finish_does_not_hold_the_slot(zai, brisk, monkeypatch, proxy, streamed):
     monkeypatch.setattr(ztoapi.Relay, "PATIENCE_S", 0.3)
     trickled = threading.Event()
     zai.default = stream(*HEALTHY, *[b":\n", 0.2] * 50, lambda *_: trickled.set())
-    with strict_proxy(zai) as proxy:
-        assert ask(proxy, streamed) == WELL
-        assert eventually(lambda: slots(proxy) == 0)
-        assert not trickled.is_set()
+    assert ask(proxy, streamed) == WELL
+    assert eventually(lambda: slots(proxy) == 0)
+    assert not trickled.is_set()
 
 
 # Retries, by the clock
@@ -7468,7 +7393,7 @@ RETRY_AFTER = [
 @pytest.mark.parametrize("code,header,seconds", RETRY_AFTER)
 def test_retry_after_of_zai_is_honoured(make_timed, code, header, seconds):
     timed = make_timed()
-    timed.answers.append(answer(429, {"error": {"code": code, "message": "no"}}, f"Retry-After: {header}"))
+    timed.answers.append(refusal(429, code, "no", f"Retry-After: {header}"))
     text, error, _ = timed.ask()
     assert (text, error) == ("Hello", None)
     assert seconds <= timed.gaps()[0] <= seconds + 1
@@ -7477,7 +7402,7 @@ def test_retry_after_of_zai_is_honoured(make_timed, code, header, seconds):
 @pytest.mark.parametrize("code", ("1234", "1302", "1305"))
 def test_a_retry_after_beyond_queue_timeout_is_told_at_once_with_the_true_time(make_timed, code):
     timed = make_timed(QUEUE_TIMEOUT="60")
-    timed.script = answer(429, {"error": {"code": code, "message": "no"}}, "Retry-After: 90")
+    timed.script = refusal(429, code, "no", "Retry-After: 90")
     _, error, _ = timed.ask()
     assert error.headers() == {"Retry-After": "90", "x-should-retry": "false"}
     assert len(timed.times) == 1
@@ -7494,28 +7419,20 @@ def test_an_absurd_retry_after_closes_the_gate_for_a_minute_at_most(make_timed):
     assert timed.gaps() == [60]
 
 
-def test_a_gate_that_opens_too_late_is_not_waited_for(make_timed):
+@pytest.mark.parametrize("code, expected", [("1305", FULL), ("1302", NO_ROOM)])
+def test_a_gate_that_opens_too_late_is_not_waited_for_and_who_closed_it_is_told(make_timed, code, expected):
     timed = make_timed(QUEUE_TIMEOUT="30")
-    timed.answers.append(answer(429, LIMITED, "Retry-After: 86400"))
+    timed.answers.append(refusal(429, code, "No room.", "Retry-After: 86400"))
     assert timed.ask()[1] is not None
     _, error, _ = timed.ask()
     assert error.headers() == {"Retry-After": "60", "x-should-retry": "false"}
     assert timed.clock.now == 1024
     assert len(timed.times) == 1
-
-
-@pytest.mark.parametrize("code, expected", [("1305", FULL), ("1302", NO_ROOM)])
-def test_behind_a_closed_gate_the_reason_is_the_one_that_closed_it(make_timed, code, expected):
-    timed = make_timed(QUEUE_TIMEOUT="30")
-    timed.answers.append(answer(429, complaint(code, "No room."), "Retry-After: 60"))
-    assert timed.ask()[1] is not None
-    _, error, _ = timed.ask()
-    assert len(timed.times) == 1
     assert (error.status, error.code) == expected
     assert "No room." in error.message
     timed.clock.now += 60
     assert timed.ask()[0] == "Hello"
-    timed.answers.append(answer(429, complaint("1302", "Slow."), "Retry-After: 60"))
+    timed.answers.append(refusal(429, "1302", "Slow.", "Retry-After: 60"))
     assert timed.ask()[1] is not None
     assert "Slow." in timed.ask()[1].message
 
@@ -7583,11 +7500,11 @@ def test_a_job_keeps_nothing_of_the_conversation(make_timed):
     assert b"messages" in job.data
 
 
-def test_the_requests_bytes_are_let_go_of_with_the_first_step(make_timed):
+def test_the_requests_bytes_are_let_go_of_with_the_first_step(zai, go, make_timed):
+    script = zai.default
     timed = make_timed()
     timed.answers.append(refusal(500, "1234"))
-    go = threading.Event()
-    timed.script = stream(say("Hel"), go, say("lo"), FINISH, DONE)
+    timed.script = script
     job = timed.job()
     data = job.data
     holders = []
@@ -7595,7 +7512,7 @@ def test_the_requests_bytes_are_let_go_of_with_the_first_step(make_timed):
     def take(steps):
         holders.append(sys.getrefcount(data))
         go.set()
-    timed.upstream.answer(job, ClockClient(timed.clock), ztoapi.Record("req_1", "127.0.0.1", 0.0), take)
+    timed.upstream.answer(job, WaitingClient(timed.clock), ztoapi.Record("req_1", "127.0.0.1", 0.0), take)
     assert job.data is None
     assert len(holders) >= 2
     assert set(holders) == {sys.getrefcount(data)}
@@ -7643,9 +7560,7 @@ def test_connecting_takes_ten_seconds_at_most(monkeypatch):
     assert ztoapi.CONNECT_TIMEOUT_S == 10
     monkeypatch.setattr(ztoapi, "CONNECT_TIMEOUT_S", 0.1)
     with stuck_listener() as port, strict_proxy(ZAI_BASE_URL=f"http://127.0.0.1:{port}", MAX_RETRIES="1") as proxy:
-        status, _, error, _ = ask(proxy, True)
-        assert status == 502
-        assert "within 0.1 s" in error["message"]
+        check_502(proxy, "within 0.1 s")
         assert figures(proxy)[0] == 1
 
 
@@ -7685,14 +7600,10 @@ def pooled(count):
     """(pool, its clock, `count` sockets in it, their other ends)."""
     clock = FakeClock()
     pool = ztoapi.Pool(clock)
-    ours = []
-    theirs = []
-    for _ in range(count):
-        pair = socket.socketpair()
-        pair[0].setblocking(False)
-        pool.put(pair[0])
-        ours.append(pair[0])
-        theirs.append(pair[1])
+    ours, theirs = zip(*[socket.socketpair() for _ in range(count)])
+    for sock in ours:
+        sock.setblocking(False)
+        pool.put(sock)
     yield pool, clock, ours, theirs
     for sock in ours + theirs:
         sock.close()
@@ -7728,28 +7639,23 @@ def test_the_pool_closes_what_was_idle_for_60_seconds():
 
 # To add a case, add a row: an answer -> its script, and whether its connection serves
 # again.
-REUSE = {
+@cases("script,again", {
     "a stream read to its end": (stream(*HEALTHY), True),
     "a refusal": (refusal(400, "1210"), True),
     "no last chunk": (stream(*HEALTHY, end=False) + [30], False),
     "Connection: close": ([HEAD[:-2] + b"Connection: close\r\n\r\n", *stream(*HEALTHY)[1:]], False),
     "a cut": (stream(say("Hel"), CLOSE, end=False), False),
-}
-
-
-@pytest.mark.parametrize("case", REUSE)
+})
 @both
-def test_a_connection_serves_again_once_its_answer_was_read_to_the_end(zai, brisk, monkeypatch, case, streamed):
+def test_a_connection_serves_again_once_its_answer_was_read(zai, brisk, monkeypatch, proxy, script, again, streamed):
     monkeypatch.setattr(ztoapi.Relay, "PATIENCE_S", 0.2)
-    script, again = REUSE[case]
     if again:
         monkeypatch.setattr(ztoapi, "TICK_S", 20)
     zai.scripts.append(script)
-    with strict_proxy(zai) as proxy:
-        ask(proxy, streamed)
-        proxy.idle()
-        assert ask(proxy, streamed) == WELL
-        assert zai.connections == (1 if again else 2)
+    ask(proxy, streamed)
+    proxy.idle()
+    assert ask(proxy, streamed) == WELL
+    assert zai.connections == (1 if again else 2)
 
 
 def test_a_pooled_connection_found_dead_is_replaced_unseen(zai):
@@ -7775,9 +7681,8 @@ def three_pooled(zai):
         yield proxy
 
 
-@pytest.mark.usefixtures("unhurried")
 @pytest.mark.parametrize("death", ([RESET], [CLOSE]), ids=("reset", "end"))
-def test_pooled_connections_that_die_when_used_are_replaced_unseen(zai, monkeypatch, death):
+def test_pooled_connections_that_die_when_used_are_replaced_unseen(zai, unhurried, monkeypatch, death):
     assert ztoapi.STALE_WITHIN_S == 1
     monkeypatch.setattr(ztoapi, "STALE_WITHIN_S", 20)
     with three_pooled(zai) as proxy:
@@ -7787,8 +7692,7 @@ def test_pooled_connections_that_die_when_used_are_replaced_unseen(zai, monkeypa
         assert figures(proxy)[0] == 0
 
 
-@pytest.mark.usefixtures("unhurried")
-def test_a_pooled_connection_that_ends_after_a_while_was_not_dead(zai, monkeypatch):
+def test_a_pooled_connection_that_ends_after_a_while_was_not_dead(zai, unhurried, monkeypatch):
     """Z.ai has worked on the request, which is billed: it is tried again MAX_RETRIES times, and counted."""
     monkeypatch.setattr(ztoapi, "STALE_WITHIN_S", 0.05)
     with three_pooled(zai) as proxy:
@@ -7799,26 +7703,20 @@ def test_a_pooled_connection_that_ends_after_a_while_was_not_dead(zai, monkeypat
 
 # Through proxies, and over TLS
 
-@pytest.mark.usefixtures("unhurried")
 @both
-def test_plain_requests_go_through_http_proxy_over_one_connection(zai, http_proxy, monkeypatch, streamed):
+def test_plain_requests_go_through_http_proxy_over_one_connection(zai, unhurried, http_proxy, monkeypatch, streamed):
     through(monkeypatch, "http", http_proxy.url)
     with strict_proxy(zai) as proxy:
-        for _ in range(3):
-            assert ask(proxy, streamed) == WELL
-            proxy.idle()
+        check_well(proxy, 3, streamed)
         assert [head.split()[1] for head in http_proxy.heads] == [f"{zai.url}/chat/completions"]
         assert len(zai.requests) == 3
 
 
-@pytest.mark.usefixtures("unhurried")
 @both
-def test_tls_goes_through_https_proxy_by_connect_over_one_connection(trusted, http_proxy, monkeypatch, streamed):
+def test_tls_goes_through_https_proxy_over_one_connection(trusted, unhurried, http_proxy, monkeypatch, streamed):
     through(monkeypatch, "https", http_proxy.url)
     with strict_proxy(trusted) as proxy:
-        for _ in range(3):
-            assert ask(proxy, streamed) == WELL
-            proxy.idle()
+        check_well(proxy, 3, streamed)
         assert [head.split()[:2] for head in http_proxy.heads] == [["CONNECT", f"localhost:{trusted.port}"]]
         assert "uthorization" not in http_proxy.heads[0]
         assert [request["path"] for request in trusted.requests] == ["/api/paas/v4/chat/completions"] * 3
@@ -7832,23 +7730,17 @@ def test_no_proxy_goes_around_the_proxy(trusted, http_proxy, monkeypatch, no_pro
         assert http_proxy.heads == []
 
 
-@pytest.mark.usefixtures("unhurried")
-def test_a_proxys_password_reaches_the_proxy_alone(trusted, http_proxy, monkeypatch):
+def test_a_proxys_password_reaches_the_proxy_alone(trusted, unhurried, http_proxy, monkeypatch):
     through(monkeypatch, "https", http_proxy.url.replace("//", "//user:pass-word@"))
     with strict_proxy(trusted) as proxy:
-        for _ in range(2):
-            assert ask(proxy, True) == WELL
-            proxy.idle()
+        check_well(proxy, 2)
         assert "proxy-authorization: basic dXNlcjpwYXNzLXdvcmQ=".lower() in http_proxy.heads[0].lower()
         assert [request["headers"].get("Proxy-Authorization") for request in trusted.requests] == [None, None]
 
 
-REFUSING = (b"HTTP/1.1 407 Proxy Authentication Required\r\n\r\n", b"what?\r\n\r\n", b"", b"X: y\r\n" * 20000)
-
-
-@pytest.mark.parametrize("reply", REFUSING, ids=("407", "garbage", "nothing", "no end"))
+@table("reply", [b"HTTP/1.1 407 Proxy Authentication Required\r\n\r\n", b"what?\r\n\r\n", b"", b"X: y\r\n" * 20000])
 def test_a_proxy_that_refuses_is_a_502(trusted, monkeypatch, reply):
-    with contextlib.closing(HttpProxy(reply)) as refusing:
+    with HttpProxy(reply) as refusing:
         through(monkeypatch, "https", refusing.url)
         with strict_proxy(trusted, MAX_RETRIES="1") as proxy:
             assert ask(proxy, True)[0] == 502
@@ -7857,7 +7749,7 @@ def test_a_proxy_that_refuses_is_a_502(trusted, monkeypatch, reply):
 
 
 # To add a case, add a row: HTTPS_PROXY, words of the error.
-BAD_PROXIES = [
+@pytest.mark.parametrize("url,words", [
     ("http://a..b:80", "proxy"),
     ("http://" + "a" * 64 + ".example:80", "proxy"),
     ("http://user:secretpassword", "proxy"),
@@ -7866,10 +7758,7 @@ BAD_PROXIES = [
     ("socks5://user:secretpassword@127.0.0.1:1080", "SOCKS"),
     ("socks5h://127.0.0.1:1080", "SOCKS"),
     ("SOCKS4://127.0.0.1:1080", "SOCKS"),
-]
-
-
-@pytest.mark.parametrize("url,words", BAD_PROXIES)
+])
 def test_a_proxy_that_cannot_be_used_is_refused_in_words_without_its_password(monkeypatch, caplog, url, words):
     through(monkeypatch, "https", url)
     with strict_proxy(ZAI_BASE_URL="https://localhost/api") as proxy:
@@ -7881,9 +7770,7 @@ def test_a_proxy_that_cannot_be_used_is_refused_in_words_without_its_password(mo
 
 def test_a_certificate_the_store_does_not_know_is_a_502_that_names_ssl_cert_file(untrusted):
     with strict_proxy(untrusted) as proxy:
-        status, _, error, _ = ask(proxy, True)
-        assert status == 502
-        assert "SSL_CERT_FILE" in error["message"]
+        check_502(proxy, "SSL_CERT_FILE")
         assert (untrusted.connections, untrusted.requests) == (1, []), "it cannot heal"
 
 
@@ -7896,18 +7783,13 @@ def test_a_certificate_of_another_name_is_a_502(trusted):
 def test_https_to_a_plain_port_is_a_502():
     with MuteListener(b"HTTP/1.1 400 Bad Request\r\n\r\n") as plain:
         with strict_proxy(ZAI_BASE_URL=f"https://localhost:{plain.port}", MAX_RETRIES="0") as proxy:
-            status, _, error, _ = ask(proxy, True)
-            assert status == 502
-            assert "TLS" in error["message"]
+            check_502(proxy, "TLS")
 
 
-@pytest.mark.usefixtures("unhurried")
 @both
-def test_tls_with_ssl_cert_file_answers_over_one_connection(trusted, streamed):
+def test_tls_with_ssl_cert_file_answers_over_one_connection(trusted, unhurried, streamed):
     with strict_proxy(trusted) as proxy:
-        for _ in range(3):
-            assert ask(proxy, streamed) == WELL
-            proxy.idle()
+        check_well(proxy, 3, streamed)
         assert trusted.connections == 1
 
 
@@ -7930,9 +7812,8 @@ def test_cuts_over_tls_are_cuts(trusted, fault):
         assert len(trusted.requests) == 2
 
 
-@pytest.mark.usefixtures("unhurried")
 @pytest.mark.parametrize("size", (8192, 16384, 65536))
-def test_what_stands_behind_an_answer_over_tls_never_becomes_the_next(trusted, size):
+def test_what_stands_behind_an_answer_over_tls_never_becomes_the_next(trusted, unhurried, size):
     """Bytes that TLS has decrypted and nobody has read are seen by no poll(). The answer is padded to end where a read
     does."""
     good, other = [b"".join((say(text), FINISH, DONE)) for text in ("Hello", "somebody else's")]
@@ -7981,7 +7862,7 @@ def counted(**fields):
 
 # To add a case, add a row: fields of a Record, words its line holds, words it does not
 # hold.
-LOG_LINES = [
+@pytest.mark.parametrize("fields,present,absent", [
     ({"method": "GET", "path": "/health", "status": 200}, ["req_1 127.0.0.1 GET /health 200"], ["model=", "key="]),
     ({"key": "#2"}, ["key=#2"], []),
     ({"client_request_id": "run-17"}, ["rid=run-17"], []),
@@ -7996,10 +7877,7 @@ LOG_LINES = [
     ({"counted": True, "changed": ("store", "a b")}, ["changed=store,a?b"], ["repaired="]),
     ({"counted": True, "retries": 2, "repaired": 1}, ["retries=2 repaired=1"], ["changed="]),
     ({"error": "no\n\u6c34" + "e" * 5000}, [r"error='no\n\u6c34eee"], ["e" * 301]),
-]
-
-
-@pytest.mark.parametrize("fields,present,absent", LOG_LINES)
+])
 def test_a_record_is_one_line_of_printable_ascii(fields, present, absent):
     line = record(**fields).line()
     assert re.fullmatch("[ -~]+", line)
@@ -8089,48 +7967,29 @@ def test_stats_tell_the_last_minute_and_the_median():
 
 # Where a request ends
 
-# To add a case, add a row: header lines of a POST whose length two readers could take
-# differently, the status they get.
-BROKEN_LENGTHS = [
+# To add a case, add a value or a row: header lines of a POST whose length two readers
+# could take differently, the status they get.
+@table("lines,status", [
+    *((f"Content-Length: {size}", 400) for size in (
+        "5, 5", "5,6", "+5", "-5", "-0", "1_0", "0x5", "5 5", "5.0", "5;", "1e1", "\xb2", "\xd9\xa5",
+        "5\x0b", "\xa05", "five", "9" * 40, "0" * 400 + "5",
+    )),
+    *((f"Transfer-Encoding: {coding}", 501) for coding in (
+        "gzip", "gzip, chunked", "chunked, gzip", "identity", "chunked, chunked", "chunked;q=1",
+        "xchunked", "'chunked'", "\x0bchunked",
+    )),
     ("Content-Length: 5\r\nTransfer-Encoding: chunked", 400),
     ("Transfer-Encoding: chunked\r\nContent-Length: 5", 400),
     ("Transfer-Encoding: chunked\r\nContent-Length: 0", 400),
     ("Content-Length: 5\r\nContent-Length: 5", 400),
     ("Content-Length: 5\r\nContent-Length: 6", 400),
-    ("Content-Length: 5, 5", 400),
-    ("Content-Length: 5,6", 400),
-    ("Content-Length: +5", 400),
-    ("Content-Length: -5", 400),
-    ("Content-Length: -0", 400),
-    ("Content-Length: 1_0", 400),
-    ("Content-Length: 0x5", 400),
-    ("Content-Length: 5 5", 400),
     ("Content-Length:", 400),
-    ("Content-Length: 5.0", 400),
-    ("Content-Length: 5;", 400),
-    ("Content-Length: 1e1", 400),
-    ("Content-Length: \xb2", 400),
-    ("Content-Length: \xd9\xa5", 400),
-    ("Content-Length: 5\x0b", 400),
-    ("Content-Length: \xa05", 400),
-    ("Content-Length: five", 400),
-    ("Content-Length: " + "9" * 40, 400),
-    ("Content-Length: " + "0" * 400 + "5", 400),
     ("Content-Length : 5", 400),
     ("Content-Length\t: 5", 400),
     ("X: y\r\n Content-Length: 5", 400),
     ("Content-Length: 5\r\n 5", 400),
     ("Content-Length:\r\n 5", 400),
-    ("Transfer-Encoding: gzip", 501),
-    ("Transfer-Encoding: gzip, chunked", 501),
-    ("Transfer-Encoding: chunked, gzip", 501),
-    ("Transfer-Encoding: identity", 501),
     ("Transfer-Encoding:", 501),
-    ("Transfer-Encoding: chunked, chunked", 501),
-    ("Transfer-Encoding: chunked;q=1", 501),
-    ("Transfer-Encoding: xchunked", 501),
-    ("Transfer-Encoding: 'chunked'", 501),
-    ("Transfer-Encoding: \x0bchunked", 501),
     ("Transfer-Encoding: chunked\x00", 400),
     ("Transfer-Encoding: chunk\red", 400),
     ("Transfer-Encoding : chunked", 400),
@@ -8139,50 +7998,21 @@ BROKEN_LENGTHS = [
     ("X: y\r\n Transfer-Encoding: chunked", 400),
     ("Transfer-Encoding:\r\n chunked", 400),
     ("\x00Transfer-Encoding: chunked", 400),
-]
-
-
-@table("lines,status", BROKEN_LENGTHS)
+])
 def test_an_ambiguous_length_is_refused_and_nothing_behind_it_is_answered(shared, lines, status):
     check_refused(exchange(shared, raw_request("POST", CHAT, lines) + END), status)
 
 
-# To add a case, add a row: a body in a broken chunked coding.
-BROKEN_CHUNKS = [
-    b"\r\n{}\r\n0\r\n\r\n",
+# One of each kind; CHUNKED of section Bytes has them all. To add a case, add a row: a
+# body in a broken chunked coding.
+@table("body", [
     b"g\r\n",
-    b"0x2\r\n{}\r\n0\r\n\r\n",
-    b"-2\r\n{}\r\n0\r\n\r\n",
-    b"+2\r\n{}\r\n0\r\n\r\n",
-    b" 2\r\n{}\r\n0\r\n\r\n",
-    b"2 2\r\n{}\r\n0\r\n\r\n",
-    b"0_2\r\n{}\r\n0\r\n\r\n",
     b"2\n{}\n0\n\n",
-    b"2\r{}\r0\r\r",
-    b"2\r\n{}0\r\n\r\n",
     b"2\r\n{}xx\r\n0\r\n\r\n",
-    b"2\r\n{}\n0\r\n\r\n",
     b"2;" + b"x" * 5000 + b"\r\n{}\r\n0\r\n\r\n",
-    b"2;a\nb\r\n{}\r\n0\r\n\r\n",
-    b"2;a\rb\r\n{}\r\n0\r\n\r\n",
-    b"2;\0\r\n{}\r\n0\r\n\r\n",
-    b"2=x\r\n{}\r\n0\r\n\r\n",
-    b"\xb2\r\n{}\r\n0\r\n\r\n",
-    b"2\r\n{}\r\n\r\n0\r\n\r\n",
-    b"2\r\n{}\r\n0\n\r\n\r\n",
     b"2\r\n{}\r\n0\r\n" + b"X: y\r\n" * 20000,
-    b"2\r\n{}\r\n0\r\nX: y\nZ: w\r\n\r\n",
     b"2\r\n{}\r\n0\r\nGET /health HTTP/1.1\r\n\r\n",
-    b"2\r\n{}\r\n0\r\nnocolon\r\n\r\n",
-    b"2\r\n{}\r\n0\r\nX: a\rb\r\n\r\n",
-    b"2\r\n{}\r\n0\r\nX: \0\r\n\r\n",
-    b"2\r\n{}\r\n0\r\n fold\r\n\r\n",
-    b"2\r\n{}\r\n0\r\nX : y\r\n\r\n",
-    b"2\r\n{}\r\n0\r\n: y\r\n\r\n",
-]
-
-
-@table("body", BROKEN_CHUNKS)
+])
 def test_a_broken_chunked_body_is_refused_and_nothing_behind_it_is_answered(shared, body):
     replies = exchange(shared, raw_chunks(body))
     check_refused(replies, 400)
@@ -8192,17 +8022,14 @@ def test_a_broken_chunked_body_is_refused_and_nothing_behind_it_is_answered(shar
 HALF = len(JSON_CHAT) // 2
 
 # To add a case, add a row: JSON_CHAT in a chunked coding.
-WHOLE_CHUNKS = [
+@table("body", [
     chunked(JSON_CHAT) + END,
     chunked(JSON_CHAT[:HALF]) + chunked(JSON_CHAT[HALF:]) + END,
     b"".join(b"1\r\n%c\r\n" % byte for byte in JSON_CHAT) + END,
     b"%X;name=value;x=\"y z\"\r\n%b\r\n0\r\n\r\n" % (len(JSON_CHAT), JSON_CHAT),
     b"000%x \t;x\r\n%b\r\n000\r\n\r\n" % (len(JSON_CHAT), JSON_CHAT),
     chunked(JSON_CHAT) + b"0\r\nX-Trailer: y\r\nContent-Length: 7\r\nTransfer-Encoding: gzip\r\n\r\n",
-]
-
-
-@table("body", WHOLE_CHUNKS)
+])
 def test_a_chunked_body_is_read_however_it_is_cut(shared, body):
     assert statuses(shared, raw_chunks(body)) == [200, 200]
     assert shared.zai.requests[0]["body"]["messages"] == [user("Hi")]
@@ -8210,51 +8037,31 @@ def test_a_chunked_body_is_read_however_it_is_cut(shared, body):
 
 def test_a_request_may_come_byte_by_byte(shared):
     data = raw_chunks(chunked(JSON_CHAT), END) + raw_chat(JSON_CHAT, "Connection: close")
-    with shared.connect() as sock:
+    with connect(shared) as sock:
         for i in range(len(data)):
             sock.sendall(data[i:i + 1])
         assert [reply.status for reply in replies_in(read_to_end(sock))] == [200, 200]
 
 
-# To add a case, add a row: a request line, the status it gets.
-REQUEST_LINES = [
+# To add a case, add a value or a row: a request line, the status it gets.
+@table("line,status", [
     (b"GET /health HTTP/1.1", 200),
     (b"GET /health HTTP/1.0", 200),
-    (b"GET  /health HTTP/1.1", 400),
-    (b"GET /health  HTTP/1.1", 400),
-    (b"GET /health HTTP/1.1 ", 400),
-    (b" GET /health HTTP/1.1", 400),
-    (b"GET\t/health\tHTTP/1.1", 400),
-    (b"GET /health", 400),
-    (b"GET", 400),
-    (b"GET /health HTTP/1.1 x", 400),
-    (b"GET /a b HTTP/1.1", 400),
-    (b"GET /health http/1.1", 400),
-    (b"GET /health HTTP/1.10", 400),
-    (b"GET /health HTTP/01.1", 400),
-    (b"GET /health HTTP/1,1", 400),
-    (b"GET /health HTTP/1.", 400),
-    (b"GET /health HTTQ/1.1", 400),
-    (b"GET /health HTTP/0.9", 400),
+    *((line, 400) for line in (
+        b"GET  /health HTTP/1.1", b"GET /health  HTTP/1.1", b"GET /health HTTP/1.1 ", b" GET /health HTTP/1.1",
+        b"GET\t/health\tHTTP/1.1", b"GET /health", b"GET", b"GET /health HTTP/1.1 x", b"GET /a b HTTP/1.1",
+        b"GET /health http/1.1", b"GET /health HTTP/1.10", b"GET /health HTTP/01.1", b"GET /health HTTP/1,1",
+        b"GET /health HTTP/1.", b"GET /health HTTQ/1.1", b"GET /health HTTP/0.9", b"GET /health\x00 HTTP/1.1",
+        b"GET /health\x0b HTTP/1.1", b"GET /hea\rlth HTTP/1.1", b"G(ET /health HTTP/1.1",
+        b"G\xc3\x84T /health HTTP/1.1", b"A" * 21 + b" /health HTTP/1.1",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(range(200, 256)), b"\x80\x2e\x01\x03\x01",
+        b"\x05\x01\x00", b"SSH-2.0-OpenSSH_9.6", b'{"model":"GLM-4.6"}',
+    )),
     (b"GET /health HTTP/2.0", 505),
     (b"PRI * HTTP/2.0", 505),
-    (b"GET /health\x00 HTTP/1.1", 400),
-    (b"GET /health\x0b HTTP/1.1", 400),
-    (b"GET /hea\rlth HTTP/1.1", 400),
-    (b"G(ET /health HTTP/1.1", 400),
-    (b"G\xc3\x84T /health HTTP/1.1", 400),
-    (b"A" * 21 + b" /health HTTP/1.1", 400),
-    (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(range(200, 256)), 400),
-    (b"\x80\x2e\x01\x03\x01", 400),
-    (b"\x05\x01\x00", 400),
-    (b"SSH-2.0-OpenSSH_9.6", 400),
-    (b'{"model":"GLM-4.6"}', 400),
     (b"GET /" + b"a" * 70000 + b" HTTP/1.1", 414),
     (b"a" * 70000, 414),
-]
-
-
-@table("line,status", REQUEST_LINES)
+])
 def test_a_request_line_is_taken_to_the_letter(shared, line, status):
     replies = exchange(shared, line + b"\r\nHost: localhost\r\n\r\n")
     if status != 200:
@@ -8276,40 +8083,22 @@ def test_a_tls_client_is_told_that_this_is_http(shared):
     assert "HTTPS" in reply.error()["message"]
 
 
-# To add a case, add a row: a header line, the status it gets.
-HEADER_LINES = [
-    ("X: y", 200),
-    ("X:y", 200),
-    ("X:", 200),
-    ("X: \xff\xfe\x01\x1b[31m", 200),
-    ("x-request-id: mine", 200),
-    ("X_Y: z", 200),
-    ("X: " + "y" * 60000, 200),
-    ("X: a: b", 200),
-    ("X : y", 400),
-    ("X", 400),
-    (": y", 400),
-    (" X: y", 400),
-    ("\tX: y", 400),
-    ("X: a\r\n b", 400),
-    ("X: a\r\n\tb", 400),
-    ("X: a\rb", 400),
-    ("X: a\rContent-Length: 5", 400),
-    ("X: a\r", 400),
-    ("X: a\0b", 400),
-    ("X\0: a", 400),
-    ("X(: y", 400),
-    ("X\xc4: y", 400),
-    ("X: y\r\nHost: localhost\r\nHost: localhost", 400),
-    ("X: y\r\nHost: localhost\r\nHost: other", 400),
+# To add a case, add a value or a row: a header line, the status it gets.
+@table("line,status", [
+    *((line, 200) for line in (
+        "X: y", "X:y", "X:", "X: \xff\xfe\x01\x1b[31m", "x-request-id: mine", "X_Y: z", "X: " + "y" * 60000,
+        "X: a: b",
+    )),
+    *((line, 400) for line in (
+        "X : y", "X", ": y", " X: y", "\tX: y", "X: a\r\n b", "X: a\r\n\tb", "X: a\rb",
+        "X: a\rContent-Length: 5", "X: a\r", "X: a\0b", "X\0: a", "X(: y", "X\xc4: y",
+        "X: y\r\nHost: localhost\r\nHost: localhost", "X: y\r\nHost: localhost\r\nHost: other",
+    )),
     ("X: " + "y" * 70000, 431),
     ("y" * 70000, 431),
     ("\r\n".join(f"X{i}: y" for i in range(90)), 200),
     ("\r\n".join(f"X{i}: y" for i in range(110)), 431),
-]
-
-
-@table("line,status", HEADER_LINES)
+])
 def test_a_header_line_is_taken_to_the_letter(shared, line, status):
     replies = exchange(shared, raw_request("GET", "/health", line))
     if status != 200:
@@ -8352,7 +8141,7 @@ def test_a_blank_line_around_the_end_of_the_buffer_is_none(shared):
 
 
 # To add a case, add a row: header lines, whether the connection is kept.
-CONNECTIONS = [
+@table("lines,kept", [
     (["Connection: close"], False),
     (["Connection: Close"], False),
     (["Connection: close, TE", "TE: trailers"], False),
@@ -8362,10 +8151,7 @@ CONNECTIONS = [
     (["Upgrade: h2c", "Connection: Upgrade, HTTP2-Settings", "HTTP2-Settings: AAMAAABk"], True),
     (["Upgrade: websocket", "Connection: Upgrade", "Sec-WebSocket-Key: x", "Sec-WebSocket-Version: 13"], True),
     ([], True),
-]
-
-
-@table("lines,kept", CONNECTIONS)
+])
 def test_connection_headers_are_obeyed(shared, lines, kept):
     assert statuses(shared, raw_request("GET", "/health", *lines)) == [200] * (1 + kept)
 
@@ -8413,7 +8199,7 @@ def test_head_works_where_get_does_and_has_no_body(shared, path):
 
 
 def test_head_of_the_chat_is_no_method_of_it(shared):
-    head, last = exchange(shared, raw_request("HEAD", CHAT), 0)
+    head, _ = exchange(shared, raw_request("HEAD", CHAT), 0)
     assert head.status == 405
     assert head.headers["Allow"] == "OPTIONS, POST"
 
@@ -8424,7 +8210,7 @@ JSON_LENGTH = f"Content-Length: {len(JSON_CHAT)}"
 
 # To add a case, add a row: header lines of a POST that expects 100-continue, whether
 # its key is right, the statuses it gets.
-EXPECTING = [
+@table("lines,key_is_right,expected", [
     ([JSON_LENGTH], True, [100, 200]),
     (["Transfer-Encoding: chunked"], True, [100, 200]),
     ([JSON_LENGTH], False, [401]),
@@ -8433,15 +8219,12 @@ EXPECTING = [
     ([JSON_LENGTH, "Content-Encoding: gzip"], True, [415]),
     (["Content-Length: 5, 5"], True, [400]),
     (["Content-Length: 0"], True, [100, 400]),
-]
-
-
-@table("lines,key_is_right,expected", EXPECTING)
+])
 def test_100_continue_is_only_said_once_nothing_else_can_be(shared, lines, key_is_right, expected):
     """The body is sent after a 100 only."""
     body = chunked(JSON_CHAT) + END if "chunked" in lines[0] else JSON_CHAT
-    with shared.connect() as sock, sock.makefile("rb") as file:
-        sock.sendall(raw_request("POST", CHAT, "Expect: 100-continue", *lines, auth=key_is_right))
+    request = raw_request("POST", CHAT, "Expect: 100-continue", *lines, auth=key_is_right)
+    with connect(shared, request) as sock, sock.makefile("rb") as file:
         found = [read_reply(file).status]
         if found == [100]:
             sock.sendall(b"" if lines == ["Content-Length: 0"] else body)
@@ -8458,7 +8241,7 @@ MIB = 1 << 20
 
 # To add a case, add a row: the header line of a POST, what comes of its body, the
 # status. 413 does not wait for a body beyond MAX_BODY_MB=1.
-SIZES = [
+@table("line,body,status", [
     (f"Content-Length: {MIB + 1}", b"", 413),
     ("Content-Length: 999999999999", b"", 413),
     ("Transfer-Encoding: chunked", b"100001\r\n", 413),
@@ -8468,21 +8251,17 @@ SIZES = [
     ("Transfer-Encoding: chunked", chunked(b" " * (MIB - 2)) + chunked(b"{}") + END, 400),
     (f"Content-Length: {MIB}", JSON_CHAT.ljust(MIB), 200),
     ("Transfer-Encoding: chunked", chunked(JSON_CHAT.ljust(MIB)) + END, 200),
-]
-
-
-@table("line,body,status", SIZES)
+])
 def test_the_body_limit_holds_before_the_body_is_there(shared, line, body, status):
-    with shared.connect() as sock, sock.makefile("rb") as file:
-        sock.sendall(raw_request("POST", CHAT, line) + body)
-        reply = read_reply(file)
+    with connect(shared, raw_request("POST", CHAT, line) + body) as sock:
+        reply = next_reply(sock)
     assert reply.status == status
     assert reply.headers["Connection"] == ("close" if status == 413 else None)
 
 
 # To add a case, add a row: a request whose body nobody reads (method, path, further
 # header lines, whether its key is right), the status.
-UNREAD = [
+@table("method,path,lines,key_is_right,status", [
     ("POST", CHAT, [], False, 401),
     ("POST", "/nowhere", [], True, 404),
     ("PUT", "/v1/models", [], True, 405),
@@ -8492,10 +8271,7 @@ UNREAD = [
     ("DELETE", "/health", [], True, 405),
     ("POST", CHAT, ["Content-Encoding: br"], True, 415),
     ("BREW", "/health", [], True, 405),
-]
-
-
-@table("method,path,lines,key_is_right,status", UNREAD)
+])
 def test_a_body_nobody_read_never_becomes_the_next_request(shared, method, path, lines, key_is_right, status):
     body = raw_request("GET", "/health") * 3
     for data in (raw_request(method, path, *lines, body=body, auth=key_is_right),
@@ -8515,15 +8291,13 @@ def test_a_body_nobody_read_never_becomes_the_next_request(shared, method, path,
     (raw_request("GET", "/health", "X: " + "y" * 1000000), 431),
 ])
 def test_an_answer_can_be_read_while_more_is_still_being_sent(shared, data, status):
-    with shared.connect() as sock:
-        sock.sendall(data)
+    with connect(shared, data) as sock:
         sock.shutdown(socket.SHUT_WR)
         assert [reply.status for reply in replies_in(read_to_end(sock))] == [status]
 
 
 def test_what_stands_behind_the_last_request_does_not_reset_the_connection(shared):
-    with shared.connect() as sock:
-        sock.sendall(raw_request("GET", "/health", "Connection: close") + b"x" * 10000)
+    with connect(shared, raw_request("GET", "/health", "Connection: close") + b"x" * 10000) as sock:
         assert eventually(lambda: readable(sock))
         time.sleep(0.05)
         sock.shutdown(socket.SHUT_WR)  # an error after a reset
@@ -8544,20 +8318,10 @@ def with_field(text):
     return JSON_CHAT.replace(b'"stream"', text + b',"stream"')
 
 
-# To add a case, add a row: a body, the status it gets.
-ODD_BODIES = [
-    (b"", 400),
-    (b" ", 400),
-    (b"nul", 400),
-    (b"null", 400),
-    (b"[]", 400),
-    (b'"x"', 400),
-    (b"1", 400),
-    (b"{", 400),
-    (b"{}", 400),
-    (b"{}{}", 400),
-    (b"\0", 400),
-    (b"\xff\xfe\x00", 400),
+# What JSON is, and which fields are bad, is told by STRICT_JSON and BAD_REQUESTS. To add
+# a case, add a value or a row: a body, the status it gets.
+@table("body,status", [
+    *((body, 400) for body in (b"", b" ", b"null", b"[]", b'"x"', b"1", b"{", b"{}", b"\0", b"\xff\xfe\x00")),
     (JSON_CHAT + b"x", 400),
     (JSON_CHAT + b" \r\n\t", 200),
     (b"\xef\xbb\xbf" + JSON_CHAT, 200),
@@ -8575,12 +8339,8 @@ ODD_BODIES = [
     (with_field(b'"model":"GLM-4.5"'), 200),
     (with_field(b'"x":{"a":[1,null,true]}'), 200),
     (with_field(b'"\\r\\nX: y":"z"'), 200),
-    (with_field(b'"model":NaN'), 400),
     (with_field(b'"temperature":NaN'), 400),
-    (with_field(b'"temperature":1e999'), 400),
     (with_field(b'"temperature":1e99'), 400),
-    (with_field(b'"temperature":1' + b"0" * 101), 400),
-    (with_field(b'"temperature":' + b"9" * 5000), 400),
     (with_field(b'"temperature":' + b"9" * 1000000), 400),
     (with_field(b'"seed":' + b"9" * 100), 200),
     (with_field(b'"max_tokens":' + b"9" * 90), 200),
@@ -8588,16 +8348,9 @@ ODD_BODIES = [
     (with_field(b'"x":' + b"[" * 100000 + b"]" * 100000), 400),
     (with_field(b'"x":' + b'{"a":' * 50000 + b"1" + b"}" * 50000), 400),
     (b"[" * 1000000, 400),
-    (json_chat(model="a" * 100000), 400),
-    (json_chat(model=""), 400),
-    (json_chat(model=["x"]), 400),
-    (json_chat(messages={}), 400),
     (json_chat(messages=[None]), 400),
     (json_chat(stream="yes"), 400),
-]
-
-
-@table("body,status", ODD_BODIES)
+])
 def test_odd_bodies_have_a_defined_answer(shared, body, status):
     replies = exchange(shared, raw_chat(body))
     assert [reply.status for reply in replies] == [status, 200]
@@ -8626,72 +8379,33 @@ def test_nesting_around_the_recursion_limit_is_an_answer_or_a_400(shared, field)
 
 
 @table("piece", [b"[],", b"{},"])
-def test_a_body_of_more_than_a_million_brackets_is_refused_before_it_is_decoded(zai, piece):
+def test_a_body_of_more_than_a_million_brackets_is_refused_before_it_is_decoded(proxy, piece):
     body = with_field(b'"x":[%b1]' % (piece * 1000000))
-    with proxying(zai) as proxy:
-        with under_a_second():
-            replies = exchange(proxy, raw_chat(body))
+    with under_a_second():
+        replies = exchange(proxy, raw_chat(body))
     assert [reply.status for reply in replies] == [400, 200]
     assert "brackets" in replies[0].error()["message"]
 
 
 # Paths
 
-# To add a case, add a row: a target, the status it gets.
-TARGETS = [
-    ("/v1/models", 200),
-    ("/models", 200),
-    ("//v1/models", 200),
-    ("///models", 200),
-    ("/v1//models", 200),
-    ("/v1//models//glm-4.6", 200),
-    ("/v1/models/", 200),
-    ("/v1/models?limit=2&x=%zz", 200),
-    ("/v1/models#x", 200),
-    ("/%76%31/models", 200),
-    ("/v1/%6Dodels/glm-4.6", 200),
-    ("http://localhost/v1/models", 200),
-    ("HTTPS://api.example/v1/models?x", 200),
-    ("http://u:p@x:99999/health", 200),
-    ("/v1/models/GLM-4.5-Air", 200),
-    ("/v1/models/glm-4.5-air", 200),
-    ("/?", 200),
-    ("?", 200),
-    ("health", 200),
-    ("http:///health", 200),
-    ("http://", 200),
-    ("http://]/", 200),
-    ("http://[/v1/models", 200),
-    ("http://[::1]/v1/models", 200),
-    ("http://x\xbd/health", 200),
-    ("http://\xff:x/health", 200),
-    ("/v1/models/nope", 404),
-    ("/v1/models/%00%0d%0a", 404),
-    ("/v1/models/%ff%fe", 404),
-    ("/v1/models/a/b", 404),
-    ("*", 404),
-    ("/v1", 404),
-    ("/v1/", 404),
-    ("/v2/models", 404),
-    ("/v1/v1/models", 404),
-    ("/V1/MODELS", 404),
-    ("/v1/models%", 404),
-    ("/\xff\xfe", 404),
-    ("/favicon.ico", 404),
-    ("/../etc/passwd", 404),
-    ("/%2e%2e/%2e%2e/etc/passwd", 404),
-    ("/\\", 404),
-    ("/[", 404),
-    ("/;", 404),
-    ("ftp://x/health", 404),
-    ("http:/health", 404),
-    ("localhost:443", 404),
-    ("/" + "a" * 60000, 404),
-    ("/v1/models/" + "%41" * 20000, 404),
-]
-
-
-@table("target,status", TARGETS)
+# To add a case, add a value: a target, by the status it gets.
+@table("target,status", [
+    *((target, 200) for target in (
+        "/v1/models", "/models", "//v1/models", "///models", "/v1//models", "/v1//models//glm-4.6",
+        "/v1/models/", "/v1/models?limit=2&x=%zz", "/v1/models#x", "/%76%31/models", "/v1/%6Dodels/glm-4.6",
+        "http://localhost/v1/models", "HTTPS://api.example/v1/models?x", "http://u:p@x:99999/health",
+        "/v1/models/GLM-4.5-Air", "/v1/models/glm-4.5-air", "/?", "?", "health", "http:///health", "http://",
+        "http://]/", "http://[/v1/models", "http://[::1]/v1/models", "http://x\xbd/health",
+        "http://\xff:x/health",
+    )),
+    *((target, 404) for target in (
+        "/v1/models/nope", "/v1/models/%00%0d%0a", "/v1/models/%ff%fe", "/v1/models/a/b", "*", "/v1", "/v1/",
+        "/v2/models", "/v1/v1/models", "/V1/MODELS", "/v1/models%", "/\xff\xfe", "/favicon.ico",
+        "/../etc/passwd", "/%2e%2e/%2e%2e/etc/passwd", "/\\", "/[", "/;", "ftp://x/health", "http:/health",
+        "localhost:443", "/" + "a" * 60000, "/v1/models/" + "%41" * 20000,
+    )),
+])
 def test_every_target_has_a_defined_answer(shared, target, status):
     replies = exchange(shared, raw_request("GET", target))
     assert [reply.status for reply in replies] == [status, 200]
@@ -8707,7 +8421,7 @@ def test_the_chat_is_found_however_the_base_url_was_joined(shared, path):
 
 # To add a case, add a row: a path, patterns of what its 404 says; {base} is the proxy's
 # base URL, {root} the same without /v1, and {zai} that of Z.ai.
-NOT_HERE = [
+@table("path,words", [
     ("/nowhere", ["/nowhere", "base URL to {base}"]),
     ("/api/tags", ["base URL to {base}"]),
     ("/v1/embeddings", ["{zai}/embeddings", "balance"]),
@@ -8724,10 +8438,7 @@ NOT_HERE = [
         "moderations", "batches", "fine_tuning/jobs", "assistants", "threads", "vector_stores/x", "realtime")),
     *((path, ["base URL to {root}, without /v1"]) for path in (
         "/openai/v1/messages", CHAT + "/v1/messages", "/api/anthropic/v1/messages", "/anthropic")),
-]
-
-
-@table("path,words", NOT_HERE)
+])
 def test_a_404_says_where_to_go(shared, path, words):
     status, headers, body = shared.call("POST", path, {})
     assert status == 404
@@ -8738,7 +8449,7 @@ def test_a_404_says_where_to_go(shared, path, words):
 
 
 # To add a case, add a row: a path, the method it takes.
-METHODS = [
+@table("path,right", [
     ("/v1/models", "GET"),
     ("/models/GLM-4.6", "GET"),
     (CHAT, "POST"),
@@ -8747,10 +8458,7 @@ METHODS = [
     ("/stats", "GET"),
     ("/health", "GET"),
     ("/", "GET"),
-]
-
-
-@table("path,right", METHODS)
+])
 @table("method", ["GET", "POST", "PUT", "PATCH", "DELETE"])
 def test_every_route_takes_its_methods_and_names_them(shared, path, right, method):
     question = chat_body(stream=False) if right == method == "POST" else None
@@ -8798,34 +8506,22 @@ def test_a_model_is_found_by_any_name_that_chat_takes(zai, name, like):
 
 # Keys
 
-# To add a case, add a row: header lines, whether they hold the key.
-KEY_LINES = [
-    (["Authorization: Bearer key-one"], True),
-    (["authorization: BEARER key-two"], True),
-    (["Authorization: bearer  key-one "], True),
-    (["x-api-key: key-two"], True),
-    (["X-Api-Key: key-one"], True),
-    (["api-key: key-one"], True),
+# To add a case, add a value or a row: header lines, whether they hold the key.
+@table("lines,right", [
+    *(([line], True) for line in (
+        "Authorization: Bearer key-one", "authorization: BEARER key-two", "Authorization: bearer  key-one ",
+        "x-api-key: key-two", "X-Api-Key: key-one", "api-key: key-one",
+    )),
     (["Authorization: Bearer wrong", "api-key: key-one"], True),
     ([], False),
-    (["Authorization: key-one"], False),
-    (["Authorization: Basic key-one"], False),
-    (["Authorization: Bearer"], False),
-    (["Authorization: Bearer "], False),
-    (["Authorization:"], False),
-    (["x-api-key:"], False),
-    (["Authorization: Bearer key-on"], False),
-    (["Authorization: Bearer key-onee"], False),
-    (["Authorization: Bearer KEY-ONE"], False),
-    (["Authorization: Bearer key-one,key-two"], False),
-    (["Authorization: Bearer key-one key-two"], False),
-    (["Authorization: Bearer k\xe4y-one"], False),
-    (["Authorization: Bearer " + "x" * 60000], False),
-    (["Cookie: key=key-one"], False),
-]
-
-
-@table("lines,right", KEY_LINES)
+    *(([line], False) for line in (
+        "Authorization: key-one", "Authorization: Basic key-one", "Authorization: Bearer",
+        "Authorization: Bearer ", "Authorization:", "x-api-key:", "Authorization: Bearer key-on",
+        "Authorization: Bearer key-onee", "Authorization: Bearer KEY-ONE",
+        "Authorization: Bearer key-one,key-two", "Authorization: Bearer key-one key-two",
+        "Authorization: Bearer k\xe4y-one", "Authorization: Bearer " + "x" * 60000, "Cookie: key=key-one",
+    )),
+])
 def test_a_key_is_taken_in_three_headers_and_nowhere_else(shared, lines, right):
     reply, _ = exchange(shared, raw_request("GET", "/v1/models?key=key-one", *lines, auth=False))
     assert reply.status == (200 if right else 401)
@@ -8895,48 +8591,28 @@ def test_without_a_key_for_zai_models_are_served_and_chat_says_what_to_do(zai):
     (refusal(401, "1000"), 403, "upstream_auth_error"),
     (refusal(429, "1311"), 403, "permission_denied"),
 ])
-def test_what_cannot_heal_is_no_429_and_no_502(zai, script, status, code):
+def test_what_cannot_heal_is_no_429_and_no_502(zai, proxy, script, status, code):
     zai.default = script
-    with proxying(zai) as proxy:
-        for got, headers, body in (proxy.chat(), proxy.stream()[:3]):
-            error = body[0]["error"] if isinstance(body, list) else body["error"]
-            assert got == status
-            assert error["code"] == code
-            assert headers["x-should-retry"] == "false"
+    for got, headers, body in (proxy.chat(), proxy.stream()[:3]):
+        error = body[0]["error"] if isinstance(body, list) else body["error"]
+        assert got == status
+        assert error["code"] == code
+        assert headers["x-should-retry"] == "false"
 
 
 # Secure by default
 
-# To add a case, add a row: what Host says, whether it names this computer.
-HOSTS = [
-    ("localhost", True),
-    ("LocalHost:9090", True),
-    ("127.0.0.1", True),
-    ("127.0.0.1:9090", True),
-    ("127.8.9.10:1", True),
-    ("[::1]:9090", True),
-    ("[::1]", True),
-    ("evil.example", False),
-    ("evil.example:9090", False),
-    ("localhost.evil.example", False),
-    ("127.0.0.1.nip.io", False),
-    ("", False),
-    ("0.0.0.0", False),
-    ("[", False),
-    ("[::1", False),
-    ("localhost@evil.example", False),
-    ("localhost:80@evil.example", False),
-    ("127.0.0.1evil", False),
-    ("192.168.1.7", False),
-    ("::ffff:1", False),
-    ("[::ffff:192.168.1.7]", False),
-    ("1270.0.1", False),
-    ("evil.example/127.0.0.1", False),
-    ("evil.example#localhost", False),
-]
-
-
-@table("host,ours", HOSTS)
+# To add a case, add a value: what Host says, by whether it names this computer.
+@table("host,ours", [
+    *((host, True) for host in (
+        "localhost", "LocalHost:9090", "127.0.0.1", "127.0.0.1:9090", "127.8.9.10:1", "[::1]:9090", "[::1]",
+    )),
+    *((host, False) for host in (
+        "evil.example", "evil.example:9090", "localhost.evil.example", "127.0.0.1.nip.io", "", "0.0.0.0", "[",
+        "[::1", "localhost@evil.example", "localhost:80@evil.example", "127.0.0.1evil", "192.168.1.7",
+        "::ffff:1", "[::ffff:192.168.1.7]", "1270.0.1", "evil.example/127.0.0.1", "evil.example#localhost",
+    )),
+])
 def test_with_the_well_known_key_only_this_computer_is_served(well_known, host, ours):
     for method, path in (("GET", "/v1/models"), ("GET", "/"), ("GET", "/health"), ("OPTIONS", "/v1/models"),
                          ("GET", "/nowhere"), ("POST", CHAT)):
@@ -9036,33 +8712,6 @@ STREAM_WISHES = [
 ]
 
 
-def test_names_that_clients_make_up_fill_no_gates(zai):
-    with proxying(zai, QUEUE_TIMEOUT="0", MAX_RETRIES="0") as proxy:
-        for code in ("1113", "1302"):
-            zai.default = refusal(429, code)
-            for i in range(120):
-                proxy.chat(model=f"model-{code}-{i}")
-        assert len(proxy.server.upstream.gates.gates) <= 100
-
-
-def test_a_path_of_64_kb_takes_no_time(proxy):
-    with under_a_second():
-        for _ in range(6):
-            assert proxy.call("GET", "/completions" * 5000 + "/x")[0] == 404
-
-
-def test_who_finds_no_room_for_a_large_body_is_told_so():
-    budget = ztoapi.Budget(1 << 24)
-    with budget.room_for(1 << 23, 0.01), budget.room_for(1000, 0.01):
-        with pytest.raises(ApiError) as caught, budget.room_for(None, 0.01), budget.room_for(1 << 23, 0.01):
-            pytest.fail("there was no room")
-    assert caught.value.status == 503
-    assert caught.value.retry_after
-    with budget.room_for(1 << 30, 0.01):
-        assert budget.left_bytes == 0
-    assert budget.left_bytes == 1 << 24
-
-
 def streams(proxy, fields, lines):
     status, got, _ = proxy.call("POST", CHAT, chat_body(**fields), lines)
     assert status == 200
@@ -9082,21 +8731,6 @@ def test_default_stream_false_is_openais_default(zai):
 
 
 # The other two APIs
-
-MESSAGES_BODY = {"model": "GLM-4.6", "max_tokens": 100, "messages": [user("Hi")]}
-# To add an API, add a row: its name -> its path, a request.
-APIS = {
-    "messages": ("/v1/messages", MESSAGES_BODY),
-    "responses": ("/v1/responses", {"model": "GLM-4.6", "input": "Hi"}),
-}
-each_api = pytest.mark.parametrize("api", APIS)
-
-
-def api_request(api, streamed, *lines, auth=True, **fields):
-    path, body = APIS[api]
-    data = json.dumps(dict(body, stream=streamed, **fields)).encode()
-    return raw_request("POST", path, *lines, body=data, auth=auth)
-
 
 def ask_api(proxy, api, streamed, **more):
     """(reply, events) or (reply, JSON)."""
@@ -9184,10 +8818,9 @@ def test_each_api_streams_and_answers_in_json(proxy, api):
     ("responses", 400, "code", "insufficient_quota"),
 ])
 @both
-def test_an_empty_purse_is_an_error_that_no_client_of_an_api_repeats(zai, api, status, field, kind, streamed):
+def test_an_empty_purse_is_an_error_that_no_client_of_an_api_repeats(zai, proxy, api, status, field, kind, streamed):
     zai.default = refusal(429, "1113")
-    with proxying(zai) as proxy:
-        reply, value = ask_api(proxy, api, streamed)
+    reply, value = ask_api(proxy, api, streamed)
     assert reply.status == status
     assert value["error"][field] == kind
     assert reply.headers["x-should-retry"] == "false"
@@ -9195,18 +8828,17 @@ def test_an_empty_purse_is_an_error_that_no_client_of_an_api_repeats(zai, api, s
 
 
 @each_api
-def test_a_failure_in_mid_stream_is_the_last_event_of_each_api(zai, api):
+def test_a_failure_in_mid_stream_is_the_last_event_of_each_api(zai, proxy, api):
     zai.default = stream(say("Hel"), error_event("1234"))
-    with proxying(zai) as proxy:
-        reply, events = ask_api(proxy, api, True)
-        assert reply.status == 200
-        assert reply.clean, "nobody overlooks the event"
-        assert "Hel" in reply.body.decode()
-        last = {"messages": "error", "responses": "response.failed"}[api]
-        assert [event["type"] for event in events].index(last) == len(events) - 1
-        reply, value = ask_api(proxy, api, False)
-        assert reply.status == 502
-        assert value["error"]["message"]
+    reply, events = ask_api(proxy, api, True)
+    assert reply.status == 200
+    assert reply.clean, "nobody overlooks the event"
+    assert "Hel" in reply.body.decode()
+    last = {"messages": "error", "responses": "response.failed"}[api]
+    assert [event["type"] for event in events].index(last) == len(events) - 1
+    reply, value = ask_api(proxy, api, False)
+    assert reply.status == 502
+    assert value["error"]["message"]
     assert len(zai.requests) == 2
 
 
@@ -9221,8 +8853,8 @@ BEATS = {
 def test_each_api_has_heartbeats_of_its_own(zai, brisk, api):
     first, second = threading.Event(), threading.Event()
     zai.default = [first, *stream(say("Hel"), second, say("lo"), FINISH, DONE)]
-    with proxying(zai, HEARTBEAT="0.04") as proxy, proxy.connect() as sock:
-        sock.sendall(api_request(api, True, "Connection: close"))
+    request = api_request(api, True, "Connection: close")
+    with proxying(zai, HEARTBEAT="0.04") as proxy, connect(proxy, request) as sock:
         for pattern, go in zip(BEATS[api], (first, second)):
             see(sock, pattern)
             go.set()
@@ -9239,16 +8871,6 @@ def test_each_api_has_heartbeats_of_its_own(zai, brisk, api):
         assert "" in [event.get("delta") for event in events]
         assert [event["sequence_number"] for event in events] == list(range(len(events)))
         assert text_of(api, events[-1]["response"]) == "Hello"
-
-
-@each_api
-@both
-def test_the_leaving_of_a_client_of_each_api_is_noticed(zai, brisk, caplog, api, streamed):
-    zai.default = stream(say("Hel"), 30)
-    with strict_proxy(zai) as proxy:
-        with leaving(proxy, caplog, api_request(api, streamed)):
-            assert eventually(lambda: zai.in_flight == 1)
-        assert eventually(lambda: zai.cut_by_client == 1)
 
 
 def test_an_item_is_remembered_for_the_key_that_got_it_and_for_no_other(zai):
@@ -9269,34 +8891,36 @@ def test_an_item_is_remembered_for_the_key_that_got_it_and_for_no_other(zai):
 
 # What the log tells
 
-# To add a case, add a row: method, path, JSON body, and the status it gets.
-LOGGED = [
-    ("GET", "/health", None, 200),
-    ("GET", "/v1/models", None, 200),
-    ("GET", "/nope?secret", None, 404),
-    ("PUT", "/health", None, 405),
-    ("OPTIONS", "/", None, 204),
-    ("POST", CHAT, {}, 400),
-    ("POST", CHAT, chat_body(stream=False), 200),
-    ("POST", CHAT, chat_body(stream=True), 200),
-]
-
-
-@pytest.mark.parametrize("method,path,body,status", LOGGED)
-def test_a_request_is_one_line(proxy, log_lines, method, path, body, status):
-    got, headers, _ = proxy.call(method, path, body)
-    assert got == status
+# To add a case, add a row: a request, how its line begins behind its id.
+@table("data,words", [
+    (raw_request("GET", "/health", LAST), "127.0.0.1 GET /health 200"),
+    (raw_request("GET", "/v1/models", LAST), "127.0.0.1 GET /v1/models 200"),
+    (raw_request("GET", "/nope?secret", LAST), "127.0.0.1 GET /nope 404"),
+    (raw_request("PUT", "/health", LAST), "127.0.0.1 PUT /health 405"),
+    (raw_request("OPTIONS", "/", LAST), "127.0.0.1 OPTIONS / 204"),
+    (raw_chat({}, LAST), f"127.0.0.1 POST {CHAT} 400"),
+    (raw_chat(JSON_CHAT, LAST), f"127.0.0.1 POST {CHAT} 200"),
+    (raw_chat(chat_body(stream=True), LAST), f"127.0.0.1 POST {CHAT} 200"),
+    (b"nonsense\r\n\r\n", "127.0.0.1 - - 400"),
+    (raw_request("BREW", "/health", LAST), "127.0.0.1 BREW /health 405"),
+    (raw_request("GET", "/health", "Content-Length: x"), "127.0.0.1 GET /health 400"),
+])
+def test_a_request_is_one_line(proxy, log_lines, data, words):
+    reply, = replies_in(talk(proxy, data))
     assert eventually(log_lines)
     line, = log_lines()
-    assert line.startswith(f"{headers['x-request-id']} 127.0.0.1 {method} {path.split('?')[0]} {status}")
+    assert line.startswith(f"{reply.headers['x-request-id']} {words}")
+    assert not log_lines(logging.ERROR)
 
 
 def test_the_line_of_a_chat_tells_what_happened(zai, log_lines):
-    with proxying(zai, DEFAULT_KEY="sk-other-0123456789," + KEY) as proxy:
+    zai.scripts.extend([refusal(500, "1234"), refusal(429, "1120")])
+    with strict_proxy(zai, DEFAULT_KEY="sk-other-0123456789," + KEY) as proxy:
         proxy.chat(["X-Client-Request-Id: run 17"], store=True)
         assert eventually(log_lines)
+        assert "ztoapi_retries_total 2" in proxy.call("GET", "/metrics")[2]
     words = log_lines()[0].split()
-    for word in ("key=#2", "rid=run?17", "model=GLM-4.6", "stream=false", "in=28", "out=185", "retries=0",
+    for word in ("key=#2", "rid=run?17", "model=GLM-4.6", "stream=false", "in=28", "out=185", "retries=2",
                  "changed=store", "zai=20260711073209851e7f8c12c44579"):
         assert word in words
     assert re.search(r" ttft=\d+\.\d{3} total=\d+\.\d{3} queue=\d+\.\d{3} ", log_lines()[0])
@@ -9306,21 +8930,6 @@ def test_the_line_says_when_a_default_decided_on_streaming(proxy, log_lines):
     assert proxy.call("POST", CHAT, chat_body())[0] == 200
     assert eventually(log_lines)
     assert " stream=default " in log_lines()[0]
-
-
-# To add a case, add a row: a request that cannot be read.
-BROKEN_REQUESTS = [
-    b"nonsense\r\n\r\n",
-    raw_request("BREW", "/health"),
-    raw_request("GET", "/health", "Content-Length: x"),
-]
-
-
-@pytest.mark.parametrize("data", BROKEN_REQUESTS)
-def test_a_broken_request_is_one_line_too(proxy, log_lines, data):
-    exchange(proxy, data)
-    assert eventually(log_lines)
-    assert not log_lines(logging.ERROR)
 
 
 def test_a_key_is_taken_out_before_a_word_is_cut(zai, log_lines):
@@ -9377,7 +8986,7 @@ def test_nothing_a_client_sends_can_shape_the_log(zai, log_lines, caplog):
     targets = ["/\x1b[31m", "/\x9b2J\xff", "/%0d%0aforged", "/a%20out=7", "/v1/models/%1b%5b2J%e2%80%a8"]
     with proxying(zai, DEBUG_MODE="true") as proxy:
         for body in bodies:
-            exchange(proxy, raw_request("POST", CHAT, body=json.dumps(body).encode()))
+            exchange(proxy, raw_chat(body))
         for target in targets:
             exchange(proxy, raw_request("GET", target))
         exchange(proxy, b"\x1b[2J / HTTP/1.1\r\n\r\n")
@@ -9499,12 +9108,11 @@ def test_stats_tell_the_page_what_is_going_on(zai):
     assert served["error"] is None
 
 
-def test_a_learned_ceiling_shows(zai):
+def test_a_learned_ceiling_shows(zai, proxy):
     zai.limit, zai.default = 2, stream(say("a"), lambda *_: eventually(lambda: zai.refused), FINISH, DONE)
-    with proxying(zai) as proxy:
-        together(*[proxy.chat] * 4)
-        row, = proxy.call("GET", "/stats")[2]["ceilings"]
-        text = proxy.call("GET", "/metrics")[2]
+    together(*[proxy.chat] * 4)
+    row, = proxy.call("GET", "/stats")[2]["ceilings"]
+    text = proxy.call("GET", "/metrics")[2]
     assert row["model"] == "glm-4.6"
     assert 1 <= row["ceiling"] <= 3
     assert f'ztoapi_concurrency_ceiling{{key="1",model="glm-4.6"}} {row["ceiling"]}\n' in text
@@ -9514,15 +9122,12 @@ def test_a_learned_ceiling_shows(zai):
 
 # To add a case, add a row: where a bug is planted, its name there, and the request that
 # meets it.
-BUGS = [
+@pytest.mark.parametrize("place,name,method,path,body", [
     (ztoapi, "listed_models", "GET", "/v1/models", None),
     (ztoapi.Metrics, "stats", "GET", "/stats", None),
     (ztoapi, "to_zai_request", "POST", CHAT, chat_body()),
     (ztoapi.Answer, "feed", "POST", CHAT, chat_body()),
-]
-
-
-@pytest.mark.parametrize("place,name,method,path,body", BUGS)
+])
 @pytest.mark.parametrize("bug", [boom, boom_of_the_system])
 def test_a_bug_is_one_500_and_one_traceback(proxy, monkeypatch, caplog, bug, place, name, method, path, body):
     with monkeypatch.context() as patch:
@@ -9547,11 +9152,8 @@ def test_a_bug_during_a_stream_is_the_in_stream_error(zai, proxy, monkeypatch, c
     told = [lambda *_, count=count: eventually(lambda: len(calls) >= count) for count in (1, 2)]
     zai.default = stream(say("ab"), told[0], say("cd"), told[1], say("ef"), FINISH, DONE)
     status, headers, events, clean = proxy.stream()
-    assert status == 200
+    check_failed(status, headers, events, clean)
     assert said(events) == "abcd"
-    assert not clean
-    assert finish_of(events) == []
-    assert list(events[-1]) == ["error"]
     assert events[-1]["error"]["code"] == "internal_error"
     assert headers["x-request-id"] in events[-1]["error"]["message"]
     assert sum(bool(record.exc_info) for record in caplog.records) == 1
@@ -9561,23 +9163,21 @@ def test_a_bug_during_a_stream_is_the_in_stream_error(zai, proxy, monkeypatch, c
 
 # Server ###############################################################################
 
-def test_stop_cuts_what_still_runs_after_the_grace(zai):
+def test_stop_cuts_what_still_runs_after_the_grace(zai, proxy):
     zai.default = stream(say("Hel"), 30)
-    with proxying(zai) as proxy:
-        with proxy.open_stream() as sock:
-            assert eventually(lambda: readable(sock))
-            began = time.monotonic()
-            proxy.server.stop(0.3)
-            assert 0.3 <= time.monotonic() - began < 20
-            status, headers, events, clean = read_stream(sock)
-            assert said(events) == "Hel"
-            assert not clean
-            assert eventually(lambda: zai.cut_by_client == 1)
+    with proxy.open_stream() as sock:
+        assert eventually(lambda: readable(sock))
+        began = time.monotonic()
+        proxy.server.stop(0.3)
+        assert 0.3 <= time.monotonic() - began < 20
+        status, headers, events, clean = read_stream(sock)
+        assert said(events) == "Hel"
+        assert not clean
+        assert eventually(lambda: zai.cut_by_client == 1)
 
 
 def test_client_timeout_holds_while_the_server_drains(zai):
-    with proxying(zai, CLIENT_TIMEOUT="0.3") as proxy, proxy.connect() as sock:
-        sock.sendall(raw_request("POST", CHAT, body=JSON_CHAT)[:-5])
+    with proxying(zai, CLIENT_TIMEOUT="0.3") as proxy, connect(proxy, raw_chat(JSON_CHAT)[:-5]):
         time.sleep(0.1)
         began = time.monotonic()
         proxy.server.stop(60)
@@ -9594,7 +9194,7 @@ def test_it_can_be_embedded_twice_in_one_process(zai):
         server.port = server.server_port
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     for server, text in zip(servers, (b"Hello", b"Demo")):
-        reply = exchange(server, raw_request("POST", CHAT, body=JSON_CHAT))[0]
+        reply = exchange(server, raw_chat(JSON_CHAT))[0]
         assert reply.status == 200
         assert text in reply.body
     for server in servers:
@@ -9613,10 +9213,7 @@ def test_settings_of_a_program_of_ones_own_are_checked_too():
 
 def test_a_server_that_never_served_can_be_stopped():
     server = ztoapi.Server(ztoapi.Settings(port=0))
-    thread = threading.Thread(target=server.stop, args=(1,), daemon=True)
-    thread.start()
-    thread.join(20)
-    assert not thread.is_alive()
+    assert together(lambda: [server.stop(1)]) != [None], "it hangs"
 
 
 @table("host", ["::", "[::]"])
@@ -9636,12 +9233,10 @@ def test_host_double_colon_serves_both_ip_versions(zai, host):
 
 def test_a_full_house_makes_room_for_a_newcomer_by_closing_who_has_idled_longest(zai):
     with proxying(zai, MAX_CONNECTIONS="3") as proxy:
-        first = hold(proxy, raw_request("GET", "/health"))
-        second = hold(proxy, raw_request("GET", "/health"))
-        third = hold(proxy, raw_request("GET", "/health"))
+        first, second, third = [hold(proxy, raw_request("GET", "/health")) for _ in range(3)]
         with first, second, third:
             first.sendall(raw_request("GET", "/health"))
-            assert read_reply(first.makefile("rb")).status == 200
+            assert next_reply(first).status == 200
             proxy.idle()
             assert proxy.chat()[0] == 200
             assert read_to_end(second) == b""
@@ -9651,15 +9246,13 @@ def test_a_full_house_makes_room_for_a_newcomer_by_closing_who_has_idled_longest
 
 def test_who_has_just_come_has_not_idled_longest(zai):
     with proxying(zai, MAX_CONNECTIONS="2") as proxy:
-        with hold(proxy, raw_request("GET", "/health")) as idle, proxy.connect() as silent:
+        with hold(proxy, raw_request("GET", "/health")) as idle, connect(proxy) as silent:
             assert proxy.call("GET", "/health")[0] == 200
             assert read_to_end(idle) == b""
             assert not readable(silent)
 
 
-def test_where_all_are_busy_a_503_can_be_read_and_the_rest_goes_on(zai, log_lines):
-    go = threading.Event()
-    zai.default = stream(say("Hel"), go, say("lo"), FINISH, DONE)
+def test_where_all_are_busy_a_503_can_be_read_and_the_rest_goes_on(zai, go, log_lines):
     with proxying(zai, MAX_CONNECTIONS="3") as proxy:
         busy = [proxy.open_stream() for _ in range(3)]
         assert eventually(lambda: all(map(readable, busy)))
@@ -9684,30 +9277,40 @@ def test_where_all_are_busy_a_503_can_be_read_and_the_rest_goes_on(zai, log_line
     assert not log_lines(logging.ERROR)
 
 
-def test_where_no_thread_can_be_started_there_is_a_503(zai, monkeypatch, log_lines):
+def test_where_no_thread_can_be_started_there_is_a_503(monkeypatch, log_lines, proxy):
     start = threading.Thread.start
 
     def fail(thread):
         if "process_request_thread" in str(getattr(thread, "_target", "")):
             raise RuntimeError("can't start new thread")
         start(thread)
-    with proxying(zai) as proxy:
-        with monkeypatch.context() as patch:
-            patch.setattr(threading.Thread, "start", fail)
-            for _ in range(3):
-                reply, = exchange(proxy, raw_request("GET", "/health"))
-                assert reply.status == 503
-                assert int(reply.headers["Retry-After"]) > 0
-        assert proxy.chat()[0] == 200
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", fail)
+        for _ in range(3):
+            reply, = exchange(proxy, raw_request("GET", "/health"))
+            assert reply.status == 503
+            assert int(reply.headers["Retry-After"]) > 0
+    assert proxy.chat()[0] == 200
     assert len(log_lines(logging.WARNING)) == 1
     assert not log_lines(logging.ERROR)
+
+
+def test_who_finds_no_room_for_a_large_body_is_told_so():
+    budget = ztoapi.Budget(1 << 24)
+    with budget.room_for(1 << 23, 0.01), budget.room_for(1000, 0.01):
+        with pytest.raises(ApiError) as caught, budget.room_for(None, 0.01), budget.room_for(1 << 23, 0.01):
+            pytest.fail("there was no room")
+    assert caught.value.status == 503
+    assert caught.value.retry_after
+    with budget.room_for(1 << 30, 0.01):
+        assert budget.left_bytes == 0
+    assert budget.left_bytes == 1 << 24
 
 
 def life_of(proxy, first, drip, pause_s, longest_s=20.0):
     """How long a connection lives that sends `first`, and then for ever `drip`."""
     began = time.monotonic()
-    with proxy.connect() as sock, contextlib.suppress(ConnectionError):
-        sock.sendall(first)
+    with connect(proxy, first) as sock, contextlib.suppress(ConnectionError):
         sock.settimeout(1)
         while time.monotonic() - began < longest_s:
             try:
@@ -9768,13 +9371,13 @@ def test_an_idle_connection_is_kept_for_keep_alive_seconds(zai, monkeypatch):
             assert file.read() == b""
 
 
-def test_a_full_descriptor_table_does_not_spin_and_heals(zai, monkeypatch):
+def test_a_full_descriptor_table_does_not_spin_and_heals(monkeypatch, proxy):
     resource = pytest.importorskip("resource")
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     accepts = []
     get_request = ztoapi.Server.get_request
     monkeypatch.setattr(ztoapi.Server, "get_request", lambda self: accepts.append(1) or get_request(self))
-    with proxying(zai) as proxy, socket.socket() as sock:
+    with socket.socket() as sock:
         sock.settimeout(30)
         spare = [os.dup(0)]
         try:
@@ -9795,53 +9398,50 @@ def test_a_full_descriptor_table_does_not_spin_and_heals(zai, monkeypatch):
         assert read_to_end(sock).startswith(b"HTTP/1.1 200"), "who waited is served"
 
 
-def test_quotes_of_a_client_are_bounded(zai, log_lines):
+def test_quotes_of_a_client_are_bounded(log_lines, proxy):
     """An error names what was wrong, and the last twenty are kept; they must not keep megabytes."""
     choice = {"type": "function", "function": {"name": "n" * (4 << 20)}}
     body = json_chat(tools=[{"type": "function", "function": {"name": "f"}}], tool_choice=choice)
-    with proxying(zai) as proxy:
-        for _ in range(20):
-            status, headers, answer = proxy.call("POST", CHAT, body)
-            assert status == 400
-            assert len(str(answer)) < 2000
-        proxy.idle()
-        assert len(str(proxy.call("GET", "/stats")[2])) < 20000
+    for _ in range(20):
+        status, headers, answer = proxy.call("POST", CHAT, body)
+        assert status == 400
+        assert len(str(answer)) < 2000
+    proxy.idle()
+    assert len(str(proxy.call("GET", "/stats")[2])) < 20000
     assert max(map(len, log_lines())) < 2000
 
 
 # The end
 
-def test_requests_sent_before_the_end_are_answered(zai, monkeypatch):
+def test_requests_sent_before_the_end_are_answered(monkeypatch, proxy):
     """Kept connections, new ones, and those in the backlog that nobody has accepted yet."""
     setup = ztoapi.Handler.setup
 
     def set_up_late(handler):
         time.sleep(0.1)
         setup(handler)
-    with proxying(zai) as proxy:
-        kept = [hold(proxy, raw_request("GET", "/health")) for _ in range(10)]
-        monkeypatch.setattr(ztoapi.Handler, "setup", set_up_late)
-        new = [proxy.connect() for _ in range(40)]
-        for sock in kept + new:
-            sock.sendall(raw_chat(chat_body(stream=False)))
-        assert ztoapi.Server.SETTLE_S == 0.1
-        proxy.server.SETTLE_S = 1  # for fifty, on a busy machine
-        proxy.server.stop(30)
-        replies = [replies_in(read_to_end(sock)) for sock in kept + new]
-        for sock in kept + new:
-            sock.close()
+    kept = [hold(proxy, raw_request("GET", "/health")) for _ in range(10)]
+    monkeypatch.setattr(ztoapi.Handler, "setup", set_up_late)
+    new = [connect(proxy) for _ in range(40)]
+    for sock in kept + new:
+        sock.sendall(raw_chat(chat_body(stream=False)))
+    assert ztoapi.Server.SETTLE_S == 0.1
+    proxy.server.SETTLE_S = 1  # for fifty, on a busy machine
+    proxy.server.stop(30)
+    replies = [replies_in(read_to_end(sock)) for sock in kept + new]
+    for sock in kept + new:
+        sock.close()
     assert [[reply.status for reply in found] for found in replies] == [[200]] * 50
     assert {found[0].headers["Connection"] for found in replies} <= {"close", None}
 
 
-def test_stop_does_not_wait_for_idle_connections(zai):
-    with proxying(zai) as proxy:
-        with proxy.connect() as silent, hold(proxy, raw_request("GET", "/health")) as idle:
-            idle.sendall(b"\r\n")
-            began = time.monotonic()
-            assert proxy.server.stop(60)
-            assert time.monotonic() - began < 30
-            assert read_to_end(silent) == b""
+def test_stop_does_not_wait_for_idle_connections(proxy):
+    with connect(proxy) as silent, hold(proxy, raw_request("GET", "/health")) as idle:
+        idle.sendall(b"\r\n")
+        began = time.monotonic()
+        assert proxy.server.stop(60)
+        assert time.monotonic() - began < 30
+        assert read_to_end(silent) == b""
 
 
 # Attacks ##############################################################################
@@ -9849,17 +9449,14 @@ def test_stop_does_not_wait_for_idle_connections(zai):
 # More of them stand where they belong: locked doors, nesting, drips, what shapes the
 # log.
 
-def test_attack_resets_at_every_byte_leave_nothing_behind(zai, log_lines):
+def test_attack_resets_at_every_byte_leave_nothing_behind(zai, log_lines, proxy):
     data = raw_chat(chat_body(stream=True))
-    with proxying(zai) as proxy:
-        threads = threading.active_count()
-        for i in [*range(0, len(data), 3), *[len(data)] * 20]:
-            sock = proxy.connect()
-            sock.sendall(data[:i])
-            reset(sock)
-        assert proxy.idle()
-        zai.close()  # a thread of the fake waits at the other end of each kept connection
-        assert eventually(lambda: threading.active_count() <= threads)
+    threads = threading.active_count()
+    for i in [*range(0, len(data), 3), *[len(data)] * 20]:
+        reset(connect(proxy, data[:i]))
+    assert proxy.idle()
+    zai.close()  # a thread of the fake waits at the other end of each kept connection
+    assert eventually(lambda: threading.active_count() <= threads)
     assert not log_lines(logging.ERROR)
 
 
@@ -9874,7 +9471,7 @@ def test_attack_a_flood_of_connections_beyond_the_limit_costs_no_threads_and_few
             assert eventually(lambda: readable(busy))
             threads, before, most, socks = threading.active_count(), descriptors(), 0, []
             for _ in range(1000):
-                socks.append(proxy.connect())
+                socks.append(connect(proxy))
                 most = max(most, descriptors() - before - len(socks))
                 if len(socks) > 100:
                     reset(socks.pop(0))
@@ -9889,7 +9486,7 @@ def test_attack_a_flood_of_connections_beyond_the_limit_costs_no_threads_and_few
 
 def test_attack_a_deaf_client_that_pipelines_is_dropped(zai):
     """It sends requests for ever and reads nothing: the answers fill the buffers, and then CLIENT_TIMEOUT is over."""
-    with proxying(zai, CLIENT_TIMEOUT="0.2") as proxy, proxy.connect() as sock:
+    with proxying(zai, CLIENT_TIMEOUT="0.2") as proxy, connect(proxy) as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         began = time.monotonic()
         with pytest.raises(OSError):
@@ -9959,7 +9556,7 @@ def test_attack_a_client_cannot_write_our_headers(shared, data, status):
     assert [(name, value) for name, value in fields if not re.fullmatch("[ -~]*", value)] == []
 
 
-def test_attack_two_clients_never_see_each_others_answers(zai):
+def test_attack_two_clients_never_see_each_others_answers(zai, proxy):
     """Many connections at once, kept alive and pipelined, each with a text of its own: the echo must match."""
     zai.default = lambda request: stream(say(request["body"]["messages"][0]["content"]), FINISH, DONE)
     seen = {}
@@ -9973,47 +9570,38 @@ def test_attack_two_clients_never_see_each_others_answers(zai):
                 data += raw_chat(json_chat(stream=j == 1, messages=messages))
             for text, reply in zip(texts, exchange(proxy, data)):
                 seen[text] = re.findall("<.*?>", reply.body.decode())
-    with proxying(zai) as proxy:
-        together(*[lambda number=number: client(number) for number in range(8)])
+    together(*[lambda number=number: client(number) for number in range(8)])
     assert len(seen) == len(zai.requests) == 120
     assert {text: found for text, found in seen.items() if found != [text]} == {}
 
 
-@pytest.mark.parametrize("rdhup", (True, False))
-def test_a_socket_has_ended_once_its_other_side_is_closed(monkeypatch, rdhup):
-    if not rdhup:
-        monkeypatch.delattr(select, "POLLRDHUP", raising=False)
-    ours, theirs = socket.socketpair()
-    gone, left = socket.socketpair()
-    left.close()
-    with ours, theirs, gone:
-        for sock in (ours, gone):
-            sock.setblocking(False)
-        assert ztoapi.ended([ours, gone]) == [gone]
+def test_a_path_of_64_kb_takes_no_time(proxy):
+    with under_a_second():
+        for _ in range(6):
+            assert proxy.call("GET", "/completions" * 5000 + "/x")[0] == 404
 
 
 def test_attack_a_header_flood_before_the_key_is_bounded(shared):
-    with shared.connect() as sock:
+    with connect(shared) as sock:
         with contextlib.suppress(OSError):
             sock.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n")
             for i in range(200):
                 sock.sendall(b"X%d: %b\r\n" % (i, b"y" * 60000))
-        assert read_reply(sock.makefile("rb")).status == 431
+        assert next_reply(sock).status == 431
 
 
-def test_attack_names_that_clients_make_up_are_not_kept(zai):
+def test_attack_names_that_clients_make_up_are_not_kept(proxy):
     """A thousand different models and paths leave nothing behind that grows."""
     data = b""
     for i in range(200):
         data += raw_request("GET", f"/v1/models/m{i}") + raw_chat(json_chat(model=f"m{i}", n=2))
-    with proxying(zai) as proxy:
-        assert statuses(proxy, data) == [404, 400] * 200 + [200]
-        for i in range(30):
-            assert proxy.chat(model=f"unknown-{i}")[0] == 200
-        proxy.idle()
-        assert len(str(proxy.call("GET", "/stats")[2])) < 20000
-        assert "unknown-" not in proxy.call("GET", "/metrics")[2]
-        assert proxy.gates() == []
+    assert statuses(proxy, data) == [404, 400] * 200 + [200]
+    for i in range(30):
+        assert proxy.chat(model=f"unknown-{i}")[0] == 200
+    proxy.idle()
+    assert len(str(proxy.call("GET", "/stats")[2])) < 20000
+    assert "unknown-" not in proxy.call("GET", "/metrics")[2]
+    assert proxy.gates() == []
 
 
 @table("path", ["/", "/health", "/v1/models", "/nope", "/metrics"])
@@ -10097,8 +9685,7 @@ def test_two_thousand_broken_requests_meet_no_hang_no_500_and_a_living_server(pr
             scramble = scramble_bytes if rand.random() < 0.55 else scramble_lines
             data = scramble(rand, data)
         try:
-            with proxy.connect() as sock:
-                sock.sendall(data + rand.choice((b"", b"", SENTINEL)))
+            with connect(proxy, data + rand.choice((b"", b"", SENTINEL))) as sock:
                 with contextlib.suppress(OSError):  # a refused request may be over by now
                     sock.shutdown(socket.SHUT_WR)  # one cut short must not wait for its rest
                 got = read_to_end(sock)
@@ -10149,9 +9736,7 @@ def test_the_demo_answers_in_json():
 
 def test_the_demo_is_a_whole_answer_to_a_client():
     with proxying(None, DEMO_MODE="true") as proxy:
-        status, _, events, clean = proxy.stream(stream_options={"include_usage": True})
-        assert status == 200
-        assert clean
+        events = check_whole(*proxy.stream(stream_options={"include_usage": True}))
         assert said(events).endswith("said: Hi")
         assert finish_of(events) == ["stop"]
         assert events[-2]["usage"]["completion_tokens"] > 0
@@ -10168,18 +9753,23 @@ OTHER_KEY = "fedcba9876543210.OtherOtherOther"
 
 def check(capsys, **environ):
     """(exit status, stdout) of --check, which must come to an end by itself."""
-    found = []
-    thread = threading.Thread(target=lambda: found.append(run_main(capsys, "--check", **environ)), daemon=True)
-    thread.start()
-    thread.join(30)
+    found, = together(lambda: run_main(capsys, "--check", **environ))
     assert found, "--check hangs"
-    status, out, err = found[0]
+    status, out, err = found
     assert "Traceback" not in err
     return status, out
 
 
 def failures(out):
     return [line for line in out.splitlines() if line.startswith("FAIL")]
+
+
+def failures_of(capsys, **environ):
+    """What a --check says that must fail, and show no secret."""
+    status, out = check(capsys, ZAI_API_KEY=ZAI_KEY, **environ)
+    assert status == 1
+    assert [secret for secret in ("ZaiSecret", "hidden") if secret in out] == []
+    return failures(out)
 
 
 def test_the_check_passes_in_the_demo(capsys):
@@ -10210,37 +9800,28 @@ def test_the_check_names_a_short_key_by_its_position(zai, capsys):
     assert "ok    key #1 ...: accepted" in out
 
 
-# To add a case, add a row: a name, what Z.ai does, and a pattern of what the first FAIL
-# says. Where it falls silent, UPSTREAM_TIMEOUT is short.
-CHECK_FAILURES = {
-    "bad key": ([refusal(401, "1000", "Authentication failed " + ZAI_KEY)], "ZAI_API_KEY"),
-    "HTML": ([answer(200, b"<html>portal</html>")], "ZAI_BASE_URL"),
-    "HTML 502": ([answer(502, b"<html>Bad gateway</html>")] * 3, "502"),
-    "wrong path": ([answer(200, {"code": 500, "msg": "404 NOT_FOUND", "success": False})], "ZAI_BASE_URL"),
-    "no money": ([LISTING] + [refusal(429, "1113", "Insufficient balance")] * 9, "Recharge|Coding Plan"),
-    "no model": ([LISTING] + [refusal(400, "1211", "Unknown Model")] * 9, "model"),
-    "silence": ([[20]] * 3, "No answer of Z.ai"),
-    "silence in the answer": ([LISTING] + [stream(think("x"), 20)] * 9, "silent|UPSTREAM_TIMEOUT"),
-    "cut": ([LISTING] + [stream(think("x"), CLOSE)] * 9, "cut|ended"),
-}
-
-
-@pytest.mark.parametrize("name", CHECK_FAILURES)
-def test_the_check_fails_with_one_sentence_on_what_to_do(zai, capsys, name):
-    scripts, advice = CHECK_FAILURES[name]
+# To add a case, add a row: a name -> what Z.ai does, a pattern of what the first FAIL
+# says, UPSTREAM_TIMEOUT, which is short where Z.ai falls silent.
+@cases("scripts,advice,patience", {
+    "bad key": ([refusal(401, "1000", "Authentication failed " + ZAI_KEY)], "ZAI_API_KEY", "300"),
+    "HTML": ([answer(200, b"<html>portal</html>")], "ZAI_BASE_URL", "300"),
+    "HTML 502": ([answer(502, b"<html>Bad gateway</html>")] * 3, "502", "300"),
+    "wrong path": ([answer(200, {"code": 500, "msg": "404 NOT_FOUND", "success": False})], "ZAI_BASE_URL", "300"),
+    "no money": ([LISTING] + [refusal(429, "1113", "Insufficient balance")] * 9, "Recharge|Coding Plan", "300"),
+    "no model": ([LISTING] + [refusal(400, "1211", "Unknown Model")] * 9, "model", "300"),
+    "silence": ([[20]] * 3, "No answer of Z.ai", "0.1"),
+    "silence in the answer": ([LISTING] + [stream(think("x"), 20)] * 9, "silent|UPSTREAM_TIMEOUT", "0.5"),
+    "cut": ([LISTING] + [stream(think("x"), CLOSE)] * 9, "cut|ended", "300"),
+})
+def test_the_check_fails_with_one_sentence_on_what_to_do(zai, capsys, scripts, advice, patience):
     zai.scripts.extend(scripts)
-    patience = {"silence": "0.1", "silence in the answer": "0.5"}.get(name, "300")
-    status, out = check(capsys, ZAI_API_KEY=ZAI_KEY, ZAI_BASE_URL=zai.url, MAX_RETRIES="0", UPSTREAM_TIMEOUT=patience)
-    assert status == 1
-    assert re.search(advice, failures(out)[0])
-    assert "ZaiSecret" not in out
+    told = failures_of(capsys, ZAI_BASE_URL=zai.url, MAX_RETRIES="0", UPSTREAM_TIMEOUT=patience)
+    assert re.search(advice, told[0])
 
 
 def test_the_check_tells_of_a_closed_port(capsys, closed_port):
-    status, out = check(capsys, ZAI_API_KEY=ZAI_KEY, ZAI_BASE_URL=f"http://127.0.0.1:{closed_port}")
-    assert status == 1
-    assert failures(out)[0].startswith("FAIL  TCP: ")
-    assert "HTTPS_PROXY" in failures(out)[0]
+    told = failures_of(capsys, ZAI_BASE_URL=f"http://127.0.0.1:{closed_port}")
+    assert re.match("FAIL  TCP: .*HTTPS_PROXY", told[0])
 
 
 def test_a_missing_key_is_the_first_failure_of_the_check(capsys, closed_port):
@@ -10252,32 +9833,22 @@ def test_a_missing_key_is_the_first_failure_of_the_check(capsys, closed_port):
     assert road.startswith("FAIL  TCP: ")
 
 
-INVALID_PROXIES = ["http://127.0.0.1:abc", "127.0.0.1:99999", "http://[::1", "http:/me:hidden@host", "http://:80",
-                   "socks5://127.0.0.1:1080"]
-
-
-@pytest.mark.parametrize("text", INVALID_PROXIES)
+@pytest.mark.parametrize("text", [
+    "http://127.0.0.1:abc", "127.0.0.1:99999", "http://[::1", "http:/me:hidden@host", "http://:80",
+    "socks5://127.0.0.1:1080",
+])
 def test_an_address_of_a_proxy_that_is_not_valid_is_a_failure_of_the_check(capsys, monkeypatch, text):
     through(monkeypatch, "https", text)
-    status, out = check(capsys, ZAI_API_KEY=ZAI_KEY, ZAI_BASE_URL="https://127.0.0.2/api")
-    assert status == 1
-    assert failures(out)[0].startswith("FAIL  proxy: ")
-    assert "hidden" not in out
+    assert failures_of(capsys, ZAI_BASE_URL="https://127.0.0.2/api")[0].startswith("FAIL  proxy: ")
 
 
 def test_the_check_says_that_the_file_of_certificates_is_missing(trusted, capsys, monkeypatch):
     monkeypatch.setenv("SSL_CERT_FILE", os.path.join(HERE, "no-such-file.pem"))
-    status, out = check(capsys, ZAI_API_KEY=ZAI_KEY, ZAI_BASE_URL=trusted.url)
-    assert status == 1
-    assert failures(out)[0].startswith("FAIL  TLS: ")
-    assert "is not there" in failures(out)[0]
+    assert re.match("FAIL  TLS: .*is not there", failures_of(capsys, ZAI_BASE_URL=trusted.url)[0])
 
 
 def test_the_check_says_that_a_certificate_is_not_known(untrusted, capsys):
-    status, out = check(capsys, ZAI_API_KEY=ZAI_KEY, ZAI_BASE_URL=untrusted.url)
-    assert status == 1
-    assert failures(out)[0].startswith("FAIL  TLS: ")
-    assert "Set SSL_CERT_FILE" in failures(out)[0]
+    assert re.match("FAIL  TLS: .*Set SSL_CERT_FILE", failures_of(capsys, ZAI_BASE_URL=untrusted.url)[0])
 
 
 def test_the_check_can_be_told_on_a_console_that_knows_only_ascii(zai):
@@ -10348,11 +9919,10 @@ def test_the_version_is_one_line(capsys):
     assert run_main(capsys, "--version", DEFAULT_KEY="") == (0, f"ztoapi {ztoapi.__version__}\n", "")
 
 
-WRONG_ARGUMENTS = [["--nope"], ["serve"], ["--check", "--check"], ["--help", "x"], [""], ["--port", "80"],
-                   ["--version", "--help"], ["\udcff\n"]]
-
-
-@pytest.mark.parametrize("argv", WRONG_ARGUMENTS)
+@pytest.mark.parametrize("argv", [
+    ["--nope"], ["serve"], ["--check", "--check"], ["--help", "x"], [""], ["--port", "80"], ["--version", "--help"],
+    ["\udcff\n"],
+])
 def test_any_other_argument_is_one_line_and_exit_status_2(capsys, argv):
     status, out, err = run_main(capsys, *argv)
     assert (status, out) == (2, "")
@@ -10403,10 +9973,9 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def test_it_serves_from_a_bare_environment_and_writes_and_starts_nothing():
     """python -I -S -B, no variables but two, a directory nobody can write to; an idle client is no reason to stay."""
     with program("-c", AUDITED, ztoapi.__file__, DEMO_MODE="1") as process:
-        with socket.create_connection(("127.0.0.1", process.port), 30) as idle:
-            idle.sendall(raw_request("GET", "/health"))
+        with connect(process, raw_request("GET", "/health")) as idle:
             assert eventually(lambda: readable(idle))
-            chat = raw_request("POST", CHAT, body=JSON_CHAT, auth="sk-your-key")
+            chat = raw_chat(JSON_CHAT, auth="sk-your-key")
             replies = exchange(process, chat + raw_request("GET", "/"))
             assert replies[0].status == replies[1].status == 200
             assert b"Hi" in replies[0].body
@@ -10424,8 +9993,7 @@ def test_it_serves_from_a_bare_environment_and_writes_and_starts_nothing():
 @posix_only
 def test_the_start_lines_mask_keys_and_sigint_ends_it(zai):
     with program(ZAI_API_KEY=ZAI_KEY + ",short", ZAI_BASE_URL=zai.url, DEFAULT_KEY=KEY) as process:
-        with socket.create_connection(("127.0.0.1", process.port), 30) as half:
-            half.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: lo")  # half a request is nothing that runs
+        with connect(process, raw_chat(JSON_CHAT)[:50]):  # half a request is nothing that runs
             assert exchange(process, raw_request("GET", "/health"))[0].status == 200
             assert end(process, signal.SIGINT) == 0
     assert "Traceback" not in process.err
@@ -10463,20 +10031,15 @@ def served(port):
 
 
 @posix_only
-def test_sigterm_lets_a_running_answer_finish_and_takes_no_new_one(zai):
-    go = threading.Event()
-    zai.default = stream(say("Hel"), go, say("lo"), FINISH, DONE)
+def test_sigterm_lets_a_running_answer_finish_and_takes_no_new_one(zai, go):
     with program(ZAI_API_KEY=ZAI_KEY, ZAI_BASE_URL=zai.url, DEFAULT_KEY=KEY) as process:
-        with socket.create_connection(("127.0.0.1", process.port), 30) as sock:
-            sock.sendall(raw_chat(chat_body(stream=True)))
+        with connect(process, raw_chat(chat_body(stream=True))) as sock:
             assert eventually(lambda: readable(sock))
             process.send_signal(signal.SIGTERM)
             assert eventually(lambda: refused(process.port))
             assert process.poll() is None
             go.set()
-            status, headers, events, clean = read_stream(sock)
-            assert said(events) == "Hello"
-            assert clean
+            assert said(check_whole(*read_stream(sock))) == "Hello"
         assert end(process) == 0
 
 
@@ -10484,8 +10047,7 @@ def test_sigterm_lets_a_running_answer_finish_and_takes_no_new_one(zai):
 def test_a_second_signal_ends_at_once(zai):
     zai.default = stream(say("Hel"), 30)
     with program(ZAI_API_KEY=ZAI_KEY, ZAI_BASE_URL=zai.url, DEFAULT_KEY=KEY) as process:
-        with socket.create_connection(("127.0.0.1", process.port), 30) as sock:
-            sock.sendall(raw_chat(chat_body(stream=True)))
+        with connect(process, raw_chat(chat_body(stream=True))) as sock:
             assert eventually(lambda: readable(sock))
             process.send_signal(signal.SIGINT)
             assert eventually(lambda: refused(process.port))
@@ -10548,7 +10110,7 @@ def test_a_low_descriptor_limit_lowers_the_ceiling_and_is_said():
     pytest.importorskip("resource")
     with program("-c", LOW_LIMIT, ztoapi.__file__, MAX_CONNECTIONS="500") as process:
         # More than it has descriptors.
-        held = [socket.create_connection(("127.0.0.1", process.port), 30) for _ in range(150)]
+        held = [connect(process) for _ in range(150)]
         for sock in held:
             sock.close()
         assert eventually(lambda: served(process.port))
