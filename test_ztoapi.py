@@ -1777,16 +1777,13 @@ def test_a_highspeed_model_has_the_row_of_its_model():
 
 # The JSON of clients is taken strictly. To add a case, add a row: the text, its value
 # or ValueError.
-STRICT_JSON = [
+@table("text, expected", [
     ('{"a":[1,-2.5e3,"\\u00e9"]}', {"a": [1, -2500.0, "\u00e9"]}), ("null", None), (" 1\n", 1),
     ("9" * 100, int("9" * 100)),
     *((text, ValueError) for text in (
         "", "nul", "{", '{"a":1}x', "NaN", "Infinity", "-Infinity", "1e999", "-1e999",
         "9" * 101, "01", "1.", ".5", "0x1", "'a'", '"\n"')),
-]
-
-
-@pytest.mark.parametrize("text, expected", STRICT_JSON, ids=lambda value: str(value)[:20])
+])
 def test_the_json_of_clients_is_taken_strictly(text, expected):
     if expected is ValueError:
         with pytest.raises(ValueError):
@@ -1797,14 +1794,11 @@ def test_the_json_of_clients_is_taken_strictly(text, expected):
 
 # The JSON of others is taken kindly. To add a case, add a row: the text, its value
 # (None where it is none).
-LENIENT_JSON = [
+@table("text, expected", [
     ('{"a":1}', {"a": 1}), ('{"a":NaN,"b":-Infinity}', {"a": None, "b": None}), ('{"a":1e999}', {"a": None}),
     ("9" * 400, int("9" * 400)), ("9" * 5000, None), ("", None), ("nul", None), ('{"a":1}x', None),
     ("[" * 100000, None), ('"a\t\n\0b"', "a\t\n\0b"),
-]
-
-
-@pytest.mark.parametrize("text, expected", LENIENT_JSON, ids=lambda value: str(value)[:20])
+])
 def test_the_json_of_others_is_taken_kindly(text, expected):
     assert ztoapi.decode_or_none(text) == expected
 
@@ -1827,14 +1821,11 @@ def test_ids_look_like_openais():
 
 # Where a JSON object or array ends. To add a case, add a row: the text, how many
 # characters of it belong to the value (-1 while it goes on).
-PROGRESS = [
+@pytest.mark.parametrize("text, end", [
     ("{}", 2), ("{} x", 2), ("[]]", 2), ('{"a":"}"}}', 9), ('{"a":"\\"}"} {', 11), ('{"a":"\\\\"}"', 10), ("", -1),
     ("{", -1), ('{"a":"}', -1), ('{"a":"\\', -1), ('{"a":[{}]', -1), ('[1,[2],"]"]]', 11), ("\n {\"a\":1}\n", 9),
     ('"{" {}', 6),
-]
-
-
-@pytest.mark.parametrize("text, end", PROGRESS)
+])
 def test_the_end_of_a_json_value_is_found_however_it_arrives(text, end):
     for pieces in pieces_of(text):
         progress = ztoapi.JsonProgress()
@@ -1850,7 +1841,7 @@ def test_the_end_of_a_json_value_is_found_however_it_arrives(text, end):
 
 # The fields of a request's head. To add a case, add a row: the lines, the fields or the
 # status of the refusal.
-REQUEST_FIELDS = [
+@pytest.mark.parametrize("text, expected", [
     ("", {}),
     ("Host: a\r\n", {"host": "a"}),
     ("HOST:a\nX-Y_z:\t b c \t\r\n", {"host": "a", "x-y_z": "b c"}),
@@ -1864,10 +1855,7 @@ REQUEST_FIELDS = [
         "X: a\r\r\n", "X: a\0\r\n", "X(: y\r\n", "X\xc4: y\r\n", "\r\n", "X: a\r\n\r\nY: b\r\n",
         "Host: a\r\nHost: a\r\n", "host: a\r\nX: y\r\nHOST: b\r\n", "Content-Length: 5\r\ncontent-length: 5\r\n",
         "Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n")),
-]
-
-
-@pytest.mark.parametrize("text, expected", REQUEST_FIELDS)
+])
 def test_the_fields_of_a_request_are_taken_to_the_letter(text, expected):
     try:
         assert ztoapi.parse_request_fields(text + "\r\n") == expected
@@ -1877,7 +1865,7 @@ def test_the_fields_of_a_request_are_taken_to_the_letter(text, expected):
 
 # The head of a response. To add a case, add a row: the head, what it says or
 # ValueError.
-RESPONSE_HEADS = [
+@pytest.mark.parametrize("head, expected", [
     ("HTTP/1.1 200 OK\r\n\r\n", ("HTTP/1.1", 200, {})),
     ("HTTP/1.1 200\r\nA: b\r\n\r\n", ("HTTP/1.1", 200, {"a": "b"})),
     ("HTTP/1.0 404 Not \xe4 Found\nA: b\nB:c\n\n", ("HTTP/1.0", 404, {"a": "b", "b": "c"})),
@@ -1886,10 +1874,7 @@ RESPONSE_HEADS = [
         "\r\n\r\n", "HTTP/2 200 OK\r\n\r\n", "HTTP/1.1 20 OK\r\n\r\n", "HTTP/1.1 200OK\r\n\r\n",
         "HTTP/1.1  200 OK\r\n\r\n", "SSH-2.0-OpenSSH_9.2\r\n\r\n", " HTTP/1.1 200 OK\r\n\r\n",
         "HTTP/1.1 000 OK\r\n\r\n")),
-]
-
-
-@pytest.mark.parametrize("head, expected", RESPONSE_HEADS)
+])
 def test_the_head_of_a_response_is_read_kindly(head, expected):
     try:
         assert ztoapi.parse_response_head(head) == expected
@@ -1899,16 +1884,13 @@ def test_the_head_of_a_response_is_read_kindly(head, expected):
 
 # Where a head ends. To add a case, add a row: the bytes, the head (None if it goes on),
 # what is behind it.
-HEAD_ENDS = [
+@pytest.mark.parametrize("data, head, rest", [
     (b"GET / HTTP/1.1\r\nA: b\r\n\r\nrest", "GET / HTTP/1.1\r\nA: b\r\n\r\n", b"rest"),
     (b"GET / HTTP/1.1\nA: b\n\nrest", "GET / HTTP/1.1\nA: b\n\n", b"rest"),
     (b"GET / HTTP/1.1\r\nA: b\n\r\n\r\n", "GET / HTTP/1.1\r\nA: b\n\r\n", b"\r\n"),
     (b"A\xff\r\n\r\n", "A\xff\r\n\r\n", b""),
     (b"GET / HTTP/1.1\r\nA: b\r\n", None, b""),
-]
-
-
-@pytest.mark.parametrize("data, head, rest", HEAD_ENDS)
+])
 def test_a_head_ends_at_its_blank_line_however_it_arrives(data, head, rest):
     for pieces in pieces_of(data):
         reader = ztoapi.HeadReader()
@@ -1941,7 +1923,7 @@ def dechunk(decoder, pieces):
 
 # Chunked bodies, here of at most 20 bytes. To add a case, add a row: the bytes; (body,
 # whether it ended, what is behind), or the error.
-CHUNKED = [
+@table("data, expected", [
     (b"0\r\n\r\n", (b"", True, b"")),
     (b"5\r\nhello\r\n0\r\n\r\n", (b"hello", True, b"")),
     (b"5\r\nhello\r\n6\r\n world\r\n0\r\n\r\nGET /", (b"hello world", True, b"GET /")),
@@ -1962,10 +1944,7 @@ CHUNKED = [
         b"5\rhello\r\n",
         b"0\r\nX: a\nb\r\n\r\n", b"0\r\nno field\r\n\r\n", b"0\r\n X: y\r\n\r\n",
         b"5;" + b"x" * 5000 + b"\r\nhello\r\n0\r\n\r\n")),
-]
-
-
-@pytest.mark.parametrize("data, expected", CHUNKED, ids=lambda value: repr(value)[:40])
+])
 def test_chunked_coding_is_taken_strictly_however_it_arrives(data, expected):
     for pieces in pieces_of(data):
         assert dechunk(ztoapi.Dechunker(limit=20), pieces) == expected, pieces[:3]
@@ -2010,7 +1989,7 @@ def decode_events(pieces, **options):
 
 # Server-sent events, here of at most 100 bytes. To add a case, add a row: the bytes;
 # the events, or the error.
-SSE = [
+@table("data, events", [
     (b"", []),
     (b"\n\n\n", []),
     (b"data: a\n\n", ["a"]),
@@ -2028,23 +2007,17 @@ SSE = [
     (b"data: a\r\ndata: b\rdata: c\n\r", ["a\nb\nc"]),
     ("data: a\u2028b\u2029c\u0085d\x0b\x0c\x1c\x1de\n\n".encode(), ["a\u2028b\u2029c\u0085d\x0b\x0c\x1c\x1de"]),
     # A last event without its blank line
-    (b"data: a\n\ndata: b", ["a", "b"]),
-    (b"data: a\n\ndata: b\n", ["a", "b"]),
-    (b"data: a\r\n\r\ndata: b\r\n", ["a", "b"]),
-    (b"data: a\r\rdata: b\r", ["a", "b"]),
-    (b"data: a\n\ndata: [DONE]", ["a", "[DONE]"]),
+    *((data, ["a", "b"]) for data in (
+        b"data: a\n\ndata: b", b"data: a\n\ndata: b\n", b"data: a\r\n\r\ndata: b\r\n", b"data: a\r\rdata: b\r")),
     # Names, ids, comments and unknown fields are dropped
-    (b"event: error\ndata: a\n\n", ["a"]),
-    (b"id: 5\nretry: 10\ndata: a\nfoo: bar\n\n", ["a"]),
-    (b": ping\n\n:\n\ndata: a\n\n: b", ["a"]),
-    (b"event: ping\n\n", []),
-    (b"datax: a\n\ndat: b\n\n data: c\n\n", []),
+    *((data, ["a"]) for data in (
+        b"event: error\ndata: a\n\n", b"id: 5\nretry: 10\ndata: a\nfoo: bar\n\n", b": ping\n\n:\n\ndata: a\n\n: b")),
+    *((data, []) for data in (b"event: ping\n\n", b"datax: a\n\ndat: b\n\n data: c\n\n")),
     # A byte order mark at the start
     (b"\xef\xbb\xbfdata: a\n\n", ["a"]),
     (b"\xef\xbb\xbfdata:  a\n\n", [" a"]),
     # A bare line that is JSON
-    (b'data: a\n\n{"error":{"code":"500"}}\n', ["a", '{"error":{"code":"500"}}']),
-    (b'data: a\n\n{"error":{"code":"500"}}', ["a", '{"error":{"code":"500"}}']),
+    *((b'data: a\n\n{"error":{"code":"500"}}' + end, ["a", '{"error":{"code":"500"}}']) for end in (b"", b"\n")),
     (b'data: a\n{"error":1}\n\n', ["a", '{"error":1}']),
     (b'{"error":1}\r\n\r\n', ['{"error":1}']),
     (b"<html>\n<body>502</body>\n", []),
@@ -2053,16 +2026,11 @@ SSE = [
     (b"data: a\xffb\n\n", ["a\ufffdb"]),
     # The bound
     (b"data: " + b"x" * 90 + b"\n\n", ["x" * 90]),
-    (b"data: " + b"x" * 200 + b"\n\n", UpstreamError),
-    (b"data: " + b"x" * 200, UpstreamError),
-    (b"data: 123456789\n" * 20 + b"\n", UpstreamError),
-    (b": " + b"x" * 200, UpstreamError),
     (b"data: " + b"x" * 90 + b"\n\ndata: " + b"y" * 90 + b"\n\n", ["x" * 90, "y" * 90]),
-    (b"{" + b"x" * 200 + b"\n", UpstreamError),
-]
-
-
-@pytest.mark.parametrize("data, events", SSE, ids=lambda value: repr(value)[:40])
+    *((data, UpstreamError) for data in (
+        b"data: " + b"x" * 200 + b"\n\n", b"data: " + b"x" * 200, b"data: 123456789\n" * 20 + b"\n", b": " + b"x" * 200,
+        b"{" + b"x" * 200 + b"\n")),
+])
 def test_events_are_the_same_however_they_arrive(data, events):
     for pieces in pieces_of(data):
         assert decode_events(pieces, limit=100) == events, pieces[:3]
@@ -2077,31 +2045,25 @@ def test_an_event_may_have_16_mib():
             decoder.feed(piece)
 
 
-READERS = {"sse": SSEDecoder, "chunks": ztoapi.Dechunker, "head": ztoapi.HeadReader, "json": ztoapi.JsonProgress}
-
-# Bytes that could take more than linear time. To add a case, add a row: the reader, the
-# pieces it is fed.
-LONG_INPUTS = {
-    "events": ("sse", [b"data: x\n\n" * 10] * 10000),
-    "lines of data without a blank line": ("sse", [b"data: x\n" * 256] * 2000),
-    "comments": ("sse", [b":\n"] * 100000),
-    "carriage returns": ("sse", [b"\r"] * 100000),
-    "one line in tiny pieces": ("sse", [b"data: "] + [b"x" * 8] * 100000),
-    "blank lines": ("sse", [b"\n" * 65536] * 30),
-    "chunks of a byte": ("chunks", [b"1\r\nx\r\n" * 10000] * 8),
-    "chunks of a byte, byte by byte": ("chunks", [b"1", b"\r", b"\n", b"x", b"\r", b"\n"] * 20000),
-    "a long chunk in tiny pieces": ("chunks", [b"fffffff\r\n"] + [b"x" * 8] * 100000),
-    "a chunk's line in single bytes": ("chunks", [b"5;"] + [b"x"] * 4000),
-    "a head in single bytes": ("head", [b"X"] * 60000),
-    "a JSON value in single characters": ("json", ["["] * 100000),
-    "a JSON string of backslashes": ("json", ['["'] + ["\\"] * 100000),
-}
-
-
-@pytest.mark.parametrize("case", LONG_INPUTS)
-def test_bytes_take_linear_time(case):
-    kind, pieces = LONG_INPUTS[case]
-    decoder = READERS[kind]()
+# Bytes that could take more than linear time. To add a case, add a row: what is special,
+# the reader, the pieces it is fed.
+@cases("reader, pieces", [
+    ("events", SSEDecoder, [b"data: x\n\n" * 10] * 10000),
+    ("lines of data without a blank line", SSEDecoder, [b"data: x\n" * 256] * 2000),
+    ("comments", SSEDecoder, [b":\n"] * 100000),
+    ("carriage returns", SSEDecoder, [b"\r"] * 100000),
+    ("one line in tiny pieces", SSEDecoder, [b"data: "] + [b"x" * 8] * 100000),
+    ("blank lines", SSEDecoder, [b"\n" * 65536] * 30),
+    ("chunks of a byte", ztoapi.Dechunker, [b"1\r\nx\r\n" * 10000] * 8),
+    ("chunks of a byte, byte by byte", ztoapi.Dechunker, [b"1", b"\r", b"\n", b"x", b"\r", b"\n"] * 20000),
+    ("a long chunk in tiny pieces", ztoapi.Dechunker, [b"fffffff\r\n"] + [b"x" * 8] * 100000),
+    ("a chunk's line in single bytes", ztoapi.Dechunker, [b"5;"] + [b"x"] * 4000),
+    ("a head in single bytes", ztoapi.HeadReader, [b"X"] * 60000),
+    ("a JSON value in single characters", ztoapi.JsonProgress, ["["] * 100000),
+    ("a JSON string of backslashes", ztoapi.JsonProgress, ['["'] + ["\\"] * 100000),
+])
+def test_bytes_take_linear_time(reader, pieces):
+    decoder = reader()
     with under_a_second():
         for piece in pieces:
             decoder.feed(piece)
@@ -2153,16 +2115,16 @@ def said_last_by(role, **fields):
     return {"messages": [{"role": role, **fields}]}
 
 
-def seeing(fields):
-    return {**fields, "model": "glm-4.5v"}
-
-
 def image_of(value):
-    return seeing(asking([TEXT, {"type": "image_url", "image_url": value}]))
+    return {"model": "glm-4.5v", **asking([TEXT, {"type": "image_url", "image_url": value}])}
 
 
 def function(**fields):
     return {"tools": [{"type": "function", "function": fields}]}
+
+
+def named(name):
+    return {"type": "function", "function": {"name": name}}
 
 
 def schema(value):
@@ -2180,11 +2142,9 @@ BAD_REQUESTS = [
     ({"messages": [{"content": "x"}]}, "messages[0].role"),
     *((said_last_by(role, content=value), "messages[0].content")
       for role in ("user", "system", "developer") for value in (None, 5, {}, True)),
-    ({"messages": [{"role": "user"}]}, "messages[0].content"),
-    ({"messages": [{"role": "system"}]}, "messages[0].content"),
-    (said_last_by("assistant", content=5), "messages[0].content"),
+    *((said_last_by(role), "messages[0].content") for role in ("user", "system")),
+    *((said_last_by(role, content=5), "messages[0].content") for role in ("assistant", "tool")),
     (said_last_by("assistant", reasoning_content=5), "messages[0].reasoning_content"),
-    (said_last_by("tool", content=5), "messages[0].content"),
     (said_last_by("assistant", content=["x"]), "messages[0].content[0]"),
     *((asking([part]), "messages[0].content[0]") for part in (None, "x", 5, [])),
     *((asking([TEXT, part]), "messages[0].content[1].type")
@@ -2197,25 +2157,21 @@ BAD_REQUESTS = [
     ({**asking([PICTURE]), "model": "glm-5.2"}, "messages[0].content[0]"),
     ({"messages": [user([PICTURE]), {"role": "system", "content": "S"}]}, "messages[0].content[0]"),
     (asking([TEXT, FILE]), "messages[0].content[1]"),
-    (seeing(asking([FILE])), "messages[0].content[0]"),
+    ({"model": "glm-4.5v", **asking([FILE])}, "messages[0].content[0]"),
     *((said_last_by("assistant", tool_calls=value), "messages[0].tool_calls") for value in ("x", {"a": 1}, 5)),
     (said_last_by("assistant", tool_calls=["x"]), "messages[0].tool_calls[0]"),
     (said_last_by("assistant", tool_calls=[CALL, {**CALL, "function": None}]), "messages[0].tool_calls[1].function"),
     (said_last_by("assistant", tool_calls=[{**CALL, "function": {"arguments": "{}"}}]),
      "messages[0].tool_calls[0].function.name"),
-    *(({name: value}, name) for name in ("stream", "parallel_tool_calls")
-      for value in ("true", 1, 0, [], {})),
+    *(({name: value}, name) for name in ("stream", "parallel_tool_calls") for value in ("true", 1, 0, [], {})),
     *(({name: value}, name) for name in ("temperature", "top_p") for value in ("1", True, [], {})),
     *(({name: value}, name) for name in ("n", "max_tokens", "max_completion_tokens")
       for value in ("1", True, 1.5, [], {})),
     *(({"user": value}, "user") for value in (5, True, [], {})),
-    *(({name: value}, name) for name in ("stream_options", "response_format")
-      for value in ("x", 5, True, [])),
-    *(({"n": value}, "n") for value in (0, 2, 128)),
-    *(({"temperature": value}, "temperature") for value in (-0.1, 2.01)),
-    *(({"top_p": value}, "top_p") for value in (-0.01, 1.01)),
-    *(({"max_tokens": value}, "max_tokens") for value in (0, -5)),
-    ({"max_completion_tokens": 0}, "max_completion_tokens"),
+    *(({name: value}, name) for name in ("stream_options", "response_format") for value in ("x", 5, True, [])),
+    *(({name: value}, name) for name, values in (
+        ("n", (0, 2, 128)), ("temperature", (-0.1, 2.01)), ("top_p", (-0.01, 1.01)), ("max_tokens", (0, -5)),
+        ("max_completion_tokens", (0,))) for value in values),
     *(({"stop": value}, "stop") for value in (5, {}, list("abcde"))),
     *(({"stop": ["a", value]}, "stop[1]") for value in (5, None)),
     ({"stream_options": {"include_usage": "yes"}}, "stream_options.include_usage"),
@@ -2228,18 +2184,16 @@ BAD_REQUESTS = [
     (schema({"name": "a", "schema": []}), "response_format.json_schema.schema"),
     *(({"tools": value}, "tools") for value in ("x", {}, 5, [TOOL] * 129)),
     *(({"tools": [value]}, "tools[0]") for value in ("x", None, 5)),
-    ({"tools": [{}]}, "tools[0].type"),
-    ({"tools": [{"type": 5}]}, "tools[0].type"),
+    *(({"tools": [tool]}, "tools[0].type") for tool in ({}, {"type": 5})),
     ({"tools": [TOOL, {"type": "function"}]}, "tools[1].function"),
     *((function(name=value), "tools[0].function.name")
       for value in (None, "", 5, "get weather", "x" * 65, "wetter_für")),
     (function(name="f", description=5), "tools[0].function.description"),
     (function(name="f", parameters="x"), "tools[0].function.parameters"),
     *(({"tools": [TOOL], "tool_choice": value}, "tool_choice") for value in ("sometimes", "get_weather", 5, True, [])),
-    ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "other"}}}, "tool_choice"),
-    ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "x" * 10**6}}}, "tool_choice"),
+    *(({"tools": [TOOL], "tool_choice": named(name)}, "tool_choice") for name in ("other", "x" * 10**6)),
     ({"tools": [TOOL], "tool_choice": {"type": "function"}}, "tool_choice.function"),
-    ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": 5}}}, "tool_choice.function.name"),
+    ({"tools": [TOOL], "tool_choice": named(5)}, "tool_choice.function.name"),
     ({"functions": [{"name": "f"}]}, "functions"),
     ({"function_call": "auto"}, "function_call"),
     ({"extra_body": {"temperature": 5}}, "temperature"),
@@ -2279,11 +2233,9 @@ def check_history(messages):
     assert not waiting
 
 
-BAD_LAST = [fields["messages"][0] for fields, _ in BAD_REQUESTS if fields.get("messages") not in (None, [], {}, "Hi", 5)]
-
-
 @pytest.mark.parametrize("model", ["glm-4.6", "glm-4.5v"])
-@pytest.mark.parametrize("message", BAD_LAST)
+@pytest.mark.parametrize("message", [
+    fields["messages"][0] for fields, _ in BAD_REQUESTS if fields.get("messages") not in (None, [], {}, "Hi", 5)])
 def test_what_is_refused_in_the_last_message_is_told_if_it_stands_before_it(model, message):
     body, changed = to_zai(chat_body(model=model, messages=[message, user("Hi")]))
     check_history(body["messages"])
@@ -2337,7 +2289,7 @@ def test_a_body_is_a_json_object(data, expected):
 
 
 # To add a body that is refused, add a row.
-@pytest.mark.parametrize("data", [
+@table("data", [
     b"", b" ", b"null", b"[]", b"5", b'"x"', b"true", b"{", b"{'a': 1}", b'{"a": 1} x', b'{"a": 1}{"a": 1}',
     b'{"a": 01}',
     b"\xff\xfe{\0}\0", '{"a": "é"}'.encode("latin-1"), b'{"a": "\xed\xa0\x80"}', b"\x1f\x8b\x08\0", b"model=glm-4.6",
@@ -2346,7 +2298,7 @@ def test_a_body_is_a_json_object(data, expected):
     b'{"a": ' + b"[" * 200000 + b"]" * 200000 + b"}", b'{"a":' * 200000 + b"1" + b"}" * 200000, b"[" * 200000,
     b'{"a": [' + b"[]," * 1000001 + b"[]]}", b'{"a": [' + b"{}," * 1000001 + b"{}]}",
     b'{"a": [' + b'"b",' * 2000001 + b'"b"]}',
-], ids=lambda data: repr(data[:20]))
+])
 def test_a_body_that_is_none_is_a_400(data):
     with pytest.raises(ztoapi.RequestError) as caught:
         ztoapi.read_json_object(data)
@@ -2364,63 +2316,73 @@ def test_a_schema_too_deep_to_be_written_is_a_400():
         deep = deep.pop("a")
 
 
-S, U, DOT = {"role": "system", "content": "S"}, user("U"), user(".")
-A = {"role": "assistant", "content": "A"}
-RESULT = {"role": "tool", "tool_call_id": "c1", "content": "20"}
+def system(content):
+    return {"role": "system", "content": content}
+
+
+def assistant(content="", calls=(), thinking=None):
+    message = {"role": "assistant", "content": content}
+    if thinking:
+        message["reasoning_content"] = thinking
+    if calls:
+        message["tool_calls"] = [
+            {"id": id, "type": "function", "function": {"name": name, "arguments": text}} for id, name, text in calls]
+    return message
+
+
+def output(id, content="20"):
+    return {"role": "tool", "content": content, "tool_call_id": id}
+
+
+S, U, A, DOT = system("S"), user("U"), assistant("A"), user(".")
+RESULT = output("c1")
 PARTS = [{"type": "text", "text": "a"}, NO_TEXT, {"type": "text", "text": "b"}]
 
 
-def calling(arguments='{"city":"Paris"}', **fields):
-    function = {"name": "get_weather", "arguments": arguments}
-    return {"role": "assistant", "content": "", "tool_calls": [{**CALL, "function": function}], **fields}
+def calling(arguments='{"city":"Paris"}'):
+    return assistant("", [("c1", "get_weather", arguments)])
 
 
 # To add a case, add a row: OpenAI's messages, Z.ai's, what was changed.
 MESSAGES = [
     ([S, U], [S, U], set()),
-    ([{"role": "developer", "content": "S"}, U], [S, U], {"developer"}),
+    ([{**S, "role": "developer"}, U], [S, U], {"developer"}),
     ([user(PARTS)], [user("a\nb")], set()),
     *(([{"role": role, "content": PARTS}, U], [{"role": role, "content": "a\nb"}, U], set())
       for role in ("system", "assistant")),
-    ([calling(), {**RESULT, "content": PARTS}, U], [calling(), {**RESULT, "content": "a\nb"}, U], set()),
+    ([calling(), output("c1", PARTS), U], [calling(), output("c1", "a\nb"), U], set()),
     ([user([{"type": "input_text", "text": "a"}, {"type": "output_text", "text": "b"}])], [user("a\nb")], set()),
     *(([user(content)], [DOT], {"empty_message"}) for content in ("", [], [NO_TEXT], " \n")),
     *(([{"role": "assistant", "tool_calls": [CALL], **content}, RESULT, U], [calling(), RESULT, U], set())
       for content in ({}, {"content": None}, {"content": ""}, {"content": []})),
-    ([{**A, "reasoning_content": "because"}, U], [{**A, "reasoning_content": "because"}, U], set()),
-    ([{**A, "reasoning": "because"}, U], [{**A, "reasoning_content": "because"}, U], set()),
-    ([{**A, "reasoning": "no", "reasoning_content": "yes"}, U], [{**A, "reasoning_content": "yes"}, U], set()),
+    *(([{**A, **thinking}, U], [{**A, "reasoning_content": "yes"}, U], set()) for thinking in (
+        {"reasoning_content": "yes"}, {"reasoning": "yes"}, {"reasoning": "no", "reasoning_content": "yes"})),
     ([{**A, "reasoning": {"a": 1}, "reasoning_details": [{"type": "x"}]}, U], [A, U], {"reasoning_details"}),
     ([{**A, "tool_calls": []}, U], [A, U], set()),
     ([calling({"city": "Paris"}), RESULT, U], [calling(), RESULT, U], set()),
-    ([{"role": "assistant", "tool_calls": [{"id": "c1", "type": "custom",
-     "custom": {"name": "get_weather", "input": "x"}}]}, RESULT, U],
+    ([{"role": "assistant", "tool_calls": [
+        {"id": "c1", "type": "custom", "custom": {"name": "get_weather", "input": "x"}}]}, RESULT, U],
      [calling('{"input":"x"}'), RESULT, U], set()),
-    ([{"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]}, U],
-     [{"role": "assistant", "content": "No."}, U], set()),
+    ([assistant([{"type": "refusal", "refusal": "No."}]), U], [assistant("No."), U], set()),
     ([{**U, "name": "bob"}], [U], {"name"}),
-    ([{**A, "refusal": "No."}, U], [A, U], {"refusal"}),
-    ([{**A, "audio": {"id": "a"}}, U], [A, U], {"audio"}),
-    ([{**A, "function_call": {"name": "f"}}, U], [A, U], {"function_call"}),
+    *(([{**A, name: value}, U], [A, U], {name}) for name, value in (
+        ("refusal", "No."), ("audio", {"id": "a"}), ("function_call", {"name": "f"}))),
     ([{**U, "cache_control": {}, "x,\r\ny": 1}], [U], {"message_fields"}),
-    ([S], [S, DOT], {"user_message"}),
-    ([A], [A, DOT], {"user_message"}),
-    ([U, {**S, "content": "late"}, {**S, "content": "later"}],
-     [U, {**S, "content": "late"}, {**S, "content": "later"}], set()),
-    ([user("a\u2028b\0\U0001f600")], [user("a\u2028b\0\U0001f600")],
-     set()),
+    *(([message], [message, DOT], {"user_message"}) for message in (S, A)),
+    ([U, system("late"), system("later")], [U, system("late"), system("later")], set()),
+    ([user("a\u2028b\0\U0001f600")], [user("a\u2028b\0\U0001f600")], set()),
     # What is empty
-    *(([calling(), {**RESULT, "content": content}], [calling(), {**RESULT, "content": "(no output)"}, DOT],
+    *(([calling(), output("c1", content)], [calling(), output("c1", "(no output)"), DOT],
        {"empty_message", "user_message"}) for content in (
            "", None, [], [NO_TEXT, NO_TEXT], "\n", [{"type": "text", "text": " "}])),
     *(([U, {"role": "assistant", **fields}, U], [U, U], {"empty_message"}) for fields in (
         {}, {"content": None}, {"content": ""}, {"content": [NO_TEXT]}, {"content": "\n"}, {"reasoning_content": "hm"},
         {"tool_calls": []})),
-    ([{**S, "content": ""}, U], [U], {"empty_message"}),
+    ([system(""), U], [U], {"empty_message"}),
     # What cannot be read
     ([None, U], [user("null"), U], {"unreadable"}),
     ([{"role": "model", "content": "A"}, U], [user('{"role":"model","content":"A"}'), U], {"unreadable"}),
-    ([{**A, "content": ["a", *PARTS]}, U], [{**A, "content": '"a"\na\nb'}, U], {"unreadable"}),
+    ([assistant(["a", *PARTS]), U], [assistant('"a"\na\nb'), U], {"unreadable"}),
 ]
 
 
@@ -2429,49 +2391,43 @@ def calls_of(*ids, **fields):
         {**CALL, "id": id, "function": {"name": "f", "arguments": "{}"}, **fields} for id in ids]}
 
 
-def gives(id, content="20"):
-    return {"role": "tool", "tool_call_id": id, "content": content}
-
-
 NAMELESS = {"role": "tool", "content": "20"}
 TOLD = user("Output of the tool call c1:\n20")
-# To add a case, add a row: OpenAI's messages behind a first one, Z.ai's, what was changed.
-CALL_HISTORIES = [
-    *(([calls_of(id), {**NAMELESS, "tool_call_id": other}], [calls_of("call_3_0"), gives("call_3_0")], {"tool_call_id"})
+# To add a case, add a row: OpenAI's messages behind a first one, Z.ai's, what was
+# changed.
+@pytest.mark.parametrize("messages, expected, changed", [
+    *(([calls_of(id), {**NAMELESS, "tool_call_id": other}], [calls_of("call_3_0"), output("call_3_0")], {"tool_call_id"})
       for id in (None, "", [], True, 0) for other in (None, "", [], "c9")),
-    ([calls_of(5), gives(5)], [calls_of("5"), gives("5")], {"tool_call_id"}),
+    ([calls_of(5), output(5)], [calls_of("5"), output("5")], {"tool_call_id"}),
     ([{**calls_of(), "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}, NAMELESS],
-     [calls_of("call_3_0"), gives("call_3_0")], {"tool_call_id"}),
+     [calls_of("call_3_0"), output("call_3_0")], {"tool_call_id"}),
     ([calls_of("c1", "c2"), NAMELESS, {**NAMELESS, "content": "30"}],
-     [calls_of("c1", "c2"), gives("c1"), gives("c2", "30")], {"tool_call_id"}),
-    ([calls_of("c1", None), {**NAMELESS, "content": "30"}, gives("c1")],
-     [calls_of("c1", "call_3_1"), gives("c1", "30"), gives("call_3_1", "20")], {"tool_call_id"}),
-    ([calls_of("c1", "c1"), gives("c1"), gives("c1", "30")],
-     [calls_of("c1", "call_3_1"), gives("c1"), gives("call_3_1", "30")], {"tool_call_id"}),
-    ([calls_of("c1"), gives("c1"), calls_of("c1"), gives("c1", "30")],
-     [calls_of("c1"), gives("c1"), calls_of("c1"), gives("c1", "30")], set()),
-    ([calls_of("c1"), U, calls_of("c1"), gives("c1")],
-     [calls_of("c1"), gives("c1", "(no output)"), U, calls_of("c1"), gives("c1")], {"empty_message"}),
-    ([calls_of("c1", "c2"), gives("c2")], [calls_of("c1", "c2"), gives("c1", "(no output)"), gives("c2")],
+     [calls_of("c1", "c2"), output("c1"), output("c2", "30")], {"tool_call_id"}),
+    ([calls_of("c1", None), {**NAMELESS, "content": "30"}, output("c1")],
+     [calls_of("c1", "call_3_1"), output("c1", "30"), output("call_3_1", "20")], {"tool_call_id"}),
+    ([calls_of("c1", "c1"), output("c1"), output("c1", "30")],
+     [calls_of("c1", "call_3_1"), output("c1"), output("call_3_1", "30")], {"tool_call_id"}),
+    ([calls_of("c1"), output("c1"), calls_of("c1"), output("c1", "30")],
+     [calls_of("c1"), output("c1"), calls_of("c1"), output("c1", "30")], set()),
+    ([calls_of("c1"), U, calls_of("c1"), output("c1")],
+     [calls_of("c1"), output("c1", "(no output)"), U, calls_of("c1"), output("c1")], {"empty_message"}),
+    ([calls_of("c1", "c2"), output("c2")], [calls_of("c1", "c2"), output("c1", "(no output)"), output("c2")],
      {"empty_message"}),
-    ([calls_of("c1")], [calls_of("c1"), gives("c1", "(no output)")], {"empty_message"}),
-    ([calls_of("c1"), S, gives("c1")], [calls_of("c1"), gives("c1"), S], {"message_order"}),
-    ([calls_of("c1"), A, gives("c1")], [calls_of("c1"), gives("c1"), A], {"message_order"}),
-    ([calls_of("c1", "c2"), gives("c2"), gives("c1", "30")],
-     [calls_of("c1", "c2"), gives("c1", "30"), gives("c2")], set()),
-    ([gives("c1"), calls_of("c1")], [TOLD, calls_of("c1"), gives("c1", "(no output)")],
+    ([calls_of("c1")], [calls_of("c1"), output("c1", "(no output)")], {"empty_message"}),
+    ([calls_of("c1"), S, output("c1")], [calls_of("c1"), output("c1"), S], {"message_order"}),
+    ([calls_of("c1"), A, output("c1")], [calls_of("c1"), output("c1"), A], {"message_order"}),
+    ([calls_of("c1", "c2"), output("c2"), output("c1", "30")],
+     [calls_of("c1", "c2"), output("c1", "30"), output("c2")], set()),
+    ([output("c1"), calls_of("c1")], [TOLD, calls_of("c1"), output("c1", "(no output)")],
      {"tool_call_id", "empty_message"}),
-    ([gives("c1")], [TOLD], {"tool_call_id"}),
-    ([calls_of("c1"), gives("c1", "10"), gives("c1")], [calls_of("c1"), gives("c1", "10"), TOLD], {"tool_call_id"}),
-    *(([calls_of("c1", function={"name": name, "arguments": "{}"}), gives("c1")],
-       [calls_of("c1", function={"name": clean, "arguments": "{}"}), gives("c1")], {"tool_name"})
+    ([output("c1")], [TOLD], {"tool_call_id"}),
+    ([calls_of("c1"), output("c1", "10"), output("c1")], [calls_of("c1"), output("c1", "10"), TOLD], {"tool_call_id"}),
+    *(([calls_of("c1", function={"name": name, "arguments": "{}"}), output("c1")],
+       [calls_of("c1", function={"name": clean, "arguments": "{}"}), output("c1")], {"tool_name"})
       for name, clean in ((" f</arg_value>", "f"), ("mcp.a b", "mcp_a_b"), ("", "unknown"), ("x" * 65, "x" * 64))),
-    ([calls_of("c1", function="f"), gives("c1")],
+    ([calls_of("c1", function="f"), output("c1")],
      [user(json.dumps(calls_of("c1", function="f"), separators=(",", ":"))), TOLD], {"unreadable", "tool_call_id"}),
-]
-
-
-@pytest.mark.parametrize("messages, expected, changed", CALL_HISTORIES)
+])
 def test_each_call_has_its_output_behind_it(messages, expected, changed):
     body, really = to_zai(chat_body(messages=[S, U, *messages]))
     check_history(body["messages"])
@@ -2492,32 +2448,16 @@ def test_messages_become(messages, expected, changed):
 
 # To add a case, add a row: the arguments of an earlier call, the text Z.ai gets; None:
 # as they are.
-ARGUMENTS = [
-    ('{"path": "a"}', None),
-    (' {"path": "a"}\n', None),
-    ("{}", None),
-    ('{"a": "{}{}"}', None),
-    ("", "{}"),
-    (" \n", "{}"),
-    (None, "{}"),
-    ('{"path": "a"}{"path": "a"}', '{"path": "a"}'),
-    ('{"path": "a"}\n{"path": "a"}', '{"path": "a"}'),
-    ("{}{}", "{}"),
-    ('"{\\"path\\": \\"a\\"}"', '{"path": "a"}'),
-    ('{"path": "a', '{"arguments":"{\\"path\\": \\"a"}'),
-    ('{"a": 1}{"b": 2}', '{"arguments":"{\\"a\\": 1}{\\"b\\": 2}"}'),
-    ("aa", '{"arguments":"aa"}'),
-    ("[1]", '{"arguments":"[1]"}'),
-    ("5", '{"arguments":"5"}'),
+@table("arguments, expected", [
+    *((text, None) for text in ('{"path": "a"}', ' {"path": "a"}\n', "{}", '{"a": "{}{}"}')),
+    *((text, "{}") for text in ("", " \n", None, "{}{}")),
+    *((text, '{"path": "a"}') for text in (
+        '{"path": "a"}{"path": "a"}', '{"path": "a"}\n{"path": "a"}', '"{\\"path\\": \\"a\\"}"')),
+    *((text, json.dumps({"arguments": text}, separators=(",", ":"))) for text in (
+        '{"path": "a', '{"a": 1}{"b": 2}', "aa", "[1]", "5", '"x"', '{"a": NaN}', "[" * 100000)),
     (5, '{"arguments":"5"}'),
     ([1], '{"arguments":"[1]"}'),
-    ('"x"', '{"arguments":"\\"x\\""}'),
-    ('{"a": NaN}', '{"arguments":"{\\"a\\": NaN}"}'),
-    ("[" * 100000, json.dumps({"arguments": "[" * 100000}, separators=(",", ":"))),
-]
-
-
-@pytest.mark.parametrize("arguments, expected", ARGUMENTS, ids=[repr(row[0])[:30] for row in ARGUMENTS])
+])
 def test_arguments_are_mended(arguments, expected):
     body, changed = to_zai(chat_body(messages=[U, calling(arguments), RESULT, U]))
     text = body["messages"][1]["tool_calls"][0]["function"]["arguments"]
@@ -2527,14 +2467,8 @@ def test_arguments_are_mended(arguments, expected):
 
 
 FROM_TOOLS = {"type": "text", "text": "From the tool results:"}
-NO_PICTURE = {"type": "text", "text": "[image left out: GLM-4.6 takes text only]"}
-
-
+NO_PICTURE = "[image left out: GLM-4.6 takes text only]"
 TWO_CALLS = calls_of("c1", "c2")
-
-
-def result(*parts):
-    return {**RESULT, "content": list(parts)}
 
 
 # To add a case, add a row: a model that sees, OpenAI's messages, Z.ai's.
@@ -2544,13 +2478,12 @@ def result(*parts):
     ([user([PICTURE])], [user([PICTURE, {"type": "text", "text": "."}])]),
     ([user([PICTURE, NO_TEXT])], [user([PICTURE, {"type": "text", "text": "."}])]),
     ([user([TEXT, PICTURE]), A, U], [user([TEXT, PICTURE]), A, U]),
-    ([calling(), result(TEXT, PICTURE), U],
-     [calling(), {**RESULT, "content": TEXT["text"]}, user([FROM_TOOLS, PICTURE]), U]),
-    ([calling(), result(PICTURE)], [calling(), {**RESULT, "content": "(an image)"}, user([FROM_TOOLS, PICTURE])]),
-    ([TWO_CALLS, result(PICTURE), {**result(PICTURE), "tool_call_id": "c2"}, A, U, calling(), result(PICTURE), U],
-     [TWO_CALLS, {**RESULT, "content": "(an image)"}, {**RESULT, "content": "(an image)", "tool_call_id": "c2"},
-      user([FROM_TOOLS, PICTURE, PICTURE]), A, U, calling(), {**RESULT, "content": "(an image)"},
-      user([FROM_TOOLS, PICTURE]), U]),
+    ([calling(), output("c1", [TEXT, PICTURE]), U],
+     [calling(), output("c1", TEXT["text"]), user([FROM_TOOLS, PICTURE]), U]),
+    ([calling(), output("c1", [PICTURE])], [calling(), output("c1", "(an image)"), user([FROM_TOOLS, PICTURE])]),
+    ([TWO_CALLS, output("c1", [PICTURE]), output("c2", [PICTURE]), A, U, calling(), output("c1", [PICTURE]), U],
+     [TWO_CALLS, output("c1", "(an image)"), output("c2", "(an image)"), user([FROM_TOOLS, PICTURE, PICTURE]), A, U,
+      calling(), output("c1", "(an image)"), user([FROM_TOOLS, PICTURE]), U]),
 ])
 def test_a_model_that_sees_gets_the_pictures(model, messages, expected):
     body, changed = to_zai(chat_body(model=model, messages=messages))
@@ -2561,11 +2494,10 @@ def test_a_model_that_sees_gets_the_pictures(model, messages, expected):
 
 # To add a case, add a row: OpenAI's messages, Z.ai's, for GLM-4.6, which sees nothing.
 @pytest.mark.parametrize("messages, expected", [
-    ([user([TEXT, PICTURE]), A, U], [{**U, "content": "What is it?\n" + NO_PICTURE["text"]}, A, U]),
-    ([user([PICTURE]), calling(), RESULT], [{**U, "content": NO_PICTURE["text"]}, calling(), RESULT]),
-    ([U, calling(), result(TEXT, PICTURE)],
-     [U, calling(), {**RESULT, "content": "What is it?\n" + NO_PICTURE["text"]}]),
-    ([U, calling(), result({"type": "image_url"})], [U, calling(), {**RESULT, "content": NO_PICTURE["text"]}]),
+    ([user([TEXT, PICTURE]), A, U], [user("What is it?\n" + NO_PICTURE), A, U]),
+    ([user([PICTURE]), calling(), RESULT], [user(NO_PICTURE), calling(), RESULT]),
+    ([U, calling(), output("c1", [TEXT, PICTURE])], [U, calling(), output("c1", "What is it?\n" + NO_PICTURE)]),
+    ([U, calling(), output("c1", [{"type": "image_url"}])], [U, calling(), output("c1", NO_PICTURE)]),
 ])
 def test_a_model_that_sees_nothing_gets_a_word_for_pictures_of_the_past(messages, expected):
     body, changed = to_zai(chat_body(messages=messages))
@@ -2583,7 +2515,7 @@ def test_who_is_no_user_shows_nothing(model, role, part):
 
 @pytest.mark.parametrize("model", ["glm-4.6", "glm-4.5v"])
 @pytest.mark.parametrize("part", [FILE, AUDIO, {"type": "x,y\r\n"}, {"type": "image_url", "image_url": 5}])
-@pytest.mark.parametrize("before", [lambda part: [user([TEXT, part]), A], lambda part: [calling(), result(part)]])
+@pytest.mark.parametrize("before", [lambda part: [user([TEXT, part]), A], lambda part: [calling(), output("c1", [part])]])
 def test_what_stands_in_the_past_is_never_refused(model, part, before):
     body, _ = to_zai(chat_body(model=model, messages=[*before(part), U]))
     assert "left out" in json.dumps(body)
@@ -2592,8 +2524,7 @@ def test_what_stands_in_the_past_is_never_refused(model, part, before):
 # To add a case, add a row: model, a part that it takes.
 @pytest.mark.parametrize("model, part", [
     *((model, part) for model in ("glm-5.3-flash", "GLM-5.3-FlashX", "glm-9") for part in (FILE, FILE_URL)),
-    ("glm-4.6v", FILE_URL),
-    ("glm-4.5v", FILE_URL),
+    *((model, FILE_URL) for model in ("glm-4.6v", "glm-4.5v")),
 ])
 def test_a_file_goes_to_models_that_take_files(model, part):
     body, _ = to_zai(chat_body(model=model, **asking([TEXT, part])))
@@ -2613,69 +2544,50 @@ FOREIGN_TOOLS = [
 ]
 # To add a case, add a row: OpenAI's fields, Z.ai's, what was changed.
 CHANGES = [
-    ({"temperature": 0}, {"temperature": 0}, set()),
-    ({"temperature": 1}, {"temperature": 1}, set()),
-    ({"temperature": 0.7}, {"temperature": 0.7}, set()),
-    ({"temperature": 1.01}, {"temperature": 1}, {"temperature"}),
-    ({"temperature": 2}, {"temperature": 1}, {"temperature"}),
-    ({"temperature": 0.333}, {"temperature": 0.33}, {"temperature"}),
-    ({"top_p": 0.95}, {"top_p": 0.95}, set()),
-    ({"top_p": 0}, {"top_p": 0.01}, {"top_p"}),
-    ({"top_p": 0.005}, {"top_p": 0.01}, {"top_p"}),
-    ({"top_p": 1}, {"top_p": ABSENT}, set()),
-    ({"top_p": 0.999}, {"top_p": ABSENT}, {"top_p"}),
-    ({"top_p": 0.123}, {"top_p": 0.12}, {"top_p"}),
-    ({"max_tokens": 1}, {"max_tokens": 1}, set()),
-    ({"max_tokens": 131072}, {"max_tokens": 131072}, set()),
-    ({"max_tokens": 131073}, {"max_tokens": 131072}, {"max_tokens"}),
-    ({"max_tokens": 10**30}, {"max_tokens": 131072}, {"max_tokens"}),
-    ({"model": "glm-4.5-air", "max_tokens": 131072}, {"max_tokens": 98304}, {"max_tokens"}),
-    ({"model": "glm-4v-flash", "max_tokens": 2000}, {"max_tokens": 1024}, {"max_tokens"}),
-    ({"model": "autoglm-phone-multilingual", "max_tokens": 5000}, {"max_tokens": 4096}, {"max_tokens"}),
+    # Passed
+    *(({name: value}, {name: value}, set()) for name, value in (
+        ("temperature", 0), ("temperature", 1), ("temperature", 0.7), ("top_p", 0.95), ("max_tokens", 1),
+        ("max_tokens", 131072), ("stop", ["a"]), ("do_sample", False), ("request_id", "req-12345"),
+        ("user_id", "user-1"), ("seed", 5), ("thinking", {**ON, "clear_thinking": False}),
+        ("thinking", {"clear_thinking": False}), ("tool_stream", False), ("a_field_of_tomorrow", [1, {"a": None}]))),
+    # Rounded, or brought into Z.ai's range
+    *(({name: value}, {name: ours}, {name}) for name, value, ours in (
+        ("temperature", 1.01, 1), ("temperature", 2, 1), ("temperature", 0.333, 0.33), ("top_p", 0, 0.01),
+        ("top_p", 0.005, 0.01), ("top_p", 0.999, ABSENT), ("top_p", 0.123, 0.12), ("max_tokens", 131073, 131072),
+        ("max_tokens", 10**30, 131072))),
+    *(({"model": model, "max_tokens": value}, {"max_tokens": ours}, {"max_tokens"}) for model, value, ours in (
+        ("glm-4.5-air", 131072, 98304), ("glm-4v-flash", 2000, 1024), ("autoglm-phone-multilingual", 5000, 4096))),
     ({"model": "glm-unheard-of", "max_tokens": 500000}, {"max_tokens": 500000}, set()),
+    # Called otherwise, or ours alone
     ({"max_completion_tokens": 100}, {"max_tokens": 100, "max_completion_tokens": ABSENT}, set()),
     ({"max_completion_tokens": 100, "max_tokens": 200}, {"max_tokens": 100}, set()),
     ({"max_completion_tokens": 200000}, {"max_tokens": 131072}, {"max_tokens"}),
-    ({"stop": "a"}, {"stop": ["a"]}, set()),
-    ({"stop": ["a"]}, {"stop": ["a"]}, set()),
-    ({"stop": ["", "b", "c", "d"]}, {"stop": ["b"]}, set()),
-    ({"stop": []}, {"stop": ABSENT}, set()),
-    ({"stop": ""}, {"stop": ABSENT}, set()),
+    *(({"stop": words}, {"stop": ours}, set()) for words, ours in (
+        ("a", ["a"]), (["", "b", "c", "d"], ["b"]), ([], ABSENT), ("", ABSENT))),
     ({"user": "user-1"}, {"user_id": "user-1", "user": ABSENT}, set()),
     ({"user": "x" * 128}, {"user_id": "x" * 128}, set()),
     ({"user": "user-1", "user_id": "user-2"}, {"user_id": "user-2", "user": ABSENT}, set()),
-    ({"user": "bob"}, {"user_id": ABSENT, "user": ABSENT}, {"user"}),
-    ({"user": "x" * 129}, {"user_id": ABSENT, "user": ABSENT}, {"user"}),
-    ({"n": 1}, {"n": ABSENT}, set()),
-    ({"stream_options": {"include_usage": True}}, {"stream_options": ABSENT}, set()),
-    ({"reasoning_format": "raw"}, {"reasoning_format": ABSENT}, set()),
-    ({"parallel_tool_calls": False}, {"parallel_tool_calls": ABSENT}, set()),
+    *(({"user": name}, {"user_id": ABSENT, "user": ABSENT}, {"user"}) for name in ("bob", "x" * 129)),
+    *(({name: value}, {name: ABSENT}, set()) for name, value in (
+        ("top_p", 1), ("n", 1), ("stream_options", {"include_usage": True}), ("reasoning_format", "raw"),
+        ("parallel_tool_calls", False), ("response_format", {"type": "text"}))),
     # Dropped, whatever they hold
     *(({name: value}, {name: ABSENT}, {name}) for name in sorted(ztoapi.DROPPED) for value in (1, "x", [], {"a": "b"})),
-    # Passed
-    *(({name: value}, {name: value}, set()) for name, value in (
-        ("do_sample", False), ("request_id", "req-12345"), ("user_id", "user-1"), ("seed", 5),
-        ("thinking", {**ON, "clear_thinking": False}),
-        ("thinking", {"clear_thinking": False}), ("tool_stream", False), ("a_field_of_tomorrow", [1, {"a": None}]))),
-    ({"response_format": {"type": "text"}}, {"response_format": ABSENT}, set()),
     ({"response_format": {"type": "json_object"}}, {"response_format": {"type": "json_object"}}, set()),
     ({"tools": []}, {"tools": ABSENT, "tool_choice": ABSENT}, set()),
     ({"tools": [TOOL]}, {"tools": [TOOL]}, set()),
     ({"tools": [TOOL, TOOL2], "tool_choice": "auto"}, {"tools": [TOOL, TOOL2], "tool_choice": "auto"}, set()),
     ({"tools": [TOOL], "tool_choice": "none"}, {"tools": ABSENT, "tool_choice": ABSENT}, {"tool_choice"}),
-    (function(name="f"), {"tools": [BARE_TOOL]}, set()),
-    (function(name="f", description="", parameters={}), {"tools": [BARE_TOOL]}, set()),
+    *((function(name="f", **more), {"tools": [BARE_TOOL]}, set()) for more in ({}, {"description": "", "parameters": {}})),
     (function(strict=True, **TOOL["function"]), {"tools": [TOOL]}, {"strict"}),
     ({"tools": [SEARCH, RETRIEVAL, TOOL]}, {"tools": [SEARCH, RETRIEVAL, TOOL]}, set()),
     *(({"tools": [TOOL, tool]}, {"tools": [TOOL]}, {tool["type"]}) for tool in FOREIGN_TOOLS),
     *(({"tools": [tool]}, {"tools": ABSENT, "tool_choice": ABSENT}, {tool["type"]}) for tool in FOREIGN_TOOLS),
     ({"tools": [{"type": "a,b\r\n" + "x" * 1000}]}, {"tools": ABSENT}, {"a_b__" + "x" * 35}),
-    ({"tools": [TOOL], "stream": True}, {"tool_stream": True}, set()),
-    ({"tools": [TOOL], "stream": True, "tool_stream": False}, {"tool_stream": False}, set()),
-    ({"tools": [TOOL], "stream": True, "model": "glm-4.5"}, {"tool_stream": ABSENT}, set()),
-    ({"stream": True}, {"tool_stream": ABSENT}, set()),
+    *(({"tools": [TOOL], "stream": True, **more}, {"tool_stream": ours}, set()) for more, ours in (
+        ({}, True), ({"tool_stream": False}, False), ({"model": "glm-4.5"}, ABSENT), ({"stream": False}, ABSENT),
+        ({"tools": None}, ABSENT))),
     ({"tools": [TOOL], "stream": True, "tool_choice": "none"}, {"tool_stream": ABSENT}, {"tool_choice"}),
-    ({"tools": [TOOL], "stream": False}, {"tool_stream": ABSENT}, set()),
     # What users of OpenAI's SDK wrap by mistake
     ({"extra_body": {"temperature": 0.5}}, {"temperature": 0.5, "extra_body": ABSENT}, {"extra_body"}),
     ({"extra_body": {"temperature": 0.5}, "temperature": 0.2}, {"temperature": 0.2}, {"extra_body"}),
@@ -2727,10 +2639,6 @@ def test_nothing_of_openais_that_zai_does_not_know_goes_out():
 def test_what_reading_the_answer_needs_to_know(fields, facts):
     result = asked(chat_body(**fields))
     assert {name: getattr(result, name) for name in facts} == facts
-
-
-def named(name):
-    return {"type": "function", "function": {"name": name}}
 
 
 def allowed(mode, *names):
@@ -2954,28 +2862,14 @@ def test_clear_thinking_survives_whatever_else_is_said_about_thinking(model, fie
 
 # All that a request may hold.
 FULL_CHAT = chat_body(
-    model="glm-4.5v",
-    tools=[TOOL, SEARCH, {"type": "mcp"}],
-    tool_choice=allowed("required", "get_weather"),
-    response_format={"type": "json_schema", "json_schema": {"schema": {"a": 1}}},
-    thinking={"type": "enabled"},
-    reasoning_effort="high",
-    reasoning={"effort": "low"},
-    chat_template_kwargs={"thinking": True},
-    extra_body={"top_p": 0.5},
-    stop=["a"],
-    user="somebody",
-    stream_options={"include_usage": True},
-    temperature=1,
-    max_tokens=5,
-    stream=True,
+    model="glm-4.5v", stream=True, stream_options={"include_usage": True}, user="somebody", stop=["a"], temperature=1,
+    max_tokens=5, thinking={"type": "enabled"}, reasoning_effort="high", reasoning={"effort": "low"},
+    chat_template_kwargs={"thinking": True}, extra_body={"top_p": 0.5}, tools=[TOOL, SEARCH, {"type": "mcp"}],
+    tool_choice=allowed("required", "get_weather"), **schema({"schema": {"a": 1}}),
     messages=[
-        {"role": "system", "content": [TEXT]},
-        user([TEXT, PICTURE, FILE_URL]),
-        {"role": "assistant", "content": None, "reasoning": "r", "tool_calls": [CALL]},
-        {"role": "tool", "tool_call_id": "c1", "content": [TEXT, PICTURE]},
-        {"role": "assistant", "content": "x", "reasoning_content": "r"},
-        user([PICTURE]),
+        system([TEXT]), user([TEXT, PICTURE, FILE_URL]),
+        {"role": "assistant", "content": None, "reasoning": "r", "tool_calls": [CALL]}, output("c1", [TEXT, PICTURE]),
+        assistant("x", thinking="r"), user([PICTURE]),
     ])
 
 
@@ -4813,24 +4707,6 @@ def test_messages_drops_by_name_what_chat_does_not_have(fields, expected):
 
 
 # Short names for what the cases below are made of.
-def system(content):
-    return {"role": "system", "content": content}
-
-
-def assistant(content="", calls=(), thinking=None):
-    message = {"role": "assistant", "content": content}
-    if thinking:
-        message["reasoning_content"] = thinking
-    if calls:
-        message["tool_calls"] = [
-            {"id": id, "type": "function", "function": {"name": name, "arguments": text}} for id, name, text in calls]
-    return message
-
-
-def output(id, content):
-    return {"role": "tool", "content": content, "tool_call_id": id}
-
-
 def image(url=PNG_URL):
     return {"type": "image_url", "image_url": {"url": url}}
 
