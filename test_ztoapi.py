@@ -2396,7 +2396,7 @@ TOLD = user("Output of the tool call c1:\n20")
 # To add a case, add a row: OpenAI's messages behind a first one, Z.ai's, what was
 # changed.
 @pytest.mark.parametrize("messages, expected, changed", [
-    *(([calls_of(id), {**NAMELESS, "tool_call_id": other}], [calls_of("call_3_0"), output("call_3_0")], {"tool_call_id"})
+    *(([calls_of(id), output(other)], [calls_of("call_3_0"), output("call_3_0")], {"tool_call_id"})
       for id in (None, "", [], True, 0) for other in (None, "", [], "c9")),
     ([calls_of(5), output(5)], [calls_of("5"), output("5")], {"tool_call_id"}),
     ([{**calls_of(), "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}, NAMELESS],
@@ -2515,7 +2515,8 @@ def test_who_is_no_user_shows_nothing(model, role, part):
 
 @pytest.mark.parametrize("model", ["glm-4.6", "glm-4.5v"])
 @pytest.mark.parametrize("part", [FILE, AUDIO, {"type": "x,y\r\n"}, {"type": "image_url", "image_url": 5}])
-@pytest.mark.parametrize("before", [lambda part: [user([TEXT, part]), A], lambda part: [calling(), output("c1", [part])]])
+@pytest.mark.parametrize("before", [
+    lambda part: [user([TEXT, part]), A], lambda part: [calling(), output("c1", [part])]])
 def test_what_stands_in_the_past_is_never_refused(model, part, before):
     body, _ = to_zai(chat_body(model=model, messages=[*before(part), U]))
     assert "left out" in json.dumps(body)
@@ -2578,7 +2579,8 @@ CHANGES = [
     ({"tools": [TOOL]}, {"tools": [TOOL]}, set()),
     ({"tools": [TOOL, TOOL2], "tool_choice": "auto"}, {"tools": [TOOL, TOOL2], "tool_choice": "auto"}, set()),
     ({"tools": [TOOL], "tool_choice": "none"}, {"tools": ABSENT, "tool_choice": ABSENT}, {"tool_choice"}),
-    *((function(name="f", **more), {"tools": [BARE_TOOL]}, set()) for more in ({}, {"description": "", "parameters": {}})),
+    *((function(name="f", **more), {"tools": [BARE_TOOL]}, set())
+      for more in ({}, {"description": "", "parameters": {}})),
     (function(strict=True, **TOOL["function"]), {"tools": [TOOL]}, {"strict"}),
     ({"tools": [SEARCH, RETRIEVAL, TOOL]}, {"tools": [SEARCH, RETRIEVAL, TOOL]}, set()),
     *(({"tools": [TOOL, tool]}, {"tools": [TOOL]}, {tool["type"]}) for tool in FOREIGN_TOOLS),
@@ -3221,7 +3223,8 @@ MINIMAL = {"id": "", "object": "", "created": 0, "model": "", "system_fingerprin
     ("finish empty, then real", sse({"choices": [{"delta": {"content": "a"}, "finish_reason": ""}]}) + ENDED,
      says("a")),
     ("stop after a call", call() + ENDED, asks(RAIN)),
-    *((f"length within a call, behind {cut!r}", calls_in(item("get_weather", cut, id="c", index=0)) + finished("length"),
+    *((f"length within a call, behind {cut!r}",
+       calls_in(item("get_weather", cut, id="c", index=0)) + finished("length"),
        asks(("get_weather", cut), finish="length")) for cut in ("", '{"ci', "{}")),
     ("length before a call's name", say("a") + calls_in(item(None, "", id="c", index=0)) + finished("length"),
      says("a", finish="length")),
@@ -3646,7 +3649,8 @@ def status_line(status, *lines):
     ("a refusal as an event", answer(429, error_event("1113") + DONE)[0], NO_MONEY, MODEL_RESTS),
     ("429 without a word", answer(429, b"")[0], NO_ROOM, TOO_FAST),
     ("1305", refusal(429, "1305")[0], FULL, OVERLOAD),
-    ("a refusal without a length", b"HTTP/1.0 400 X\r\n\r\n" + json.dumps(complaint("1261")).encode(), TOO_LONG, GIVE_UP),
+    ("a refusal without a length", b"HTTP/1.0 400 X\r\n\r\n" + json.dumps(complaint("1261")).encode(),
+     TOO_LONG, GIVE_UP),
     # An error of Z.ai's counts more than the cut behind it
     *((what, data, NO_ROOM, TOO_MANY) for what, data in (
         ("1302", refusal(429, "1302")[0]),
@@ -3797,7 +3801,8 @@ def test_silence_after_a_finish_that_is_none_is_a_failure():
 
 def test_an_answer_has_begun_once_tokens_have_come():
     nothing = (say("\n"), b"data: x\n\n", event({"role": "assistant", "content": ""}))
-    tokens = (think("a"), say("a"), call(), calls_in(item(None, "", index=0)), ENDED)
+    fresh_start = think("old") + splice("{", '"content":""')
+    tokens = (think("a"), say("a"), call(), calls_in(item(None, "", index=0)), ENDED, fresh_start)
     for data in nothing + tokens:
         this = new_answer()
         feed_answer(this, [HEAD])
@@ -3840,15 +3845,17 @@ def test_a_spliced_frame_after_text_or_a_call_went_out_is_an_error(head):
         assert "11" not in "".join(step.text for step in steps)
 
 
-def test_a_spliced_frame_may_hold_anything_an_event_may():
-    call_made = {"id": "c", "name": "f", "arguments": "{}"}
-    function = '{"name":"f","arguments":"{}"}'
-    for inner, expected in (
-            ('"reasoning_content":"Now"', ("22", "Now", [])),
-            (f'"tool_calls":[{{"id":"c","index":0,"function":{function}}}]', ("22", "", [call_made])),
-            ('"content":"the line data: {\\"a\\":1} and data: x "', ('the line data: {"a":1} and data: x 22', "", []))):
-        for head in TORN_HEADS[:3]:
-            assert folded_stream(translated(splice(head, inner) + say("22") + ENDED))[:3] == expected, (head, inner)
+# To add a case, add a row: what the delta of the inner frame holds, (content, reasoning,
+# calls).
+@pytest.mark.parametrize("inner, expected", [
+    ('"reasoning_content":"Now"', ("22", "Now", [])),
+    ('"tool_calls":[{"id":"c","index":0,"function":{"name":"f","arguments":"{}"}}]',
+     ("22", "", [{"id": "c", "name": "f", "arguments": "{}"}])),
+    ('"content":"the line data: {\\"a\\":1} and data: x "', ('the line data: {"a":1} and data: x 22', "", [])),
+])
+@pytest.mark.parametrize("head", TORN_HEADS[:3])
+def test_a_spliced_frame_may_hold_anything_an_event_may(head, inner, expected):
+    assert folded_stream(translated(splice(head, inner) + say("22") + ENDED))[:3] == expected
 
 
 @pytest.mark.parametrize("size", range(1, 7))
@@ -3869,12 +3876,6 @@ def test_a_spliced_frame_is_counted_and_thinking_that_was_shown_is_closed():
     assert this.translator.repaired == 1
     assert [step.kind for step in steps] == ["thinking", "restart", "text", "finish"]
     assert folded_stream(steps, "raw")[0] == "<think>old</think>11"
-
-
-def test_tokens_before_a_fresh_start_were_paid_all_the_same():
-    this = new_answer()
-    feed_answer(this, [HEAD, chunked(think("old")), chunked(splice("{", '"content":""'))])
-    assert this.begun
 
 
 def test_what_was_only_held_back_does_not_forbid_a_fresh_start():
@@ -3901,28 +3902,21 @@ def said_in(parts):
 
 
 def fold_parts(parts, speak=say, **options):
-    """(content, reasoning, calls, finish, usage) of a text that comes in these parts, without all the ways that bytes
-    can arrive."""
+    """What a client makes of a text in these parts, without all the ways that bytes can arrive."""
     steps, failure = receive([wire(in_parts(parts, speak))], **options)
     assert failure is None
     return folded_stream(steps)
 
 
 # Tags. To add a case, add a row: a text, its content, its reasoning.
-TAGGED = [
+@pytest.mark.parametrize("text, content, reasoning", [
     ("<think>Got it</think>\n\nYes", "Yes", "Got it"),
     ("\n<think>\na</think>b<think>c</think>", "b<think>c</think>", "a"),
     ("<|begin_of_box|>42<|end_of_box|>", "42", ""),
     ("<think>x</think><|begin_of_box|>4<|end_of_box|> < 5", "4 < 5", "x"),
-    ("<<think>>", "<<think>>", ""),
-    ("a<|begin_of_b|>", "a<|begin_of_b|>", ""),
     ("<think></think>b", "b", ""),
-    ("a</think>b", "a</think>b", ""),
-    ("<t<think>a</think>", "<t<think>a</think>", ""),
-]
-
-
-@pytest.mark.parametrize("text, content, reasoning", TAGGED)
+    *((text, text, "") for text in ("<<think>>", "a<|begin_of_b|>", "a</think>b", "<t<think>a</think>")),
+])
 def test_tags_are_found_wherever_the_text_is_cut(text, content, reasoning):
     for parts in cuts(text):
         assert fold_parts(parts)[:2] == (content, reasoning), parts
@@ -3943,24 +3937,16 @@ def test_a_leaking_call_is_found_wherever_the_text_is_cut(text):
 
 # What is shown of a text at once, with tools sent. To add a case, add a row: the text,
 # what of it is held back.
-HELD = [
-    ("GLM writes calls as <tool_call> followed by a name", ""),
-    ("<tool_call>get_weather", "<tool_call>get_weather"),
-    ("<tool_call>\n get_w", "<tool_call>\n get_w"),
-    ("<tool_call>get_weather ", "<tool_call>get_weather "),
-    ("<tool_call>get_weather<arg_k", "<tool_call>get_weather<arg_k"),
-    ("<tool_call>get_weather<b>", ""),
-    ("<tool_call>get_weathers", ""),
-    ("<tool_call>get_weather is a tool", ""),
-    ("<tool_call>" + " " * 300, ""),
-    ("<tool_call>", "<tool_call>"),
+@pytest.mark.parametrize("text, held", [
+    *((text, "") for text in (
+        "GLM writes calls as <tool_call> followed by a name", "<tool_call>get_weather<b>", "<tool_call>get_weathers",
+        "<tool_call>get_weather is a tool", "<tool_call>" + " " * 300, "a <b")),
+    *((text, text) for text in (
+        "<tool_call>", "<tool_call>get_weather", "<tool_call>\n get_w", "<tool_call>get_weather ",
+        "<tool_call>get_weather<arg_k")),
     ("Well <tool_c", "<tool_c"),
-    ("a <b", ""),
     ("a <", "<"),
-]
-
-
-@pytest.mark.parametrize("text, held", HELD)
+])
 def test_a_text_is_held_back_only_while_it_can_still_be_a_call(text, held):
     for parts in cuts(text):
         steps, _ = feed_answer(new_answer(tools=WEATHER), said_in(parts))
@@ -3969,7 +3955,7 @@ def test_a_text_is_held_back_only_while_it_can_still_be_a_call(text, held):
 
 # Fences around JSON that was asked for. To add a case, add a row: a text, what is left
 # of it.
-FENCED = [
+@pytest.mark.parametrize("text, left", [
     ('```json\n{"a":"b"}\n```', '{"a":"b"}'), ('\n```json\n{"a":"b"}\n```\n', '{"a":"b"}'),
     ('```\n{"a":"b"}```', '{"a":"b"}'), ('```JSON\r\n{"a":"b"}\n```', '{"a":"b"}'),
     ('```json {"a":"b"} ```', '{"a":"b"}'),
@@ -3977,10 +3963,7 @@ FENCED = [
     ('```json\n{"a":"`b` ```x"}\n```', '{"a":"`b` ```x"}'), ('```json\n{"a":"b', '{"a":"b'), ('{"a":"b"}', '{"a":"b"}'),
     ('{"a":"```x```"}', '{"a":"```x```"}'), ('{"a":1}\n', '{"a":1}'), ("5", "5"), ("``", "``"), ("", ""),
     ("```json", "```json"), ("```" + "x" * 200 + '{"a":1}', "```" + "x" * 200 + '{"a":1}'),
-]
-
-
-@pytest.mark.parametrize("text, left", FENCED)
+])
 def test_a_json_answer_comes_without_its_fence_wherever_it_is_cut(text, left):
     for parts in cuts(text):
         content, _, _, finish, _ = fold_parts(parts, unfence=True)
@@ -3990,7 +3973,7 @@ def test_a_json_answer_comes_without_its_fence_wherever_it_is_cut(text, left):
 
 # Stop words. To add a case, add a row: the words, a text, what is left of it, whether
 # one was met (in which case nothing more is waited for).
-STOPPED = [
+@pytest.mark.parametrize("words, text, left, met", [
     (("Observation",), "a = 1\nObservation: 5", "a = 1\n", True),
     (("Observation",), "Obser, Observatio", "Obser, ", False),  # Z.ai stops with most of the word in the text
     (("Observation",), "Obser", "Obser", False),
@@ -4015,10 +3998,7 @@ STOPPED = [
     (("<think>",), "a<think>b", "a", True),
     (("Human<",), "aHuman<b", "a", True),
     (("STOP", "END", "HALT", "QUIT"), "so we HALT here, STOP", "so we ", True),
-]
-
-
-@pytest.mark.parametrize("words, text, left, met", STOPPED)
+])
 def test_the_text_ends_before_the_first_stop_word_wherever_it_is_cut(words, text, left, met):
     for parts in cuts(text):
         this = new_answer(stop=words)
@@ -4042,54 +4022,39 @@ def test_a_stop_word_ends_the_answer_before_zai_does():
 
 
 # Behind a stop word Z.ai's counts are not waited for.
-UNCOUNTED = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
+UNCOUNTED = counts(0, 0, 0)
 
 
-def test_a_stop_word_in_thinking_is_none():
-    check_answer(think("a stop b") + say("c stop d") + ENDED, says("c ", "a stop b", usage=UNCOUNTED), stop=("stop",))
-    check_answer(say("<think>a stop b</think>c") + ENDED, says("c", "a stop b"), stop=("stop",))
-
-
-def test_a_stop_word_in_arguments_is_none():
-    check_answer(say("a") + call() + TOOLS_END, asks(RAIN, content="a"), stop=("Paris",))
-
-
-def test_behind_a_stop_word_there_are_no_calls():
-    data = calls_in(item(*RAIN, id="c"), content="a stop") + TOOLS_END
-    check_answer(data, says("a ", usage=UNCOUNTED), stop=("stop",))
-
-
-def test_a_call_before_a_stop_word_stays_one():
-    check_answer(call() + say("a stop") + ENDED, asks(RAIN, content="a ", usage=UNCOUNTED), stop=("stop",))
-
-
-def test_a_stop_word_at_the_very_end_leaves_nothing_of_itself():
-    check_answer(say("a sto<") + ENDED, says("a "), stop=("sto<",))
-
-
-def test_a_leaked_call_before_a_stop_word_is_made_and_one_behind_it_is_not():
-    data = say(leak("get_weather" + CITY) + "a stop" + leak("get_time")) + ENDED
-    check_answer(data, asks(RAIN, content="a ", usage=UNCOUNTED), stop=("stop",), tools=WEATHER)
-
-
-def test_a_call_without_arguments_before_a_stop_word_has_some():
-    data = calls_in(item("get_time", "", id="c", index=0)) + say("a stop") + ENDED
-    check_answer(data, asks(TIME, content="a ", usage=UNCOUNTED), stop=("stop",))
+# Answers in which "stop" is a stop word, read with more options. To add a case, add a
+# row: what is special, the bytes, what they say, the options.
+@cases("data, expected, options", [
+    ("in thinking it is none", think("a stop b") + say("c stop d") + ENDED,
+     says("c ", "a stop b", usage=UNCOUNTED), {}),
+    ("in thinking in the content it is none", say("<think>a stop b</think>c") + ENDED, says("c", "a stop b"), {}),
+    ("in arguments it is none", say("a") + call("f", '{"a":"stop"}') + TOOLS_END,
+     asks(("f", '{"a":"stop"}'), content="a"), {}),
+    ("a call behind it is none", calls_in(item(*RAIN, id="c"), content="a stop") + TOOLS_END,
+     says("a ", usage=UNCOUNTED), {}),
+    ("a call before it stays one", call() + say("a stop") + ENDED, asks(RAIN, content="a ", usage=UNCOUNTED), {}),
+    ("a call without arguments before it has some",
+     calls_in(item("get_time", "", id="c", index=0)) + say("a stop") + ENDED,
+     asks(TIME, content="a ", usage=UNCOUNTED), {}),
+    ("a leaked call before it is made and one behind it is not",
+     say(leak("get_weather" + CITY) + "a stop" + leak("get_time")) + ENDED,
+     asks(RAIN, content="a ", usage=UNCOUNTED), {"tools": WEATHER}),
+    ("at the very end it leaves nothing of itself", say("a sto<") + ENDED, says("a "), {"stop": ("sto<",)}),
+    ("usage that came with it counts", event({"content": "a stop"}, "stop", USAGE), says("a "), {}),
+    ("it works behind a fence", say('```json\n{"a":1,') + say('"stop":2}\n```') + ENDED,
+     says('{"a":1,"', usage=UNCOUNTED), {"unfence": True}),
+])
+def test_a_stop_word(data, expected, options):
+    check_answer(data, expected, **{"stop": ("stop",), **options})
 
 
 @pytest.mark.parametrize("name", ("get_weather", None))
 def test_half_a_call_before_a_stop_word_is_a_failure(name):
     data = calls_in(item(name, '{"ci', id="c", index=0)) + say("a stop") + ENDED
     assert broken(wire(data), stop=("stop",))[0].verdict == TRY_AGAIN
-
-
-def test_usage_that_came_with_the_stop_word_counts():
-    check_answer(event({"content": "a stop"}, "stop", USAGE), says("a "), stop=("stop",))
-
-
-def test_stop_words_work_behind_a_fence():
-    data = say('```json\n{"a":1,') + say('"stop":2}\n```') + ENDED
-    check_answer(data, says('{"a":1,"', usage=UNCOUNTED), stop=("stop",), unfence=True)
 
 
 def test_what_only_begins_a_stop_word_waits_and_comes():
@@ -4112,26 +4077,24 @@ def test_what_is_held_back_is_not_overtaken():
 
 # Bounds
 
-def test_a_json_answer_has_a_bound_in_bytes():
-    text = ztoapi.Step(ztoapi.TEXT, "x" * 2000)
-    thinking = ztoapi.Step(ztoapi.THINKING, "\u597d" * 200)
+# To add a case, add a row: what is counted, the steps, a limit that they are above.
+@cases("steps, limit", [
+    ("bytes, not letters",
+     [ztoapi.Step(ztoapi.TEXT, "x" * 2000), ztoapi.Step(ztoapi.THINKING, "\u597d" * 200)], 5000),
+    ("the names of calls", [ztoapi.Step(ztoapi.CALL, "", 0, "c", "f" * 2000)], 1000),
+    ("tiny steps, more than their text", [ztoapi.Step(ztoapi.TEXT, "x")] * 1000, 10000),
+])
+def test_a_json_answer_has_a_bound(steps, limit):
     with pytest.raises(UpstreamError) as caught:
-        ztoapi.Fold(limit=5000).add([text, thinking])
+        ztoapi.Fold(limit=limit).add(steps)
     assert caught.value.verdict == GIVE_UP
+
+
+def test_what_stood_before_a_fresh_start_does_not_count_towards_the_bound():
+    text, thinking = ztoapi.Step(ztoapi.TEXT, "x" * 2000), ztoapi.Step(ztoapi.THINKING, "\u597d" * 200)
     fold = ztoapi.Fold(limit=5000)
     fold.add([text, ztoapi.Step(ztoapi.RESTART), thinking])
     assert fold.text(ztoapi.TEXT) == ""
-
-
-def test_names_of_calls_count_towards_the_bound():
-    with pytest.raises(UpstreamError):
-        ztoapi.Fold(limit=1000).add([ztoapi.Step(ztoapi.CALL, "", 0, "c", "f" * 2000)])
-
-
-def test_tiny_steps_count_more_than_their_text():
-    fold = ztoapi.Fold(limit=10000)
-    with pytest.raises(UpstreamError):
-        fold.add([ztoapi.Step(ztoapi.TEXT, "x")] * 1000)
 
 
 def test_an_event_of_almost_16_mib_passes():
@@ -4169,84 +4132,82 @@ def test_an_error_body_has_a_bound_and_its_status_counts():
     assert this.feed(END)[1].code == "upstream_auth_error"
 
 
-# What a model may be told to write, and a gateway may send. Each takes less than a
-# second. To add a case, add a row: the Translator's options, the events.
 KEYS = "<arg_key>" * 50000
-ATTACKS = {
-    "<arg_key> without end in a leak": ({}, [say("<tool_call>get_time" + KEYS), ENDED]),
-    "<arg_key> without end in a leak, in pieces":
-        ({}, [say("<tool_call>get_time")] + [say("<arg_key>" * 100)] * 1000 + [ENDED]),
-    "pairs without end":
-        ({}, [say("<tool_call>get_time" + "<arg_key>a</arg_key><arg_value>b</arg_value>" * 20000), ENDED]),
-    "<arg_key> without end in a name": ({}, [call("get_time" + KEYS, ""), TOOLS_END]),
-    "<arg_key> without end in arguments": ({}, [call("get_time", KEYS), TOOLS_END]),
-    "markup in keys without end": ({}, [call("get_time", '{"a</arg_key>":' * 50000), TOOLS_END]),
-    "half tags in arguments": ({}, [call("get_time", "</arg_key" * 50000), TOOLS_END]),
-    "a name of a megabyte": ({}, [call("x" * (1 << 20), "{}"), TOOLS_END]),
-    "ids of a megabyte": ({}, [call("f", "{}", "x" * (1 << 20) + str(i)) for i in range(20)] + [TOOLS_END]),
-    "leaks without end": ({}, [say("<tool_call>" * 50000), ENDED]),
-    "leaks without end, in pieces": ({}, [say("<tool_call>")] * 10000 + [ENDED]),
-    "leaks of a tool without end": ({}, [say("<tool_call>get_time")] * 10000 + [ENDED]),
-    "empty leaks": ({}, [say("<tool_call></tool_call>" * 20000), ENDED]),
-    "calls leaked without end": ({}, [say("<tool_call>get_time</tool_call>" * 20000), ENDED]),
-    "blanks behind a leak": ({}, [say("<tool_call>" + " " * 200000), ENDED]),
-    "blanks behind a leak, one by one": ({}, [say("<tool_call>")] + [say(" ")] * 10000 + [ENDED]),
-    "blanks behind a leaked name": ({}, [say("<tool_call>get_time")] + [say(" ")] * 10000 + [ENDED]),
-    "<": ({}, [say("<" * 500000), ENDED]),
-    "<, one by one": ({}, [say("<")] * 10000 + [ENDED]),
-    "half tags": ({}, [say("<tool_cal" * 50000), ENDED]),
-    "<think>": ({}, [say("<think>" * 50000), ENDED]),
-    "boxes": ({}, [say("<|begin_of_box|>" * 50000), ENDED]),
-    "a fence and blanks": ({"unfence": True}, [say("```json" + " " * 500000), ENDED]),
-    "a fence and blanks, one by one": ({"unfence": True}, [say("```")] + [say(" ")] * 10000 + [ENDED]),
-    "blanks before a fence, one by one": ({"unfence": True}, [say(" ")] * 10000 + [ENDED]),
-    "fences": ({"unfence": True}, [say("```json\n{" * 50000), ENDED]),
-    "brackets behind a fence": ({"unfence": True}, [say("```" + "[" * 500000), ENDED]),
-    "brackets behind a fence, one by one": ({"unfence": True}, [say("```")] + [say("[")] * 10000 + [ENDED]),
-    "beginnings of a stop word": ({"stop": ("a" * 1000 + "b",)}, [say("a" * 200000), ENDED]),
-    "beginnings of a stop word, one by one": ({"stop": ("a" * 1000 + "b",)}, [say("a")] * 5000 + [ENDED]),
-    "beginnings of many stop words": ({"stop": tuple("ab" * 200 + c for c in "cdef")}, [say("ab" * 50000), ENDED]),
-    "20,000 calls in one event": ({}, [calls_in(*[item("get_time", "{}")] * 20000), TOOLS_END]),
-    "20,000 fragments in one event":
-        ({}, [call("get_time", "{")] + [calls_in(*[item(None, " ", index=0)] * 20000), TOOLS_END]),
-    "200,000 fragments of the last of many calls":
-        ({}, [calls_in(*[item("get_time", "{", index=i) for i in range(128)]),
+
+
+# What a model may be told to write, and a gateway may send. Each takes less than a
+# second. To add a case, add a row: what is special, the Translator's options, the
+# events.
+@cases("options, events", [
+    ("<arg_key> without end in a leak", {}, [say("<tool_call>get_time" + KEYS), ENDED]),
+    ("<arg_key> without end in a leak, in pieces", {},
+     [say("<tool_call>get_time")] + [say("<arg_key>" * 100)] * 1000 + [ENDED]),
+    ("pairs without end", {},
+     [say("<tool_call>get_time" + "<arg_key>a</arg_key><arg_value>b</arg_value>" * 20000), ENDED]),
+    ("<arg_key> without end in a name", {}, [call("get_time" + KEYS, ""), TOOLS_END]),
+    ("<arg_key> without end in arguments", {}, [call("get_time", KEYS), TOOLS_END]),
+    ("markup in keys without end", {}, [call("get_time", '{"a</arg_key>":' * 50000), TOOLS_END]),
+    ("half tags in arguments", {}, [call("get_time", "</arg_key" * 50000), TOOLS_END]),
+    ("a name of a megabyte", {}, [call("x" * (1 << 20), "{}"), TOOLS_END]),
+    ("ids of a megabyte", {}, [call("f", "{}", "x" * (1 << 20) + str(i)) for i in range(20)] + [TOOLS_END]),
+    ("leaks without end", {}, [say("<tool_call>" * 50000), ENDED]),
+    ("leaks without end, in pieces", {}, [say("<tool_call>")] * 10000 + [ENDED]),
+    ("leaks of a tool without end", {}, [say("<tool_call>get_time")] * 10000 + [ENDED]),
+    ("empty leaks", {}, [say("<tool_call></tool_call>" * 20000), ENDED]),
+    ("calls leaked without end", {}, [say("<tool_call>get_time</tool_call>" * 20000), ENDED]),
+    ("blanks behind a leak", {}, [say("<tool_call>" + " " * 200000), ENDED]),
+    ("blanks behind a leak, one by one", {}, [say("<tool_call>")] + [say(" ")] * 10000 + [ENDED]),
+    ("blanks behind a leaked name", {}, [say("<tool_call>get_time")] + [say(" ")] * 10000 + [ENDED]),
+    ("<", {}, [say("<" * 500000), ENDED]),
+    ("<, one by one", {}, [say("<")] * 10000 + [ENDED]),
+    ("half tags", {}, [say("<tool_cal" * 50000), ENDED]),
+    ("<think>", {}, [say("<think>" * 50000), ENDED]),
+    ("boxes", {}, [say("<|begin_of_box|>" * 50000), ENDED]),
+    ("a fence and blanks", {"unfence": True}, [say("```json" + " " * 500000), ENDED]),
+    ("a fence and blanks, one by one", {"unfence": True}, [say("```")] + [say(" ")] * 10000 + [ENDED]),
+    ("blanks before a fence, one by one", {"unfence": True}, [say(" ")] * 10000 + [ENDED]),
+    ("fences", {"unfence": True}, [say("```json\n{" * 50000), ENDED]),
+    ("brackets behind a fence", {"unfence": True}, [say("```" + "[" * 500000), ENDED]),
+    ("brackets behind a fence, one by one", {"unfence": True}, [say("```")] + [say("[")] * 10000 + [ENDED]),
+    ("beginnings of a stop word", {"stop": ("a" * 1000 + "b",)}, [say("a" * 200000), ENDED]),
+    ("beginnings of a stop word, one by one", {"stop": ("a" * 1000 + "b",)}, [say("a")] * 5000 + [ENDED]),
+    ("beginnings of many stop words", {"stop": tuple("ab" * 200 + c for c in "cdef")}, [say("ab" * 50000), ENDED]),
+    ("20,000 calls in one event", {}, [calls_in(*[item("get_time", "{}")] * 20000), TOOLS_END]),
+    ("20,000 fragments in one event", {},
+     [call("get_time", "{")] + [calls_in(*[item(None, " ", index=0)] * 20000), TOOLS_END]),
+    ("200,000 fragments of the last of many calls", {},
+     [calls_in(*[item("get_time", "{", index=i) for i in range(128)]),
               calls_in(*[item(None, " ", index=0)] * 200000), TOOLS_END]),
-    "20,000 calls without a name": ({}, [calls_in(*[item(None, "", id=f"c{i}") for i in range(20000)]), TOOLS_END]),
-    "arguments byte by byte":
-        ({}, [call("get_time", "{")] + [calls_in(item(None, "[", index=0))] * 10000 + [TOOLS_END]),
-    "arguments of a megabyte": ({}, [call("get_time", '{"a":"' + "x\\" * 500000 + '"}'), TOOLS_END]),
-    "data: in a torn frame": ({}, [b"data: {" + b"data: " * 100000 + b"\n\n", ENDED]),
-    "frames in a torn frame": ({}, [b"data: {" + b'data: {"a":' * 50000 + b"\n\n", ENDED]),
-    "torn frames": ({}, [b'data: {"id":data: {"a":1}\n\n'] * 10000 + [ENDED]),
-    "restarts": ({}, [splice("{", '"reasoning_content":"a"')] * 5000 + [ENDED]),
-    "data: lines without a blank line": ({}, [b"data: x\n" * 100000, ENDED]),
-    "blanks before an event": ({}, [b"data: " + b" " * 500000 + b"x\n\n", ENDED]),
-    "deep lists": ({}, [b"data: " + b"[" * 500000 + b"\n\n", ENDED]),
-    "deep objects": ({}, [b"data: " + b'{"a":' * 100000 + b"\n\n", ENDED]),
-    "deep arguments": ({}, [b'data: {"choices":[{"delta":{"tool_calls":[{"function":{"name":"f","arguments":'
+    ("20,000 calls without a name", {}, [calls_in(*[item(None, "", id=f"c{i}") for i in range(20000)]), TOOLS_END]),
+    ("arguments byte by byte", {},
+     [call("get_time", "{")] + [calls_in(item(None, "[", index=0))] * 10000 + [TOOLS_END]),
+    ("arguments of a megabyte", {}, [call("get_time", '{"a":"' + "x\\" * 500000 + '"}'), TOOLS_END]),
+    ("data: in a torn frame", {}, [b"data: {" + b"data: " * 100000 + b"\n\n", ENDED]),
+    ("frames in a torn frame", {}, [b"data: {" + b'data: {"a":' * 50000 + b"\n\n", ENDED]),
+    ("torn frames", {}, [b'data: {"id":data: {"a":1}\n\n'] * 10000 + [ENDED]),
+    ("restarts", {}, [splice("{", '"reasoning_content":"a"')] * 5000 + [ENDED]),
+    ("data: lines without a blank line", {}, [b"data: x\n" * 100000, ENDED]),
+    ("blanks before an event", {}, [b"data: " + b" " * 500000 + b"x\n\n", ENDED]),
+    ("deep lists", {}, [b"data: " + b"[" * 500000 + b"\n\n", ENDED]),
+    ("deep objects", {}, [b"data: " + b'{"a":' * 100000 + b"\n\n", ENDED]),
+    ("deep arguments", {}, [b'data: {"choices":[{"delta":{"tool_calls":[{"function":{"name":"f","arguments":'
                             + b"[" * 900 + b"]" * 900 + b"}}]}}]}\n\n", TOOLS_END]),
-    "numbers of 100,000 digits":
-        ({}, [say("a"), b'data: {"choices":[],"usage":{"prompt_tokens":' + b"9" * 100000 + b"}}\n\n", ENDED]),
-    "a leaked number of 100,000 digits":
-        ({}, [say(leak("get_time<arg_key>a</arg_key><arg_value>" + "9" * 100000 + "</arg_value>")), ENDED]),
-    "bare lines": ({}, [b"{\n" * 2000000 + b"\n", ENDED]),
-    "a stop word and almost another": ({"stop": ("a" * 255 + "b", "c")}, [say("a" * 8000000), ENDED]),
-    "a leaked depth":
-        ({}, [say(leak("get_time<arg_key>a</arg_key><arg_value>" + "[" * 100000 + "</arg_value>")), ENDED]),
-    "a finish of a megabyte": ({}, [say("a"), finished("x" * (1 << 20))]),
-    "a finish of many digits": ({}, [say("a"), event({}, 10**90)]),
-    "line ends first": ({}, [say("\n")] * 10000 + [ENDED]),
-}
-
-
-@pytest.mark.parametrize("case", ATTACKS)
-def test_no_answer_takes_more_than_linear_time(case):
-    options, events = ATTACKS[case]
-    data = b"".join(stream(*events))
-    pieces = blocks_of(data)
+    ("numbers of 100,000 digits", {},
+     [say("a"), b'data: {"choices":[],"usage":{"prompt_tokens":' + b"9" * 100000 + b"}}\n\n", ENDED]),
+    ("a leaked number of 100,000 digits", {},
+     [say(leak("get_time<arg_key>a</arg_key><arg_value>" + "9" * 100000 + "</arg_value>")), ENDED]),
+    ("bare lines", {}, [b"{\n" * 2000000 + b"\n", ENDED]),
+    ("a stop word and almost another", {"stop": ("a" * 255 + "b", "c")}, [say("a" * 8000000), ENDED]),
+    ("a leaked depth", {},
+     [say(leak("get_time<arg_key>a</arg_key><arg_value>" + "[" * 100000 + "</arg_value>")), ENDED]),
+    ("a finish of a megabyte", {}, [say("a"), finished("x" * (1 << 20))]),
+    ("a finish of many digits", {}, [say("a"), event({}, 10**90)]),
+    ("line ends first", {}, [say("\n")] * 10000 + [ENDED]),
+])
+def test_no_answer_takes_more_than_linear_time(options, events):
+    blocks = blocks_of(b"".join(stream(*events)))
     with under_a_second():
-        steps, failure = receive(pieces, tools=WEATHER, **options)
+        steps, failure = receive(blocks, tools=WEATHER, **options)
     assert failure or steps[-1].kind == ztoapi.FINISH
     if failure:
         assert len(failure.message) < 400
