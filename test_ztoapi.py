@@ -1329,8 +1329,7 @@ FULL, FILTERED = (503, "overloaded"), (400, "content_filter")
 # To add an answer of Z.ai's, add a row: HTTP status, body, the status and code of ours,
 # words that help.
 CAPTURED = [
-    *((401, complaint("401", words), AUTH, "ZAI_API_KEY") for words in (
-        "令牌已过期或验证不正确", "token expired or incorrect")),
+    *((401, complaint("401", words), AUTH, "ZAI_API_KEY") for words in ("令牌已过期或验证不正确", "token expired or incorrect")),
     (429, complaint("1113", "Insufficient balance or no resource package. Please recharge."), NO_MONEY, "Coding Plan"),
     *((400, complaint(code, words), NO_MODEL, "GLM-4.6") for code, words in (
         ("1211", "Unknown Model, please check the model code."), ("1211", "模型不存在，请检查模型代码。"),
@@ -3224,7 +3223,7 @@ MINIMAL = {"id": "", "object": "", "created": 0, "model": "", "system_fingerprin
      says("a")),
     ("stop after a call", call() + ENDED, asks(RAIN)),
     *((f"length within a call, behind {cut!r}",
-       calls_in(item("get_weather", cut, id="c", index=0)) + finished("length"),
+       call("get_weather", cut) + finished("length"),
        asks(("get_weather", cut), finish="length")) for cut in ("", '{"ci', "{}")),
     ("length before a call's name", say("a") + calls_in(item(None, "", id="c", index=0)) + finished("length"),
      says("a", finish="length")),
@@ -3245,7 +3244,7 @@ MINIMAL = {"id": "", "object": "", "created": 0, "model": "", "system_fingerprin
      calls_in(item(*RAIN, id="c", index=0, type="function"), item(*TIME, index=1, type="function")) + TOOLS_END,
      asks(RAIN, TIME)),
     *((f"two calls, an event each, the same id, {where}",
-       calls_in(item(*RAIN, id="c", index=0)) + calls_in(item(name, '{"a":2}', id="c", **where)) + TOOLS_END,
+       call(*RAIN, "c") + calls_in(item(name, '{"a":2}', id="c", **where)) + TOOLS_END,
        asks(RAIN, (name, '{"a":2}'))) for name, where in (
            ("get_time", {"index": 1}), ("get_time", {"index": 0}), ("get_time", {}), ("get_weather", {"index": 1}))),
     ("two calls, the same id", calls_in(item(*RAIN, id="c", index=0), item(*TIME, id="c", index=1)) + TOOLS_END,
@@ -3259,8 +3258,7 @@ MINIMAL = {"id": "", "object": "", "created": 0, "model": "", "system_fingerprin
     ("numeric, empty and null ids",
      calls_in(item(*RAIN, id=-73911021), item(*TIME, id=""), item(*TIME, id=None), item(*TIME, id=0)) + TOOLS_END,
      asks(RAIN, TIME, TIME, TIME)),
-    ("arguments an object", calls_in(item("get_weather", {"city": "北京"}, id="c", index=0)) + TOOLS_END,
-     asks(("get_weather", '{"city":"北京"}'))),
+    ("arguments an object", call("get_weather", {"city": "北京"}) + TOOLS_END, asks(("get_weather", '{"city":"北京"}'))),
     *((f"arguments an object with {number}",
        b'data: {"choices":[{"delta":{"tool_calls":[{"id":"c","function":{"name":"f","arguments":{"a":%b}}}]}}]}\n\n'
        % number.encode() + TOOLS_END,
@@ -3270,12 +3268,12 @@ MINIMAL = {"id": "", "object": "", "created": 0, "model": "", "system_fingerprin
       for arguments in ("", "{}", None, {})),
     ("arguments missing", calls_in(item("get_time", id="c")) + TOOLS_END, asks(TIME)),
     *((f"arguments {first!r}, then real ones",
-       calls_in(item("get_weather", first, id="c", index=0)) + calls_in(item(None, '{"city":', index=0))
+       call("get_weather", first) + calls_in(item(None, '{"city":', index=0))
        + calls_in(item(None, '"Paris"}', index=0)) + TOOLS_END, asks(RAIN)) for first in ("{}", "null", " ")),
-    *((f"behind the arguments {behind!r}", calls_in(item("get_weather", PARIS + behind, id="c", index=0)) + TOOLS_END,
+    *((f"behind the arguments {behind!r}", call("get_weather", PARIS + behind) + TOOLS_END,
        asks(RAIN)) for behind in (PARIS, "\n" + PARIS, "}", "\n</tool_call>")),
     *((f"arguments twice, {where}",
-       calls_in(item("get_weather", '{"city":', id="c", index=0)) + calls_in(item(None, '"Paris"}', index=0))
+       call("get_weather", '{"city":', "c") + calls_in(item(None, '"Paris"}', index=0))
        + calls_in(item(name, PARIS, **where)) + TOOLS_END, asks(RAIN))
       for name, where in ((None, {"index": 0}), ("get_weather", {"id": "c", "index": 0}))),
     ("arguments missing, then blanks", calls_in(item("get_time", id="c", index=0)) + calls_in(item(None, " ", index=0))
@@ -3307,7 +3305,7 @@ MINIMAL = {"id": "", "object": "", "created": 0, "model": "", "system_fingerprin
        + calls_in(item(None, "}", index=first + 1), item(None, "}", index=first)) + TOOLS_END,
        asks(RAIN, TIME)) for first in (0, 1)),
     ("fragments that begin with nothing",
-     calls_in(item("get_weather", "", id="a", index=0)) + calls_in(item(index=0))
+     call("get_weather", "") + calls_in(item(index=0))
      + calls_in(item(None, PARIS, index=0)) + TOOLS_END, asks(RAIN)),
     ("arguments before the name",
      calls_in(item(None, '{"city":', id="a", index=0)) + calls_in(item("get_weather", '"Paris"}', index=0)) + TOOLS_END,
@@ -3318,21 +3316,22 @@ MINIMAL = {"id": "", "object": "", "created": 0, "model": "", "system_fingerprin
      calls_in(item(True, "{}", id="a", index=0), item(["f"], "{}", id="b", index=1), item(*RAIN, id="c", index=2))
      + TOOLS_END, asks(RAIN)),
     # Markup in names and keys
-    *((f"the name {name!r}", calls_in(item(name, PARIS, id="c", index=0)) + TOOLS_END, asks(RAIN)) for name in (
+    *((f"the name {name!r}", call(name, PARIS) + TOOLS_END, asks(RAIN)) for name in (
         " get_weather", "get_weather\n", "get_weather</arg_value>", "get_weather</tool_call>",
         "get_weather <arg_key>")),
-    ("a name with markup that is no tool's", calls_in(item("x</arg_value>", PARIS, id="c", index=0)) + TOOLS_END,
+    ("a name with markup that is no tool's", call("x</arg_value>", PARIS) + TOOLS_END,
      asks(("x</arg_value>", PARIS))),
-    *((f"the key {key!r}", calls_in(item("get_weather", {key: "Paris"}, id="c", index=0)) + TOOLS_END, asks(RAIN))
-      for key in ("city</arg_key>", "city<arg_key>", "city</arg_value>", "city </arg_key>\n<arg_value>", "city</tool_call>",
-                  "city<tool_call>")),
+    *((f"the key {key!r}", call("get_weather", {key: "Paris"}) + TOOLS_END, asks(RAIN))
+      for key in (
+        "city</arg_key>", "city<arg_key>", "city</arg_value>", "city </arg_key>\n<arg_value>", "city</tool_call>",
+        "city<tool_call>")),
     *((f"markup in a key, in pieces of {size}", calls_in(
         item("get_weather", "", id="c", index=0),
         *(item(None, text[at:at + size], index=0) for at in range(0, len(text), size))) + TOOLS_END,
        asks(("get_weather", '{"city":"</arg_key>", "a<b":1}')))
       for text in ['{"city</arg_key>":"</arg_key>", "a<b":1}', '{"city</tool_call>":"</arg_key>", "a<b":1}']
       for size in (1, 3, 8)),
-    ("markup in a value is a text", calls_in(item("get_time", {"a": "x</arg_key>"}, id="c", index=0)) + TOOLS_END,
+    ("markup in a value is a text", call("get_time", {"a": "x</arg_key>"}) + TOOLS_END,
      asks(("get_time", '{"a":"x</arg_key>"}'))),
     *((f"arguments in the name, {arguments}",
        calls_in(item("get_weather" + CITY, arguments, id="c", index=0)) + TOOLS_END, asks(RAIN))
@@ -3466,7 +3465,7 @@ BARE_LINE = '{"error":{"code":"500","message":"内部错误"}}'.encode()
         ("tool_calls without a call", say("a") + TOOLS_END),
         ("tool_calls without a call at all", TOOLS_END),
         *((f"arguments cut in the middle, {finish}",
-           calls_in(item("get_weather", text, id="a", index=0)) + finished(finish))
+           call("get_weather", text) + finished(finish))
           for finish in ("stop", "tool_calls") for text in ('{"ci', '{"city":"Par', '{"a":[1')),
         ("a call without a name", calls_in(item(None, PARIS, id="a", index=0)) + TOOLS_END),
         ("a call without a name beside a good one", call() + calls_in(item(None, PARIS, id="a", index=1)) + TOOLS_END),
@@ -4037,7 +4036,7 @@ UNCOUNTED = counts(0, 0, 0)
      says("a ", usage=UNCOUNTED), {}),
     ("a call before it stays one", call() + say("a stop") + ENDED, asks(RAIN, content="a ", usage=UNCOUNTED), {}),
     ("a call without arguments before it has some",
-     calls_in(item("get_time", "", id="c", index=0)) + say("a stop") + ENDED,
+     call("get_time", "") + say("a stop") + ENDED,
      asks(TIME, content="a ", usage=UNCOUNTED), {}),
     ("a leaked call before it is made and one behind it is not",
      say(leak("get_weather" + CITY) + "a stop" + leak("get_time")) + ENDED,
@@ -4324,15 +4323,12 @@ def test_thinking_is_parsed_raw_or_hidden(data):
 
 # Raw thinking is closed whatever follows. To add a case, add a row: what follows, what
 # it says.
-AFTER_RAW = [
+@pytest.mark.parametrize("rest, expected", [
     (ENDED, says("<think>hm</think>")),
     (finished("length"), says("<think>hm</think>", finish="length")),
     (call() + TOOLS_END, asks(RAIN, content="<think>hm</think>")),
     (say("a") + think("hm") + say("b") + ENDED, says("<think>hm</think>a<think>hm</think>b")),
-]
-
-
-@pytest.mark.parametrize("rest, expected", AFTER_RAW)
+])
 def test_raw_thinking_is_closed_whatever_follows(rest, expected):
     check_answer(think("hm") + rest, expected, reasoning="raw")
 
@@ -4394,9 +4390,14 @@ def test_the_error_of_a_stream_is_openais_with_error_first():
 
 
 UNSAID = "unsaid"
+def read_chat(body, headers, **environ):
+    settings = Settings.from_environ(environ)
+    return ztoapi.Chat.read(body, ztoapi.Caller(headers, "k", 1790000000.7, ztoapi.Memory()), settings)
+
+
 # Who gets a stream. To add a case, add a row: the request's stream, Accept, User-Agent,
 # DEFAULT_STREAM; whether.
-STREAMS = [
+@pytest.mark.parametrize("asked, accept, agent, default, expected", [
     (True, "application/json", "ai-sdk/6", "false", True), (False, "text/event-stream", "curl/8", "true", False),
     (UNSAID, "*/*", "curl/8.5.0", "true", True), (UNSAID, "*/*", "curl/8.5.0", "false", False),
     (UNSAID, "", "", "true", True), (UNSAID, "application/json", "OpenAI/Python 3.54.0", "true", False),
@@ -4410,15 +4411,7 @@ STREAMS = [
         "node", "undici", "Go-http-client/1.1", "langchaingo/0.1", "Java/17", "Java-http-client/21.0.2", "okhttp/4.9",
         "Apache-HttpClient/5", "lm15", "ai-sdk/openai/2.0 runtime/node.js")),
     *((UNSAID, "*/*", agent, "true", True) for agent in ("node-fetch/1.0", "python-requests/2.31")),
-]
-
-
-def read_chat(body, headers, **environ):
-    settings = Settings.from_environ(environ)
-    return ztoapi.Chat.read(body, ztoapi.Caller(headers, "k", 1790000000.7, ztoapi.Memory()), settings)
-
-
-@pytest.mark.parametrize("asked, accept, agent, default, expected", STREAMS)
+])
 def test_who_gets_a_stream(asked, accept, agent, default, expected):
     body = {} if asked == UNSAID else {"stream": asked}
     front, request = read_chat(body, {"accept": accept, "user-agent": agent}, DEFAULT_STREAM=default)
@@ -4429,13 +4422,10 @@ def test_who_gets_a_stream(asked, accept, agent, default, expected):
 
 # Who reads an error only if no cut follows it. To add a case, add a row: the header
 # fields, whether a failed stream is cut.
-CUTS = [
+@pytest.mark.parametrize("headers, expected", [
     ({}, True), ({"user-agent": "OpenAI/Python 3.57"}, True), ({"origin": "https://app.example"}, False),
     ({"user-agent": "ai/6.0 ai-sdk/openai/3.0"}, False), ({"user-agent": "Python/3.11 aiohttp/3.9"}, False),
-]
-
-
-@pytest.mark.parametrize("headers, expected", CUTS)
+])
 def test_a_failed_stream_is_cut_unless_the_error_would_be_lost_over_it(headers, expected):
     assert read_chat({}, headers)[0].cuts_failures is expected
 
@@ -4546,46 +4536,32 @@ def folded(read, steps):
 # Messages, the request
 
 # To add a case, add a row: fields of a request, what they make of the chat request.
-MESSAGES_REQUESTS = [
-    ({"max_tokens": 5, "temperature": 1, "top_p": 0.5}, {"max_tokens": 5, "temperature": 1, "top_p": 0.5}),
+@pytest.mark.parametrize("fields, expected", [
+    *((fields, fields) for fields in (
+        {"max_tokens": 5, "temperature": 1, "top_p": 0.5}, {"stream": True}, {"thinking": OFF},
+        {"tools": [{"type": "web_search_20250305", "name": "web_search", "max_uses": 8}]})),
     ({"stop_sequences": ["a", "b"]}, {"stop": ["a", "b"]}),
-    ({}, {"stream": False, "thinking": {"type": "disabled"}}),
+    ({}, {"stream": False, "thinking": OFF}),
     ({"stream": None}, {"stream": False}),
-    ({"stream": True}, {"stream": True}),
-    ({"thinking": {"type": "disabled"}}, {"thinking": {"type": "disabled"}}),
-    ({"thinking": {"type": "enabled", "budget_tokens": 1024}},
-     {"thinking": {"type": "enabled"}, "reasoning_effort": "low"}),
-    ({"thinking": {"type": "enabled", "budget_tokens": 8192}}, {"reasoning_effort": "medium"}),
-    ({"thinking": {"type": "enabled", "budget_tokens": 24576}}, {"reasoning_effort": "high"}),
-    ({"thinking": {"type": "enabled", "budget_tokens": 32000}}, {"reasoning_effort": "max"}),
+    *(({"thinking": {**ON, "budget_tokens": budget}}, {"thinking": ON, "reasoning_effort": effort})
+      for budget, effort in ((1024, "low"), (8192, "medium"), (24576, "high"), (32000, "max"))),
     ({"thinking": {"type": "adaptive"}, "output_config": {"effort": "high"}},
-     {"thinking": {"type": "enabled"}, "reasoning_effort": "high"}),
-    ({"thinking": {"type": "adaptive"}}, {"thinking": {"type": "enabled"}, "reasoning_effort": None}),
-    ({"thinking": {"type": "enabled", "clear_thinking": False}, "output_config": {"effort": "low"}},
-     {"thinking": {"type": "enabled"}, "reasoning_effort": "low"}),
-    ({"tools": [{"name": "f", "description": "d", "input_schema": {"type": "object"}, "cache_control": {}}]},
-     {"tools": [{"type": "function",
-                 "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}]}),
-    ({"tools": [{"type": "custom", "name": "f", "description": "d", "input_schema": {}}]},
-     {"tools": [{"type": "function", "function": {"name": "f", "description": "d", "parameters": {}}}]}),
-    ({"tools": [{"type": "web_search_20250305", "name": "web_search", "max_uses": 8}]},
-     {"tools": [{"type": "web_search_20250305", "name": "web_search", "max_uses": 8}]}),
-    ({"tool_choice": {"type": "auto"}}, {"tool_choice": "auto"}),
-    ({"tool_choice": {"type": "any"}}, {"tool_choice": "required"}),
-    ({"tool_choice": {"type": "none"}}, {"tool_choice": "none"}),
-    ({"tool_choice": {"type": "tool", "name": "f"}},
-     {"tool_choice": {"type": "function", "function": {"name": "f"}}}),
+     {"thinking": ON, "reasoning_effort": "high"}),
+    ({"thinking": {"type": "adaptive"}}, {"thinking": ON, "reasoning_effort": None}),
+    ({"thinking": {**ON, "clear_thinking": False}, "output_config": {"effort": "low"}},
+     {"thinking": ON, "reasoning_effort": "low"}),
+    *(({"tools": [{"name": "f", "description": "d", "input_schema": {"type": "object"}, **more}]},
+       function(name="f", description="d", parameters={"type": "object"}))
+      for more in ({"cache_control": {}}, {"type": "custom"})),
+    *(({"tool_choice": {"type": kind}}, {"tool_choice": ours}) for kind, ours in (
+        ("auto", "auto"), ("any", "required"), ("none", "none"))),
+    ({"tool_choice": {"type": "tool", "name": "f"}}, {"tool_choice": named("f")}),
     ({"tool_choice": {"type": "auto", "disable_parallel_tool_use": True}}, {"parallel_tool_calls": False}),
-    ({"output_config": {"format": {"type": "json_schema", "schema": {"type": "object"}}}},
-     {"response_format": {"type": "json_schema",
-                          "json_schema": {"type": "json_schema", "schema": {"type": "object"}}}}),
-    ({"output_format": {"type": "json_schema", "schema": {}}},
-     {"response_format": {"type": "json_schema", "json_schema": {"type": "json_schema", "schema": {}}}}),
+    *((fields, schema({"type": "json_schema", "schema": {"type": "object"}})) for fields in (
+        {"output_config": {"format": {"type": "json_schema", "schema": {"type": "object"}}}},
+        {"output_format": {"type": "json_schema", "schema": {"type": "object"}}})),
     ({"metadata": {"user_id": "user-1"}}, {"user": "user-1"}),
-]
-
-
-@pytest.mark.parametrize("fields,expected", MESSAGES_REQUESTS)
+])
 def test_messages_fields_become_those_of_chat(fields, expected):
     _, request = read_messages(**fields)
     assert {name: request.get(name) for name in expected} == expected
@@ -4597,23 +4573,17 @@ def test_a_long_user_id_is_hashed():
 
 
 # To add a case, add a row: fields of a request, what x-ztoapi-changed says of them.
-MESSAGES_CHANGES = [
+@pytest.mark.parametrize("fields, expected", [
     ({"top_k": 3, "container": "c", "mcp_servers": [], "service_tier": "auto", "inference_geo": "eu"},
      {"top_k", "container", "mcp_servers", "service_tier", "inference_geo"}),
     ({"context_management": {}, "invented": 1}, {"context_management", "invented"}),
     ({"cache_control": {"type": "ephemeral"}, "metadata": {}, "output_config": {}}, set()),
     ({"tools": [{"type": "bash_20250124", "name": "bash"}]}, {"bash_20250124"}),
-    ({"messages": [{"role": "user", "content": [{"type": "container_upload", "file_id": "f"}]}]},
-     {"container_upload"}),
-    ({"messages": [{"role": "user", "content": [{"type": "image", "source": {"type": "file", "file_id": "f"}}]}]},
-     {"image"}),
-    ({"messages": [user("a"),
-                   {"role": "assistant", "content": [{"type": "server_tool_use"}, {"type": "text", "text": "b"}]},
-                   user("c")]}, {"server_tool_use"}),
-]
-
-
-@pytest.mark.parametrize("fields,expected", MESSAGES_CHANGES)
+    (asking([{"type": "container_upload", "file_id": "f"}]), {"container_upload"}),
+    (asking([{"type": "image", "source": {"type": "file", "file_id": "f"}}]), {"image"}),
+    ({"messages": [user("a"), assistant([{"type": "server_tool_use"}, {"type": "text", "text": "b"}]), user("c")]},
+     {"server_tool_use"}),
+])
 def test_messages_drops_by_name_what_chat_does_not_have(fields, expected):
     front, request = read_messages(**fields)
     result = asked_by_front(request)
@@ -4635,7 +4605,7 @@ def use(id, name="f", input=None):
 
 
 def using(*blocks):
-    return {"role": "assistant", "content": list(blocks)}
+    return assistant(list(blocks))
 
 
 def tool_result(id, *content, **more):
@@ -4648,65 +4618,64 @@ def source(kind, **source):
 
 PNG = source("image", type="base64", media_type="image/png", data="AAAA")
 BILLED = text("x-anthropic-billing-header: cc_version=2.1")
-# To add a case, add a row: system, messages, what Z.ai gets. The model sees.
-CLAUDE_HISTORIES = [
-    ("Be brief.", [user("a")], [system("Be brief."), user("a")]),
-    ([BILLED, dict(text("Be brief."), cache_control={})], [user("a")], [system("Be brief."), user("a")]),
+CALL_1, CALL_2, CALL_3 = ("1", "f", "{}"), ("2", "f", "{}"), ("3", "f", "{}")
+ONE_CALL, TWO_CALLS_MADE = assistant("", [CALL_1]), assistant("", [CALL_1, CALL_2])
+
+
+# To add a case, add a row: messages, what Z.ai gets. The model sees.
+@pytest.mark.parametrize("messages, expected", [
     # Claude Code's order.
-    (None, [user([text("a")]), system("s"), user("b")], [user("a"), system("s"), user("b")]),
-    (None, [user([text("a"), PNG])], [user([text("a"), image()])]),
-    (None, [user([source("image", type="url", url="http://x/y.png"), text("a")])],
-     [user([image("http://x/y.png"), text("a")])]),
-    (None, [user([source("document", type="text", data="D", media_type="text/plain")])], [user("D")]),
-    (None, [user([source("document", type="content", content=[text("D"), text("E")])])], [user("D\nE")]),
-    (None, [user([source("document", type="url", url="http://x/y.pdf"), text("a")])],
+    ([user([text("a")]), system("s"), user("b")], [user("a"), system("s"), user("b")]),
+    ([user([text("a"), PNG])], [user([text("a"), image()])]),
+    ([user([source("image", type="url", url="http://x/y.png")])], [user([image("http://x/y.png"), text(".")])]),
+    ([user([source("document", type="text", data="D", media_type="text/plain")])], [user("D")]),
+    ([user([source("document", type="content", content=[text("D"), text("E")])])], [user("D\nE")]),
+    ([user([source("document", type="url", url="http://x/y.pdf"), text("a")])],
      [user([{"type": "file_url", "file_url": {"url": "http://x/y.pdf"}}, text("a")])]),
     # GLM-4.6V takes no such file; the conversation goes on all the same.
-    (None, [user([source("document", type="base64", media_type="application/pdf", data="AA"), text("a")])],
+    ([user([source("document", type="base64", media_type="application/pdf", data="AA"), text("a")])],
      [user("[file left out: GLM-4.6V takes no such file]\na")]),
-    (None, [user([{"type": "search_result", "source": "s", "title": "t", "content": [text("S")]}])], [user("t\nS")]),
-    (None, [user([dict(source("document", type="text", data="D"), title="t", context="c")])], [user("t\nc\nD")]),
-    (None, [user("a"), {"role": "assistant", "content": [
-        {"type": "thinking", "thinking": "T", "signature": ""}, {"type": "redacted_thinking", "data": "x"},
-        text("b"), use("1", input={"q": 1}), use("2")]},
-        user([tool_result("1", "one"), tool_result("2", [text("two"), PNG]), text("c")])],
-     [user("a"), assistant("b", [("1", "f", '{"q":1}'), ("2", "f", "{}")], "T"), output("1", "one"), output("2", "two"),
-      user([text("From the tool results:"), image()]), user("c")]),
-    # Results in the wrong order, one that is missing, one that is nobody's.
-    (None, [user("a"), using(use("1"), use("2"), use("3")),
-            user([tool_result("3", "three"), tool_result("1"), tool_result("9", "nine")])],
-     [user("a"), assistant("", [("1", "f", "{}"), ("2", "f", "{}"), ("3", "f", "{}")]), output("1", "(no output)"),
-      output("2", "(no output)"), output("3", "three"), user("Output of the tool call 9:\nnine")]),
-    (None, [user("a"), using(use("1")), user([tool_result("1", "No.", is_error=True)])],
-     [user("a"), assistant("", [("1", "f", "{}")]), output("1", "Error:\nNo.")]),
-    (None, [user("a"), using(use("1")), user([tool_result("1", "An error!", is_error=True)])],
-     [user("a"), assistant("", [("1", "f", "{}")]), output("1", "An error!")]),
-    # A system message between a call and its result waits.
-    (None, [user("a"), using(use("1")), system("s"), user([tool_result("1", "one")])],
-     [user("a"), assistant("", [("1", "f", "{}")]), output("1", "one"), system("s")]),
-    # Calls and results without ids.
-    *((None, [user("a"), using(use(id)), user([tool_result(id, "one")])],
-       [user("a"), assistant("", [("call_2_0", "f", "{}")]), output("call_2_0", "one")]) for id in (None, "", [], ["1"])),
+    ([user([{"type": "search_result", "source": "s", "title": "t", "content": [text("S")]}])], [user("t\nS")]),
+    ([user([dict(source("document", type="text", data="D"), title="t", context="c")])], [user("t\nc\nD")]),
     # What cannot be read, before the last message.
-    *((None, [{"role": "user", "content": content}, user("a")],
-       [user(json.dumps({"role": "user", "content": content}, separators=(",", ":"))), user("a")])
+    *(([user(content), U], [user(json.dumps(user(content), separators=(",", ":"))), U])
       for content in (5, ["x"], [{"text": "x"}])),
-    (None, [user([text("a"), {"type": "text", "text": None}]), user("b")],
-     [user('a\n{"type":"text"}'), user("b")]),
-    (None, [user("a"), using(text("b"), dict(use("1"), name=None)), user([tool_result("1", "one")])],
-     [user("a"), assistant("b"), user('{"type":"function_call","call_id":"1","name":null,"arguments":{}}'),
-      user("Output of the tool call 1:\none")]),
-    # The beginning of an answer.
-    (None, [user("a"), {"role": "assistant", "content": "b"}], [user("a"), assistant("b")]),
-    (None, [user("a"), {"role": "assistant", "content": "b"}, {"role": "assistant", "content": "c"}, user("d")],
-     [user("a"), assistant("b\n\nc"), user("d")]),
-]
-
-
-@pytest.mark.parametrize("prompt,messages,expected", CLAUDE_HISTORIES)
-def test_a_conversation_of_messages_becomes_one_of_chat(prompt, messages, expected):
-    _, request = read_messages(system=prompt, messages=messages)
+    ([user([text("a"), {"type": "text", "text": None}]), U], [user('a\n{"type":"text"}'), U]),
+    # Behind a user's message.
+    *(([U, *messages], [U, *expected]) for messages, expected in (
+        ([using({"type": "thinking", "thinking": "T", "signature": ""}, {"type": "redacted_thinking", "data": "x"},
+                text("b"), use("1", input={"q": 1}), use("2")),
+          user([tool_result("1", "one"), tool_result("2", [text("two"), PNG]), text("c")])],
+         [assistant("b", [("1", "f", '{"q":1}'), CALL_2], "T"), output("1", "one"), output("2", "two"),
+          user([FROM_TOOLS, image()]), user("c")]),
+        # Results in the wrong order, one that is missing, one that is nobody's.
+        ([using(use("1"), use("2"), use("3")),
+          user([tool_result("3", "three"), tool_result("1"), tool_result("9", "nine")])],
+         [assistant("", [CALL_1, CALL_2, CALL_3]), output("1", "(no output)"), output("2", "(no output)"),
+          output("3", "three"), user("Output of the tool call 9:\nnine")]),
+        *(([using(use("1")), user([tool_result("1", words, is_error=True)])], [ONE_CALL, output("1", told)])
+          for words, told in (("No.", "Error:\nNo."), ("An error!", "An error!"))),
+        # A system message between a call and its result waits.
+        ([using(use("1")), system("s"), user([tool_result("1", "one")])], [ONE_CALL, output("1", "one"), system("s")]),
+        # Calls and results without ids.
+        *(([using(use(id)), user([tool_result(id, "one")])],
+           [assistant("", [("call_2_0", "f", "{}")]), output("call_2_0", "one")]) for id in (None, "", [], ["1"])),
+        ([using(text("b"), dict(use("1"), name=None)), user([tool_result("1", "one")])],
+         [assistant("b"), user('{"type":"function_call","call_id":"1","name":null,"arguments":{}}'),
+          user("Output of the tool call 1:\none")]),
+        # The beginning of an answer.
+        ([assistant("b")], [assistant("b")]),
+        ([assistant("b"), assistant("c"), user("d")], [assistant("b\n\nc"), user("d")]))),
+])
+def test_a_conversation_of_messages_becomes_one_of_chat(messages, expected):
+    _, request = read_messages(messages=messages)
     assert asked_by_front(request).body["messages"] == expected
+
+
+@pytest.mark.parametrize("prompt", ["Be brief.", [BILLED, dict(text("Be brief."), cache_control={})]])
+def test_the_system_prompt_of_messages_comes_first(prompt):
+    _, request = read_messages(system=prompt)
+    assert asked_by_front(request).body["messages"] == [system("Be brief."), user("Hi")]
 
 
 def test_a_picture_never_ends_a_conversation_with_a_model_that_sees_none():
@@ -4717,24 +4686,19 @@ def test_a_picture_never_ends_a_conversation_with_a_model_that_sees_none():
 
 
 # To add a case, add a row: fields of a request that Messages refuses.
-BAD_MESSAGES = [
-    {"messages": None}, {"messages": 5}, {"messages": [5]}, {"messages": [{"role": 5, "content": "a"}]},
-    {"messages": [{"role": "user"}]}, {"messages": [user([5])]}, {"messages": [user([{"type": []}])]},
-    {"messages": [user([{"type": "text"}])]},
-    {"messages": [{"role": "assistant", "content": [use("1", name=5)]}]},
-    {"messages": [{"role": "assistant", "content": [{"type": "text"}]}]},
-    {"messages": [{"role": "assistant", "content": [{"type": "thinking", "thinking": 5}]}]},
-    {"messages": [{"role": "judge", "content": "a"}]}, {"messages": []},
-    {"system": 5}, {"system": [5]}, {"tools": 5}, {"tools": [5]}, {"tools": [{"name": 5}]}, {"tools": [{}]},
-    {"tool_choice": "auto"}, {"tool_choice": {"type": []}}, {"tool_choice": {"type": "tool"}},
+@pytest.mark.parametrize("fields", [
+    *({"messages": value} for value in (
+        None, 5, [], [5], [{"role": 5, "content": "a"}], [{"role": "judge", "content": "a"}], [{"role": "user"}],
+        [user([5])], [user([{"type": []}])], [user([{"type": "text"}])], [using(use("1", name=5))],
+        [using({"type": "text"})], [using({"type": "thinking", "thinking": 5})])),
+    *({"tools": value} for value in (5, [5], [{"name": 5}], [{}])),
+    *({"tool_choice": value} for value in ("auto", {"type": []}, {"type": "tool"})),
     {"tools": [{"name": "f", "input_schema": {}}], "tool_choice": {"type": "tool", "name": "g"}},
-    {"thinking": 5}, {"thinking": {"type": "perhaps"}}, {"thinking": {"type": []}}, {"output_config": 5},
-    {"output_config": {"format": {"type": "json_schema", "schema": 5}}}, {"output_config": {"format": 5}},
-    {"metadata": 5}, {"stream": "yes"}, {"model": None}, {"model": 5}, {"max_tokens": 0}, {"stop_sequences": 5},
-]
-
-
-@pytest.mark.parametrize("fields", BAD_MESSAGES)
+    *({"thinking": value} for value in (5, {"type": "perhaps"}, {"type": []})),
+    *({"output_config": value} for value in (5, {"format": 5}, {"format": {"type": "json_schema", "schema": 5}})),
+    {"system": 5}, {"system": [5]}, {"metadata": 5}, {"stream": "yes"}, {"model": None}, {"model": 5},
+    {"max_tokens": 0}, {"stop_sequences": 5},
+])
 def test_messages_refuses_what_cannot_be(fields):
     with pytest.raises(RequestError) as caught:
         asked_by_front(read_messages(**fields)[1])
@@ -4806,22 +4770,29 @@ def test_messages_streams_by_the_rules_what_the_json_answer_says(name, at_once):
         assert content == whole["content"]
 
 
-# To add a case, add a row: a name in ANSWERS, the types of its blocks, the reason for
-# its end.
-MESSAGES_ENDS = [
-    ("text", ["text"], "end_turn"),
-    ("nothing", [], "max_tokens"),
-    ("thinking and text", ["thinking", "text"], "end_turn"),
-    ("text between thinking", ["thinking", "text", "thinking"], "end_turn"),
-    ("two calls", ["thinking", "text", "tool_use", "tool_use"], "tool_use"),
-    ("calls that interleave", ["tool_use", "tool_use", "text"], "tool_use"),
-    ("a call cut by length", ["text"], "max_tokens"),
-    ("filtered", ["text"], "refusal"),
-    ("context is full", ["text"], "model_context_window_exceeded"),
+# How answers end. To add a case, add a row: a name in ANSWERS; the types of its blocks
+# and the reason for its end in Messages; the types of its items, its status and the
+# reason for being incomplete in Responses.
+ENDS = [
+    ("text", ["text"], "end_turn", ["message"], "completed", None),
+    ("nothing", [], "max_tokens", [], "incomplete", "max_output_tokens"),
+    ("thinking and text", ["thinking", "text"], "end_turn", ["reasoning", "message"], "completed", None),
+    ("text between thinking", ["thinking", "text", "thinking"], "end_turn",
+     ["reasoning", "message", "reasoning"], "completed", None),
+    ("two calls", ["thinking", "text", "tool_use", "tool_use"], "tool_use",
+     ["reasoning", "message", "function_call", "function_call"], "completed", None),
+    ("calls that interleave", ["tool_use", "tool_use", "text"], "tool_use",
+     ["function_call", "function_call", "message"], "completed", None),
+    ("arguments at the end only", ["tool_use"] * 3, "tool_use", ["function_call"] * 3, "completed", None),
+    ("a custom tool", ["tool_use"], "tool_use", ["custom_tool_call"], "completed", None),
+    ("cut by length", ["text"], "max_tokens", ["message"], "incomplete", "max_output_tokens"),
+    ("a call cut by length", ["text"], "max_tokens", ["message", "function_call"], "incomplete", "max_output_tokens"),
+    ("filtered", ["text"], "refusal", ["message"], "incomplete", "content_filter"),
+    ("context is full", ["text"], "model_context_window_exceeded", ["message"], "incomplete", "max_output_tokens"),
 ]
 
 
-@pytest.mark.parametrize("name,kinds,reason", MESSAGES_ENDS)
+@pytest.mark.parametrize("name, kinds, reason", [row[:3] for row in ENDS])
 def test_messages_has_a_block_for_each_thing_said(name, kinds, reason):
     whole = folded(read_thinker, ANSWERS[name])
     assert [block["type"] for block in whole["content"]] == kinds
@@ -4878,27 +4849,29 @@ def test_messages_beats_with_a_ping():
     assert front.heartbeat() == 'event: ping\ndata: {"type":"ping"}\n\n'
 
 
-# To add a case, add a row: status and code of an error, whether it can heal,
-# Anthropic's status and type.
-MESSAGES_ERRORS = [
-    (400, "invalid_value", False, 400, "invalid_request_error"),
-    (401, "invalid_api_key", False, 401, "authentication_error"),
-    (402, "insufficient_quota", False, 403, "permission_error"),
-    (403, "upstream_auth_error", False, 403, "permission_error"),
-    (404, "model_not_found", False, 404, "not_found_error"),
-    (405, "method_not_allowed", False, 405, "invalid_request_error"),
-    (413, "request_too_large", False, 413, "request_too_large"),
-    (429, "rate_limit_exceeded", None, 429, "rate_limit_error"),
-    (500, "internal_error", None, 500, "api_error"),
-    (502, "upstream_error", None, 502, "api_error"),
-    (502, "upstream_error", False, 400, "invalid_request_error"),
-    (503, "overloaded", None, 503, "overloaded_error"),
-    (503, "overloaded", False, 503, "overloaded_error"),
-    (504, "timeout", None, 504, "timeout_error"),
+# Errors. To add a case, add a row: status, code, whether it can heal; the status and type
+# in Messages; the status before a stream and the code in one in Responses.
+FRONT_ERRORS = [
+    (400, "invalid_value", False, 400, "invalid_request_error", 400, "invalid_prompt"),
+    (401, "invalid_api_key", False, 401, "authentication_error", 401, "invalid_prompt"),
+    (402, "insufficient_quota", False, 403, "permission_error", 400, "insufficient_quota"),
+    (403, "upstream_auth_error", False, 403, "permission_error", 400, "invalid_prompt"),
+    (404, "model_not_found", False, 404, "not_found_error", 404, "invalid_prompt"),
+    (405, "method_not_allowed", False, 405, "invalid_request_error", 405, "invalid_prompt"),
+    (413, "request_too_large", False, 413, "request_too_large", 400, "invalid_prompt"),
+    (426, "upgrade_not_supported", False, 426, "invalid_request_error", 426, "invalid_prompt"),
+    (429, "rate_limit_exceeded", None, 429, "rate_limit_error", 429, "rate_limit_exceeded"),
+    (429, "rate_limit_exceeded", False, 429, "rate_limit_error", 429, "rate_limit_exceeded"),
+    (500, "internal_error", None, 500, "api_error", 500, "server_error"),
+    (502, "upstream_error", None, 502, "api_error", 502, "server_error"),
+    (502, "upstream_error", False, 400, "invalid_request_error", 400, "invalid_prompt"),
+    (503, "overloaded", None, 503, "overloaded_error", 503, "server_error"),
+    (503, "overloaded", False, 503, "overloaded_error", 400, "invalid_prompt"),
+    (504, "timeout", None, 504, "timeout_error", 504, "server_error"),
 ]
 
 
-@pytest.mark.parametrize("status,code,retryable,told_status,kind", MESSAGES_ERRORS)
+@pytest.mark.parametrize("status, code, retryable, told_status, kind", [row[:5] for row in FRONT_ERRORS])
 def test_messages_has_errors_of_anthropics_shape(status, code, retryable, told_status, kind):
     error = ApiError("No.", status=status, code=code, retryable=retryable)
     assert ztoapi.Messages.status(error) == told_status
@@ -4923,37 +4896,25 @@ def test_messages_refuses_threads_so_that_the_sdk_sends_everything():
 # Responses, the request
 
 # To add a case, add a row: fields of a request, what they make of the chat request.
-RESPONSES_REQUESTS = [
-    ({"max_output_tokens": 5, "temperature": 1, "top_p": 0.5, "user": "user-1", "parallel_tool_calls": False},
-     {"max_tokens": 5, "temperature": 1, "top_p": 0.5, "user": "user-1", "parallel_tool_calls": False}),
-    ({"stop": ["a"], "seed": 1, "thinking": {"type": "enabled"}, "enable_thinking": False, "user_id": "user-2"},
-     {"stop": ["a"], "seed": 1, "thinking": {"type": "enabled"}, "enable_thinking": False, "user_id": "user-2"}),
+@pytest.mark.parametrize("fields, expected", [
+    *((fields, fields) for fields in (
+        {"temperature": 1, "top_p": 0.5, "user": "user-1", "parallel_tool_calls": False, "stream": True},
+        {"stop": ["a"], "seed": 1, "thinking": ON, "enable_thinking": False, "user_id": "user-2"},
+        {"tool_choice": "required"}, {"tool_choice": {"type": "web_search"}})),
+    ({"max_output_tokens": 5}, {"max_tokens": 5}),
     ({}, {"stream": False, "tools": None, "tool_choice": None, "response_format": None, "enable_thinking": None}),
-    ({"stream": True}, {"stream": True}),
     ({"text": {"format": {"type": "json_schema", "name": "n", "schema": {}, "strict": True}}},
-     {"response_format": {"type": "json_schema", "json_schema": {
-         "type": "json_schema", "name": "n", "schema": {}, "strict": True}}}),
-    ({"text": {"format": {"type": "json_object"}}}, {"response_format": {"type": "json_object"}}),
-    ({"text": {"format": {"type": "text"}}}, {"response_format": {"type": "text"}}),
-    ({"reasoning": {"effort": "xhigh", "summary": "auto"}}, {"reasoning_effort": "xhigh", "enable_thinking": None}),
-    ({"reasoning": {"effort": "ultra"}}, {"reasoning_effort": "ultra"}),
-    ({"reasoning": {"effort": None, "summary": "auto"}}, {"reasoning_effort": None, "enable_thinking": True}),
-    ({"reasoning": {"generate_summary": "concise"}}, {"enable_thinking": True}),
-    ({"reasoning": {"summary": "off"}}, {"enable_thinking": None}),
-    ({"reasoning": {"summary": "none"}}, {"enable_thinking": None}),
+     schema({"type": "json_schema", "name": "n", "schema": {}, "strict": True})),
+    *(({"text": {"format": {"type": kind}}}, {"response_format": {"type": kind}}) for kind in ("json_object", "text")),
+    *(({"reasoning": wish}, {"reasoning_effort": effort, "enable_thinking": on}) for wish, effort, on in (
+        ({"effort": "xhigh", "summary": "auto"}, "xhigh", None), ({"effort": "ultra"}, "ultra", None),
+        ({"effort": None, "summary": "auto"}, None, True), ({"generate_summary": "concise"}, None, True),
+        ({"summary": "off"}, None, None), ({"summary": "none"}, None, None))),
     ({"reasoning": {"summary": "auto"}, "enable_thinking": False}, {"enable_thinking": False}),
-    ({"tool_choice": "required"}, {"tool_choice": "required"}),
-    ({"tool_choice": {"type": "function", "name": "f"}},
-     {"tool_choice": {"type": "function", "function": {"name": "f"}}}),
-    ({"tool_choice": {"type": "function", "name": "f", "namespace": None}},
-     {"tool_choice": {"type": "function", "function": {"name": "f"}}}),
-    ({"tool_choice": {"type": "custom", "name": "g", "namespace": "mcp__tiny"}},
-     {"tool_choice": {"type": "function", "function": {"name": "mcp__tiny__g"}}}),
-    ({"tool_choice": {"type": "web_search"}}, {"tool_choice": {"type": "web_search"}}),
-]
-
-
-@pytest.mark.parametrize("fields,expected", RESPONSES_REQUESTS)
+    *(({"tool_choice": {"type": "function", "name": "f", **more}}, {"tool_choice": named("f")})
+      for more in ({}, {"namespace": None})),
+    ({"tool_choice": {"type": "custom", "name": "g", "namespace": "mcp"}}, {"tool_choice": named("mcp__g")}),
+])
 def test_responses_fields_become_those_of_chat(fields, expected):
     _, request = read_responses(**fields)
     assert {name: request.get(name) for name in expected} == expected
@@ -4976,7 +4937,7 @@ def test_a_choice_among_tools():
 
 
 # To add a case, add a row: fields of a request, what x-ztoapi-changed says of them.
-RESPONSES_CHANGES = [
+@pytest.mark.parametrize("fields,expected", [
     ({"metadata": {}, "prompt_cache_key": "k", "truncation": "auto", "service_tier": "auto", "invented": 1},
      {"metadata", "prompt_cache_key", "truncation", "service_tier", "invented"}),
     ({"client_metadata": {}, "include": [], "store": False, "stream_options": {}, "background": False}, set()),
@@ -4988,10 +4949,7 @@ RESPONSES_CHANGES = [
     ({"tools": [{"type": "function", "name": "f", "strict": True}]}, {"strict"}),
     ({"input": [user("a"), {"type": "web_search_call", "id": "ws_1"}, {"type": "invented"}, {"type": ""}]},
      {"web_search_call", "invented", "_"}),
-]
-
-
-@pytest.mark.parametrize("fields,expected", RESPONSES_CHANGES)
+])
 def test_responses_drops_by_name_what_chat_does_not_have(fields, expected):
     front, request = read_responses(**fields)
     result = asked_by_front(request)
@@ -5028,82 +4986,71 @@ def gave(id, content, kind="function_call_output"):
 
 
 INPUT_IMAGE = {"type": "input_image", "image_url": PNG_URL, "detail": "high"}
-ONE_CALL = assistant("", [("1", "f", "{}")])
 # To add a case, add a row: input items, what Z.ai gets. The model sees.
-INPUTS = [
+@pytest.mark.parametrize("items, expected", [
     ("a", [user("a")]),
     ([user("a")], [user("a")]),
-    ([message("developer", {"type": "input_text", "text": "d"}), user("a")], [system("d"), user("a")]),
+    ([message("developer", {"type": "input_text", "text": "d"}), U], [system("d"), U]),
     ([message("user", {"type": "input_text", "text": "a"}, INPUT_IMAGE)], [user([text("a"), image()])]),
     ([message("user", {"type": "input_file", "file_url": "http://x/y.pdf"}, {"type": "input_text", "text": "a"})],
      [user([{"type": "file_url", "file_url": {"url": "http://x/y.pdf"}}, text("a")])]),
     ([message("user", {"type": "input_file", "filename": "f.pdf", "file_data": "AA"})],
      [user("[file left out: GLM-4.6V takes no such file]")]),
-    # Codex's second turn.
-    ([user("a"), thought("T"), output_message("b"), function_call("1"), function_call("2"),
-      gave("1", "one"), gave("2", "two")],
-     [user("a"), assistant("b", [("1", "f", "{}"), ("2", "f", "{}")], "T"), output("1", "one"), output("2", "two")]),
-    ([user("a"), thought("T", encrypted_content="ztoapi:whole T"), output_message("b"), user("c")],
-     [user("a"), assistant("b", thinking="whole T"), user("c")]),
-    ([user("a"), thought("T", encrypted_content="gAAAA"), output_message("b"), user("c")],
-     [user("a"), assistant("b", thinking="T"), user("c")]),
-    ([user("a"), thought("T", content=[{"type": "reasoning_text", "text": "U"}]), output_message("b"), user("c")],
-     [user("a"), assistant("b", thinking="U"), user("c")]),
-    ([user("a"), thought("T"), thought("U"), output_message("b"), output_message("c"), user("d")],
-     [user("a"), assistant("b\n\nc", thinking="T\n\nU"), user("d")]),
-    ([user("a"), thought("T"), user("b")], [user("a"), user("b")]),
-    # What comes between a call and its output waits.
-    ([user("a"), function_call("1"), message("developer", text("d")), gave("1", "one"), user("b")],
-     [user("a"), ONE_CALL, output("1", "one"), system("d"), user("b")]),
-    ([user("a"), function_call("1"), function_call("2"), gave("2", "two"), user("b"), gave("1", "one")],
-     [user("a"), assistant("", [("1", "f", "{}"), ("2", "f", "{}")]), output("1", "one"), output("2", "two"),
-      user("b")]),
-    # An output finds its call when the turn is over, too.
-    ([user("a"), function_call("1"), message("developer", text("d")), function_call("2"), gave("1", "one"),
-      gave("2", "two")],
-     [user("a"), ONE_CALL, output("1", "one"), system("d"), assistant("", [("2", "f", "{}")]), output("2", "two")]),
-    ([user("a"), function_call("1"), function_call("2"), gave("1", "one"), output_message("b"), gave("2", "two")],
-     [user("a"), assistant("", [("1", "f", "{}"), ("2", "f", "{}")]), output("1", "one"), output("2", "two"),
-      assistant("b")]),
-    ([user("a"), function_call("1"), gave("1", "one"), gave("1", "two")],
-     [user("a"), ONE_CALL, output("1", "one"), user("Output of the tool call 1:\ntwo")]),
-    ([user("a"), function_call("1"), gave("1", "one"), function_call("2"), gave("2", "two")],
-     [user("a"), ONE_CALL, output("1", "one"), assistant("", [("2", "f", "{}")]), output("2", "two")]),
-    ([user("a"), function_call("1"), user("b")], [user("a"), ONE_CALL, output("1", "(no output)"), user("b")]),
-    ([user("a"), gave("1", "one")], [user("a"), user("Output of the tool call 1:\none")]),
-    ([user("a"), function_call("1"),
-      gave("1", [{"type": "input_text", "text": "x"}, {"type": "input_text", "text": "y"}])],
-     [user("a"), ONE_CALL, output("1", "x\ny")]),
-    ([user("a"), function_call("1"), gave("1", [INPUT_IMAGE])],
-     [user("a"), ONE_CALL, output("1", "(an image)"), user([text("From the tool results:"), image()])]),
-    ([user("a"), function_call("1", "g", namespace="mcp__tiny"), gave("1", "one")],
-     [user("a"), assistant("", [("1", "mcp__tiny__g", "{}")]), output("1", "one")]),
-    ([user("a"), function_call("1", namespace="functions"), gave("1", "one")],
-     [user("a"), ONE_CALL, output("1", "one")]),
-    ([user("a"), {"type": "custom_tool_call", "call_id": "1", "name": "f", "input": "x"},
-      gave("1", "one", "custom_tool_call_output")],
-     [user("a"), assistant("", [("1", "f", '{"input":"x"}')]), output("1", "one")]),
-    ([user("a"), message("assistant", {"type": "refusal", "refusal": "No."}), user("b")],
-     [user("a"), assistant("No."), user("b")]),
-    ([user("a"), message("assistant", text("b"), INPUT_IMAGE, {"type": "refusal", "refusal": "No."}), user("c")],
-     [user("a"), assistant("b\n\nNo."), user("c")]),
-    ([{"type": "compaction", "encrypted_content": "So far."}, user("a")], [user("So far."), user("a")]),
-    ([user("a"), function_call(5), gave(5, "one")], [user("a"), assistant("", [("5", "f", "{}")]), output("5", "one")]),
+    ([{"type": "compaction", "encrypted_content": "So far."}, U], [user("So far."), U]),
+    ([{"type": "item_reference", "id": "rs_unknown"}, U], [U]),
     # What cannot be read, before the last item.
-    ([5, user("a")], [user("5"), user("a")]),
-    ([user("a"), function_call("1"), gave("1", {"b": 1}), user("c")],
-     [user("a"), ONE_CALL, output("1", "(no output)"), user(json.dumps(gave("1", {"b": 1}), separators=(",", ":"))),
-      user("c")]),
+    ([5, U], [user("5"), U]),
     # Files of another provider.
-    ([message("user", text("a"), {"type": "input_image", "file_id": "f"}), user("b")],
-     [user("a\n[input_image left out: Z.ai takes no input_image]"), user("b")]),
-    ([user("a"), function_call("1"), gave("1", [{"type": "input_file", "file_id": "f"}])],
-     [user("a"), ONE_CALL, output("1", "[input_file left out: Z.ai takes no input_file]")]),
-    ([{"type": "item_reference", "id": "rs_unknown"}, user("a")], [user("a")]),
-]
-
-
-@pytest.mark.parametrize("items,expected", INPUTS)
+    ([message("user", text("a"), {"type": "input_image", "file_id": "f"}), U],
+     [user("a\n[input_image left out: Z.ai takes no input_image]"), U]),
+    # Behind a user's message.
+    *(([U, *items], [U, *expected]) for items, expected in (
+        # Codex's second turn.
+        ([thought("T"), output_message("b"), function_call("1"), function_call("2"),
+          gave("1", "one"), gave("2", "two")],
+         [assistant("b", [CALL_1, CALL_2], "T"), output("1", "one"), output("2", "two")]),
+        *(([thought("T", **more), output_message("b"), U], [assistant("b", thinking=words), U]) for more, words in (
+            ({"encrypted_content": "ztoapi:whole T"}, "whole T"), ({"encrypted_content": "gAAAA"}, "T"),
+            ({"content": [{"type": "reasoning_text", "text": "U"}]}, "U"))),
+        ([thought("T"), thought("U"), output_message("b"), output_message("c"), U],
+         [assistant("b\n\nc", thinking="T\n\nU"), U]),
+        ([thought("T"), user("b")], [user("b")]),
+        # What comes between a call and its output waits.
+        ([function_call("1"), message("developer", text("d")), gave("1", "one"), U],
+         [ONE_CALL, output("1", "one"), system("d"), U]),
+        ([function_call("1"), function_call("2"), gave("2", "two"), U, gave("1", "one")],
+         [TWO_CALLS_MADE, output("1", "one"), output("2", "two"), U]),
+        # An output finds its call when the turn is over, too.
+        ([function_call("1"), message("developer", text("d")), function_call("2"), gave("1", "one"), gave("2", "two")],
+         [ONE_CALL, output("1", "one"), system("d"), assistant("", [CALL_2]), output("2", "two")]),
+        ([function_call("1"), function_call("2"), gave("1", "one"), output_message("b"), gave("2", "two")],
+         [TWO_CALLS_MADE, output("1", "one"), output("2", "two"), assistant("b")]),
+        ([function_call("1"), gave("1", "one"), gave("1", "two")],
+         [ONE_CALL, output("1", "one"), user("Output of the tool call 1:\ntwo")]),
+        ([function_call("1"), gave("1", "one"), function_call("2"), gave("2", "two")],
+         [ONE_CALL, output("1", "one"), assistant("", [CALL_2]), output("2", "two")]),
+        ([function_call("1"), U], [ONE_CALL, output("1", "(no output)"), U]),
+        ([gave("1", "one")], [user("Output of the tool call 1:\none")]),
+        ([function_call("1"), gave("1", {"b": 1}), U],
+         [ONE_CALL, output("1", "(no output)"), user(json.dumps(gave("1", {"b": 1}), separators=(",", ":"))), U]),
+        # What an output may hold.
+        *(([function_call("1"), gave("1", content)], [ONE_CALL, output("1", words)]) for content, words in (
+            ([{"type": "input_text", "text": "x"}, {"type": "input_text", "text": "y"}], "x\ny"),
+            ([{"type": "input_file", "file_id": "f"}], "[input_file left out: Z.ai takes no input_file]"))),
+        ([function_call("1"), gave("1", [INPUT_IMAGE])],
+         [ONE_CALL, output("1", "(an image)"), user([FROM_TOOLS, image()])]),
+        # What a call may be.
+        ([function_call("1", "g", namespace="mcp__tiny"), gave("1", "one")],
+         [assistant("", [("1", "mcp__tiny__g", "{}")]), output("1", "one")]),
+        ([function_call("1", namespace="functions"), gave("1", "one")], [ONE_CALL, output("1", "one")]),
+        ([{"type": "custom_tool_call", "call_id": "1", "name": "f", "input": "x"},
+          gave("1", "one", "custom_tool_call_output")],
+         [assistant("", [("1", "f", '{"input":"x"}')]), output("1", "one")]),
+        ([function_call(5), gave(5, "one")], [assistant("", [("5", "f", "{}")]), output("5", "one")]),
+        *(([message("assistant", *parts), U], [assistant(words), U]) for parts, words in (
+            ([{"type": "refusal", "refusal": "No."}], "No."),
+            ([text("b"), INPUT_IMAGE, {"type": "refusal", "refusal": "No."}], "b\n\nNo."))))),
+])
 def test_the_input_of_responses_becomes_a_conversation_of_chat(items, expected):
     _, request = read_responses(input=items)
     assert asked_by_front(request).body["messages"] == expected
@@ -5151,16 +5098,13 @@ def test_tools_of_responses_are_functions():
 
 
 # To add a case, add a row: the name that Z.ai says, what the client gets.
-CALLED_NAMES = [
+@pytest.mark.parametrize("name,expected", [
     ("f", {"type": "function_call", "name": "f"}),
     ("mcp__tiny__g", {"type": "function_call", "name": "g", "namespace": "mcp__tiny"}),
     ("g", {"type": "function_call", "name": "g", "namespace": "mcp__tiny"}),
     ("patch", {"type": "custom_tool_call", "name": "patch"}),
     ("unknown", {"type": "function_call", "name": "unknown"}),
-]
-
-
-@pytest.mark.parametrize("name,expected", CALLED_NAMES)
+])
 def test_a_called_tool_has_the_name_that_the_client_gave_it(name, expected):
     steps = [called(0, "call_0", name, "{}"), finish("tool_calls")]
     item = folded(lambda: read_responses(tools=ANY_TOOLS), steps)["output"][0]
@@ -5169,13 +5113,10 @@ def test_a_called_tool_has_the_name_that_the_client_gave_it(name, expected):
 
 # To add a case, add a row: the arguments that Z.ai sends, the text that the custom tool
 # gets.
-CUSTOM_INPUTS = [
+@pytest.mark.parametrize("words,expected", [
     ('{"input":"x"}', "x"), ('{"patch":"x"}', "x"), ('{"input":"x","other":"y"}', "x"), ('"x"', "x"), ("x y", "x y"),
     ('{"a":"x","b":"y"}', '{"a":"x","b":"y"}'), ("{}", "{}"), ('{"input":', '{"input":'), ("[1]", "[1]"),
-]
-
-
-@pytest.mark.parametrize("words,expected", CUSTOM_INPUTS)
+])
 def test_a_custom_tool_gets_its_text(words, expected):
     steps = [called(0, "call_0", "patch", words), finish("tool_calls")]
     item = folded(lambda: read_responses(tools=ANY_TOOLS), steps)["output"][0]
@@ -5185,35 +5126,30 @@ def test_a_custom_tool_gets_its_text(words, expected):
 
 # To add a case, add a row: fields of a request that Responses refuses, the parameter it
 # names.
-BAD_RESPONSES = [
+@pytest.mark.parametrize("fields, param", [
     ({"previous_response_id": "resp_1"}, "previous_response_id"), ({"conversation": "conv_1"}, "conversation"),
-    ({"prompt": {"id": "p"}}, "prompt"), ({"background": True}, "background"), ({"input": None}, "input"),
-    ({"input": 5}, "input"), ({"input": [5]}, "input"), ({"input": [{"type": 5}]}, "input.type"),
-    ({"input": [{"role": "user"}]}, "content"), ({"input": [{"content": "a"}]}, "input.role"),
-    ({"input": [{"role": "user", "content": [5]}]}, "content"), 
-    ({"input": [function_call("1", 5)]}, "tools.name"),
-    ({"input": [function_call("1", namespace=5)]}, "tools.namespace"),
-    ({"input": [gave("1", {})]}, "content"),
-    ({"input": [{"type": "item_reference"}]}, "input.id"), ({"input": [thought(5, content=5)]}, "content"),
-    ({"input": [{"type": "compaction_trigger"}]}, "input"), ({"input": [{"type": "compaction"}]}, "content"),
-    ({"input": [message("user", {"type": "input_image", "file_id": "f"})]}, "input"),
-    ({"input": [message("user", {"type": "input_audio"})]}, "input"),
-    ({"input": [message("user", {"type": "input_text"})]}, "input"),
-    ({"input": [message("assistant", {"type": "text"})]}, "content.text"),
-    ({"instructions": 5}, "content"), ({"tools": 5}, "tools"), ({"tools": [5]}, "tools"),
-    ({"tools": [{}]}, "tools.name"), ({"tools": [{"type": 5}]}, None),
-    ({"tools": [{"type": "function"}]}, "tools.name"),
-    ({"tools": [{"type": "custom", "name": "f", "format": 5}]}, "format"),
-    ({"tools": [{"type": "namespace", "name": "n", "tools": 5}]}, "tools"), ({"tool_choice": 5}, "tool_choice"),
-    ({"tool_choice": {"type": "function"}}, "tools.name"), ({"tool_choice": "maybe"}, "tool_choice"),
-    ({"tool_choice": {"type": "allowed_tools"}}, "tool_choice.tools"), ({"text": 5}, "text"),
-    ({"text": {"format": 5}}, "response_format"), ({"reasoning": 5}, "reasoning"), ({"include": 5}, "include"),
-    ({"reasoning": {"effort": "much"}}, "reasoning_effort"), ({"reasoning": {"effort": 5}}, "reasoning_effort"),
+    ({"prompt": {"id": "p"}}, "prompt"), ({"background": True}, "background"), ({"instructions": 5}, "content"),
+    *(({"input": value}, "input") for value in (None, 5, [5], [{"type": "compaction_trigger"}])),
+    *(({"input": [item]}, param) for item, param in (
+        ({"type": 5}, "input.type"), ({"role": "user"}, "content"), ({"content": "a"}, "input.role"),
+        ({"role": "user", "content": [5]}, "content"), (function_call("1", 5), "tools.name"),
+        (function_call("1", namespace=5), "tools.namespace"), (gave("1", {}), "content"),
+        ({"type": "item_reference"}, "input.id"), (thought(5, content=5), "content"),
+        ({"type": "compaction"}, "content"),
+        (message("user", {"type": "input_image", "file_id": "f"}), "input"),
+        (message("user", {"type": "input_audio"}), "input"), (message("user", {"type": "input_text"}), "input"),
+        (message("assistant", {"type": "text"}), "content.text"))),
+    *(({"tools": value}, param) for value, param in (
+        (5, "tools"), ([5], "tools"), ([{}], "tools.name"), ([{"type": 5}], None),
+        ([{"type": "function"}], "tools.name"), ([{"type": "custom", "name": "f", "format": 5}], "format"),
+        ([{"type": "namespace", "name": "n", "tools": 5}], "tools"))),
+    *(({"tool_choice": value}, param) for value, param in (
+        (5, "tool_choice"), ("maybe", "tool_choice"), ({"type": "function"}, "tools.name"),
+        ({"type": "allowed_tools"}, "tool_choice.tools"))),
+    ({"text": 5}, "text"), ({"text": {"format": 5}}, "response_format"), ({"reasoning": 5}, "reasoning"),
+    ({"include": 5}, "include"), *(({"reasoning": {"effort": value}}, "reasoning_effort") for value in ("much", 5)),
     ({"stream": "yes"}, "stream"), ({"model": None}, "model"), ({"max_output_tokens": 0}, "max_tokens"),
-]
-
-
-@pytest.mark.parametrize("fields,param", BAD_RESPONSES)
+])
 def test_responses_refuses_what_cannot_be(fields, param):
     with pytest.raises(RequestError) as caught:
         asked_by_front(read_responses(**fields)[1])
@@ -5336,24 +5272,7 @@ def test_responses_streams_by_the_rules_what_the_json_answer_says(name, at_once)
         assert without_ids(whole) == without_ids(response)
 
 
-# To add a case, add a row: a name in ANSWERS, the types of its items, status, the
-# reason for being incomplete.
-RESPONSES_ENDS = [
-    ("text", ["message"], "completed", None),
-    ("nothing", [], "incomplete", "max_output_tokens"),
-    ("thinking and text", ["reasoning", "message"], "completed", None),
-    ("two calls", ["reasoning", "message", "function_call", "function_call"], "completed", None),
-    ("calls that interleave", ["function_call", "function_call", "message"], "completed", None),
-    ("arguments at the end only", ["function_call"] * 3, "completed", None),
-    ("a custom tool", ["custom_tool_call"], "completed", None),
-    ("cut by length", ["message"], "incomplete", "max_output_tokens"),
-    ("a call cut by length", ["message", "function_call"], "incomplete", "max_output_tokens"),
-    ("filtered", ["message"], "incomplete", "content_filter"),
-    ("context is full", ["message"], "incomplete", "max_output_tokens"),
-]
-
-
-@pytest.mark.parametrize("name,kinds,status,reason", RESPONSES_ENDS)
+@pytest.mark.parametrize("name, kinds, status, reason", [(row[0], *row[3:]) for row in ENDS])
 def test_responses_has_an_item_for_each_thing_said(name, kinds, status, reason):
     whole = folded(read_user_of_tools, ANSWERS[name])
     assert [item["type"] for item in whole["output"]] == kinds
@@ -5421,27 +5340,10 @@ def test_responses_beats_without_harm():
                      "response.custom_tool_call_input.delta"]
 
 
-# To add a case, add a row: status, code, whether it can heal; the status before a
-# stream, the code in one.
-RESPONSES_ERRORS = [
-    (400, "invalid_value", False, 400, "invalid_prompt"),
-    (401, "invalid_api_key", False, 401, "invalid_prompt"),
-    (402, "insufficient_quota", False, 400, "insufficient_quota"),
-    (403, "upstream_auth_error", False, 400, "invalid_prompt"),
+@pytest.mark.parametrize("status, code, retryable, told_status, told_code", [
+    *((*row[:3], *row[5:]) for row in FRONT_ERRORS),
     (400, "context_length_exceeded", False, 400, "context_length_exceeded"),
-    (404, "model_not_found", False, 404, "invalid_prompt"),
-    (413, "request_too_large", False, 400, "invalid_prompt"),
-    (426, "upgrade_not_supported", False, 426, "invalid_prompt"),
-    (429, "rate_limit_exceeded", None, 429, "rate_limit_exceeded"),
-    (429, "rate_limit_exceeded", False, 429, "rate_limit_exceeded"),
-    (500, "internal_error", None, 500, "server_error"),
-    (502, "upstream_error", None, 502, "server_error"),
-    (502, "upstream_error", False, 400, "invalid_prompt"),
-    (503, "overloaded", None, 503, "server_error"),
-]
-
-
-@pytest.mark.parametrize("status,code,retryable,told_status,told_code", RESPONSES_ERRORS)
+])
 def test_an_error_of_responses(status, code, retryable, told_status, told_code):
     error = ApiError("No.", status=status, code=code, retryable=retryable, retry_after=7.0)
     inner = {"message": "No.", "type": "server_error", "param": None, "code": code}
@@ -5501,34 +5403,30 @@ def test_an_item_is_put_in_for_a_reference_once():
 
 # Both, bounds
 
-# What a client may send. Each is read in less than a second. To add a case, add a row: the
-# fields of a Responses request.
-LONG_REQUESTS = {
-    "an assistant that never stops": {"input": [assistant("x" * 1000)] * 20000},
-    "calls without outputs": {"input": [function_call(str(i)) for i in range(30000)]},
-    "calls with their outputs":
-        {"input": [item for i in range(10000) for item in (function_call(str(i)), gave(str(i), "x"))]},
-    "calls without ids":
-        {"input": [function_call(None) for i in range(10000)] + [gave(None, "x") for i in range(10000)]},
-    "calls of one id": {"input": [function_call("1") for i in range(10000)] + [gave("1", "x") for i in range(10000)]},
-    "outputs of nothing": {"input": [function_call("1")] * 5000 + [gave(str(i), "x") for i in range(10000)]},
-    "what cannot be read": {"input": [[]] * 30000},
-    "calls before their outputs":
-        {"input": [function_call(str(i)) for i in range(10000)] + [gave(str(i), "x") for i in range(10000)]},
-    "thinking": {"input": [{"type": "reasoning", "summary": [{"type": "summary_text", "text": "x" * 1000}]}] * 10000},
-    "fields": {f"field{i}": i for i in range(100000)},
-    "kinds of items": {"input": [{"type": f"kind{i}"} for i in range(50000)]},
-    "a tool's name": {"tools": [{"type": "function", "name": "x" * 10**7}]},
-    "namespaces": {"tools": [{"type": "namespace", "name": "n", "tools": []}] * 50000},
-    "deep namespaces": {"tools": nested_tools(5000, {"type": "namespace", "name": "n"})},
-    "deep choices": {"tool_choice": nested_tools(5000, {"type": "allowed_tools"})[0]},
-    "a model's name": {"model": "[" * 10**7},
-}
-
-
-@pytest.mark.parametrize("case", LONG_REQUESTS)
-def test_no_request_takes_more_than_linear_time(case):
-    fields = copy.copy(LONG_REQUESTS[case])
+# What a client may send. Each is read in less than a second. To add a case, add a row:
+# what is special, the fields of a Responses request.
+@cases("fields", [
+    ("an assistant that never stops", {"input": [assistant("x" * 1000)] * 20000}),
+    ("calls without outputs", {"input": [function_call(str(i)) for i in range(30000)]}),
+    ("calls with their outputs",
+     {"input": [item for i in range(10000) for item in (function_call(str(i)), gave(str(i), "x"))]}),
+    ("calls without ids",
+     {"input": [function_call(None) for i in range(10000)] + [gave(None, "x") for i in range(10000)]}),
+    ("calls of one id", {"input": [function_call("1") for i in range(10000)] + [gave("1", "x") for i in range(10000)]}),
+    ("outputs of nothing", {"input": [function_call("1")] * 5000 + [gave(str(i), "x") for i in range(10000)]}),
+    ("what cannot be read", {"input": [[]] * 30000}),
+    ("calls before their outputs",
+     {"input": [function_call(str(i)) for i in range(10000)] + [gave(str(i), "x") for i in range(10000)]}),
+    ("thinking", {"input": [{"type": "reasoning", "summary": [{"type": "summary_text", "text": "x" * 1000}]}] * 10000}),
+    ("fields", {f"field{i}": i for i in range(100000)}),
+    ("kinds of items", {"input": [{"type": f"kind{i}"} for i in range(50000)]}),
+    ("a tool's name", {"tools": [{"type": "function", "name": "x" * 10**7}]}),
+    ("namespaces", {"tools": [{"type": "namespace", "name": "n", "tools": []}] * 50000}),
+    ("deep namespaces", {"tools": nested_tools(5000, {"type": "namespace", "name": "n"})}),
+    ("deep choices", {"tool_choice": nested_tools(5000, {"type": "allowed_tools"})[0]}),
+    ("a model's name", {"model": "[" * 10**7}),
+])
+def test_no_request_takes_more_than_linear_time(fields):
     with under_a_second(), contextlib.suppress(RequestError):
         front, request = read_responses(**fields)
         result = ztoapi.to_zai_request(request, Settings())
@@ -5547,23 +5445,18 @@ def test_what_responses_echoes_has_a_bound():
         read_responses(metadata={"a": deep})
 
 
+# Answers that are kept for their end. To add a case, add a row: what is kept, steps.
 @pytest.mark.parametrize("read", (read_responses, read_messages))
-def test_the_answers_that_are_kept_for_their_end_have_a_bound(read):
+@cases("steps", [
+    ("texts", [Step("text", "x" * (1 << 20))] * 100),
+    ("calls that wait for theirs", [called(i, f"call_{i}", "f", "{") for i in range(100)]
+     + [arguments(i, "1") for i in range(100)] * 2000),
+])
+def test_what_is_kept_for_the_end_has_a_bound(read, steps):
     front, _ = read()
-    text = Step("text", "x" * (1 << 20))
-    with pytest.raises(UpstreamError) as caught:
-        for _ in range(100):
-            front.tell([text])
-    assert caught.value.verdict == GIVE_UP
-
-
-@pytest.mark.parametrize("read", (read_responses, read_messages))
-def test_what_waits_for_the_end_of_a_call_has_a_bound(read):
-    front, _ = read()
-    steps = [called(i, f"call_{i}", "f", "{") for i in range(100)]
-    steps += [arguments(i, "1") for i in range(100)] * 2000
     with under_a_second(), pytest.raises(UpstreamError) as caught:
-        front.tell(steps)
+        for step in steps:
+            front.tell([step])
     assert caught.value.verdict == GIVE_UP
 
 
