@@ -1279,8 +1279,7 @@ CODES = [
     ("1304 1308 1309 1310 1314 1316 1317 1318 1319 1320 1321", 402, "insufficient_quota", KEY_RESTS),
     ("1302", 429, "rate_limit_exceeded", TOO_MANY),
     ("1303", 429, "rate_limit_exceeded", TOO_FAST),
-    ("1305 1312", 503, "overloaded", OVERLOAD),
-    ("1120", 503, "overloaded", TRY_AGAIN),
+    ("1305 1312", 503, "overloaded", OVERLOAD), ("1120", 503, "overloaded", TRY_AGAIN),
     ("1210 1212 1213 1214 1215 1231", 400, "invalid_value", GIVE_UP),
     ("1211 1221 1222", 404, "model_not_found", GIVE_UP),
     ("1261", 400, "context_length_exceeded", GIVE_UP),
@@ -1437,8 +1436,7 @@ CAPTURED = [
     *((status, None, BROKEN, str(status)) for status in (
         301, 302, 307, 308, 400, 403, 404, 405, 500, 502, 503, 504, 529)),
     *((status, None, BROKEN, "ZAI_BASE_URL") for status in (301, 302, 404, 405)),
-    (401, None, AUTH, "ZAI_API_KEY"),
-    (413, None, (413, "invalid_value"), "413"),
+    (401, None, AUTH, "ZAI_API_KEY"), (413, None, (413, "invalid_value"), "413"),
     # Unknown codes go by HTTP status
     *((status, complaint("1999"), expected, "1999") for status, expected in (
         (400, BAD_REQUEST), (401, AUTH), (402, NO_MONEY), (403, DENIED), (434, DENIED), (429, NO_ROOM), (500, BROKEN),
@@ -1473,8 +1471,7 @@ def test_zais_own_words_are_quoted(status, body, expected, help):
     *((status, None, GIVE_UP) for status in (301, 404, 405)),
     (200, {"code": 500, "msg": "Internal Server Error"}, TRY_AGAIN),
     *((status, None, TRY_AGAIN) for status in (500, 502, 503, 504)),
-    (429, None, TOO_FAST),
-    (429, complaint("1999"), TOO_FAST),
+    (429, None, TOO_FAST), (429, complaint("1999"), TOO_FAST),
     (500, complaint("9999"), TRY_AGAIN),
 ])
 def test_the_verdict_on(status, body, verdict):
@@ -1511,8 +1508,7 @@ def test_too_long_a_prompt_names_the_max_tokens_that_may_be_to_blame():
     ("glm-4.66", "GLM-4.6", "MODEL_ALIASES"),
     *((model, f"or set MODEL_ALIASES={model}=glm-4.6", "?") for model in (
         "gpt-4o", "claude-sonnet-4-5", "o3", "google/gemini-3-pro", "us.anthropic.claude-3", "mixtral-8x7b")),
-    ("zzz", "/v1/models", "MODEL_ALIASES"),
-    ("x" * 10**7, "/v1/models", "xx"),
+    ("zzz", "/v1/models", "MODEL_ALIASES"), ("x" * 10**7, "/v1/models", "xx"),
 ])
 def test_an_unknown_model_gets_advice(model, help, absent):
     message = zai_error(complaint("1211", "Unknown Model"), 400, model=model).message
@@ -1577,8 +1573,7 @@ def test_no_words_of_an_error_take_more_than_linear_time(words, message):
     ("Your limit will reset at 2026-13-45 05:38:28", 0, 7, "7"),
     ("Your limit will reset at 0000-01-01 00:00:00", 0, 7, "7"),
     ("Your plan expired at 2026-09-09 05:38:28", -100, None, None),
-    ("Usage limit reached", 0, None, None),
-    ("Usage limit reached", 0, 0.0, None),
+    ("Usage limit reached", 0, None, None), ("Usage limit reached", 0, 0.0, None),
     ("Your limit will reset in 2 fortnights", 0, None, None),
     ("Failed at 2026-09-09 05:38:28, please try again later", -100, None, None),
     ("Your limit will reset in 1h 20m", 0, None, "4800"),
@@ -1665,39 +1660,26 @@ def test_without_a_key_of_zais_the_error_says_where_to_get_one():
 
 # Models ###############################################################################
 
-# To add a model, add a row: id -> context, max_tokens, abilities (sees, tools: streams
-# arguments, free).
-CATALOGUE = {
-    "glm-5.3": (1048576, 131072, "tools"),
-    "glm-5.3-flash": (1048576, 131072, "sees tools"),
-    "glm-5.3-flashx": (1048576, 131072, "sees tools"),
-    "glm-5.2": (1048576, 131072, "tools"),
-    "glm-5.1": (204800, 131072, "tools"),
-    "glm-5": (204800, 131072, "tools"),
-    "glm-5-turbo": (204800, 131072, "tools"),
-    "glm-5v-turbo": (204800, 131072, "sees"),
-    "glm-4.7": (204800, 131072, "tools"),
-    "glm-4.7-flashx": (204800, 131072, "tools"),
-    "glm-4.7-flash": (204800, 131072, "tools free"),
-    "glm-4.6": (204800, 131072, "tools"),
-    "glm-4.5": (131072, 98304, ""),
-    "glm-4.5-x": (131072, 98304, ""),
-    "glm-4.5-air": (131072, 98304, ""),
-    "glm-4.5-airx": (131072, 98304, ""),
-    "glm-4.5-flash": (131072, 98304, "free"),
-    "glm-4.6v": (131072, 32768, "sees"),
-    "glm-4.6v-flashx": (131072, 32768, "sees"),
-    "glm-4.6v-flash": (131072, 32768, "sees free"),
-    "glm-4.5v": (65536, 16384, "sees"),
-    "glm-4.1v-thinking-flash": (65536, 16384, "sees free"),
-    "glm-4.1v-thinking-flashx": (65536, 16384, "sees"),
-    "glm-4-flash-250414": (131072, 16384, "free"),
-    "glm-4-flashx-250414": (131072, 16384, ""),
-    "glm-4v-flash": (None, 1024, "sees free"),
-    "glm-4-long": (1000000, 4095, ""),
-    "glm-4-32b-0414-128k": (131072, 16384, ""),
-    "autoglm-phone-multilingual": (None, 4096, "sees"),
-}
+# To add a model, add it to a row: ids, context, max_tokens, abilities (sees, tools:
+# streams arguments, free).
+CATALOGUE = {id: row for ids, *row in (
+    ("glm-5.3 glm-5.2", 1048576, 131072, "tools"),
+    ("glm-5.3-flash glm-5.3-flashx", 1048576, 131072, "sees tools"),
+    ("glm-5.1 glm-5 glm-5-turbo glm-4.7 glm-4.7-flashx glm-4.6", 204800, 131072, "tools"),
+    ("glm-5v-turbo", 204800, 131072, "sees"),
+    ("glm-4.7-flash", 204800, 131072, "tools free"),
+    ("glm-4.5 glm-4.5-x glm-4.5-air glm-4.5-airx", 131072, 98304, ""),
+    ("glm-4.5-flash", 131072, 98304, "free"),
+    ("glm-4.6v glm-4.6v-flashx", 131072, 32768, "sees"),
+    ("glm-4.6v-flash", 131072, 32768, "sees free"),
+    ("glm-4.5v glm-4.1v-thinking-flashx", 65536, 16384, "sees"),
+    ("glm-4.1v-thinking-flash", 65536, 16384, "sees free"),
+    ("glm-4-flashx-250414 glm-4-32b-0414-128k", 131072, 16384, ""),
+    ("glm-4-flash-250414", 131072, 16384, "free"),
+    ("glm-4v-flash", None, 1024, "sees free"),
+    ("glm-4-long", 1000000, 4095, ""),
+    ("autoglm-phone-multilingual", None, 4096, "sees"),
+) for id in ids.split()}
 
 
 @pytest.mark.parametrize("id", sorted({*ztoapi.MODELS, *CATALOGUE}))
@@ -1841,11 +1823,9 @@ def test_the_end_of_a_json_value_is_found_however_it_arrives(text, end):
 # The fields of a request's head. To add a case, add a row: the lines, the fields or the
 # status of the refusal.
 @pytest.mark.parametrize("text, expected", [
-    ("", {}),
-    ("Host: a\r\n", {"host": "a"}),
+    ("", {}), ("Host: a\r\n", {"host": "a"}),
     ("HOST:a\nX-Y_z:\t b c \t\r\n", {"host": "a", "x-y_z": "b c"}),
-    ("X:\r\n", {"x": ""}),
-    ("X: \xff\x01\r\n", {"x": "\xff\x01"}),
+    ("X:\r\n", {"x": ""}), ("X: \xff\x01\r\n", {"x": "\xff\x01"}),
     ("X: a: b\r\n", {"x": "a: b"}),
     ("X: 1\r\nY: 2\r\nx: 3\r\nX: 4\r\n", {"x": "1, 3, 4", "y": "2"}),
     ("Connection: TE\r\nConnection: close\r\n", {"connection": "TE, close"}),
@@ -1887,8 +1867,7 @@ def test_the_head_of_a_response_is_read_kindly(head, expected):
     (b"GET / HTTP/1.1\r\nA: b\r\n\r\nrest", "GET / HTTP/1.1\r\nA: b\r\n\r\n", b"rest"),
     (b"GET / HTTP/1.1\nA: b\n\nrest", "GET / HTTP/1.1\nA: b\n\n", b"rest"),
     (b"GET / HTTP/1.1\r\nA: b\n\r\n\r\n", "GET / HTTP/1.1\r\nA: b\n\r\n", b"\r\n"),
-    (b"A\xff\r\n\r\n", "A\xff\r\n\r\n", b""),
-    (b"GET / HTTP/1.1\r\nA: b\r\n", None, b""),
+    (b"A\xff\r\n\r\n", "A\xff\r\n\r\n", b""), (b"GET / HTTP/1.1\r\nA: b\r\n", None, b""),
 ])
 def test_a_head_ends_at_its_blank_line_however_it_arrives(data, head, rest):
     for pieces in pieces_of(data):
@@ -1967,8 +1946,7 @@ def test_what_stands_before_a_broken_chunk_is_not_lost():
 # To add a case, add a row: the length, the bytes; (body, whether it ended, what is
 # behind).
 @pytest.mark.parametrize("length, data, expected", [
-    (0, b"", (b"", True, b"")),
-    (5, b"hello", (b"hello", True, b"")),
+    (0, b"", (b"", True, b"")), (5, b"hello", (b"hello", True, b"")),
     (5, b"helloGET /", (b"hello", True, b"GET /")),
     (5, b"hel", (b"hel", False, None)),
 ])
@@ -1989,9 +1967,7 @@ def decode_events(pieces, **options):
 # Server-sent events, here of at most 100 bytes. To add a case, add a row: the bytes;
 # the events, or the error.
 @table("data, events", [
-    (b"", []),
-    (b"\n\n\n", []),
-    (b"data: a\n\n", ["a"]),
+    (b"", []), (b"\n\n\n", []), (b"data: a\n\n", ["a"]),
     (b"data: a\n\ndata: b\n\n", ["a", "b"]),
     # The standard's own examples
     (b"data: YHOO\ndata: +2\ndata: 10\n\n", ["YHOO\n+2\n10"]),
@@ -2013,13 +1989,11 @@ def decode_events(pieces, **options):
         b"event: error\ndata: a\n\n", b"id: 5\nretry: 10\ndata: a\nfoo: bar\n\n", b": ping\n\n:\n\ndata: a\n\n: b")),
     *((data, []) for data in (b"event: ping\n\n", b"datax: a\n\ndat: b\n\n data: c\n\n")),
     # A byte order mark at the start
-    (b"\xef\xbb\xbfdata: a\n\n", ["a"]),
-    (b"\xef\xbb\xbfdata:  a\n\n", [" a"]),
+    (b"\xef\xbb\xbfdata: a\n\n", ["a"]), (b"\xef\xbb\xbfdata:  a\n\n", [" a"]),
     # A bare line that is JSON
     *((b'data: a\n\n{"error":{"code":"500"}}' + end, ["a", '{"error":{"code":"500"}}']) for end in (b"", b"\n")),
     (b'data: a\n{"error":1}\n\n', ["a", '{"error":1}']),
-    (b'{"error":1}\r\n\r\n', ['{"error":1}']),
-    (b"<html>\n<body>502</body>\n", []),
+    (b'{"error":1}\r\n\r\n', ['{"error":1}']), (b"<html>\n<body>502</body>\n", []),
     # Text is UTF-8; what is not becomes U+FFFD
     ("data: \u597d\U0001f600\u00e9\n\n".encode(), ["\u597d\U0001f600\u00e9"]),
     (b"data: a\xffb\n\n", ["a\ufffdb"]),
@@ -2278,8 +2252,7 @@ def test_null_inside_a_field_counts_as_absent(fields, same):
 
 # To add a body that is read, add a row: bytes, the object.
 @pytest.mark.parametrize("data, expected", [
-    (b'{"a": 1}', {"a": 1}),
-    (b'\xef\xbb\xbf{"a": 1}', {"a": 1}),
+    (b'{"a": 1}', {"a": 1}), (b'\xef\xbb\xbf{"a": 1}', {"a": 1}),
     (b' \r\n{"a":"\\u0000\\ud800\xe2\x80\xa8"}\n', {"a": "\0\ud800\u2028"}),
     (b'{"a": [1.5, -2e3, 12345678901234567890]}', {"a": [1.5, -2000.0, 12345678901234567890]}),
 ])
@@ -2454,8 +2427,7 @@ def test_messages_become(messages, expected, changed):
         '{"path": "a"}{"path": "a"}', '{"path": "a"}\n{"path": "a"}', '"{\\"path\\": \\"a\\"}"')),
     *((text, json.dumps({"arguments": text}, separators=(",", ":"))) for text in (
         '{"path": "a', '{"a": 1}{"b": 2}', "aa", "[1]", "5", '"x"', '{"a": NaN}', "[" * 100000)),
-    (5, '{"arguments":"5"}'),
-    ([1], '{"arguments":"[1]"}'),
+    (5, '{"arguments":"5"}'), ([1], '{"arguments":"[1]"}'),
 ])
 def test_arguments_are_mended(arguments, expected):
     body, changed = to_zai(chat_body(messages=[U, calling(arguments), RESULT, U]))
@@ -2649,8 +2621,7 @@ def allowed(mode, *names):
 # To add a case, add a row: tool_choice, the tools that are left, whether the model is
 # told to call one.
 @pytest.mark.parametrize("choice, left, told", [
-    ("required", [TOOL, TOOL2], True),
-    (named("get_time"), [TOOL2], True),
+    ("required", [TOOL, TOOL2], True), (named("get_time"), [TOOL2], True),
     (allowed("auto", "get_time"), [TOOL2], False),
     (allowed("required", "get_weather"), [TOOL], True),
     ({"type": "web_search"}, [TOOL, TOOL2], False),
@@ -2682,8 +2653,7 @@ def test_zais_own_tools_stay_where_a_choice_allows_them():
 # To add a case, add a row: a choice that names the tool "gone", which was left out; the
 # tools that are left.
 @pytest.mark.parametrize("choice, left", [
-    (named("gone"), [TOOL]),
-    (allowed("required", "gone"), [TOOL]),
+    (named("gone"), [TOOL]), (allowed("required", "gone"), [TOOL]),
     (allowed("required", "gone", "get_weather"), [TOOL]),
     (allowed("auto", "gone"), ABSENT),
     ({"type": "custom", "custom": {"name": "gone"}}, [TOOL]),
@@ -2725,21 +2695,15 @@ FAMILIES = {
 # To add a wish, add a row: the fields, ENABLE_THINKING, the wish that wins (None: there
 # is none), the effort that counts.
 WISHES = [
-    ({}, "", None, None),
-    ({}, "true", True, None),
-    ({}, "false", False, None),
+    ({}, "", None, None), ({}, "true", True, None), ({}, "false", False, None),
     *(({"reasoning_effort": effort}, default, effort not in ("none", "minimal"), effort)
       for effort in ALL_EFFORTS for default in ("", "true", "false")),
-    ({"thinking": ON}, "false", True, None),
-    ({"thinking": OFF}, "true", False, None),
-    ({"enable_thinking": True}, "false", True, None),
-    ({"enable_thinking": False}, "true", False, None),
-    ({"thinking": OFF, "reasoning_effort": "high"}, "", False, "high"),
-    ({"thinking": ON, "reasoning_effort": "max"}, "", True, "max"),
-    ({"enable_thinking": False, "reasoning_effort": "max"}, "", False, "max"),
-    ({"enable_thinking": True, "reasoning_effort": "low"}, "", True, "low"),
-    ({"thinking": ON, "enable_thinking": False}, "", True, None),
-    ({"thinking": OFF, "enable_thinking": True}, "", False, None),
+    *(({"thinking": ON if on else OFF}, default, on, None) for on, default in ((True, "false"), (False, "true"))),
+    *(({"enable_thinking": on}, default, on, None) for on, default in ((True, "false"), (False, "true"))),
+    *(({**wish, "reasoning_effort": effort}, "", on, effort) for wish, effort, on in (
+        ({"thinking": OFF}, "high", False), ({"thinking": ON}, "max", True), ({"enable_thinking": False}, "max", False),
+        ({"enable_thinking": True}, "low", True))),
+    *(({"thinking": thinking, "enable_thinking": not on}, "", on, None) for thinking, on in ((ON, True), (OFF, False))),
 ]
 WISH_CASES = [(family, model, *wish) for family in FAMILIES for model in FAMILIES[family][0] for wish in WISHES]
 
@@ -2764,20 +2728,18 @@ def test_thinking_is_asked_for_as_each_family_takes_it(family, model, fields, de
 # To add a dialect, add a row: the fields, the same in ours, the names of what was
 # changed.
 @pytest.mark.parametrize("fields, ours", [
-    ({"reasoning": {"effort": "high"}}, {"reasoning_effort": "high"}),
-    ({"reasoning": {"effort": "none"}}, {"reasoning_effort": "none"}),
-    ({"reasoning": {"enabled": True}}, {"enable_thinking": True}),
-    ({"reasoning": {"enabled": False, "exclude": True}}, {"enable_thinking": False}),
-    ({"reasoning": {"enabled": True, "effort": "low"}}, {"enable_thinking": True, "reasoning_effort": "low"}),
-    ({"reasoning": {"max_tokens": 0}}, {"enable_thinking": False}),
-    ({"reasoning": {"max_tokens": -1}}, {}),
-    ({"reasoning": {"max_tokens": 1024}}, {"reasoning_effort": "low"}),
-    ({"reasoning": {"max_tokens": 2000}}, {"reasoning_effort": "medium"}),
-    ({"reasoning": {"max_tokens": 20000}}, {"reasoning_effort": "high"}),
-    ({"reasoning": {"max_tokens": 200000}}, {"reasoning_effort": "max"}),
-    ({"chat_template_kwargs": {"enable_thinking": False}}, {"enable_thinking": False}),
+    *(({"reasoning": wish}, ours) for wish, ours in (
+        ({"effort": "high"}, {"reasoning_effort": "high"}), ({"effort": "none"}, {"reasoning_effort": "none"}),
+        ({"enabled": True}, {"enable_thinking": True}),
+        ({"enabled": False, "exclude": True}, {"enable_thinking": False}),
+        ({"enabled": True, "effort": "low"}, {"enable_thinking": True, "reasoning_effort": "low"}))),
+    *((fields, ours) for budget, ours in (
+        (0, {"enable_thinking": False}), (-1, {}), (1024, {"reasoning_effort": "low"}),
+        (2000, {"reasoning_effort": "medium"}), (20000, {"reasoning_effort": "high"}),
+        (200000, {"reasoning_effort": "max"}))
+      for fields in ({"reasoning": {"max_tokens": budget}}, {"thinking_budget": budget})),
+    *(({"chat_template_kwargs": wish}, wish) for wish in ({"enable_thinking": False}, {"reasoning_effort": "max"})),
     ({"chat_template_kwargs": {"thinking": True}}, {"enable_thinking": True}),
-    ({"chat_template_kwargs": {"reasoning_effort": "max"}}, {"reasoning_effort": "max"}),
     ({"extra_body": {"chat_template_kwargs": {"enable_thinking": False}}}, {"enable_thinking": False}),
     ({"extra_body": {"reasoning": {"effort": "high"}}}, {"reasoning_effort": "high"}),
     # Our own field wins
@@ -2792,9 +2754,6 @@ def test_thinking_is_asked_for_as_each_family_takes_it(family, model, fields, de
       for name in ("reasoning", "thinking_config")),
     *(({name: "high"}, {"reasoning_effort": "high"}) for name in ("reasoning", "think", "output_config")),
     ({"output_config": {"effort": "low"}}, {"reasoning_effort": "low"}),
-    ({"thinking_budget": 2000}, {"reasoning_effort": "medium"}),
-    ({"thinking_budget": 0}, {"enable_thinking": False}),
-    ({"thinking_budget": -1}, {}),
     ({"thinking_config": {"thinking_level": "high", "include_thoughts": True}}, {"reasoning_effort": "high"}),
     ({"chat_template_kwargs": {"enable_thinking": True, "clear_thinking": False}},
      {"thinking": {"type": "enabled", "clear_thinking": False}}),
@@ -2821,18 +2780,18 @@ def test_thinking_in_other_dialects_means_the_same(model, fields, ours):
         "auto", {"type": "auto"}, {"type": "perhaps"}, {"type": []}, [], "perhaps", {"budget_tokens": -1})),
     ({"thinking": {"type": "adaptive", "clear_thinking": False}},
      {"thinking": {"type": "enabled", "clear_thinking": False}}),
-    ({"thinking": {"type": "enabled", "budget_tokens": 20000}}, {"thinking": ON, "reasoning_effort": "high"}),
-    ({"thinking": {"type": "enabled", "budget_tokens": 20000}, "reasoning_effort": "low"},
+    ({"thinking": {**ON, "budget_tokens": 20000}}, {"thinking": ON, "reasoning_effort": "high"}),
+    ({"thinking": {**ON, "budget_tokens": 20000}, "reasoning_effort": "low"},
      {"thinking": ON, "reasoning_effort": "low"}),
     ({"thinking": {"budget_tokens": 1024}}, {"reasoning_effort": "low"}),
-    ({"enable_thinking": True, "thinking_budget": 20000}, {"enable_thinking": True, "reasoning_effort": "high"}),
-    ({"enable_thinking": False, "thinking_budget": 20000}, {"enable_thinking": False, "reasoning_effort": "high"}),
-    ({"enable_thinking": "true"}, {"enable_thinking": True}),
-    *(({"enable_thinking": value}, {"enable_thinking": False}) for value in ("false", 0)),
+    *(({"enable_thinking": on, "thinking_budget": 20000}, {"enable_thinking": on, "reasoning_effort": "high"})
+      for on in (True, False)),
+    *(({"enable_thinking": value}, {"enable_thinking": on}) for value, on in (
+        ("true", True), ("false", False), (0, False))),
     ({"enable_thinking": {}}, {}),
-    *(({"reasoning_effort": value}, {}) for value in ("auto", "default")),
-    ({"reasoning_effort": "ultra"}, {"reasoning_effort": "max"}),
-    ({"reasoning_effort": "xlow"}, {"reasoning_effort": "minimal"}),
+    *(({"reasoning_effort": value}, ours) for value, ours in (
+        ("auto", {}), ("default", {}), ("ultra", {"reasoning_effort": "max"}),
+        ("xlow", {"reasoning_effort": "minimal"}))),
 ])
 @pytest.mark.parametrize("model", ["glm-4.6", "glm-5.2", "glm-5.3", "glm-9"])
 def test_our_own_fields_in_other_words_mean_the_same(model, fields, ours):
@@ -3107,40 +3066,28 @@ def leak(text):
     return f"<tool_call>{text}</tool_call>"
 
 
-# Verbatim from the dialect sheet, sections 1 and 2; only the line ends inside an event
-# are ours.
-GLM_52_TOOLS = rb"""data: {"id":"20260813125025af371d7f88184d47","created":1786596625,"object":"chat.completion.chunk",
-"model":"glm-5.2","choices":[{"index":0,"delta":{"role":"assistant","reasoning_content":"The"}}]}
+def frames(head, *rests):
+    """The frames of a stream, which begin alike."""
+    return b"".join(b"data: " + head + rest + b"\n\n" for rest in rests) + DONE
 
-data: {"id":"20260813125025af371d7f88184d47","created":1786596625,"object":"chat.completion.chunk","model":"glm-5.2",
-"choices":[{"index":0,"delta":{"role":"assistant","reasoning_content":" user"}}]}
 
-data: {"id":"20260813125025af371d7f88184d47","created":1786596625,"object":"chat.completion.chunk","model":"glm-5.2",
-"choices":[{"index":0,"delta":{"tool_calls":[{"id":"call_438b313737df40b7b2972a81","index":0,"type":"function",
-"function":{"name":"get_weather","arguments":"{\"city\":\"Paris\"}"}}]}}]}
-
-data: {"id":"20260813125025af371d7f88184d47","created":1786596625,"object":"chat.completion.chunk","model":"glm-5.2",
-"choices":[{"index":0,"finish_reason":"tool_calls","delta":{"role":"assistant","content":""}}],
-"usage":{"prompt_tokens":178,"completion_tokens":37,"total_tokens":215,"prompt_tokens_details":{"cached_tokens":0},
-"completion_tokens_details":{"reasoning_tokens":25}}}
-
-data: [DONE]
-
-""".replace(b",\n", b",")
-GLM_45_TOOLS = rb"""data: {"id":"2025091420174501de064dedfa4b68","created":1757852265,"model":"glm-4.5-flash",
-"choices":[{"index":0,"delta":{"role":"assistant","content":"\n"}}]}
-
-data: {"id":"2025091420174501de064dedfa4b68","created":1757852265,"model":"glm-4.5-flash","choices":[{"index":0,
-"finish_reason":"tool_calls","delta":{"tool_calls":[{"id":"call_4BgN84hpTbmswCBFSC9ggw","index":-1,"type":"function",
-"function":{"name":"add","arguments":"{\"a\": 365, \"b\": 96}"}}]}}]}
-
-data: {"id":"2025091420174501de064dedfa4b68","created":1757852265,"model":"glm-4.5-flash","choices":[{"index":0,
-"finish_reason":"tool_calls","delta":{"role":"assistant","content":""}}],"usage":{"prompt_tokens":170,
-"completion_tokens":72,"total_tokens":242,"prompt_tokens_details":{"cached_tokens":43}}}
-
-data: [DONE]
-
-""".replace(b",\n", b",")
+# Verbatim from the dialect sheet, sections 1 and 2.
+GLM_52_TOOLS = frames(
+    rb'{"id":"20260813125025af371d7f88184d47","created":1786596625,"object":"chat.completion.chunk","model":"glm-5.2",',
+    rb'"choices":[{"index":0,"delta":{"role":"assistant","reasoning_content":"The"}}]}',
+    rb'"choices":[{"index":0,"delta":{"role":"assistant","reasoning_content":" user"}}]}',
+    rb'"choices":[{"index":0,"delta":{"tool_calls":[{"id":"call_438b313737df40b7b2972a81","index":0,"type":"function",'
+    rb'"function":{"name":"get_weather","arguments":"{\"city\":\"Paris\"}"}}]}}]}',
+    rb'"choices":[{"index":0,"finish_reason":"tool_calls","delta":{"role":"assistant","content":""}}],'
+    rb'"usage":{"prompt_tokens":178,"completion_tokens":37,"total_tokens":215,"prompt_tokens_details":'
+    rb'{"cached_tokens":0},"completion_tokens_details":{"reasoning_tokens":25}}}')
+GLM_45_TOOLS = frames(
+    rb'{"id":"2025091420174501de064dedfa4b68","created":1757852265,"model":"glm-4.5-flash","choices":[{"index":0,',
+    rb'"delta":{"role":"assistant","content":"\n"}}]}',
+    rb'"finish_reason":"tool_calls","delta":{"tool_calls":[{"id":"call_4BgN84hpTbmswCBFSC9ggw","index":-1,'
+    rb'"type":"function","function":{"name":"add","arguments":"{\"a\": 365, \"b\": 96}"}}]}}]}',
+    rb'"finish_reason":"tool_calls","delta":{"role":"assistant","content":""}}],"usage":{"prompt_tokens":170,'
+    rb'"completion_tokens":72,"total_tokens":242,"prompt_tokens_details":{"cached_tokens":43}}}')
 GLM_46_JSON = r"""{"choices":[{"finish_reason":"stop","index":0,"message":{"content":"\n您好！",
 "reasoning_content":"\n用户","role":"assistant"}}],"created":1770631146,"id":"2026020917585695a7e8be40254c7c",
 "model":"glm-4.6","object":"chat.completion","request_id":"2026020917585695a7e8be40254c7c",
@@ -3158,7 +3105,6 @@ MINIMAL = {"id": "", "object": "", "created": 0, "model": "", "system_fingerprin
 # says.
 @cases("data, expected", [
     ("glm-5.2, tools", GLM_52_TOOLS, asks(RAIN, reasoning="The user", usage=counts(178, 37, 215, 0, 25))),
-    ("glm-5.2, text", think(" 好") + say("好") + ENDED, says("好", " 好")),
     ("glm-4.5, index -1, double finish", GLM_45_TOOLS,
      asks(("add", '{"a": 365, "b": 96}'), usage=counts(170, 72, 242, 43))),
     ("glm-4.5, max_tokens 1", think("\n") + finished("length"), says(finish="length")),
@@ -3169,9 +3115,8 @@ MINIMAL = {"id": "", "object": "", "created": 0, "model": "", "system_fingerprin
     # Events of many kinds
     ("OpenAI's own chunks",
      sse({"choices": [{"index": 0, "delta": {"role": "assistant", "content": "a"}, "finish_reason": None}],
-                "usage": None},
-               {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]},
-               {"choices": [], "usage": USAGE}) + DONE,
+          "usage": None},
+         {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}, {"choices": [], "usage": USAGE}) + DONE,
      says("a")),
     *(("no " + what, say("a") + end, says("a")) for what, end in (
         ("[DONE]", FINISH), ("last blank line", FINISH.rstrip(b"\n")),
@@ -3179,16 +3124,13 @@ MINIMAL = {"id": "", "object": "", "created": 0, "model": "", "system_fingerprin
     ("no [DONE], no usage", say("a") + event(finish="stop"), says("a", usage=None)),
     ("CRLF, comments, names and ids",
      b": hi\r\n\r\nevent: message\r\nid: 1\r\n" + (say("a") + ENDED).replace(b"\n", b"\r\n"), says("a")),
-    ("choices null",
-     sse(dict(MINIMAL, choices=None, usage=None)) + say("a") + sse({"choices": None}) + say("b") + ENDED,
-     says("ab")),
-    ("choices of other kinds",
-     say("a") + sse(*({"choices": choices} for choices in ([], [None], {}, "x", [{}], [{"delta": None}])), {})
+    ("choices null, or of other kinds",
+     sse(dict(MINIMAL, choices=None, usage=None)) + say("a")
+     + sse(*({"choices": choices} for choices in (None, [], [None], {}, "x", [{}], [{"delta": None}])), {})
      + say("b") + ENDED, says("ab")),
-    ("events that are no objects",
-     say("a") + b'data: 42\n\ndata: [1]\n\ndata: null\n\ndata: "x"\n\ndata: true\n\n' + say("b") + ENDED, says("ab")),
-    ("lines that are no JSON",
-     say("a") + b'data: garbage\n\ndata: "id\n\ndata:\n\n' + say("b") + b"junk\n" + ENDED, says("ab")),
+    ("events that are no objects, and lines that are no JSON",
+     say("a") + b'data: 42\n\ndata: [1]\n\ndata: null\n\ndata: "x"\n\ndata: true\n\n'
+     + b'data: garbage\n\ndata: "id\n\ndata:\n\n' + say("b") + b"junk\n" + ENDED, says("ab")),
     ("blanks around the JSON",
      say("a").replace(b"data: ", b"data:   \t").replace(b"\n\n", b"  \n\n") + ENDED, says("a")),
     ("another model, another id",
@@ -3198,7 +3140,6 @@ MINIMAL = {"id": "", "object": "", "created": 0, "model": "", "system_fingerprin
                {"choices": [{"delta": {"tool_calls": [5, None]}}]}) + say("a") + ENDED, says("a")),
     ("text after the finish", say("a") + FINISH + say("b") + ENDED, says("a")),
     ("an error after the finish", say("a") + FINISH + sse({"error": {"code": "500", "message": "x"}}), says("a")),
-    ("content and reasoning in turn", say("a") + think("r") + say("b") + think("s") + ENDED, says("ab", "rs")),
     ("content and reasoning in one event",
      say("a") + event({"reasoning_content": "r", "content": "b"}) + event({"content": "c", "reasoning_content": "s"})
      + ENDED, says("abc", "rs")),
@@ -3247,8 +3188,6 @@ MINIMAL = {"id": "", "object": "", "created": 0, "model": "", "system_fingerprin
        call(*RAIN, "c") + calls_in(item(name, '{"a":2}', id="c", **where)) + TOOLS_END,
        asks(RAIN, (name, '{"a":2}'))) for name, where in (
            ("get_time", {"index": 1}), ("get_time", {"index": 0}), ("get_time", {}), ("get_weather", {"index": 1}))),
-    ("two calls, the same id", calls_in(item(*RAIN, id="c", index=0), item(*TIME, id="c", index=1)) + TOOLS_END,
-     asks(RAIN, TIME)),
     *((f"two calls of one tool, no id, {where}",
        calls_in(item("get_time", '{"a":1}', **where), item("get_time", '{"a":2}', **where)) + TOOLS_END,
        asks(("get_time", '{"a":1}'), ("get_time", '{"a":2}'))) for where in ({"index": 0}, {"index": -1}, {})),
@@ -3340,12 +3279,8 @@ MINIMAL = {"id": "", "object": "", "created": 0, "model": "", "system_fingerprin
     ("thinking in the content", say("<think>Got it\n") + say("</think>\n\nYes") + ENDED, says("Yes", "Got it\n")),
     ("thinking in the content, never closed", say("<think>Got it") + finished("length"),
      says("", "Got it", finish="length")),
-    ("thinking in the content, after a line end",
-     say("\n") + say("<think>") + say("a") + say("</think>") + say("b") + ENDED, says("b", "a")),
     ("boxes", think("<|begin_of_box|>a<|end_of_box|>") + say("It is <|begin_of_box|>42<|end_of_box|>.") + ENDED,
      says("It is 42.", "a")),
-    ("what only looks like a tag", say("a < b, <th") + say("in>, <|begin_of") + say("_bag|> <") + ENDED,
-     says("a < b, <thin>, <|begin_of_bag|> <")),
     ("a call in the content",
      say("Let me see. <tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>Paris</arg_value>\n</tool_call>")
      + ENDED, asks(RAIN, content="Let me see. ")),
@@ -3427,23 +3362,12 @@ def broken(response, **options):
     return failure, steps
 
 
-NETWORK_ERROR = rb"""data: {"id":"202603151451299c7a89c25180405d","created":1773557520,"model":"glm-5","choices":[
-{"index":0,"finish_reason":"network_error","delta":{"role":"assistant","content":""}}]}
-
-data: [DONE]
-
-""".replace(b"[\n", b"[")
+NETWORK_ERROR = finished("network_error", None)
 ABORT = event({"role": "assistant", "content": ""}, "abort", counts(12, 7, 19)) + DONE
 PLAN_AT_ITS_LIMIT = event({"role": "assistant", "content": None}, "stop", counts(0, 0, 0)) + DONE
-RATE_LIMITED = rb"""event: error
-data: {"error":{"code":"1302",
-"message":"High concurrency usage of this API,
- please reduce concurrency or contact customer service to increase limits"},
-"request_id":"2026012315301053eda1059a6e4f85"}
-
-data: [DONE]
-
-""".replace(b",\n", b",")
+RATE_LIMITED = b"event: error\n" + error_event(
+    "1302", "High concurrency usage of this API, please reduce concurrency or contact customer service to increase "
+    "limits", request_id="2026012315301053eda1059a6e4f85") + DONE
 BARE_LINE = '{"error":{"code":"500","message":"内部错误"}}'.encode()
 
 
@@ -3485,20 +3409,16 @@ BARE_LINE = '{"error":{"code":"500","message":"内部错误"}}'.encode()
             b'{"id', b'{"choices":[{"delta":{"content":"b', b'{"iddata: ["choices"]', b'{"iddata: 5')),
         ("a bare error line", think("a") + say("b") + BARE_LINE),
         ("a bare error line first", b"\n" + BARE_LINE + b"\n"),
-        ("an error as a JSON body", BARE_LINE),
-        ("no finish", think("a") + say("b")),
-        ("no finish but [DONE]", say("b") + DONE),
-        ("no finish after a call", call() + DONE),
+        ("an error as a JSON body", BARE_LINE), ("no finish", think("a") + say("b")),
+        ("no finish but [DONE]", say("b") + DONE), ("no finish after a call", call() + DONE),
         ("no finish but usage", say("a") + sse({"choices": [], "usage": USAGE}) + DONE),
         ("cut in the finish", say("b") + FINISH[:-30]),
-        ("nothing", b""),
-        ("nothing but [DONE]", DONE),
+        ("nothing", b""), ("nothing but [DONE]", DONE),
         ("nothing but comments", b": hi\n\n: hi\n\n"),
         ("nothing but an empty delta", event({"role": "assistant", "content": ""})),
         ("garbage to the end", say("a") + b"data: \xff\xfe\n\n\0\0\0" * 50),
         ("HTML in a stream", b"<html>\n<h1>502 Bad Gateway</h1>\n</html>\n"),
-        ("an empty object", b"{}"),
-        ("JSON cut short", GLM_46_JSON[:-30]),
+        ("an empty object", b"{}"), ("JSON cut short", GLM_46_JSON[:-30]),
         ("JSON without a finish", b'{"choices":[{"message":{"content":"a"}}]}'))),
     ("more calls than there can be tools", calls_in(*[item(*TIME)] * 129) + TOOLS_END, "upstream_error", GIVE_UP),
     ("a wrong path", b'{"code":500,"msg":"404 NOT_FOUND","success":false}', "upstream_error", GIVE_UP),
@@ -3563,8 +3483,7 @@ JSON_ANSWER = json.dumps({"choices": [{"message": {"content": "Hello"}, "finish_
 
 # Responses that say "Hello". To add a case, add a row: what is special, the bytes.
 @cases("data", [
-    ("as usual", HEAD + BODY),
-    ("one chunk", HEAD + chunked(HELLO) + END),
+    ("as usual", HEAD + BODY), ("one chunk", HEAD + chunked(HELLO) + END),
     ("chunks that end anywhere", HEAD + b"".join(chunked(HELLO[i:i + 7]) for i in range(0, len(HELLO), 7)) + END),
     ("103 first", b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\nContent-Length: 7\r\n\r\n" + HEAD + BODY),
     ("many first", b"HTTP/1.1 100 Continue\r\n\r\n" * 3 + HEAD + BODY),
@@ -3624,10 +3543,8 @@ def status_line(status, *lines):
         ("a head cut behind a 100", b"HTTP/1.1 100 Continue\r\n\r\n" + HEAD[:60]),
         ("cut behind the head", HEAD),
         ("cut in an event", HEAD + chunked(say("Hel")[:40])),
-        ("cut in a chunk", HEAD + b"ff\r\ndata: {"),
-        ("a broken chunk", HEAD + b"zz\r\n"),
-        ("an empty stream", HEAD + END),
-        ("an empty body", answer(200, b"")[0]),
+        ("cut in a chunk", HEAD + b"ff\r\ndata: {"), ("a broken chunk", HEAD + b"zz\r\n"),
+        ("an empty stream", HEAD + END), ("an empty body", answer(200, b"")[0]),
         ("an empty body without a length", OK + b"Connection: close\r\n\r\n"),
         ("a JSON body cut", answer(200, JSON_ANSWER)[0][:-20]),
         ("a cut behind the finish, before its call", HEAD + chunked(event(finish="tool_calls"))),
@@ -3700,9 +3617,7 @@ def test_retry_after_reaches_who_describes_an_error():
 # Faults behind a first step. To add a case, add a row: what happens then, the bytes.
 @pytest.mark.parametrize("first", (say("Hel"), think("Hel"), call()), ids=("text", "thinking", "call"))
 @cases("rest", [
-    ("the connection ends", b""),
-    ("the body ends", END),
-    ("the end mark", chunked(DONE) + END),
+    ("the connection ends", b""), ("the body ends", END), ("the end mark", chunked(DONE) + END),
     ("the connection ends in an event", chunked(say("lo")[:40])),
     ("the connection ends in a chunk", b"ff\r\ndata: {"),
     ("the body ends in an event", chunked(say("lo")[:40]) + END),
@@ -3827,19 +3742,15 @@ def splice(head, inner='"content":"11"'):
 
 
 @pytest.mark.parametrize("head", TORN_HEADS)
-def test_a_spliced_frame_starts_the_answer_afresh(head):
+def test_a_spliced_frame_starts_the_answer_afresh_unless_text_or_a_call_went_out(head):
     torn = splice(head) + say("22") + ENDED
     for before, thought in ((b"", ""), (think("old"), "old"), (b"data: [1]\n\n", "")):
         assert folded_stream(translated(before + torn)) == ("1122", thought, [], "stop", USAGE)
-    for before in (think("old"), say("old"), call(),
-                   think("old") + say("old <th") + call() + calls_in(item("get_time", "{", id="x"))):
+    gone_out = (say("old"), call(), think("old") + say("old <th") + call())
+    for before in (think("old"), *gone_out, gone_out[-1] + calls_in(item("get_time", "{", id="x"))):
         assert folded_json(translated(before + torn, restartable=True)) == ("1122", "", [], "stop", USAGE)
-
-
-@pytest.mark.parametrize("head", TORN_HEADS)
-def test_a_spliced_frame_after_text_or_a_call_went_out_is_an_error(head):
-    for before in (say("old"), call(), think("old") + say("old <th") + call()):
-        error, steps = broken(wire(before + splice(head) + say("22") + ENDED))
+    for before in gone_out:
+        error, steps = broken(wire(before + torn))
         assert (error.code, error.status, error.verdict) == ("upstream_stream_restarted", 502, GIVE_UP)
         assert "11" not in "".join(step.text for step in steps)
 
@@ -3886,9 +3797,6 @@ def test_what_was_only_held_back_does_not_forbid_a_fresh_start():
 
 # Texts, cut anywhere
 
-def cuts(text):
-    """Every way to cut a text in two, and the one that cuts everywhere."""
-    return [[text[:i], text[i:]] for i in range(len(text))] + [list(text)]
 
 
 def in_parts(parts, speak=say):
@@ -3917,7 +3825,7 @@ def fold_parts(parts, speak=say, **options):
     *((text, text, "") for text in ("<<think>>", "a<|begin_of_b|>", "a</think>b", "<t<think>a</think>")),
 ])
 def test_tags_are_found_wherever_the_text_is_cut(text, content, reasoning):
-    for parts in cuts(text):
+    for parts in pieces_of(text):
         assert fold_parts(parts)[:2] == (content, reasoning), parts
 
 
@@ -3925,7 +3833,7 @@ def test_tags_are_found_wherever_the_text_is_cut(text, content, reasoning):
                                   " get_weather</arg_value><arg_key>city<arg_value>Paris</arg_value></arg_value>"))
 def test_a_leaking_call_is_found_wherever_the_text_is_cut(text):
     text = "Well. " + leak(text)
-    for parts in cuts(text):
+    for parts in pieces_of(text):
         content, _, calls, finish, _ = fold_parts(parts, tools=WEATHER)
         pairs = [(call["name"], call["arguments"]) for call in calls]
         assert (content, pairs, finish) == ("Well. ", [RAIN], "tool_calls")
@@ -3943,11 +3851,10 @@ def test_a_leaking_call_is_found_wherever_the_text_is_cut(text):
     *((text, text) for text in (
         "<tool_call>", "<tool_call>get_weather", "<tool_call>\n get_w", "<tool_call>get_weather ",
         "<tool_call>get_weather<arg_k")),
-    ("Well <tool_c", "<tool_c"),
-    ("a <", "<"),
+    ("Well <tool_c", "<tool_c"), ("a <", "<"),
 ])
 def test_a_text_is_held_back_only_while_it_can_still_be_a_call(text, held):
-    for parts in cuts(text):
+    for parts in pieces_of(text):
         steps, _ = feed_answer(new_answer(tools=WEATHER), said_in(parts))
         assert "".join(step.text for step in steps) == text[:len(text) - len(held)], parts
 
@@ -3964,7 +3871,7 @@ def test_a_text_is_held_back_only_while_it_can_still_be_a_call(text, held):
     ("```json", "```json"), ("```" + "x" * 200 + '{"a":1}', "```" + "x" * 200 + '{"a":1}'),
 ])
 def test_a_json_answer_comes_without_its_fence_wherever_it_is_cut(text, left):
-    for parts in cuts(text):
+    for parts in pieces_of(text):
         content, _, _, finish, _ = fold_parts(parts, unfence=True)
         assert (content.strip(), finish) == (left, "stop"), parts
         assert fold_parts(parts)[0] == text.lstrip("\r\n")
@@ -3973,33 +3880,23 @@ def test_a_json_answer_comes_without_its_fence_wherever_it_is_cut(text, left):
 # Stop words. To add a case, add a row: the words, a text, what is left of it, whether
 # one was met (in which case nothing more is waited for).
 @pytest.mark.parametrize("words, text, left, met", [
-    (("Observation",), "a = 1\nObservation: 5", "a = 1\n", True),
-    (("Observation",), "Obser, Observatio", "Obser, ", False),  # Z.ai stops with most of the word in the text
-    (("Observation",), "Obser", "Obser", False),
-    (("Observation",), "Obs", "Obs", False),
-    (("Observation",), "Observation", "", True),
+    *((("Observation",), text, left, met) for text, left, met in (
+        ("a = 1\nObservation: 5", "a = 1\n", True), ("Observation", "", True), ("Obser", "Obser", False),
+        ("Obs", "Obs", False), ("Obser, Observatio", "Obser, ", False))),  # Z.ai stops with most of it in the text
     (("x", "Observation"), "Observatio", "Observatio", False),  # which is why only the first, which it gets, goes
-    (("</code>",), "if a < b: print(1)\n", "if a < b: print(1)\n", False),
-    (("</code>",), "a</code", "a", False),
-    (("</code>",), "a</c", "a</c", False),  # three letters are too few
-    (("</code>",), "a</co<", "a</co<", False),
-    (("</code>",), "a<</code>b", "a<", True),
-    (("b", "a"), "xaby", "x", True),
-    (("cd", "abc"), "xabcd", "x", True),
-    (("abc", "b"), "xab", "xa", True),
-    (("abcd", "b"), "xabcd", "xa", True),  # the first to end counts, as it would letter by letter
-    (("bcd", "abcd"), "xabcd", "x", True),
-    (("aab",), "aaaab", "aa", True),
-    (("\n\n",), "a\nb\n\nc", "a\nb", True),
-    (("\n",), "a", "a", False),
-    ((".*",), "a.b.*c", "a.b", True),
-    (("好了",), "你好好了吗", "你好", True),
-    (("<think>",), "a<think>b", "a", True),
-    (("Human<",), "aHuman<b", "a", True),
+    *((("</code>",), text, left, met) for text, left, met in (
+        ("if a < b: print(1)\n", "if a < b: print(1)\n", False), ("a</code", "a", False), ("a</co<", "a</co<", False),
+        ("a<</code>b", "a<", True), ("a</c", "a</c", False))),  # three letters are too few
+    # The first to end counts, as it would letter by letter
+    (("b", "a"), "xaby", "x", True), (("cd", "abc"), "xabcd", "x", True), (("abc", "b"), "xab", "xa", True),
+    (("abcd", "b"), "xabcd", "xa", True), (("bcd", "abcd"), "xabcd", "x", True), (("aab",), "aaaab", "aa", True),
     (("STOP", "END", "HALT", "QUIT"), "so we HALT here, STOP", "so we ", True),
+    # Any letters
+    (("\n\n",), "a\nb\n\nc", "a\nb", True), (("\n",), "a", "a", False), ((".*",), "a.b.*c", "a.b", True),
+    (("好了",), "你好好了吗", "你好", True), (("<think>",), "a<think>b", "a", True), (("Human<",), "aHuman<b", "a", True),
 ])
 def test_the_text_ends_before_the_first_stop_word_wherever_it_is_cut(words, text, left, met):
-    for parts in cuts(text):
+    for parts in pieces_of(text):
         this = new_answer(stop=words)
         steps, failure = feed_answer(this, said_in(parts))
         assert this.complete is met, parts
@@ -4541,8 +4438,7 @@ def folded(read, steps):
         {"max_tokens": 5, "temperature": 1, "top_p": 0.5}, {"stream": True}, {"thinking": OFF},
         {"tools": [{"type": "web_search_20250305", "name": "web_search", "max_uses": 8}]})),
     ({"stop_sequences": ["a", "b"]}, {"stop": ["a", "b"]}),
-    ({}, {"stream": False, "thinking": OFF}),
-    ({"stream": None}, {"stream": False}),
+    ({}, {"stream": False, "thinking": OFF}), ({"stream": None}, {"stream": False}),
     *(({"thinking": {**ON, "budget_tokens": budget}}, {"thinking": ON, "reasoning_effort": effort})
       for budget, effort in ((1024, "low"), (8192, "medium"), (24576, "high"), (32000, "max"))),
     ({"thinking": {"type": "adaptive"}, "output_config": {"effort": "high"}},
@@ -4988,8 +4884,7 @@ def gave(id, content, kind="function_call_output"):
 INPUT_IMAGE = {"type": "input_image", "image_url": PNG_URL, "detail": "high"}
 # To add a case, add a row: input items, what Z.ai gets. The model sees.
 @pytest.mark.parametrize("items, expected", [
-    ("a", [user("a")]),
-    ([user("a")], [user("a")]),
+    ("a", [user("a")]), ([user("a")], [user("a")]),
     ([message("developer", {"type": "input_text", "text": "d"}), U], [system("d"), U]),
     ([message("user", {"type": "input_text", "text": "a"}, INPUT_IMAGE)], [user([text("a"), image()])]),
     ([message("user", {"type": "input_file", "file_url": "http://x/y.pdf"}, {"type": "input_text", "text": "a"})],
