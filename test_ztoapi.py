@@ -3163,8 +3163,7 @@ MINIMAL = {"id": "", "object": "", "created": 0, "model": "", "system_fingerprin
     ("finish empty, then real", sse({"choices": [{"delta": {"content": "a"}, "finish_reason": ""}]}) + ENDED,
      says("a")),
     ("stop after a call", call() + ENDED, asks(RAIN)),
-    *((f"length within a call, behind {cut!r}",
-       call("get_weather", cut) + finished("length"),
+    *((f"length within a call, behind {cut!r}", call("get_weather", cut) + finished("length"),
        asks(("get_weather", cut), finish="length")) for cut in ("", '{"ci', "{}")),
     ("length before a call's name", say("a") + calls_in(item(None, "", id="c", index=0)) + finished("length"),
      says("a", finish="length")),
@@ -3796,7 +3795,6 @@ def test_what_was_only_held_back_does_not_forbid_a_fresh_start():
 
 
 # Texts, cut anywhere
-
 
 
 def in_parts(parts, speak=say):
