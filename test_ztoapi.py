@@ -825,8 +825,10 @@ posix_only = pytest.mark.skipif(os.name == "nt", reason="signals")
 
 
 def cases(names, rows):
-    """Parametrize by the rows of a dict, whose keys name them."""
-    return pytest.mark.parametrize(names, list(rows.values()), ids=list(rows))
+    """Parametrize by the values of a dict, whose keys name them, or by rows whose first item does."""
+    if isinstance(rows, dict):
+        return pytest.mark.parametrize(names, list(rows.values()), ids=list(rows))
+    return pytest.mark.parametrize(names, [pytest.param(*row[1:], id=row[0][:60]) for row in rows])
 
 
 def ask(proxy, streamed, **fields):
@@ -1019,26 +1021,19 @@ def under_a_second():
     assert time.process_time() - began < 1
 
 
-def pieces_of(data):
-    """The ways to feed it: whole, byte by byte, and cut in two at every place."""
+def pieces_of(data, most=10000):
+    """The ways to feed it: whole, byte by byte, and cut in two at every place, or at most that lie apart."""
+    stride = len(data) // most + 1
     yield [data]
     yield [data[i:i + 1] for i in range(len(data))]
-    for i in range(1, len(data)):
+    # The places move with the length.
+    for i in range(len(data) % stride + 1, len(data), stride):
         yield [data[:i], data[i:]]
 
 
 def blocks_of(data):
     """As a socket gives it."""
     return [data[i:i + 65536] for i in range(0, len(data), 65536)]
-
-
-def some_pieces_of(data):
-    """pieces_of(), but of long data not every place is tried: some 50 that lie apart, and move with its length."""
-    stride = len(data) // 50 + 1
-    yield [data]
-    yield [data[i:i + 1] for i in range(len(data))]
-    for i in range(len(data) % stride + 1, len(data), stride):
-        yield [data[:i], data[i:]]
 
 
 def names_bound_in(path):
@@ -1152,31 +1147,20 @@ GOOD_SETTINGS = [
     *(("ZAI_API_KEY", text, ()) for text in ("", "-", "none", "unset", "None", " - ")),
     *(("ENABLE_THINKING", text, None) for text in ("", "-", "unset", "none")),
     *(("MODEL_ALIASES", text, {}) for text in ("", "-", "none", "UNSET")),
-    ("PORT", "0", 0),
-    ("PORT", "65535", 65535),
-    ("PORT", " 8080 ", 8080),
-    ("HOST", "0.0.0.0", "0.0.0.0"),
-    ("HOST", "::", "::"),
-    ("HOST", "localhost", "localhost"),
-    ("HOST", "192.168.1.2", "192.168.1.2"),
-    ("DEFAULT_KEY", "a", ("a",)),
-    ("DEFAULT_KEY", " a , ,b,", ("a", "b")),
-    ("ZAI_API_KEY", "id.secret", ("id.secret",)),
-    ("ZAI_API_KEY", "id1.s1, id2.s2 ,", ("id1.s1", "id2.s2")),
-    ("ZAI_API_KEY", "nonesuch-key", ("nonesuch-key",)),
+    *(("PORT", text, int(text)) for text in ("0", "65535", " 8080 ")),
+    *(("HOST", text, text) for text in ("0.0.0.0", "::", "localhost", "192.168.1.2")),
+    *((variable, text, int(text)) for variable in ("MAX_CONCURRENCY", "MAX_RETRIES") for text in ("0", "7")),
+    *((variable, "1", 1) for variable in ("MAX_BODY_MB", "MAX_CONNECTIONS")),
+    *((variable, "0", 0) for variable in ("QUEUE_TIMEOUT", "HEARTBEAT")),
+    *(("DEFAULT_KEY", text, keys) for text, keys in (("a", ("a",)), (" a , ,b,", ("a", "b")))),
+    *(("ZAI_API_KEY", text, keys) for text, keys in (
+        ("id.secret", ("id.secret",)), ("nonesuch-key", ("nonesuch-key",)),
+        ("id1.s1, id2.s2 ,", ("id1.s1", "id2.s2")))),
     ("MODEL_ALIASES", "gpt-4o=glm-4.6,gpt-4o-mini=glm-4.5-air", {"gpt-4o": "glm-4.6", "gpt-4o-mini": "glm-4.5-air"}),
     ("MODEL_ALIASES", " a = glm-4.6 , , *=GLM-4.5,", {"a": "glm-4.6", "*": "GLM-4.5"}),
-    ("MAX_CONCURRENCY", "0", 0),
-    ("MAX_CONCURRENCY", "7", 7),
-    ("MAX_RETRIES", "0", 0),
-    ("MAX_RETRIES", "5", 5),
-    ("MAX_BODY_MB", "1", 1),
-    ("MAX_CONNECTIONS", "1", 1),
-    ("QUEUE_TIMEOUT", "0", 0),
-    ("HEARTBEAT", "0", 0),
-    ("CORS_ORIGIN", "*", ("*",)),
-    ("CORS_ORIGIN", "", ()),
-    ("CORS_ORIGIN", "https://a.example, ,http://b.example:8080", ("https://a.example", "http://b.example:8080")),
+    *(("CORS_ORIGIN", text, origins) for text, origins in (
+        ("*", ("*",)), ("", ()),
+        ("https://a.example, ,http://b.example:8080", ("https://a.example", "http://b.example:8080")))),
 ]
 # To add a case, add a row: variable, a text that is refused.
 BAD_SETTINGS = [
@@ -1184,24 +1168,17 @@ BAD_SETTINGS = [
     *((variable, text) for variable in COUNTS for text in ("x", "-1", "1.5", "1e3", "+1")),
     *((variable, text) for variable in DURATIONS for text in ("x", "-1", "nan", "inf", "10s", "1,5", "1e400")),
     *(("PORT", text) for text in (
-        "x", "-1", "65536", "80.0", "0x50", "8_0", "9 0", "9\n9", "\u0661", "\u0668\u0660", "0" * 9 + "999999")),
+        "x", "-1", "65536", "80.0", "0x50", "8_0", "9 0", "9\n9", "\u0661", "\u0668\u0660", "0" * 9 + "999999",
+        "90\r\n90", "1" * 5000)),
     *(("MODEL_ALIASES", text) for text in ("gpt-4o", "gpt-4o=", "=glm-4.6", "a=b,c")),
     *(("ZAI_BASE_URL", text) for text in (
         "api.z.ai", "ftp://api.z.ai", "file:///etc/passwd", "https://", "https:///v4", "https://api.z.ai:port",
         "https://api.z.ai:99999", "https://api.z.ai:0", "https://[::1", "https://a b", "https://api..z.ai",
         "https://api.z.ai/v4?x=1", "https://api.z.ai/v4#x", "https://api.z.ai/v4?", "https://api.z.ai/v4#",
         "https://api.z.ai/\u00e9", "https://api.z.ai/v4\nX: y", "http://", "http://x y/", "http://[")),
-    ("MAX_BODY_MB", "0"),
-    ("MAX_CONNECTIONS", "0"),
-    ("UPSTREAM_TIMEOUT", "0"),
-    ("CLIENT_TIMEOUT", "0"),
-    ("REASONING_FORMAT", "think"),
-    ("REASONING_FORMAT", "parsed,raw"),
-    ("REASONING_FORMAT", "none"),
+    *((variable, "0") for variable in ("MAX_BODY_MB", "MAX_CONNECTIONS", "UPSTREAM_TIMEOUT", "CLIENT_TIMEOUT")),
+    *(("REASONING_FORMAT", text) for text in ("think", "parsed,raw", "none", "ra\x1b[31mw")),
     ("HOST", "0.0.0.0\nPORT=1"),
-    ("PORT", "90\r\n90"),
-    ("PORT", "1" * 5000),
-    ("REASONING_FORMAT", "ra\x1b[31mw"),
 ]
 
 
@@ -1252,10 +1229,8 @@ def test_an_empty_default_key_is_refused(text):
 
 
 # To add a case, add a row: a host that is not this computer.
-FAR_HOSTS = [
-    "0.0.0.0", "::", "192.168.1.2", "example.org", "127.0.0.1.example.org", "localhost.example.org", "1127.0.0.1",
-    "1.127.0.0",
-]
+FAR_HOSTS = ("0.0.0.0", "::", "192.168.1.2", "example.org", "127.0.0.1.example.org", "localhost.example.org",
+             "1127.0.0.1", "1.127.0.0")
 
 
 @pytest.mark.parametrize("host", FAR_HOSTS)
@@ -1280,14 +1255,10 @@ SECRET = "Geheim1234567890"
 
 # To add a case, add a row: an environment that is refused, for whatever reason.
 @pytest.mark.parametrize("environ", [
-    {"DEFAULT_KEY": SECRET + "\u00e9"},
-    {"ZAI_API_KEY": f"id.{SECRET}\x01"},
-    {"ZAI_API_KEY": SECRET + " " + SECRET},
-    {"ZAI_API_KEY": SECRET, "PORT": "x"},
-    {"DEFAULT_KEY": "sk-your-key," + SECRET, "HOST": "0.0.0.0"},
-    {"ZAI_BASE_URL": f"https://user:{SECRET}@api.z.ai/v4"},
-    {"ZAI_BASE_URL": f"https://{SECRET}@api.z.ai"},
-    {"ZAI_BASE_URL": f"https:/user:{SECRET}@api.z.ai"},
+    {"DEFAULT_KEY": SECRET + "\u00e9"}, {"ZAI_API_KEY": f"id.{SECRET}\x01"}, {"ZAI_API_KEY": SECRET + " " + SECRET},
+    {"ZAI_API_KEY": SECRET, "PORT": "x"}, {"DEFAULT_KEY": "sk-your-key," + SECRET, "HOST": "0.0.0.0"},
+    *({"ZAI_BASE_URL": url} for url in (
+        f"https://user:{SECRET}@api.z.ai/v4", f"https://{SECRET}@api.z.ai", f"https:/user:{SECRET}@api.z.ai")),
 ])
 def test_secrets_do_not_show_in_complaints(environ):
     with pytest.raises(ztoapi.SettingsError) as caught:
@@ -1301,26 +1272,26 @@ def test_keys_do_not_show_in_repr():
     assert SECRET not in repr(settings) + str(settings)
 
 
+DOTTED_KEY = "0123456789abcdef.SecretSecret"
 ODD_KEYS = ("abcdefgh", "abcdefghijklmnop", "abc\\def'ghi\\jkl")
 
 
 # To add a case, add a row: Z.ai's keys, the clients', a text, what is left of it.
 @pytest.mark.parametrize("zai_keys, client_keys, text, clean", [
-    (("0123456789abcdef.SecretSecret",), ("k",), "key 0123456789abcdef.SecretSecret no", "key [redacted] no"),
-    (("0123456789abcdef.SecretSecret",), ("k",), "id 0123456789abcdef no", "id [redacted] no"),
-    (("0123456789abcdef.SecretSecret",), ("k",), "SecretSecretSecretSecret", "[redacted][redacted]"),
+    *(((DOTTED_KEY,), ("k",), text, clean) for text, clean in (
+        (f"key {DOTTED_KEY} no", "key [redacted] no"), ("id 0123456789abcdef no", "id [redacted] no"),
+        ("SecretSecretSecretSecret", "[redacted][redacted]"))),
     ((), ("plain-key-without-a-dot",), "plain-key-without-a-dot", "[redacted]"),
     ((), ("sk-your-key",), "sk-your-key", "sk-your-key"),
-    ((), ODD_KEYS, "abcdefghijklmnop abcdefgh", "[redacted] [redacted]"),
-    ((), ODD_KEYS, ODD_KEYS[2], "[redacted]"),
-    ((), ODD_KEYS, ascii(ODD_KEYS[2]), '"[redacted]"'),
-    ((), ODD_KEYS, "nothing to hide", "nothing to hide"),
+    *(((), ODD_KEYS, text, clean) for text, clean in (
+        ("abcdefghijklmnop abcdefgh", "[redacted] [redacted]"), (ODD_KEYS[2], "[redacted]"),
+        (ascii(ODD_KEYS[2]), '"[redacted]"'), ("nothing to hide", "nothing to hide"))),
 ])
 def test_no_key_survives_redaction(zai_keys, client_keys, text, clean):
     assert Settings(zai_api_key=zai_keys, default_key=client_keys).redact(text) == clean
 
 
-@pytest.mark.parametrize("key, shown", [("0123456789abcdef.SecretSecret", "...cret"), ("short", "..."), ("", "...")])
+@pytest.mark.parametrize("key, shown", [(DOTTED_KEY, "...cret"), ("short", "..."), ("", "...")])
 def test_a_masked_key_shows_its_end_if_it_is_long(key, shown):
     assert ztoapi.mask(key) == shown
 
@@ -1334,8 +1305,7 @@ CODES = [
     ("1304 1308 1309 1310 1314 1316 1317 1318 1319 1320 1321", 402, "insufficient_quota", KEY_RESTS),
     ("1302", 429, "rate_limit_exceeded", TOO_MANY),
     ("1303", 429, "rate_limit_exceeded", TOO_FAST),
-    ("1305 1312", 503, "overloaded", OVERLOAD),
-    ("1120", 503, "overloaded", TRY_AGAIN),
+    ("1305 1312", 503, "overloaded", OVERLOAD), ("1120", 503, "overloaded", TRY_AGAIN),
     ("1210 1212 1213 1214 1215 1231", 400, "invalid_value", GIVE_UP),
     ("1211 1221 1222", 404, "model_not_found", GIVE_UP),
     ("1261", 400, "context_length_exceeded", GIVE_UP),
@@ -1384,32 +1354,27 @@ FULL, FILTERED = (503, "overloaded"), (400, "content_filter")
 # To add an answer of Z.ai's, add a row: HTTP status, body, the status and code of ours,
 # words that help.
 CAPTURED = [
-    (401, complaint("401", "令牌已过期或验证不正确"), AUTH, "ZAI_API_KEY"),
-    (401, complaint("401", "token expired or incorrect"), AUTH, "ZAI_API_KEY"),
+    *((401, complaint("401", words), AUTH, "ZAI_API_KEY")
+      for words in ("令牌已过期或验证不正确", "token expired or incorrect")),
     (429, complaint("1113", "Insufficient balance or no resource package. Please recharge."), NO_MONEY, "Coding Plan"),
-    (400, complaint("1211", "Unknown Model, please check the model code."), NO_MODEL, "GLM-4.6"),
-    (400, complaint("1211", "模型不存在，请检查模型代码。"), NO_MODEL, "GLM-4.6"),
-    (400, complaint("1214", "modelCode：不存在"), NO_MODEL, "GLM-4.6"),
-    (400, complaint("1214", "modelCode: does not exist"), NO_MODEL, "GLM-4.6"),
-    (400, complaint("1210", "The model `glm-4.66` was not found"), NO_MODEL, "GLM-4.6"),
-    (400, complaint("1999", "Unknown model"), NO_MODEL, "GLM-4.6"),
-    (400, complaint("1214", "未知模型：glm-4.66"), NO_MODEL, "GLM-4.6"),
+    *((400, complaint(code, words), NO_MODEL, "GLM-4.6") for code, words in (
+        ("1211", "Unknown Model, please check the model code."), ("1211", "模型不存在，请检查模型代码。"),
+        ("1214", "modelCode：不存在"), ("1214", "modelCode: does not exist"), ("1999", "Unknown model"),
+        ("1210", "The model `glm-4.66` was not found"), ("1214", "未知模型：glm-4.66"))),
     (404, complaint("model_not_found", "The model `glm-4.66` does not exist"), NO_MODEL, "GLM-4.6"),
-    (400, complaint("1210", "Invalid API parameter, please check the documentation."), BAD_REQUEST, ""),
     (400, complaint("1210", "max_tokens参数非法：限制数值范围[1,131072]"), BAD_REQUEST, "[1,131072]"),
-    (400, complaint("1210", "max_tokens exceeds the maximum of 131072"), BAD_REQUEST, ""),
-    (400, complaint("1210", "The temperature parameter is illegal.：限制数值范围[0,1]"), BAD_REQUEST, ""),
-    (400, complaint("1210", "该模型始终思考，不支持关闭思考；请使用 low、high 或 max。"), BAD_REQUEST, ""),
-    (400, complaint("1210", "messages.content.type 参数非法，取值范围 ['text']"), BAD_REQUEST, ""),
-    (400, complaint("1210", "The input image exceeds the limit of 5 MB"), BAD_REQUEST, ""),
-    (400, complaint("1213", "未正常接收到prompt参数。"), BAD_REQUEST, ""),
-    (400, complaint("1214", "Incorrect role information"), BAD_REQUEST, ""),
-    (400, complaint("1214", "messages 参数非法。请检查文档。"), BAD_REQUEST, ""),
-    (400, complaint("1261", "Prompt exceeds max length"), TOO_LONG, "maximum context length"),
-    (400, complaint("1210", "tokens in request more than max tokens allowed"), TOO_LONG, "maximum context length"),
-    (400, complaint("1214", "This model's maximum context length is 131072 tokens"), TOO_LONG, "context_length"),
-    (400, complaint("1210", "Your prompt is too long"), TOO_LONG, "maximum context length"),
-    (400, complaint("1999", "total tokens exceeded the limit"), TOO_LONG, "maximum context length"),
+    *((400, complaint(code, words), BAD_REQUEST, "") for code, words in (
+        ("1210", "Invalid API parameter, please check the documentation."),
+        ("1210", "max_tokens exceeds the maximum of 131072"),
+        ("1210", "The temperature parameter is illegal.：限制数值范围[0,1]"),
+        ("1210", "该模型始终思考，不支持关闭思考；请使用 low、high 或 max。"),
+        ("1210", "messages.content.type 参数非法，取值范围 ['text']"),
+        ("1210", "The input image exceeds the limit of 5 MB"), ("1213", "未正常接收到prompt参数。"),
+        ("1214", "Incorrect role information"), ("1214", "messages 参数非法。请检查文档。"))),
+    *((400, complaint(code, words), TOO_LONG, "maximum context length") for code, words in (
+        ("1261", "Prompt exceeds max length"), ("1210", "tokens in request more than max tokens allowed"),
+        ("1214", "This model's maximum context length is 131072 tokens"), ("1210", "Your prompt is too long"),
+        ("1999", "total tokens exceeded the limit"))),
     *((400, complaint("1210", words), TOO_LONG, "maximum context length") for words in (
         "输入内容超过模型最大上下文长度", "prompt 超长", "messages 长度超限", "对话内容太长，超出模型最大长度")),
     *((400, complaint("1210", words), BAD_REQUEST, "") for words in (
@@ -1437,7 +1402,8 @@ CAPTURED = [
         "Access token exceeded its lifetime limit", "Tokens per minute exceeded the limit")),
     *((400, complaint("1210", words), NO_MODEL, "GLM-4.6") for words in (
         "Invalid model: glm-4.66", "glm-4.66 is not a valid model ID", "model glm-4.66 is not supported",
-        "Could not find model glm-4.66", "No available channel for model glm-4.66", "未找到模型 glm-4.66", "不支持的模型",
+        "Could not find model glm-4.66", "No available channel for model glm-4.66",
+        "未找到模型 glm-4.66", "不支持的模型",
         "无效的模型", "模型已下线", "分组 default 下模型 glm-4.66 无可用渠道")),
     *((400, complaint("1210", words), BAD_REQUEST, "") for words in (
         "The tool `model_search` was not found", "Parameter model_options not found",
@@ -1447,24 +1413,24 @@ CAPTURED = [
     *((500, complaint("500", words), BROKEN, "") for words in (
         "The request exceeded the time limit", "Request rate exceeds the limit", "模型输入处理超时")),
     (400, complaint("1301", "unsafe or sensitive content", contentFilter=[{"level": 1, "role": "user"}]), FILTERED, ""),
-    (429, complaint("1302", "High concurrency usage of this API, please reduce concurrency"), NO_ROOM, ""),
-    (429, complaint("1302", "Rate limit reached for requests", request_id="20260212064144579f5b8f"), NO_ROOM, ""),
+    *((429, complaint("1302", words), NO_ROOM, "") for words in (
+        "High concurrency usage of this API, please reduce concurrency", "Rate limit reached for requests")),
     (429, complaint("1305", "该模型当前访问量过大，请您稍后再试"), FULL, ""),
-    (429, complaint("1308", "Usage limit reached for 5 hour. Your limit will reset at 2026-09-09 05:38:28"),
-     NO_MONEY, ""),
-    (429, complaint("1310", "Weekly/Monthly Limit Exhausted. Your limit will reset at 2026-05-11 21:02:26"),
-     NO_MONEY, ""),
-    (429, complaint("1309", "Your GLM Coding Plan package has expired"), NO_MONEY, ""),
+    *((429, complaint(code, words), NO_MONEY, "") for code, words in (
+        ("1308", "Usage limit reached for 5 hour. Your limit will reset at 2026-09-09 05:38:28"),
+        ("1310", "Weekly/Monthly Limit Exhausted. Your limit will reset at 2026-05-11 21:02:26"),
+        ("1309", "Your GLM Coding Plan package has expired"))),
     (429, complaint("1311", "当前订阅套餐暂未开放GLM-5.2-Highspeed权限"), DENIED, "plan"),
     (429, complaint("1313", "fair use"), DENIED, "Coding Plan"),
     (429, complaint("1315", "This key is for the enterprise plan only"), AUTH, "ZAI_API_KEY"),
     (401, complaint("1005", "Two-factor authentication required"), AUTH, "ZAI_API_KEY"),
-    (500, complaint("1234", "网络错误，错误id：202602261029392bc0093d0e944297，请联系客服。"), BROKEN, ""),
     (429, complaint("1999", "Usage limit reached. Your limit will reset at 2027-01-01 00:00:00"), NO_MONEY, "1999"),
     (429, complaint("1999", "余额不足"), NO_MONEY, "1999"),
     (429, complaint("insufficient_quota", "No."), NO_MONEY, ""),
     (200, {"msg": "余额不足", "success": False}, NO_MONEY, ""),
-    *((500, complaint("1234", words), BROKEN, "") for words in ("网络连接被重置", "Connection reset at the other side")),
+    *((500, complaint("1234", words), BROKEN, "") for words in (
+        "网络错误，错误id：202602261029392bc0093d0e944297，请联系客服。", "网络连接被重置",
+        "Connection reset at the other side")),
     (429, complaint(None, "You exceeded your current quota, please check your plan."), NO_MONEY, ""),
     *((status, complaint("1999", words), FULL, "") for status in (429, 500, 503) for words in (
         "The model is overloaded", "该模型当前访问量过大，请您稍后再试", "The service is under heavy load")),
@@ -1480,30 +1446,25 @@ CAPTURED = [
         [complaint("1113")], {"detail": {"code": "1113"}}, {"error": complaint("1113")}, {"errors": [{"code": 1113}]},
         {"error": '{"code":"1113"}'})),
     # Paths that are not there
-    (500, {"code": 500, "msg": "No static resource v4/v1/chat/completions."}, BROKEN, "ZAI_BASE_URL"),
-    (500, complaint("500", "Request method 'POST' not supported"), BROKEN, "ZAI_BASE_URL"),
-    (200, {"status": 404, "message": "no such thing"}, BROKEN, "ZAI_BASE_URL"),
-    (404, {"timestamp": "2026-08-13T04:35:22.960+00:00", "status": 404, "error": "Not Found", "path": "/v4/v1"},
-     BROKEN, "ZAI_BASE_URL"),
-    (200, {"code": 500, "msg": "404 NOT_FOUND", "success": False}, BROKEN, "ZAI_BASE_URL"),
-    (500, complaint("500", "404 NOT_FOUND"), BROKEN, "ZAI_BASE_URL"),
-    (500, {"error": {"message": "404 Not Found"}}, BROKEN, "ZAI_BASE_URL"),
-    (500, {"message": "404 NOT_FOUND"}, BROKEN, "ZAI_BASE_URL"),
-    (200, {"code": 404, "msg": "no such thing"}, BROKEN, "ZAI_BASE_URL"),
+    *((status, body, BROKEN, "ZAI_BASE_URL") for status, body in (
+        (500, {"code": 500, "msg": "No static resource v4/v1/chat/completions."}),
+        (500, complaint("500", "Request method 'POST' not supported")),
+        (200, {"status": 404, "message": "no such thing"}), (200, {"code": 404, "msg": "no such thing"}),
+        (404, {"timestamp": "2026-08-13T04:35:22.960+00:00", "status": 404, "error": "Not Found", "path": "/v4/v1"}),
+        (200, {"code": 500, "msg": "404 NOT_FOUND", "success": False}), (500, complaint("500", "404 NOT_FOUND")),
+        (500, {"error": {"message": "404 Not Found"}}), (500, {"message": "404 NOT_FOUND"}))),
     # A plain 500 is quoted as it is
     (200, {"code": 500, "msg": "Internal Server Error"}, BROKEN, "(code 500)"),
     (500, {"status": 500, "error": "Internal Server Error", "path": "/v4/chat"}, BROKEN, "(code 500)"),
     # Keys refused in HTTP 200
-    (200, {"code": 1000, "msg": "身份验证失败。", "success": False}, AUTH, "ZAI_API_KEY"),
-    (200, {"code": 1001, "msg": "Header中未收到Authorization参数，无法进行身份验证。", "success": False},
-     AUTH, "ZAI_API_KEY"),
-    (200, {"code": 401, "msg": "token expired or incorrect", "success": False}, AUTH, "ZAI_API_KEY"),
+    *((200, {"code": code, "msg": words, "success": False}, AUTH, "ZAI_API_KEY") for code, words in (
+        (1000, "身份验证失败。"), (1001, "Header中未收到Authorization参数，无法进行身份验证。"),
+        (401, "token expired or incorrect"))),
     # No JSON at all: an HTML page, a redirect
     *((status, None, BROKEN, str(status)) for status in (
         301, 302, 307, 308, 400, 403, 404, 405, 500, 502, 503, 504, 529)),
     *((status, None, BROKEN, "ZAI_BASE_URL") for status in (301, 302, 404, 405)),
-    (401, None, AUTH, "ZAI_API_KEY"),
-    (413, None, (413, "invalid_value"), "413"),
+    (401, None, AUTH, "ZAI_API_KEY"), (413, None, (413, "invalid_value"), "413"),
     # Unknown codes go by HTTP status
     *((status, complaint("1999"), expected, "1999") for status, expected in (
         (400, BAD_REQUEST), (401, AUTH), (402, NO_MONEY), (403, DENIED), (434, DENIED), (429, NO_ROOM), (500, BROKEN),
@@ -1538,8 +1499,7 @@ def test_zais_own_words_are_quoted(status, body, expected, help):
     *((status, None, GIVE_UP) for status in (301, 404, 405)),
     (200, {"code": 500, "msg": "Internal Server Error"}, TRY_AGAIN),
     *((status, None, TRY_AGAIN) for status in (500, 502, 503, 504)),
-    (429, None, TOO_FAST),
-    (429, complaint("1999"), TOO_FAST),
+    (429, None, TOO_FAST), (429, complaint("1999"), TOO_FAST),
     (500, complaint("9999"), TRY_AGAIN),
 ])
 def test_the_verdict_on(status, body, verdict):
@@ -1574,14 +1534,9 @@ def test_too_long_a_prompt_names_the_max_tokens_that_may_be_to_blame():
 # not.
 @pytest.mark.parametrize("model, help, absent", [
     ("glm-4.66", "GLM-4.6", "MODEL_ALIASES"),
-    ("gpt-4o", "or set MODEL_ALIASES=gpt-4o=glm-4.6", "?"),
-    ("claude-sonnet-4-5", "or set MODEL_ALIASES=claude-sonnet-4-5=glm-4.6", "?"),
-    ("o3", "or set MODEL_ALIASES=o3=glm-4.6", "?"),
-    ("google/gemini-3-pro", "or set MODEL_ALIASES=google/gemini-3-pro=glm-4.6", "?"),
-    ("us.anthropic.claude-3", "or set MODEL_ALIASES=us.anthropic.claude-3=glm-4.6", "?"),
-    ("mixtral-8x7b", "or set MODEL_ALIASES=mixtral-8x7b=glm-4.6", "?"),
-    ("zzz", "/v1/models", "MODEL_ALIASES"),
-    ("x" * 10**7, "/v1/models", "xx"),
+    *((model, f"or set MODEL_ALIASES={model}=glm-4.6", "?") for model in (
+        "gpt-4o", "claude-sonnet-4-5", "o3", "google/gemini-3-pro", "us.anthropic.claude-3", "mixtral-8x7b")),
+    ("zzz", "/v1/models", "MODEL_ALIASES"), ("x" * 10**7, "/v1/models", "xx"),
 ])
 def test_an_unknown_model_gets_advice(model, help, absent):
     message = zai_error(complaint("1211", "Unknown Model"), 400, model=model).message
@@ -1595,45 +1550,28 @@ RESET_AT = 1788903508  # 2026-09-09 05:38:28 in Beijing, 2026-09-08 21:38:28 in 
 # To add a spelling of the time, add a row. Each means RESET_AT.
 @pytest.mark.parametrize("message", [
     "Usage limit reached for 5 hour. Your limit will reset at 2026-09-09 05:38:28",
-    "Limit reached. Resets at 2026-09-09 05:38:28",
-    "LIMIT RESET AT 2026-09-09 05:38:28.",
-    "will be reset on 2026-09-09T05:38:28",
-    "resets at 2026-09-08T21:38:28Z",
-    "resets at 2026-09-08T21:38:28.000Z",
-    "resets at 2026-09-08 21:38:28 UTC",
-    "reset time: 2026-09-09T05:38:28+08:00",
-    "reset time: 2026-09-08T17:38:28-0400",
-    "resets at 2026-09-09T03:08:28+05:30",
-    "Limit reached at 2026-09-09 00:00:00, resets at 2026-09-09 05:38:28",
-    "您的限额将在 2026-09-09 05:38:28 重置。",
-    "已达到使用上限，将于2026年9月9日 05:38:28重置",
-    "已达到使用上限，将于2026年9月9日5时38分28秒恢复",
-    "Please try again after 2026-09-09 05:38:28",
-    "请在 2026-09-09 05:38:28 后重试",
-    "Your limit resets in 60 minutes",
-    "Limit of 5 hours reached, try again in 1 hour",
-    "请于3600秒后再试",
-    "限额将在 1 小时后重置",
-    "resets on Sep 9, 2026 5:38:28 AM",
-    "reset at September 9th, 2026 at 5:38:28 a.m.",
-    "resets at Tue, 08 Sep 2026 21:38:28 GMT",
-    "resets at 2026-09-08 9:38:28 PM UTC",
-    "resets at 2026/09/09 05:38:28 CST",
-    "resets at 2026-09-09 05:38:28 (Asia/Shanghai)",
-    "resets at 2026-09-08 16:38:28 UTC-5",
-    "resets at 2026-09-08T21:38:28+00",
-    "resets at 1788903508",
-    'the limit has "reset":1788903508000',
-    "Limit reached. It resets at 05:38:28",
-    "resets at 5:38:28 am (Beijing time).",
-    "resets at 21:38:28 UTC",
+    "Limit reached. Resets at 2026-09-09 05:38:28", "LIMIT RESET AT 2026-09-09 05:38:28.",
+    "will be reset on 2026-09-09T05:38:28", "Please try again after 2026-09-09 05:38:28",
+    "您的限额将在 2026-09-09 05:38:28 重置。", "请在 2026-09-09 05:38:28 后重试",
+    "已达到使用上限，将于2026年9月9日 05:38:28重置", "已达到使用上限，将于2026年9月9日5时38分28秒恢复",
+    # With a zone
+    "resets at 2026-09-08T21:38:28Z", "resets at 2026-09-08T21:38:28.000Z", "resets at 2026-09-08 21:38:28 UTC",
+    "reset time: 2026-09-09T05:38:28+08:00", "reset time: 2026-09-08T17:38:28-0400",
+    "resets at 2026-09-09T03:08:28+05:30", "resets at 2026/09/09 05:38:28 CST",
+    "resets at 2026-09-09 05:38:28 (Asia/Shanghai)", "resets at 2026-09-08 16:38:28 UTC-5",
+    "resets at 2026-09-08T21:38:28+00", "resets at 2026-09-08 9:38:28 PM UTC",
+    # The month in letters, a bare number, no date
+    "resets on Sep 9, 2026 5:38:28 AM", "reset at September 9th, 2026 at 5:38:28 a.m.",
+    "resets at Tue, 08 Sep 2026 21:38:28 GMT", "resets at 1788903508", 'the limit has "reset":1788903508000',
+    "Limit reached. It resets at 05:38:28", "resets at 5:38:28 am (Beijing time).", "resets at 21:38:28 UTC",
     "将于 05:38:28 重置。",
+    # Other times beside it
+    "Limit reached at 2026-09-09 00:00:00, resets at 2026-09-09 05:38:28",
     "Limit reached at 2026-09-09 04:00:00. Resets at 2026-09-09 05:38:28. It is 2026-09-09 04:38:28",
-    "resets in 1h",
-    "Please try again in 59m60.0s",
-    "100 prompts in 5 hours were sent, try again in 30 minutes and 1800 seconds",
-    "retry after PT0H60M",
-    "Please wait 3600 seconds",
+    # How long it takes
+    "Your limit resets in 60 minutes", "Limit of 5 hours reached, try again in 1 hour", "请于3600秒后再试",
+    "限额将在 1 小时后重置", "resets in 1h", "Please try again in 59m60.0s", "retry after PT0H60M",
+    "100 prompts in 5 hours were sent, try again in 30 minutes and 1800 seconds", "Please wait 3600 seconds",
     "请0天1小时之后重试",
 ])
 def test_the_time_of_a_reset_is_read(message):
@@ -1663,8 +1601,7 @@ def test_no_words_of_an_error_take_more_than_linear_time(words, message):
     ("Your limit will reset at 2026-13-45 05:38:28", 0, 7, "7"),
     ("Your limit will reset at 0000-01-01 00:00:00", 0, 7, "7"),
     ("Your plan expired at 2026-09-09 05:38:28", -100, None, None),
-    ("Usage limit reached", 0, None, None),
-    ("Usage limit reached", 0, 0.0, None),
+    ("Usage limit reached", 0, None, None), ("Usage limit reached", 0, 0.0, None),
     ("Your limit will reset in 2 fortnights", 0, None, None),
     ("Failed at 2026-09-09 05:38:28, please try again later", -100, None, None),
     ("Your limit will reset in 1h 20m", 0, None, "4800"),
@@ -1692,10 +1629,7 @@ def test_retry_after_comes_from_the_reset_or_else_from_zai(message, late, asked,
 # To add a case, add a row: seconds to the reset, QUEUE_TIMEOUT, the status and code of
 # ours, whether it heals.
 @pytest.mark.parametrize("seconds, patience, expected, retryable", [
-    (100, 120, NO_ROOM, None),
-    (120, 120, NO_ROOM, None),
-    (121, 120, NO_MONEY, False),
-    (100, 0, NO_MONEY, False),
+    (120, 120, NO_ROOM, None), (121, 120, NO_MONEY, False), (100, 0, NO_MONEY, False),
 ])
 def test_a_limit_that_ends_soon_is_a_429(seconds, patience, expected, retryable):
     body = complaint("1308", "Your limit will reset at 2026-09-09 05:38:28")
@@ -1754,46 +1688,29 @@ def test_without_a_key_of_zais_the_error_says_where_to_get_one():
 
 # Models ###############################################################################
 
-# To add a model, add a row: id -> context, max_tokens, abilities (sees, tools: streams
-# arguments, free).
-CATALOGUE = {
-    "glm-5.3": (1048576, 131072, "tools"),
-    "glm-5.3-flash": (1048576, 131072, "sees tools"),
-    "glm-5.3-flashx": (1048576, 131072, "sees tools"),
-    "glm-5.2": (1048576, 131072, "tools"),
-    "glm-5.1": (204800, 131072, "tools"),
-    "glm-5": (204800, 131072, "tools"),
-    "glm-5-turbo": (204800, 131072, "tools"),
-    "glm-5v-turbo": (204800, 131072, "sees"),
-    "glm-4.7": (204800, 131072, "tools"),
-    "glm-4.7-flashx": (204800, 131072, "tools"),
-    "glm-4.7-flash": (204800, 131072, "tools free"),
-    "glm-4.6": (204800, 131072, "tools"),
-    "glm-4.5": (131072, 98304, ""),
-    "glm-4.5-x": (131072, 98304, ""),
-    "glm-4.5-air": (131072, 98304, ""),
-    "glm-4.5-airx": (131072, 98304, ""),
-    "glm-4.5-flash": (131072, 98304, "free"),
-    "glm-4.6v": (131072, 32768, "sees"),
-    "glm-4.6v-flashx": (131072, 32768, "sees"),
-    "glm-4.6v-flash": (131072, 32768, "sees free"),
-    "glm-4.5v": (65536, 16384, "sees"),
-    "glm-4.1v-thinking-flash": (65536, 16384, "sees free"),
-    "glm-4.1v-thinking-flashx": (65536, 16384, "sees"),
-    "glm-4-flash-250414": (131072, 16384, "free"),
-    "glm-4-flashx-250414": (131072, 16384, ""),
-    "glm-4v-flash": (None, 1024, "sees free"),
-    "glm-4-long": (1000000, 4095, ""),
-    "glm-4-32b-0414-128k": (131072, 16384, ""),
-    "autoglm-phone-multilingual": (None, 4096, "sees"),
-}
+# To add a model, add it to a row: ids, context, max_tokens, abilities (sees, tools:
+# streams arguments, free).
+CATALOGUE = {id: row for ids, *row in (
+    ("glm-5.3 glm-5.2", 1048576, 131072, "tools"),
+    ("glm-5.3-flash glm-5.3-flashx", 1048576, 131072, "sees tools"),
+    ("glm-5.1 glm-5 glm-5-turbo glm-4.7 glm-4.7-flashx glm-4.6", 204800, 131072, "tools"),
+    ("glm-5v-turbo", 204800, 131072, "sees"),
+    ("glm-4.7-flash", 204800, 131072, "tools free"),
+    ("glm-4.5 glm-4.5-x glm-4.5-air glm-4.5-airx", 131072, 98304, ""),
+    ("glm-4.5-flash", 131072, 98304, "free"),
+    ("glm-4.6v glm-4.6v-flashx", 131072, 32768, "sees"),
+    ("glm-4.6v-flash", 131072, 32768, "sees free"),
+    ("glm-4.5v glm-4.1v-thinking-flashx", 65536, 16384, "sees"),
+    ("glm-4.1v-thinking-flash", 65536, 16384, "sees free"),
+    ("glm-4-flashx-250414 glm-4-32b-0414-128k", 131072, 16384, ""),
+    ("glm-4-flash-250414", 131072, 16384, "free"),
+    ("glm-4v-flash", None, 1024, "sees free"),
+    ("glm-4-long", 1000000, 4095, ""),
+    ("autoglm-phone-multilingual", None, 4096, "sees"),
+) for id in ids.split()}
 
 
-def test_the_model_table_has_the_catalogues_models():
-    assert set(ztoapi.MODELS) == set(CATALOGUE)
-
-
-@pytest.mark.parametrize("id", CATALOGUE)
+@pytest.mark.parametrize("id", sorted({*ztoapi.MODELS, *CATALOGUE}))
 def test_the_model_table_says_what_the_catalogue_says(id):
     model = ztoapi.MODELS[id]
     context, max_tokens, abilities = CATALOGUE[id]
@@ -1838,31 +1755,22 @@ def test_a_listed_model_says_what_is_known_of_it(name, entry):
 
 # To add a case, add a row: the client's name, MODEL_ALIASES, Z.ai's id.
 @pytest.mark.parametrize("name, aliases, id", [
-    ("GLM-4.6", "", "glm-4.6"),
-    ("glm-4.6", "", "glm-4.6"),
-    ("gLm-5.2[1m]", "", "glm-5.2"),
-    (" GLM-4.5-Air ", "", "glm-4.5-air"),
-    ("GLM-9-New", "", "glm-9-new"),
-    ("GLM-5.3-Highspeed", "", "glm-5.3-highspeed"),
-    ("glm-5.2-highspeed[1m]", "", "glm-5.2-highspeed"),
-    ("zai/glm-4.6", "", "glm-4.6"),
-    ("z-ai/GLM-5.1-highspeed", "", "glm-5.1-highspeed"),
-    ("openrouter/z-ai/glm-4.6", "", "glm-4.6"),
-    ("somebody/glm-9", "", "somebody/glm-9"),
-    ("gpt-4o", "gpt-4o=GLM-4.6", "glm-4.6"),
-    ("GPT-4o", "gpt-4o=glm-4.6", "glm-4.6"),
-    ("gpt-4o", "GPT-4O=glm-4.6", "glm-4.6"),
-    ("gpt-4o", "gpt-4o=z-ai/glm-4.6", "glm-4.6"),
+    *((name, "", id) for name, id in (
+        ("GLM-4.6", "glm-4.6"), ("glm-4.6", "glm-4.6"), ("gLm-5.2[1m]", "glm-5.2"), (" GLM-4.5-Air ", "glm-4.5-air"),
+        ("GLM-9-New", "glm-9-new"), ("GLM-5.3-Highspeed", "glm-5.3-highspeed"),
+        ("glm-5.2-highspeed[1m]", "glm-5.2-highspeed"), ("zai/glm-4.6", "glm-4.6"),
+        ("z-ai/GLM-5.1-highspeed", "glm-5.1-highspeed"), ("openrouter/z-ai/glm-4.6", "glm-4.6"),
+        ("somebody/glm-9", "somebody/glm-9"))),
+    *((name, "gpt-4o=glm-4.6", id) for name, id in (("GPT-4o", "glm-4.6"), ("gpt-4", "gpt-4"))),
+    *(("gpt-4o", aliases, "glm-4.6") for aliases in ("gpt-4o=GLM-4.6", "GPT-4O=glm-4.6", "gpt-4o=z-ai/glm-4.6")),
     ("openai/gpt-4o", "openai/gpt-4o=glm-4.6", "glm-4.6"),
     ("gpt-4o[1m]", "gpt-4o=glm-5.2[1m]", "glm-5.2"),
-    ("gpt-4", "gpt-4o=glm-4.6", "gpt-4"),
     ("glm-4.6", "glm-4.6=glm-5.2", "glm-5.2"),
+    *((name, "*=glm-4.6", id) for name, id in (
+        ("GLM-4.5", "glm-4.5"), ("glm-5.2-highspeed", "glm-5.2-highspeed"), ("openai/glm-4.5", "glm-4.5"),
+        ("glm-9", "glm-4.6"))),
     ("o1", "*=GLM-4.6", "glm-4.6"),
-    ("GLM-4.5", "*=glm-4.6", "glm-4.5"),
-    ("glm-5.2-highspeed", "*=glm-4.6", "glm-5.2-highspeed"),
-    ("openai/glm-4.5", "*=glm-4.6", "glm-4.5"),
     ("gpt-4o", "*=glm-4.6,gpt-4o=glm-4.5", "glm-4.5"),
-    ("glm-9", "*=glm-4.6", "glm-4.6"),
 ])
 def test_a_models_name_becomes_zais_id(name, aliases, id):
     settings = Settings.from_environ({"MODEL_ALIASES": aliases})
@@ -1878,16 +1786,13 @@ def test_a_highspeed_model_has_the_row_of_its_model():
 
 # The JSON of clients is taken strictly. To add a case, add a row: the text, its value
 # or ValueError.
-STRICT_JSON = [
+@table("text, expected", [
     ('{"a":[1,-2.5e3,"\\u00e9"]}', {"a": [1, -2500.0, "\u00e9"]}), ("null", None), (" 1\n", 1),
     ("9" * 100, int("9" * 100)),
     *((text, ValueError) for text in (
         "", "nul", "{", '{"a":1}x', "NaN", "Infinity", "-Infinity", "1e999", "-1e999",
         "9" * 101, "01", "1.", ".5", "0x1", "'a'", '"\n"')),
-]
-
-
-@pytest.mark.parametrize("text, expected", STRICT_JSON, ids=lambda value: str(value)[:20])
+])
 def test_the_json_of_clients_is_taken_strictly(text, expected):
     if expected is ValueError:
         with pytest.raises(ValueError):
@@ -1898,14 +1803,11 @@ def test_the_json_of_clients_is_taken_strictly(text, expected):
 
 # The JSON of others is taken kindly. To add a case, add a row: the text, its value
 # (None where it is none).
-LENIENT_JSON = [
+@table("text, expected", [
     ('{"a":1}', {"a": 1}), ('{"a":NaN,"b":-Infinity}', {"a": None, "b": None}), ('{"a":1e999}', {"a": None}),
     ("9" * 400, int("9" * 400)), ("9" * 5000, None), ("", None), ("nul", None), ('{"a":1}x', None),
     ("[" * 100000, None), ('"a\t\n\0b"', "a\t\n\0b"),
-]
-
-
-@pytest.mark.parametrize("text, expected", LENIENT_JSON, ids=lambda value: str(value)[:20])
+])
 def test_the_json_of_others_is_taken_kindly(text, expected):
     assert ztoapi.decode_or_none(text) == expected
 
@@ -1928,14 +1830,11 @@ def test_ids_look_like_openais():
 
 # Where a JSON object or array ends. To add a case, add a row: the text, how many
 # characters of it belong to the value (-1 while it goes on).
-PROGRESS = [
+@pytest.mark.parametrize("text, end", [
     ("{}", 2), ("{} x", 2), ("[]]", 2), ('{"a":"}"}}', 9), ('{"a":"\\"}"} {', 11), ('{"a":"\\\\"}"', 10), ("", -1),
     ("{", -1), ('{"a":"}', -1), ('{"a":"\\', -1), ('{"a":[{}]', -1), ('[1,[2],"]"]]', 11), ("\n {\"a\":1}\n", 9),
     ('"{" {}', 6),
-]
-
-
-@pytest.mark.parametrize("text, end", PROGRESS)
+])
 def test_the_end_of_a_json_value_is_found_however_it_arrives(text, end):
     for pieces in pieces_of(text):
         progress = ztoapi.JsonProgress()
@@ -1946,12 +1845,10 @@ def test_the_end_of_a_json_value_is_found_however_it_arrives(text, end):
 
 # The fields of a request's head. To add a case, add a row: the lines, the fields or the
 # status of the refusal.
-REQUEST_FIELDS = [
-    ("", {}),
-    ("Host: a\r\n", {"host": "a"}),
+@pytest.mark.parametrize("text, expected", [
+    ("", {}), ("Host: a\r\n", {"host": "a"}),
     ("HOST:a\nX-Y_z:\t b c \t\r\n", {"host": "a", "x-y_z": "b c"}),
-    ("X:\r\n", {"x": ""}),
-    ("X: \xff\x01\r\n", {"x": "\xff\x01"}),
+    ("X:\r\n", {"x": ""}), ("X: \xff\x01\r\n", {"x": "\xff\x01"}),
     ("X: a: b\r\n", {"x": "a: b"}),
     ("X: 1\r\nY: 2\r\nx: 3\r\nX: 4\r\n", {"x": "1, 3, 4", "y": "2"}),
     ("Connection: TE\r\nConnection: close\r\n", {"connection": "TE, close"}),
@@ -1960,10 +1857,7 @@ REQUEST_FIELDS = [
         "X: a\r\r\n", "X: a\0\r\n", "X(: y\r\n", "X\xc4: y\r\n", "\r\n", "X: a\r\n\r\nY: b\r\n",
         "Host: a\r\nHost: a\r\n", "host: a\r\nX: y\r\nHOST: b\r\n", "Content-Length: 5\r\ncontent-length: 5\r\n",
         "Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n")),
-]
-
-
-@pytest.mark.parametrize("text, expected", REQUEST_FIELDS)
+])
 def test_the_fields_of_a_request_are_taken_to_the_letter(text, expected):
     try:
         assert ztoapi.parse_request_fields(text + "\r\n") == expected
@@ -1973,7 +1867,7 @@ def test_the_fields_of_a_request_are_taken_to_the_letter(text, expected):
 
 # The head of a response. To add a case, add a row: the head, what it says or
 # ValueError.
-RESPONSE_HEADS = [
+@pytest.mark.parametrize("head, expected", [
     ("HTTP/1.1 200 OK\r\n\r\n", ("HTTP/1.1", 200, {})),
     ("HTTP/1.1 200\r\nA: b\r\n\r\n", ("HTTP/1.1", 200, {"a": "b"})),
     ("HTTP/1.0 404 Not \xe4 Found\nA: b\nB:c\n\n", ("HTTP/1.0", 404, {"a": "b", "b": "c"})),
@@ -1982,10 +1876,7 @@ RESPONSE_HEADS = [
         "\r\n\r\n", "HTTP/2 200 OK\r\n\r\n", "HTTP/1.1 20 OK\r\n\r\n", "HTTP/1.1 200OK\r\n\r\n",
         "HTTP/1.1  200 OK\r\n\r\n", "SSH-2.0-OpenSSH_9.2\r\n\r\n", " HTTP/1.1 200 OK\r\n\r\n",
         "HTTP/1.1 000 OK\r\n\r\n")),
-]
-
-
-@pytest.mark.parametrize("head, expected", RESPONSE_HEADS)
+])
 def test_the_head_of_a_response_is_read_kindly(head, expected):
     try:
         assert ztoapi.parse_response_head(head) == expected
@@ -1995,16 +1886,12 @@ def test_the_head_of_a_response_is_read_kindly(head, expected):
 
 # Where a head ends. To add a case, add a row: the bytes, the head (None if it goes on),
 # what is behind it.
-HEAD_ENDS = [
+@pytest.mark.parametrize("data, head, rest", [
     (b"GET / HTTP/1.1\r\nA: b\r\n\r\nrest", "GET / HTTP/1.1\r\nA: b\r\n\r\n", b"rest"),
     (b"GET / HTTP/1.1\nA: b\n\nrest", "GET / HTTP/1.1\nA: b\n\n", b"rest"),
     (b"GET / HTTP/1.1\r\nA: b\n\r\n\r\n", "GET / HTTP/1.1\r\nA: b\n\r\n", b"\r\n"),
-    (b"A\xff\r\n\r\n", "A\xff\r\n\r\n", b""),
-    (b"GET / HTTP/1.1\r\nA: b\r\n", None, b""),
-]
-
-
-@pytest.mark.parametrize("data, head, rest", HEAD_ENDS)
+    (b"A\xff\r\n\r\n", "A\xff\r\n\r\n", b""), (b"GET / HTTP/1.1\r\nA: b\r\n", None, b""),
+])
 def test_a_head_ends_at_its_blank_line_however_it_arrives(data, head, rest):
     for pieces in pieces_of(data):
         reader = ztoapi.HeadReader()
@@ -2037,7 +1924,7 @@ def dechunk(decoder, pieces):
 
 # Chunked bodies, here of at most 20 bytes. To add a case, add a row: the bytes; (body,
 # whether it ended, what is behind), or the error.
-CHUNKED = [
+@table("data, expected", [
     (b"0\r\n\r\n", (b"", True, b"")),
     (b"5\r\nhello\r\n0\r\n\r\n", (b"hello", True, b"")),
     (b"5\r\nhello\r\n6\r\n world\r\n0\r\n\r\nGET /", (b"hello world", True, b"GET /")),
@@ -2059,10 +1946,7 @@ CHUNKED = [
         b"0\n\r\n\r\n", b"0\r\nX: a\rb\r\n\r\n", b"0\r\nX: \0\r\n\r\n", b"0\r\nX : y\r\n\r\n", b"0\r\n: y\r\n\r\n",
         b"0\r\nX: a\nb\r\n\r\n", b"0\r\nno field\r\n\r\n", b"0\r\n X: y\r\n\r\n",
         b"5;" + b"x" * 5000 + b"\r\nhello\r\n0\r\n\r\n")),
-]
-
-
-@pytest.mark.parametrize("data, expected", CHUNKED, ids=lambda value: repr(value)[:40])
+])
 def test_chunked_coding_is_taken_strictly_however_it_arrives(data, expected):
     for pieces in pieces_of(data):
         assert dechunk(ztoapi.Dechunker(limit=20), pieces) == expected, pieces[:3]
@@ -2086,8 +1970,7 @@ def test_what_stands_before_a_broken_chunk_is_not_lost():
 # To add a case, add a row: the length, the bytes; (body, whether it ended, what is
 # behind).
 @pytest.mark.parametrize("length, data, expected", [
-    (0, b"", (b"", True, b"")),
-    (5, b"hello", (b"hello", True, b"")),
+    (0, b"", (b"", True, b"")), (5, b"hello", (b"hello", True, b"")),
     (5, b"helloGET /", (b"hello", True, b"GET /")),
     (5, b"hel", (b"hel", False, None)),
 ])
@@ -2107,10 +1990,8 @@ def decode_events(pieces, **options):
 
 # Server-sent events, here of at most 100 bytes. To add a case, add a row: the bytes;
 # the events, or the error.
-SSE = [
-    (b"", []),
-    (b"\n\n\n", []),
-    (b"data: a\n\n", ["a"]),
+@table("data, events", [
+    (b"", []), (b"\n\n\n", []), (b"data: a\n\n", ["a"]),
     (b"data: a\n\ndata: b\n\n", ["a", "b"]),
     # The standard's own examples
     (b"data: YHOO\ndata: +2\ndata: 10\n\n", ["YHOO\n+2\n10"]),
@@ -2125,41 +2006,28 @@ SSE = [
     (b"data: a\r\ndata: b\rdata: c\n\r", ["a\nb\nc"]),
     ("data: a\u2028b\u2029c\u0085d\x0b\x0c\x1c\x1de\n\n".encode(), ["a\u2028b\u2029c\u0085d\x0b\x0c\x1c\x1de"]),
     # A last event without its blank line
-    (b"data: a\n\ndata: b", ["a", "b"]),
-    (b"data: a\n\ndata: b\n", ["a", "b"]),
-    (b"data: a\r\n\r\ndata: b\r\n", ["a", "b"]),
-    (b"data: a\r\rdata: b\r", ["a", "b"]),
-    (b"data: a\n\ndata: [DONE]", ["a", "[DONE]"]),
+    *((data, ["a", "b"]) for data in (
+        b"data: a\n\ndata: b", b"data: a\n\ndata: b\n", b"data: a\r\n\r\ndata: b\r\n", b"data: a\r\rdata: b\r")),
     # Names, ids, comments and unknown fields are dropped
-    (b"event: error\ndata: a\n\n", ["a"]),
-    (b"id: 5\nretry: 10\ndata: a\nfoo: bar\n\n", ["a"]),
-    (b": ping\n\n:\n\ndata: a\n\n: b", ["a"]),
-    (b"event: ping\n\n", []),
-    (b"datax: a\n\ndat: b\n\n data: c\n\n", []),
+    *((data, ["a"]) for data in (
+        b"event: error\ndata: a\n\n", b"id: 5\nretry: 10\ndata: a\nfoo: bar\n\n", b": ping\n\n:\n\ndata: a\n\n: b")),
+    *((data, []) for data in (b"event: ping\n\n", b"datax: a\n\ndat: b\n\n data: c\n\n")),
     # A byte order mark at the start
-    (b"\xef\xbb\xbfdata: a\n\n", ["a"]),
-    (b"\xef\xbb\xbfdata:  a\n\n", [" a"]),
+    (b"\xef\xbb\xbfdata: a\n\n", ["a"]), (b"\xef\xbb\xbfdata:  a\n\n", [" a"]),
     # A bare line that is JSON
-    (b'data: a\n\n{"error":{"code":"500"}}\n', ["a", '{"error":{"code":"500"}}']),
-    (b'data: a\n\n{"error":{"code":"500"}}', ["a", '{"error":{"code":"500"}}']),
+    *((b'data: a\n\n{"error":{"code":"500"}}' + end, ["a", '{"error":{"code":"500"}}']) for end in (b"", b"\n")),
     (b'data: a\n{"error":1}\n\n', ["a", '{"error":1}']),
-    (b'{"error":1}\r\n\r\n', ['{"error":1}']),
-    (b"<html>\n<body>502</body>\n", []),
+    (b'{"error":1}\r\n\r\n', ['{"error":1}']), (b"<html>\n<body>502</body>\n", []),
     # Text is UTF-8; what is not becomes U+FFFD
     ("data: \u597d\U0001f600\u00e9\n\n".encode(), ["\u597d\U0001f600\u00e9"]),
     (b"data: a\xffb\n\n", ["a\ufffdb"]),
     # The bound
     (b"data: " + b"x" * 90 + b"\n\n", ["x" * 90]),
-    (b"data: " + b"x" * 200 + b"\n\n", UpstreamError),
-    (b"data: " + b"x" * 200, UpstreamError),
-    (b"data: 123456789\n" * 20 + b"\n", UpstreamError),
-    (b": " + b"x" * 200, UpstreamError),
     (b"data: " + b"x" * 90 + b"\n\ndata: " + b"y" * 90 + b"\n\n", ["x" * 90, "y" * 90]),
-    (b"{" + b"x" * 200 + b"\n", UpstreamError),
-]
-
-
-@pytest.mark.parametrize("data, events", SSE, ids=lambda value: repr(value)[:40])
+    *((data, UpstreamError) for data in (
+        b"data: " + b"x" * 200 + b"\n\n", b"data: " + b"x" * 200, b"data: 123456789\n" * 20 + b"\n", b": " + b"x" * 200,
+        b"{" + b"x" * 200 + b"\n")),
+])
 def test_events_are_the_same_however_they_arrive(data, events):
     for pieces in pieces_of(data):
         assert decode_events(pieces, limit=100) == events, pieces[:3]
@@ -2174,31 +2042,25 @@ def test_an_event_may_have_16_mib():
             decoder.feed(piece)
 
 
-READERS = {"sse": SSEDecoder, "chunks": ztoapi.Dechunker, "head": ztoapi.HeadReader, "json": ztoapi.JsonProgress}
-
-# Bytes that could take more than linear time. To add a case, add a row: the reader, the
-# pieces it is fed.
-LONG_INPUTS = {
-    "events": ("sse", [b"data: x\n\n" * 10] * 10000),
-    "lines of data without a blank line": ("sse", [b"data: x\n" * 256] * 2000),
-    "comments": ("sse", [b":\n"] * 100000),
-    "carriage returns": ("sse", [b"\r"] * 100000),
-    "one line in tiny pieces": ("sse", [b"data: "] + [b"x" * 8] * 100000),
-    "blank lines": ("sse", [b"\n" * 65536] * 30),
-    "chunks of a byte": ("chunks", [b"1\r\nx\r\n" * 10000] * 8),
-    "chunks of a byte, byte by byte": ("chunks", [b"1", b"\r", b"\n", b"x", b"\r", b"\n"] * 20000),
-    "a long chunk in tiny pieces": ("chunks", [b"fffffff\r\n"] + [b"x" * 8] * 100000),
-    "a chunk's line in single bytes": ("chunks", [b"5;"] + [b"x"] * 4000),
-    "a head in single bytes": ("head", [b"X"] * 60000),
-    "a JSON value in single characters": ("json", ["["] * 100000),
-    "a JSON string of backslashes": ("json", ['["'] + ["\\"] * 100000),
-}
-
-
-@pytest.mark.parametrize("case", LONG_INPUTS)
-def test_bytes_take_linear_time(case):
-    kind, pieces = LONG_INPUTS[case]
-    decoder = READERS[kind]()
+# Bytes that could take more than linear time. To add a case, add a row: what is special,
+# the reader, the pieces it is fed.
+@cases("reader, pieces", [
+    ("events", SSEDecoder, [b"data: x\n\n" * 10] * 10000),
+    ("lines of data without a blank line", SSEDecoder, [b"data: x\n" * 256] * 2000),
+    ("comments", SSEDecoder, [b":\n"] * 100000),
+    ("carriage returns", SSEDecoder, [b"\r"] * 100000),
+    ("one line in tiny pieces", SSEDecoder, [b"data: "] + [b"x" * 8] * 100000),
+    ("blank lines", SSEDecoder, [b"\n" * 65536] * 30),
+    ("chunks of a byte", ztoapi.Dechunker, [b"1\r\nx\r\n" * 10000] * 8),
+    ("chunks of a byte, byte by byte", ztoapi.Dechunker, [b"1", b"\r", b"\n", b"x", b"\r", b"\n"] * 20000),
+    ("a long chunk in tiny pieces", ztoapi.Dechunker, [b"fffffff\r\n"] + [b"x" * 8] * 100000),
+    ("a chunk's line in single bytes", ztoapi.Dechunker, [b"5;"] + [b"x"] * 4000),
+    ("a head in single bytes", ztoapi.HeadReader, [b"X"] * 60000),
+    ("a JSON value in single characters", ztoapi.JsonProgress, ["["] * 100000),
+    ("a JSON string of backslashes", ztoapi.JsonProgress, ['["'] + ["\\"] * 100000),
+])
+def test_bytes_take_linear_time(reader, pieces):
+    decoder = reader()
     with under_a_second():
         for piece in pieces:
             decoder.feed(piece)
@@ -2250,16 +2112,16 @@ def said_last_by(role, **fields):
     return {"messages": [{"role": role, **fields}]}
 
 
-def seeing(fields):
-    return {**fields, "model": "glm-4.5v"}
-
-
 def image_of(value):
-    return seeing(asking([TEXT, {"type": "image_url", "image_url": value}]))
+    return {"model": "glm-4.5v", **asking([TEXT, {"type": "image_url", "image_url": value}])}
 
 
 def function(**fields):
     return {"tools": [{"type": "function", "function": fields}]}
+
+
+def named(name):
+    return {"type": "function", "function": {"name": name}}
 
 
 def schema(value):
@@ -2277,11 +2139,9 @@ BAD_REQUESTS = [
     ({"messages": [{"content": "x"}]}, "messages[0].role"),
     *((said_last_by(role, content=value), "messages[0].content")
       for role in ("user", "system", "developer") for value in (None, 5, {}, True)),
-    ({"messages": [{"role": "user"}]}, "messages[0].content"),
-    ({"messages": [{"role": "system"}]}, "messages[0].content"),
-    (said_last_by("assistant", content=5), "messages[0].content"),
+    *((said_last_by(role), "messages[0].content") for role in ("user", "system")),
+    *((said_last_by(role, content=5), "messages[0].content") for role in ("assistant", "tool")),
     (said_last_by("assistant", reasoning_content=5), "messages[0].reasoning_content"),
-    (said_last_by("tool", content=5), "messages[0].content"),
     (said_last_by("assistant", content=["x"]), "messages[0].content[0]"),
     *((asking([part]), "messages[0].content[0]") for part in (None, "x", 5, [])),
     *((asking([TEXT, part]), "messages[0].content[1].type")
@@ -2294,25 +2154,21 @@ BAD_REQUESTS = [
     ({**asking([PICTURE]), "model": "glm-5.2"}, "messages[0].content[0]"),
     ({"messages": [user([PICTURE]), {"role": "system", "content": "S"}]}, "messages[0].content[0]"),
     (asking([TEXT, FILE]), "messages[0].content[1]"),
-    (seeing(asking([FILE])), "messages[0].content[0]"),
+    ({"model": "glm-4.5v", **asking([FILE])}, "messages[0].content[0]"),
     *((said_last_by("assistant", tool_calls=value), "messages[0].tool_calls") for value in ("x", {"a": 1}, 5)),
     (said_last_by("assistant", tool_calls=["x"]), "messages[0].tool_calls[0]"),
     (said_last_by("assistant", tool_calls=[CALL, {**CALL, "function": None}]), "messages[0].tool_calls[1].function"),
     (said_last_by("assistant", tool_calls=[{**CALL, "function": {"arguments": "{}"}}]),
      "messages[0].tool_calls[0].function.name"),
-    *(({name: value}, name) for name in ("stream", "parallel_tool_calls")
-      for value in ("true", 1, 0, [], {})),
+    *(({name: value}, name) for name in ("stream", "parallel_tool_calls") for value in ("true", 1, 0, [], {})),
     *(({name: value}, name) for name in ("temperature", "top_p") for value in ("1", True, [], {})),
     *(({name: value}, name) for name in ("n", "max_tokens", "max_completion_tokens")
       for value in ("1", True, 1.5, [], {})),
     *(({"user": value}, "user") for value in (5, True, [], {})),
-    *(({name: value}, name) for name in ("stream_options", "response_format")
-      for value in ("x", 5, True, [])),
-    *(({"n": value}, "n") for value in (0, 2, 128)),
-    *(({"temperature": value}, "temperature") for value in (-0.1, 2.01)),
-    *(({"top_p": value}, "top_p") for value in (-0.01, 1.01)),
-    *(({"max_tokens": value}, "max_tokens") for value in (0, -5)),
-    ({"max_completion_tokens": 0}, "max_completion_tokens"),
+    *(({name: value}, name) for name in ("stream_options", "response_format") for value in ("x", 5, True, [])),
+    *(({name: value}, name) for name, values in (
+        ("n", (0, 2, 128)), ("temperature", (-0.1, 2.01)), ("top_p", (-0.01, 1.01)), ("max_tokens", (0, -5)),
+        ("max_completion_tokens", (0,))) for value in values),
     *(({"stop": value}, "stop") for value in (5, {}, list("abcde"))),
     *(({"stop": ["a", value]}, "stop[1]") for value in (5, None)),
     ({"stream_options": {"include_usage": "yes"}}, "stream_options.include_usage"),
@@ -2325,18 +2181,16 @@ BAD_REQUESTS = [
     (schema({"name": "a", "schema": []}), "response_format.json_schema.schema"),
     *(({"tools": value}, "tools") for value in ("x", {}, 5, [TOOL] * 129)),
     *(({"tools": [value]}, "tools[0]") for value in ("x", None, 5)),
-    ({"tools": [{}]}, "tools[0].type"),
-    ({"tools": [{"type": 5}]}, "tools[0].type"),
+    *(({"tools": [tool]}, "tools[0].type") for tool in ({}, {"type": 5})),
     ({"tools": [TOOL, {"type": "function"}]}, "tools[1].function"),
     *((function(name=value), "tools[0].function.name")
       for value in (None, "", 5, "get weather", "x" * 65, "wetter_für")),
     (function(name="f", description=5), "tools[0].function.description"),
     (function(name="f", parameters="x"), "tools[0].function.parameters"),
     *(({"tools": [TOOL], "tool_choice": value}, "tool_choice") for value in ("sometimes", "get_weather", 5, True, [])),
-    ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "other"}}}, "tool_choice"),
-    ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "x" * 10**6}}}, "tool_choice"),
+    *(({"tools": [TOOL], "tool_choice": named(name)}, "tool_choice") for name in ("other", "x" * 10**6)),
     ({"tools": [TOOL], "tool_choice": {"type": "function"}}, "tool_choice.function"),
-    ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": 5}}}, "tool_choice.function.name"),
+    ({"tools": [TOOL], "tool_choice": named(5)}, "tool_choice.function.name"),
     ({"functions": [{"name": "f"}]}, "functions"),
     ({"function_call": "auto"}, "function_call"),
     ({"extra_body": {"temperature": 5}}, "temperature"),
@@ -2376,11 +2230,9 @@ def check_history(messages):
     assert not waiting
 
 
-BAD_LAST = [fields["messages"][0] for fields, _ in BAD_REQUESTS if fields.get("messages") not in (None, [], {}, "Hi", 5)]
-
-
 @pytest.mark.parametrize("model", ["glm-4.6", "glm-4.5v"])
-@pytest.mark.parametrize("message", BAD_LAST)
+@pytest.mark.parametrize("message", [
+    fields["messages"][0] for fields, _ in BAD_REQUESTS if fields.get("messages") not in (None, [], {}, "Hi", 5)])
 def test_what_is_refused_in_the_last_message_is_told_if_it_stands_before_it(model, message):
     body, changed = to_zai(chat_body(model=model, messages=[message, user("Hi")]))
     check_history(body["messages"])
@@ -2424,8 +2276,7 @@ def test_null_inside_a_field_counts_as_absent(fields, same):
 
 # To add a body that is read, add a row: bytes, the object.
 @pytest.mark.parametrize("data, expected", [
-    (b'{"a": 1}', {"a": 1}),
-    (b'\xef\xbb\xbf{"a": 1}', {"a": 1}),
+    (b'{"a": 1}', {"a": 1}), (b'\xef\xbb\xbf{"a": 1}', {"a": 1}),
     (b' \r\n{"a":"\\u0000\\ud800\xe2\x80\xa8"}\n', {"a": "\0\ud800\u2028"}),
     (b'{"a": [1.5, -2e3, 12345678901234567890]}', {"a": [1.5, -2000.0, 12345678901234567890]}),
 ])
@@ -2434,7 +2285,7 @@ def test_a_body_is_a_json_object(data, expected):
 
 
 # To add a body that is refused, add a row.
-@pytest.mark.parametrize("data", [
+@table("data", [
     b"", b" ", b"null", b"[]", b"5", b'"x"', b"true", b"{", b"{'a': 1}", b'{"a": 1} x', b'{"a": 1}{"a": 1}',
     b'{"a": 01}',
     b"\xff\xfe{\0}\0", '{"a": "é"}'.encode("latin-1"), b'{"a": "\xed\xa0\x80"}', b"\x1f\x8b\x08\0", b"model=glm-4.6",
@@ -2443,7 +2294,7 @@ def test_a_body_is_a_json_object(data, expected):
     b'{"a": ' + b"[" * 200000 + b"]" * 200000 + b"}", b'{"a":' * 200000 + b"1" + b"}" * 200000, b"[" * 200000,
     b'{"a": [' + b"[]," * 1000001 + b"[]]}", b'{"a": [' + b"{}," * 1000001 + b"{}]}",
     b'{"a": [' + b'"b",' * 2000001 + b'"b"]}',
-], ids=lambda data: repr(data[:20]))
+])
 def test_a_body_that_is_none_is_a_400(data):
     with pytest.raises(ztoapi.RequestError) as caught:
         ztoapi.read_json_object(data)
@@ -2461,63 +2312,73 @@ def test_a_schema_too_deep_to_be_written_is_a_400():
         deep = deep.pop("a")
 
 
-S, U, DOT = {"role": "system", "content": "S"}, user("U"), user(".")
-A = {"role": "assistant", "content": "A"}
-RESULT = {"role": "tool", "tool_call_id": "c1", "content": "20"}
+def system(content):
+    return {"role": "system", "content": content}
+
+
+def assistant(content="", calls=(), thinking=None):
+    message = {"role": "assistant", "content": content}
+    if thinking:
+        message["reasoning_content"] = thinking
+    if calls:
+        message["tool_calls"] = [
+            {"id": id, "type": "function", "function": {"name": name, "arguments": text}} for id, name, text in calls]
+    return message
+
+
+def output(id, content="20"):
+    return {"role": "tool", "content": content, "tool_call_id": id}
+
+
+S, U, A, DOT = system("S"), user("U"), assistant("A"), user(".")
+RESULT = output("c1")
 PARTS = [{"type": "text", "text": "a"}, NO_TEXT, {"type": "text", "text": "b"}]
 
 
-def calling(arguments='{"city":"Paris"}', **fields):
-    function = {"name": "get_weather", "arguments": arguments}
-    return {"role": "assistant", "content": "", "tool_calls": [{**CALL, "function": function}], **fields}
+def calling(arguments='{"city":"Paris"}'):
+    return assistant("", [("c1", "get_weather", arguments)])
 
 
 # To add a case, add a row: OpenAI's messages, Z.ai's, what was changed.
 MESSAGES = [
     ([S, U], [S, U], set()),
-    ([{"role": "developer", "content": "S"}, U], [S, U], {"developer"}),
+    ([{**S, "role": "developer"}, U], [S, U], {"developer"}),
     ([user(PARTS)], [user("a\nb")], set()),
     *(([{"role": role, "content": PARTS}, U], [{"role": role, "content": "a\nb"}, U], set())
       for role in ("system", "assistant")),
-    ([calling(), {**RESULT, "content": PARTS}, U], [calling(), {**RESULT, "content": "a\nb"}, U], set()),
+    ([calling(), output("c1", PARTS), U], [calling(), output("c1", "a\nb"), U], set()),
     ([user([{"type": "input_text", "text": "a"}, {"type": "output_text", "text": "b"}])], [user("a\nb")], set()),
     *(([user(content)], [DOT], {"empty_message"}) for content in ("", [], [NO_TEXT], " \n")),
     *(([{"role": "assistant", "tool_calls": [CALL], **content}, RESULT, U], [calling(), RESULT, U], set())
       for content in ({}, {"content": None}, {"content": ""}, {"content": []})),
-    ([{**A, "reasoning_content": "because"}, U], [{**A, "reasoning_content": "because"}, U], set()),
-    ([{**A, "reasoning": "because"}, U], [{**A, "reasoning_content": "because"}, U], set()),
-    ([{**A, "reasoning": "no", "reasoning_content": "yes"}, U], [{**A, "reasoning_content": "yes"}, U], set()),
+    *(([{**A, **thinking}, U], [{**A, "reasoning_content": "yes"}, U], set()) for thinking in (
+        {"reasoning_content": "yes"}, {"reasoning": "yes"}, {"reasoning": "no", "reasoning_content": "yes"})),
     ([{**A, "reasoning": {"a": 1}, "reasoning_details": [{"type": "x"}]}, U], [A, U], {"reasoning_details"}),
     ([{**A, "tool_calls": []}, U], [A, U], set()),
     ([calling({"city": "Paris"}), RESULT, U], [calling(), RESULT, U], set()),
-    ([{"role": "assistant", "tool_calls": [{"id": "c1", "type": "custom",
-     "custom": {"name": "get_weather", "input": "x"}}]}, RESULT, U],
+    ([{"role": "assistant", "tool_calls": [
+        {"id": "c1", "type": "custom", "custom": {"name": "get_weather", "input": "x"}}]}, RESULT, U],
      [calling('{"input":"x"}'), RESULT, U], set()),
-    ([{"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]}, U],
-     [{"role": "assistant", "content": "No."}, U], set()),
+    ([assistant([{"type": "refusal", "refusal": "No."}]), U], [assistant("No."), U], set()),
     ([{**U, "name": "bob"}], [U], {"name"}),
-    ([{**A, "refusal": "No."}, U], [A, U], {"refusal"}),
-    ([{**A, "audio": {"id": "a"}}, U], [A, U], {"audio"}),
-    ([{**A, "function_call": {"name": "f"}}, U], [A, U], {"function_call"}),
+    *(([{**A, name: value}, U], [A, U], {name}) for name, value in (
+        ("refusal", "No."), ("audio", {"id": "a"}), ("function_call", {"name": "f"}))),
     ([{**U, "cache_control": {}, "x,\r\ny": 1}], [U], {"message_fields"}),
-    ([S], [S, DOT], {"user_message"}),
-    ([A], [A, DOT], {"user_message"}),
-    ([U, {**S, "content": "late"}, {**S, "content": "later"}],
-     [U, {**S, "content": "late"}, {**S, "content": "later"}], set()),
-    ([user("a\u2028b\0\U0001f600")], [user("a\u2028b\0\U0001f600")],
-     set()),
+    *(([message], [message, DOT], {"user_message"}) for message in (S, A)),
+    ([U, system("late"), system("later")], [U, system("late"), system("later")], set()),
+    ([user("a\u2028b\0\U0001f600")], [user("a\u2028b\0\U0001f600")], set()),
     # What is empty
-    *(([calling(), {**RESULT, "content": content}], [calling(), {**RESULT, "content": "(no output)"}, DOT],
+    *(([calling(), output("c1", content)], [calling(), output("c1", "(no output)"), DOT],
        {"empty_message", "user_message"}) for content in (
            "", None, [], [NO_TEXT, NO_TEXT], "\n", [{"type": "text", "text": " "}])),
     *(([U, {"role": "assistant", **fields}, U], [U, U], {"empty_message"}) for fields in (
         {}, {"content": None}, {"content": ""}, {"content": [NO_TEXT]}, {"content": "\n"}, {"reasoning_content": "hm"},
         {"tool_calls": []})),
-    ([{**S, "content": ""}, U], [U], {"empty_message"}),
+    ([system(""), U], [U], {"empty_message"}),
     # What cannot be read
     ([None, U], [user("null"), U], {"unreadable"}),
     ([{"role": "model", "content": "A"}, U], [user('{"role":"model","content":"A"}'), U], {"unreadable"}),
-    ([{**A, "content": ["a", *PARTS]}, U], [{**A, "content": '"a"\na\nb'}, U], {"unreadable"}),
+    ([assistant(["a", *PARTS]), U], [assistant('"a"\na\nb'), U], {"unreadable"}),
 ]
 
 
@@ -2526,49 +2387,43 @@ def calls_of(*ids, **fields):
         {**CALL, "id": id, "function": {"name": "f", "arguments": "{}"}, **fields} for id in ids]}
 
 
-def gives(id, content="20"):
-    return {"role": "tool", "tool_call_id": id, "content": content}
-
-
 NAMELESS = {"role": "tool", "content": "20"}
 TOLD = user("Output of the tool call c1:\n20")
-# To add a case, add a row: OpenAI's messages behind a first one, Z.ai's, what was changed.
-CALL_HISTORIES = [
-    *(([calls_of(id), {**NAMELESS, "tool_call_id": other}], [calls_of("call_3_0"), gives("call_3_0")], {"tool_call_id"})
+# To add a case, add a row: OpenAI's messages behind a first one, Z.ai's, what was
+# changed.
+@pytest.mark.parametrize("messages, expected, changed", [
+    *(([calls_of(id), output(other)], [calls_of("call_3_0"), output("call_3_0")], {"tool_call_id"})
       for id in (None, "", [], True, 0) for other in (None, "", [], "c9")),
-    ([calls_of(5), gives(5)], [calls_of("5"), gives("5")], {"tool_call_id"}),
+    ([calls_of(5), output(5)], [calls_of("5"), output("5")], {"tool_call_id"}),
     ([{**calls_of(), "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}, NAMELESS],
-     [calls_of("call_3_0"), gives("call_3_0")], {"tool_call_id"}),
+     [calls_of("call_3_0"), output("call_3_0")], {"tool_call_id"}),
     ([calls_of("c1", "c2"), NAMELESS, {**NAMELESS, "content": "30"}],
-     [calls_of("c1", "c2"), gives("c1"), gives("c2", "30")], {"tool_call_id"}),
-    ([calls_of("c1", None), {**NAMELESS, "content": "30"}, gives("c1")],
-     [calls_of("c1", "call_3_1"), gives("c1", "30"), gives("call_3_1", "20")], {"tool_call_id"}),
-    ([calls_of("c1", "c1"), gives("c1"), gives("c1", "30")],
-     [calls_of("c1", "call_3_1"), gives("c1"), gives("call_3_1", "30")], {"tool_call_id"}),
-    ([calls_of("c1"), gives("c1"), calls_of("c1"), gives("c1", "30")],
-     [calls_of("c1"), gives("c1"), calls_of("c1"), gives("c1", "30")], set()),
-    ([calls_of("c1"), U, calls_of("c1"), gives("c1")],
-     [calls_of("c1"), gives("c1", "(no output)"), U, calls_of("c1"), gives("c1")], {"empty_message"}),
-    ([calls_of("c1", "c2"), gives("c2")], [calls_of("c1", "c2"), gives("c1", "(no output)"), gives("c2")],
+     [calls_of("c1", "c2"), output("c1"), output("c2", "30")], {"tool_call_id"}),
+    ([calls_of("c1", None), {**NAMELESS, "content": "30"}, output("c1")],
+     [calls_of("c1", "call_3_1"), output("c1", "30"), output("call_3_1", "20")], {"tool_call_id"}),
+    ([calls_of("c1", "c1"), output("c1"), output("c1", "30")],
+     [calls_of("c1", "call_3_1"), output("c1"), output("call_3_1", "30")], {"tool_call_id"}),
+    ([calls_of("c1"), output("c1"), calls_of("c1"), output("c1", "30")],
+     [calls_of("c1"), output("c1"), calls_of("c1"), output("c1", "30")], set()),
+    ([calls_of("c1"), U, calls_of("c1"), output("c1")],
+     [calls_of("c1"), output("c1", "(no output)"), U, calls_of("c1"), output("c1")], {"empty_message"}),
+    ([calls_of("c1", "c2"), output("c2")], [calls_of("c1", "c2"), output("c1", "(no output)"), output("c2")],
      {"empty_message"}),
-    ([calls_of("c1")], [calls_of("c1"), gives("c1", "(no output)")], {"empty_message"}),
-    ([calls_of("c1"), S, gives("c1")], [calls_of("c1"), gives("c1"), S], {"message_order"}),
-    ([calls_of("c1"), A, gives("c1")], [calls_of("c1"), gives("c1"), A], {"message_order"}),
-    ([calls_of("c1", "c2"), gives("c2"), gives("c1", "30")],
-     [calls_of("c1", "c2"), gives("c1", "30"), gives("c2")], set()),
-    ([gives("c1"), calls_of("c1")], [TOLD, calls_of("c1"), gives("c1", "(no output)")],
+    ([calls_of("c1")], [calls_of("c1"), output("c1", "(no output)")], {"empty_message"}),
+    ([calls_of("c1"), S, output("c1")], [calls_of("c1"), output("c1"), S], {"message_order"}),
+    ([calls_of("c1"), A, output("c1")], [calls_of("c1"), output("c1"), A], {"message_order"}),
+    ([calls_of("c1", "c2"), output("c2"), output("c1", "30")],
+     [calls_of("c1", "c2"), output("c1", "30"), output("c2")], set()),
+    ([output("c1"), calls_of("c1")], [TOLD, calls_of("c1"), output("c1", "(no output)")],
      {"tool_call_id", "empty_message"}),
-    ([gives("c1")], [TOLD], {"tool_call_id"}),
-    ([calls_of("c1"), gives("c1", "10"), gives("c1")], [calls_of("c1"), gives("c1", "10"), TOLD], {"tool_call_id"}),
-    *(([calls_of("c1", function={"name": name, "arguments": "{}"}), gives("c1")],
-       [calls_of("c1", function={"name": clean, "arguments": "{}"}), gives("c1")], {"tool_name"})
+    ([output("c1")], [TOLD], {"tool_call_id"}),
+    ([calls_of("c1"), output("c1", "10"), output("c1")], [calls_of("c1"), output("c1", "10"), TOLD], {"tool_call_id"}),
+    *(([calls_of("c1", function={"name": name, "arguments": "{}"}), output("c1")],
+       [calls_of("c1", function={"name": clean, "arguments": "{}"}), output("c1")], {"tool_name"})
       for name, clean in ((" f</arg_value>", "f"), ("mcp.a b", "mcp_a_b"), ("", "unknown"), ("x" * 65, "x" * 64))),
-    ([calls_of("c1", function="f"), gives("c1")],
+    ([calls_of("c1", function="f"), output("c1")],
      [user(json.dumps(calls_of("c1", function="f"), separators=(",", ":"))), TOLD], {"unreadable", "tool_call_id"}),
-]
-
-
-@pytest.mark.parametrize("messages, expected, changed", CALL_HISTORIES)
+])
 def test_each_call_has_its_output_behind_it(messages, expected, changed):
     body, really = to_zai(chat_body(messages=[S, U, *messages]))
     check_history(body["messages"])
@@ -2589,32 +2444,15 @@ def test_messages_become(messages, expected, changed):
 
 # To add a case, add a row: the arguments of an earlier call, the text Z.ai gets; None:
 # as they are.
-ARGUMENTS = [
-    ('{"path": "a"}', None),
-    (' {"path": "a"}\n', None),
-    ("{}", None),
-    ('{"a": "{}{}"}', None),
-    ("", "{}"),
-    (" \n", "{}"),
-    (None, "{}"),
-    ('{"path": "a"}{"path": "a"}', '{"path": "a"}'),
-    ('{"path": "a"}\n{"path": "a"}', '{"path": "a"}'),
-    ("{}{}", "{}"),
-    ('"{\\"path\\": \\"a\\"}"', '{"path": "a"}'),
-    ('{"path": "a', '{"arguments":"{\\"path\\": \\"a"}'),
-    ('{"a": 1}{"b": 2}', '{"arguments":"{\\"a\\": 1}{\\"b\\": 2}"}'),
-    ("aa", '{"arguments":"aa"}'),
-    ("[1]", '{"arguments":"[1]"}'),
-    ("5", '{"arguments":"5"}'),
-    (5, '{"arguments":"5"}'),
-    ([1], '{"arguments":"[1]"}'),
-    ('"x"', '{"arguments":"\\"x\\""}'),
-    ('{"a": NaN}', '{"arguments":"{\\"a\\": NaN}"}'),
-    ("[" * 100000, json.dumps({"arguments": "[" * 100000}, separators=(",", ":"))),
-]
-
-
-@pytest.mark.parametrize("arguments, expected", ARGUMENTS, ids=[repr(row[0])[:30] for row in ARGUMENTS])
+@table("arguments, expected", [
+    *((text, None) for text in ('{"path": "a"}', ' {"path": "a"}\n', "{}", '{"a": "{}{}"}')),
+    *((text, "{}") for text in ("", " \n", None, "{}{}")),
+    *((text, '{"path": "a"}') for text in (
+        '{"path": "a"}{"path": "a"}', '{"path": "a"}\n{"path": "a"}', '"{\\"path\\": \\"a\\"}"')),
+    *((text, json.dumps({"arguments": text}, separators=(",", ":"))) for text in (
+        '{"path": "a', '{"a": 1}{"b": 2}', "aa", "[1]", "5", '"x"', '{"a": NaN}', "[" * 100000)),
+    (5, '{"arguments":"5"}'), ([1], '{"arguments":"[1]"}'),
+])
 def test_arguments_are_mended(arguments, expected):
     body, changed = to_zai(chat_body(messages=[U, calling(arguments), RESULT, U]))
     text = body["messages"][1]["tool_calls"][0]["function"]["arguments"]
@@ -2624,14 +2462,8 @@ def test_arguments_are_mended(arguments, expected):
 
 
 FROM_TOOLS = {"type": "text", "text": "From the tool results:"}
-NO_PICTURE = {"type": "text", "text": "[image left out: GLM-4.6 takes text only]"}
-
-
+NO_PICTURE = "[image left out: GLM-4.6 takes text only]"
 TWO_CALLS = calls_of("c1", "c2")
-
-
-def result(*parts):
-    return {**RESULT, "content": list(parts)}
 
 
 # To add a case, add a row: a model that sees, OpenAI's messages, Z.ai's.
@@ -2641,13 +2473,12 @@ def result(*parts):
     ([user([PICTURE])], [user([PICTURE, {"type": "text", "text": "."}])]),
     ([user([PICTURE, NO_TEXT])], [user([PICTURE, {"type": "text", "text": "."}])]),
     ([user([TEXT, PICTURE]), A, U], [user([TEXT, PICTURE]), A, U]),
-    ([calling(), result(TEXT, PICTURE), U],
-     [calling(), {**RESULT, "content": TEXT["text"]}, user([FROM_TOOLS, PICTURE]), U]),
-    ([calling(), result(PICTURE)], [calling(), {**RESULT, "content": "(an image)"}, user([FROM_TOOLS, PICTURE])]),
-    ([TWO_CALLS, result(PICTURE), {**result(PICTURE), "tool_call_id": "c2"}, A, U, calling(), result(PICTURE), U],
-     [TWO_CALLS, {**RESULT, "content": "(an image)"}, {**RESULT, "content": "(an image)", "tool_call_id": "c2"},
-      user([FROM_TOOLS, PICTURE, PICTURE]), A, U, calling(), {**RESULT, "content": "(an image)"},
-      user([FROM_TOOLS, PICTURE]), U]),
+    ([calling(), output("c1", [TEXT, PICTURE]), U],
+     [calling(), output("c1", TEXT["text"]), user([FROM_TOOLS, PICTURE]), U]),
+    ([calling(), output("c1", [PICTURE])], [calling(), output("c1", "(an image)"), user([FROM_TOOLS, PICTURE])]),
+    ([TWO_CALLS, output("c1", [PICTURE]), output("c2", [PICTURE]), A, U, calling(), output("c1", [PICTURE]), U],
+     [TWO_CALLS, output("c1", "(an image)"), output("c2", "(an image)"), user([FROM_TOOLS, PICTURE, PICTURE]), A, U,
+      calling(), output("c1", "(an image)"), user([FROM_TOOLS, PICTURE]), U]),
 ])
 def test_a_model_that_sees_gets_the_pictures(model, messages, expected):
     body, changed = to_zai(chat_body(model=model, messages=messages))
@@ -2658,11 +2489,10 @@ def test_a_model_that_sees_gets_the_pictures(model, messages, expected):
 
 # To add a case, add a row: OpenAI's messages, Z.ai's, for GLM-4.6, which sees nothing.
 @pytest.mark.parametrize("messages, expected", [
-    ([user([TEXT, PICTURE]), A, U], [{**U, "content": "What is it?\n" + NO_PICTURE["text"]}, A, U]),
-    ([user([PICTURE]), calling(), RESULT], [{**U, "content": NO_PICTURE["text"]}, calling(), RESULT]),
-    ([U, calling(), result(TEXT, PICTURE)],
-     [U, calling(), {**RESULT, "content": "What is it?\n" + NO_PICTURE["text"]}]),
-    ([U, calling(), result({"type": "image_url"})], [U, calling(), {**RESULT, "content": NO_PICTURE["text"]}]),
+    ([user([TEXT, PICTURE]), A, U], [user("What is it?\n" + NO_PICTURE), A, U]),
+    ([user([PICTURE]), calling(), RESULT], [user(NO_PICTURE), calling(), RESULT]),
+    ([U, calling(), output("c1", [TEXT, PICTURE])], [U, calling(), output("c1", "What is it?\n" + NO_PICTURE)]),
+    ([U, calling(), output("c1", [{"type": "image_url"}])], [U, calling(), output("c1", NO_PICTURE)]),
 ])
 def test_a_model_that_sees_nothing_gets_a_word_for_pictures_of_the_past(messages, expected):
     body, changed = to_zai(chat_body(messages=messages))
@@ -2680,7 +2510,8 @@ def test_who_is_no_user_shows_nothing(model, role, part):
 
 @pytest.mark.parametrize("model", ["glm-4.6", "glm-4.5v"])
 @pytest.mark.parametrize("part", [FILE, AUDIO, {"type": "x,y\r\n"}, {"type": "image_url", "image_url": 5}])
-@pytest.mark.parametrize("before", [lambda part: [user([TEXT, part]), A], lambda part: [calling(), result(part)]])
+@pytest.mark.parametrize("before", [
+    lambda part: [user([TEXT, part]), A], lambda part: [calling(), output("c1", [part])]])
 def test_what_stands_in_the_past_is_never_refused(model, part, before):
     body, _ = to_zai(chat_body(model=model, messages=[*before(part), U]))
     assert "left out" in json.dumps(body)
@@ -2689,8 +2520,7 @@ def test_what_stands_in_the_past_is_never_refused(model, part, before):
 # To add a case, add a row: model, a part that it takes.
 @pytest.mark.parametrize("model, part", [
     *((model, part) for model in ("glm-5.3-flash", "GLM-5.3-FlashX", "glm-9") for part in (FILE, FILE_URL)),
-    ("glm-4.6v", FILE_URL),
-    ("glm-4.5v", FILE_URL),
+    *((model, FILE_URL) for model in ("glm-4.6v", "glm-4.5v")),
 ])
 def test_a_file_goes_to_models_that_take_files(model, part):
     body, _ = to_zai(chat_body(model=model, **asking([TEXT, part])))
@@ -2710,69 +2540,51 @@ FOREIGN_TOOLS = [
 ]
 # To add a case, add a row: OpenAI's fields, Z.ai's, what was changed.
 CHANGES = [
-    ({"temperature": 0}, {"temperature": 0}, set()),
-    ({"temperature": 1}, {"temperature": 1}, set()),
-    ({"temperature": 0.7}, {"temperature": 0.7}, set()),
-    ({"temperature": 1.01}, {"temperature": 1}, {"temperature"}),
-    ({"temperature": 2}, {"temperature": 1}, {"temperature"}),
-    ({"temperature": 0.333}, {"temperature": 0.33}, {"temperature"}),
-    ({"top_p": 0.95}, {"top_p": 0.95}, set()),
-    ({"top_p": 0}, {"top_p": 0.01}, {"top_p"}),
-    ({"top_p": 0.005}, {"top_p": 0.01}, {"top_p"}),
-    ({"top_p": 1}, {"top_p": ABSENT}, set()),
-    ({"top_p": 0.999}, {"top_p": ABSENT}, {"top_p"}),
-    ({"top_p": 0.123}, {"top_p": 0.12}, {"top_p"}),
-    ({"max_tokens": 1}, {"max_tokens": 1}, set()),
-    ({"max_tokens": 131072}, {"max_tokens": 131072}, set()),
-    ({"max_tokens": 131073}, {"max_tokens": 131072}, {"max_tokens"}),
-    ({"max_tokens": 10**30}, {"max_tokens": 131072}, {"max_tokens"}),
-    ({"model": "glm-4.5-air", "max_tokens": 131072}, {"max_tokens": 98304}, {"max_tokens"}),
-    ({"model": "glm-4v-flash", "max_tokens": 2000}, {"max_tokens": 1024}, {"max_tokens"}),
-    ({"model": "autoglm-phone-multilingual", "max_tokens": 5000}, {"max_tokens": 4096}, {"max_tokens"}),
+    # Passed
+    *(({name: value}, {name: value}, set()) for name, value in (
+        ("temperature", 0), ("temperature", 1), ("temperature", 0.7), ("top_p", 0.95), ("max_tokens", 1),
+        ("max_tokens", 131072), ("stop", ["a"]), ("do_sample", False), ("request_id", "req-12345"),
+        ("user_id", "user-1"), ("seed", 5), ("thinking", {**ON, "clear_thinking": False}),
+        ("thinking", {"clear_thinking": False}), ("tool_stream", False), ("a_field_of_tomorrow", [1, {"a": None}]))),
+    # Rounded, or brought into Z.ai's range
+    *(({name: value}, {name: ours}, {name}) for name, value, ours in (
+        ("temperature", 1.01, 1), ("temperature", 2, 1), ("temperature", 0.333, 0.33), ("top_p", 0, 0.01),
+        ("top_p", 0.005, 0.01), ("top_p", 0.999, ABSENT), ("top_p", 0.123, 0.12), ("max_tokens", 131073, 131072),
+        ("max_tokens", 10**30, 131072))),
+    *(({"model": model, "max_tokens": value}, {"max_tokens": ours}, {"max_tokens"}) for model, value, ours in (
+        ("glm-4.5-air", 131072, 98304), ("glm-4v-flash", 2000, 1024), ("autoglm-phone-multilingual", 5000, 4096))),
     ({"model": "glm-unheard-of", "max_tokens": 500000}, {"max_tokens": 500000}, set()),
+    # Called otherwise, or ours alone
     ({"max_completion_tokens": 100}, {"max_tokens": 100, "max_completion_tokens": ABSENT}, set()),
     ({"max_completion_tokens": 100, "max_tokens": 200}, {"max_tokens": 100}, set()),
     ({"max_completion_tokens": 200000}, {"max_tokens": 131072}, {"max_tokens"}),
-    ({"stop": "a"}, {"stop": ["a"]}, set()),
-    ({"stop": ["a"]}, {"stop": ["a"]}, set()),
-    ({"stop": ["", "b", "c", "d"]}, {"stop": ["b"]}, set()),
-    ({"stop": []}, {"stop": ABSENT}, set()),
-    ({"stop": ""}, {"stop": ABSENT}, set()),
+    *(({"stop": words}, {"stop": ours}, set()) for words, ours in (
+        ("a", ["a"]), (["", "b", "c", "d"], ["b"]), ([], ABSENT), ("", ABSENT))),
     ({"user": "user-1"}, {"user_id": "user-1", "user": ABSENT}, set()),
     ({"user": "x" * 128}, {"user_id": "x" * 128}, set()),
     ({"user": "user-1", "user_id": "user-2"}, {"user_id": "user-2", "user": ABSENT}, set()),
-    ({"user": "bob"}, {"user_id": ABSENT, "user": ABSENT}, {"user"}),
-    ({"user": "x" * 129}, {"user_id": ABSENT, "user": ABSENT}, {"user"}),
-    ({"n": 1}, {"n": ABSENT}, set()),
-    ({"stream_options": {"include_usage": True}}, {"stream_options": ABSENT}, set()),
-    ({"reasoning_format": "raw"}, {"reasoning_format": ABSENT}, set()),
-    ({"parallel_tool_calls": False}, {"parallel_tool_calls": ABSENT}, set()),
+    *(({"user": name}, {"user_id": ABSENT, "user": ABSENT}, {"user"}) for name in ("bob", "x" * 129)),
+    *(({name: value}, {name: ABSENT}, set()) for name, value in (
+        ("top_p", 1), ("n", 1), ("stream_options", {"include_usage": True}), ("reasoning_format", "raw"),
+        ("parallel_tool_calls", False), ("response_format", {"type": "text"}))),
     # Dropped, whatever they hold
     *(({name: value}, {name: ABSENT}, {name}) for name in sorted(ztoapi.DROPPED) for value in (1, "x", [], {"a": "b"})),
-    # Passed
-    *(({name: value}, {name: value}, set()) for name, value in (
-        ("do_sample", False), ("request_id", "req-12345"), ("user_id", "user-1"), ("seed", 5),
-        ("thinking", {**ON, "clear_thinking": False}),
-        ("thinking", {"clear_thinking": False}), ("tool_stream", False), ("a_field_of_tomorrow", [1, {"a": None}]))),
-    ({"response_format": {"type": "text"}}, {"response_format": ABSENT}, set()),
     ({"response_format": {"type": "json_object"}}, {"response_format": {"type": "json_object"}}, set()),
     ({"tools": []}, {"tools": ABSENT, "tool_choice": ABSENT}, set()),
     ({"tools": [TOOL]}, {"tools": [TOOL]}, set()),
     ({"tools": [TOOL, TOOL2], "tool_choice": "auto"}, {"tools": [TOOL, TOOL2], "tool_choice": "auto"}, set()),
     ({"tools": [TOOL], "tool_choice": "none"}, {"tools": ABSENT, "tool_choice": ABSENT}, {"tool_choice"}),
-    (function(name="f"), {"tools": [BARE_TOOL]}, set()),
-    (function(name="f", description="", parameters={}), {"tools": [BARE_TOOL]}, set()),
+    *((function(name="f", **more), {"tools": [BARE_TOOL]}, set())
+      for more in ({}, {"description": "", "parameters": {}})),
     (function(strict=True, **TOOL["function"]), {"tools": [TOOL]}, {"strict"}),
     ({"tools": [SEARCH, RETRIEVAL, TOOL]}, {"tools": [SEARCH, RETRIEVAL, TOOL]}, set()),
     *(({"tools": [TOOL, tool]}, {"tools": [TOOL]}, {tool["type"]}) for tool in FOREIGN_TOOLS),
     *(({"tools": [tool]}, {"tools": ABSENT, "tool_choice": ABSENT}, {tool["type"]}) for tool in FOREIGN_TOOLS),
     ({"tools": [{"type": "a,b\r\n" + "x" * 1000}]}, {"tools": ABSENT}, {"a_b__" + "x" * 35}),
-    ({"tools": [TOOL], "stream": True}, {"tool_stream": True}, set()),
-    ({"tools": [TOOL], "stream": True, "tool_stream": False}, {"tool_stream": False}, set()),
-    ({"tools": [TOOL], "stream": True, "model": "glm-4.5"}, {"tool_stream": ABSENT}, set()),
-    ({"stream": True}, {"tool_stream": ABSENT}, set()),
+    *(({"tools": [TOOL], "stream": True, **more}, {"tool_stream": ours}, set()) for more, ours in (
+        ({}, True), ({"tool_stream": False}, False), ({"model": "glm-4.5"}, ABSENT), ({"stream": False}, ABSENT),
+        ({"tools": None}, ABSENT))),
     ({"tools": [TOOL], "stream": True, "tool_choice": "none"}, {"tool_stream": ABSENT}, {"tool_choice"}),
-    ({"tools": [TOOL], "stream": False}, {"tool_stream": ABSENT}, set()),
     # What users of OpenAI's SDK wrap by mistake
     ({"extra_body": {"temperature": 0.5}}, {"temperature": 0.5, "extra_body": ABSENT}, {"extra_body"}),
     ({"extra_body": {"temperature": 0.5}, "temperature": 0.2}, {"temperature": 0.2}, {"extra_body"}),
@@ -2826,10 +2638,6 @@ def test_what_reading_the_answer_needs_to_know(fields, facts):
     assert {name: getattr(result, name) for name in facts} == facts
 
 
-def named(name):
-    return {"type": "function", "function": {"name": name}}
-
-
 def allowed(mode, *names):
     return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": list(map(named, names))}}
 
@@ -2837,8 +2645,7 @@ def allowed(mode, *names):
 # To add a case, add a row: tool_choice, the tools that are left, whether the model is
 # told to call one.
 @pytest.mark.parametrize("choice, left, told", [
-    ("required", [TOOL, TOOL2], True),
-    (named("get_time"), [TOOL2], True),
+    ("required", [TOOL, TOOL2], True), (named("get_time"), [TOOL2], True),
     (allowed("auto", "get_time"), [TOOL2], False),
     (allowed("required", "get_weather"), [TOOL], True),
     ({"type": "web_search"}, [TOOL, TOOL2], False),
@@ -2870,8 +2677,7 @@ def test_zais_own_tools_stay_where_a_choice_allows_them():
 # To add a case, add a row: a choice that names the tool "gone", which was left out; the
 # tools that are left.
 @pytest.mark.parametrize("choice, left", [
-    (named("gone"), [TOOL]),
-    (allowed("required", "gone"), [TOOL]),
+    (named("gone"), [TOOL]), (allowed("required", "gone"), [TOOL]),
     (allowed("required", "gone", "get_weather"), [TOOL]),
     (allowed("auto", "gone"), ABSENT),
     ({"type": "custom", "custom": {"name": "gone"}}, [TOOL]),
@@ -2913,21 +2719,15 @@ FAMILIES = {
 # To add a wish, add a row: the fields, ENABLE_THINKING, the wish that wins (None: there
 # is none), the effort that counts.
 WISHES = [
-    ({}, "", None, None),
-    ({}, "true", True, None),
-    ({}, "false", False, None),
+    ({}, "", None, None), ({}, "true", True, None), ({}, "false", False, None),
     *(({"reasoning_effort": effort}, default, effort not in ("none", "minimal"), effort)
       for effort in ALL_EFFORTS for default in ("", "true", "false")),
-    ({"thinking": ON}, "false", True, None),
-    ({"thinking": OFF}, "true", False, None),
-    ({"enable_thinking": True}, "false", True, None),
-    ({"enable_thinking": False}, "true", False, None),
-    ({"thinking": OFF, "reasoning_effort": "high"}, "", False, "high"),
-    ({"thinking": ON, "reasoning_effort": "max"}, "", True, "max"),
-    ({"enable_thinking": False, "reasoning_effort": "max"}, "", False, "max"),
-    ({"enable_thinking": True, "reasoning_effort": "low"}, "", True, "low"),
-    ({"thinking": ON, "enable_thinking": False}, "", True, None),
-    ({"thinking": OFF, "enable_thinking": True}, "", False, None),
+    *(({"thinking": ON if on else OFF}, default, on, None) for on, default in ((True, "false"), (False, "true"))),
+    *(({"enable_thinking": on}, default, on, None) for on, default in ((True, "false"), (False, "true"))),
+    *(({**wish, "reasoning_effort": effort}, "", on, effort) for wish, effort, on in (
+        ({"thinking": OFF}, "high", False), ({"thinking": ON}, "max", True), ({"enable_thinking": False}, "max", False),
+        ({"enable_thinking": True}, "low", True))),
+    *(({"thinking": thinking, "enable_thinking": not on}, "", on, None) for thinking, on in ((ON, True), (OFF, False))),
 ]
 WISH_CASES = [(family, model, *wish) for family in FAMILIES for model in FAMILIES[family][0] for wish in WISHES]
 
@@ -2952,20 +2752,18 @@ def test_thinking_is_asked_for_as_each_family_takes_it(family, model, fields, de
 # To add a dialect, add a row: the fields, the same in ours, the names of what was
 # changed.
 @pytest.mark.parametrize("fields, ours", [
-    ({"reasoning": {"effort": "high"}}, {"reasoning_effort": "high"}),
-    ({"reasoning": {"effort": "none"}}, {"reasoning_effort": "none"}),
-    ({"reasoning": {"enabled": True}}, {"enable_thinking": True}),
-    ({"reasoning": {"enabled": False, "exclude": True}}, {"enable_thinking": False}),
-    ({"reasoning": {"enabled": True, "effort": "low"}}, {"enable_thinking": True, "reasoning_effort": "low"}),
-    ({"reasoning": {"max_tokens": 0}}, {"enable_thinking": False}),
-    ({"reasoning": {"max_tokens": -1}}, {}),
-    ({"reasoning": {"max_tokens": 1024}}, {"reasoning_effort": "low"}),
-    ({"reasoning": {"max_tokens": 2000}}, {"reasoning_effort": "medium"}),
-    ({"reasoning": {"max_tokens": 20000}}, {"reasoning_effort": "high"}),
-    ({"reasoning": {"max_tokens": 200000}}, {"reasoning_effort": "max"}),
-    ({"chat_template_kwargs": {"enable_thinking": False}}, {"enable_thinking": False}),
+    *(({"reasoning": wish}, ours) for wish, ours in (
+        ({"effort": "high"}, {"reasoning_effort": "high"}), ({"effort": "none"}, {"reasoning_effort": "none"}),
+        ({"enabled": True}, {"enable_thinking": True}),
+        ({"enabled": False, "exclude": True}, {"enable_thinking": False}),
+        ({"enabled": True, "effort": "low"}, {"enable_thinking": True, "reasoning_effort": "low"}))),
+    *((fields, ours) for budget, ours in (
+        (0, {"enable_thinking": False}), (-1, {}), (1024, {"reasoning_effort": "low"}),
+        (2000, {"reasoning_effort": "medium"}), (20000, {"reasoning_effort": "high"}),
+        (200000, {"reasoning_effort": "max"}))
+      for fields in ({"reasoning": {"max_tokens": budget}}, {"thinking_budget": budget})),
+    *(({"chat_template_kwargs": wish}, wish) for wish in ({"enable_thinking": False}, {"reasoning_effort": "max"})),
     ({"chat_template_kwargs": {"thinking": True}}, {"enable_thinking": True}),
-    ({"chat_template_kwargs": {"reasoning_effort": "max"}}, {"reasoning_effort": "max"}),
     ({"extra_body": {"chat_template_kwargs": {"enable_thinking": False}}}, {"enable_thinking": False}),
     ({"extra_body": {"reasoning": {"effort": "high"}}}, {"reasoning_effort": "high"}),
     # Our own field wins
@@ -2980,9 +2778,6 @@ def test_thinking_is_asked_for_as_each_family_takes_it(family, model, fields, de
       for name in ("reasoning", "thinking_config")),
     *(({name: "high"}, {"reasoning_effort": "high"}) for name in ("reasoning", "think", "output_config")),
     ({"output_config": {"effort": "low"}}, {"reasoning_effort": "low"}),
-    ({"thinking_budget": 2000}, {"reasoning_effort": "medium"}),
-    ({"thinking_budget": 0}, {"enable_thinking": False}),
-    ({"thinking_budget": -1}, {}),
     ({"thinking_config": {"thinking_level": "high", "include_thoughts": True}}, {"reasoning_effort": "high"}),
     ({"chat_template_kwargs": {"enable_thinking": True, "clear_thinking": False}},
      {"thinking": {"type": "enabled", "clear_thinking": False}}),
@@ -3009,18 +2804,18 @@ def test_thinking_in_other_dialects_means_the_same(model, fields, ours):
         "auto", {"type": "auto"}, {"type": "perhaps"}, {"type": []}, [], "perhaps", {"budget_tokens": -1})),
     ({"thinking": {"type": "adaptive", "clear_thinking": False}},
      {"thinking": {"type": "enabled", "clear_thinking": False}}),
-    ({"thinking": {"type": "enabled", "budget_tokens": 20000}}, {"thinking": ON, "reasoning_effort": "high"}),
-    ({"thinking": {"type": "enabled", "budget_tokens": 20000}, "reasoning_effort": "low"},
+    ({"thinking": {**ON, "budget_tokens": 20000}}, {"thinking": ON, "reasoning_effort": "high"}),
+    ({"thinking": {**ON, "budget_tokens": 20000}, "reasoning_effort": "low"},
      {"thinking": ON, "reasoning_effort": "low"}),
     ({"thinking": {"budget_tokens": 1024}}, {"reasoning_effort": "low"}),
-    ({"enable_thinking": True, "thinking_budget": 20000}, {"enable_thinking": True, "reasoning_effort": "high"}),
-    ({"enable_thinking": False, "thinking_budget": 20000}, {"enable_thinking": False, "reasoning_effort": "high"}),
-    ({"enable_thinking": "true"}, {"enable_thinking": True}),
-    *(({"enable_thinking": value}, {"enable_thinking": False}) for value in ("false", 0)),
+    *(({"enable_thinking": on, "thinking_budget": 20000}, {"enable_thinking": on, "reasoning_effort": "high"})
+      for on in (True, False)),
+    *(({"enable_thinking": value}, {"enable_thinking": on}) for value, on in (
+        ("true", True), ("false", False), (0, False))),
     ({"enable_thinking": {}}, {}),
-    *(({"reasoning_effort": value}, {}) for value in ("auto", "default")),
-    ({"reasoning_effort": "ultra"}, {"reasoning_effort": "max"}),
-    ({"reasoning_effort": "xlow"}, {"reasoning_effort": "minimal"}),
+    *(({"reasoning_effort": value}, ours) for value, ours in (
+        ("auto", {}), ("default", {}), ("ultra", {"reasoning_effort": "max"}),
+        ("xlow", {"reasoning_effort": "minimal"}))),
 ])
 @pytest.mark.parametrize("model", ["glm-4.6", "glm-5.2", "glm-5.3", "glm-9"])
 def test_our_own_fields_in_other_words_mean_the_same(model, fields, ours):
@@ -3051,28 +2846,14 @@ def test_clear_thinking_survives_whatever_else_is_said_about_thinking(model, fie
 
 # All that a request may hold.
 FULL_CHAT = chat_body(
-    model="glm-4.5v",
-    tools=[TOOL, SEARCH, {"type": "mcp"}],
-    tool_choice=allowed("required", "get_weather"),
-    response_format={"type": "json_schema", "json_schema": {"schema": {"a": 1}}},
-    thinking={"type": "enabled"},
-    reasoning_effort="high",
-    reasoning={"effort": "low"},
-    chat_template_kwargs={"thinking": True},
-    extra_body={"top_p": 0.5},
-    stop=["a"],
-    user="somebody",
-    stream_options={"include_usage": True},
-    temperature=1,
-    max_tokens=5,
-    stream=True,
+    model="glm-4.5v", stream=True, stream_options={"include_usage": True}, user="somebody", stop=["a"], temperature=1,
+    max_tokens=5, thinking={"type": "enabled"}, reasoning_effort="high", reasoning={"effort": "low"},
+    chat_template_kwargs={"thinking": True}, extra_body={"top_p": 0.5}, tools=[TOOL, SEARCH, {"type": "mcp"}],
+    tool_choice=allowed("required", "get_weather"), **schema({"schema": {"a": 1}}),
     messages=[
-        {"role": "system", "content": [TEXT]},
-        user([TEXT, PICTURE, FILE_URL]),
-        {"role": "assistant", "content": None, "reasoning": "r", "tool_calls": [CALL]},
-        {"role": "tool", "tool_call_id": "c1", "content": [TEXT, PICTURE]},
-        {"role": "assistant", "content": "x", "reasoning_content": "r"},
-        user([PICTURE]),
+        system([TEXT]), user([TEXT, PICTURE, FILE_URL]),
+        {"role": "assistant", "content": None, "reasoning": "r", "tool_calls": [CALL]}, output("c1", [TEXT, PICTURE]),
+        assistant("x", thinking="r"), user([PICTURE]),
     ])
 
 
@@ -3154,7 +2935,7 @@ def translated(data, **options):
     steps, failure = receive([response], **options)
     if failure:
         raise failure
-    for pieces in some_pieces_of(response):
+    for pieces in pieces_of(response, 50):
         assert receive(pieces, **options) == (steps, None), pieces[:3]
     return steps
 
@@ -3309,40 +3090,28 @@ def leak(text):
     return f"<tool_call>{text}</tool_call>"
 
 
-# Verbatim from the dialect sheet, sections 1 and 2; only the line ends inside an event
-# are ours.
-GLM_52_TOOLS = rb"""data: {"id":"20260813125025af371d7f88184d47","created":1786596625,"object":"chat.completion.chunk",
-"model":"glm-5.2","choices":[{"index":0,"delta":{"role":"assistant","reasoning_content":"The"}}]}
+def frames(head, *rests):
+    """The frames of a stream, which begin alike."""
+    return b"".join(b"data: " + head + rest + b"\n\n" for rest in rests) + DONE
 
-data: {"id":"20260813125025af371d7f88184d47","created":1786596625,"object":"chat.completion.chunk","model":"glm-5.2",
-"choices":[{"index":0,"delta":{"role":"assistant","reasoning_content":" user"}}]}
 
-data: {"id":"20260813125025af371d7f88184d47","created":1786596625,"object":"chat.completion.chunk","model":"glm-5.2",
-"choices":[{"index":0,"delta":{"tool_calls":[{"id":"call_438b313737df40b7b2972a81","index":0,"type":"function",
-"function":{"name":"get_weather","arguments":"{\"city\":\"Paris\"}"}}]}}]}
-
-data: {"id":"20260813125025af371d7f88184d47","created":1786596625,"object":"chat.completion.chunk","model":"glm-5.2",
-"choices":[{"index":0,"finish_reason":"tool_calls","delta":{"role":"assistant","content":""}}],
-"usage":{"prompt_tokens":178,"completion_tokens":37,"total_tokens":215,"prompt_tokens_details":{"cached_tokens":0},
-"completion_tokens_details":{"reasoning_tokens":25}}}
-
-data: [DONE]
-
-""".replace(b",\n", b",")
-GLM_45_TOOLS = rb"""data: {"id":"2025091420174501de064dedfa4b68","created":1757852265,"model":"glm-4.5-flash",
-"choices":[{"index":0,"delta":{"role":"assistant","content":"\n"}}]}
-
-data: {"id":"2025091420174501de064dedfa4b68","created":1757852265,"model":"glm-4.5-flash","choices":[{"index":0,
-"finish_reason":"tool_calls","delta":{"tool_calls":[{"id":"call_4BgN84hpTbmswCBFSC9ggw","index":-1,"type":"function",
-"function":{"name":"add","arguments":"{\"a\": 365, \"b\": 96}"}}]}}]}
-
-data: {"id":"2025091420174501de064dedfa4b68","created":1757852265,"model":"glm-4.5-flash","choices":[{"index":0,
-"finish_reason":"tool_calls","delta":{"role":"assistant","content":""}}],"usage":{"prompt_tokens":170,
-"completion_tokens":72,"total_tokens":242,"prompt_tokens_details":{"cached_tokens":43}}}
-
-data: [DONE]
-
-""".replace(b",\n", b",")
+# Verbatim from the dialect sheet, sections 1 and 2.
+GLM_52_TOOLS = frames(
+    rb'{"id":"20260813125025af371d7f88184d47","created":1786596625,"object":"chat.completion.chunk","model":"glm-5.2",',
+    rb'"choices":[{"index":0,"delta":{"role":"assistant","reasoning_content":"The"}}]}',
+    rb'"choices":[{"index":0,"delta":{"role":"assistant","reasoning_content":" user"}}]}',
+    rb'"choices":[{"index":0,"delta":{"tool_calls":[{"id":"call_438b313737df40b7b2972a81","index":0,"type":"function",'
+    rb'"function":{"name":"get_weather","arguments":"{\"city\":\"Paris\"}"}}]}}]}',
+    rb'"choices":[{"index":0,"finish_reason":"tool_calls","delta":{"role":"assistant","content":""}}],'
+    rb'"usage":{"prompt_tokens":178,"completion_tokens":37,"total_tokens":215,"prompt_tokens_details":'
+    rb'{"cached_tokens":0},"completion_tokens_details":{"reasoning_tokens":25}}}')
+GLM_45_TOOLS = frames(
+    rb'{"id":"2025091420174501de064dedfa4b68","created":1757852265,"model":"glm-4.5-flash","choices":[{"index":0,',
+    rb'"delta":{"role":"assistant","content":"\n"}}]}',
+    rb'"finish_reason":"tool_calls","delta":{"tool_calls":[{"id":"call_4BgN84hpTbmswCBFSC9ggw","index":-1,'
+    rb'"type":"function","function":{"name":"add","arguments":"{\"a\": 365, \"b\": 96}"}}]}}]}',
+    rb'"finish_reason":"tool_calls","delta":{"role":"assistant","content":""}}],"usage":{"prompt_tokens":170,'
+    rb'"completion_tokens":72,"total_tokens":242,"prompt_tokens_details":{"cached_tokens":43}}}')
 GLM_46_JSON = r"""{"choices":[{"finish_reason":"stop","index":0,"message":{"content":"\n您好！",
 "reasoning_content":"\n用户","role":"assistant"}}],"created":1770631146,"id":"2026020917585695a7e8be40254c7c",
 "model":"glm-4.6","object":"chat.completion","request_id":"2026020917585695a7e8be40254c7c",
@@ -3358,9 +3127,8 @@ MINIMAL = {"id": "", "object": "", "created": 0, "model": "", "system_fingerprin
 
 # Good answers. To add a case, add a row: what is special, what Z.ai sends, what it
 # says.
-GOOD_ANSWERS = [
+@cases("data, expected", [
     ("glm-5.2, tools", GLM_52_TOOLS, asks(RAIN, reasoning="The user", usage=counts(178, 37, 215, 0, 25))),
-    ("glm-5.2, text", think(" 好") + say("好") + ENDED, says("好", " 好")),
     ("glm-4.5, index -1, double finish", GLM_45_TOOLS,
      asks(("add", '{"a": 365, "b": 96}'), usage=counts(170, 72, 242, 43))),
     ("glm-4.5, max_tokens 1", think("\n") + finished("length"), says(finish="length")),
@@ -3371,26 +3139,22 @@ GOOD_ANSWERS = [
     # Events of many kinds
     ("OpenAI's own chunks",
      sse({"choices": [{"index": 0, "delta": {"role": "assistant", "content": "a"}, "finish_reason": None}],
-                "usage": None},
-               {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]},
-               {"choices": [], "usage": USAGE}) + DONE,
+          "usage": None},
+         {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}, {"choices": [], "usage": USAGE}) + DONE,
      says("a")),
-    ("no [DONE]", say("a") + FINISH, says("a")),
+    *(("no " + what, say("a") + end, says("a")) for what, end in (
+        ("[DONE]", FINISH), ("last blank line", FINISH.rstrip(b"\n")),
+        ("[DONE], usage behind the finish", event(finish="stop") + sse({"usage": USAGE})))),
     ("no [DONE], no usage", say("a") + event(finish="stop"), says("a", usage=None)),
-    ("usage behind the finish, no [DONE]", say("a") + event(finish="stop") + sse({"usage": USAGE}), says("a")),
-    ("no last blank line", say("a") + FINISH.rstrip(b"\n"), says("a")),
     ("CRLF, comments, names and ids",
      b": hi\r\n\r\nevent: message\r\nid: 1\r\n" + (say("a") + ENDED).replace(b"\n", b"\r\n"), says("a")),
-    ("choices null",
-     sse(dict(MINIMAL, choices=None, usage=None)) + say("a") + sse({"choices": None}) + say("b") + ENDED,
-     says("ab")),
-    ("choices of other kinds",
-     say("a") + sse(*({"choices": choices} for choices in ([], [None], {}, "x", [{}], [{"delta": None}])), {})
+    ("choices null, or of other kinds",
+     sse(dict(MINIMAL, choices=None, usage=None)) + say("a")
+     + sse(*({"choices": choices} for choices in (None, [], [None], {}, "x", [{}], [{"delta": None}])), {})
      + say("b") + ENDED, says("ab")),
-    ("events that are no objects",
-     say("a") + b'data: 42\n\ndata: [1]\n\ndata: null\n\ndata: "x"\n\ndata: true\n\n' + say("b") + ENDED, says("ab")),
-    ("lines that are no JSON",
-     say("a") + b'data: garbage\n\ndata: "id\n\ndata:\n\n' + say("b") + b"junk\n" + ENDED, says("ab")),
+    ("events that are no objects, and lines that are no JSON",
+     say("a") + b'data: 42\n\ndata: [1]\n\ndata: null\n\ndata: "x"\n\ndata: true\n\n'
+     + b'data: garbage\n\ndata: "id\n\ndata:\n\n' + say("b") + b"junk\n" + ENDED, says("ab")),
     ("blanks around the JSON",
      say("a").replace(b"data: ", b"data:   \t").replace(b"\n\n", b"  \n\n") + ENDED, says("a")),
     ("another model, another id",
@@ -3400,7 +3164,6 @@ GOOD_ANSWERS = [
                {"choices": [{"delta": {"tool_calls": [5, None]}}]}) + say("a") + ENDED, says("a")),
     ("text after the finish", say("a") + FINISH + say("b") + ENDED, says("a")),
     ("an error after the finish", say("a") + FINISH + sse({"error": {"code": "500", "message": "x"}}), says("a")),
-    ("content and reasoning in turn", say("a") + think("r") + say("b") + think("s") + ENDED, says("ab", "rs")),
     ("content and reasoning in one event",
      say("a") + event({"reasoning_content": "r", "content": "b"}) + event({"content": "c", "reasoning_content": "s"})
      + ENDED, says("abc", "rs")),
@@ -3416,26 +3179,21 @@ GOOD_ANSWERS = [
         ("model_context_window_exceeded", "length"))),
     ("finish function_call, as gateways say", call() + finished("function_call"), asks(RAIN)),
     ("finish sensitive, as documented",
-     say("a")
-     + event(user(""), "sensitive", USAGE, content_filter=[{"role": "user", "level": 0}])
-     + DONE, says("a", finish="content_filter")),
+     say("a") + event(user(""), "sensitive", USAGE, content_filter=[{"role": "user", "level": 0}]) + DONE,
+     says("a", finish="content_filter")),
     *((f"finish {first}, then {second}", say("a") + event(finish=first) + finished(second), says("a", finish=ours))
       for first, second, ours in (
         ("length", "stop", "length"), ("stop", "length", "length"), ("sensitive", "stop", "content_filter"))),
     ("finish empty, then real", sse({"choices": [{"delta": {"content": "a"}, "finish_reason": ""}]}) + ENDED,
      says("a")),
     ("stop after a call", call() + ENDED, asks(RAIN)),
-    ("length within a call", calls_in(item("get_weather", '{"ci', id="c", index=0)) + finished("length"),
-     asks(("get_weather", '{"ci'), finish="length")),
-    ("length before a call's arguments", calls_in(item("get_weather", "", id="c", index=0)) + finished("length"),
-     asks(("get_weather", ""), finish="length")),
-    ("length behind a call without arguments", calls_in(item(*TIME, id="c", index=0)) + finished("length"),
-     asks(TIME, finish="length")),
+    *((f"length within a call, behind {cut!r}", call("get_weather", cut) + finished("length"),
+       asks(("get_weather", cut), finish="length")) for cut in ("", '{"ci', "{}")),
     ("length before a call's name", say("a") + calls_in(item(None, "", id="c", index=0)) + finished("length"),
      says("a", finish="length")),
     # Usage
-    ("usage without details", say("a") + finished("stop", counts(1, 2, 3)), says("a", usage=counts(1, 2, 3))),
-    ("usage with one detail", say("a") + finished("stop", counts(1, 2, 3, 4)), says("a", usage=counts(1, 2, 3, 4))),
+    *((f"usage of {usage}", say("a") + finished("stop", usage), says("a", usage=usage)) for usage in (
+        counts(1, 2, 3), counts(1, 2, 3, 4), counts(1, 10**12 - 1, 10**12 - 1))),
     ("usage with holes",
      say("a") + finished("stop", dict(counts(1, None, None), prompt_tokens_details=None, completion_tokens_details={})),
      says("a", usage=counts(1, 0, 1, reasoning=0))),
@@ -3445,18 +3203,14 @@ GOOD_ANSWERS = [
      says("a", usage=None)),
     *((f"usage of {str(odd):.12}", say("a") + finished("stop", counts(1, odd, 5)), says("a", usage=counts(1, 0, 5)))
       for odd in (-1, 10**12, 10**400, 1.5, "7", True, None, [7], float("nan"), float("inf"))),
-    ("usage of a million million less one", say("a") + finished("stop", counts(1, 10**12 - 1, 10**12 - 1)),
-     says("a", usage=counts(1, 10**12 - 1, 10**12 - 1))),
     # Tool calls, whole
     ("two calls, one id on the first",
      calls_in(item(*RAIN, id="c", index=0, type="function"), item(*TIME, index=1, type="function")) + TOOLS_END,
      asks(RAIN, TIME)),
     *((f"two calls, an event each, the same id, {where}",
-       calls_in(item(*RAIN, id="c", index=0)) + calls_in(item(name, '{"a":2}', id="c", **where)) + TOOLS_END,
+       call(*RAIN, "c") + calls_in(item(name, '{"a":2}', id="c", **where)) + TOOLS_END,
        asks(RAIN, (name, '{"a":2}'))) for name, where in (
            ("get_time", {"index": 1}), ("get_time", {"index": 0}), ("get_time", {}), ("get_weather", {"index": 1}))),
-    ("two calls, the same id", calls_in(item(*RAIN, id="c", index=0), item(*TIME, id="c", index=1)) + TOOLS_END,
-     asks(RAIN, TIME)),
     *((f"two calls of one tool, no id, {where}",
        calls_in(item("get_time", '{"a":1}', **where), item("get_time", '{"a":2}', **where)) + TOOLS_END,
        asks(("get_time", '{"a":1}'), ("get_time", '{"a":2}'))) for where in ({"index": 0}, {"index": -1}, {})),
@@ -3466,7 +3220,7 @@ GOOD_ANSWERS = [
     ("numeric, empty and null ids",
      calls_in(item(*RAIN, id=-73911021), item(*TIME, id=""), item(*TIME, id=None), item(*TIME, id=0)) + TOOLS_END,
      asks(RAIN, TIME, TIME, TIME)),
-    ("arguments an object", calls_in(item("get_weather", {"city": "北京"}, id="c", index=0)) + TOOLS_END,
+    ("arguments an object", call("get_weather", {"city": "北京"}) + TOOLS_END,
      asks(("get_weather", '{"city":"北京"}'))),
     *((f"arguments an object with {number}",
        b'data: {"choices":[{"delta":{"tool_calls":[{"id":"c","function":{"name":"f","arguments":{"a":%b}}}]}}]}\n\n'
@@ -3477,17 +3231,16 @@ GOOD_ANSWERS = [
       for arguments in ("", "{}", None, {})),
     ("arguments missing", calls_in(item("get_time", id="c")) + TOOLS_END, asks(TIME)),
     *((f"arguments {first!r}, then real ones",
-       calls_in(item("get_weather", first, id="c", index=0)) + calls_in(item(None, '{"city":', index=0))
+       call("get_weather", first) + calls_in(item(None, '{"city":', index=0))
        + calls_in(item(None, '"Paris"}', index=0)) + TOOLS_END, asks(RAIN)) for first in ("{}", "null", " ")),
-    ("arguments '{}' and real ones in one", calls_in(item("get_weather", "{} " + PARIS, id="c", index=0)) + TOOLS_END,
-     asks(RAIN)),
+    ("arguments '{}' and real ones in one", call("get_weather", "{} " + PARIS) + TOOLS_END, asks(RAIN)),
     *((f"arguments '{{}}', then {behind!r}",
-       calls_in(item("get_time", "{}", id="c", index=0)) + calls_in(item(None, behind, index=0)) + TOOLS_END,
+       call("get_time", "{}") + calls_in(item(None, behind, index=0)) + TOOLS_END,
        asks(TIME)) for behind in ("}", "</tool_call>", "{}")),
-    *((f"behind the arguments {behind!r}", calls_in(item("get_weather", PARIS + behind, id="c", index=0)) + TOOLS_END,
+    *((f"behind the arguments {behind!r}", call("get_weather", PARIS + behind) + TOOLS_END,
        asks(RAIN)) for behind in (PARIS, "\n" + PARIS, "}", "\n</tool_call>")),
     *((f"arguments twice, {where}",
-       calls_in(item("get_weather", '{"city":', id="c", index=0)) + calls_in(item(None, '"Paris"}', index=0))
+       call("get_weather", '{"city":', "c") + calls_in(item(None, '"Paris"}', index=0))
        + calls_in(item(name, PARIS, **where)) + TOOLS_END, asks(RAIN))
       for name, where in ((None, {"index": 0}), ("get_weather", {"id": "c", "index": 0}))),
     ("arguments missing, then blanks", calls_in(item("get_time", id="c", index=0)) + calls_in(item(None, " ", index=0))
@@ -3495,8 +3248,6 @@ GOOD_ANSWERS = [
     ("content, reasoning and a call in one event",
      say("a") + calls_in(item(*RAIN, id="c"), content="b", reasoning_content="r") + TOOLS_END,
      asks(RAIN, content="ab", reasoning="r")),
-    ("content and a call in one event", say("a") + calls_in(item(*RAIN, id="c"), content="b") + TOOLS_END,
-     asks(RAIN, content="ab")),
     ("a call between texts", say("a") + call() + say("b") + ENDED, asks(RAIN, content="ab")),
     ("a call and its finish in one event", calls_in(item(*RAIN, id="c"), finish="tool_calls") + DONE,
      asks(RAIN, usage=None)),
@@ -3521,7 +3272,7 @@ GOOD_ANSWERS = [
        + calls_in(item(None, "}", index=first + 1), item(None, "}", index=first)) + TOOLS_END,
        asks(RAIN, TIME)) for first in (0, 1)),
     ("fragments that begin with nothing",
-     calls_in(item("get_weather", "", id="a", index=0)) + calls_in(item(index=0))
+     call("get_weather", "") + calls_in(item(index=0))
      + calls_in(item(None, PARIS, index=0)) + TOOLS_END, asks(RAIN)),
     ("arguments before the name",
      calls_in(item(None, '{"city":', id="a", index=0)) + calls_in(item("get_weather", '"Paris"}', index=0)) + TOOLS_END,
@@ -3532,21 +3283,22 @@ GOOD_ANSWERS = [
      calls_in(item(True, "{}", id="a", index=0), item(["f"], "{}", id="b", index=1), item(*RAIN, id="c", index=2))
      + TOOLS_END, asks(RAIN)),
     # Markup in names and keys
-    *((f"the name {name!r}", calls_in(item(name, PARIS, id="c", index=0)) + TOOLS_END, asks(RAIN)) for name in (
+    *((f"the name {name!r}", call(name, PARIS) + TOOLS_END, asks(RAIN)) for name in (
         " get_weather", "get_weather\n", "get_weather</arg_value>", "get_weather</tool_call>",
         "get_weather <arg_key>")),
-    ("a name with markup that is no tool's", calls_in(item("x</arg_value>", PARIS, id="c", index=0)) + TOOLS_END,
+    ("a name with markup that is no tool's", call("x</arg_value>", PARIS) + TOOLS_END,
      asks(("x</arg_value>", PARIS))),
-    *((f"the key {key!r}", calls_in(item("get_weather", {key: "Paris"}, id="c", index=0)) + TOOLS_END, asks(RAIN))
-      for key in ("city</arg_key>", "city<arg_key>", "city</arg_value>", "city </arg_key>\n<arg_value>", "city</tool_call>",
-                  "city<tool_call>")),
+    *((f"the key {key!r}", call("get_weather", {key: "Paris"}) + TOOLS_END, asks(RAIN))
+      for key in (
+        "city</arg_key>", "city<arg_key>", "city</arg_value>", "city </arg_key>\n<arg_value>", "city</tool_call>",
+        "city<tool_call>")),
     *((f"markup in a key, in pieces of {size}", calls_in(
         item("get_weather", "", id="c", index=0),
         *(item(None, text[at:at + size], index=0) for at in range(0, len(text), size))) + TOOLS_END,
        asks(("get_weather", '{"city":"</arg_key>", "a<b":1}')))
       for text in ['{"city</arg_key>":"</arg_key>", "a<b":1}', '{"city</tool_call>":"</arg_key>", "a<b":1}']
       for size in (1, 3, 8)),
-    ("markup in a value is a text", calls_in(item("get_time", {"a": "x</arg_key>"}, id="c", index=0)) + TOOLS_END,
+    ("markup in a value is a text", call("get_time", {"a": "x</arg_key>"}) + TOOLS_END,
      asks(("get_time", '{"a":"x</arg_key>"}'))),
     *((f"arguments in the name, {arguments}",
        calls_in(item("get_weather" + CITY, arguments, id="c", index=0)) + TOOLS_END, asks(RAIN))
@@ -3555,12 +3307,8 @@ GOOD_ANSWERS = [
     ("thinking in the content", say("<think>Got it\n") + say("</think>\n\nYes") + ENDED, says("Yes", "Got it\n")),
     ("thinking in the content, never closed", say("<think>Got it") + finished("length"),
      says("", "Got it", finish="length")),
-    ("thinking in the content, after a line end",
-     say("\n") + say("<think>") + say("a") + say("</think>") + say("b") + ENDED, says("b", "a")),
     ("boxes", think("<|begin_of_box|>a<|end_of_box|>") + say("It is <|begin_of_box|>42<|end_of_box|>.") + ENDED,
      says("It is 42.", "a")),
-    ("what only looks like a tag", say("a < b, <th") + say("in>, <|begin_of") + say("_bag|> <") + ENDED,
-     says("a < b, <thin>, <|begin_of_bag|> <")),
     ("a call in the content",
      say("Let me see. <tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>Paris</arg_value>\n</tool_call>")
      + ENDED, asks(RAIN, content="Let me see. ")),
@@ -3614,10 +3362,7 @@ GOOD_ANSWERS = [
     ("a tab that is not escaped", say("a\\tb").replace(b"\\\\t", b"\t") + ENDED, says("a\tb")),
     ("data: in the text", say("the line\ndata: {\"a\":1}\n\ndata: [DONE]\n\n") + say(" data: x") + ENDED,
      says("the line\ndata: {\"a\":1}\n\ndata: [DONE]\n\n data: x")),
-]
-
-
-@pytest.mark.parametrize("data, expected", [pytest.param(*row[1:], id=row[0][:60]) for row in GOOD_ANSWERS])
+])
 def test_an_answer_is_understood_and_streamed_and_json_agree(data, expected):
     check_answer(data, expected, tools=WEATHER)
 
@@ -3639,117 +3384,91 @@ def broken(response, **options):
     steps, failure = receive([response], **options)
     assert failure is not None
     assert [step for step in steps if step.kind == ztoapi.FINISH] == []
-    for pieces in some_pieces_of(response):
+    for pieces in pieces_of(response, 50):
         again, other = receive(pieces, **options)
         assert (again, other.message, other.verdict) == (steps, failure.message, failure.verdict), pieces[:3]
     return failure, steps
 
 
-NETWORK_ERROR = rb"""data: {"id":"202603151451299c7a89c25180405d","created":1773557520,"model":"glm-5","choices":[
-{"index":0,"finish_reason":"network_error","delta":{"role":"assistant","content":""}}]}
-
-data: [DONE]
-
-""".replace(b"[\n", b"[")
+NETWORK_ERROR = finished("network_error", None)
 ABORT = event({"role": "assistant", "content": ""}, "abort", counts(12, 7, 19)) + DONE
 PLAN_AT_ITS_LIMIT = event({"role": "assistant", "content": None}, "stop", counts(0, 0, 0)) + DONE
-RATE_LIMITED = rb"""event: error
-data: {"error":{"code":"1302",
-"message":"High concurrency usage of this API,
- please reduce concurrency or contact customer service to increase limits"},
-"request_id":"2026012315301053eda1059a6e4f85"}
-
-data: [DONE]
-
-""".replace(b",\n", b",")
+RATE_LIMITED = b"event: error\n" + error_event(
+    "1302", "High concurrency usage of this API, please reduce concurrency or contact customer service to increase "
+    "limits", request_id="2026012315301053eda1059a6e4f85") + DONE
 BARE_LINE = '{"error":{"code":"500","message":"内部错误"}}'.encode()
-WRONG_PATH = b'{"code":500,"msg":"404 NOT_FOUND","success":false}'
-KEY_REFUSED = '{"code":1000,"msg":"身份验证失败。","success":false}'.encode()
 
 
 # Failures in an answer with status 200. To add a case, add a row: what is wrong, what
 # Z.ai sends, the code of the error, what is to be done while nothing has been sent.
-FAILURES = [
-    ("network_error", NETWORK_ERROR, "upstream_error", TRY_AGAIN),
-    ("network_error in mid-stream", say("a") + finished("network_error"), "upstream_error", TRY_AGAIN),
-    ("network_error after a call", call() + finished("network_error", None), "upstream_error", TRY_AGAIN),
-    ("abort at once", ABORT, "upstream_error", TRY_AGAIN),
-    ("abort after half a text", say("a") + ABORT, "upstream_error", TRY_AGAIN),
-    *((f"finish {str(reason):.20}", say("a") + finished(reason), "upstream_error", TRY_AGAIN) for reason in (
-        "unheard_of", "STOP", " stop", "error", "end_turn", ["stop"], {"stop": 1}, 1, True, "x" * 5000)),
-    ("a plan at its limit", PLAN_AT_ITS_LIMIT, "upstream_error", TRY_AGAIN),
-    ("stop, no usage", event(finish="stop") + DONE, "upstream_error", TRY_AGAIN),
-    ("nothing but line ends", say("\n") + think("\n") + PLAN_AT_ITS_LIMIT, "upstream_error", TRY_AGAIN),
-    ("an empty JSON answer", sse({"choices": [{"message": {"content": ""}, "finish_reason": "stop"}]})[6:-2],
-     "upstream_error", TRY_AGAIN),
-    ("tool_calls without a call", say("a") + TOOLS_END, "upstream_error", TRY_AGAIN),
-    ("tool_calls without a call at all", TOOLS_END, "upstream_error", TRY_AGAIN),
-    *((f"arguments cut in the middle, {finish}",
-       calls_in(item("get_weather", text, id="a", index=0)) + finished(finish),
-       "upstream_error", TRY_AGAIN)
-      for finish in ("stop", "tool_calls") for text in ('{"ci', '{"city":"Par', '{"a":[1')),
-    ("a call without a name", calls_in(item(None, PARIS, id="a", index=0)) + TOOLS_END, "upstream_error", TRY_AGAIN),
-    ("a call without a name beside a good one", call() + calls_in(item(None, PARIS, id="a", index=1)) + TOOLS_END,
-     "upstream_error", TRY_AGAIN),
-    ("a fragment without a home", call() + calls_in(item(None, "x", index=7)) + TOOLS_END, "upstream_error", TRY_AGAIN),
-    ("arguments in the name that cannot be read",
-     calls_in(item("get_weather<arg_key>city</arg_key>Paris", "{}", id="c", index=0)) + TOOLS_END,
-     "upstream_error", TRY_AGAIN),
-    ("arguments without a name without end", calls_in(item(None, "x" * 70000, id="a", index=0)) + TOOLS_END,
-     "upstream_error", TRY_AGAIN),
+@cases("data, code, verdict", [
+    *((what, data, "upstream_error", TRY_AGAIN) for what, data in (
+        ("network_error", NETWORK_ERROR),
+        ("network_error in mid-stream", say("a") + finished("network_error")),
+        ("network_error after a call", call() + finished("network_error", None)),
+        ("abort at once", ABORT),
+        ("abort after half a text", say("a") + ABORT),
+        *((f"finish {str(reason):.20}", say("a") + finished(reason)) for reason in (
+            "unheard_of", "STOP", " stop", "error", "end_turn", ["stop"], {"stop": 1}, 1, True, "x" * 5000)),
+        ("a plan at its limit", PLAN_AT_ITS_LIMIT),
+        ("stop, no usage", event(finish="stop") + DONE),
+        ("nothing but line ends", say("\n") + think("\n") + PLAN_AT_ITS_LIMIT),
+        ("an empty JSON answer", sse({"choices": [{"message": {"content": ""}, "finish_reason": "stop"}]})[6:-2]),
+        ("tool_calls without a call", say("a") + TOOLS_END),
+        ("tool_calls without a call at all", TOOLS_END),
+        *((f"arguments cut in the middle, {finish}",
+           call("get_weather", text) + finished(finish))
+          for finish in ("stop", "tool_calls") for text in ('{"ci', '{"city":"Par', '{"a":[1')),
+        ("a call without a name", calls_in(item(None, PARIS, id="a", index=0)) + TOOLS_END),
+        ("a call without a name beside a good one", call() + calls_in(item(None, PARIS, id="a", index=1)) + TOOLS_END),
+        ("a fragment without a home", call() + calls_in(item(None, "x", index=7)) + TOOLS_END),
+        *((f"the name {name} with the arguments {text!r:.20}",
+           calls_in(item(name, text, id="c", index=0)) + TOOLS_END) for name, text in (
+            ("get_weather<arg_key>city</arg_key>Paris", "{}"), ("get_weather" + CITY, '{"b":1}'),
+            ("get_weather", PARIS + '{"b":1}'), (None, "x" * 70000))),
+        ("an error in mid-stream", say("a") + error_event("1234") + ENDED),
+        *((f"{field} {str(value):.20}", sse({"choices": [{"delta": {field: value}}]}) + ENDED) for field, value in (
+            ("content", 5), ("content", ["b"]), ("content", [{"type": "text", "text": "b"}]), ("content", {"b": 1}),
+            ("reasoning_content", ["b"]), ("tool_calls", "x"), ("tool_calls", item(*TIME)))),
+        ("a call in fields of its own", calls_in({"id": "c", "name": "get_time"}) + ENDED),
+        *((f"events in one, {between!r}", say("a")[:-2] + between + say("b")[6:] + ENDED)
+          for between in (b"", b"\ndata: ", b"data: ")),
+        *((f"the event {torn!r}", say("a") + b"data: " + torn + b"\n\n" + say("b") + ENDED) for torn in (
+            b'{"id', b'{"choices":[{"delta":{"content":"b', b'{"iddata: ["choices"]', b'{"iddata: 5')),
+        ("a bare error line", think("a") + say("b") + BARE_LINE),
+        ("a bare error line first", b"\n" + BARE_LINE + b"\n"),
+        ("an error as a JSON body", BARE_LINE), ("no finish", think("a") + say("b")),
+        ("no finish but [DONE]", say("b") + DONE), ("no finish after a call", call() + DONE),
+        ("no finish but usage", say("a") + sse({"choices": [], "usage": USAGE}) + DONE),
+        ("cut in the finish", say("b") + FINISH[:-30]),
+        ("nothing", b""), ("nothing but [DONE]", DONE),
+        ("nothing but comments", b": hi\n\n: hi\n\n"),
+        ("nothing but an empty delta", event({"role": "assistant", "content": ""})),
+        ("garbage to the end", say("a") + b"data: \xff\xfe\n\n\0\0\0" * 50),
+        ("HTML in a stream", b"<html>\n<h1>502 Bad Gateway</h1>\n</html>\n"),
+        ("an empty object", b"{}"), ("JSON cut short", GLM_46_JSON[:-30]),
+        ("JSON without a finish", b'{"choices":[{"message":{"content":"a"}}]}'))),
     ("more calls than there can be tools", calls_in(*[item(*TIME)] * 129) + TOOLS_END, "upstream_error", GIVE_UP),
-    ("an error event", RATE_LIMITED, "rate_limit_exceeded", TOO_MANY),
-    ("an error without an event's name", RATE_LIMITED[len("event: error\n"):], "rate_limit_exceeded", TOO_MANY),
-    ("an error in mid-stream", say("a") + error_event("1234") + ENDED, "upstream_error", TRY_AGAIN),
-    *((f"an error {where}", say("a") + sse(value) + ENDED, "rate_limit_exceeded", TOO_MANY) for where, value in (
-        ("beside a finish", dict(LIMITED, choices=[{"delta": {"content": "b"}, "finish_reason": "stop"}], usage=USAGE)),
-        ("beside a text", dict(LIMITED, choices=[{"delta": {"content": "b"}}])),
-        ("in a choice", {"choices": [dict(LIMITED, delta={"content": "b"})]}),
-        ("in a delta", {"choices": [{"delta": LIMITED}]}))),
-    *((f"{field} {str(value):.20}", sse({"choices": [{"delta": {field: value}}]}) + ENDED, "upstream_error", TRY_AGAIN)
-      for field, value in (
-        ("content", 5), ("content", ["b"]), ("content", [{"type": "text", "text": "b"}]), ("content", {"b": 1}),
-        ("reasoning_content", ["b"]), ("tool_calls", "x"), ("tool_calls", item(*TIME)))),
-    ("a call in fields of its own", calls_in({"id": "c", "name": "get_time"}) + ENDED, "upstream_error", TRY_AGAIN),
-    *((f"events in one, {between!r}", say("a")[:-2] + between + say("b")[6:] + ENDED, "upstream_error", TRY_AGAIN)
-      for between in (b"", b"\ndata: ", b"data: ")),
-    *((f"the event {torn!r}", say("a") + b"data: " + torn + b"\n\n" + say("b") + ENDED, "upstream_error", TRY_AGAIN)
-      for torn in (b'{"id', b'{"choices":[{"delta":{"content":"b', b'{"iddata: ["choices"]', b'{"iddata: 5')),
-    ("two sets of arguments", calls_in(item("get_weather", PARIS + '{"b":1}', id="c", index=0)) + TOOLS_END,
-     "upstream_error", TRY_AGAIN),
-    ("arguments in the name, and others",
-     calls_in(item("get_weather" + CITY, '{"b":1}', id="c", index=0)) + TOOLS_END, "upstream_error", TRY_AGAIN),
-    ("an error with choices null", say("a") + error_event("1305", choices=None), "overloaded", OVERLOAD),
-    ("an error with choices empty", say("a") + error_event("1305", choices=[]), "overloaded", OVERLOAD),
-    ("an error beside a choice", say("a") + error_event("1302", choices=[{"delta": {}, "finish_reason": "error"}]),
-     "rate_limit_exceeded", TOO_MANY),
-    ("an error without a code", sse({"msg": "the service is overloaded", "success": False}), "overloaded", OVERLOAD),
-    ("an error in detail", sse({"detail": {"code": "1308"}}), "insufficient_quota", KEY_RESTS),
-    ("a bare error line", think("a") + say("b") + BARE_LINE, "upstream_error", TRY_AGAIN),
-    ("a bare error line first", b"\n" + BARE_LINE + b"\n", "upstream_error", TRY_AGAIN),
-    ("an error as a JSON body", BARE_LINE, "upstream_error", TRY_AGAIN),
+    ("a wrong path", b'{"code":500,"msg":"404 NOT_FOUND","success":false}', "upstream_error", GIVE_UP),
+    *((f"an error {where}", data, "rate_limit_exceeded", TOO_MANY) for where, data in (
+        ("event", RATE_LIMITED), ("without an event's name", RATE_LIMITED[len("event: error\n"):]),
+        ("beside a choice", say("a") + error_event("1302", choices=[{"delta": {}, "finish_reason": "error"}])),
+        *((place, say("a") + sse(value) + ENDED) for place, value in (
+            ("beside a finish",
+             dict(LIMITED, choices=[{"delta": {"content": "b"}, "finish_reason": "stop"}], usage=USAGE)),
+            ("beside a text", dict(LIMITED, choices=[{"delta": {"content": "b"}}])),
+            ("in a choice", {"choices": [dict(LIMITED, delta={"content": "b"})]}),
+            ("in a delta", {"choices": [{"delta": LIMITED}]}))))),
+    *((f"an error {where}", data, "overloaded", OVERLOAD) for where, data in (
+        ("with choices null", say("a") + error_event("1305", choices=None)),
+        ("with choices empty", say("a") + error_event("1305", choices=[])),
+        ("without a code", sse({"msg": "the service is overloaded", "success": False})))),
     ("no money", error_event(1113), "insufficient_quota", MODEL_RESTS),
     ("an exhausted key", error_event("1308"), "insufficient_quota", KEY_RESTS),
-    ("a wrong path", WRONG_PATH, "upstream_error", GIVE_UP),
-    ("a refused key", KEY_REFUSED, "upstream_auth_error", KEY_RESTS),
-    ("no finish", think("a") + say("b"), "upstream_error", TRY_AGAIN),
-    ("no finish but [DONE]", say("b") + DONE, "upstream_error", TRY_AGAIN),
-    ("no finish after a call", call() + DONE, "upstream_error", TRY_AGAIN),
-    ("no finish but usage", say("a") + sse({"choices": [], "usage": USAGE}) + DONE, "upstream_error", TRY_AGAIN),
-    ("cut in the finish", say("b") + FINISH[:-30], "upstream_error", TRY_AGAIN),
-    ("nothing", b"", "upstream_error", TRY_AGAIN),
-    ("nothing but [DONE]", DONE, "upstream_error", TRY_AGAIN),
-    ("nothing but comments", b": hi\n\n: hi\n\n", "upstream_error", TRY_AGAIN),
-    ("nothing but an empty delta", event({"role": "assistant", "content": ""}), "upstream_error", TRY_AGAIN),
-    ("garbage to the end", say("a") + b"data: \xff\xfe\n\n\0\0\0" * 50, "upstream_error", TRY_AGAIN),
-    ("HTML in a stream", b"<html>\n<h1>502 Bad Gateway</h1>\n</html>\n", "upstream_error", TRY_AGAIN),
-    ("an empty object", b"{}", "upstream_error", TRY_AGAIN),
-    ("JSON cut short", GLM_46_JSON[:-30], "upstream_error", TRY_AGAIN),
-    ("JSON without a finish", b'{"choices":[{"message":{"content":"a"}}]}', "upstream_error", TRY_AGAIN),
-]
-
-
-@pytest.mark.parametrize("data, code, verdict", [pytest.param(*row[1:], id=row[0]) for row in FAILURES])
+    ("an error in detail", sse({"detail": {"code": "1308"}}), "insufficient_quota", KEY_RESTS),
+    ("a refused key", '{"code":1000,"msg":"身份验证失败。","success":false}'.encode(),
+     "upstream_auth_error", KEY_RESTS),
+])
 def test_a_failure_is_an_error_and_never_an_answer(data, code, verdict):
     for options in ({}, {"restartable": True}, {"unfence": True}, {"stop": ("never",)}):
         error, _ = broken(wire(data), tools=WEATHER, **options)
@@ -3792,11 +3511,9 @@ BODY = b"".join(chunked(piece) for piece in HEALTHY) + END
 JSON_ANSWER = json.dumps({"choices": [{"message": {"content": "Hello"}, "finish_reason": "stop"}]}).encode()
 
 # Responses that say "Hello". To add a case, add a row: what is special, the bytes.
-RESPONSES = [
-    ("as usual", HEAD + BODY),
-    ("one chunk", HEAD + chunked(HELLO) + END),
+@cases("data", [
+    ("as usual", HEAD + BODY), ("one chunk", HEAD + chunked(HELLO) + END),
     ("chunks that end anywhere", HEAD + b"".join(chunked(HELLO[i:i + 7]) for i in range(0, len(HELLO), 7)) + END),
-    ("100 first", b"HTTP/1.1 100 Continue\r\n\r\n" + HEAD + BODY),
     ("103 first", b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\nContent-Length: 7\r\n\r\n" + HEAD + BODY),
     ("many first", b"HTTP/1.1 100 Continue\r\n\r\n" * 3 + HEAD + BODY),
     ("bare line feeds", HEAD.replace(b"\r\n", b"\n") + BODY),
@@ -3823,10 +3540,7 @@ RESPONSES = [
     ("a broken chunk behind the finish", HEAD + UNFINISHED + b"zz\r\n"),
     ("a chunk cut behind the finish", HEAD + UNFINISHED + b"f\r\ndata: "),
     ("garbage behind the end", HEAD + BODY + b"\0\xff" * 20),
-]
-
-
-@pytest.mark.parametrize("data", [pytest.param(data, id=name) for name, data in RESPONSES])
+])
 def test_a_response_is_understood_however_it_arrives(data):
     for pieces in pieces_of(data):
         steps, failure = receive(pieces)
@@ -3845,68 +3559,59 @@ def status_line(status, *lines):
     return b"".join(line + b"\r\n" for line in (b"HTTP/1.1 %d X" % status, *lines, b""))
 
 
-CUT_REFUSAL = answer(401, {"error": {"code": "1113", "message": "no"}})[0][:-20]
-SPRING = {"timestamp": "2026-08-13T04:35:22.960+00:00", "status": 404, "error": "Not Found", "path": "/v4/v1"}
-
 # Responses that fail before a word. To add a case, add a row: what is wrong, the bytes,
 # the status and code of the error, what is to be done.
-BROKEN_RESPONSES = [
-    ("nothing", b"", (502, "upstream_error"), TRY_AGAIN),
-    ("SSH for a head", b"SSH-2.0-OpenSSH_9.2\r\n\r\n", (502, "upstream_error"), TRY_AGAIN),
-    ("SMTP for a head", b"220 mail.example.com ESMTP\r\n", (502, "upstream_error"), TRY_AGAIN),
-    ("TLS for a head", b"\x15\x03\x01\x00\x02\x02\x46", (502, "upstream_error"), TRY_AGAIN),
-    ("HTTP/2 for a head", b"HTTP/2 200 OK\r\n\r\n", (502, "upstream_error"), TRY_AGAIN),
-    ("a head cut", HEAD[:60], (502, "upstream_error"), TRY_AGAIN),
-    ("a head cut behind a 100", b"HTTP/1.1 100 Continue\r\n\r\n" + HEAD[:60], (502, "upstream_error"), TRY_AGAIN),
-    ("cut behind the head", HEAD, (502, "upstream_error"), TRY_AGAIN),
-    ("cut in an event", HEAD + chunked(say("Hel")[:40]), (502, "upstream_error"), TRY_AGAIN),
-    ("cut in a chunk", HEAD + b"ff\r\ndata: {", (502, "upstream_error"), TRY_AGAIN),
-    ("a broken chunk", HEAD + b"zz\r\n", (502, "upstream_error"), TRY_AGAIN),
-    ("an empty stream", HEAD + END, (502, "upstream_error"), TRY_AGAIN),
-    ("an empty body", answer(200, b"")[0], (502, "upstream_error"), TRY_AGAIN),
-    ("an empty body without a length", OK + b"Connection: close\r\n\r\n", (502, "upstream_error"), TRY_AGAIN),
-    ("a refusal as an event", answer(429, error_event("1113") + DONE)[0], (402, "insufficient_quota"), MODEL_RESTS),
-    ("a refusal behind words", answer(500, b'upstream said {"code": 1302}.')[0], (429, "rate_limit_exceeded"),
-     TOO_MANY),
-    ("a page with braces", answer(403, b"<style>body {margin: 0}</style>")[0], (502, "upstream_error"), GIVE_UP),
-    ("a JSON body cut", answer(200, JSON_ANSWER)[0][:-20], (502, "upstream_error"), TRY_AGAIN),
-    ("a cut behind the finish, before its call", HEAD + chunked(event(finish="tool_calls")), (502, "upstream_error"),
-     TRY_AGAIN),
-    *((f"status {status}, {line.decode()}", status_line(status, line), (502, "upstream_error"), GIVE_UP)
-      for status in (204, 304) for line in (b"Content-Length: 5", b"Transfer-Encoding: chunked", b"X: y")),
-    *((f"status {status}", status_line(status, b"Location: http://x/", b"Content-Length: 0"), (502, "upstream_error"),
-       GIVE_UP) for status in (301, 302, 303, 307, 308)),
-    ("HTML 404", answer(404, b"<html>404</html>")[0], (502, "upstream_error"), GIVE_UP),
-    ("HTML 200", answer(200, b"<html>hello</html>")[0], (502, "upstream_error"), GIVE_UP),
-    ("HTML 502", answer(502, b"<html><h1>502 Bad Gateway</h1></html>")[0], (502, "upstream_error"), TRY_AGAIN),
-    ("Spring 404", answer(404, SPRING)[0], (502, "upstream_error"), GIVE_UP),
-    ("503 without a word", answer(503, b"")[0], (502, "upstream_error"), TRY_AGAIN),
-    ("429 without a word", answer(429, b"")[0], (429, "rate_limit_exceeded"), TOO_FAST),
-    ("1302", refusal(429, "1302")[0], (429, "rate_limit_exceeded"), TOO_MANY),
-    ("1305", refusal(429, "1305")[0], (503, "overloaded"), OVERLOAD),
-    ("1234 as 400", refusal(400, "1234")[0], (502, "upstream_error"), TRY_AGAIN),
-    ("a refusal without a length", b"HTTP/1.0 400 X\r\n\r\n" + json.dumps({"error": {"code": "1261"}}).encode(),
-     (400, "context_length_exceeded"), GIVE_UP),
+@cases("data, expected, verdict", [
+    *((what, data, BROKEN, TRY_AGAIN) for what, data in (
+        ("nothing", b""),
+        ("SSH for a head", b"SSH-2.0-OpenSSH_9.2\r\n\r\n"),
+        ("SMTP for a head", b"220 mail.example.com ESMTP\r\n"),
+        ("TLS for a head", b"\x15\x03\x01\x00\x02\x02\x46"),
+        ("HTTP/2 for a head", b"HTTP/2 200 OK\r\n\r\n"),
+        ("a head cut", HEAD[:60]),
+        ("a head cut behind a 100", b"HTTP/1.1 100 Continue\r\n\r\n" + HEAD[:60]),
+        ("cut behind the head", HEAD),
+        ("cut in an event", HEAD + chunked(say("Hel")[:40])),
+        ("cut in a chunk", HEAD + b"ff\r\ndata: {"), ("a broken chunk", HEAD + b"zz\r\n"),
+        ("an empty stream", HEAD + END), ("an empty body", answer(200, b"")[0]),
+        ("an empty body without a length", OK + b"Connection: close\r\n\r\n"),
+        ("a JSON body cut", answer(200, JSON_ANSWER)[0][:-20]),
+        ("a cut behind the finish, before its call", HEAD + chunked(event(finish="tool_calls"))),
+        ("HTML 502", answer(502, b"<html><h1>502 Bad Gateway</h1></html>")[0]),
+        ("503 without a word", answer(503, b"")[0]),
+        ("1234 as 400", refusal(400, "1234")[0]))),
+    *((what, data, BROKEN, GIVE_UP) for what, data in (
+        ("a page with braces", answer(403, b"<style>body {margin: 0}</style>")[0]),
+        *((f"status {status}, {line.decode()}", status_line(status, line)) for status in (204, 304)
+          for line in (b"Content-Length: 5", b"Transfer-Encoding: chunked", b"X: y")),
+        *((f"status {status}", status_line(status, b"Location: http://x/", b"Content-Length: 0"))
+          for status in (301, 302, 303, 307, 308)),
+        ("HTML 404", answer(404, b"<html>404</html>")[0]),
+        ("HTML 200", answer(200, b"<html>hello</html>")[0]),
+        ("Spring 404", answer(404, {"status": 404, "error": "Not Found", "path": "/v4/v1"})[0]),
+        *((f"{status}, coding {coding}", answer(status, b"\x8b\x00\x80hello\x03", f"Content-Encoding: {coding}")[0])
+          for coding in ("gzip", "GZIP", "br", "zstd") for status in (200, 400)))),
+    ("a refusal as an event", answer(429, error_event("1113") + DONE)[0], NO_MONEY, MODEL_RESTS),
+    ("429 without a word", answer(429, b"")[0], NO_ROOM, TOO_FAST),
+    ("1305", refusal(429, "1305")[0], FULL, OVERLOAD),
+    ("a refusal without a length", b"HTTP/1.0 400 X\r\n\r\n" + json.dumps(complaint("1261")).encode(),
+     TOO_LONG, GIVE_UP),
     # An error of Z.ai's counts more than the cut behind it
-    ("1302, then a cut", HEAD + chunked(error_event("1302")), (429, "rate_limit_exceeded"), TOO_MANY),
-    ("1302, then a broken chunk", HEAD + chunked(error_event("1302")) + b"zz\r\n", (429, "rate_limit_exceeded"),
-     TOO_MANY),
-    ("1302 as a bare line, then a cut", HEAD + chunked(b'{"error":{"code":"1302"}}'), (429, "rate_limit_exceeded"),
-     TOO_MANY),
+    *((what, data, NO_ROOM, TOO_MANY) for what, data in (
+        ("1302", refusal(429, "1302")[0]),
+        ("a refusal behind words", answer(500, b'upstream said {"code": 1302}.')[0]),
+        ("1302, then a cut", HEAD + chunked(error_event("1302"))),
+        ("1302, then a broken chunk", HEAD + chunked(error_event("1302")) + b"zz\r\n"),
+        ("1302 as a bare line, then a cut", HEAD + chunked(b'{"error":{"code":"1302"}}')))),
     # A body that cannot be read is no body, but the status still counts
-    ("401, its body cut", CUT_REFUSAL, (403, "upstream_auth_error"), KEY_RESTS),
-    ("401, its chunks broken", b"HTTP/1.1 401 X\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
-     (403, "upstream_auth_error"), KEY_RESTS),
-    ("401, no body at all", b"HTTP/1.1 401 X\r\nContent-Length: 5\r\n\r\n", (403, "upstream_auth_error"), KEY_RESTS),
-    ("401, nested too deeply", answer(401, b"[" * 100000)[0], (403, "upstream_auth_error"), KEY_RESTS),
-    *((f"{status}, coding {coding}", answer(status, b"\x8b\x00\x80hello\x03", f"Content-Encoding: {coding}")[0],
-       (502, "upstream_error"), GIVE_UP) for coding in ("gzip", "GZIP", "br", "zstd") for status in (200, 400)),
-]
-
-
-@pytest.mark.parametrize("data, expected, verdict", [pytest.param(*row[1:], id=row[0]) for row in BROKEN_RESPONSES])
+    *((what, data, AUTH, KEY_RESTS) for what, data in (
+        ("401, its body cut", refusal(401, "1113")[0][:-20]),
+        ("401, its chunks broken", b"HTTP/1.1 401 X\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n"),
+        ("401, no body at all", b"HTTP/1.1 401 X\r\nContent-Length: 5\r\n\r\n"),
+        ("401, nested too deeply", answer(401, b"[" * 100000)[0]))),
+])
 def test_a_response_that_is_none_is_an_error_however_it_arrives(data, expected, verdict):
-    for pieces in pieces_of(data) if len(data) < 2000 else some_pieces_of(data):
+    for pieces in pieces_of(data, 2000 if len(data) < 2000 else 50):
         steps, error = receive(pieces)
         assert steps == []
         assert (error.status, error.code) == expected, pieces[:3]
@@ -3939,10 +3644,9 @@ def test_retry_after_reaches_who_describes_an_error():
 
 
 # Faults behind a first step. To add a case, add a row: what happens then, the bytes.
-LATE_FAULTS = [
-    ("the connection ends", b""),
-    ("the body ends", END),
-    ("the end mark", chunked(DONE) + END),
+@pytest.mark.parametrize("first", (say("Hel"), think("Hel"), call()), ids=("text", "thinking", "call"))
+@cases("rest", [
+    ("the connection ends", b""), ("the body ends", END), ("the end mark", chunked(DONE) + END),
     ("the connection ends in an event", chunked(say("lo")[:40])),
     ("the connection ends in a chunk", b"ff\r\ndata: {"),
     ("the body ends in an event", chunked(say("lo")[:40]) + END),
@@ -3954,11 +3658,7 @@ LATE_FAULTS = [
     ("network_error", chunked(NETWORK_ERROR) + END),
     ("abort", chunked(ABORT) + END),
     ("garbage", chunked(b"data: oops\n\n") + END),
-]
-
-
-@pytest.mark.parametrize("first", (say("Hel"), think("Hel"), call()), ids=("text", "thinking", "call"))
-@pytest.mark.parametrize("rest", [pytest.param(rest, id=name) for name, rest in LATE_FAULTS])
+])
 def test_a_fault_behind_the_first_step_leaves_it_told(first, rest):
     this = new_answer()
     steps, failure = feed_answer(this, [HEAD + chunked(first) + rest, b""])
@@ -3969,31 +3669,24 @@ def test_a_fault_behind_the_first_step_leaves_it_told(first, rest):
 
 
 # Whether a connection serves again. To add a case, add a row: what is special, the
-# bytes.
-REUSABLE = [
-    ("a stream read to its end", HEAD + BODY),
-    ("an answer of known length", answer(200, JSON_ANSWER)[0]),
-    ("a refusal", refusal(400, "1210")[0]),
-    ("an answer without a body", status_line(204)),
-    ("Connection: keep-alive", with_fields(b"Connection: keep-alive") + BODY),
-]
-NOT_REUSABLE = [
-    ("no last chunk", HEAD + BODY[:-len(END)]),
-    ("bytes behind the end", HEAD + BODY + b"HTTP/1.1 200 OK\r\n"),
-    ("bytes behind the length", answer(200, JSON_ANSWER)[0] + b"x"),
-    ("Connection: close", with_fields(b"Connection: Close") + BODY),
-    ("Connection: close among others", with_fields(b"Connection: x", b"Connection: TE, close") + BODY),
-    ("HTTP/1.0", HEAD.replace(b"HTTP/1.1", b"HTTP/1.0") + BODY),
-    ("a length that lies", answer(200, JSON_ANSWER + b" " * 9)[0][:-9]),
-    ("a body without a length", OK + b"\r\n" + HELLO),
-    ("a broken chunk", HEAD + chunked(HELLO) + b"zz\r\n"),
-    ("nothing", b""),
-]
-
-
-@pytest.mark.parametrize("data, expected", [
-    *(pytest.param(data, True, id=name) for name, data in REUSABLE),
-    *(pytest.param(data, False, id=name) for name, data in NOT_REUSABLE)])
+# bytes, whether.
+@cases("data, expected", [
+    ("a stream read to its end", HEAD + BODY, True),
+    ("an answer of known length", answer(200, JSON_ANSWER)[0], True),
+    ("a refusal", refusal(400, "1210")[0], True),
+    ("an answer without a body", status_line(204), True),
+    ("Connection: keep-alive", with_fields(b"Connection: keep-alive") + BODY, True),
+    ("no last chunk", HEAD + BODY[:-len(END)], False),
+    ("bytes behind the end", HEAD + BODY + b"HTTP/1.1 200 OK\r\n", False),
+    ("bytes behind the length", answer(200, JSON_ANSWER)[0] + b"x", False),
+    ("Connection: close", with_fields(b"Connection: Close") + BODY, False),
+    ("Connection: close among others", with_fields(b"Connection: x", b"Connection: TE, close") + BODY, False),
+    ("HTTP/1.0", HEAD.replace(b"HTTP/1.1", b"HTTP/1.0") + BODY, False),
+    ("a length that lies", answer(200, JSON_ANSWER + b" " * 9)[0][:-9], False),
+    ("a body without a length", OK + b"\r\n" + HELLO, False),
+    ("a broken chunk", HEAD + chunked(HELLO) + b"zz\r\n", False),
+    ("nothing", b"", False),
+])
 def test_a_connection_serves_again_only_if_its_answer_was_read_to_the_end(data, expected):
     for pieces in pieces_of(data):
         reply = ztoapi.Reply()
@@ -4051,7 +3744,8 @@ def test_silence_after_a_finish_that_is_none_is_a_failure():
 
 def test_an_answer_has_begun_once_tokens_have_come():
     nothing = (say("\n"), b"data: x\n\n", event({"role": "assistant", "content": ""}))
-    tokens = (think("a"), say("a"), call(), calls_in(item(None, "", index=0)), ENDED)
+    fresh_start = think("old") + splice("{", '"content":""')
+    tokens = (think("a"), say("a"), call(), calls_in(item(None, "", index=0)), ENDED, fresh_start)
     for data in nothing + tokens:
         this = new_answer()
         feed_answer(this, [HEAD])
@@ -4077,32 +3771,30 @@ def splice(head, inner='"content":"11"'):
 
 
 @pytest.mark.parametrize("head", TORN_HEADS)
-def test_a_spliced_frame_starts_the_answer_afresh(head):
+def test_a_spliced_frame_starts_the_answer_afresh_unless_text_or_a_call_went_out(head):
     torn = splice(head) + say("22") + ENDED
     for before, thought in ((b"", ""), (think("old"), "old"), (b"data: [1]\n\n", "")):
         assert folded_stream(translated(before + torn)) == ("1122", thought, [], "stop", USAGE)
-    for before in (think("old"), say("old"), call(),
-                   think("old") + say("old <th") + call() + calls_in(item("get_time", "{", id="x"))):
+    gone_out = (say("old"), call(), think("old") + say("old <th") + call())
+    for before in (think("old"), *gone_out, gone_out[-1] + calls_in(item("get_time", "{", id="x"))):
         assert folded_json(translated(before + torn, restartable=True)) == ("1122", "", [], "stop", USAGE)
-
-
-@pytest.mark.parametrize("head", TORN_HEADS)
-def test_a_spliced_frame_after_text_or_a_call_went_out_is_an_error(head):
-    for before in (say("old"), call(), think("old") + say("old <th") + call()):
-        error, steps = broken(wire(before + splice(head) + say("22") + ENDED))
+    for before in gone_out:
+        error, steps = broken(wire(before + torn))
         assert (error.code, error.status, error.verdict) == ("upstream_stream_restarted", 502, GIVE_UP)
         assert "11" not in "".join(step.text for step in steps)
 
 
-def test_a_spliced_frame_may_hold_anything_an_event_may():
-    call_made = {"id": "c", "name": "f", "arguments": "{}"}
-    function = '{"name":"f","arguments":"{}"}'
-    for inner, expected in (
-            ('"reasoning_content":"Now"', ("22", "Now", [])),
-            (f'"tool_calls":[{{"id":"c","index":0,"function":{function}}}]', ("22", "", [call_made])),
-            ('"content":"the line data: {\\"a\\":1} and data: x "', ('the line data: {"a":1} and data: x 22', "", []))):
-        for head in TORN_HEADS[:3]:
-            assert folded_stream(translated(splice(head, inner) + say("22") + ENDED))[:3] == expected, (head, inner)
+# To add a case, add a row: what the delta of the inner frame holds, (content, reasoning,
+# calls).
+@pytest.mark.parametrize("inner, expected", [
+    ('"reasoning_content":"Now"', ("22", "Now", [])),
+    ('"tool_calls":[{"id":"c","index":0,"function":{"name":"f","arguments":"{}"}}]',
+     ("22", "", [{"id": "c", "name": "f", "arguments": "{}"}])),
+    ('"content":"the line data: {\\"a\\":1} and data: x "', ('the line data: {"a":1} and data: x 22', "", [])),
+])
+@pytest.mark.parametrize("head", TORN_HEADS[:3])
+def test_a_spliced_frame_may_hold_anything_an_event_may(head, inner, expected):
+    assert folded_stream(translated(splice(head, inner) + say("22") + ENDED))[:3] == expected
 
 
 @pytest.mark.parametrize("size", range(1, 7))
@@ -4125,12 +3817,6 @@ def test_a_spliced_frame_is_counted_and_thinking_that_was_shown_is_closed():
     assert folded_stream(steps, "raw")[0] == "<think>old</think>11"
 
 
-def test_tokens_before_a_fresh_start_were_paid_all_the_same():
-    this = new_answer()
-    feed_answer(this, [HEAD, chunked(think("old")), chunked(splice("{", '"content":""'))])
-    assert this.begun
-
-
 def test_what_was_only_held_back_does_not_forbid_a_fresh_start():
     for held in ("```js", "<thi", "\n", "<tool_call>get_w", "Observ"):
         data = say(held) + splice("{", '"content":"{}"') + ENDED
@@ -4139,10 +3825,6 @@ def test_what_was_only_held_back_does_not_forbid_a_fresh_start():
 
 
 # Texts, cut anywhere
-
-def cuts(text):
-    """Every way to cut a text in two, and the one that cuts everywhere."""
-    return [[text[:i], text[i:]] for i in range(len(text))] + [list(text)]
 
 
 def in_parts(parts, speak=say):
@@ -4155,30 +3837,23 @@ def said_in(parts):
 
 
 def fold_parts(parts, speak=say, **options):
-    """(content, reasoning, calls, finish, usage) of a text that comes in these parts, without all the ways that bytes
-    can arrive."""
+    """What a client makes of a text in these parts, without all the ways that bytes can arrive."""
     steps, failure = receive([wire(in_parts(parts, speak))], **options)
     assert failure is None
     return folded_stream(steps)
 
 
 # Tags. To add a case, add a row: a text, its content, its reasoning.
-TAGGED = [
+@pytest.mark.parametrize("text, content, reasoning", [
     ("<think>Got it</think>\n\nYes", "Yes", "Got it"),
     ("\n<think>\na</think>b<think>c</think>", "b<think>c</think>", "a"),
     ("<|begin_of_box|>42<|end_of_box|>", "42", ""),
     ("<think>x</think><|begin_of_box|>4<|end_of_box|> < 5", "4 < 5", "x"),
-    ("<<think>>", "<<think>>", ""),
-    ("a<|begin_of_b|>", "a<|begin_of_b|>", ""),
     ("<think></think>b", "b", ""),
-    ("a</think>b", "a</think>b", ""),
-    ("<t<think>a</think>", "<t<think>a</think>", ""),
-]
-
-
-@pytest.mark.parametrize("text, content, reasoning", TAGGED)
+    *((text, text, "") for text in ("<<think>>", "a<|begin_of_b|>", "a</think>b", "<t<think>a</think>")),
+])
 def test_tags_are_found_wherever_the_text_is_cut(text, content, reasoning):
-    for parts in cuts(text):
+    for parts in pieces_of(text):
         assert fold_parts(parts)[:2] == (content, reasoning), parts
 
 
@@ -4186,7 +3861,7 @@ def test_tags_are_found_wherever_the_text_is_cut(text, content, reasoning):
                                   " get_weather</arg_value><arg_key>city<arg_value>Paris</arg_value></arg_value>"))
 def test_a_leaking_call_is_found_wherever_the_text_is_cut(text):
     text = "Well. " + leak(text)
-    for parts in cuts(text):
+    for parts in pieces_of(text):
         content, _, calls, finish, _ = fold_parts(parts, tools=WEATHER)
         pairs = [(call["name"], call["arguments"]) for call in calls]
         assert (content, pairs, finish) == ("Well. ", [RAIN], "tool_calls")
@@ -4197,33 +3872,24 @@ def test_a_leaking_call_is_found_wherever_the_text_is_cut(text):
 
 # What is shown of a text at once, with tools sent. To add a case, add a row: the text,
 # what of it is held back.
-HELD = [
-    ("GLM writes calls as <tool_call> followed by a name", ""),
-    ("<tool_call>get_weather", "<tool_call>get_weather"),
-    ("<tool_call>\n get_w", "<tool_call>\n get_w"),
-    ("<tool_call>get_weather ", "<tool_call>get_weather "),
-    ("<tool_call>get_weather<arg_k", "<tool_call>get_weather<arg_k"),
-    ("<tool_call>get_weather<b>", ""),
-    ("<tool_call>get_weathers", ""),
-    ("<tool_call>get_weather is a tool", ""),
-    ("<tool_call>" + " " * 300, ""),
-    ("<tool_call>", "<tool_call>"),
-    ("Well <tool_c", "<tool_c"),
-    ("a <b", ""),
-    ("a <", "<"),
-]
-
-
-@pytest.mark.parametrize("text, held", HELD)
+@pytest.mark.parametrize("text, held", [
+    *((text, "") for text in (
+        "GLM writes calls as <tool_call> followed by a name", "<tool_call>get_weather<b>", "<tool_call>get_weathers",
+        "<tool_call>get_weather is a tool", "<tool_call>" + " " * 300, "a <b")),
+    *((text, text) for text in (
+        "<tool_call>", "<tool_call>get_weather", "<tool_call>\n get_w", "<tool_call>get_weather ",
+        "<tool_call>get_weather<arg_k")),
+    ("Well <tool_c", "<tool_c"), ("a <", "<"),
+])
 def test_a_text_is_held_back_only_while_it_can_still_be_a_call(text, held):
-    for parts in cuts(text):
+    for parts in pieces_of(text):
         steps, _ = feed_answer(new_answer(tools=WEATHER), said_in(parts))
         assert "".join(step.text for step in steps) == text[:len(text) - len(held)], parts
 
 
 # Fences around JSON that was asked for. To add a case, add a row: a text, what is left
 # of it.
-FENCED = [
+@pytest.mark.parametrize("text, left", [
     ('```json\n{"a":"b"}\n```', '{"a":"b"}'), ('\n```json\n{"a":"b"}\n```\n', '{"a":"b"}'),
     ('```\n{"a":"b"}```', '{"a":"b"}'), ('```JSON\r\n{"a":"b"}\n```', '{"a":"b"}'),
     ('```json {"a":"b"} ```', '{"a":"b"}'),
@@ -4231,12 +3897,9 @@ FENCED = [
     ('```json\n{"a":"`b` ```x"}\n```', '{"a":"`b` ```x"}'), ('```json\n{"a":"b', '{"a":"b'), ('{"a":"b"}', '{"a":"b"}'),
     ('{"a":"```x```"}', '{"a":"```x```"}'), ('{"a":1}\n', '{"a":1}'), ("5", "5"), ("``", "``"), ("", ""),
     ("```json", "```json"), ("```" + "x" * 200 + '{"a":1}', "```" + "x" * 200 + '{"a":1}'),
-]
-
-
-@pytest.mark.parametrize("text, left", FENCED)
+])
 def test_a_json_answer_comes_without_its_fence_wherever_it_is_cut(text, left):
-    for parts in cuts(text):
+    for parts in pieces_of(text):
         content, _, _, finish, _ = fold_parts(parts, unfence=True)
         assert (content.strip(), finish) == (left, "stop"), parts
         assert fold_parts(parts)[0] == text.lstrip("\r\n")
@@ -4244,37 +3907,25 @@ def test_a_json_answer_comes_without_its_fence_wherever_it_is_cut(text, left):
 
 # Stop words. To add a case, add a row: the words, a text, what is left of it, whether
 # one was met (in which case nothing more is waited for).
-STOPPED = [
-    (("Observation",), "a = 1\nObservation: 5", "a = 1\n", True),
-    (("Observation",), "Obser, Observatio", "Obser, ", False),  # Z.ai stops with most of the word in the text
-    (("Observation",), "Obser", "Obser", False),
-    (("Observation",), "Obs", "Obs", False),
-    (("Observation",), "Observation", "", True),
+@pytest.mark.parametrize("words, text, left, met", [
+    *((("Observation",), text, left, met) for text, left, met in (
+        ("a = 1\nObservation: 5", "a = 1\n", True), ("Observation", "", True), ("Obser", "Obser", False),
+        ("Obs", "Obs", False), ("Obser, Observatio", "Obser, ", False))),  # Z.ai stops with most of it in the text
     (("x", "Observation"), "Observatio", "Observatio", False),  # which is why only the first, which it gets, goes
-    (("</code>",), "if a < b: print(1)\n", "if a < b: print(1)\n", False),
-    (("</code>",), "a</code", "a", False),
-    (("</code>",), "a</c", "a</c", False),  # three letters are too few
-    (("</code>",), "a</co<", "a</co<", False),
-    (("</code>",), "a<</code>b", "a<", True),
-    (("b", "a"), "xaby", "x", True),
-    (("cd", "abc"), "xabcd", "x", True),
-    (("abc", "b"), "xab", "xa", True),
-    (("abcd", "b"), "xabcd", "xa", True),  # the first to end counts, as it would letter by letter
-    (("bcd", "abcd"), "xabcd", "x", True),
-    (("aab",), "aaaab", "aa", True),
-    (("\n\n",), "a\nb\n\nc", "a\nb", True),
-    (("\n",), "a", "a", False),
-    ((".*",), "a.b.*c", "a.b", True),
-    (("好了",), "你好好了吗", "你好", True),
-    (("<think>",), "a<think>b", "a", True),
-    (("Human<",), "aHuman<b", "a", True),
+    *((("</code>",), text, left, met) for text, left, met in (
+        ("if a < b: print(1)\n", "if a < b: print(1)\n", False), ("a</code", "a", False), ("a</co<", "a</co<", False),
+        ("a<</code>b", "a<", True), ("a</c", "a</c", False))),  # three letters are too few
+    # The first to end counts, as it would letter by letter
+    (("b", "a"), "xaby", "x", True), (("cd", "abc"), "xabcd", "x", True), (("abc", "b"), "xab", "xa", True),
+    (("abcd", "b"), "xabcd", "xa", True), (("bcd", "abcd"), "xabcd", "x", True), (("aab",), "aaaab", "aa", True),
     (("STOP", "END", "HALT", "QUIT"), "so we HALT here, STOP", "so we ", True),
-]
-
-
-@pytest.mark.parametrize("words, text, left, met", STOPPED)
+    # Any letters
+    (("\n\n",), "a\nb\n\nc", "a\nb", True), (("\n",), "a", "a", False), ((".*",), "a.b.*c", "a.b", True),
+    (("好了",), "你好好了吗", "你好", True),
+    (("<think>",), "a<think>b", "a", True), (("Human<",), "aHuman<b", "a", True),
+])
 def test_the_text_ends_before_the_first_stop_word_wherever_it_is_cut(words, text, left, met):
-    for parts in cuts(text):
+    for parts in pieces_of(text):
         this = new_answer(stop=words)
         steps, failure = feed_answer(this, said_in(parts))
         assert this.complete is met, parts
@@ -4296,54 +3947,39 @@ def test_a_stop_word_ends_the_answer_before_zai_does():
 
 
 # Behind a stop word Z.ai's counts are not waited for.
-UNCOUNTED = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
+UNCOUNTED = counts(0, 0, 0)
 
 
-def test_a_stop_word_in_thinking_is_none():
-    check_answer(think("a stop b") + say("c stop d") + ENDED, says("c ", "a stop b", usage=UNCOUNTED), stop=("stop",))
-    check_answer(say("<think>a stop b</think>c") + ENDED, says("c", "a stop b"), stop=("stop",))
-
-
-def test_a_stop_word_in_arguments_is_none():
-    check_answer(say("a") + call() + TOOLS_END, asks(RAIN, content="a"), stop=("Paris",))
-
-
-def test_behind_a_stop_word_there_are_no_calls():
-    data = calls_in(item(*RAIN, id="c"), content="a stop") + TOOLS_END
-    check_answer(data, says("a ", usage=UNCOUNTED), stop=("stop",))
-
-
-def test_a_call_before_a_stop_word_stays_one():
-    check_answer(call() + say("a stop") + ENDED, asks(RAIN, content="a ", usage=UNCOUNTED), stop=("stop",))
-
-
-def test_a_stop_word_at_the_very_end_leaves_nothing_of_itself():
-    check_answer(say("a sto<") + ENDED, says("a "), stop=("sto<",))
-
-
-def test_a_leaked_call_before_a_stop_word_is_made_and_one_behind_it_is_not():
-    data = say(leak("get_weather" + CITY) + "a stop" + leak("get_time")) + ENDED
-    check_answer(data, asks(RAIN, content="a ", usage=UNCOUNTED), stop=("stop",), tools=WEATHER)
-
-
-def test_a_call_without_arguments_before_a_stop_word_has_some():
-    data = calls_in(item("get_time", "", id="c", index=0)) + say("a stop") + ENDED
-    check_answer(data, asks(TIME, content="a ", usage=UNCOUNTED), stop=("stop",))
+# Answers in which "stop" is a stop word, read with more options. To add a case, add a
+# row: what is special, the bytes, what they say, the options.
+@cases("data, expected, options", [
+    ("in thinking it is none", think("a stop b") + say("c stop d") + ENDED,
+     says("c ", "a stop b", usage=UNCOUNTED), {}),
+    ("in thinking in the content it is none", say("<think>a stop b</think>c") + ENDED, says("c", "a stop b"), {}),
+    ("in arguments it is none", say("a") + call("f", '{"a":"stop"}') + TOOLS_END,
+     asks(("f", '{"a":"stop"}'), content="a"), {}),
+    ("a call behind it is none", calls_in(item(*RAIN, id="c"), content="a stop") + TOOLS_END,
+     says("a ", usage=UNCOUNTED), {}),
+    ("a call before it stays one", call() + say("a stop") + ENDED, asks(RAIN, content="a ", usage=UNCOUNTED), {}),
+    ("a call without arguments before it has some",
+     call("get_time", "") + say("a stop") + ENDED,
+     asks(TIME, content="a ", usage=UNCOUNTED), {}),
+    ("a leaked call before it is made and one behind it is not",
+     say(leak("get_weather" + CITY) + "a stop" + leak("get_time")) + ENDED,
+     asks(RAIN, content="a ", usage=UNCOUNTED), {"tools": WEATHER}),
+    ("at the very end it leaves nothing of itself", say("a sto<") + ENDED, says("a "), {"stop": ("sto<",)}),
+    ("usage that came with it counts", event({"content": "a stop"}, "stop", USAGE), says("a "), {}),
+    ("it works behind a fence", say('```json\n{"a":1,') + say('"stop":2}\n```') + ENDED,
+     says('{"a":1,"', usage=UNCOUNTED), {"unfence": True}),
+])
+def test_a_stop_word(data, expected, options):
+    check_answer(data, expected, **{"stop": ("stop",), **options})
 
 
 @pytest.mark.parametrize("name", ("get_weather", None))
 def test_half_a_call_before_a_stop_word_is_a_failure(name):
     data = calls_in(item(name, '{"ci', id="c", index=0)) + say("a stop") + ENDED
     assert broken(wire(data), stop=("stop",))[0].verdict == TRY_AGAIN
-
-
-def test_usage_that_came_with_the_stop_word_counts():
-    check_answer(event({"content": "a stop"}, "stop", USAGE), says("a "), stop=("stop",))
-
-
-def test_stop_words_work_behind_a_fence():
-    data = say('```json\n{"a":1,') + say('"stop":2}\n```') + ENDED
-    check_answer(data, says('{"a":1,"', usage=UNCOUNTED), stop=("stop",), unfence=True)
 
 
 def test_what_only_begins_a_stop_word_waits_and_comes():
@@ -4366,26 +4002,24 @@ def test_what_is_held_back_is_not_overtaken():
 
 # Bounds
 
-def test_a_json_answer_has_a_bound_in_bytes():
-    text = ztoapi.Step(ztoapi.TEXT, "x" * 2000)
-    thinking = ztoapi.Step(ztoapi.THINKING, "\u597d" * 200)
+# To add a case, add a row: what is counted, the steps, a limit that they are above.
+@cases("steps, limit", [
+    ("bytes, not letters",
+     [ztoapi.Step(ztoapi.TEXT, "x" * 2000), ztoapi.Step(ztoapi.THINKING, "\u597d" * 200)], 5000),
+    ("the names of calls", [ztoapi.Step(ztoapi.CALL, "", 0, "c", "f" * 2000)], 1000),
+    ("tiny steps, more than their text", [ztoapi.Step(ztoapi.TEXT, "x")] * 1000, 10000),
+])
+def test_a_json_answer_has_a_bound(steps, limit):
     with pytest.raises(UpstreamError) as caught:
-        ztoapi.Fold(limit=5000).add([text, thinking])
+        ztoapi.Fold(limit=limit).add(steps)
     assert caught.value.verdict == GIVE_UP
+
+
+def test_what_stood_before_a_fresh_start_does_not_count_towards_the_bound():
+    text, thinking = ztoapi.Step(ztoapi.TEXT, "x" * 2000), ztoapi.Step(ztoapi.THINKING, "\u597d" * 200)
     fold = ztoapi.Fold(limit=5000)
     fold.add([text, ztoapi.Step(ztoapi.RESTART), thinking])
     assert fold.text(ztoapi.TEXT) == ""
-
-
-def test_names_of_calls_count_towards_the_bound():
-    with pytest.raises(UpstreamError):
-        ztoapi.Fold(limit=1000).add([ztoapi.Step(ztoapi.CALL, "", 0, "c", "f" * 2000)])
-
-
-def test_tiny_steps_count_more_than_their_text():
-    fold = ztoapi.Fold(limit=10000)
-    with pytest.raises(UpstreamError):
-        fold.add([ztoapi.Step(ztoapi.TEXT, "x")] * 1000)
 
 
 def test_an_event_of_almost_16_mib_passes():
@@ -4423,92 +4057,90 @@ def test_an_error_body_has_a_bound_and_its_status_counts():
     assert this.feed(END)[1].code == "upstream_auth_error"
 
 
-# What a model may be told to write, and a gateway may send. Each takes less than a
-# second. To add a case, add a row: the Translator's options, the events.
 KEYS = "<arg_key>" * 50000
-ATTACKS = {
-    "<arg_key> without end in a leak": ({}, [say("<tool_call>get_time" + KEYS), ENDED]),
-    "<arg_key> without end in a leak, in pieces":
-        ({}, [say("<tool_call>get_time")] + [say("<arg_key>" * 100)] * 1000 + [ENDED]),
-    "pairs without end":
-        ({}, [say("<tool_call>get_time" + "<arg_key>a</arg_key><arg_value>b</arg_value>" * 20000), ENDED]),
-    "<arg_key> without end in a name": ({}, [call("get_time" + KEYS, ""), TOOLS_END]),
-    "<arg_key> without end in arguments": ({}, [call("get_time", KEYS), TOOLS_END]),
-    "markup in keys without end": ({}, [call("get_time", '{"a</arg_key>":' * 50000), TOOLS_END]),
-    "half tags in arguments": ({}, [call("get_time", "</arg_key" * 50000), TOOLS_END]),
-    "< in arguments": ({}, [call("get_time", '{"a":"' + "<" * 200000 + '"}'), TOOLS_END]),
-    "< in arguments, one by one":
-        ({}, [call("get_time", '{"a":"')] + [calls_in(item(None, "<", index=0))] * 10000 + [TOOLS_END]),
-    "{} for arguments": ({}, [call("get_time", "{} " * 200000 + "x"), TOOLS_END]),
-    "{} for arguments, one by one":
-        ({}, [call("get_time", "{}")] + [calls_in(item(None, "{}", index=0))] * 10000 + [TOOLS_END]),
-    "blanks for arguments": ({}, [call("get_time", " " * 500000 + "x"), TOOLS_END]),
-    "markup and blanks in arguments": ({}, [call("get_time", ("</arg_key>" + " " * 20) * 20000), TOOLS_END]),
-    "a name of a megabyte": ({}, [call("x" * (1 << 20), "{}"), TOOLS_END]),
-    "ids of a megabyte": ({}, [call("f", "{}", "x" * (1 << 20) + str(i)) for i in range(20)] + [TOOLS_END]),
-    "leaks without end": ({}, [say("<tool_call>" * 50000), ENDED]),
-    "leaks without end, in pieces": ({}, [say("<tool_call>")] * 10000 + [ENDED]),
-    "leaks of a tool without end": ({}, [say("<tool_call>get_time")] * 10000 + [ENDED]),
-    "empty leaks": ({}, [say("<tool_call></tool_call>" * 20000), ENDED]),
-    "calls leaked without end": ({}, [say("<tool_call>get_time</tool_call>" * 20000), ENDED]),
-    "blanks behind a leak": ({}, [say("<tool_call>" + " " * 200000), ENDED]),
-    "blanks behind a leak, one by one": ({}, [say("<tool_call>")] + [say(" ")] * 10000 + [ENDED]),
-    "blanks behind a leaked name": ({}, [say("<tool_call>get_time")] + [say(" ")] * 10000 + [ENDED]),
-    "<": ({}, [say("<" * 500000), ENDED]),
-    "<, one by one": ({}, [say("<")] * 10000 + [ENDED]),
-    "half tags": ({}, [say("<tool_cal" * 50000), ENDED]),
-    "<think>": ({}, [say("<think>" * 50000), ENDED]),
-    "boxes": ({}, [say("<|begin_of_box|>" * 50000), ENDED]),
-    "a fence and blanks": ({"unfence": True}, [say("```json" + " " * 500000), ENDED]),
-    "a fence and blanks, one by one": ({"unfence": True}, [say("```")] + [say(" ")] * 10000 + [ENDED]),
-    "blanks before a fence, one by one": ({"unfence": True}, [say(" ")] * 10000 + [ENDED]),
-    "fences": ({"unfence": True}, [say("```json\n{" * 50000), ENDED]),
-    "brackets behind a fence": ({"unfence": True}, [say("```" + "[" * 500000), ENDED]),
-    "brackets behind a fence, one by one": ({"unfence": True}, [say("```")] + [say("[")] * 10000 + [ENDED]),
-    "beginnings of a stop word": ({"stop": ("a" * 1000 + "b",)}, [say("a" * 200000), ENDED]),
-    "beginnings of a stop word, one by one": ({"stop": ("a" * 1000 + "b",)}, [say("a")] * 5000 + [ENDED]),
-    "beginnings of many stop words": ({"stop": tuple("ab" * 200 + c for c in "cdef")}, [say("ab" * 50000), ENDED]),
-    "20,000 calls in one event": ({}, [calls_in(*[item("get_time", "{}")] * 20000), TOOLS_END]),
-    "20,000 fragments in one event":
-        ({}, [call("get_time", "{")] + [calls_in(*[item(None, " ", index=0)] * 20000), TOOLS_END]),
-    "200,000 fragments of the last of many calls":
-        ({}, [calls_in(*[item("get_time", "{", index=i) for i in range(128)]),
+
+
+# What a model may be told to write, and a gateway may send. Each takes less than a
+# second. To add a case, add a row: what is special, the Translator's options, the
+# events.
+@cases("options, events", [
+    ("<arg_key> without end in a leak", {}, [say("<tool_call>get_time" + KEYS), ENDED]),
+    ("<arg_key> without end in a leak, in pieces", {},
+     [say("<tool_call>get_time")] + [say("<arg_key>" * 100)] * 1000 + [ENDED]),
+    ("pairs without end", {},
+     [say("<tool_call>get_time" + "<arg_key>a</arg_key><arg_value>b</arg_value>" * 20000), ENDED]),
+    ("<arg_key> without end in a name", {}, [call("get_time" + KEYS, ""), TOOLS_END]),
+    ("<arg_key> without end in arguments", {}, [call("get_time", KEYS), TOOLS_END]),
+    ("markup in keys without end", {}, [call("get_time", '{"a</arg_key>":' * 50000), TOOLS_END]),
+    ("half tags in arguments", {}, [call("get_time", "</arg_key" * 50000), TOOLS_END]),
+    ("< in arguments", {}, [call("get_time", '{"a":"' + "<" * 200000 + '"}'), TOOLS_END]),
+    ("< in arguments, one by one", {},
+     [call("get_time", '{"a":"')] + [calls_in(item(None, "<", index=0))] * 10000 + [TOOLS_END]),
+    ("{} for arguments", {}, [call("get_time", "{} " * 200000 + "x"), TOOLS_END]),
+    ("{} for arguments, one by one", {},
+     [call("get_time", "{}")] + [calls_in(item(None, "{}", index=0))] * 10000 + [TOOLS_END]),
+    ("blanks for arguments", {}, [call("get_time", " " * 500000 + "x"), TOOLS_END]),
+    ("markup and blanks in arguments", {}, [call("get_time", ("</arg_key>" + " " * 20) * 20000), TOOLS_END]),
+    ("a name of a megabyte", {}, [call("x" * (1 << 20), "{}"), TOOLS_END]),
+    ("ids of a megabyte", {}, [call("f", "{}", "x" * (1 << 20) + str(i)) for i in range(20)] + [TOOLS_END]),
+    ("leaks without end", {}, [say("<tool_call>" * 50000), ENDED]),
+    ("leaks without end, in pieces", {}, [say("<tool_call>")] * 10000 + [ENDED]),
+    ("leaks of a tool without end", {}, [say("<tool_call>get_time")] * 10000 + [ENDED]),
+    ("empty leaks", {}, [say("<tool_call></tool_call>" * 20000), ENDED]),
+    ("calls leaked without end", {}, [say("<tool_call>get_time</tool_call>" * 20000), ENDED]),
+    ("blanks behind a leak", {}, [say("<tool_call>" + " " * 200000), ENDED]),
+    ("blanks behind a leak, one by one", {}, [say("<tool_call>")] + [say(" ")] * 10000 + [ENDED]),
+    ("blanks behind a leaked name", {}, [say("<tool_call>get_time")] + [say(" ")] * 10000 + [ENDED]),
+    ("<", {}, [say("<" * 500000), ENDED]),
+    ("<, one by one", {}, [say("<")] * 10000 + [ENDED]),
+    ("half tags", {}, [say("<tool_cal" * 50000), ENDED]),
+    ("<think>", {}, [say("<think>" * 50000), ENDED]),
+    ("boxes", {}, [say("<|begin_of_box|>" * 50000), ENDED]),
+    ("a fence and blanks", {"unfence": True}, [say("```json" + " " * 500000), ENDED]),
+    ("a fence and blanks, one by one", {"unfence": True}, [say("```")] + [say(" ")] * 10000 + [ENDED]),
+    ("blanks before a fence, one by one", {"unfence": True}, [say(" ")] * 10000 + [ENDED]),
+    ("fences", {"unfence": True}, [say("```json\n{" * 50000), ENDED]),
+    ("brackets behind a fence", {"unfence": True}, [say("```" + "[" * 500000), ENDED]),
+    ("brackets behind a fence, one by one", {"unfence": True}, [say("```")] + [say("[")] * 10000 + [ENDED]),
+    ("beginnings of a stop word", {"stop": ("a" * 1000 + "b",)}, [say("a" * 200000), ENDED]),
+    ("beginnings of a stop word, one by one", {"stop": ("a" * 1000 + "b",)}, [say("a")] * 5000 + [ENDED]),
+    ("beginnings of many stop words", {"stop": tuple("ab" * 200 + c for c in "cdef")}, [say("ab" * 50000), ENDED]),
+    ("20,000 calls in one event", {}, [calls_in(*[item("get_time", "{}")] * 20000), TOOLS_END]),
+    ("20,000 fragments in one event", {},
+     [call("get_time", "{")] + [calls_in(*[item(None, " ", index=0)] * 20000), TOOLS_END]),
+    ("200,000 fragments of the last of many calls", {},
+     [calls_in(*[item("get_time", "{", index=i) for i in range(128)]),
               calls_in(*[item(None, " ", index=0)] * 200000), TOOLS_END]),
-    "20,000 calls without a name": ({}, [calls_in(*[item(None, "", id=f"c{i}") for i in range(20000)]), TOOLS_END]),
-    "arguments byte by byte":
-        ({}, [call("get_time", "{")] + [calls_in(item(None, "[", index=0))] * 10000 + [TOOLS_END]),
-    "arguments of a megabyte": ({}, [call("get_time", '{"a":"' + "x\\" * 500000 + '"}'), TOOLS_END]),
-    "data: in a torn frame": ({}, [b"data: {" + b"data: " * 100000 + b"\n\n", ENDED]),
-    "frames in a torn frame": ({}, [b"data: {" + b'data: {"a":' * 50000 + b"\n\n", ENDED]),
-    "torn frames": ({}, [b'data: {"id":data: {"a":1}\n\n'] * 10000 + [ENDED]),
-    "restarts": ({}, [splice("{", '"reasoning_content":"a"')] * 5000 + [ENDED]),
-    "data: lines without a blank line": ({}, [b"data: x\n" * 100000, ENDED]),
-    "blanks before an event": ({}, [b"data: " + b" " * 500000 + b"x\n\n", ENDED]),
-    "deep lists": ({}, [b"data: " + b"[" * 500000 + b"\n\n", ENDED]),
-    "deep objects": ({}, [b"data: " + b'{"a":' * 100000 + b"\n\n", ENDED]),
-    "deep arguments": ({}, [b'data: {"choices":[{"delta":{"tool_calls":[{"function":{"name":"f","arguments":'
+    ("20,000 calls without a name", {}, [calls_in(*[item(None, "", id=f"c{i}") for i in range(20000)]), TOOLS_END]),
+    ("arguments byte by byte", {},
+     [call("get_time", "{")] + [calls_in(item(None, "[", index=0))] * 10000 + [TOOLS_END]),
+    ("arguments of a megabyte", {}, [call("get_time", '{"a":"' + "x\\" * 500000 + '"}'), TOOLS_END]),
+    ("data: in a torn frame", {}, [b"data: {" + b"data: " * 100000 + b"\n\n", ENDED]),
+    ("frames in a torn frame", {}, [b"data: {" + b'data: {"a":' * 50000 + b"\n\n", ENDED]),
+    ("torn frames", {}, [b'data: {"id":data: {"a":1}\n\n'] * 10000 + [ENDED]),
+    ("restarts", {}, [splice("{", '"reasoning_content":"a"')] * 5000 + [ENDED]),
+    ("data: lines without a blank line", {}, [b"data: x\n" * 100000, ENDED]),
+    ("blanks before an event", {}, [b"data: " + b" " * 500000 + b"x\n\n", ENDED]),
+    ("deep lists", {}, [b"data: " + b"[" * 500000 + b"\n\n", ENDED]),
+    ("deep objects", {}, [b"data: " + b'{"a":' * 100000 + b"\n\n", ENDED]),
+    ("deep arguments", {}, [b'data: {"choices":[{"delta":{"tool_calls":[{"function":{"name":"f","arguments":'
                             + b"[" * 900 + b"]" * 900 + b"}}]}}]}\n\n", TOOLS_END]),
-    "numbers of 100,000 digits":
-        ({}, [say("a"), b'data: {"choices":[],"usage":{"prompt_tokens":' + b"9" * 100000 + b"}}\n\n", ENDED]),
-    "a leaked number of 100,000 digits":
-        ({}, [say(leak("get_time<arg_key>a</arg_key><arg_value>" + "9" * 100000 + "</arg_value>")), ENDED]),
-    "bare lines": ({}, [b"{\n" * 2000000 + b"\n", ENDED]),
-    "a stop word and almost another": ({"stop": ("a" * 255 + "b", "c")}, [say("a" * 8000000), ENDED]),
-    "a leaked depth":
-        ({}, [say(leak("get_time<arg_key>a</arg_key><arg_value>" + "[" * 100000 + "</arg_value>")), ENDED]),
-    "a finish of a megabyte": ({}, [say("a"), finished("x" * (1 << 20))]),
-    "a finish of many digits": ({}, [say("a"), event({}, 10**90)]),
-    "line ends first": ({}, [say("\n")] * 10000 + [ENDED]),
-}
-
-
-@pytest.mark.parametrize("case", ATTACKS)
-def test_no_answer_takes_more_than_linear_time(case):
-    options, events = ATTACKS[case]
-    data = b"".join(stream(*events))
-    pieces = blocks_of(data)
+    ("numbers of 100,000 digits", {},
+     [say("a"), b'data: {"choices":[],"usage":{"prompt_tokens":' + b"9" * 100000 + b"}}\n\n", ENDED]),
+    ("a leaked number of 100,000 digits", {},
+     [say(leak("get_time<arg_key>a</arg_key><arg_value>" + "9" * 100000 + "</arg_value>")), ENDED]),
+    ("bare lines", {}, [b"{\n" * 2000000 + b"\n", ENDED]),
+    ("a stop word and almost another", {"stop": ("a" * 255 + "b", "c")}, [say("a" * 8000000), ENDED]),
+    ("a leaked depth", {},
+     [say(leak("get_time<arg_key>a</arg_key><arg_value>" + "[" * 100000 + "</arg_value>")), ENDED]),
+    ("a finish of a megabyte", {}, [say("a"), finished("x" * (1 << 20))]),
+    ("a finish of many digits", {}, [say("a"), event({}, 10**90)]),
+    ("line ends first", {}, [say("\n")] * 10000 + [ENDED]),
+])
+def test_no_answer_takes_more_than_linear_time(options, events):
+    blocks = blocks_of(b"".join(stream(*events)))
     with under_a_second():
-        steps, failure = receive(pieces, tools=WEATHER, **options)
+        steps, failure = receive(blocks, tools=WEATHER, **options)
     assert failure or steps[-1].kind == ztoapi.FINISH
     if failure:
         assert len(failure.message) < 400
@@ -4625,15 +4257,12 @@ def test_thinking_is_parsed_raw_or_hidden(data):
 
 # Raw thinking is closed whatever follows. To add a case, add a row: what follows, what
 # it says.
-AFTER_RAW = [
+@pytest.mark.parametrize("rest, expected", [
     (ENDED, says("<think>hm</think>")),
     (finished("length"), says("<think>hm</think>", finish="length")),
     (call() + TOOLS_END, asks(RAIN, content="<think>hm</think>")),
     (say("a") + think("hm") + say("b") + ENDED, says("<think>hm</think>a<think>hm</think>b")),
-]
-
-
-@pytest.mark.parametrize("rest, expected", AFTER_RAW)
+])
 def test_raw_thinking_is_closed_whatever_follows(rest, expected):
     check_answer(think("hm") + rest, expected, reasoning="raw")
 
@@ -4695,9 +4324,14 @@ def test_the_error_of_a_stream_is_openais_with_error_first():
 
 
 UNSAID = "unsaid"
+def read_chat(body, headers, **environ):
+    settings = Settings.from_environ(environ)
+    return ztoapi.Chat.read(body, ztoapi.Caller(headers, "k", 1790000000.7, ztoapi.Memory()), settings)
+
+
 # Who gets a stream. To add a case, add a row: the request's stream, Accept, User-Agent,
 # DEFAULT_STREAM; whether.
-STREAMS = [
+@pytest.mark.parametrize("asked, accept, agent, default, expected", [
     (True, "application/json", "ai-sdk/6", "false", True), (False, "text/event-stream", "curl/8", "true", False),
     (UNSAID, "*/*", "curl/8.5.0", "true", True), (UNSAID, "*/*", "curl/8.5.0", "false", False),
     (UNSAID, "", "", "true", True), (UNSAID, "application/json", "OpenAI/Python 3.54.0", "true", False),
@@ -4711,15 +4345,7 @@ STREAMS = [
         "node", "undici", "Go-http-client/1.1", "langchaingo/0.1", "Java/17", "Java-http-client/21.0.2", "okhttp/4.9",
         "Apache-HttpClient/5", "lm15", "ai-sdk/openai/2.0 runtime/node.js")),
     *((UNSAID, "*/*", agent, "true", True) for agent in ("node-fetch/1.0", "python-requests/2.31")),
-]
-
-
-def read_chat(body, headers, **environ):
-    settings = Settings.from_environ(environ)
-    return ztoapi.Chat.read(body, ztoapi.Caller(headers, "k", 1790000000.7, ztoapi.Memory()), settings)
-
-
-@pytest.mark.parametrize("asked, accept, agent, default, expected", STREAMS)
+])
 def test_who_gets_a_stream(asked, accept, agent, default, expected):
     body = {} if asked == UNSAID else {"stream": asked}
     front, request = read_chat(body, {"accept": accept, "user-agent": agent}, DEFAULT_STREAM=default)
@@ -4730,13 +4356,10 @@ def test_who_gets_a_stream(asked, accept, agent, default, expected):
 
 # Who reads an error only if no cut follows it. To add a case, add a row: the header
 # fields, whether a failed stream is cut.
-CUTS = [
+@pytest.mark.parametrize("headers, expected", [
     ({}, True), ({"user-agent": "OpenAI/Python 3.57"}, True), ({"origin": "https://app.example"}, False),
     ({"user-agent": "ai/6.0 ai-sdk/openai/3.0"}, False), ({"user-agent": "Python/3.11 aiohttp/3.9"}, False),
-]
-
-
-@pytest.mark.parametrize("headers, expected", CUTS)
+])
 def test_a_failed_stream_is_cut_unless_the_error_would_be_lost_over_it(headers, expected):
     assert read_chat({}, headers)[0].cuts_failures is expected
 
@@ -4847,46 +4470,31 @@ def folded(read, steps):
 # Messages, the request
 
 # To add a case, add a row: fields of a request, what they make of the chat request.
-MESSAGES_REQUESTS = [
-    ({"max_tokens": 5, "temperature": 1, "top_p": 0.5}, {"max_tokens": 5, "temperature": 1, "top_p": 0.5}),
+@pytest.mark.parametrize("fields, expected", [
+    *((fields, fields) for fields in (
+        {"max_tokens": 5, "temperature": 1, "top_p": 0.5}, {"stream": True}, {"thinking": OFF},
+        {"tools": [{"type": "web_search_20250305", "name": "web_search", "max_uses": 8}]})),
     ({"stop_sequences": ["a", "b"]}, {"stop": ["a", "b"]}),
-    ({}, {"stream": False, "thinking": {"type": "disabled"}}),
-    ({"stream": None}, {"stream": False}),
-    ({"stream": True}, {"stream": True}),
-    ({"thinking": {"type": "disabled"}}, {"thinking": {"type": "disabled"}}),
-    ({"thinking": {"type": "enabled", "budget_tokens": 1024}},
-     {"thinking": {"type": "enabled"}, "reasoning_effort": "low"}),
-    ({"thinking": {"type": "enabled", "budget_tokens": 8192}}, {"reasoning_effort": "medium"}),
-    ({"thinking": {"type": "enabled", "budget_tokens": 24576}}, {"reasoning_effort": "high"}),
-    ({"thinking": {"type": "enabled", "budget_tokens": 32000}}, {"reasoning_effort": "max"}),
+    ({}, {"stream": False, "thinking": OFF}), ({"stream": None}, {"stream": False}),
+    *(({"thinking": {**ON, "budget_tokens": budget}}, {"thinking": ON, "reasoning_effort": effort})
+      for budget, effort in ((1024, "low"), (8192, "medium"), (24576, "high"), (32000, "max"))),
     ({"thinking": {"type": "adaptive"}, "output_config": {"effort": "high"}},
-     {"thinking": {"type": "enabled"}, "reasoning_effort": "high"}),
-    ({"thinking": {"type": "adaptive"}}, {"thinking": {"type": "enabled"}, "reasoning_effort": None}),
-    ({"thinking": {"type": "enabled", "clear_thinking": False}, "output_config": {"effort": "low"}},
-     {"thinking": {"type": "enabled"}, "reasoning_effort": "low"}),
-    ({"tools": [{"name": "f", "description": "d", "input_schema": {"type": "object"}, "cache_control": {}}]},
-     {"tools": [{"type": "function",
-                 "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}]}),
-    ({"tools": [{"type": "custom", "name": "f", "description": "d", "input_schema": {}}]},
-     {"tools": [{"type": "function", "function": {"name": "f", "description": "d", "parameters": {}}}]}),
-    ({"tools": [{"type": "web_search_20250305", "name": "web_search", "max_uses": 8}]},
-     {"tools": [{"type": "web_search_20250305", "name": "web_search", "max_uses": 8}]}),
-    ({"tool_choice": {"type": "auto"}}, {"tool_choice": "auto"}),
-    ({"tool_choice": {"type": "any"}}, {"tool_choice": "required"}),
-    ({"tool_choice": {"type": "none"}}, {"tool_choice": "none"}),
-    ({"tool_choice": {"type": "tool", "name": "f"}},
-     {"tool_choice": {"type": "function", "function": {"name": "f"}}}),
+     {"thinking": ON, "reasoning_effort": "high"}),
+    ({"thinking": {"type": "adaptive"}}, {"thinking": ON, "reasoning_effort": None}),
+    ({"thinking": {**ON, "clear_thinking": False}, "output_config": {"effort": "low"}},
+     {"thinking": ON, "reasoning_effort": "low"}),
+    *(({"tools": [{"name": "f", "description": "d", "input_schema": {"type": "object"}, **more}]},
+       function(name="f", description="d", parameters={"type": "object"}))
+      for more in ({"cache_control": {}}, {"type": "custom"})),
+    *(({"tool_choice": {"type": kind}}, {"tool_choice": ours}) for kind, ours in (
+        ("auto", "auto"), ("any", "required"), ("none", "none"))),
+    ({"tool_choice": {"type": "tool", "name": "f"}}, {"tool_choice": named("f")}),
     ({"tool_choice": {"type": "auto", "disable_parallel_tool_use": True}}, {"parallel_tool_calls": False}),
-    ({"output_config": {"format": {"type": "json_schema", "schema": {"type": "object"}}}},
-     {"response_format": {"type": "json_schema",
-                          "json_schema": {"type": "json_schema", "schema": {"type": "object"}}}}),
-    ({"output_format": {"type": "json_schema", "schema": {}}},
-     {"response_format": {"type": "json_schema", "json_schema": {"type": "json_schema", "schema": {}}}}),
+    *((fields, schema({"type": "json_schema", "schema": {"type": "object"}})) for fields in (
+        {"output_config": {"format": {"type": "json_schema", "schema": {"type": "object"}}}},
+        {"output_format": {"type": "json_schema", "schema": {"type": "object"}}})),
     ({"metadata": {"user_id": "user-1"}}, {"user": "user-1"}),
-]
-
-
-@pytest.mark.parametrize("fields,expected", MESSAGES_REQUESTS)
+])
 def test_messages_fields_become_those_of_chat(fields, expected):
     _, request = read_messages(**fields)
     assert {name: request.get(name) for name in expected} == expected
@@ -4898,23 +4506,17 @@ def test_a_long_user_id_is_hashed():
 
 
 # To add a case, add a row: fields of a request, what x-ztoapi-changed says of them.
-MESSAGES_CHANGES = [
+@pytest.mark.parametrize("fields, expected", [
     ({"top_k": 3, "container": "c", "mcp_servers": [], "service_tier": "auto", "inference_geo": "eu"},
      {"top_k", "container", "mcp_servers", "service_tier", "inference_geo"}),
     ({"context_management": {}, "invented": 1}, {"context_management", "invented"}),
     ({"cache_control": {"type": "ephemeral"}, "metadata": {}, "output_config": {}}, set()),
     ({"tools": [{"type": "bash_20250124", "name": "bash"}]}, {"bash_20250124"}),
-    ({"messages": [{"role": "user", "content": [{"type": "container_upload", "file_id": "f"}]}]},
-     {"container_upload"}),
-    ({"messages": [{"role": "user", "content": [{"type": "image", "source": {"type": "file", "file_id": "f"}}]}]},
-     {"image"}),
-    ({"messages": [user("a"),
-                   {"role": "assistant", "content": [{"type": "server_tool_use"}, {"type": "text", "text": "b"}]},
-                   user("c")]}, {"server_tool_use"}),
-]
-
-
-@pytest.mark.parametrize("fields,expected", MESSAGES_CHANGES)
+    (asking([{"type": "container_upload", "file_id": "f"}]), {"container_upload"}),
+    (asking([{"type": "image", "source": {"type": "file", "file_id": "f"}}]), {"image"}),
+    ({"messages": [user("a"), assistant([{"type": "server_tool_use"}, {"type": "text", "text": "b"}]), user("c")]},
+     {"server_tool_use"}),
+])
 def test_messages_drops_by_name_what_chat_does_not_have(fields, expected):
     front, request = read_messages(**fields)
     result = asked_by_front(request)
@@ -4923,24 +4525,6 @@ def test_messages_drops_by_name_what_chat_does_not_have(fields, expected):
 
 
 # Short names for what the cases below are made of.
-def system(content):
-    return {"role": "system", "content": content}
-
-
-def assistant(content="", calls=(), thinking=None):
-    message = {"role": "assistant", "content": content}
-    if thinking:
-        message["reasoning_content"] = thinking
-    if calls:
-        message["tool_calls"] = [
-            {"id": id, "type": "function", "function": {"name": name, "arguments": text}} for id, name, text in calls]
-    return message
-
-
-def output(id, content):
-    return {"role": "tool", "content": content, "tool_call_id": id}
-
-
 def image(url=PNG_URL):
     return {"type": "image_url", "image_url": {"url": url}}
 
@@ -4954,7 +4538,7 @@ def use(id, name="f", input=None):
 
 
 def using(*blocks):
-    return {"role": "assistant", "content": list(blocks)}
+    return assistant(list(blocks))
 
 
 def tool_result(id, *content, **more):
@@ -4967,65 +4551,64 @@ def source(kind, **source):
 
 PNG = source("image", type="base64", media_type="image/png", data="AAAA")
 BILLED = text("x-anthropic-billing-header: cc_version=2.1")
-# To add a case, add a row: system, messages, what Z.ai gets. The model sees.
-CLAUDE_HISTORIES = [
-    ("Be brief.", [user("a")], [system("Be brief."), user("a")]),
-    ([BILLED, dict(text("Be brief."), cache_control={})], [user("a")], [system("Be brief."), user("a")]),
+CALL_1, CALL_2, CALL_3 = ("1", "f", "{}"), ("2", "f", "{}"), ("3", "f", "{}")
+ONE_CALL, TWO_CALLS_MADE = assistant("", [CALL_1]), assistant("", [CALL_1, CALL_2])
+
+
+# To add a case, add a row: messages, what Z.ai gets. The model sees.
+@pytest.mark.parametrize("messages, expected", [
     # Claude Code's order.
-    (None, [user([text("a")]), system("s"), user("b")], [user("a"), system("s"), user("b")]),
-    (None, [user([text("a"), PNG])], [user([text("a"), image()])]),
-    (None, [user([source("image", type="url", url="http://x/y.png"), text("a")])],
-     [user([image("http://x/y.png"), text("a")])]),
-    (None, [user([source("document", type="text", data="D", media_type="text/plain")])], [user("D")]),
-    (None, [user([source("document", type="content", content=[text("D"), text("E")])])], [user("D\nE")]),
-    (None, [user([source("document", type="url", url="http://x/y.pdf"), text("a")])],
+    ([user([text("a")]), system("s"), user("b")], [user("a"), system("s"), user("b")]),
+    ([user([text("a"), PNG])], [user([text("a"), image()])]),
+    ([user([source("image", type="url", url="http://x/y.png")])], [user([image("http://x/y.png"), text(".")])]),
+    ([user([source("document", type="text", data="D", media_type="text/plain")])], [user("D")]),
+    ([user([source("document", type="content", content=[text("D"), text("E")])])], [user("D\nE")]),
+    ([user([source("document", type="url", url="http://x/y.pdf"), text("a")])],
      [user([{"type": "file_url", "file_url": {"url": "http://x/y.pdf"}}, text("a")])]),
     # GLM-4.6V takes no such file; the conversation goes on all the same.
-    (None, [user([source("document", type="base64", media_type="application/pdf", data="AA"), text("a")])],
+    ([user([source("document", type="base64", media_type="application/pdf", data="AA"), text("a")])],
      [user("[file left out: GLM-4.6V takes no such file]\na")]),
-    (None, [user([{"type": "search_result", "source": "s", "title": "t", "content": [text("S")]}])], [user("t\nS")]),
-    (None, [user([dict(source("document", type="text", data="D"), title="t", context="c")])], [user("t\nc\nD")]),
-    (None, [user("a"), {"role": "assistant", "content": [
-        {"type": "thinking", "thinking": "T", "signature": ""}, {"type": "redacted_thinking", "data": "x"},
-        text("b"), use("1", input={"q": 1}), use("2")]},
-        user([tool_result("1", "one"), tool_result("2", [text("two"), PNG]), text("c")])],
-     [user("a"), assistant("b", [("1", "f", '{"q":1}'), ("2", "f", "{}")], "T"), output("1", "one"), output("2", "two"),
-      user([text("From the tool results:"), image()]), user("c")]),
-    # Results in the wrong order, one that is missing, one that is nobody's.
-    (None, [user("a"), using(use("1"), use("2"), use("3")),
-            user([tool_result("3", "three"), tool_result("1"), tool_result("9", "nine")])],
-     [user("a"), assistant("", [("1", "f", "{}"), ("2", "f", "{}"), ("3", "f", "{}")]), output("1", "(no output)"),
-      output("2", "(no output)"), output("3", "three"), user("Output of the tool call 9:\nnine")]),
-    (None, [user("a"), using(use("1")), user([tool_result("1", "No.", is_error=True)])],
-     [user("a"), assistant("", [("1", "f", "{}")]), output("1", "Error:\nNo.")]),
-    (None, [user("a"), using(use("1")), user([tool_result("1", "An error!", is_error=True)])],
-     [user("a"), assistant("", [("1", "f", "{}")]), output("1", "An error!")]),
-    # A system message between a call and its result waits.
-    (None, [user("a"), using(use("1")), system("s"), user([tool_result("1", "one")])],
-     [user("a"), assistant("", [("1", "f", "{}")]), output("1", "one"), system("s")]),
-    # Calls and results without ids.
-    *((None, [user("a"), using(use(id)), user([tool_result(id, "one")])],
-       [user("a"), assistant("", [("call_2_0", "f", "{}")]), output("call_2_0", "one")]) for id in (None, "", [], ["1"])),
+    ([user([{"type": "search_result", "source": "s", "title": "t", "content": [text("S")]}])], [user("t\nS")]),
+    ([user([dict(source("document", type="text", data="D"), title="t", context="c")])], [user("t\nc\nD")]),
     # What cannot be read, before the last message.
-    *((None, [{"role": "user", "content": content}, user("a")],
-       [user(json.dumps({"role": "user", "content": content}, separators=(",", ":"))), user("a")])
+    *(([user(content), U], [user(json.dumps(user(content), separators=(",", ":"))), U])
       for content in (5, ["x"], [{"text": "x"}])),
-    (None, [user([text("a"), {"type": "text", "text": None}]), user("b")],
-     [user('a\n{"type":"text"}'), user("b")]),
-    (None, [user("a"), using(text("b"), dict(use("1"), name=None)), user([tool_result("1", "one")])],
-     [user("a"), assistant("b"), user('{"type":"function_call","call_id":"1","name":null,"arguments":{}}'),
-      user("Output of the tool call 1:\none")]),
-    # The beginning of an answer.
-    (None, [user("a"), {"role": "assistant", "content": "b"}], [user("a"), assistant("b")]),
-    (None, [user("a"), {"role": "assistant", "content": "b"}, {"role": "assistant", "content": "c"}, user("d")],
-     [user("a"), assistant("b\n\nc"), user("d")]),
-]
-
-
-@pytest.mark.parametrize("prompt,messages,expected", CLAUDE_HISTORIES)
-def test_a_conversation_of_messages_becomes_one_of_chat(prompt, messages, expected):
-    _, request = read_messages(system=prompt, messages=messages)
+    ([user([text("a"), {"type": "text", "text": None}]), U], [user('a\n{"type":"text"}'), U]),
+    # Behind a user's message.
+    *(([U, *messages], [U, *expected]) for messages, expected in (
+        ([using({"type": "thinking", "thinking": "T", "signature": ""}, {"type": "redacted_thinking", "data": "x"},
+                text("b"), use("1", input={"q": 1}), use("2")),
+          user([tool_result("1", "one"), tool_result("2", [text("two"), PNG]), text("c")])],
+         [assistant("b", [("1", "f", '{"q":1}'), CALL_2], "T"), output("1", "one"), output("2", "two"),
+          user([FROM_TOOLS, image()]), user("c")]),
+        # Results in the wrong order, one that is missing, one that is nobody's.
+        ([using(use("1"), use("2"), use("3")),
+          user([tool_result("3", "three"), tool_result("1"), tool_result("9", "nine")])],
+         [assistant("", [CALL_1, CALL_2, CALL_3]), output("1", "(no output)"), output("2", "(no output)"),
+          output("3", "three"), user("Output of the tool call 9:\nnine")]),
+        *(([using(use("1")), user([tool_result("1", words, is_error=True)])], [ONE_CALL, output("1", told)])
+          for words, told in (("No.", "Error:\nNo."), ("An error!", "An error!"))),
+        # A system message between a call and its result waits.
+        ([using(use("1")), system("s"), user([tool_result("1", "one")])], [ONE_CALL, output("1", "one"), system("s")]),
+        # Calls and results without ids.
+        *(([using(use(id)), user([tool_result(id, "one")])],
+           [assistant("", [("call_2_0", "f", "{}")]), output("call_2_0", "one")]) for id in (None, "", [], ["1"])),
+        ([using(text("b"), dict(use("1"), name=None)), user([tool_result("1", "one")])],
+         [assistant("b"), user('{"type":"function_call","call_id":"1","name":null,"arguments":{}}'),
+          user("Output of the tool call 1:\none")]),
+        # The beginning of an answer.
+        ([assistant("b")], [assistant("b")]),
+        ([assistant("b"), assistant("c"), user("d")], [assistant("b\n\nc"), user("d")]))),
+])
+def test_a_conversation_of_messages_becomes_one_of_chat(messages, expected):
+    _, request = read_messages(messages=messages)
     assert asked_by_front(request).body["messages"] == expected
+
+
+@pytest.mark.parametrize("prompt", ["Be brief.", [BILLED, dict(text("Be brief."), cache_control={})]])
+def test_the_system_prompt_of_messages_comes_first(prompt):
+    _, request = read_messages(system=prompt)
+    assert asked_by_front(request).body["messages"] == [system("Be brief."), user("Hi")]
 
 
 def test_a_picture_never_ends_a_conversation_with_a_model_that_sees_none():
@@ -5036,24 +4619,19 @@ def test_a_picture_never_ends_a_conversation_with_a_model_that_sees_none():
 
 
 # To add a case, add a row: fields of a request that Messages refuses.
-BAD_MESSAGES = [
-    {"messages": None}, {"messages": 5}, {"messages": [5]}, {"messages": [{"role": 5, "content": "a"}]},
-    {"messages": [{"role": "user"}]}, {"messages": [user([5])]}, {"messages": [user([{"type": []}])]},
-    {"messages": [user([{"type": "text"}])]},
-    {"messages": [{"role": "assistant", "content": [use("1", name=5)]}]},
-    {"messages": [{"role": "assistant", "content": [{"type": "text"}]}]},
-    {"messages": [{"role": "assistant", "content": [{"type": "thinking", "thinking": 5}]}]},
-    {"messages": [{"role": "judge", "content": "a"}]}, {"messages": []},
-    {"system": 5}, {"system": [5]}, {"tools": 5}, {"tools": [5]}, {"tools": [{"name": 5}]}, {"tools": [{}]},
-    {"tool_choice": "auto"}, {"tool_choice": {"type": []}}, {"tool_choice": {"type": "tool"}},
+@pytest.mark.parametrize("fields", [
+    *({"messages": value} for value in (
+        None, 5, [], [5], [{"role": 5, "content": "a"}], [{"role": "judge", "content": "a"}], [{"role": "user"}],
+        [user([5])], [user([{"type": []}])], [user([{"type": "text"}])], [using(use("1", name=5))],
+        [using({"type": "text"})], [using({"type": "thinking", "thinking": 5})])),
+    *({"tools": value} for value in (5, [5], [{"name": 5}], [{}])),
+    *({"tool_choice": value} for value in ("auto", {"type": []}, {"type": "tool"})),
     {"tools": [{"name": "f", "input_schema": {}}], "tool_choice": {"type": "tool", "name": "g"}},
-    {"thinking": 5}, {"thinking": {"type": "perhaps"}}, {"thinking": {"type": []}}, {"output_config": 5},
-    {"output_config": {"format": {"type": "json_schema", "schema": 5}}}, {"output_config": {"format": 5}},
-    {"metadata": 5}, {"stream": "yes"}, {"model": None}, {"model": 5}, {"max_tokens": 0}, {"stop_sequences": 5},
-]
-
-
-@pytest.mark.parametrize("fields", BAD_MESSAGES)
+    *({"thinking": value} for value in (5, {"type": "perhaps"}, {"type": []})),
+    *({"output_config": value} for value in (5, {"format": 5}, {"format": {"type": "json_schema", "schema": 5}})),
+    {"system": 5}, {"system": [5]}, {"metadata": 5}, {"stream": "yes"}, {"model": None}, {"model": 5},
+    {"max_tokens": 0}, {"stop_sequences": 5},
+])
 def test_messages_refuses_what_cannot_be(fields):
     with pytest.raises(RequestError) as caught:
         asked_by_front(read_messages(**fields)[1])
@@ -5125,22 +4703,29 @@ def test_messages_streams_by_the_rules_what_the_json_answer_says(name, at_once):
         assert content == whole["content"]
 
 
-# To add a case, add a row: a name in ANSWERS, the types of its blocks, the reason for
-# its end.
-MESSAGES_ENDS = [
-    ("text", ["text"], "end_turn"),
-    ("nothing", [], "max_tokens"),
-    ("thinking and text", ["thinking", "text"], "end_turn"),
-    ("text between thinking", ["thinking", "text", "thinking"], "end_turn"),
-    ("two calls", ["thinking", "text", "tool_use", "tool_use"], "tool_use"),
-    ("calls that interleave", ["tool_use", "tool_use", "text"], "tool_use"),
-    ("a call cut by length", ["text"], "max_tokens"),
-    ("filtered", ["text"], "refusal"),
-    ("context is full", ["text"], "model_context_window_exceeded"),
+# How answers end. To add a case, add a row: a name in ANSWERS; the types of its blocks
+# and the reason for its end in Messages; the types of its items, its status and the
+# reason for being incomplete in Responses.
+ENDS = [
+    ("text", ["text"], "end_turn", ["message"], "completed", None),
+    ("nothing", [], "max_tokens", [], "incomplete", "max_output_tokens"),
+    ("thinking and text", ["thinking", "text"], "end_turn", ["reasoning", "message"], "completed", None),
+    ("text between thinking", ["thinking", "text", "thinking"], "end_turn",
+     ["reasoning", "message", "reasoning"], "completed", None),
+    ("two calls", ["thinking", "text", "tool_use", "tool_use"], "tool_use",
+     ["reasoning", "message", "function_call", "function_call"], "completed", None),
+    ("calls that interleave", ["tool_use", "tool_use", "text"], "tool_use",
+     ["function_call", "function_call", "message"], "completed", None),
+    ("arguments at the end only", ["tool_use"] * 3, "tool_use", ["function_call"] * 3, "completed", None),
+    ("a custom tool", ["tool_use"], "tool_use", ["custom_tool_call"], "completed", None),
+    ("cut by length", ["text"], "max_tokens", ["message"], "incomplete", "max_output_tokens"),
+    ("a call cut by length", ["text"], "max_tokens", ["message", "function_call"], "incomplete", "max_output_tokens"),
+    ("filtered", ["text"], "refusal", ["message"], "incomplete", "content_filter"),
+    ("context is full", ["text"], "model_context_window_exceeded", ["message"], "incomplete", "max_output_tokens"),
 ]
 
 
-@pytest.mark.parametrize("name,kinds,reason", MESSAGES_ENDS)
+@pytest.mark.parametrize("name, kinds, reason", [row[:3] for row in ENDS])
 def test_messages_has_a_block_for_each_thing_said(name, kinds, reason):
     whole = folded(read_thinker, ANSWERS[name])
     assert [block["type"] for block in whole["content"]] == kinds
@@ -5197,27 +4782,29 @@ def test_messages_beats_with_a_ping():
     assert front.heartbeat() == 'event: ping\ndata: {"type":"ping"}\n\n'
 
 
-# To add a case, add a row: status and code of an error, whether it can heal,
-# Anthropic's status and type.
-MESSAGES_ERRORS = [
-    (400, "invalid_value", False, 400, "invalid_request_error"),
-    (401, "invalid_api_key", False, 401, "authentication_error"),
-    (402, "insufficient_quota", False, 403, "permission_error"),
-    (403, "upstream_auth_error", False, 403, "permission_error"),
-    (404, "model_not_found", False, 404, "not_found_error"),
-    (405, "method_not_allowed", False, 405, "invalid_request_error"),
-    (413, "request_too_large", False, 413, "request_too_large"),
-    (429, "rate_limit_exceeded", None, 429, "rate_limit_error"),
-    (500, "internal_error", None, 500, "api_error"),
-    (502, "upstream_error", None, 502, "api_error"),
-    (502, "upstream_error", False, 400, "invalid_request_error"),
-    (503, "overloaded", None, 503, "overloaded_error"),
-    (503, "overloaded", False, 503, "overloaded_error"),
-    (504, "timeout", None, 504, "timeout_error"),
+# Errors. To add a case, add a row: status, code, whether it can heal; the status and type
+# in Messages; the status before a stream and the code in one in Responses.
+FRONT_ERRORS = [
+    (400, "invalid_value", False, 400, "invalid_request_error", 400, "invalid_prompt"),
+    (401, "invalid_api_key", False, 401, "authentication_error", 401, "invalid_prompt"),
+    (402, "insufficient_quota", False, 403, "permission_error", 400, "insufficient_quota"),
+    (403, "upstream_auth_error", False, 403, "permission_error", 400, "invalid_prompt"),
+    (404, "model_not_found", False, 404, "not_found_error", 404, "invalid_prompt"),
+    (405, "method_not_allowed", False, 405, "invalid_request_error", 405, "invalid_prompt"),
+    (413, "request_too_large", False, 413, "request_too_large", 400, "invalid_prompt"),
+    (426, "upgrade_not_supported", False, 426, "invalid_request_error", 426, "invalid_prompt"),
+    (429, "rate_limit_exceeded", None, 429, "rate_limit_error", 429, "rate_limit_exceeded"),
+    (429, "rate_limit_exceeded", False, 429, "rate_limit_error", 429, "rate_limit_exceeded"),
+    (500, "internal_error", None, 500, "api_error", 500, "server_error"),
+    (502, "upstream_error", None, 502, "api_error", 502, "server_error"),
+    (502, "upstream_error", False, 400, "invalid_request_error", 400, "invalid_prompt"),
+    (503, "overloaded", None, 503, "overloaded_error", 503, "server_error"),
+    (503, "overloaded", False, 503, "overloaded_error", 400, "invalid_prompt"),
+    (504, "timeout", None, 504, "timeout_error", 504, "server_error"),
 ]
 
 
-@pytest.mark.parametrize("status,code,retryable,told_status,kind", MESSAGES_ERRORS)
+@pytest.mark.parametrize("status, code, retryable, told_status, kind", [row[:5] for row in FRONT_ERRORS])
 def test_messages_has_errors_of_anthropics_shape(status, code, retryable, told_status, kind):
     error = ApiError("No.", status=status, code=code, retryable=retryable)
     assert ztoapi.Messages.status(error) == told_status
@@ -5242,37 +4829,25 @@ def test_messages_refuses_threads_so_that_the_sdk_sends_everything():
 # Responses, the request
 
 # To add a case, add a row: fields of a request, what they make of the chat request.
-RESPONSES_REQUESTS = [
-    ({"max_output_tokens": 5, "temperature": 1, "top_p": 0.5, "user": "user-1", "parallel_tool_calls": False},
-     {"max_tokens": 5, "temperature": 1, "top_p": 0.5, "user": "user-1", "parallel_tool_calls": False}),
-    ({"stop": ["a"], "seed": 1, "thinking": {"type": "enabled"}, "enable_thinking": False, "user_id": "user-2"},
-     {"stop": ["a"], "seed": 1, "thinking": {"type": "enabled"}, "enable_thinking": False, "user_id": "user-2"}),
+@pytest.mark.parametrize("fields, expected", [
+    *((fields, fields) for fields in (
+        {"temperature": 1, "top_p": 0.5, "user": "user-1", "parallel_tool_calls": False, "stream": True},
+        {"stop": ["a"], "seed": 1, "thinking": ON, "enable_thinking": False, "user_id": "user-2"},
+        {"tool_choice": "required"}, {"tool_choice": {"type": "web_search"}})),
+    ({"max_output_tokens": 5}, {"max_tokens": 5}),
     ({}, {"stream": False, "tools": None, "tool_choice": None, "response_format": None, "enable_thinking": None}),
-    ({"stream": True}, {"stream": True}),
     ({"text": {"format": {"type": "json_schema", "name": "n", "schema": {}, "strict": True}}},
-     {"response_format": {"type": "json_schema", "json_schema": {
-         "type": "json_schema", "name": "n", "schema": {}, "strict": True}}}),
-    ({"text": {"format": {"type": "json_object"}}}, {"response_format": {"type": "json_object"}}),
-    ({"text": {"format": {"type": "text"}}}, {"response_format": {"type": "text"}}),
-    ({"reasoning": {"effort": "xhigh", "summary": "auto"}}, {"reasoning_effort": "xhigh", "enable_thinking": None}),
-    ({"reasoning": {"effort": "ultra"}}, {"reasoning_effort": "ultra"}),
-    ({"reasoning": {"effort": None, "summary": "auto"}}, {"reasoning_effort": None, "enable_thinking": True}),
-    ({"reasoning": {"generate_summary": "concise"}}, {"enable_thinking": True}),
-    ({"reasoning": {"summary": "off"}}, {"enable_thinking": None}),
-    ({"reasoning": {"summary": "none"}}, {"enable_thinking": None}),
+     schema({"type": "json_schema", "name": "n", "schema": {}, "strict": True})),
+    *(({"text": {"format": {"type": kind}}}, {"response_format": {"type": kind}}) for kind in ("json_object", "text")),
+    *(({"reasoning": wish}, {"reasoning_effort": effort, "enable_thinking": on}) for wish, effort, on in (
+        ({"effort": "xhigh", "summary": "auto"}, "xhigh", None), ({"effort": "ultra"}, "ultra", None),
+        ({"effort": None, "summary": "auto"}, None, True), ({"generate_summary": "concise"}, None, True),
+        ({"summary": "off"}, None, None), ({"summary": "none"}, None, None))),
     ({"reasoning": {"summary": "auto"}, "enable_thinking": False}, {"enable_thinking": False}),
-    ({"tool_choice": "required"}, {"tool_choice": "required"}),
-    ({"tool_choice": {"type": "function", "name": "f"}},
-     {"tool_choice": {"type": "function", "function": {"name": "f"}}}),
-    ({"tool_choice": {"type": "function", "name": "f", "namespace": None}},
-     {"tool_choice": {"type": "function", "function": {"name": "f"}}}),
-    ({"tool_choice": {"type": "custom", "name": "g", "namespace": "mcp__tiny"}},
-     {"tool_choice": {"type": "function", "function": {"name": "mcp__tiny__g"}}}),
-    ({"tool_choice": {"type": "web_search"}}, {"tool_choice": {"type": "web_search"}}),
-]
-
-
-@pytest.mark.parametrize("fields,expected", RESPONSES_REQUESTS)
+    *(({"tool_choice": {"type": "function", "name": "f", **more}}, {"tool_choice": named("f")})
+      for more in ({}, {"namespace": None})),
+    ({"tool_choice": {"type": "custom", "name": "g", "namespace": "mcp"}}, {"tool_choice": named("mcp__g")}),
+])
 def test_responses_fields_become_those_of_chat(fields, expected):
     _, request = read_responses(**fields)
     assert {name: request.get(name) for name in expected} == expected
@@ -5295,7 +4870,7 @@ def test_a_choice_among_tools():
 
 
 # To add a case, add a row: fields of a request, what x-ztoapi-changed says of them.
-RESPONSES_CHANGES = [
+@pytest.mark.parametrize("fields,expected", [
     ({"metadata": {}, "prompt_cache_key": "k", "truncation": "auto", "service_tier": "auto", "invented": 1},
      {"metadata", "prompt_cache_key", "truncation", "service_tier", "invented"}),
     ({"client_metadata": {}, "include": [], "store": False, "stream_options": {}, "background": False}, set()),
@@ -5307,10 +4882,7 @@ RESPONSES_CHANGES = [
     ({"tools": [{"type": "function", "name": "f", "strict": True}]}, {"strict"}),
     ({"input": [user("a"), {"type": "web_search_call", "id": "ws_1"}, {"type": "invented"}, {"type": ""}]},
      {"web_search_call", "invented", "_"}),
-]
-
-
-@pytest.mark.parametrize("fields,expected", RESPONSES_CHANGES)
+])
 def test_responses_drops_by_name_what_chat_does_not_have(fields, expected):
     front, request = read_responses(**fields)
     result = asked_by_front(request)
@@ -5347,82 +4919,70 @@ def gave(id, content, kind="function_call_output"):
 
 
 INPUT_IMAGE = {"type": "input_image", "image_url": PNG_URL, "detail": "high"}
-ONE_CALL = assistant("", [("1", "f", "{}")])
 # To add a case, add a row: input items, what Z.ai gets. The model sees.
-INPUTS = [
-    ("a", [user("a")]),
-    ([user("a")], [user("a")]),
-    ([message("developer", {"type": "input_text", "text": "d"}), user("a")], [system("d"), user("a")]),
+@pytest.mark.parametrize("items, expected", [
+    ("a", [user("a")]), ([user("a")], [user("a")]),
+    ([message("developer", {"type": "input_text", "text": "d"}), U], [system("d"), U]),
     ([message("user", {"type": "input_text", "text": "a"}, INPUT_IMAGE)], [user([text("a"), image()])]),
     ([message("user", {"type": "input_file", "file_url": "http://x/y.pdf"}, {"type": "input_text", "text": "a"})],
      [user([{"type": "file_url", "file_url": {"url": "http://x/y.pdf"}}, text("a")])]),
     ([message("user", {"type": "input_file", "filename": "f.pdf", "file_data": "AA"})],
      [user("[file left out: GLM-4.6V takes no such file]")]),
-    # Codex's second turn.
-    ([user("a"), thought("T"), output_message("b"), function_call("1"), function_call("2"),
-      gave("1", "one"), gave("2", "two")],
-     [user("a"), assistant("b", [("1", "f", "{}"), ("2", "f", "{}")], "T"), output("1", "one"), output("2", "two")]),
-    ([user("a"), thought("T", encrypted_content="ztoapi:whole T"), output_message("b"), user("c")],
-     [user("a"), assistant("b", thinking="whole T"), user("c")]),
-    ([user("a"), thought("T", encrypted_content="gAAAA"), output_message("b"), user("c")],
-     [user("a"), assistant("b", thinking="T"), user("c")]),
-    ([user("a"), thought("T", content=[{"type": "reasoning_text", "text": "U"}]), output_message("b"), user("c")],
-     [user("a"), assistant("b", thinking="U"), user("c")]),
-    ([user("a"), thought("T"), thought("U"), output_message("b"), output_message("c"), user("d")],
-     [user("a"), assistant("b\n\nc", thinking="T\n\nU"), user("d")]),
-    ([user("a"), thought("T"), user("b")], [user("a"), user("b")]),
-    # What comes between a call and its output waits.
-    ([user("a"), function_call("1"), message("developer", text("d")), gave("1", "one"), user("b")],
-     [user("a"), ONE_CALL, output("1", "one"), system("d"), user("b")]),
-    ([user("a"), function_call("1"), function_call("2"), gave("2", "two"), user("b"), gave("1", "one")],
-     [user("a"), assistant("", [("1", "f", "{}"), ("2", "f", "{}")]), output("1", "one"), output("2", "two"),
-      user("b")]),
-    # An output finds its call when the turn is over, too.
-    ([user("a"), function_call("1"), message("developer", text("d")), function_call("2"), gave("1", "one"),
-      gave("2", "two")],
-     [user("a"), ONE_CALL, output("1", "one"), system("d"), assistant("", [("2", "f", "{}")]), output("2", "two")]),
-    ([user("a"), function_call("1"), function_call("2"), gave("1", "one"), output_message("b"), gave("2", "two")],
-     [user("a"), assistant("", [("1", "f", "{}"), ("2", "f", "{}")]), output("1", "one"), output("2", "two"),
-      assistant("b")]),
-    ([user("a"), function_call("1"), gave("1", "one"), gave("1", "two")],
-     [user("a"), ONE_CALL, output("1", "one"), user("Output of the tool call 1:\ntwo")]),
-    ([user("a"), function_call("1"), gave("1", "one"), function_call("2"), gave("2", "two")],
-     [user("a"), ONE_CALL, output("1", "one"), assistant("", [("2", "f", "{}")]), output("2", "two")]),
-    ([user("a"), function_call("1"), user("b")], [user("a"), ONE_CALL, output("1", "(no output)"), user("b")]),
-    ([user("a"), gave("1", "one")], [user("a"), user("Output of the tool call 1:\none")]),
-    ([user("a"), function_call("1"),
-      gave("1", [{"type": "input_text", "text": "x"}, {"type": "input_text", "text": "y"}])],
-     [user("a"), ONE_CALL, output("1", "x\ny")]),
-    ([user("a"), function_call("1"), gave("1", [INPUT_IMAGE])],
-     [user("a"), ONE_CALL, output("1", "(an image)"), user([text("From the tool results:"), image()])]),
-    ([user("a"), function_call("1", "g", namespace="mcp__tiny"), gave("1", "one")],
-     [user("a"), assistant("", [("1", "mcp__tiny__g", "{}")]), output("1", "one")]),
-    ([user("a"), function_call("1", namespace="functions"), gave("1", "one")],
-     [user("a"), ONE_CALL, output("1", "one")]),
-    ([user("a"), {"type": "custom_tool_call", "call_id": "1", "name": "f", "input": "x"},
-      gave("1", "one", "custom_tool_call_output")],
-     [user("a"), assistant("", [("1", "f", '{"input":"x"}')]), output("1", "one")]),
-    ([user("a"), message("assistant", {"type": "refusal", "refusal": "No."}), user("b")],
-     [user("a"), assistant("No."), user("b")]),
-    ([user("a"), message("assistant", text("b"), INPUT_IMAGE, {"type": "refusal", "refusal": "No."}), user("c")],
-     [user("a"), assistant("b\n\nNo."), user("c")]),
-    ([{"type": "compaction", "encrypted_content": "So far."}, user("a")], [user("So far."), user("a")]),
-    ([user("a"), function_call(5), gave(5, "one")], [user("a"), assistant("", [("5", "f", "{}")]), output("5", "one")]),
+    ([{"type": "compaction", "encrypted_content": "So far."}, U], [user("So far."), U]),
+    ([{"type": "item_reference", "id": "rs_unknown"}, U], [U]),
     # What cannot be read, before the last item.
-    ([5, user("a")], [user("5"), user("a")]),
-    ([user("a"), function_call("1"), gave("1", {"b": 1}), user("c")],
-     [user("a"), ONE_CALL, output("1", "(no output)"), user(json.dumps(gave("1", {"b": 1}), separators=(",", ":"))),
-      user("c")]),
+    ([5, U], [user("5"), U]),
     # Files of another provider.
-    ([message("user", text("a"), {"type": "input_image", "file_id": "f"}), user("b")],
-     [user("a\n[input_image left out: Z.ai takes no input_image]"), user("b")]),
-    ([user("a"), function_call("1"), gave("1", [{"type": "input_file", "file_id": "f"}])],
-     [user("a"), ONE_CALL, output("1", "[input_file left out: Z.ai takes no input_file]")]),
-    ([{"type": "item_reference", "id": "rs_unknown"}, user("a")], [user("a")]),
-]
-
-
-@pytest.mark.parametrize("items,expected", INPUTS)
+    ([message("user", text("a"), {"type": "input_image", "file_id": "f"}), U],
+     [user("a\n[input_image left out: Z.ai takes no input_image]"), U]),
+    # Behind a user's message.
+    *(([U, *items], [U, *expected]) for items, expected in (
+        # Codex's second turn.
+        ([thought("T"), output_message("b"), function_call("1"), function_call("2"),
+          gave("1", "one"), gave("2", "two")],
+         [assistant("b", [CALL_1, CALL_2], "T"), output("1", "one"), output("2", "two")]),
+        *(([thought("T", **more), output_message("b"), U], [assistant("b", thinking=words), U]) for more, words in (
+            ({"encrypted_content": "ztoapi:whole T"}, "whole T"), ({"encrypted_content": "gAAAA"}, "T"),
+            ({"content": [{"type": "reasoning_text", "text": "U"}]}, "U"))),
+        ([thought("T"), thought("U"), output_message("b"), output_message("c"), U],
+         [assistant("b\n\nc", thinking="T\n\nU"), U]),
+        ([thought("T"), user("b")], [user("b")]),
+        # What comes between a call and its output waits.
+        ([function_call("1"), message("developer", text("d")), gave("1", "one"), U],
+         [ONE_CALL, output("1", "one"), system("d"), U]),
+        ([function_call("1"), function_call("2"), gave("2", "two"), U, gave("1", "one")],
+         [TWO_CALLS_MADE, output("1", "one"), output("2", "two"), U]),
+        # An output finds its call when the turn is over, too.
+        ([function_call("1"), message("developer", text("d")), function_call("2"), gave("1", "one"), gave("2", "two")],
+         [ONE_CALL, output("1", "one"), system("d"), assistant("", [CALL_2]), output("2", "two")]),
+        ([function_call("1"), function_call("2"), gave("1", "one"), output_message("b"), gave("2", "two")],
+         [TWO_CALLS_MADE, output("1", "one"), output("2", "two"), assistant("b")]),
+        ([function_call("1"), gave("1", "one"), gave("1", "two")],
+         [ONE_CALL, output("1", "one"), user("Output of the tool call 1:\ntwo")]),
+        ([function_call("1"), gave("1", "one"), function_call("2"), gave("2", "two")],
+         [ONE_CALL, output("1", "one"), assistant("", [CALL_2]), output("2", "two")]),
+        ([function_call("1"), U], [ONE_CALL, output("1", "(no output)"), U]),
+        ([gave("1", "one")], [user("Output of the tool call 1:\none")]),
+        ([function_call("1"), gave("1", {"b": 1}), U],
+         [ONE_CALL, output("1", "(no output)"), user(json.dumps(gave("1", {"b": 1}), separators=(",", ":"))), U]),
+        # What an output may hold.
+        *(([function_call("1"), gave("1", content)], [ONE_CALL, output("1", words)]) for content, words in (
+            ([{"type": "input_text", "text": "x"}, {"type": "input_text", "text": "y"}], "x\ny"),
+            ([{"type": "input_file", "file_id": "f"}], "[input_file left out: Z.ai takes no input_file]"))),
+        ([function_call("1"), gave("1", [INPUT_IMAGE])],
+         [ONE_CALL, output("1", "(an image)"), user([FROM_TOOLS, image()])]),
+        # What a call may be.
+        ([function_call("1", "g", namespace="mcp__tiny"), gave("1", "one")],
+         [assistant("", [("1", "mcp__tiny__g", "{}")]), output("1", "one")]),
+        ([function_call("1", namespace="functions"), gave("1", "one")], [ONE_CALL, output("1", "one")]),
+        ([{"type": "custom_tool_call", "call_id": "1", "name": "f", "input": "x"},
+          gave("1", "one", "custom_tool_call_output")],
+         [assistant("", [("1", "f", '{"input":"x"}')]), output("1", "one")]),
+        ([function_call(5), gave(5, "one")], [assistant("", [("5", "f", "{}")]), output("5", "one")]),
+        *(([message("assistant", *parts), U], [assistant(words), U]) for parts, words in (
+            ([{"type": "refusal", "refusal": "No."}], "No."),
+            ([text("b"), INPUT_IMAGE, {"type": "refusal", "refusal": "No."}], "b\n\nNo."))))),
+])
 def test_the_input_of_responses_becomes_a_conversation_of_chat(items, expected):
     _, request = read_responses(input=items)
     assert asked_by_front(request).body["messages"] == expected
@@ -5470,16 +5030,13 @@ def test_tools_of_responses_are_functions():
 
 
 # To add a case, add a row: the name that Z.ai says, what the client gets.
-CALLED_NAMES = [
+@pytest.mark.parametrize("name,expected", [
     ("f", {"type": "function_call", "name": "f"}),
     ("mcp__tiny__g", {"type": "function_call", "name": "g", "namespace": "mcp__tiny"}),
     ("g", {"type": "function_call", "name": "g", "namespace": "mcp__tiny"}),
     ("patch", {"type": "custom_tool_call", "name": "patch"}),
     ("unknown", {"type": "function_call", "name": "unknown"}),
-]
-
-
-@pytest.mark.parametrize("name,expected", CALLED_NAMES)
+])
 def test_a_called_tool_has_the_name_that_the_client_gave_it(name, expected):
     steps = [called(0, "call_0", name, "{}"), finish("tool_calls")]
     item = folded(lambda: read_responses(tools=ANY_TOOLS), steps)["output"][0]
@@ -5488,13 +5045,10 @@ def test_a_called_tool_has_the_name_that_the_client_gave_it(name, expected):
 
 # To add a case, add a row: the arguments that Z.ai sends, the text that the custom tool
 # gets.
-CUSTOM_INPUTS = [
+@pytest.mark.parametrize("words,expected", [
     ('{"input":"x"}', "x"), ('{"patch":"x"}', "x"), ('{"input":"x","other":"y"}', "x"), ('"x"', "x"), ("x y", "x y"),
     ('{"a":"x","b":"y"}', '{"a":"x","b":"y"}'), ("{}", "{}"), ('{"input":', '{"input":'), ("[1]", "[1]"),
-]
-
-
-@pytest.mark.parametrize("words,expected", CUSTOM_INPUTS)
+])
 def test_a_custom_tool_gets_its_text(words, expected):
     steps = [called(0, "call_0", "patch", words), finish("tool_calls")]
     item = folded(lambda: read_responses(tools=ANY_TOOLS), steps)["output"][0]
@@ -5504,35 +5058,30 @@ def test_a_custom_tool_gets_its_text(words, expected):
 
 # To add a case, add a row: fields of a request that Responses refuses, the parameter it
 # names.
-BAD_RESPONSES = [
+@pytest.mark.parametrize("fields, param", [
     ({"previous_response_id": "resp_1"}, "previous_response_id"), ({"conversation": "conv_1"}, "conversation"),
-    ({"prompt": {"id": "p"}}, "prompt"), ({"background": True}, "background"), ({"input": None}, "input"),
-    ({"input": 5}, "input"), ({"input": [5]}, "input"), ({"input": [{"type": 5}]}, "input.type"),
-    ({"input": [{"role": "user"}]}, "content"), ({"input": [{"content": "a"}]}, "input.role"),
-    ({"input": [{"role": "user", "content": [5]}]}, "content"), 
-    ({"input": [function_call("1", 5)]}, "tools.name"),
-    ({"input": [function_call("1", namespace=5)]}, "tools.namespace"),
-    ({"input": [gave("1", {})]}, "content"),
-    ({"input": [{"type": "item_reference"}]}, "input.id"), ({"input": [thought(5, content=5)]}, "content"),
-    ({"input": [{"type": "compaction_trigger"}]}, "input"), ({"input": [{"type": "compaction"}]}, "content"),
-    ({"input": [message("user", {"type": "input_image", "file_id": "f"})]}, "input"),
-    ({"input": [message("user", {"type": "input_audio"})]}, "input"),
-    ({"input": [message("user", {"type": "input_text"})]}, "input"),
-    ({"input": [message("assistant", {"type": "text"})]}, "content.text"),
-    ({"instructions": 5}, "content"), ({"tools": 5}, "tools"), ({"tools": [5]}, "tools"),
-    ({"tools": [{}]}, "tools.name"), ({"tools": [{"type": 5}]}, None),
-    ({"tools": [{"type": "function"}]}, "tools.name"),
-    ({"tools": [{"type": "custom", "name": "f", "format": 5}]}, "format"),
-    ({"tools": [{"type": "namespace", "name": "n", "tools": 5}]}, "tools"), ({"tool_choice": 5}, "tool_choice"),
-    ({"tool_choice": {"type": "function"}}, "tools.name"), ({"tool_choice": "maybe"}, "tool_choice"),
-    ({"tool_choice": {"type": "allowed_tools"}}, "tool_choice.tools"), ({"text": 5}, "text"),
-    ({"text": {"format": 5}}, "response_format"), ({"reasoning": 5}, "reasoning"), ({"include": 5}, "include"),
-    ({"reasoning": {"effort": "much"}}, "reasoning_effort"), ({"reasoning": {"effort": 5}}, "reasoning_effort"),
+    ({"prompt": {"id": "p"}}, "prompt"), ({"background": True}, "background"), ({"instructions": 5}, "content"),
+    *(({"input": value}, "input") for value in (None, 5, [5], [{"type": "compaction_trigger"}])),
+    *(({"input": [item]}, param) for item, param in (
+        ({"type": 5}, "input.type"), ({"role": "user"}, "content"), ({"content": "a"}, "input.role"),
+        ({"role": "user", "content": [5]}, "content"), (function_call("1", 5), "tools.name"),
+        (function_call("1", namespace=5), "tools.namespace"), (gave("1", {}), "content"),
+        ({"type": "item_reference"}, "input.id"), (thought(5, content=5), "content"),
+        ({"type": "compaction"}, "content"),
+        (message("user", {"type": "input_image", "file_id": "f"}), "input"),
+        (message("user", {"type": "input_audio"}), "input"), (message("user", {"type": "input_text"}), "input"),
+        (message("assistant", {"type": "text"}), "content.text"))),
+    *(({"tools": value}, param) for value, param in (
+        (5, "tools"), ([5], "tools"), ([{}], "tools.name"), ([{"type": 5}], None),
+        ([{"type": "function"}], "tools.name"), ([{"type": "custom", "name": "f", "format": 5}], "format"),
+        ([{"type": "namespace", "name": "n", "tools": 5}], "tools"))),
+    *(({"tool_choice": value}, param) for value, param in (
+        (5, "tool_choice"), ("maybe", "tool_choice"), ({"type": "function"}, "tools.name"),
+        ({"type": "allowed_tools"}, "tool_choice.tools"))),
+    ({"text": 5}, "text"), ({"text": {"format": 5}}, "response_format"), ({"reasoning": 5}, "reasoning"),
+    ({"include": 5}, "include"), *(({"reasoning": {"effort": value}}, "reasoning_effort") for value in ("much", 5)),
     ({"stream": "yes"}, "stream"), ({"model": None}, "model"), ({"max_output_tokens": 0}, "max_tokens"),
-]
-
-
-@pytest.mark.parametrize("fields,param", BAD_RESPONSES)
+])
 def test_responses_refuses_what_cannot_be(fields, param):
     with pytest.raises(RequestError) as caught:
         asked_by_front(read_responses(**fields)[1])
@@ -5655,24 +5204,7 @@ def test_responses_streams_by_the_rules_what_the_json_answer_says(name, at_once)
         assert without_ids(whole) == without_ids(response)
 
 
-# To add a case, add a row: a name in ANSWERS, the types of its items, status, the
-# reason for being incomplete.
-RESPONSES_ENDS = [
-    ("text", ["message"], "completed", None),
-    ("nothing", [], "incomplete", "max_output_tokens"),
-    ("thinking and text", ["reasoning", "message"], "completed", None),
-    ("two calls", ["reasoning", "message", "function_call", "function_call"], "completed", None),
-    ("calls that interleave", ["function_call", "function_call", "message"], "completed", None),
-    ("arguments at the end only", ["function_call"] * 3, "completed", None),
-    ("a custom tool", ["custom_tool_call"], "completed", None),
-    ("cut by length", ["message"], "incomplete", "max_output_tokens"),
-    ("a call cut by length", ["message", "function_call"], "incomplete", "max_output_tokens"),
-    ("filtered", ["message"], "incomplete", "content_filter"),
-    ("context is full", ["message"], "incomplete", "max_output_tokens"),
-]
-
-
-@pytest.mark.parametrize("name,kinds,status,reason", RESPONSES_ENDS)
+@pytest.mark.parametrize("name, kinds, status, reason", [(row[0], *row[3:]) for row in ENDS])
 def test_responses_has_an_item_for_each_thing_said(name, kinds, status, reason):
     whole = folded(read_user_of_tools, ANSWERS[name])
     assert [item["type"] for item in whole["output"]] == kinds
@@ -5740,27 +5272,10 @@ def test_responses_beats_without_harm():
                      "response.custom_tool_call_input.delta"]
 
 
-# To add a case, add a row: status, code, whether it can heal; the status before a
-# stream, the code in one.
-RESPONSES_ERRORS = [
-    (400, "invalid_value", False, 400, "invalid_prompt"),
-    (401, "invalid_api_key", False, 401, "invalid_prompt"),
-    (402, "insufficient_quota", False, 400, "insufficient_quota"),
-    (403, "upstream_auth_error", False, 400, "invalid_prompt"),
+@pytest.mark.parametrize("status, code, retryable, told_status, told_code", [
+    *((*row[:3], *row[5:]) for row in FRONT_ERRORS),
     (400, "context_length_exceeded", False, 400, "context_length_exceeded"),
-    (404, "model_not_found", False, 404, "invalid_prompt"),
-    (413, "request_too_large", False, 400, "invalid_prompt"),
-    (426, "upgrade_not_supported", False, 426, "invalid_prompt"),
-    (429, "rate_limit_exceeded", None, 429, "rate_limit_exceeded"),
-    (429, "rate_limit_exceeded", False, 429, "rate_limit_exceeded"),
-    (500, "internal_error", None, 500, "server_error"),
-    (502, "upstream_error", None, 502, "server_error"),
-    (502, "upstream_error", False, 400, "invalid_prompt"),
-    (503, "overloaded", None, 503, "server_error"),
-]
-
-
-@pytest.mark.parametrize("status,code,retryable,told_status,told_code", RESPONSES_ERRORS)
+])
 def test_an_error_of_responses(status, code, retryable, told_status, told_code):
     error = ApiError("No.", status=status, code=code, retryable=retryable, retry_after=7.0)
     inner = {"message": "No.", "type": "server_error", "param": None, "code": code}
@@ -5820,34 +5335,30 @@ def test_an_item_is_put_in_for_a_reference_once():
 
 # Both, bounds
 
-# What a client may send. Each is read in less than a second. To add a case, add a row: the
-# fields of a Responses request.
-LONG_REQUESTS = {
-    "an assistant that never stops": {"input": [assistant("x" * 1000)] * 20000},
-    "calls without outputs": {"input": [function_call(str(i)) for i in range(30000)]},
-    "calls with their outputs":
-        {"input": [item for i in range(10000) for item in (function_call(str(i)), gave(str(i), "x"))]},
-    "calls without ids":
-        {"input": [function_call(None) for i in range(10000)] + [gave(None, "x") for i in range(10000)]},
-    "calls of one id": {"input": [function_call("1") for i in range(10000)] + [gave("1", "x") for i in range(10000)]},
-    "outputs of nothing": {"input": [function_call("1")] * 5000 + [gave(str(i), "x") for i in range(10000)]},
-    "what cannot be read": {"input": [[]] * 30000},
-    "calls before their outputs":
-        {"input": [function_call(str(i)) for i in range(10000)] + [gave(str(i), "x") for i in range(10000)]},
-    "thinking": {"input": [{"type": "reasoning", "summary": [{"type": "summary_text", "text": "x" * 1000}]}] * 10000},
-    "fields": {f"field{i}": i for i in range(100000)},
-    "kinds of items": {"input": [{"type": f"kind{i}"} for i in range(50000)]},
-    "a tool's name": {"tools": [{"type": "function", "name": "x" * 10**7}]},
-    "namespaces": {"tools": [{"type": "namespace", "name": "n", "tools": []}] * 50000},
-    "deep namespaces": {"tools": nested_tools(5000, {"type": "namespace", "name": "n"})},
-    "deep choices": {"tool_choice": nested_tools(5000, {"type": "allowed_tools"})[0]},
-    "a model's name": {"model": "[" * 10**7},
-}
-
-
-@pytest.mark.parametrize("case", LONG_REQUESTS)
-def test_no_request_takes_more_than_linear_time(case):
-    fields = copy.copy(LONG_REQUESTS[case])
+# What a client may send. Each is read in less than a second. To add a case, add a row:
+# what is special, the fields of a Responses request.
+@cases("fields", [
+    ("an assistant that never stops", {"input": [assistant("x" * 1000)] * 20000}),
+    ("calls without outputs", {"input": [function_call(str(i)) for i in range(30000)]}),
+    ("calls with their outputs",
+     {"input": [item for i in range(10000) for item in (function_call(str(i)), gave(str(i), "x"))]}),
+    ("calls without ids",
+     {"input": [function_call(None) for i in range(10000)] + [gave(None, "x") for i in range(10000)]}),
+    ("calls of one id", {"input": [function_call("1") for i in range(10000)] + [gave("1", "x") for i in range(10000)]}),
+    ("outputs of nothing", {"input": [function_call("1")] * 5000 + [gave(str(i), "x") for i in range(10000)]}),
+    ("what cannot be read", {"input": [[]] * 30000}),
+    ("calls before their outputs",
+     {"input": [function_call(str(i)) for i in range(10000)] + [gave(str(i), "x") for i in range(10000)]}),
+    ("thinking", {"input": [{"type": "reasoning", "summary": [{"type": "summary_text", "text": "x" * 1000}]}] * 10000}),
+    ("fields", {f"field{i}": i for i in range(100000)}),
+    ("kinds of items", {"input": [{"type": f"kind{i}"} for i in range(50000)]}),
+    ("a tool's name", {"tools": [{"type": "function", "name": "x" * 10**7}]}),
+    ("namespaces", {"tools": [{"type": "namespace", "name": "n", "tools": []}] * 50000}),
+    ("deep namespaces", {"tools": nested_tools(5000, {"type": "namespace", "name": "n"})}),
+    ("deep choices", {"tool_choice": nested_tools(5000, {"type": "allowed_tools"})[0]}),
+    ("a model's name", {"model": "[" * 10**7}),
+])
+def test_no_request_takes_more_than_linear_time(fields):
     with under_a_second(), contextlib.suppress(RequestError):
         front, request = read_responses(**fields)
         result = ztoapi.to_zai_request(request, Settings())
@@ -5866,23 +5377,18 @@ def test_what_responses_echoes_has_a_bound():
         read_responses(metadata={"a": deep})
 
 
+# Answers that are kept for their end. To add a case, add a row: what is kept, steps.
 @pytest.mark.parametrize("read", (read_responses, read_messages))
-def test_the_answers_that_are_kept_for_their_end_have_a_bound(read):
+@cases("steps", [
+    ("texts", [Step("text", "x" * (1 << 20))] * 100),
+    ("calls that wait for theirs", [called(i, f"call_{i}", "f", "{") for i in range(100)]
+     + [arguments(i, "1") for i in range(100)] * 2000),
+])
+def test_what_is_kept_for_the_end_has_a_bound(read, steps):
     front, _ = read()
-    text = Step("text", "x" * (1 << 20))
-    with pytest.raises(UpstreamError) as caught:
-        for _ in range(100):
-            front.tell([text])
-    assert caught.value.verdict == GIVE_UP
-
-
-@pytest.mark.parametrize("read", (read_responses, read_messages))
-def test_what_waits_for_the_end_of_a_call_has_a_bound(read):
-    front, _ = read()
-    steps = [called(i, f"call_{i}", "f", "{") for i in range(100)]
-    steps += [arguments(i, "1") for i in range(100)] * 2000
     with under_a_second(), pytest.raises(UpstreamError) as caught:
-        front.tell(steps)
+        for step in steps:
+            front.tell([step])
     assert caught.value.verdict == GIVE_UP
 
 
