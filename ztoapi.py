@@ -2515,7 +2515,7 @@ class ToolCall:
         if zai_id:
             return self.zai_id == zai_id and (is_here or self.zai_index is None)
         # A name again is the same call as long as its arguments are not whole.
-        is_whole = self.progress.ended or self.waiting == "{}"
+        is_whole = self.progress.ended or self.name and self.waiting == "{}"
         return is_here and (not name or zai_index is not None and not is_whole)
 
 
