@@ -3745,6 +3745,12 @@ def test_what_is_no_event_is_counted():
     assert translator.repaired == 8
 
 
+def test_an_error_is_not_counted_as_skipped():
+    translator = ztoapi.Translator()
+    assert translator.feed(decode_events([error_event("1305")]))[1].zai_code == "1305"
+    assert translator.repaired == 0
+
+
 # Responses as a whole: heads, framings, kinds, codings. Behind the bytes the connection
 # ends.
 
