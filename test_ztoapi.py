@@ -3277,6 +3277,9 @@ MINIMAL = {"id": "", "object": "", "created": 0, "model": "", "system_fingerprin
     ("arguments before the name",
      calls_in(item(None, '{"city":', id="a", index=0)) + calls_in(item("get_weather", '"Paris"}', index=0)) + TOOLS_END,
      asks(RAIN)),
+    ("empty arguments before the name",
+     calls_in(item(None, "{}", id="a", index=0)) + calls_in(item("get_time", index=0)) + finished("length"),
+     asks(TIME, finish="length")),
     ("a call without name and arguments",
      calls_in(item(None, "{}", id="a", index=0)) + calls_in(item(*RAIN, id="b", index=1)) + TOOLS_END, asks(RAIN)),
     ("names that are no strings",
@@ -3489,6 +3492,12 @@ def test_what_is_no_event_is_counted():
     assert translator.repaired == 8
     translator.feed(decode_events([say("a") + ENDED]))
     assert translator.repaired == 8
+
+
+def test_an_error_is_not_counted_as_skipped():
+    translator = ztoapi.Translator()
+    assert translator.feed(decode_events([error_event("1305")]))[1].zai_code == "1305"
+    assert translator.repaired == 0
 
 
 # Responses as a whole: heads, framings, kinds, codings. Behind the bytes the connection

@@ -2515,7 +2515,7 @@ class ToolCall:
         if zai_id:
             return self.zai_id == zai_id and (is_here or self.zai_index is None)
         # A name again is the same call as long as its arguments are not whole.
-        is_whole = self.progress.ended or self.waiting == "{}"
+        is_whole = self.progress.ended or self.name and self.waiting == "{}"
         return is_here and (not name or zai_index is not None and not is_whole)
 
 
@@ -2707,14 +2707,14 @@ class Translator:
         # Errors come in a response of status 200 as well.
         if choices is None and ERROR_FIELDS & value.keys():
             raise self.describe(value)
-        if choices is None and "usage" not in value:
-            self.repaired += 1
         has_choice = isinstance(choices, list) and choices
         choice = as_dict(choices[0]) if has_choice else {}
         delta = as_dict(choice.get("delta") or choice.get("message"))
         for place in (value, choice, delta):
             if place.get("error"):
                 raise self.describe(place)
+        if choices is None and "usage" not in value:
+            self.repaired += 1
         self._delta(delta)
         self.usage = to_openai_usage(value.get("usage")) or self.usage
         reason = choice.get("finish_reason")
