@@ -5134,6 +5134,8 @@ class Pump:
             return
         if relay.watched:
             self.selector.unregister(relay.watched)
+            # register() may fail.
+            relay.watched = None
         self.selector.register(sock, event, relay)
         relay.watched = sock
 
