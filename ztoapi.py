@@ -461,7 +461,9 @@ HTTP_ERRORS = {
 # Answers with neither a code nor words were written by a CDN or a proxy on the road.
 BARE_HTTP_ERRORS = {200: BROKEN, 401: OUR_KEY, 408: BROKEN, 413: TOO_LARGE, 429: RATE}
 
-LONG_WORDS = re.compile(r"""
+# Patterns that only errors need stay texts: `re` compiles each when it is first used.
+LAID_OUT = re.IGNORECASE | re.VERBOSE
+LONG_WORDS = r"""
     # Phrases that mean it anywhere.
     context[ _-]?(length|window|size|overflow) | maximum\ (prompt|input)\ length
     | (prompt|conversation).{0,20}too\ long
@@ -481,8 +483,8 @@ LONG_WORDS = re.compile(r"""
         | (上下文|输入|提示词|对话|消息|文本|内容|prompt|messages?|(?<![a-z_])tokens?)
             [^频。，]{0,20} (超|过长|太长)
         | 超[出过] [^。，]{0,10} (上下文|长度|token) )
-    """, re.IGNORECASE | re.VERBOSE)
-MODEL_WORDS = re.compile(r"""
+    """
+MODEL_WORDS = r"""
     (?<![/\w`])model(_?code|_?name|_?id)?\b (?!.{0,40}\b(in|for|tools?)\b)
         .{0,80} (not\ exist|n't\ exist|not(\ be)?\ found|不存在)
     | \bmodel(\ name|\ id)?:?\ ?\S{0,60}\ is\ (not\ (supported|available)|unavailable|deprecated)
@@ -490,17 +492,17 @@ MODEL_WORDS = re.compile(r"""
     | model_not_found | channel\ for\ model
     | 模型.{0,80}(不存在|未找到|已下线|无可用渠道)
     | (未知|无此|不存在|找不到|未找到|无效|不支持)的?模型
-    """, re.IGNORECASE | re.VERBOSE)
-PATH_WORDS = re.compile(r"""
+    """
+PATH_WORDS = r"""
     \b404\b.{0,20}not.?found | ^(\S*\ )?404\b
     | no\ static\ resource | request\ method\ ' | 路径不存在
-    """, re.IGNORECASE | re.VERBOSE)
-LIMIT_WORDS = re.compile(r"""
+    """
+LIMIT_WORDS = r"""
     usage\ limit | limit\ exhausted | will\ reset | (?<!connection\ )resets?\ at
     | in\ arrears | current\ quota | insufficient.(balance|quota)
     | (?<!连接)(?<!连接被)重置 | 余额不足 | 欠费
-    """, re.IGNORECASE | re.VERBOSE)
-BUSY_WORDS = re.compile(r"overload|heavy load|访问量过大|负载|繁忙", re.IGNORECASE)
+    """
+BUSY_WORDS = r"overload | heavy\ load | 访问量过大 | 负载 | 繁忙"
 # What one of these rows becomes, as the third column says, if code and message hold
 # these words.
 ZAI_WORDS = (
@@ -597,7 +599,7 @@ SPELLINGS = (
 # An hour without a day is the next such one, or just over, if no words follow that may
 # name a day. One without a zone is Beijing's; in a zone that was not spelled above it
 # is none.
-MOMENT = re.compile(r"""
+MOMENT = r"""
     (?: (?<!\d)(\d{4}-(?:\d\d?|[a-z]{3})-\d\d?),?[T ]*(?:at\ )?  # day
       | \b(?:resets?|again)\ at\  | 于\ ?)
     (\d\d?:\d\d)(?::?(\d\d))?秒?(?:\.\d+)?  # hour and minute, second
@@ -605,19 +607,19 @@ MOMENT = re.compile(r"""
     (?!\.?\d | : | \s*\(?(?-i:[A-Z]|[ap]m))
     [ (]*(?:([+-])(\d\d?):?(\d\d)?)?  # the offset's sign, hours and minutes
     (?(1) | (?=(?:\W|time)*(?:重置|恢复|刷新|$)))
-    """, re.IGNORECASE | re.VERBOSE)
+    """
 # Number and unit, in either language, as in "1h 20m" and "1小时20分钟". No unit holds a
 # digit, so that there is one way to read a row of them.
 PART = (
     r"(\d{1,6}(?:\.\d{1,6})?)\ ?"
     r"(s(?:ec(?:ond)?s?)?|m(?:in(?:ute)?s?)?|h(?:(?:ou)?rs?)?|d(?:ays?)?|w(?:eeks?)?"
     r"|秒钟?|分钟?|小?时|天)(?![a-z])")
-IN_A_WHILE = re.compile(rf"""
+IN_A_WHILE = rf"""
     (?: (?:reset|renew|refresh|available|again|retry)[^\d,]{{0,30}}\b(?:in|after)
       | wait(?:\ for)?)
     \ P?T?(?:{PART}[ ,]*(?:and\ )?T?){{1,4}}(?!\D{{0,6}}\d)
     | (?:{PART}\ ?){{1,4}}[之以]?后
-    """, re.IGNORECASE | re.VERBOSE)
+    """
 UNITS_S = {
     "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400,
     "秒": 1, "分": 60, "小": 3600, "时": 3600, "天": 86400,
@@ -630,7 +632,7 @@ def seconds_until_reset(message, now):
     for pattern, usual in SPELLINGS:
         message = re.sub(pattern, usual, message, flags=re.IGNORECASE)
     message = " ".join(filter(RESET_WORDS.search, SENTENCE_END.split(message)))
-    moments = MOMENT.findall(message)
+    moments = re.findall(MOMENT, message, LAID_OUT)
     if not moments:
         return seconds_named(message)
     day, clock, second, half, sign, hours, minutes = moments[-1]
@@ -651,11 +653,11 @@ def seconds_until_reset(message, now):
 
 def seconds_named(message):
     """The seconds of "in 2 hours", or None."""
-    found = IN_A_WHILE.search(message)
+    found = re.search(IN_A_WHILE, message, LAID_OUT)
     if not found:
         return None
     wait_s = 0.0
-    for number, unit in re.findall(PART, found.group(), re.IGNORECASE | re.VERBOSE):
+    for number, unit in re.findall(PART, found.group(), LAID_OUT):
         wait_s += float(number) * UNITS_S[unit[0].lower()]
     return bounded(wait_s)
 
@@ -674,7 +676,7 @@ def error_row(code, message, status):
     unknown = BROKEN if status >= 500 else WRONG_PATH
     row = ZAI_ERRORS.get(code) or by_status.get(status, unknown)
     for vague, words, precise in ZAI_WORDS:
-        if row in vague and words.search(f"{code} {message}"):
+        if row in vague and re.search(words, f"{code} {message}", LAID_OUT):
             return precise
     return row
 
