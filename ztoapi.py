@@ -542,6 +542,7 @@ def parse_zai_error(value):
     counts less than what is inside.
     """
     code = message = ""
+    # From the outside in: what comes later replaces what came before.
     for _ in range(5):
         if value and isinstance(value, list):
             value = value[0]
@@ -2356,6 +2357,7 @@ MARKUP_IN_KEY = re.compile(
     r'\s{0,8}(?:</?(?:arg_key|arg_value|tool_call)>(?:\s|\\n){0,8}){1,8}(?="\s*:)')
 # The end of a piece, where it may go on as such markup.
 MARKUP_START = re.compile(r'(?:<[/a-z_]{0,10}(?:>["\s\\n]{0,20})?){1,4}\Z')
+# Characters at the end of a piece that are searched for it.
 LONGEST_START = 128
 # Empty arguments, before the end or before real ones.
 NO_ARGUMENTS = re.compile(r"\A\s*(?:(?:\{\}|null)\s*)*(?=\{|\Z)")
