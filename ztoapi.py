@@ -7406,7 +7406,10 @@ for (const pre of document.querySelectorAll("pre")) {
 document.onvisibilitychange = refresh;
 $("key-form").onsubmit = event => setKey($("key").value, event.preventDefault());
 $("chat").onsubmit = send;
-$("message").onkeydown = event => event.key === "Enter" && !event.shiftKey && !event.isComposing && send(event);
+// In braces: a handler that returns false cancels the key.
+$("message").onkeydown = event => {
+  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) send(event);
+};
 $("model").onchange = () => localStorage.setItem("ztoapi-model", $("model").value);
 $("stop").onclick = () => running.abort();
 $("new").onclick = () => location.reload();
