@@ -1228,13 +1228,18 @@ def test_an_empty_default_key_is_refused(text):
         Settings.from_environ({"DEFAULT_KEY": text})
 
 
+with open(os.path.join(HERE, "README.md"), encoding="utf-8") as readme:
+    # What somebody may copy; a shell's variable or command is none.
+    README_KEYS = re.findall(r"DEFAULT_KEY=([\w.-]+)", readme.read())
+
 # To add a case, add a row: a host that is not this computer.
 FAR_HOSTS = ("0.0.0.0", "::", "192.168.1.2", "example.org", "127.0.0.1.example.org", "localhost.example.org",
              "1127.0.0.1", "1.127.0.0")
 
 
 @pytest.mark.parametrize("host", FAR_HOSTS)
-@pytest.mark.parametrize("keys", [{}, {"DEFAULT_KEY": "sk-your-key"}, {"DEFAULT_KEY": "my-own-key,sk-your-key"}])
+@pytest.mark.parametrize("keys", [{}, *({"DEFAULT_KEY": key} for key in (
+    "sk-your-key", "my-own-key,sk-your-key", "a-long-secret-of-your-own", *README_KEYS))])
 def test_the_well_known_key_stays_on_this_computer(host, keys):
     with pytest.raises(ztoapi.SettingsError, match="^HOST=.*DEFAULT_KEY"):
         Settings.from_environ({"HOST": host, **keys})
@@ -1246,8 +1251,12 @@ def test_a_key_of_ones_own_may_go_anywhere(host):
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.9.1", "127.3.2.1", "localhost", "LocalHost", "::1"])
-def test_loopback_takes_the_well_known_key(host):
-    assert Settings.from_environ({"HOST": host}).well_known
+@pytest.mark.parametrize("keys, well_known", [
+    ({}, "sk-your-key"), ({"DEFAULT_KEY": "mine,a-long-secret-of-your-own"}, "a-long-secret-of-your-own"),
+    ({"DEFAULT_KEY": "mine"}, ""),
+])
+def test_loopback_takes_the_well_known_key(host, keys, well_known):
+    assert Settings.from_environ({"HOST": host, **keys}).well_known == well_known
 
 
 SECRET = "Geheim1234567890"
@@ -4732,9 +4741,11 @@ def test_messages_beats_with_a_ping():
 FRONT_ERRORS = [
     (400, "invalid_value", False, 400, "invalid_request_error", 400, "invalid_prompt"),
     (401, "invalid_api_key", False, 401, "authentication_error", 401, "invalid_prompt"),
-    (402, "insufficient_quota", False, 403, "permission_error", 400, "insufficient_quota"),
-    (403, "upstream_auth_error", False, 403, "permission_error", 400, "invalid_prompt"),
-    (404, "model_not_found", False, 404, "not_found_error", 404, "invalid_prompt"),
+    (402, "insufficient_quota", False, 402, "billing_error", 400, "insufficient_quota"),
+    (403, "upstream_auth_error", False, 400, "invalid_request_error", 400, "invalid_prompt"),
+    (403, "host_not_allowed", False, 400, "invalid_request_error", 400, "invalid_prompt"),
+    (404, "model_not_found", False, 400, "invalid_request_error", 400, "invalid_prompt"),
+    (404, "not_found", False, 404, "not_found_error", 404, "invalid_prompt"),
     (405, "method_not_allowed", False, 405, "invalid_request_error", 405, "invalid_prompt"),
     (413, "request_too_large", False, 413, "request_too_large", 400, "invalid_prompt"),
     (426, "upgrade_not_supported", False, 426, "invalid_request_error", 426, "invalid_prompt"),
@@ -7852,7 +7863,7 @@ def test_a_body_of_more_than_a_million_brackets_is_refused_before_it_is_decoded(
     )),
     *((target, 404) for target in (
         "/v1/models/nope", "/v1/models/%00%0d%0a", "/v1/models/%ff%fe", "/v1/models/a/b", "*", "/v1", "/v1/",
-        "/v2/models", "/v1/v1/models", "/V1/MODELS", "/v1/models%", "/\xff\xfe", "/favicon.ico",
+        "/v2/models", "/V1/MODELS", "/v1/models%", "/\xff\xfe", "/favicon.ico",
         "/../etc/passwd", "/%2e%2e/%2e%2e/etc/passwd", "/\\", "/[", "/;", "ftp://x/health", "http:/health",
         "localhost:443", "/" + "a" * 60000, "/v1/models/" + "%41" * 20000,
     )),
@@ -7865,9 +7876,19 @@ def test_every_target_has_a_defined_answer(shared, target, status):
         assert len(replies[0].body) < 1000
 
 
-@table("path", [CHAT, "/chat/completions", "/v1//chat/completions", "//v1/chat//completions/"])
+# To add a path, add a row. Those with /api are Z.ai's own.
+@table("path", [
+    CHAT, "/chat/completions", "/v1//chat/completions", "//v1/chat//completions/",
+    "/api/paas/v4/chat/completions", "/api/coding/paas/v4/chat/completions",
+])
 def test_the_chat_is_found_however_the_base_url_was_joined(shared, path):
     assert statuses(shared, raw_request("POST", path, body=JSON_CHAT)) == [200, 200]
+
+
+@table("path", ["/v1/models", "/models", "/v1/v1/models", "/api/paas/v4/models", "/api/coding/paas/v4/models",
+                "/api/anthropic/v1/models"])
+def test_the_models_are_found_where_a_program_looks(shared, path):
+    assert [len(shared.call("GET", path + end)[2].get("data", "x")) for end in ("", "/GLM-4.6")] == [29, 1]
 
 
 # To add a case, add a row: a path, patterns of what its 404 says; {base} is the proxy's
@@ -7878,17 +7899,19 @@ def test_the_chat_is_found_however_the_base_url_was_joined(shared, path):
     ("/v1/embeddings", ["{zai}/embeddings", "balance"]),
     ("/v1/images/generations", ["{zai}/images/generations"]),
     ("/v1/audio/transcriptions", ["{zai}/audio/transcriptions"]),
-    ("/embeddings", ["{zai}/embeddings"]),
+    ("/embeddings", ["{zai}/embeddings"]), ("/api/coding/paas/v4/embeddings", ["{zai}/embeddings"]),
+    ("/api/paas/v4/completions", ["{base}/chat/completions"]), ("/api/paas/v4/responses", ["base URL to {base}"]),
+    ("/api/v1/chat/completions", ["base URL to {base}"]), ("/api/v1/models", ["base URL to {base}"]),
     ("/v1/completions", ["{base}/chat/completions"]),
     ("/v1/v1/chat/completions", ["doubled", "base URL to {base}"]),
-    ("/v1/v1/models", ["doubled", "base URL to {base}"]),
+    ("/v1/v1/embeddings", ["doubled", "base URL to {base}"]),
     (CHAT + "/chat/completions", ["doubled", "base URL to {base}"]),
     (CHAT + CHAT, ["doubled", "base URL to {base}"]),
     ("/v1/embeddings/%7Bzai%7D%0a", ["{zai}/embeddings"]),
     *((f"/v1/{name}", ["chat only", f"{{zai}}/{name}"]) for name in (
         "moderations", "batches", "fine_tuning/jobs", "assistants", "threads", "vector_stores/x", "realtime")),
     *((path, ["base URL to {root}, without /v1"]) for path in (
-        "/openai/v1/messages", CHAT + "/v1/messages", "/api/anthropic/v1/messages", "/anthropic")),
+        "/openai/v1/messages", CHAT + "/v1/messages", "/openai/anthropic/v1/messages", "/anthropic")),
 ])
 def test_a_404_says_where_to_go(shared, path, words):
     status, headers, body = shared.call("POST", path, {})
@@ -8211,7 +8234,8 @@ API_REFUSALS = [
     ("GET", "/v1/messages/batches/abc", True, 404, "not_found_error"),
     ("GET", "/v1/messages", True, 405, "invalid_request_error"),
     ("POST", "/v1/messages", True, 400, "invalid_request_error"),
-    ("POST", "/v1/v1/messages", True, 400, "invalid_request_error"),
+    *(("POST", path, True, 400, "invalid_request_error") for path in (
+        "/v1/v1/messages", "/api/anthropic/v1/messages", "/api/anthropic/v1/v1/messages")),
     ("POST", "/v1/messages", False, 401, "authentication_error"),
     ("POST", "/v1/messages/count_tokens", False, 401, "authentication_error"),
     ("GET", "/v1/responses", True, 426, "upgrade_not_supported"),
@@ -8220,7 +8244,7 @@ API_REFUSALS = [
     ("POST", "/v1/responses/abc/cancel", True, 404, "not_found"),
     ("POST", "/v1/responses/compact", True, 404, "not_found"),
     ("DELETE", "/v1/responses", True, 405, "method_not_allowed"),
-    ("POST", "/v1/responses", True, 400, "missing_required_parameter"),
+    *(("POST", path, True, 400, "missing_required_parameter") for path in ("/v1/responses", "/api/v1/responses")),
     ("GET", "/v1/responses", False, 401, "invalid_api_key"),
     ("POST", "/v1/responses", False, 401, "invalid_api_key"),
 ]
@@ -8262,18 +8286,23 @@ def test_each_api_streams_and_answers_in_json(proxy, api):
     assert answer["usage"]["output_tokens"] == USAGE["completion_tokens"]
 
 
-# To add a case, add a row: an API, the status and the type (Messages) or the code
-# (Responses) of a 1113 of Z.ai's.
-@pytest.mark.parametrize("api,status,field,kind", [
-    ("messages", 403, "type", "permission_error"),
-    ("responses", 400, "code", "insufficient_quota"),
+# To add a case, add a row: HTTP status and code of Z.ai, the status and the type of
+# Messages, the code of Responses, whose status is 400.
+@pytest.mark.parametrize("refused,status,kind,code", [
+    ((429, "1113"), 402, "billing_error", "insufficient_quota"),
+    ((429, "1310"), 402, "billing_error", "insufficient_quota"),
+    ((429, "1311"), 402, "billing_error", "permission_denied"),
+    ((429, "1313"), 400, "invalid_request_error", "permission_denied"),
+    ((401, "401"), 400, "invalid_request_error", "upstream_auth_error"),
+    ((400, "1211"), 400, "invalid_request_error", "model_not_found"),
 ])
+@each_api
 @both
-def test_an_empty_purse_is_an_error_that_no_client_of_an_api_repeats(zai, proxy, api, status, field, kind, streamed):
-    zai.default = refusal(429, "1113")
+def test_an_error_that_does_not_heal_is_shown_at_once(zai, proxy, api, refused, status, kind, code, streamed):
+    zai.default = refusal(*refused)
     reply, value = ask_api(proxy, api, streamed)
-    assert reply.status == status
-    assert value["error"][field] == kind
+    told = (reply.status, value["error"]["type" if api == "messages" else "code"])
+    assert told == ((status, kind) if api == "messages" else (400, code))
     assert reply.headers["x-should-retry"] == "false"
     assert len(zai.requests) == 1
 
@@ -9270,6 +9299,36 @@ def test_the_check_fails_with_one_sentence_on_what_to_do(zai, capsys, scripts, a
     assert re.search(advice, told[0])
 
 
+# To add a case, add a row: a name -> what the pay-as-you-go API says of a key for the
+# Coding Plan, and what the mainland's says; the last line of the check.
+@cases("listed,mainland,told", {
+    "no balance": (LISTING, refusal(429, "1113"), "fits ZAI_BASE_URL={coding}: glm-4.7 answered there"),
+    "refused": (refusal(401, "401"), refusal(401, "401"), "fits ZAI_BASE_URL={coding}: glm-4.7 answered there"),
+    "fits nowhere": (LISTING, refusal(429, "1113"), "fits none of Z.ai's"),
+})
+def test_the_check_finds_the_base_url_that_a_key_fits(zai, capsys, monkeypatch, listed, mainland, told):
+    def reply(request):
+        if "coding" in request["path"] and "none" not in told:
+            return stream(*HEALTHY)
+        if "mainland" in request["path"]:
+            return mainland
+        return listed if request["path"].endswith("/models") else refusal(429, "1113", "Insufficient balance")
+
+    zai.default = reply
+    bases = [zai.url, zai.url.replace("/api", "/mainland"), zai.url.replace("/paas", "/coding/paas")]
+    monkeypatch.setattr(ztoapi, "ZAI_BASE_URLS", bases)
+    status, out = check(capsys, ZAI_API_KEY=ZAI_KEY, ZAI_BASE_URL=zai.url)
+    assert status == 1
+    assert told.format(coding=bases[2]) in out.splitlines()[-1]
+    assert ZAI_KEY not in out
+
+
+def test_the_check_shows_a_key_to_no_server_that_is_not_named(zai, capsys):
+    zai.default = refusal(401, "401")
+    assert len(failures_of(capsys, ZAI_BASE_URL=zai.url)) == 1
+    assert len(zai.requests) == 1
+
+
 def test_the_check_tells_of_a_closed_port(capsys, closed_port):
     told = failures_of(capsys, ZAI_BASE_URL=f"http://127.0.0.1:{closed_port}")
     assert re.match("FAIL  TCP: .*HTTPS_PROXY", told[0])
@@ -9443,7 +9502,7 @@ def test_it_serves_from_a_bare_environment_and_writes_and_starts_nothing():
 
 @posix_only
 def test_the_start_lines_mask_keys_and_sigint_ends_it(zai):
-    with program(ZAI_API_KEY=ZAI_KEY + ",short", ZAI_BASE_URL=zai.url, DEFAULT_KEY=KEY) as process:
+    with program(ZAI_API_KEY=ZAI_KEY + ",short7", ZAI_BASE_URL=zai.url, DEFAULT_KEY=KEY) as process:
         with connect(process, raw_chat(JSON_CHAT)[:50]):  # half a request is nothing that runs
             assert exchange(process, raw_request("GET", "/health"))[0].status == 200
             assert end(process, signal.SIGINT) == 0
@@ -9456,13 +9515,17 @@ def test_the_start_lines_mask_keys_and_sigint_ends_it(zai):
         assert secret not in text
 
 
+# To add a case, add a row: the Z.ai key, what the warning says.
 @posix_only
-def test_without_a_key_the_start_lines_warn():
-    with program() as process:
+@pytest.mark.parametrize("key, words", [
+    ("", "403"), ("your-z.ai-key", "placeholder"), ("0123456789abcdef.SecretSecret1,<your-key>", "placeholder"),
+])
+def test_without_a_key_the_start_lines_warn(key, words):
+    with program(ZAI_API_KEY=key) as process:
         assert end(process, signal.SIGTERM) == 0
     assert process.lines[1].startswith("WARNING")
-    assert "403" in process.lines[1]
-    assert "ZAI_API_KEY" in process.lines[1]
+    for word in (words, "ZAI_API_KEY", "https://z.ai/manage-apikey"):
+        assert word in process.lines[1]
 
 
 def refused(port):

@@ -40,18 +40,18 @@ true/false, 1/0, yes/no, on/off. A dash stands for a variable that is not set.
                                                     empty: none, as always with the well-known key
     DEBUG_MODE        false                         detailed log lines, never texts or keys
     DEMO_MODE         false                         answer from a stand-in for Z.ai inside this file
+"""  # noqa: W505
 
-The way of a request is below. The file has the pure parts of it first (errors, models,
-bytes, the requests to Z.ai, its answers, the fronts), then those that do I/O (gates,
-pump, upstream, metrics, handler, server), then the demo, the check and the page.
-
-              dict             chat dict               Z.ai dict
-    client --> Handler --> front.read() --> to_zai_request() --> Upstream (gate, pool, retry) --> Z.ai
-                  ^                                                     |
-      SSE bytes   |              steps            steps                 | bytes
-      or JSON  <--+-- front.tell() <---- Pump <---- Answer.feed() <-----+
-                      front.whole(fold)   (a JSON answer is the fold of a streamed one)
-"""  # noqa: E501, W505
+# The way of a request. The file has the pure parts of it first (errors, models, bytes,
+# the requests to Z.ai, its answers, the fronts), then those that do I/O (gates, pump,
+# upstream, metrics, handler, server), then the demo, the check and the page.
+#
+#           dict             chat dict              Z.ai dict
+# client --> Handler --> front.read() --> to_zai_request() --> Upstream --> Z.ai
+#               ^                                    (gate, pool, retry)
+#   SSE bytes   |              steps          steps               | bytes
+#   or JSON  <--+-- front.tell() <---- Pump <---- Answer.feed() <-+
+#                   front.whole(fold)   (a JSON answer is the fold of a streamed one)
 
 from __future__ import annotations
 
@@ -98,8 +98,8 @@ log = logging.getLogger("ztoapi")
 # One frozen dataclass, one field a variable: the field's name in capitals is the
 # variable's. To add a setting, add a line, and one to the table above.
 
-# This key stands in the README, so that every port scanner knows it.
-WELL_KNOWN_KEY = "sk-your-key"
+# These keys stand, or once stood, in the README, so that every port scanner knows them.
+WELL_KNOWN_KEYS = ("sk-your-key", "a-long-secret-of-your-own")
 REASONING_FORMATS = ("parsed", "raw", "hidden")
 BOOLEANS = {
     "true": True, "1": True, "yes": True, "on": True,
@@ -190,7 +190,7 @@ def setting(default, parse, allowed, secret=False, unset=("",)):
 
 
 KEYS = "one or more keys of printable ASCII"
-FLAG = "true or false"
+FLAG = "true/false, yes/no, on/off or 1/0"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,7 +201,7 @@ class Settings:
     host: str = setting("127.0.0.1", str, "an address of this machine")
     # An empty DEFAULT_KEY is a mistake, and must not quietly become the well-known key.
     default_key: tuple[str, ...] = setting(
-        (WELL_KNOWN_KEY,), parse_keys, KEYS, secret=True, unset=())
+        WELL_KNOWN_KEYS[:1], parse_keys, KEYS, secret=True, unset=())
     zai_api_key: tuple[str, ...] = setting(
         (), parse_keys, KEYS, secret=True, unset=NO_VALUE)
     zai_base_url: str = setting(
@@ -262,13 +262,13 @@ class Settings:
 
     @property
     def well_known(self):
-        """True while anybody who has read the README knows a key that works here."""
-        return WELL_KNOWN_KEY in self.default_key
+        """A key that works here and that each reader of the README knows, or ""."""
+        return next((key for key in self.default_key if key in WELL_KNOWN_KEYS), "")
 
     @functools.cached_property
     def secrets(self):
         """All texts to redact, the longest first, as one may begin like another."""
-        keys = [key for key in self.default_key if len(key) >= 8 and key != WELL_KNOWN_KEY]
+        keys = [key for key in self.default_key if len(key) >= 8 and key not in WELL_KNOWN_KEYS]
         keys += self.zai_api_key
         # A Z.ai key is "id.secret", and Z.ai may quote either half alone.
         keys += [half for key in keys for half in key.split(".") if len(half) >= 8]
@@ -394,8 +394,8 @@ class ErrorRow(NamedTuple):
 # heal has a status of its own: 402 without money or plan, 403 for the proxy's own key.
 QUOTA = ErrorRow(402, "insufficient_quota", "insufficient_quota", KEY_RESTS)
 NO_MONEY = QUOTA._replace(verdict=MODEL_RESTS, advice=(
-    "Recharge, or perhaps this is a Coding Plan key on the pay-as-you-go ZAI_BASE_URL"
-    " (or the reverse)."))
+    "Recharge, or use a free model, such as GLM-4.7-Flash. Or perhaps this is a Coding Plan"
+    " key on the pay-as-you-go ZAI_BASE_URL, or the reverse: --check tells."))
 RATE = ErrorRow(
     429, "rate_limit_error", "rate_limit_exceeded", TOO_FAST,
     "Z.ai limits the requests in flight for each model.", 5)
@@ -410,7 +410,7 @@ TOO_LONG = INVALID._replace(code="context_length_exceeded", advice=(
 NO_MODEL = ErrorRow(404, "invalid_request_error", "model_not_found", GIVE_UP)
 FORBIDDEN = ErrorRow(403, "permission_error", "permission_denied", GIVE_UP)
 NOT_IN_PLAN = FORBIDDEN._replace(
-    verdict=MODEL_RESTS, advice="Your plan does not include this model.")
+    type=QUOTA.type, verdict=MODEL_RESTS, advice="Your plan does not include this model.")
 UNFAIR = FORBIDDEN._replace(advice=(
     "Z.ai objects to how this plan is used:"
     " the Coding Plan is for its supported tools only."))
@@ -469,8 +469,8 @@ BARE_HTTP_ERRORS = {200: BROKEN, 401: OUR_KEY, 408: BROKEN, 413: TOO_LARGE, 429:
 # gateway on its road says has no code of Z.ai's at all: then the words decide. Only
 # words that were really seen are here, each with its source.
 
-# They stay texts, as `re` compiles a pattern when it is first used. The first in English
-# was seen under 1210 (anomalyco/opencode#27629), the Chinese ones are in the list of
+# They stay texts, as `re` compiles a pattern when it is first used. The first one here
+# was seen under 1210 (anomalyco/opencode#27629), those in Chinese are in the list of
 # NousResearch/hermes-agent, the third is said of GLM elsewhere.
 LONG_WORDS = (
     "more than max tokens allowed|exceeds max length|context (length|window)"
@@ -635,9 +635,8 @@ def zai_error(
         retryable=False if hopeless or pause_s > patience_s else None)
 
 
-NO_KEY = (
-    "ZAI_API_KEY is not set where the proxy runs. Get a key (free models need one too) at"
-    " https://z.ai/manage-apikey/apikey-list.")
+GET_KEY = "Get a key (free models need one too) at https://z.ai/manage-apikey/apikey-list."
+NO_KEY = "ZAI_API_KEY is not set where the proxy runs. " + GET_KEY
 
 
 def not_the_api():
@@ -3892,7 +3891,7 @@ BLOCKS = {
 }
 ANTHROPIC_ERRORS = {
     401: "authentication_error",
-    403: "permission_error",
+    402: "billing_error",
     404: "not_found_error",
     413: "request_too_large",
     429: "rate_limit_error",
@@ -3901,8 +3900,9 @@ ANTHROPIC_ERRORS = {
     503: "overloaded_error",
     504: "timeout_error",
 }
-# What cannot heal has a status that Anthropic's clients do not repeat.
-HOPELESS_STATUSES = {402: 403, 500: 400, 502: 400}
+# What cannot heal has a status that Claude Code shows at once, with our words alone: it
+# repeats a 5xx, and puts "Please run /login" in front of a 403.
+HOPELESS_STATUSES = {403: 400, 500: 400, 502: 400}
 NO_THREADS = "thread_unsupported_request"
 # Claude Code's first system block changes with each release, and would spoil the cache.
 BILLING = "x-anthropic-billing-header"
@@ -4033,6 +4033,11 @@ class Messages(Itemized):
 
     @staticmethod
     def status(error):
+        if error.type == QUOTA.type:
+            return QUOTA.status
+        # At a 404 Claude Code tells of its own settings, and our words are lost.
+        if error.code == NO_MODEL.code:
+            return INVALID.status
         hopeless = HOPELESS_STATUSES if error.retryable is False else {}
         return hopeless.get(error.status, error.status)
 
@@ -4370,7 +4375,7 @@ class Responses(Itemized):
     def status(error):
         """Codex sends everything 30 times at a 5xx and six times at most others; a 400
         it shows at once."""
-        if error.status in KEPT_STATUSES:
+        if error.status in KEPT_STATUSES and error.code != NO_MODEL.code:
             return error.status
         hopeless = error.retryable is False or error.status < 500
         return 400 if hopeless else error.status
@@ -5882,17 +5887,23 @@ class Route(NamedTuple):
     front: type = Chat
 
 
-# To add a path, add a row. All of /v1 works without /v1 too. A row without methods lets
-# an API say in its own shape that there is nothing. The last row fits every path.
+# What may stand before a path of an API. Z.ai's own are there, so that a program which
+# works with Z.ai works here once its host is replaced. Clients of Anthropic add /v1 to
+# whatever they were given.
+V4 = "(?:/v1|/api/(?:coding/)?paas/v4)?"
+V1 = "(?:/api)?(?:/v1)?"
+ANTHROPIC = "(?:/api/anthropic)?(?:/v1)*"
+
+# To add a path, add a row. A row without methods lets an API say in its own shape that
+# there is nothing. The last row fits every path.
 ROUTES = (
-    Route("(?:/v1)?/chat/completions", post="post_answer"),
-    Route("(?:/v1)?/responses", "refuse_get", "post_answer", front=Responses),
-    Route("(?:/v1)?/responses/.+", front=Responses),
-    # Anthropic's base URL has no /v1, which its clients add themselves.
-    Route("(?:/v1)*/messages", post="post_answer", front=Messages),
-    Route("(?:/v1)?/messages/.+", front=Messages),
-    Route("(?:/v1)?/models", "get_models"),
-    Route("(?:/v1)?/models/(?P<id>.+)", "get_model"),
+    Route(V4 + "/chat/completions", post="post_answer"),
+    Route(V1 + "/responses", "refuse_get", "post_answer", front=Responses),
+    Route(V1 + "/responses/.+", front=Responses),
+    Route(ANTHROPIC + "/messages", post="post_answer", front=Messages),
+    Route(ANTHROPIC + "/messages/.+", front=Messages),
+    Route(f"(?:{V4}|{ANTHROPIC})/models", "get_models"),
+    Route(f"(?:{V4}|{ANTHROPIC})/models/(?P<id>.+)", "get_model"),
     Route("/metrics", "get_metrics"),
     Route("/stats", "get_stats"),
     Route("/health", "get_health", needs_key=False),
@@ -5906,12 +5917,12 @@ ELSEWHERE = (
     (".+/v1/messages|.*/anthropic", "Set the client's base URL to {root}, without /v1."),
     ("/v1/v1(?:/|$)|.*/(?:completions|responses|messages)/.*completions$",
      "The path is doubled: set the client's base URL to {base}."),
-    ("(?:/v1)?/completions$",
+    (V4 + "/completions$",
      "The legacy completions API is not served: use {base}/chat/completions."),
-    (("(?:/v1)?/(?:embeddings|images|audio|rerank|files|videos|moderations|batches|realtime"
+    ((V4 + "/(?:embeddings|images|audio|rerank|files|videos|moderations|batches|realtime"
       "|fine_tuning|uploads|web_search|tokenizer|assistants|threads|vector_stores)(?:/|$)"),
      "ZtoApi serves chat only. What Z.ai has of this is at {there}, billed to the balance."),
-    ("(?:/v1)?/responses/.",
+    (V1 + "/responses/.",
      "ZtoApi keeps no responses: there is nothing to get, to cancel or to compact."),
     ("(?:/v1)?/messages/count_tokens$", "Tokens are not counted here: estimate them."),
     ("", "There is nothing at {path!a}. Set the client's base URL to {base}."),
@@ -6146,12 +6157,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def find_route(self):
         """The name of the method that answers; the key is checked on the way."""
-        self.check_host()
-        if self.command == "OPTIONS":
-            return "answer_options"
         found = ((row, re.fullmatch(row.pattern, self.path)) for row in ROUTES)
         row, self.match = next(pair for pair in found if pair[1])
         self.front = row.front
+        self.check_host()
+        if self.command == "OPTIONS":
+            return "answer_options"
         if row.needs_key:
             self.check_key()
         methods = {"GET": row.get, "HEAD": row.get, "POST": row.post}
@@ -6167,7 +6178,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def not_found(self):
         path = self.path[:200]
         words = next(words for pattern, words in ELSEWHERE if re.match(pattern, path))
-        tail = escaped(re.sub("^/v1", "", path))
+        tail = escaped(re.sub(V4, "", path, count=1))
         there = self.settings.zai_base_url + tail
         root = self.server.url
         words = words.format(root=root, base=root + "/v1", path=path, there=there)
@@ -6204,7 +6215,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def wrong_key(self, was_given):
         problem = "Incorrect API key" if was_given else "No API key"
-        hint = f" ({WELL_KNOWN_KEY} unless you set it)" if self.settings.well_known else ""
+        well_known = self.settings.well_known
+        hint = f" ({well_known} unless you set it)" if well_known else ""
         words = (f"{problem}: send the proxy's DEFAULT_KEY{hint}, not the Z.ai key, as "
                  "Authorization: Bearer KEY.")
         return RequestError(words, status=401, code="invalid_api_key", retryable=False)
@@ -6325,8 +6337,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.answer(204, b"", fields=fields)
 
     def get_page(self):
-        key = WELL_KNOWN_KEY if self.settings.well_known else ""
-        page = PAGE.replace('data-key=""', f'data-key="{key}"')
+        page = PAGE.replace('data-key=""', f'data-key="{self.settings.well_known}"')
         self.answer(200, page.encode(), "text/html; charset=utf-8", [
             ("Content-Security-Policy", page_policy()),
             ("Referrer-Policy", "no-referrer"),
@@ -6814,6 +6825,13 @@ def demo_socket(data):
 
 # The models to try, the cheapest first. The Coding Plan (True) serves others.
 CHECK_MODELS = {True: ("glm-4.7", "glm-4.5-air"), False: ("glm-4.7-flash", "glm-4.6")}
+# A key fits one of these, or two. No other server is shown a key unasked.
+ZAI_BASE_URLS = (
+    "https://api.z.ai/api/paas/v4",
+    "https://api.z.ai/api/coding/paas/v4",
+    "https://open.bigmodel.cn/api/paas/v4",
+    "https://open.bigmodel.cn/api/coding/paas/v4",
+)
 
 CHECK_REQUEST = {
     "messages": [{"role": "user", "content": "Say OK."}],
@@ -6833,13 +6851,16 @@ def say(text, stream="stdout"):
 
 
 def check_keys(upstream, client):
-    """Each key against GET {base}/models. True if Z.ai takes at least one."""
-    accepted = False
-    if not upstream.gates.keys:
+    """Each key against GET {base}/models. The error of the first, None if Z.ai takes at
+    least one."""
+    keys = upstream.gates.keys
+    if not keys:
         say(f"FAIL  key: {NO_KEY}")
+    errors = []
     # Asking without a key tells at least whether Z.ai can be reached.
-    for key in upstream.gates.keys or [ZaiKey(0, "")]:
+    for key in keys or [ZaiKey(0, "")]:
         error = upstream.check_key(key, client)
+        errors.append(error)
         if error:
             words = upstream.settings.redact(error.message)
             say(f"FAIL  {error.stage or 'key ' + key.name}: {words}")
@@ -6847,12 +6868,14 @@ def check_keys(upstream, client):
             # The demo is reached without a network.
             way = "" if upstream.settings.demo_mode else ", so DNS, TCP and TLS are well"
             say(f"ok    key {key.name}: accepted{way}")
-            accepted = True
-    return accepted
+    if not keys:
+        return missing_key()
+    return None if None in errors else errors[0]
 
 
-def check_chat(upstream, client):
-    """A tiny answer of the first model that gives one."""
+def first_chat(upstream, client, failed):
+    """(model, milliseconds to the first token) of the first model that gives a tiny
+    answer. failed(model, error) is told of the others; the last error is raised."""
     settings = upstream.settings
     for model in CHECK_MODELS["/coding/" in settings.zai_base_url]:
         request = {**CHECK_REQUEST, "model": model}
@@ -6860,13 +6883,35 @@ def check_chat(upstream, client):
         record = Record("check", "", time.time(), time.monotonic())
         try:
             upstream.answer(job, client, record, take=lambda steps: None)
+            return model, milliseconds(record.ttft_s)
         except ApiError as error:
-            say(f"FAIL  chat with {model}: {settings.redact(error.message)}")
-        else:
-            ttft_ms = milliseconds(record.ttft_s)
-            say(f"ok    chat: {model} answered, first token after {ttft_ms} ms")
-            return True
-    return False
+            failed(model, error)
+            last = error
+    raise last
+
+
+def check_chat(upstream, client):
+    """A tiny answer. None, or the error of the last model that was tried."""
+    def failed(model, error):
+        say(f"FAIL  chat with {model}: {upstream.settings.redact(error.message)}")
+
+    try:
+        model, ttft_ms = first_chat(upstream, client, failed)
+    except ApiError as error:
+        return error
+    say(f"ok    chat: {model} answered, first token after {ttft_ms} ms")
+    return None
+
+
+def check_bases(settings, pump, client):
+    """Say which other base URL the key fits."""
+    for base in ZAI_BASE_URLS:
+        other = dataclasses.replace(settings, zai_base_url=base, queue_timeout=5.0)
+        with contextlib.suppress(ApiError), contextlib.closing(Upstream(other, pump)) as there:
+            model, _ = first_chat(there, client, failed=lambda *_: None)
+            say(f"      The key fits ZAI_BASE_URL={base}: {model} answered there.")
+            return
+    say("      The key fits none of Z.ai's base URLs.")
 
 
 def check(settings):
@@ -6885,7 +6930,12 @@ def check(settings):
     pump.start()
     try:
         with ours, theirs, pump.minding(Client(ours)) as client:
-            return check_keys(upstream, client) and check_chat(upstream, client)
+            error = check_keys(upstream, client) or check_chat(upstream, client)
+            # Z.ai refuses the key, or has no money or plan for it here.
+            is_refused = settings.zai_api_key and error and error.verdict in NEXT_KEY
+            if is_refused and settings.zai_base_url in ZAI_BASE_URLS:
+                check_bases(settings, pump, client)
+            return error is None
     finally:
         pump.close()
         upstream.close()
@@ -6921,13 +6971,14 @@ def raise_descriptor_limit(connections):
 def announce(server):
     """Three lines: where it listens, what it speaks to, where the page is."""
     settings = server.settings
-    shown = ", ".join(map(mask, settings.default_key))
-    keys = WELL_KNOWN_KEY if settings.well_known else shown
+    keys = settings.well_known or ", ".join(map(mask, settings.default_key))
     say(f"ZtoApi {__version__} listens on {server.url}/v1 (HOST={settings.host}), key {keys}")
     if settings.demo_mode:
         say("DEMO: answers come from a stand-in inside this program, not from Z.ai")
     elif not settings.zai_api_key:
         say(f"WARNING: chat will answer 403. {NO_KEY}")
+    elif not all(re.search("[0-9]", key) for key in settings.zai_api_key):
+        say(f"WARNING: ZAI_API_KEY looks like a placeholder, as it has no digit. {GET_KEY}")
     else:
         zai_keys = ", ".join(key.name for key in server.upstream.gates.keys)
         models = len(listed_models(settings))
