@@ -1,4 +1,4 @@
-"""Tests of ztoapi: `python -m pytest`. `.ci/` holds the benchmark and the soak test.
+"""Tests of ztoapi: `python -m pytest`. `.ci/` holds the benchmark, the soak test and the page in a browser.
 
 First come the fakes, the raw client and the proxy under test, then a section for each of
 ztoapi.py's. The pure parts are tested by tables; the rest through real sockets, against a
@@ -7,6 +7,7 @@ bytes are as they were captured (see each case).
 """
 
 import ast
+import base64
 import collections
 import contextlib
 import copy
@@ -14,6 +15,7 @@ import dataclasses
 import email.utils
 import gc
 import gzip
+import hashlib
 import http.client
 import io
 import itertools
@@ -7408,8 +7410,7 @@ def test_the_history_is_ten_minutes_without_gaps():
         metrics.finish(counted())
     history = metrics.stats([], {}, False)["history"]
     assert [row["t"] for row in history] == list(range(1800000000 - 590, 1800000001, 10))
-    assert [row["requests"] for row in history] == [0] * 59 + [1]
-    assert history[-1]["tokens"] == 7
+    assert [row["tokens"] for row in history] == [0] * 59 + [7]
 
 
 def test_stats_tell_the_last_minute_and_the_median():
@@ -7417,9 +7418,9 @@ def test_stats_tell_the_last_minute_and_the_median():
     stats = metrics.stats([(1, "glm-4.6", 2, 1)], {"glm-4.6": 4}, True)
     assert stats["ttft_p50_ms"] == 200.0
     assert stats["tokens_per_s"] == round(21 / 60, 1)
-    assert stats["queued"] == 4
+    assert stats["tokens"] == {"glm-4.6": {"prompt": 9, "completion": 21}}
+    assert (stats["gates"], stats["queued"]) == ([(1, "glm-4.6", 2, 1)], {"glm-4.6": 4})
     assert stats["demo"] is True
-    assert stats["ceilings"] == [{"key": 1, "model": "glm-4.6", "ceiling": 2, "in_flight": 1, "queued": 4}]
 
 
 # Handler ##############################################################################
@@ -8552,8 +8553,9 @@ def test_the_metrics_are_prometheus_text_with_the_promised_names(zai):
 def test_stats_begin_empty(proxy):
     assert proxy.call("GET", "/stats", key=None)[0] == 401
     stats = proxy.call("GET", "/stats")[2]
-    for name in ("in_flight", "queued", "served", "failed", "cancelled"):
+    for name in ("in_flight", "served", "failed", "cancelled"):
         assert stats[name] == 0
+    assert (stats["queued"], stats["gates"], stats["tokens"], stats["trouble"]) == ({}, [], {}, [""])
     assert stats["unauthorized"] == 1
     assert stats["ttft_p50_ms"] is None
     assert stats["recent"] == []
@@ -8574,7 +8576,6 @@ def test_stats_tell_the_page_what_is_going_on(zai):
     assert (stats["served"], stats["failed"]) == (23, 1)
     assert stats["tokens_per_s"] > 0
     assert stats["ttft_p50_ms"] >= 0
-    assert sum(bucket["requests"] for bucket in stats["history"]) == 24
     assert sum(bucket["tokens"] for bucket in stats["history"]) == 23 * 185
     assert not re.search("PROMPT|Hello|The user", json.dumps(stats))
     assert len(stats["recent"]) == 20
@@ -8591,11 +8592,46 @@ def test_stats_tell_the_page_what_is_going_on(zai):
 def test_a_learned_ceiling_shows(zai, proxy):
     zai.limit, zai.default = 2, stream(say("a"), lambda *_: eventually(lambda: zai.refused), FINISH, DONE)
     together(*[proxy.chat] * 4)
-    row, = proxy.call("GET", "/stats")[2]["ceilings"]
+    (key, model, ceiling, _), = proxy.call("GET", "/stats")[2]["gates"]
     text = proxy.call("GET", "/metrics")[2]
-    assert row["model"] == "glm-4.6"
-    assert 1 <= row["ceiling"] <= 3
-    assert f'ztoapi_concurrency_ceiling{{key="1",model="glm-4.6"}} {row["ceiling"]}\n' in text
+    assert (key, model) == (1, "glm-4.6")
+    assert 1 <= ceiling <= 3
+    assert f'ztoapi_concurrency_ceiling{{key="1",model="glm-4.6"}} {ceiling}\n' in text
+
+
+def test_stats_tell_what_is_wrong_with_each_of_our_keys_until_it_serves(zai):
+    def trouble():
+        return proxy.call("GET", "/stats")[2]["trouble"]
+
+    with proxying(zai, ZAI_API_KEY="") as proxy:
+        assert trouble() == [ztoapi.NO_KEY]
+    with proxying(zai, ZAI_API_KEY="a-first-key,a-second-key") as proxy:
+        for refused in (1, 2):
+            zai.scripts.append(refusal(401, "1000", "Authentication Failed"))
+            assert proxy.chat()[0] == 200
+            words = f"Key #{refused}: Z.ai: Authentication Failed (code 1000). {ztoapi.OUR_KEY.advice}"
+            assert trouble()[refused - 1] == words
+        assert trouble()[0] == "", "it has served since"
+
+
+# The page: the key is in it only if everybody knows it.
+
+@table("environ,key,model", [
+    ({"DEFAULT_KEY": "sk-your-key"}, "sk-your-key", "glm-4.7-flash"),
+    ({}, "", "glm-4.7-flash"),
+    ({"ZAI_BASE_URL": CODING}, "", "glm-4.7"),
+])
+def test_the_page_tells_its_key_and_model_and_runs_nothing_but_its_own(environ, key, model):
+    with proxying(**environ) as proxy:
+        reply = exchange(proxy, raw_request("GET", "/", auth=None))[0]
+    page = reply.body.decode()
+    assert f'<body data-key="{key}" data-model="{model}">' in page
+    policy = reply.headers["Content-Security-Policy"]
+    assert policy.startswith("default-src 'none'; ")
+    for tag in ("script", "style"):
+        text, = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        assert f"{tag}-src 'sha256-{digest}';" in policy
 
 
 # Bugs of our own

@@ -4404,6 +4404,8 @@ class ZaiKey:
         self.text = text
         self.name = f"#{position} {mask(text)}"
         self.resting_until = 0.0
+        # Why, until something is served again; for the page.
+        self.refusal = ""
 
 
 class Gate:
@@ -4583,6 +4585,7 @@ class Gates:
         gate.in_flight -= 1
         if ticket.served:
             gate.refusal = None
+            gate.key.refusal = ""
             if ticket.probes_rest:
                 gate.key.resting_until = gate.resting_until = 0.0
             return self._cleared(gate, ticket.model, now)
@@ -4592,6 +4595,8 @@ class Gates:
             rest_s = min(error.retry_after or self.REST_S, self.LONGEST_REST_S)
             resting = gate.key if error.verdict == KEY_RESTS else gate
             resting.resting_until = now + rest_s
+            if error.verdict == KEY_RESTS:
+                gate.key.refusal = f"Key #{gate.key.position}: {error.message}"
             ticket.refused_by.add(gate.key)
         elif error.verdict in QUEUE_AGAIN:
             return self._refuse(gate, ticket, error, now)
@@ -5779,9 +5784,7 @@ class Metrics:
             self.duration.add(record.total_s)
             if record.ttft_s is not None:
                 self.ttft.add(record.ttft_s)
-            bucket = self.bucket()
-            bucket["requests"] += 1
-            bucket["tokens"] += record.tokens("completion") or 0
+            self.bucket()["tokens"] += record.tokens("completion") or 0
             self.recent.appendleft(record)
 
     def bucket(self):
@@ -5790,29 +5793,28 @@ class Metrics:
         # No more than the history holds, however long nothing has happened.
         start = max(now - HISTORY_S, self.history[-1]["t"] + BUCKET_S)
         for begin in range(start, now + 1, BUCKET_S):
-            self.history.append({"t": begin, "requests": 0, "tokens": 0})
+            self.history.append({"t": begin, "tokens": 0})
         return self.history[-1]
 
     def stats(self, gates, queued, demo):
         """The page's JSON. `gates`, `queued`: Gates.state()."""
-        ceilings = []
-        for gate in gates:
-            row = dict(zip(("key", "model", "ceiling", "in_flight"), gate))
-            ceilings.append({**row, "queued": queued.get(row["model"], 0)})
+        tokens = collections.defaultdict(collections.Counter)
         with self.lock:
             self.bucket()
             history = list(self.history)
             last_minute = history[-60 // BUCKET_S:]
+            for (model, kind, _), count in self.tokens.items():
+                tokens[model][kind] += count
             names = ("in_flight", "served", "failed", "cancelled", "unauthorized")
             return {
                 "version": __version__,
                 "demo": demo,
-                "uptime_s": round(self.now() - self.began, 1),
                 **{name: self.counts[name] for name in names},
-                "queued": sum(queued.values()),
                 "tokens_per_s": round(sum(row["tokens"] for row in last_minute) / 60, 1),
                 "ttft_p50_ms": milliseconds(self.ttft.median()),
-                "ceilings": ceilings,
+                "tokens": tokens,
+                "gates": gates,
+                "queued": queued,
                 "history": history,
                 "recent": [record.row() for record in self.recent],
             }
@@ -6337,7 +6339,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.answer(204, b"", fields=fields)
 
     def get_page(self):
-        page = PAGE.replace('data-key=""', f'data-key="{self.settings.well_known}"')
+        model = CHECK_MODELS["/coding/" in self.settings.zai_base_url][0]
+        page = PAGE.replace('data-key="" data-model=""',
+                            f'data-key="{self.settings.well_known}" data-model="{model}"')
         self.answer(200, page.encode(), "text/html; charset=utf-8", [
             ("Content-Security-Policy", page_policy()),
             ("Referrer-Policy", "no-referrer"),
@@ -6374,8 +6378,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.answer(200, text.encode(), "text/plain; version=0.0.4; charset=utf-8")
 
     def get_stats(self):
-        state = self.server.upstream.gates.state()
-        stats = self.server.metrics.stats(*state, self.settings.demo_mode)
+        gates = self.server.upstream.gates
+        stats = self.server.metrics.stats(*gates.state(), self.settings.demo_mode)
+        refusals = [self.settings.redact(key.refusal) for key in gates.keys]
+        stats["trouble"] = refusals or [NO_KEY]
         self.answer_json(stats, fields=[("Cache-Control", "no-store")])
 
     def refuse_get(self):
@@ -7065,114 +7071,104 @@ PAGE = r"""<!DOCTYPE html>
  width='8' height='8' fill='%234338ca'/%3E%3Cpath d='M2 2h4L2 6h4' fill='none' stroke='white'/%3E%3C/svg%3E">
 <style>
 :root { color-scheme: light dark; --page: #f5f6fa; --card: #fff; --text: #1c222e; --quiet: #566073;
-  --line: #dfe3ea; --edge: #848d9e; --accent: #4338ca; --second: #0b7566; --bad: #b3261e;
-  --tint: #eeeffc; }
+  --line: #dfe3ea; --edge: #848d9e; --accent: #4338ca; --tint: #eeeffc; --bad: #b3261e; }
 @media (prefers-color-scheme: dark) { :root { --page: #12141b; --card: #1a1e27; --text: #e5e9f0;
-  --quiet: #a0aabb; --line: #303744; --edge: #737e92; --accent: #a5b0ff; --second: #5cc9b5;
-  --bad: #ff9086; --tint: #262b44; } } * { box-sizing: border-box; }
-[hidden], #log:empty { display: none !important; } a { color: var(--accent); }
+  --quiet: #a0aabb; --line: #303744; --edge: #737e92; --accent: #a5b0ff; --tint: #262b44;
+  --bad: #ff9086; } } * { box-sizing: border-box; } a { color: var(--accent); }
+[hidden], #log:empty, #model:empty, .scroll:empty { display: none !important; }
 body { margin: auto; max-width: 62rem; padding: 1rem; background: var(--page); color: var(--text);
-  font: 1rem/1.5 system-ui, sans-serif; } dd { margin: 0; font-size: 1.4rem; }
-textarea { resize: vertical; }
+  font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; } .bad { color: var(--bad); }
 section { margin: 1rem 0; padding: 1rem; border: 1px solid var(--line); border-radius: 1rem;
-  background: var(--card); } h1, h2, h3, p, dl, pre, figure { margin: 0 0 .75rem; }
-h1, h2 { font-size: 1.25rem; } h3 { font-size: 1rem; }
-h1::before { content: "Z" / ""; margin-right: .5rem; padding: 0 .5rem; border-radius: .4rem;
-  background: var(--accent); color: var(--card); } header * { margin: 0; }
-nav { margin-left: auto; } header p, textarea { flex: 1 0 100%; }
-header, nav, form, #tabs { display: flex; flex-wrap: wrap; align-items: center; gap: .5rem .75rem; }
-.quiet, dt, th, figcaption, summary, .thoughts, .code button, ::placeholder { color: var(--quiet);
-  font-size: .875rem; }
-button, input, select, textarea { max-width: 100%; padding: .3rem .7rem;
-  border: 1px solid var(--edge); border-radius: .5rem; background: var(--card); color: var(--text);
-  font: inherit; accent-color: var(--accent); }
-.main { border-color: var(--accent); background: var(--accent); color: var(--card); }
-.bad { color: var(--bad); }
-.link { max-width: 14rem; padding: 0; border: 0; text-decoration: underline dotted;
-  overflow: hidden; text-overflow: ellipsis; }
+  background: var(--card); } h1, h2, h3, p, pre, figure { margin: 0 0 .75rem; }
+section > :last-child, header * { margin: 0; } h1, h2 { font-size: 1.25rem; } h3 { font-size: 1rem; }
+h1::before { content: "Z" / ""; margin-right: .5rem; padding: 0 .5rem; border-radius: .4rem; }
+h1::before, .main { border-color: var(--accent); background: var(--accent); color: var(--card); }
+header, form { display: flex; flex-wrap: wrap; align-items: center; gap: .5rem .75rem; }
+header p, textarea { flex: 1 0 100%; } textarea { resize: vertical; }
+.quiet, .link, figcaption, summary, .thoughts, .code button, th, td, caption, ::placeholder {
+  font-size: .875rem; } button:disabled { opacity: .6; } th, span { font-weight: 400; }
+.quiet, figcaption, summary, .thoughts, .code button, th, ::placeholder { color: var(--quiet); }
+button, input, select, textarea { max-width: 100%; padding: .3rem .7rem; border: 1px solid
+  var(--edge); border-radius: .5rem; background: var(--card); color: var(--text); font: inherit;
+  accent-color: var(--accent); } #model { flex: 1 1 8rem; min-width: 0; max-width: min(20rem, 100%); }
+.link { padding: 0; border: 0; text-decoration: underline dotted; }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
-pre, code { font: .875rem/1.5 ui-monospace, Menlo, monospace; white-space: pre-wrap;
-  overflow-wrap: anywhere; }
+pre, code { font: .875rem/1.5 ui-monospace, Menlo, monospace; white-space: pre-wrap; }
 pre { min-height: 2.6rem; padding: .6rem 4rem .6rem .75rem; background: var(--page);
-  border-radius: .5rem; } .code { position: relative; }
-.code button { position: absolute; top: .4rem; right: .4rem; padding: 0 .5rem; }
-#log { max-height: max(65vh, 20rem); margin-bottom: .75rem; overflow: auto;
-  overflow-wrap: anywhere; }
+  border-radius: .5rem; } .code { position: relative; } .user, .thoughts { white-space: pre-wrap; }
+.code button { position: absolute; top: .4rem; right: .4rem; padding: 0 .5rem; user-select: none; }
+#log { max-height: max(10rem, 100vh - 22.5rem); margin-bottom: .75rem; overflow: auto; }
+#chat { position: sticky; bottom: 0; margin-bottom: -1rem; padding: .25rem 0 1rem;
+  background: var(--card); } .text .gap { margin-top: .6rem; } .text :is(ul, ol) { padding-left: 1.6rem; }
 .user { width: fit-content; max-width: 85%; margin: .5rem 0 1rem auto; padding: .5rem .9rem;
-  background: var(--tint); border-radius: .75rem; } .user, .thoughts { white-space: pre-wrap; }
-.text :is(h3, p) { margin: 0; min-height: .6em; }
-.item { padding-left: 1.5rem; text-indent: -1rem; } .deep { padding-left: 3rem; }
-label, th, td { white-space: nowrap; }
-.thoughts { padding-left: .75rem; border-left: 3px solid var(--line); }
-#tabs { margin-bottom: .5rem; }
-dl, #charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(6rem, 1fr));
-  gap: .5rem 1rem; } #charts { grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr)); }
-.grid { stroke: var(--line); } text { fill: var(--quiet); font-size: 12px; }
-.end { text-anchor: end; } caption { font-weight: bold; } .bars { fill: var(--accent); }
-figure + figure .bars { fill: var(--second); } table { width: 100%; border-spacing: 0; }
-.scroll { max-height: 22rem; margin-bottom: 1rem; overflow: auto; }
-td { border-top: 1px solid var(--line); } th, span { font-weight: 400; }
-th, td, caption { padding: .35rem .9rem .35rem 0; text-align: left; font-size: .875rem; }
-</style></head><body data-key=""><header>
+  background: var(--tint); border-radius: .75rem; } .text :is(.code, .scroll, hr) { margin: .6rem 0; }
+figure pre, .text :is(h3, p, ul, ol, blockquote, pre) { margin: 0; } hr { border: 0; border-top: 1px
+  solid var(--edge); } .thoughts, blockquote { padding-left: .75rem; border-left: 3px solid var(--line); }
+.columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(15rem, 100%), 1fr));
+  gap: .5rem 1rem; } caption, .text th { font-weight: bold; }
+svg { border-bottom: 1px solid var(--edge); fill: var(--accent); } summary { padding: .2rem 0; }
+.scroll { max-height: 22rem; margin-bottom: 1rem; overflow: auto; } table { width: 100%;
+  border-spacing: 0; } td { border-top: 1px solid var(--line); } th, td, caption { text-align: left;
+  padding: .35rem .9rem .35rem 0; vertical-align: top; } label, th, td { white-space: nowrap; }
+.text :is(th, td), #recent td:last-child { min-width: 5rem; white-space: normal; }
+#recent td:last-child { min-width: 14rem; }
+</style></head><body data-key="" data-model=""><header>
   <h1>ZtoApi <span class="quiet" id="version"></span></h1>
-  <nav aria-label="Sections"><a href="#talk">Chat</a> <a href="#now">Numbers</a> <a href="#connect">Connect</a></nav>
   <form id="key-form" hidden><label>API key <input id="key" type="password" autocomplete="off" required
-      pattern="[!-~]+" title="The key, without spaces"></label> <button class="main">Use key</button>
+      pattern=" *[!-~]+ *" title="The key, without spaces"></label> <button class="main">Use key</button>
     <p class="quiet">The key of this server (its DEFAULT_KEY), for chat and numbers; kept in this tab only.</p></form>
   <p class="bad" id="state" role="alert"></p></header><main>
-<section aria-labelledby="talk"><h2 id="talk">Chat <span class="quiet">with Z.ai's GLM models</span></h2>
+<section aria-labelledby="talk"><h2 id="talk">Chat <span class="quiet">kept in this tab only</span></h2>
   <div id="log" role="log" tabindex="0" aria-label="Conversation"></div>
-  <form id="chat"><textarea id="message" rows="3" required aria-label="Message" placeholder="Enter sends"></textarea>
-    <select id="model" aria-label="Model"><option>GLM-4.6</option></select>
+  <form id="chat"><textarea id="message" rows="3" required aria-label="Message"
+      placeholder="Enter sends, Shift+Enter starts a new line"></textarea>
+    <button class="main" id="send" formnovalidate>Send</button> <select id="model" aria-label="Model"></select>
     <label><input id="thinking" type="checkbox" checked> Thinking</label>
-    <button class="main" id="send">Send</button> <button class="main" id="stop" type="button" hidden>Stop</button>
     <button id="new" type="button">New chat</button> <span class="quiet" id="outcome" role="status"></span>
   </form></section>
-<section aria-labelledby="now" id="numbers" hidden><h2 id="now">Numbers</h2><dl id="totals"></dl>
-  <div id="charts"><figure><figcaption></figcaption><svg viewBox="0 0 360 130" aria-hidden="true"><g id="axes">
-    <path class="grid" d="M40 10H340M40 55H340M40 100H340"/><text x="34" y="104" class="end">0</text>
-    <text x="40" y="122">10 min ago</text><text x="190" y="122">5</text><text x="340" y="122" class="end">now</text></g>
-    <text x="34" y="14" class="top end"/><text x="34" y="59" class="top end"/><path class="bars"/></svg></figure>
-    <figure><figcaption></figcaption><svg viewBox="0 0 360 130" aria-hidden="true"><use href="#axes"/>
-    <text x="34" y="14" class="top end"/><text x="34" y="59" class="top end"/><path class="bars"/></svg></figure></div>
-  <div class="scroll" id="recent" tabindex="0" role="region" aria-label="Last requests"></div>
-  <p class="bad" id="whole" role="status"></p>
-  <div class="scroll" id="limits" tabindex="0" role="region" aria-label="Limits of Z.ai"></div>
-  <p class="quiet">For Prometheus: <a href="/metrics">/metrics</a>, with the key in the request.</p></section>
-<section aria-labelledby="connect"><h2 id="connect">Connect</h2>
-  <p>The key of this server is <code>sk-your-key</code> unless DEFAULT_KEY says otherwise. The key it needs at Z.ai,
-    for free models too, is <a href="https://z.ai/manage-apikey/apikey-list" rel="noreferrer">made there</a>.</p>
-  <div class="code"><pre aria-label="Base URL">ORIGIN/v1</pre></div>
-  <div id="tabs" role="radiogroup" aria-label="Example for"></div>
-  <div class="code" title="curl"><pre>curl ORIGIN/v1/chat/completions \
-  -H "Authorization: Bearer sk-your-key" -H "Content-Type: application/json" \
-  -d '{"model": "GLM-4.6", "stream": false, "messages": [{"role": "user", "content": "Hello"}]}'</pre></div>
-  <div class="code" title="Python" hidden><pre>from openai import OpenAI
-client = OpenAI(base_url="ORIGIN/v1", api_key="sk-your-key")
-answer = client.chat.completions.create(model="GLM-4.6", messages=[{"role": "user", "content": "Hello"}])
-print(answer.choices[0].message.content)</pre></div>
-  <div class="code" title="JavaScript" hidden><pre>import OpenAI from "openai";
-const client = new OpenAI({ baseURL: "ORIGIN/v1", apiKey: "sk-your-key" });
-const body = { model: "GLM-4.6", messages: [{ role: "user", content: "Hello" }] };
-console.log((await client.chat.completions.create(body)).choices[0].message.content);</pre></div>
-  <div class="code" title="Codex" hidden><pre>ZTOAPI_KEY=sk-your-key codex -m GLM-4.6 -c model_provider=z \
-  -c 'model_providers.z={name="ZtoApi", base_url="ORIGIN/v1", env_key="ZTOAPI_KEY", wire_api="responses"}'</pre></div>
-  <div class="code" title="Claude Code" hidden><pre>ANTHROPIC_BASE_URL=ORIGIN ANTHROPIC_AUTH_TOKEN=sk-your-key \
-  ANTHROPIC_MODEL=GLM-4.6 claude</pre></div>
-  <div class="scroll" id="models" tabindex="0" role="region" aria-label="Models" hidden></div></section></main>
+<section aria-labelledby="connect" id="connecting"><h2 id="connect">Connect</h2>
+  <div class="columns">
+    <figure><figcaption>Base URL of OpenAI's APIs</figcaption><div class="code"><pre>{origin}/v1</pre></div></figure>
+    <figure><figcaption>Base URL of Anthropic's API</figcaption><div class="code"><pre>{origin}</pre></div></figure>
+    <figure><figcaption>Key <button class="link" id="change" type="button">Change it</button></figcaption>
+      <div class="code"><pre>{key}</pre></div></figure></div>
+  <details name="example" open><summary>curl</summary><div class="code"><pre>curl {origin}/v1/chat/completions \
+  -H "Authorization: Bearer {key}" -H "Content-Type: application/json" \
+  -d '{"model": "{model}", "stream": false,
+       "messages": [{"role": "user", "content": "Hello"}]}'</pre></div></details>
+  <details name="example"><summary>Python</summary><div class="code"><pre>from openai import OpenAI
+client = OpenAI(base_url="{origin}/v1", api_key="{key}")
+answer = client.chat.completions.create(model="{model}", messages=[{"role": "user", "content": "Hello"}])
+print(answer.choices[0].message.content)</pre></div></details>
+  <details name="example"><summary>JavaScript</summary><div class="code"><pre>import OpenAI from "openai";
+const client = new OpenAI({ baseURL: "{origin}/v1", apiKey: "{key}" });
+const body = { model: "{model}", messages: [{ role: "user", content: "Hello" }] };
+console.log((await client.chat.completions.create(body)).choices[0].message.content);</pre></div></details>
+  <details name="example"><summary>Codex</summary><div class="code"><pre>codex -m {model} -c model_provider=z \
+  -c model_providers.z.name=ZtoApi -c model_providers.z.base_url={origin}/v1 -c model_providers.z.wire_api=responses \
+  -c 'model_providers.z.experimental_bearer_token="{key}"'</pre></div></details>
+  <details name="example"><summary>Claude Code</summary><div class="code"><pre>ANTHROPIC_BASE_URL={origin} \
+  ANTHROPIC_AUTH_TOKEN={key} claude</pre></div></details>
+  <p class="quiet">ZtoApi itself needs a key of Z.ai, for free models too; it is
+    <a href="https://z.ai/manage-apikey/apikey-list" target="_blank" rel="noreferrer">made there</a>.</p></section>
+<section aria-labelledby="now" id="numbers" hidden><h2 id="now">Numbers</h2><p id="totals"></p>
+  <figure id="chart"><figcaption></figcaption><svg viewBox="0 0 600 60" aria-hidden="true"><path/></svg></figure>
+  <div class="scroll" id="tokens" tabindex="0" role="region" aria-label="Models"></div>
+  <div class="scroll" id="recent" tabindex="0" role="region" aria-label="Last requests"></div></section></main>
 <script>
 const $ = id => document.getElementById(id);
 const NONE = "\u2013", join = texts => texts.filter(Boolean).join(" \u00b7 ");
 const time = ms => ms == null ? NONE : ms < 1000 ? ms.toFixed() + " ms" : (ms / 1000).toFixed(1) + " s";
-const thousands = tokens => (tokens / (tokens % 1024 ? 1000 : 1024)).toFixed() + "K";
-const size = tokens => !tokens ? NONE : tokens < 1e6 ? thousands(tokens) : "1M";
+const local = value => value.toLocaleString("en");
+const size = tokens => tokens && (tokens < 1e6 ? (tokens / (tokens % 1024 ? 1000 : 1024)).toFixed() + "K" : "1M");
 const clock = unix => new Date(unix * 1000).toLocaleTimeString([], { hourCycle: "h23" });
-const serverError = (error, status) =>
-  new Error(join([error?.message ?? "No reason was given.", status, error?.code]));
+const serverError = (error, status) => new Error(join([error?.message ?? "No reason was given.", status, error?.code]));
 const reason = error => (error.name === "Error" ? "" : "The connection to the server failed: ") + error.message;
 const button = (text, onclick, className = "") => element("button", [text], { type: "button", onclick, className });
-// running: the AbortController of the latest answer; turns: the messages so far
-let key, running, turns = [];
+// The key that everybody knows, if it is valid here; the model to begin with.
+const { key: knownKey, model: firstModel } = document.body.dataset;
+// The key in use; what stops the answer under way; the conversation; what is copied in place of what is seen.
+let key = "", running = null, turns = [], copying;
 
 function element(tag, children = [], properties = {}) {
   const made = Object.assign(document.createElement(tag), properties);
@@ -7185,9 +7181,14 @@ function fill(place, ...children) {
   // What has not changed stays, and with it the reader's selection and focus.
   if (!fresh.isEqualNode(place)) place.replaceChildren(...children);
 }
-function table(caption, heads, rows) {
+function fillTable(place, caption, heads, rows) {
   const row = (tag, cells) => element("tr", cells.map(cell => element(tag, [cell ?? NONE])));
-  return element("table", [element("caption", [caption]), row("th", heads), ...rows.map(cells => row("td", cells))]);
+  const lines = () => [element("caption", [caption]), row("th", heads), ...rows.map(cells => row("td", cells))];
+  fill(place, ...rows.length ? [element("table", lines())] : []);
+}
+// A browser may forbid storage, or have no room for more: then nothing is kept.
+function storage(work) {
+  try { return work(); } catch { return ""; }
 }
 async function ask(path, options) {
   const used = key;
@@ -7198,69 +7199,102 @@ async function ask(path, options) {
   throw serverError((await response.json().catch(() => null))?.error, response.status);
 }
 function setKey(value) {
-  sessionStorage.setItem("ztoapi-key", key = value);
-  $("key-form").hidden = key !== "";
-  $("numbers").hidden = $("models").hidden = true;
-  $("key").value = $("state").textContent = "";
-  refresh();
+  key = value;
+  storage(() => { sessionStorage["ztoapi-key"] = key === knownKey ? "" : key; });
+  if (!key) $("key-form").hidden = !($("numbers").hidden = true);
+  showExamples();
+}
+async function tryKey(event) {
+  event.preventDefault();
+  setKey($("key").value.trim());
+  await refresh();
+  if (!key) return $("key").select();
+  $("key").value = "";
+  $("key-form").hidden = true;
+  $("message").focus();
+}
+// A key of one's own is hidden on the screen, and whole in what is copied.
+function shownKey() {
+  if (!key || key === knownKey) return key || "your-key";
+  return "\u2022".repeat(8) + (key.length < 12 ? "" : key.slice(-4));
+}
+const examples = [...document.querySelectorAll("#connecting pre")].map(node => [node, node.textContent]);
+function showExamples() {
+  const values = { "{origin}": location.origin, "{key}": shownKey(), "{model}": $("model").value || firstModel };
+  examples.forEach(([node, text]) => node.textContent = text.replace(/{(origin|key|model)}/g, name => values[name]));
 }
 async function refresh() {
   if (!key || document.hidden) return;
   const get = async path => (await ask(path, { signal: AbortSignal.timeout(5000) })).json();
   try {
-    if ($("models").hidden) showModels((await get("/v1/models")).data);
+    if (!$("model").length) showModels((await get("/v1/models")).data);
     showStats(await get("/stats"));
-    $("state").textContent = "";
   } catch (error) {
-    $("state").textContent = reason(error);
+    fill($("state"), reason(error));
   }
 }
 function showModels(models) {
-  const marks = model => join([model.free && "free", model.input_modalities?.includes("image") && "sees images"]);
-  const kept = [localStorage.getItem("ztoapi-model"), "GLM-4.6"].find(id => models.some(model => model.id === id));
-  $("model").replaceChildren(...models.map(model => new Option(join([model.id, marks(model)]), model.id)));
-  $("model").value = kept ?? models[0]?.id;
-  $("models").hidden = false;
-  const row = model => [model.id, marks(model), size(model.context_length), size(model.max_output_tokens)];
-  fill($("models"), table("Models", ["Name", "", "Context", "Longest answer"], models.map(row)));
+  const vision = model => model.input_modalities?.includes("image");
+  const rank = model => model.free ? 0 : vision(model) ? 1 : 2;
+  const words = model => join([model.id, model.free && "free", vision(model) && "vision", size(model.context_length)]);
+  const find = name => models.find(({ id }) => id.toLowerCase() === name?.toLowerCase())?.id;
+  models.sort((one, other) => rank(one) - rank(other));
+  $("model").replaceChildren(...models.map(model => new Option(words(model), model.id)));
+  $("model").value = find(storage(() => localStorage["ztoapi-model"])) ?? find(firstModel) ?? models[0].id;
+  showExamples();
 }
-function showStats({ history = [], recent = [], ceilings = [], ...stats }) {
-  const totals = { Running: stats.in_flight, Waiting: stats.queued, Answered: stats.served, Failed: stats.failed,
-    Stopped: stats.cancelled, "Wrong key": stats.unauthorized, "Tokens/s": stats.tokens_per_s,
-    "First word": time(stats.ttft_p50_ms) };
-  fill($("totals"), ...Object.entries(totals).map(([name, value]) =>
-    element("div", [element("dt", [name]), element("dd", [value?.toLocaleString("en") ?? NONE])])));
-  const [tokens, requests] = document.querySelectorAll("figure");
-  showChart(tokens, "Tokens per second", history.map(bucket => bucket.tokens / 10));
-  showChart(requests, "Requests in 10 s", history.map(bucket => bucket.requests));
-  fill($("recent"), table(recent.length ? "Last requests" : "No request yet", ["Time", "Model", "Status",
-    "First word", "Total", "Tokens in / out", "API", "Key", "What went wrong"], recent.map(requestCells)));
-  const limits = ceilings.map(row => [row.model, row.key, row.ceiling ?? "unknown", row.in_flight, row.queued]);
-  fill($("limits"), limits.length ? table("How many requests at once Z.ai was seen to allow", ["Model", "Z.ai key",
-    "At most", "Running", "Waiting"], limits) : "");
+function showStats({ history, recent, gates, queued, tokens, trouble, ...stats }) {
+  fill($("state"), ...inline(trouble.filter(Boolean).join(" ")));
   $("version").textContent = join([stats.version, stats.demo && "demo"]);
-  $("numbers").hidden = !key;
+  $("numbers").hidden = !recent.length && !stats.in_flight;
+  const waiting = Object.values(queued).reduce((sum, some) => sum + some, 0);
+  const told = (number, words) => number && `${local(number)} ${words}`;
+  $("totals").textContent = join([told(stats.in_flight, "running"), told(waiting, "waiting"),
+    told(stats.served, "answered"), told(stats.failed, "failed"), told(stats.tokens_per_s, "tokens/s"),
+    stats.ttft_p50_ms && "first word after " + time(stats.ttft_p50_ms),
+    ...gates.filter(gate => gate[2]).map(([, model, limit]) => `${model} at most ${limit} at once`)]);
+  showChart(history.map(({ tokens }) => tokens / 10));
+  const used = Object.entries(tokens).filter(([, { prompt, completion }]) => prompt || completion);
+  fillTable($("tokens"), "Tokens since the start", ["Model", "In", "Out"],
+    used.map(([model, { prompt, completion }]) => [model, local(prompt), local(completion)]));
+  fillTable($("recent"), "Last requests", ["Time", "Model", "Status", "First word", "Total", "Tokens in / out", "API",
+    "Key", "What went wrong"], recent.map(row => [clock(row.time), row.model, row.status, time(row.ttft_ms),
+    time(row.total_ms), `${row.tokens_in ?? NONE} / ${row.tokens_out ?? NONE}`, row.path.replace("/v1/", ""), row.key,
+    row.status === 499 ? "stopped by the client" : row.error ?? ""]));
 }
-function requestCells({ time: began, model, status, ttft_ms, total_ms, tokens_in, tokens_out, path, key, error }) {
-  const wrong = error && button(error, () => $("whole").textContent = error, "link bad");
-  return [clock(began), model, status, time(ttft_ms), time(total_ms), `${tokens_in ?? NONE} / ${tokens_out ?? NONE}`,
-    path?.replace("/v1/", ""), key, status === 499 ? "stopped by the client" : wrong ?? ""];
+function showChart(values) {
+  const most = Math.max(...values);
+  const bars = values.map((value, place) => `M${10 * place} 60v${-60 * value / most}h9V60z`);
+  $("chart").hidden = !most;
+  $("chart").querySelector("figcaption").textContent = `Tokens per second, the last 10 minutes, at most ${most}`;
+  if (most) $("chart").querySelector("path").setAttribute("d", bars.join(""));
 }
-function showChart(figure, name, values) {
-  const most = Math.max(...values, 2), unit = 10 ** Math.floor(Math.log10(most));
-  const top = unit * [1, 2, 4, 10].find(step => step * unit >= most);
-  const bars = values.map((value, place) => `M${40 + 5 * place} 100v${-90 * value / top}h4V100z`);
-  figure.firstChild.textContent = `${name}, at most ${Math.max(0, ...values)}`;
-  figure.querySelectorAll(".top").forEach((label, place) => label.textContent = top / (place + 1));
-  figure.querySelector(".bars").setAttribute("d", bars.join(""));
-}
-function newTurn(question) {
+// A question with its answer. What is said of it must have a name in KEPT to outlast a reload.
+const KEPT = ["question", "model", "content", "thought", "first", "total", "tokens", "outcome"];
+const keepChat = () => storage(() => { sessionStorage["ztoapi-chat"] = JSON.stringify(turns, KEPT); });
+function addTurn(facts) {
   const [thoughts, text, foot] = ["thoughts", "text", "quiet"].map(className => element("div", [], { className }));
-  const thinking = element("details", [element("summary", ["Thinking"]), thoughts], { hidden: true });
-  $("log").append(element("article", [question], { className: "user", ariaLabel: "You" }),
+  const thinking = element("details", [element("summary", ["Thinking"]), thoughts], { hidden: !facts.thought });
+  thoughts.append(facts.thought ?? "");
+  const turn = { content: "", thought: "", ...facts, drawn: 0, depth: 0, quote: text, lists: [] };
+  turns.push(Object.assign(turn, { thinking, thoughts, text, foot }));
+  $("log").append(element("article", [turn.question], { className: "user", ariaLabel: "You" }),
     element("article", [thinking, text, foot], { ariaLabel: "Answer" }));
   $("log").scrollTop = $("log").scrollHeight;
-  return { thinking, thoughts, text, foot, content: "", drawn: 0, began: performance.now(), model: $("model").value };
+  return turn;
+}
+function endTurn(turn) {
+  cancelAnimationFrame(turn.frame);
+  showFacts(turn);
+  if (turn.content) turn.foot.append(" ", copyButton("Copy answer", turn.text, turn.content, "link"));
+  draw(turn, true);
+}
+function showChat(chat, nodes) {
+  turns = chat;
+  $("log").replaceChildren(...nodes);
+  showRunning("");
+  keepChat();
+  $("message").focus();
 }
 // A finished line stays as an element: a long answer costs no more a line than a short one.
 function draw(turn, isEnd) {
@@ -7269,26 +7303,83 @@ function draw(turn, isEnd) {
   turn.loose?.remove();
   lines.forEach(line => addLine(turn, line));
   turn.drawn = turn.content.length - last.length;
-  // What may become a fence waits.
-  turn.loose = isEnd || !/^ *`{1,3}[^`]*$/.test(last) ? addLine(turn, last) : null;
+  // What may become a fence, a rule or a row of dashes waits. The rest is drawn, and taken back with the next piece.
+  turn.loose = isEnd || !/^[\s>]*(`{1,3}[^`]*|~+|[-*_+|:\s]*)$/.test(last) ? addLine({ ...turn }, last) : null;
   turn.frame = null;
   if (follows) $("log").scrollTop = $("log").scrollHeight;
 }
+
+// Appends a line of Markdown and gives the outermost new element. `turn` knows what is open: quotes, lists, a fence, a
+// table, a line that may be the head of one. These are replaced, never changed, as draw() tries a line on a copy.
 function addLine(turn, line) {
-  if (/^ *```/.test(line)) return turn.code = turn.code ? null : addCode(turn.text);
-  const [, indent, heading, mark = "", words] = line.match(/^(\s*)(#+ )?((?:[-*+]|\d+[.)]) )?(.*)/);
-  const className = mark && (indent.length > 1 ? "item deep" : "item");
-  const node = turn.code ? new Text(line + "\n") : element(heading ? "h3" : "p",
-    [mark.replace(/[-*+]/, "\u2022"), ...inline(words)], { className });
-  (turn.code ?? turn.text).append(node);
-  return node;
+  if (turn.fence) return addCode(turn, line);
+  const made = [], put = (place, node) => (made.push(node), place.appendChild(node));
+  const [, marks, body] = line.match(/^((?: {0,3}> ?){0,9})(.*)/s), depth = marks.split(">").length - 1;
+  const quote = () => Array(depth).fill().reduce(place => put(place, element("blockquote")), turn.text);
+  if (depth !== turn.depth) Object.assign(turn, { depth, quote: quote(), lists: [], table: null });
+  if (body.trim()) addBlock(turn, body, put);
+  else Object.assign(turn, { table: null, head: null });
+  if (turn.gap) made[0]?.classList.add("gap");
+  turn.gap = !body.trim();
+  return made[0];
 }
-function addCode(place) {
-  return place.appendChild(element("div", [element("pre"), button("Copy", copy)], { className: "code" })).firstChild;
+function addBlock(turn, body, put) {
+  const isRule = /^ {0,3}([-*_])( *\1){2,} *$/.test(body), { table, head } = turn;
+  const [, space, mark, words] = body.match(/^(\s*)(?:([-*+]|\d{1,9}[.)])(?:\s+|$))?(.*)/s);
+  const indent = space.replaceAll("\t", "    ").length;
+  // The lists that it is indented under, and the one that it is level with.
+  const outer = turn.lists.filter(list => indent >= list.indent + 2), level = turn.lists[outer.length];
+  const place = outer.at(-1)?.list.lastChild ?? turn.quote;
+  const cells = (tag, row) => element("tr", row.trim().replace(/^\||\|$/g, "").split(/(?<!\\)\|/)
+    .map(cell => element(tag, inline(cell.trim().replaceAll("\\|", "|")))));
+  turn.head = null;
+  if (table && body.includes("|")) return put(table, cells("td", body));
+  turn.table = null;
+  if (head && /^[\s:|-]+$/.test(body) && body.includes("-") && body.includes("|")) {
+    turn.table = element("table", [cells("th", head.body)]);
+    return head.node.replaceWith(element("div", [turn.table], { className: "scroll " + head.node.className }));
+  }
+  if (mark && !isRule) {
+    const [tag, facts] = mark.length > 1 ? ["ol", { start: parseInt(mark) }] : ["ul"];
+    const list = level?.list.localName === tag ? level.list : put(place, element(tag, [], facts));
+    turn.lists = [...outer, { list, indent: Math.min(indent, level?.indent ?? indent) }];
+    return put(list, element("li", inline(words)));
+  }
+  turn.lists = outer;
+  const [, fence] = body.match(/^\s*(~{3,}|`{3,}(?=[^`]*$))/) ?? [], [, title] = body.match(/^\s*#{1,6}\s+(.*)/s) ?? [];
+  if (fence) {
+    const pre = element("pre"), margin = new RegExp(`^(?: {0,3}> ?){0,${turn.depth}} {0,${indent}}`);
+    turn.fence = { pre, margin, end: new RegExp(`^ {0,3}${fence}${fence[0]}*\\s*$`) };
+    return put(place, element("div", [pre, copyButton("Copy", pre)], { className: "code" }));
+  }
+  if (isRule) return put(place, element("hr"));
+  const node = put(place, element(title ? "h3" : "p", inline(title ?? words)));
+  if (body.includes("|")) turn.head = { node, body };
 }
+function addCode(turn, line) {
+  const code = line.replace(turn.fence.margin, "");
+  if (!turn.fence.end.test(code)) return turn.fence.pre.appendChild(new Text(code + "\n"));
+  turn.fence = null;
+}
+// What stands within a line. An address is one of the web; no end of a sentence is its last sign.
+const INLINE = new RegExp("(" + [
+  /\\[!-/:-@[-`{-~]|``.+?``(?!`)|`[^`]+`|\*\*(?=\S).+?\*\*(?!\*)|~~(?=\S).+?~~/,
+  /\*[^\s*](?:[^*]*[^\s*])?\*|\b_[^\s_](?:[^_]*[^\s_])?_\b/,
+  /!?\[(?:[^[\]]|\[[^[\]]*\])+\]\(https?:\/\/(?:[^\s()]|\([^\s()]*\))+\)/,
+  /https?:\/\/(?:\([^\s()]*\)|(?![.,;:!?]+(?:[\s)]|$))[^\s()[\]<>"'`*|\u3000-\u303f\uff00-\uffef])+/,
+].map(part => part.source).join("|") + ")", "gis");
+const TAGS = { "`": "code", "``": "code", "**": "strong", "~~": "del", "*": "em", "_": "em" };
 function inline(text) {
-  return text.split(/(`[^`]+`|\*\*.+?\*\*)/).map((piece, place) => place % 2 === 0 ? piece :
-    piece[0] === "`" ? element("code", [piece.slice(1, -1)]) : element("strong", inline(piece.slice(2, -2))));
+  // In a line of that length no reader looks for emphasis, and the search would take long.
+  if (text.length > 5000) return [text];
+  return text.split(INLINE).map((piece, place) => place % 2 ? inlinePiece(piece) : piece);
+}
+function inlinePiece(piece) {
+  if (piece[0] === "\\") return piece[1];
+  const [, mark] = piece.match(/^(`{1,2}|\*{1,2}|~~|_)/) ?? [], inner = mark && piece.slice(mark.length, -mark.length);
+  if (mark) return element(TAGS[mark], TAGS[mark] === "code" ? [inner] : inline(inner));
+  const [, words, href] = piece.match(/^!?\[(.*)\]\((.*)\)$/s) ?? [, piece, piece];
+  return element("a", words.includes("://") ? [words] : inline(words), { href, target: "_blank", rel: "noreferrer" });
 }
 async function readAnswer(turn, response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
@@ -7310,73 +7401,94 @@ function addEvent(turn, { error, usage, choices: [choice] = [] }) {
   if (text && !turn.content) turn.thinking.open = false;
   turn.tokens = usage?.completion_tokens ?? turn.tokens;
   turn.content += text;
+  turn.thought += thought;
   turn.thoughts.append(thought);
   turn.frame ??= requestAnimationFrame(() => draw(turn));
 }
-function showFacts({ foot, model, first, began, tokens }, outcome) {
-  const seconds = [first && "first word " + time(first), "total " + time(performance.now() - began)];
-  foot.textContent = join([model, ...seconds, tokens && tokens + " tokens", outcome]);
+function showFacts(turn) {
+  if (turn.began) turn.total = performance.now() - turn.began;
+  const { model, first, total, tokens, outcome = "" } = turn;
+  turn.foot.className = outcome.startsWith("Failed") ? "bad" : "quiet";
+  turn.foot.textContent =
+    join([model, first && "first word " + time(first), "total " + time(total), tokens && tokens + " tokens", outcome]);
 }
-async function answer(turn) {
-  running = new AbortController();
-  const body = JSON.stringify({ model: turn.model, messages: turns, enable_thinking: $("thinking").checked,
+async function answer(turn, { signal }) {
+  const said = turns.filter(other => other.content || other === turn).flatMap(({ question, content }) =>
+    [{ role: "user", content: question }, { role: "assistant", content }]);
+  const body = JSON.stringify({ model: turn.model, messages: said.slice(0, -1), enable_thinking: $("thinking").checked,
     stream: true, stream_options: { include_usage: true } });
-  try {
-    return await readAnswer(turn, await ask("/v1/chat/completions", { method: "POST", body, signal: running.signal }));
-  } catch (error) {
-    if (running.signal.aborted) return "Stopped";
-    running.abort();  // An error inside the stream leaves the connection open.
-    return "Failed: " + reason(error);
-  }
+  return readAnswer(turn, await ask("/v1/chat/completions", { method: "POST", body, signal }));
 }
 async function send(event) {
   event.preventDefault();
+  if (running && event.type === "submit") return running.abort();  // its button says Stop
   if (!key) return $("key-form").reportValidity();
-  if ($("send").hidden || !$("message").reportValidity()) return;
-  const content = $("message").value, turn = newTurn(content);
+  if (running || !$("chat").reportValidity()) return;
+  const turn = addTurn({ question: $("message").value, model: $("model").value, began: performance.now() });
   const ticking = setInterval(showFacts, 1000, turn);
-  turns.push({ role: "user", content });
   $("message").value = "";
-  showRunning(true, "Answering");
-  const outcome = await answer(turn);
+  running = new AbortController();
+  showRunning("Answering");
+  turn.outcome = await answer(turn, running).catch(error => {
+    const outcome = running.signal.aborted ? "Stopped" : "Failed: " + reason(error);
+    running.abort();  // An error inside the stream leaves the connection open.
+    return outcome;
+  });
+  running = null;
   clearInterval(ticking);
-  showFacts(turn, outcome);
-  if (outcome.startsWith("Failed")) turn.foot.className = "bad";
-  draw(turn, true);
-  if (turn.content) turns.push({ role: "assistant", content: turn.content });
-  else $("message").value ||= turns.pop().content;  // nothing came: it can be sent again
-  showRunning(false, outcome.split(":")[0]);
+  endTurn(turn);
+  if (!turn.content) $("message").value ||= turn.question;  // nothing came: it can be sent again
+  showRunning(turn.outcome.split(":")[0]);
+  keepChat();
 }
-function showRunning(isRunning, outcome) {
-  $("log").ariaBusy = isRunning;  // an answer is read out when it is complete
-  if ($("chat").querySelector("button:focus-visible")) $("message").focus();  // that button may be about to go
-  [$("send").hidden, $("stop").hidden] = [isRunning, !isRunning];
+function showRunning(outcome) {
+  $("log").ariaBusy = running !== null;  // an answer is read out when it is complete
+  $("send").textContent = running ? "Stop" : "Send";
+  $("new").disabled = running !== null || !turns.length;
   $("outcome").textContent = outcome;
+  // On a phone that would open the keyboard.
+  if (document.activeElement === $("send") && !matchMedia("(pointer: coarse)").matches) $("message").focus();
 }
 // Not by navigator.clipboard, which browsers withhold from plain http anywhere but on localhost.
-function copy({ target }) {
-  getSelection().selectAllChildren(target.previousSibling);
-  target.textContent = document.execCommand("copy") ? "Copied" : "Selected";
-  setTimeout(() => target.textContent = "Copy", 2000);
+function copyButton(name, node, text, className) {
+  return button(name, ({ target }) => {
+    getSelection().selectAllChildren(node);
+    copying = text;
+    target.textContent = document.execCommand("copy") ? "Copied" : "Selected";
+    copying = undefined;
+    setTimeout(() => { target.textContent = name; }, 2000);
+  }, className);
 }
-const examples = [...document.querySelectorAll(".code[title]")];
-$("tabs").append(...examples.map(box => element("label", [element("input", [], { type: "radio", name: "example",
-  checked: !box.hidden, onchange: () => examples.forEach(other => other.hidden = other !== box) }), box.title])));
-for (const pre of document.querySelectorAll("pre")) {
-  pre.textContent = pre.textContent.replace("ORIGIN", location.origin);
-  pre.after(button("Copy", copy));
-}
-document.onvisibilitychange = refresh;
-$("key-form").onsubmit = event => setKey($("key").value, event.preventDefault());
-$("chat").onsubmit = send;
-// In braces: a handler that returns false cancels the key.
-$("message").onkeydown = event => {
-  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) send(event);
+document.oncopy = event => {
+  const seen = String(getSelection()), isExample = $("connecting").contains(getSelection().anchorNode);
+  const meant = copying ?? (key && isExample ? seen.replaceAll(shownKey(), key) : seen);
+  if (meant === seen) return;
+  event.clipboardData.setData("text/plain", meant);
+  event.preventDefault();
 };
-$("model").onchange = () => localStorage.setItem("ztoapi-model", $("model").value);
-$("stop").onclick = () => running.abort();
-$("new").onclick = () => location.reload();
-setKey(document.body.dataset.key || (sessionStorage.getItem("ztoapi-key") ?? ""));
+document.querySelectorAll("pre").forEach(pre => pre.after(copyButton("Copy", pre)));
+window.onbeforeunload = window.onpagehide = () => { running?.abort(); keepChat(); };
+$("key-form").onsubmit = event => { tryKey(event); };
+$("change").onclick = () => { $("key-form").hidden = false; $("key").focus(); };
+$("chat").onsubmit = event => { send(event); };
+// In braces, as a handler that returns false cancels what the key would do.
+$("message").onkeydown = event => {
+  // 229: in Safari that alone tells the Enter which ends the input of a Chinese word.
+  if (event.key === "Enter" && !event.shiftKey && !event.isComposing && event.keyCode !== 229) send(event);
+};
+$("model").onchange = () => { storage(() => { localStorage["ztoapi-model"] = $("model").value; }); showExamples(); };
+$("new").onclick = () => {
+  const before = turns, nodes = [...$("log").childNodes];
+  showChat([], []);
+  $("outcome").append(button("Back to the old chat", () => { showChat(before, nodes); }, "link"));
+};
+const before = JSON.parse(storage(() => sessionStorage["ztoapi-chat"]) || "[]");
+before.forEach(facts => endTurn(addTurn({ outcome: "Stopped", ...facts })));
+showRunning("");
+setKey(knownKey || storage(() => sessionStorage["ztoapi-key"]) || "");
+$("change").hidden = knownKey !== "";
+$(key ? "message" : "key").focus();
+refresh();
 setInterval(refresh, 2000);
 </script></body></html>
 """  # noqa: E501
