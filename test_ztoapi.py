@@ -722,7 +722,12 @@ class Proxy:
 
     def idle(self):
         """Nothing is in use any more: waits for it, as handler threads end a moment after their answers."""
-        return eventually(self.server.idle) or pytest.fail("still in use")
+        return eventually(self.is_idle) or pytest.fail("still in use")
+
+    def is_idle(self):
+        """No request, no queue, nothing in flight at Z.ai."""
+        busy = ztoapi.BUSY in list(self.server.connections.values())
+        return not (busy or self.server.pump.clients or self.server.pump.relays or slots(self) or self.queued())
 
     def tune(self, **settings):
         """Have the pump go by these settings from now on, and else by those of the start."""
@@ -742,7 +747,7 @@ class Proxy:
     def quiet(self):
         """No connection is left: the line of a request that could not be read comes after its answer has ended, and
         must not come into the next test."""
-        return eventually(lambda: not self.server.deadlines) or pytest.fail("a connection is left")
+        return eventually(lambda: not self.server.connections) or pytest.fail("a connection is left")
 
     def stop(self):
         self.server.stop(2)
@@ -817,7 +822,7 @@ def brisk(monkeypatch):
 @pytest.fixture
 def unhurried(monkeypatch):
     """The pump does not mind how late a body ends, for tests of connections that serve again."""
-    monkeypatch.setattr(ztoapi, "TICK_S", 20)
+    monkeypatch.setattr(ztoapi.Relay, "END_S", 20)
 
 
 WELL = (200, "Hello", None, True)  # what ask() gives for HEALTHY
@@ -1033,9 +1038,9 @@ def pieces_of(data, most=10000):
         yield [data[:i], data[i:]]
 
 
-def blocks_of(data):
+def blocks_of(data, size=65536):
     """As a socket gives it."""
-    return [data[i:i + 65536] for i in range(0, len(data), 65536)]
+    return [data[i:i + size] for i in range(0, len(data), size)]
 
 
 def names_bound_in(path):
@@ -1735,9 +1740,9 @@ def test_a_highspeed_model_has_the_row_of_its_model():
 # or ValueError.
 @table("text, expected", [
     ('{"a":[1,-2.5e3,"\\u00e9"]}', {"a": [1, -2500.0, "\u00e9"]}), ("null", None), (" 1\n", 1),
-    ("9" * 100, int("9" * 100)),
+    ("9" * 100, int("9" * 100)), ("[1e999,-1e999]", [None, None]),
     *((text, ValueError) for text in (
-        "", "nul", "{", '{"a":1}x', "NaN", "Infinity", "-Infinity", "1e999", "-1e999",
+        "", "nul", "{", '{"a":1}x', "NaN", "Infinity", "-Infinity",
         "9" * 101, "01", "1.", ".5", "0x1", "'a'", '"\n"')),
 ])
 def test_the_json_of_clients_is_taken_strictly(text, expected):
@@ -1757,6 +1762,42 @@ def test_the_json_of_clients_is_taken_strictly(text, expected):
 ])
 def test_the_json_of_others_is_taken_kindly(text, expected):
     assert ztoapi.decode_or_none(text) == expected
+
+
+LIGHT = ztoapi.LIGHT_BYTES
+
+
+# To add a case, add a row: what is special -> a text longer than the scanner in C is
+# given, its value, or None if it is refused for what it would take.
+@cases("text, value", {
+    "many values": ("[" + '{"a":[1,-2.5e3,true,null,"\\u00e9"]},' * 60000 + "1]",
+                    [{"a": [1, -2500.0, True, None, "\u00e9"]}] * 60000 + [1]),
+    "few values": ('["' + "x" * LIGHT + '"]', ["x" * LIGHT]),
+    "too many brackets": ("[" + "[]," * 600000 + "1]", None),
+    "too many commas": ("[" + "1," * 1100000 + "1]", None),
+    "too many escapes": ('"' + "\\n" * 8100000 + '"', None),
+    "too many keys": ("{" + ",".join(f'"{i}":1' for i in range(101000)) + "}", None),
+    "a text of 17 MiB": ('"\u4e2d' + "x" * (17 << 20) + '"', None),
+    "an image of 17 MiB": ('"' + "x" * (17 << 20) + '"', "x" * (17 << 20)),
+    "no JSON": ("[" + "1," * LIGHT + "]", None),
+    "no number": ("[" + "1," * LIGHT + "9" * 101 + "]", None),
+    "too deep": ("[" * LIGHT + "]" * LIGHT, None),
+})
+def test_large_json_is_the_same_as_any_other_or_refused(text, value):
+    assert ztoapi.decode_or_none(text, ztoapi.decode_strictly) == value
+    if value is not None:
+        assert ztoapi.encode_patiently(value) == ztoapi.encode_json(value)
+
+
+@pytest.mark.parametrize("decode", (ztoapi.decode_strictly, ztoapi.decode_or_none))
+def test_while_large_json_is_decoded_others_get_their_turn(decode):
+    """JSON's usual decoder is one step of the interpreter."""
+    turns = []
+    decoding = threading.Thread(target=decode, args=("[" + '{"a":1},' * 60000 + "1]",), daemon=True)
+    decoding.start()
+    while decoding.is_alive():
+        turns.append(time.sleep(0.001))
+    assert len(turns) >= 10
 
 
 def test_a_lone_surrogate_does_not_break_the_json_we_write():
@@ -1790,26 +1831,96 @@ def test_the_end_of_a_json_value_is_found_however_it_arrives(text, end):
         assert belongs == (text[:end] if progress.ended else text), pieces[:3]
 
 
-# The fields of a request's head. To add a case, add a row: the lines, the fields or the
-# status of the refusal.
-@pytest.mark.parametrize("text, expected", [
-    ("", {}), ("Host: a\r\n", {"host": "a"}),
-    ("HOST:a\nX-Y_z:\t b c \t\r\n", {"host": "a", "x-y_z": "b c"}),
-    ("X:\r\n", {"x": ""}), ("X: \xff\x01\r\n", {"x": "\xff\x01"}),
-    ("X: a: b\r\n", {"x": "a: b"}),
-    ("X: 1\r\nY: 2\r\nx: 3\r\nX: 4\r\n", {"x": "1, 3, 4", "y": "2"}),
-    ("Connection: TE\r\nConnection: close\r\n", {"connection": "TE, close"}),
-    *((text, 400) for text in (
-        "X\r\n", "X : y\r\n", ": y\r\n", " X: y\r\n", "X: a\r\n b\r\n", "X: a\r\n\tb: c\r\n", "X: a\rb\r\n",
-        "X: a\r\r\n", "X: a\0\r\n", "X(: y\r\n", "X\xc4: y\r\n", "\r\n", "X: a\r\n\r\nY: b\r\n",
-        "Host: a\r\nHost: a\r\n", "host: a\r\nX: y\r\nHOST: b\r\n", "Content-Length: 5\r\ncontent-length: 5\r\n",
-        "Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n")),
-])
-def test_the_fields_of_a_request_are_taken_to_the_letter(text, expected):
+def request_head(pieces):
+    """The RequestHead of what came, or the status of the refusal."""
+    head = ztoapi.RequestHead()
     try:
-        assert ztoapi.parse_request_fields(text + "\r\n") == expected
+        for i, piece in enumerate(pieces):
+            if head.feed(piece):
+                assert head.rest + b"".join(pieces[i + 1:]) == b"rest"
+                return head
     except RequestError as error:
-        assert error.status == expected
+        return error.status
+    return None
+
+
+# Request lines. To add a case, add a value or a row: the line; method and path, or the
+# status of the refusal (None: it goes on).
+@table("line, expected", [
+    ("GET /health HTTP/1.1", ("GET", "/health")), ("POST /v1//x/?y#z HTTP/1.0", ("POST", "/v1/x")),
+    ("\r\nGET / HTTP/1.1", ("GET", "/")), ("get * HTTP/1.1", ("get", "/*")), ("-1 x HTTP/1.9", ("-1", "/x")),
+    ("GET HTTP://u:p@x:99999/%76%31/%ff HTTP/1.1", ("GET", "/v1/\ufffd")), ("G /\xff%0d HTTP/1.1", ("G", "/\xff\r")),
+    ("GET http://[/a/ HTTP/1.1", ("GET", "/a")), ("GET http:/a HTTP/1.1", ("GET", "/http:/a")),
+    ("A" * 20 + " / HTTP/1.1", ("A" * 20, "/")), ("GET /" + "a" * 60000 + " HTTP/1.1", ("GET", "/" + "a" * 60000)),
+    *((line, 400) for line in (
+        "GET  /health HTTP/1.1", "GET /health  HTTP/1.1", "GET /health HTTP/1.1 ", " GET /health HTTP/1.1",
+        "GET\t/health\tHTTP/1.1", "GET /health", "GET", "GET /health HTTP/1.1 x", "GET /a b HTTP/1.1",
+        "GET /health http/1.1", "GET /health HTTP/1.10", "GET /health HTTP/01.1", "GET /health HTTP/1,1",
+        "GET /health HTTP/1.", "GET /health HTTQ/1.1", "GET /health HTTP/0.9", "GET /health\x00 HTTP/1.1",
+        "GET /health\x0b HTTP/1.1", "GET /hea\rlth HTTP/1.1", "G(ET /health HTTP/1.1", "\r\n\r\nGET / HTTP/1.1",
+        "G\xc3\x84T /health HTTP/1.1", "A" * 21 + " /health HTTP/1.1", "", "\x80\x2e\x01\x03\x01", "\x05\x01\x00",
+        "\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", "SSH-2.0-OpenSSH_9.6", '{"model":"GLM-4.6"}')),
+    ("GET /health HTTP/2.0", 505), ("PRI * HTTP/2.0", 505),
+    ("GET /" + "a" * 70000 + " HTTP/1.1", 431), ("a" * 70000, 431),
+])
+def test_a_request_line_is_taken_to_the_letter(line, expected):
+    head = request_head(blocks_of(f"{line}\r\nHost: a\r\n\r\nrest".encode("latin-1"), 2048))
+    assert (head if isinstance(head, int) else (head.method, head.path)) == expected
+
+
+# Header lines behind a Host. To add a case, add a row: the lines; the fields, or the
+# status of the refusal.
+@table("lines, expected", [
+    ("", {}), ("A: b\nX-Y_z:\t b c \t\r\n", {"a": "b", "x-y_z": "b c"}), ("X:\r\n", {"x": ""}),
+    ("X: \xff\x01\r\n", {"x": "\xff\x01"}), ("X: a: b\r\n", {"x": "a: b"}), ("X:y\r\n", {"x": "y"}),
+    ("X: 1\r\nY: 2\r\nx: 3\r\nX: 4\r\n", {"x": "1, 3, 4", "y": "2"}),
+    ("X: " + "y" * 60000 + "\r\n", {"x": "y" * 60000}),
+    ("".join(f"X{i}: y\r\n" for i in range(99)), {f"x{i}": "y" for i in range(99)}),
+    *((lines, 400) for lines in (
+        "X\r\n", "X : y\r\n", ": y\r\n", " X: y\r\n", "X: a\r\n b\r\n", "X: a\r\n\tb: c\r\n", "X: a\rb\r\n",
+        "X: a\r\r\n", "X: a\0\r\n", "X\0: a\r\n", "X(: y\r\n", "X\xc4: y\r\n", "X: a\rContent-Length: 5\r\n",
+        "Host: a\r\n", "X: y\r\nHOST: b\r\n", "Content-Length: 5\r\ncontent-length: 5\r\n",
+        "Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n")),
+    ("X: " + "y" * 70000, 431), ("y" * 70000, 431), ("".join(f"X{i}: y\r\n" for i in range(100)), 431),
+])
+def test_the_fields_of_a_request_are_taken_to_the_letter(lines, expected):
+    head = request_head(blocks_of(f"GET / HTTP/1.1\r\nHost: a\r\n{lines}\r\nrest".encode("latin-1"), 2048))
+    assert (head if isinstance(head, int) else head.fields) == (
+        expected if isinstance(expected, int) else {"host": "a", **expected})
+
+
+# Where the body ends, and whether another request may follow. To add a case, add a
+# value or a row: the version, header lines; length (None: chunked) and the latter, or
+# the status of the refusal.
+@table("version, lines, expected", [
+    ("1.1", "Host: a", (0, True)), ("1.1", "Host: a\r\nContent-Length: 5", (5, True)),
+    ("1.1", "Host: a\r\nTransfer-Encoding: Chunked", (None, True)), ("1.0", "X: y", (0, False)),
+    ("1.0", "Connection: keep-alive\r\nContent-Length: 007", (7, False)), ("1.1", "X: y", 400),
+    *(("1.1", "Host: a\r\nConnection: " + line, (0, False)) for line in (
+        "close", "Close", "close, TE\r\nTE: trailers", "TE\r\nConnection: close")),
+    *(("1.1", "Host: a\r\nConnection: " + line, (0, True)) for line in (
+        "keep-alive", "closed", "Upgrade, HTTP2-Settings\r\nUpgrade: h2c", "Upgrade\r\nUpgrade: websocket")),
+    *(("1.1", "Host: a\r\nContent-Length: " + size, 400) for size in (
+        "5, 5", "5,6", "+5", "-5", "-0", "1_0", "0x5", "5 5", "5.0", "5;", "1e1", "\xb2", "\xd9\xa5", "5\x0b", "\xa05",
+        "five", "9" * 40, "0" * 400 + "5", "")),
+    *(("1.1", "Host: a\r\nTransfer-Encoding: " + coding, 501) for coding in (
+        "gzip", "gzip, chunked", "chunked, gzip", "identity", "chunked, chunked", "chunked;q=1", "xchunked",
+        "'chunked'", "\x0bchunked", "")),
+    *(("1.1", "Host: a\r\n" + lines, 400) for lines in (
+        "Content-Length: 5\r\nTransfer-Encoding: chunked", "Transfer-Encoding: chunked\r\nContent-Length: 0",
+        "Content-Length : 5", "Content-Length\t: 5", "X: y\r\n Content-Length: 5", "Content-Length: 5\r\n 5",
+        "Transfer-Encoding: chunked\x00", "Transfer-Encoding: chunk\red", "X: y\r\n Transfer-Encoding: chunked",
+        "Transfer-Encoding:\r\n chunked", "\x00Transfer-Encoding: chunked")),
+    ("1.0", "Transfer-Encoding: chunked", 400),
+])
+def test_the_end_of_a_request_is_never_ambiguous_however_it_arrives(version, lines, expected):
+    data = f"POST / HTTP/{version}\r\n{lines}\r\n\r\nrest".encode("latin-1")
+    for pieces in pieces_of(data):
+        head = request_head(pieces)
+        if not isinstance(head, int):
+            is_chunked = isinstance(head.framing, ztoapi.Dechunker)
+            head = (None if is_chunked else head.framing.left, head.keeps_alive)
+        assert head == expected, pieces[:3]
 
 
 # The head of a response. To add a case, add a row: the head, what it says or
@@ -1877,7 +1988,6 @@ def dechunk(decoder, pieces):
     (b"5\r\nhello\r\n6\r\n world\r\n0\r\n\r\nGET /", (b"hello world", True, b"GET /")),
     (b"A\r\n0123456789\r\n00a\r\n\r\n\r\n\r\n\r\nab\r\n0000\r\n\r\n", (b"0123456789\r\n\r\n\r\n\r\nab", True, b"")),
     (b"5;name=value\r\nhello\r\n5 ; a=\"b\"\r\nworld\r\n0;x\r\n\r\n", (b"helloworld", True, b"")),
-    (b"5\r\nhello\r\n0\r\nX-A: b\r\nX-C: d\r\n\r\nrest", (b"hello", True, b"rest")),
     (b"5\r\nhel", (b"hel", False, None)),
     (b"5\r\nhello\r\n", (b"hello", False, None)),
     (b"5\r\nhello\r\n0\r\n", (b"hello", False, None)),
@@ -1890,21 +2000,12 @@ def dechunk(decoder, pieces):
         b"5\n", b"5\nhello\r\n", b"5\r\nhelloX\r\n", b"5\r\nhello0\r\n\r\n", b"5\r\nhello\n0\r\n\r\n",
         b"5\r\nhello\rX\r\n", b"fffffffffffffffff\r\n", b"5;a\x00b\r\nhello\r\n", b"5;a\nb\r\nhello\r\n",
         b"5\rhello\r\n", b"\xb2\r\n", b"5=x\r\n", b"5;a\rb\r\nhello\r\n", b"5\r\nhello\r\n\r\n0\r\n\r\n",
-        b"0\n\r\n\r\n", b"0\r\nX: a\rb\r\n\r\n", b"0\r\nX: \0\r\n\r\n", b"0\r\nX : y\r\n\r\n", b"0\r\n: y\r\n\r\n",
-        b"0\r\nX: a\nb\r\n\r\n", b"0\r\nno field\r\n\r\n", b"0\r\n X: y\r\n\r\n",
+        b"0\n\r\n\r\n", b"0\r\nX: y\r\n\r\n", b"0\r\n\n\r\n",
         b"5;" + b"x" * 5000 + b"\r\nhello\r\n0\r\n\r\n")),
 ])
 def test_chunked_coding_is_taken_strictly_however_it_arrives(data, expected):
     for pieces in pieces_of(data):
         assert dechunk(ztoapi.Dechunker(limit=20), pieces) == expected, pieces[:3]
-
-
-def test_trailers_without_end_are_refused():
-    decoder = ztoapi.Dechunker()
-    decoder.feed(b"0\r\n")
-    with pytest.raises(ValueError):
-        for _ in range(1000):
-            decoder.feed(b"X-Trailer: " + b"y" * 1000 + b"\r\n")
 
 
 def test_what_stands_before_a_broken_chunk_is_not_lost():
@@ -1948,13 +2049,12 @@ def decode_events(pieces, **options):
     (b"data:test\n\ndata: test\n\n", ["test", "test"]),
     # Line ends of all kinds, and those that are none
     (b"data: a\r\n\r\ndata: b\r\n\r\n", ["a", "b"]),
-    (b"data: a\r\rdata: b\r\r", ["a", "b"]),
-    (b"data: a\n\r\ndata: b\r\n\rdata: c\r\n\n", ["a", "b", "c"]),
-    (b"data: a\r\ndata: b\rdata: c\n\r", ["a\nb\nc"]),
+    (b"data: a\n\r\ndata: b\r\n\ndata: c\r\n\n", ["a", "b", "c"]),
+    (b"data: a\r\ndata: b\ndata: c\n", ["a\nb\nc"]),
     ("data: a\u2028b\u2029c\u0085d\x0b\x0c\x1c\x1de\n\n".encode(), ["a\u2028b\u2029c\u0085d\x0b\x0c\x1c\x1de"]),
     # A last event without its blank line
     *((data, ["a", "b"]) for data in (
-        b"data: a\n\ndata: b", b"data: a\n\ndata: b\n", b"data: a\r\n\r\ndata: b\r\n", b"data: a\r\rdata: b\r")),
+        b"data: a\n\ndata: b", b"data: a\n\ndata: b\n", b"data: a\r\n\r\ndata: b\r\n", b"data: a\r\n\r\ndata: b\r")),
     # Names, ids, comments and unknown fields are dropped
     *((data, ["a"]) for data in (
         b"event: error\ndata: a\n\n", b"id: 5\nretry: 10\ndata: a\nfoo: bar\n\n", b": ping\n\n:\n\ndata: a\n\n: b")),
@@ -1972,30 +2072,35 @@ def decode_events(pieces, **options):
     (b"data: " + b"x" * 90 + b"\n\n", ["x" * 90]),
     (b"data: " + b"x" * 90 + b"\n\ndata: " + b"y" * 90 + b"\n\n", ["x" * 90, "y" * 90]),
     *((data, UpstreamError) for data in (
-        b"data: " + b"x" * 200 + b"\n\n", b"data: " + b"x" * 200, b"data: 123456789\n" * 20 + b"\n", b": " + b"x" * 200,
-        b"{" + b"x" * 200 + b"\n")),
+        b"data: " + b"x" * 200, b"data: 123456789\n" * 20, b": " + b"x" * 200, b"{" + b"x" * 200 + b"\n")),
 ])
 def test_events_are_the_same_however_they_arrive(data, events):
     for pieces in pieces_of(data):
         assert decode_events(pieces, limit=100) == events, pieces[:3]
 
 
-def test_an_event_may_have_16_mib():
-    text = b"x" * (1 << 20)
-    assert decode_events([b"data: "] + [text] * 15 + [b"\n\n"]) == ["x" * (15 << 20)]
-    decoder = SSEDecoder()
-    with pytest.raises(UpstreamError):  # as soon as it is known, not at its end
-        for piece in [b"data: "] + [text] * 17:
-            decoder.feed(piece)
+# To add a case, add a row: what is special -> an event, whether it is one event.
+@cases("data, is_event", {
+    "two megabytes": (b"data: " + b"x" * (2 << 20) + b"\n\n", True),
+    "more": (b"data: " + b"x" * (3 << 20), False),
+    "as many values as 128K tokens": (b"data: [" + b"1," * 99990 + b"1]\n\n", True),
+    "more values": (b"data: [" + b"1," * 100000 + b"1]\n\n", False),
+    "more brackets": (b"data: [" + b"[]," * 60000 + b"1]\n\n", False),
+    "many lines": (b"data: x\n" * 1000 + b"\n", True),
+    "more lines": (b"data: x\n" * 1002 + b"\n", False),
+    "bare lines": (b"{}\n" * 1002 + b"\n", False),
+})
+def test_an_event_has_bounds(data, is_event):
+    events = decode_events(blocks_of(data))
+    assert (len(events) if is_event else events) == (1 if is_event else UpstreamError)
 
 
 # Bytes that could take more than linear time. To add a case, add a row: what is special,
 # the reader, the pieces it is fed.
 @cases("reader, pieces", [
     ("events", SSEDecoder, [b"data: x\n\n" * 10] * 10000),
-    ("lines of data without a blank line", SSEDecoder, [b"data: x\n" * 256] * 2000),
+    ("lines of data without a blank line", SSEDecoder, [b"data: x\n" * 256] * 900),
     ("comments", SSEDecoder, [b":\n"] * 100000),
-    ("carriage returns", SSEDecoder, [b"\r"] * 100000),
     ("one line in tiny pieces", SSEDecoder, [b"data: "] + [b"x" * 8] * 100000),
     ("blank lines", SSEDecoder, [b"\n" * 65536] * 30),
     ("chunks of a byte", ztoapi.Dechunker, [b"1\r\nx\r\n" * 10000] * 8),
@@ -2236,7 +2341,7 @@ def test_a_body_is_a_json_object(data, expected):
     b"", b" ", b"null", b"[]", b"5", b'"x"', b"true", b"{", b"{'a': 1}", b'{"a": 1} x', b'{"a": 1}{"a": 1}',
     b'{"a": 01}',
     b"\xff\xfe{\0}\0", '{"a": "é"}'.encode("latin-1"), b'{"a": "\xed\xa0\x80"}', b"\x1f\x8b\x08\0", b"model=glm-4.6",
-    b'{"a": NaN}', b'{"a": Infinity}', b'{"a": -Infinity}', b'{"a": 1e999}', b'{"a": -1e999}',
+    b'{"a": NaN}', b'{"a": Infinity}', b'{"a": -Infinity}',
     b'{"a": ' + b"1" * 5000 + b"}", b'{"a": -' + b"1" * 5000 + b"}", b'{"a": ' + b"9" * 1000000 + b"}",
     b'{"a": ' + b"[" * 200000 + b"]" * 200000 + b"}", b'{"a":' * 200000 + b"1" + b"}" * 200000, b"[" * 200000,
     b'{"a": [' + b"[]," * 1000001 + b"[]]}", b'{"a": [' + b"{}," * 1000001 + b"{}]}",
@@ -3677,22 +3782,21 @@ def test_nobody_waits_for_the_end_mark():
 
 def test_after_a_finish_without_usage_silence_may_end_the_answer():
     this = new_answer()
-    assert not this.is_finishing
+    assert not this.is_ending
     feed_answer(this, [HEAD, chunked(say("a <")), chunked(event(finish="stop")), chunked(b": hi\n\n")])
-    assert this.is_finishing
+    assert this.is_ending
     assert not this.complete
     steps, failure = this.close()
     assert failure is None
     assert words_in(steps) == [("text", "<"), ("finish", "stop")]
     assert this.complete
-    assert not this.is_finishing
     assert not this.reply.reusable
 
 
 def test_silence_after_a_finish_that_is_none_is_a_failure():
     this = new_answer()
     feed_answer(this, [HEAD, chunked(event(finish="stop"))])
-    assert this.is_finishing
+    assert this.is_ending
     steps, failure = this.close()
     assert steps == []
     assert failure.verdict == TRY_AGAIN
@@ -4064,9 +4168,9 @@ KEYS = "<arg_key>" * 50000
     ("20,000 calls in one event", {}, [calls_in(*[item("get_time", "{}")] * 20000), TOOLS_END]),
     ("20,000 fragments in one event", {},
      [call("get_time", "{")] + [calls_in(*[item(None, " ", index=0)] * 20000), TOOLS_END]),
-    ("200,000 fragments of the last of many calls", {},
+    ("50,000 fragments of the last of many calls", {},
      [calls_in(*[item("get_time", "{", index=i) for i in range(128)]),
-              calls_in(*[item(None, " ", index=0)] * 200000), TOOLS_END]),
+              calls_in(*[item(None, " ", index=0)] * 50000), TOOLS_END]),
     ("20,000 calls without a name", {}, [calls_in(*[item(None, "", id=f"c{i}") for i in range(20000)]), TOOLS_END]),
     ("arguments byte by byte", {},
      [call("get_time", "{")] + [calls_in(item(None, "[", index=0))] * 10000 + [TOOLS_END]),
@@ -5384,11 +5488,11 @@ class FakeClock:
             chore(self.now)
 
 
-class WaitingClient(ztoapi.Client):
+class FakeClient(ztoapi.Client):
     """A client that waits by a clock; without one, in a thread of its own, until it is woken."""
 
-    def __init__(self, clock=None, key=""):
-        super().__init__(None, key=key)
+    def __init__(self, clock=None, key="", connection=None, outbox=None):
+        super().__init__(connection, outbox, key)
         self.clock = clock
 
     def wait(self, seconds):
@@ -5400,28 +5504,81 @@ class WaitingClient(ztoapi.Client):
             raise ztoapi.ClientGone
 
 
-class TimedUpstream:
-    """An Upstream on that clock, and requests over it to a fake Z.ai on a real socket, which gives `answers`, then
-    `script` for ever. `times`: when each request arrived there."""
+class Timed:
+    """An Upstream on that clock, tickets for its gates, and requests over it to a fake Z.ai on a real socket, which
+    gives `answers`, then `script` for ever. `times`: when each request arrived there."""
 
     NOW = 1780000000  # Unix time when the clock says 0
 
-    def __init__(self, zai, rand=0.0, **environ):
-        self.zai = zai
+    def __init__(self, zai, rand=0.0, keys=1, limit=0, **environ):
         self.clock = FakeClock()
         self.times = []
         self.answers = collections.deque()
         self.script = stream(*HEALTHY)
+        self.admitted = []
+        self.threads = []
         # The clock leaps: that is no silence of Z.ai.
-        usual = {"ZAI_API_KEY": ZAI_KEY, "ZAI_BASE_URL": zai.url, "UPSTREAM_TIMEOUT": "1000000"}
-        self.settings = Settings.from_environ(dict(usual, **environ))
+        usual = {"ZAI_API_KEY": ",".join(ZAI_KEYS[:keys]), "MAX_CONCURRENCY": str(limit), "UPSTREAM_TIMEOUT": "1000000"}
+        self.settings = Settings.from_environ(dict(usual, ZAI_BASE_URL=zai.url, **environ))
         self.pump = ztoapi.Pump(self.settings, self.clock)
         self.upstream = ztoapi.Upstream(self.settings, self.pump, self.unix_now, lambda: rand, proxies={})
-        self.clock.chores.append(self.upstream.gates.tick)
+        self.gates = self.upstream.gates
+        self.clock.chores.append(self.gates.tick)
         zai.default = self.arrived
 
     def unix_now(self):
         return self.NOW + self.clock.now
+
+    def close(self):
+        self.pump.close()
+        self.upstream.close()
+
+    # Tickets
+
+    def ticket(self, model="glm-4.6", **client):
+        return ztoapi.Ticket(model, FakeClient(**client))
+
+    def enter(self, ticket=None, model="glm-4.6"):
+        """A ticket that got a slot, waiting by the clock if it must."""
+        ticket = ticket or self.ticket(model, clock=self.clock)
+        self.gates.enter(ticket)
+        return ticket
+
+    def seconds_to_enter(self, ticket=None):
+        began = self.clock.now
+        self.enter(ticket)
+        return self.clock.now - began
+
+    def queue(self, key=""):
+        """A ticket that waits in the queue, in a thread."""
+        ticket = self.ticket(key=key)
+        before = self.queued()
+
+        def wait():
+            with contextlib.suppress(ztoapi.ClientGone):
+                self.gates.enter(ticket)
+                self.admitted.append(ticket)
+        self.threads.append(threading.Thread(target=wait, daemon=True))
+        self.threads[-1].start()
+        assert eventually(lambda: self.queued() == before + 1)
+        return ticket
+
+    def queued(self):
+        return sum(self.gates.state()[1].values())
+
+    def ceilings(self):
+        return [ceiling for _, _, ceiling, _ in self.gates.state()[0]]
+
+    def serve_all(self, ticket):
+        """Let the ticket end, then each that is admitted thereby; in which order they came."""
+        for i in range(len(self.threads) + 1):
+            self.gates.leave(ticket, served=True)
+            if i < len(self.threads):
+                assert eventually(lambda i=i: len(self.admitted) > i)
+                ticket = self.admitted[i]
+        return self.admitted
+
+    # Requests
 
     def arrived(self, request):
         self.times.append(self.clock.now)
@@ -5436,7 +5593,7 @@ class TimedUpstream:
         fold = ztoapi.Fold()
         error = None
         try:
-            self.upstream.answer(self.job(model), WaitingClient(self.clock), record, fold.add)
+            self.upstream.answer(self.job(model), FakeClient(self.clock), record, fold.add)
         except ApiError as failure:
             error = failure
         return fold.text(ztoapi.TEXT), error, record
@@ -5449,75 +5606,19 @@ class TimedUpstream:
         reset = time.gmtime(self.unix_now() + 8 * 3600 + seconds)
         return time.strftime("Your limit will reset at %Y-%m-%d %H:%M:%S", reset)  # Beijing time
 
-    def close(self):
-        self.pump.close()
-        self.upstream.close()
-
 
 @pytest.fixture
 def make_timed(zai):
-    """Makes TimedUpstreams to the fake Z.ai."""
+    """Makes such Upstreams to the fake Z.ai."""
     made = []
 
-    def make(*args, **environ):
-        made.append(TimedUpstream(zai, *args, **environ))
+    def make(*args, **more):
+        made.append(Timed(zai, *args, **more))
         made[-1].pump.start()
         return made[-1]
     yield make
     for each in made:
         each.close()
-
-
-class TimedGates:
-    """Gates on that clock, and tickets for them. Tickets that are to wait in the queue do so in threads."""
-
-    def __init__(self, keys=1, limit=0, timeout=120.0, rand=0.0):
-        self.clock = FakeClock()
-        self.admitted = []
-        self.threads = []
-        names = [f"key-number-{i}" for i in range(1, keys + 1)]
-        self.gates = ztoapi.Gates(names, limit, timeout, self.clock, lambda: rand)
-        self.clock.chores.append(self.gates.tick)
-
-    def enter(self, ticket=None, model="glm-4.6"):
-        """A ticket that got a slot, waiting by the clock if it must."""
-        ticket = ticket or ztoapi.Ticket(model, WaitingClient(self.clock))
-        self.gates.enter(ticket)
-        return ticket
-
-    def seconds_to_enter(self, ticket=None):
-        began = self.clock.now
-        self.enter(ticket)
-        return self.clock.now - began
-
-    def queue(self, key="", model="glm-4.6"):
-        """A ticket that waits in the queue, in its thread."""
-        ticket = ztoapi.Ticket(model, WaitingClient(key=key))
-        before = self.queued(model)
-
-        def wait():
-            with contextlib.suppress(ztoapi.ClientGone):
-                self.gates.enter(ticket)
-                self.admitted.append(ticket)
-        self.threads.append(threading.Thread(target=wait, daemon=True))
-        self.threads[-1].start()
-        assert eventually(lambda: self.queued(model) == before + 1)
-        return ticket
-
-    def queued(self, model="glm-4.6"):
-        return self.gates.state()[1].get(model, 0)
-
-    def ceilings(self):
-        return [ceiling for _, _, ceiling, _ in self.gates.state()[0]]
-
-    def serve_all(self, ticket):
-        """Let the ticket end, then each that is admitted thereby; in which order they came."""
-        for i in range(len(self.threads) + 1):
-            self.gates.leave(ticket, served=True)
-            if i < len(self.threads):
-                assert eventually(lambda i=i: len(self.admitted) > i)
-                ticket = self.admitted[i]
-        return self.admitted
 
 
 def error_of(code, **more):
@@ -5530,25 +5631,25 @@ REFUSED = error_of("1302")
 # To add a case, add a row: the client keys of those who queue, and who of them go in
 # which order.
 @pytest.mark.parametrize("keys,order", (("aaaaaa", [0, 1, 2, 3, 4, 5]), ("aaabb", [0, 3, 1, 4, 2])))
-def test_client_keys_take_turns_and_first_come_is_first_served(keys, order):
-    timed = TimedGates(limit=1)
+def test_client_keys_take_turns_and_first_come_is_first_served(make_timed, keys, order):
+    timed = make_timed(limit=1)
     first = timed.enter()
     tickets = [timed.queue(key) for key in keys]
     assert timed.serve_all(first) == [tickets[i] for i in order]
     assert timed.gates.state()[1] == {}
 
 
-def test_models_have_queues_of_their_own():
-    timed = TimedGates(limit=1)
+def test_models_have_queues_of_their_own(make_timed):
+    timed = make_timed(limit=1)
     first = timed.enter(model="glm-4.6")
-    behind = timed.queue(model="glm-4.6")
+    behind = timed.queue()
     assert timed.enter(model="glm-4.5").gate
     assert timed.serve_all(first) == [behind]
 
 
 @pytest.mark.parametrize("limit", (1, 5))
-def test_max_concurrency_is_a_fixed_ceiling(limit):
-    timed = TimedGates(limit=limit)
+def test_max_concurrency_is_a_fixed_ceiling(make_timed, limit):
+    timed = make_timed(limit=limit)
     tickets = [timed.enter() for _ in range(limit)]
     began = timed.clock.now
     with pytest.raises(ApiError) as caught:
@@ -5561,8 +5662,8 @@ def test_max_concurrency_is_a_fixed_ceiling(limit):
 
 
 @pytest.mark.parametrize("code", ("1302", "1305"))
-def test_the_ceiling_becomes_what_is_in_flight_without_the_refused_one(code):
-    timed = TimedGates()
+def test_the_ceiling_becomes_what_is_in_flight_without_the_refused_one(make_timed, code):
+    timed = make_timed()
     tickets = [timed.enter() for _ in range(12)]
     for left in range(11, 0, -1):
         timed.gates.leave(tickets.pop(), error_of(code))
@@ -5573,7 +5674,7 @@ def test_the_ceiling_becomes_what_is_in_flight_without_the_refused_one(code):
 # seconds until it goes again.
 @pytest.mark.parametrize("code,others,ceiling,seconds", [
     ("1302", 1, 1, 60),  # one is in flight, one is allowed: until the probing
-    ("1302", 0, 1, 0.5),
+    ("1302", 0, None, 0.5),  # it was alone, so that it was not for too many
     ("1303", 1, None, 0.5),
     ("1305", 1, 1, 60),
     ("1305", 2, 2, 60),
@@ -5581,8 +5682,8 @@ def test_the_ceiling_becomes_what_is_in_flight_without_the_refused_one(code):
     ("1312", 1, None, 1),
     ("1312", 0, None, 1),
 ])
-def test_what_a_refusal_teaches(code, others, ceiling, seconds):
-    timed = TimedGates()
+def test_what_a_refusal_teaches(make_timed, code, others, ceiling, seconds):
+    timed = make_timed()
     for _ in range(others):
         timed.enter()
     refused = timed.enter()
@@ -5591,8 +5692,8 @@ def test_what_a_refusal_teaches(code, others, ceiling, seconds):
     assert timed.seconds_to_enter(refused) == seconds
 
 
-def test_the_ceiling_is_probed_up_to_max_concurrency_and_no_further():
-    timed = TimedGates(limit=3)
+def test_the_ceiling_is_probed_up_to_max_concurrency_and_no_further(make_timed):
+    timed = make_timed(limit=3)
     tickets = [timed.enter() for _ in range(3)]
     for ticket in tickets[1:]:
         timed.gates.leave(ticket, REFUSED)
@@ -5604,8 +5705,8 @@ def test_the_ceiling_is_probed_up_to_max_concurrency_and_no_further():
     assert timed.ceilings() == [3]
 
 
-def test_the_ceiling_is_probed_upward_by_one_after_60_seconds_without_a_refusal():
-    timed = TimedGates()
+def test_the_ceiling_is_probed_upward_by_one_after_60_seconds_without_a_refusal(make_timed):
+    timed = make_timed()
     tickets = [timed.enter() for _ in range(3)]
     timed.gates.leave(tickets.pop(), REFUSED)
     assert timed.seconds_to_enter() == 60
@@ -5618,9 +5719,28 @@ def test_the_ceiling_is_probed_upward_by_one_after_60_seconds_without_a_refusal(
     assert timed.seconds_to_enter(refused) == 60
 
 
-def test_looking_for_room_changes_nothing():
+def test_a_glitch_halves_the_ceiling_and_it_goes_back_in_halves(make_timed):
+    timed = make_timed()
+
+    def refuse_all(tickets):
+        for ticket in tickets:
+            timed.gates.leave(ticket, REFUSED)
+        timed.clock.now += 8
+        return timed.ceilings()[0]
+    tickets = [timed.enter() for _ in range(30)]
+    assert refuse_all(tickets) == 15
+    assert refuse_all([timed.enter(ticket) for ticket in tickets[:15]]) == 7
+    ticket = timed.enter(tickets[0])
+    timed.gates.leave(ticket, served=True)
+    for _ in range(7):
+        timed.enter()
+    timed.enter()
+    assert timed.ceilings() == [18]
+
+
+def test_looking_for_room_changes_nothing(make_timed):
     """The metrics, the queue and other models may look as often as they like."""
-    timed = TimedGates()
+    timed = make_timed()
     gate = timed.enter().gate
     timed.gates.leave(timed.enter(), REFUSED)
     timed.clock.now += 1000
@@ -5631,8 +5751,8 @@ def test_looking_for_room_changes_nothing():
 
 
 @pytest.mark.parametrize("slot_frees_after,goes_after", ((0.25, 0.5), (0.5, 0.5), (5, 5)))
-def test_a_refused_request_goes_when_a_slot_frees_but_not_before_its_backoff(slot_frees_after, goes_after):
-    timed = TimedGates()
+def test_a_refused_request_goes_when_a_slot_frees_but_not_before_its_backoff(make_timed, slot_frees_after, goes_after):
+    timed = make_timed()
     other = timed.enter()
     refused = timed.enter()
     timed.gates.leave(refused, REFUSED)
@@ -5640,8 +5760,8 @@ def test_a_refused_request_goes_when_a_slot_frees_but_not_before_its_backoff(slo
     assert timed.seconds_to_enter(refused) == goes_after
 
 
-def test_a_refused_request_goes_back_to_the_head_of_the_queue():
-    timed = TimedGates(limit=1)
+def test_a_refused_request_goes_back_to_the_head_of_the_queue(make_timed):
+    timed = make_timed(limit=1)
     refused = timed.enter()
     behind = [timed.queue(), timed.queue()]
     timed.gates.leave(refused, REFUSED)
@@ -5650,8 +5770,8 @@ def test_a_refused_request_goes_back_to_the_head_of_the_queue():
     assert timed.serve_all(refused) == behind
 
 
-def test_the_next_in_the_queue_goes_on_when_the_head_leaves_it():
-    timed = TimedGates()
+def test_the_next_in_the_queue_goes_on_when_the_head_leaves_it(make_timed):
+    timed = make_timed()
     timed.gates.leave(timed.enter(), error_of("1302", retry_after=30.0))
     head = timed.queue()
     behind = timed.queue()
@@ -5662,17 +5782,17 @@ def test_the_next_in_the_queue_goes_on_when_the_head_leaves_it():
     assert eventually(lambda: timed.admitted == [behind])
 
 
-def test_one_who_has_left_keeps_no_slot():
-    timed = TimedGates(limit=1)
-    left = ztoapi.Ticket("glm-4.6", WaitingClient(timed.clock))
+def test_one_who_has_left_keeps_no_slot(make_timed):
+    timed = make_timed(limit=1)
+    left = timed.ticket(clock=timed.clock)
     left.client.gone = True
     with pytest.raises(ztoapi.ClientGone):
         timed.enter(left)
     assert timed.seconds_to_enter() == 0
 
 
-def test_gates_of_models_that_taught_nothing_are_forgotten():
-    timed = TimedGates()
+def test_gates_of_models_that_taught_nothing_are_forgotten(make_timed):
+    timed = make_timed()
     for i in range(100):
         timed.gates.leave(timed.enter(model=f"model-{i}"), served=True)
     assert timed.gates.state() == ([], {})
@@ -5688,9 +5808,9 @@ def test_names_that_clients_make_up_fill_no_gates(zai):
         assert len(proxy.server.upstream.gates.gates) <= 100
 
 
-def test_the_log_tells_once_when_a_gate_begins_to_refuse_and_once_when_it_clears(caplog):
+def test_the_log_tells_once_when_a_gate_begins_to_refuse_and_once_when_it_clears(make_timed, caplog):
     caplog.set_level(logging.INFO, "ztoapi")
-    timed = TimedGates()
+    timed = make_timed(limit=1)
     refused = timed.enter()
     for _ in range(3):
         timed.gates.leave(refused, REFUSED)
@@ -5699,8 +5819,8 @@ def test_the_log_tells_once_when_a_gate_begins_to_refuse_and_once_when_it_clears
     behind = timed.queue()
     timed.gates.leave(refused, served=True)
     assert len(caplog.messages) == 1, "somebody still queued"
-    for ticket in (behind, timed.enter()):
-        timed.gates.leave(ticket, served=True)
+    timed.gates.leave(behind, served=True)
+    timed.gates.leave(timed.enter(), served=True)
     assert caplog.messages[1:] == ["glm-4.6: nobody queues any more"]
 
 
@@ -5773,11 +5893,83 @@ def test_queue_ms_tells_how_long_a_request_waited(zai, go, streamed):
             assert "x-ztoapi-queue-ms" not in read_stream(occupant)[1]
 
 
+# Bodies
+
+def test_a_client_key_holds_no_more_than_it_leaves_free():
+    bodies = ztoapi.Bodies(120)
+    first, second, other, third = [FakeClient(key=key) for key in ("a", "a", "b", "c")]
+
+    def room(client):
+        """How many bytes more it may hold."""
+        for size in itertools.count(1):
+            try:
+                bodies.add(client, 1)
+            except ApiError as error:
+                assert (error.status, error.code, error.retry_after) == (503, "overloaded", 5)
+                bodies.add(client, -size)
+                return size - 1
+    bodies.add(first, 40)
+    assert (room(second), room(other)) == (20, 40)
+    bodies.add(second, 20)
+    assert (room(first), room(second), room(other)) == (0, 0, 30)
+    bodies.add(other, 30)
+    assert room(third) == 15, "there is room for whoever comes next"
+    bodies.drop(first)
+    bodies.drop(first)
+    assert room(second) == 25
+
+
+def large_chat(size, **fields):
+    return chat_body(messages=[user("x" * size)], **fields)
+
+
+def test_bodies_count_from_their_first_byte_until_zai_begins_to_answer(zai, go):
+    """In the queue, too. Beyond the bound there is a 503, and no other key is held up."""
+    with strict_proxy(zai, MAX_CONCURRENCY="1", DEFAULT_KEY=f"{KEY},sk-other") as proxy:
+        bodies = proxy.server.upstream.bodies
+        bodies.total_bytes = 1 << 20
+        with proxy.open_stream() as occupant, contextlib.ExitStack() as closing:
+            assert eventually(lambda: readable(occupant))
+            assert sum(bodies.held.values()) == 0, "its answer has begun"
+            half = raw_chat(large_chat(200000))[:100000]
+            queued = [closing.enter_context(connect(proxy, raw_chat(large_chat(200000)))) for _ in range(2)]
+            queued.append(closing.enter_context(connect(proxy, half)))
+            assert eventually(lambda: sum(bodies.held.values()) > 480000)
+            status, headers, body = proxy.call("POST", CHAT, large_chat(200000))
+            assert (status, body["error"]["code"]) == (503, "overloaded")
+            assert headers["Retry-After"] == "5"
+            zai.scripts.append(stream(*HEALTHY))
+            assert proxy.call("POST", CHAT, large_chat(200000, model="glm-4.5", stream=False), key="sk-other")[0] == 200
+            queued.pop().close()
+            go.set()
+            assert [read_stream(sock)[3] for sock in [occupant, *queued]] == [True] * 3
+        proxy.idle()
+        assert bodies.held == {}
+
+
+def test_a_body_whose_bytes_do_not_come_holds_up_nobody(shared):
+    with contextlib.ExitStack() as closing:
+        for _ in range(8):
+            closing.enter_context(connect(shared, raw_chunks(b"1\r\n{\r\n")))
+        for _ in range(2):
+            assert statuses(shared, raw_chat(JSON_CHAT.ljust(1 << 20))) == [200, 200]
+            assert statuses(shared, raw_chunks(chunked(JSON_CHAT.ljust(1 << 19)), END)) == [200, 200]
+
+
+def test_large_requests_are_read_one_at_a_time_and_who_leaves_is_noticed(zai, brisk, caplog):
+    with strict_proxy(zai) as proxy:
+        with proxy.server.upstream.turn(FakeClient()):
+            with leaving(proxy, caplog, raw_chat(large_chat(2 << 20))):
+                assert eventually(lambda: proxy.server.pump.clients)
+            assert not zai.requests
+        assert proxy.call("POST", CHAT, large_chat(2 << 20, stream=False))[0] == 200
+
+
 # Several keys
 
 @pytest.mark.parametrize("limit", (0, 2))
-def test_the_key_with_the_most_room_serves(limit):
-    timed = TimedGates(keys=2, limit=limit)
+def test_the_key_with_the_most_room_serves(make_timed, limit):
+    timed = make_timed(keys=2, limit=limit)
     tickets = [timed.enter() for _ in range(4)]
     assert [gate[3] for gate in timed.gates.state()[0]] == [2, 2]
     freed = tickets[1].gate
@@ -5785,14 +5977,13 @@ def test_the_key_with_the_most_room_serves(limit):
     assert timed.enter().gate is freed
 
 
-def test_a_key_that_learned_a_low_ceiling_gets_less():
-    timed = TimedGates(keys=2)
-    refused = timed.enter()
-    timed.enter()
+def test_a_key_that_learned_a_low_ceiling_gets_less(make_timed):
+    timed = make_timed(keys=2)
+    refused, *_ = [timed.enter() for _ in range(4)]
     timed.gates.leave(refused, REFUSED)
     timed.clock.now += 1
     positions = [timed.enter().gate.key.position for _ in range(3)]
-    assert positions.count(1) <= 1
+    assert positions == [2, 2, 2]
 
 
 # To add a case, add a row: codes, their HTTP status, after how many seconds Z.ai says
@@ -5810,7 +6001,7 @@ REST_ROWS = [(code, *rest) for codes, *rest in RESTS for code in codes.split()]
 
 @pytest.mark.parametrize("code,status,ends_after,rest_s,whole_key", REST_ROWS)
 def test_a_refused_key_rests_and_the_next_one_serves(zai, make_timed, code, status, ends_after, rest_s, whole_key):
-    timed = make_timed(ZAI_API_KEY=",".join(ZAI_KEYS[:2]))
+    timed = make_timed(keys=2)
     first, second = ZAI_KEYS[:2]
     words = timed.reset_words(ends_after) if ends_after else "no"
     timed.answers.append(refusal(status, code, words))
@@ -5836,7 +6027,7 @@ def test_a_lone_key_is_asked_again_all_the_same(make_timed, code):
 
 
 def test_with_all_keys_resting_the_one_whose_turn_comes_first_is_tried(zai, make_timed):
-    timed = make_timed(ZAI_API_KEY=",".join(ZAI_KEYS))
+    timed = make_timed(keys=3)
     for seconds in (7000, 5000, 6000):
         timed.answers.append(refusal(429, "1308", timed.reset_words(seconds)))
     _, error, record = timed.ask()
@@ -5847,8 +6038,8 @@ def test_with_all_keys_resting_the_one_whose_turn_comes_first_is_tried(zai, make
     assert keys_at(zai) == [*ZAI_KEYS, ZAI_KEYS[1]]
 
 
-def test_an_answer_ends_the_rest_of_the_key_that_was_tried_all_the_same():
-    timed = TimedGates(keys=2)
+def test_an_answer_ends_the_rest_of_the_key_that_was_tried_all_the_same(make_timed):
+    timed = make_timed(keys=2)
     timed.gates.leave(timed.enter(), UpstreamError("exhausted", KEY_RESTS, retry_after=5000.0))
     ticket = timed.enter()
     timed.gates.leave(ticket, error_of("401"))
@@ -5858,8 +6049,8 @@ def test_an_answer_ends_the_rest_of_the_key_that_was_tried_all_the_same():
     assert timed.enter().gate.key.position == 1
 
 
-def test_a_key_goes_on_resting_though_an_earlier_answer_with_it_ends_well():
-    timed = TimedGates(keys=2)
+def test_a_key_goes_on_resting_though_an_earlier_answer_with_it_ends_well(make_timed):
+    timed = make_timed(keys=2)
     running, second, refused = [timed.enter() for _ in range(3)]
     assert running.gate is refused.gate
     timed.gates.leave(refused, error_of("1308"))
@@ -5868,11 +6059,11 @@ def test_a_key_goes_on_resting_though_an_earlier_answer_with_it_ends_well():
     assert timed.enter().gate.key.position == 2
 
 
-def test_the_head_of_the_queue_goes_when_a_key_comes_back():
-    timed = TimedGates(keys=2, limit=1)
+def test_the_head_of_the_queue_goes_when_a_key_comes_back(make_timed):
+    timed = make_timed(keys=2, limit=1)
     busy = timed.enter()
     timed.gates.leave(timed.enter(), UpstreamError("exhausted", KEY_RESTS, retry_after=10.0))
-    ticket = ztoapi.Ticket("glm-4.6", WaitingClient(timed.clock))
+    ticket = timed.ticket(clock=timed.clock)
     assert timed.seconds_to_enter(ticket) == 10
     assert ticket.gate.key is not busy.gate.key
 
@@ -6132,7 +6323,7 @@ def test_no_heartbeat_comes_before_its_time_or_at_0_and_a_refusal_keeps_its_stat
     "the end of the body": stream(say("Hello"), FINISH, DONE, 0.2),
     "the finish": stream(say("Hello"), 0.2, FINISH, DONE),
     "the usage": stream(say("Hello"), event(finish="stop"), 0.2, FINISH, DONE),
-    "nothing, after a large write": [b"".join(stream(say("Hello" * (1 << 20)), FINISH, DONE))],
+    "nothing, after a large write": [b"".join(stream(*[say("Hello" * (1 << 16))] * 16, FINISH, DONE))],
 })
 def test_a_heartbeat_never_follows_the_end_of_an_answer(zai, brisk, script):
     zai.default = script
@@ -6284,22 +6475,33 @@ def test_heartbeats_into_a_full_window_wait_for_room_and_come_whole(monkeypatch)
 
 # Slow readers and large answers
 
-def test_nothing_is_read_from_zai_while_its_client_is_behind():
-    outbox = ztoapi.Outbox(FullSocket(), bytes, ztoapi.Chat("chatcmpl-1", 1, "glm-4.6"))
-    outbox.put("text")
-    received = []
-    connection = types.SimpleNamespace(receive=received.append)
-    answer_to_come = ztoapi.Answer(ztoapi.Translator())
-    relay = ztoapi.Relay(connection, answer_to_come, ztoapi.Client(FullSocket(), outbox), None)
-    assert not relay.step(1, bytearray(10))
-    assert received == []
+class FakeSocket:
+    """A client's socket that takes so many bytes at a time."""
 
-
-class FullSocket:
-    """A client's socket that takes nothing."""
+    def __init__(self, room=0):
+        self.room = room
 
     def send(self, data):
-        raise BlockingIOError
+        if not self.room:
+            raise BlockingIOError
+        return min(self.room, len(data))
+
+
+def fake_stream(clock):
+    """A FakeClient with a stream, whose socket takes nothing."""
+    sock = FakeSocket()
+    outbox = ztoapi.Outbox(sock, bytes, ztoapi.Chat("chatcmpl-1", 1, "glm-4.6"))
+    return FakeClient(clock, connection=sock, outbox=outbox)
+
+
+def test_nothing_is_read_from_zai_while_its_client_is_behind():
+    client = fake_stream(None)
+    client.outbox.put("text")
+    received = []
+    connection = types.SimpleNamespace(receive=received.append)
+    relay = ztoapi.Relay(connection, ztoapi.Answer(ztoapi.Translator()), client, None)
+    assert not relay.step(1, bytearray(10))
+    assert received == []
 
 
 def count_text(sock, letter):
@@ -6363,7 +6565,7 @@ def test_a_client_that_is_behind_is_no_silence_of_zai(zai, brisk, proxy):
 
 
 def test_an_error_that_comes_while_the_client_is_behind_comes_last_and_whole(zai, brisk, proxy):
-    zai.default = [HEAD, chunked(say("Q" * (4 << 20))) + chunked(sse(NETWORK)), CLOSE]
+    zai.default = [HEAD, chunked(say("Q" * (1 << 20))) * 4 + chunked(sse(NETWORK)), CLOSE]
     with proxy.open_stream() as sock:
         time.sleep(0.2)
         _, _, events, clean = read_stream(sock)
@@ -6379,36 +6581,49 @@ def test_a_slow_reader_does_not_hold_up_the_others(zai, proxy):
         assert ask(proxy, True) == WELL
 
 
-def test_a_client_that_takes_no_write_within_client_timeout_is_dropped(zai, brisk, proxy):
+def test_a_client_that_takes_no_write_within_client_timeout_is_dropped(zai, brisk, proxy, log_lines):
     zai.default = Torrent(1000, 1 << 16).script
     proxy.tune(client_timeout=0.2)
     with proxy.open_stream():
         assert eventually(lambda: zai.cut_by_client == 1)
         proxy.idle()
     assert figures(proxy) == (0, 0, 1)
+    assert "error='the client took nothing for CLIENT_TIMEOUT (0.2 s)'" in log_lines()[-1]
 
 
-def test_a_slow_reader_is_no_dropped_one(monkeypatch):
-    """CLIENT_TIMEOUT bounds how long nothing is taken, and not how long all of it takes."""
+# To add a case, add a row: how many bytes the client takes each 50 seconds, after how
+# many seconds it is dropped (None: it is not).
+@pytest.mark.parametrize("room, dropped_after", [(0, 100), (1, 650), (1000, None)])
+def test_client_timeout_is_between_two_writes_with_a_bound_for_all(monkeypatch, room, dropped_after):
     clock = FakeClock()
     monkeypatch.setattr(ztoapi, "time", types.SimpleNamespace(monotonic=clock))
-    sock = types.SimpleNamespace(send=len)
-    outbox = ztoapi.Outbox(sock, bytes, ztoapi.Chat("chatcmpl-1", 1, "glm-4.6"))
+    client = fake_stream(clock)
+    client.outbox.put("x" * 5000)
+    client.connection.room = room
     settings = Settings(client_timeout=60)
-    for _ in range(5):
-        sock.send = FullSocket().send
-        outbox.put("text")
-        clock.now += 60
-        outbox.look(clock.now, settings)
-        assert outbox.unsent
-        sock.send = len
-        outbox.look(clock.now, settings)
-        assert not outbox.unsent
-    sock.send = FullSocket().send
-    outbox.put("text")
-    clock.now += 61
-    with pytest.raises(ztoapi.ClientGone):
-        outbox.look(clock.now, settings)
+    try:
+        while client.is_behind:
+            clock.now += 50
+            client.outbox.look(clock.now, settings)
+        dropped = None
+    except ztoapi.ClientGone as gone:
+        assert "CLIENT_TIMEOUT (60 s)" in str(gone)
+        dropped = clock.now - 1024
+    assert dropped == dropped_after
+
+
+@pytest.mark.parametrize("streamed, size", ((True, 1 << 16), (False, 1 << 20)))
+def test_who_reads_slowly_but_steadily_gets_all(zai, brisk, streamed, size):
+    zai.default = stream(*[say("Q" * size)] * (3 if not streamed else 48), FINISH, DONE)
+    with strict_proxy(zai, CLIENT_TIMEOUT="0.3") as proxy, socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+        sock.connect(("127.0.0.1", proxy.port))
+        sock.sendall(raw_chat(chat_body(stream=streamed), LAST))
+        count = 0
+        for data in iter(lambda: sock.recv(1 << 17), b""):
+            count += data.count(b"Q")
+            time.sleep(0.02)
+        assert count == 3 << 20
 
 
 def litter_of(proxy, make_request):
@@ -6724,6 +6939,8 @@ def test_a_bug_in_a_front_ends_one_answer_only(zai, go, monkeypatch, caplog, pro
     "before the head": [30],
     "behind the head": [HEAD, 30],
     "behind an empty delta": stream(event({"role": "assistant", "content": ""}), 30),
+    "behind interim answers": [b"HTTP/1.1 103 Early Hints\r\n\r\n", 0.02] * 500,
+    "a head that drips": [HEAD[:20], *[b"x", 0.02] * 500],
 })
 @both
 def test_a_silence_is_tried_again_once(zai, brisk, script, streamed):
@@ -6744,7 +6961,7 @@ def test_a_silence_is_tried_again_once(zai, brisk, script, streamed):
 
 
 def impatience(proxy, since):
-    """A step: from then on UPSTREAM_TIMEOUT is short. `since`: begun or is_finishing, what the answer must be first."""
+    """A step: from then on UPSTREAM_TIMEOUT is short. `since`: begun or is_ending, what the answer must be first."""
     def step(*_):
         assert eventually(lambda: any(getattr(relay.answer, since) for relay in list(proxy.server.pump.relays)))
         proxy.tune(upstream_timeout=0.1)
@@ -6777,16 +6994,22 @@ def test_upstream_timeout_is_of_silence_and_never_of_the_whole():
         relay.look(i * 300 + 301, 300)
 
 
-# To add a case, add a row: what Z.ai does behind a finish without usage -> the script.
-@cases("steps", {
+# To add a case, add a row: what Z.ai does behind a finish, or behind the end mark ->
+# the script. Neither a second more, nor 64 KB more are read.
+ENDLESS = {
     "silence": [30],
     "comments": [step for _ in range(300) for step in (chunked(b": keep-alive\n\n"), 0.02)],
-})
+    "a flood": [chunked(b": keep-alive\n\n" * 20000), 30],
+}
+
+
+@cases("steps", ENDLESS)
+@pytest.mark.parametrize("end", ((event(finish="stop"),), (FINISH, DONE)), ids=("finish", "end mark"))
 @both
-def test_an_answer_is_complete_two_seconds_behind_its_finish(zai, brisk, monkeypatch, proxy, steps, streamed):
-    assert ztoapi.Relay.PATIENCE_S == 2
-    monkeypatch.setattr(ztoapi.Relay, "PATIENCE_S", 0.2)
-    zai.default = [HEAD, chunked(say("Hello")), chunked(event(finish="stop")), *steps]
+def test_what_has_ended_has_ended(zai, brisk, monkeypatch, proxy, steps, end, streamed):
+    assert ztoapi.Relay.END_S == 1
+    monkeypatch.setattr(ztoapi.Relay, "END_S", 20 if steps is ENDLESS["a flood"] else 0.2)
+    zai.default = [HEAD, chunked(say("Hello")), *map(chunked, end), *steps]
     assert ask(proxy, streamed) == WELL
     assert eventually(lambda: zai.cut_by_client == 1)
     assert len(zai.requests) == 1
@@ -6794,16 +7017,15 @@ def test_an_answer_is_complete_two_seconds_behind_its_finish(zai, brisk, monkeyp
 
 @both
 def test_a_finish_without_an_answer_is_tried_again(zai, brisk, monkeypatch, proxy, streamed):
-    monkeypatch.setattr(ztoapi.Relay, "PATIENCE_S", 0.1)
+    monkeypatch.setattr(ztoapi.Relay, "END_S", 0.1)
     zai.scripts.append([HEAD, chunked(event(finish="stop")), 30])
     assert ask(proxy, streamed) == WELL
     assert len(zai.requests) == 2
 
 
 @pytest.mark.parametrize("late", (FINISH, DONE), ids=("usage", "end mark"))
-def test_what_comes_late_behind_a_finish_is_waited_for(zai, brisk, monkeypatch, proxy, late):
-    monkeypatch.setattr(ztoapi.Relay, "PATIENCE_S", 20)
-    zai.default = stream(say("Hello"), event(finish="stop"), impatience(proxy, "is_finishing"), 0.15, late)
+def test_what_comes_late_behind_a_finish_is_waited_for(zai, brisk, unhurried, proxy, late):
+    zai.default = stream(say("Hello"), event(finish="stop"), impatience(proxy, "is_ending"), 0.15, late)
     events = check_whole(*proxy.stream(stream_options={"include_usage": True}))
     assert finish_of(events) == ["stop"]
     assert any(event.get("usage") for event in events[:-1]) == (late is FINISH)
@@ -6816,16 +7038,6 @@ def test_a_stop_word_hangs_up_on_zai(zai, brisk, proxy):
     assert (text, whole) == ("Hello ", True)
     assert eventually(lambda: zai.cut_by_client == 1)
     assert not ended.is_set()
-
-
-@both
-def test_a_trickle_behind_the_finish_does_not_hold_the_slot(zai, brisk, monkeypatch, proxy, streamed):
-    monkeypatch.setattr(ztoapi.Relay, "PATIENCE_S", 0.3)
-    trickled = threading.Event()
-    zai.default = stream(*HEALTHY, *[b":\n", 0.2] * 50, lambda *_: trickled.set())
-    assert ask(proxy, streamed) == WELL
-    assert eventually(lambda: slots(proxy) == 0)
-    assert not trickled.is_set()
 
 
 # Retries, by the clock
@@ -6850,7 +7062,7 @@ RETRY_AFTER = [
     ("1302", "20", 20),
     ("1305", "7", 7),
     ("1305", "0", 1),  # our own backoff is the least
-    ("1305", email.utils.formatdate(TimedUpstream.NOW + 1024 + 7, usegmt=True), 7),
+    ("1305", email.utils.formatdate(Timed.NOW + 1024 + 7, usegmt=True), 7),
 ]
 
 
@@ -6976,7 +7188,7 @@ def test_the_requests_bytes_are_let_go_of_with_the_first_step(zai, go, make_time
     def take(steps):
         holders.append(sys.getrefcount(data))
         go.set()
-    timed.upstream.answer(job, WaitingClient(timed.clock), ztoapi.Record("req_1", "127.0.0.1", 0.0), take)
+    timed.upstream.answer(job, FakeClient(timed.clock), ztoapi.Record("req_1", "127.0.0.1", 0.0), take)
     assert job.data is None
     assert len(holders) >= 2
     assert set(holders) == {sys.getrefcount(data)}
@@ -7112,9 +7324,7 @@ def test_the_pool_closes_what_was_idle_for_60_seconds():
 })
 @both
 def test_a_connection_serves_again_once_its_answer_was_read(zai, brisk, monkeypatch, proxy, script, again, streamed):
-    monkeypatch.setattr(ztoapi.Relay, "PATIENCE_S", 0.2)
-    if again:
-        monkeypatch.setattr(ztoapi, "TICK_S", 20)
+    monkeypatch.setattr(ztoapi.Relay, "END_S", 20 if again else 0.2)
     zai.scripts.append(script)
     ask(proxy, streamed)
     proxy.idle()
@@ -7430,40 +7640,19 @@ def test_stats_tell_the_last_minute_and_the_median():
 
 # Where a request ends
 
-# To add a case, add a value or a row: header lines of a POST whose length two readers
-# could take differently, the status they get.
-@table("lines,status", [
-    *((f"Content-Length: {size}", 400) for size in (
-        "5, 5", "5,6", "+5", "-5", "-0", "1_0", "0x5", "5 5", "5.0", "5;", "1e1", "\xb2", "\xd9\xa5",
-        "5\x0b", "\xa05", "five", "9" * 40, "0" * 400 + "5",
-    )),
-    *((f"Transfer-Encoding: {coding}", 501) for coding in (
-        "gzip", "gzip, chunked", "chunked, gzip", "identity", "chunked, chunked", "chunked;q=1",
-        "xchunked", "'chunked'", "\x0bchunked",
-    )),
-    ("Content-Length: 5\r\nTransfer-Encoding: chunked", 400),
-    ("Transfer-Encoding: chunked\r\nContent-Length: 5", 400),
-    ("Transfer-Encoding: chunked\r\nContent-Length: 0", 400),
-    ("Content-Length: 5\r\nContent-Length: 5", 400),
-    ("Content-Length: 5\r\nContent-Length: 6", 400),
-    ("Content-Length:", 400),
-    ("Content-Length : 5", 400),
-    ("Content-Length\t: 5", 400),
-    ("X: y\r\n Content-Length: 5", 400),
-    ("Content-Length: 5\r\n 5", 400),
-    ("Content-Length:\r\n 5", 400),
-    ("Transfer-Encoding:", 501),
-    ("Transfer-Encoding: chunked\x00", 400),
-    ("Transfer-Encoding: chunk\red", 400),
-    ("Transfer-Encoding : chunked", 400),
-    ("Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked", 400),
-    ("Transfer-Encoding: chunked\r\nTransfer-Encoding: identity", 400),
-    ("X: y\r\n Transfer-Encoding: chunked", 400),
-    ("Transfer-Encoding:\r\n chunked", 400),
-    ("\x00Transfer-Encoding: chunked", 400),
+# One of each kind; the tables of RequestHead have them all. To add a case, add a row: a
+# head that is refused, the status.
+@table("data,status", [
+    (raw_request("POST", CHAT, "Content-Length: 5, 5") + END, 400),
+    (raw_request("POST", CHAT, "Transfer-Encoding: gzip") + END, 501),
+    (raw_request("GET", "/health", "X : y"), 400),
+    (raw_request("GET", "/health", "X: " + "y" * 70000), 431),
+    (raw_request("GET", "/" + "a" * 70000), 431),
+    (raw_request("GET", "/health", version="HTTP/2.0"), 505),
+    (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", 400),
 ])
-def test_an_ambiguous_length_is_refused_and_nothing_behind_it_is_answered(shared, lines, status):
-    check_refused(exchange(shared, raw_request("POST", CHAT, lines) + END), status)
+def test_a_head_that_is_refused_is_the_last_of_its_connection(shared, data, status):
+    check_refused(exchange(shared, data), status)
 
 
 # One of each kind; CHUNKED of section Bytes has them all. To add a case, add a row: a
@@ -7473,7 +7662,7 @@ def test_an_ambiguous_length_is_refused_and_nothing_behind_it_is_answered(shared
     b"2\n{}\n0\n\n",
     b"2\r\n{}xx\r\n0\r\n\r\n",
     b"2;" + b"x" * 5000 + b"\r\n{}\r\n0\r\n\r\n",
-    b"2\r\n{}\r\n0\r\n" + b"X: y\r\n" * 20000,
+    b"2\r\n{}\r\n0\r\nX: y\r\n\r\n",
     b"2\r\n{}\r\n0\r\nGET /health HTTP/1.1\r\n\r\n",
 ])
 def test_a_broken_chunked_body_is_refused_and_nothing_behind_it_is_answered(shared, body):
@@ -7491,7 +7680,6 @@ HALF = len(JSON_CHAT) // 2
     b"".join(b"1\r\n%c\r\n" % byte for byte in JSON_CHAT) + END,
     b"%X;name=value;x=\"y z\"\r\n%b\r\n0\r\n\r\n" % (len(JSON_CHAT), JSON_CHAT),
     b"000%x \t;x\r\n%b\r\n000\r\n\r\n" % (len(JSON_CHAT), JSON_CHAT),
-    chunked(JSON_CHAT) + b"0\r\nX-Trailer: y\r\nContent-Length: 7\r\nTransfer-Encoding: gzip\r\n\r\n",
 ])
 def test_a_chunked_body_is_read_however_it_is_cut(shared, body):
     assert statuses(shared, raw_chunks(body)) == [200, 200]
@@ -7506,33 +7694,6 @@ def test_a_request_may_come_byte_by_byte(shared):
         assert [reply.status for reply in replies_in(read_to_end(sock))] == [200, 200]
 
 
-# To add a case, add a value or a row: a request line, the status it gets.
-@table("line,status", [
-    (b"GET /health HTTP/1.1", 200),
-    (b"GET /health HTTP/1.0", 200),
-    *((line, 400) for line in (
-        b"GET  /health HTTP/1.1", b"GET /health  HTTP/1.1", b"GET /health HTTP/1.1 ", b" GET /health HTTP/1.1",
-        b"GET\t/health\tHTTP/1.1", b"GET /health", b"GET", b"GET /health HTTP/1.1 x", b"GET /a b HTTP/1.1",
-        b"GET /health http/1.1", b"GET /health HTTP/1.10", b"GET /health HTTP/01.1", b"GET /health HTTP/1,1",
-        b"GET /health HTTP/1.", b"GET /health HTTQ/1.1", b"GET /health HTTP/0.9", b"GET /health\x00 HTTP/1.1",
-        b"GET /health\x0b HTTP/1.1", b"GET /hea\rlth HTTP/1.1", b"G(ET /health HTTP/1.1",
-        b"G\xc3\x84T /health HTTP/1.1", b"A" * 21 + b" /health HTTP/1.1",
-        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(range(200, 256)), b"\x80\x2e\x01\x03\x01",
-        b"\x05\x01\x00", b"SSH-2.0-OpenSSH_9.6", b'{"model":"GLM-4.6"}',
-    )),
-    (b"GET /health HTTP/2.0", 505),
-    (b"PRI * HTTP/2.0", 505),
-    (b"GET /" + b"a" * 70000 + b" HTTP/1.1", 414),
-    (b"a" * 70000, 414),
-])
-def test_a_request_line_is_taken_to_the_letter(shared, line, status):
-    replies = exchange(shared, line + b"\r\nHost: localhost\r\n\r\n")
-    if status != 200:
-        check_refused(replies, status)
-    else:
-        assert [reply.status for reply in replies] == [200] * (1 + line.endswith(b"1.1"))
-
-
 @table("method", ["get", "BREW", "TRACE", "__class__", "-1", "A" * 20])
 def test_an_unknown_method_is_not_a_method_of_the_path(shared, method):
     replies = exchange(shared, raw_request(method, "/health"))
@@ -7544,35 +7705,6 @@ def test_an_unknown_method_is_not_a_method_of_the_path(shared, method):
 def test_a_tls_client_is_told_that_this_is_http(shared):
     reply, = exchange(shared, b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03")
     assert "HTTPS" in reply.error()["message"]
-
-
-# To add a case, add a value or a row: a header line, the status it gets.
-@table("line,status", [
-    *((line, 200) for line in (
-        "X: y", "X:y", "X:", "X: \xff\xfe\x01\x1b[31m", "x-request-id: mine", "X_Y: z", "X: " + "y" * 60000,
-        "X: a: b",
-    )),
-    *((line, 400) for line in (
-        "X : y", "X", ": y", " X: y", "\tX: y", "X: a\r\n b", "X: a\r\n\tb", "X: a\rb",
-        "X: a\rContent-Length: 5", "X: a\r", "X: a\0b", "X\0: a", "X(: y", "X\xc4: y",
-        "X: y\r\nHost: localhost\r\nHost: localhost", "X: y\r\nHost: localhost\r\nHost: other",
-    )),
-    ("X: " + "y" * 70000, 431),
-    ("y" * 70000, 431),
-    ("\r\n".join(f"X{i}: y" for i in range(90)), 200),
-    ("\r\n".join(f"X{i}: y" for i in range(110)), 431),
-])
-def test_a_header_line_is_taken_to_the_letter(shared, line, status):
-    replies = exchange(shared, raw_request("GET", "/health", line))
-    if status != 200:
-        check_refused(replies, status)
-    else:
-        assert [reply.status for reply in replies] == [200, 200]
-
-
-def test_http_1_1_needs_a_host_and_http_1_0_had_none(shared):
-    assert statuses(shared, b"GET /health HTTP/1.1\r\nX: y\r\n\r\n") == [400]
-    assert statuses(shared, b"GET /health HTTP/1.0\r\n\r\n") == [200]
 
 
 @table("pause_s", [0, 0.05])
@@ -7603,20 +7735,8 @@ def test_a_blank_line_around_the_end_of_the_buffer_is_none(shared):
         assert statuses(shared, raw_request("GET", "/health", padding) + b"\r\n" + request) == [200, 200, 200]
 
 
-# To add a case, add a row: header lines, whether the connection is kept.
-@table("lines,kept", [
-    (["Connection: close"], False),
-    (["Connection: Close"], False),
-    (["Connection: close, TE", "TE: trailers"], False),
-    (["Connection: TE", "Connection: close"], False),
-    (["Connection: keep-alive"], True),
-    (["Connection: closed"], True),
-    (["Upgrade: h2c", "Connection: Upgrade, HTTP2-Settings", "HTTP2-Settings: AAMAAABk"], True),
-    (["Upgrade: websocket", "Connection: Upgrade", "Sec-WebSocket-Key: x", "Sec-WebSocket-Version: 13"], True),
-    ([], True),
-])
-def test_connection_headers_are_obeyed(shared, lines, kept):
-    assert statuses(shared, raw_request("GET", "/health", *lines)) == [200] * (1 + kept)
+def test_who_asks_for_the_end_gets_it(shared):
+    assert statuses(shared, raw_request("GET", "/health", "Connection: close")) == [200]
 
 
 def test_pipelined_requests_are_answered_in_order(shared):
@@ -7645,11 +7765,6 @@ def test_http_1_0_gets_closing_unchunked_answers(shared, lines):
     assert reply.headers["Connection"] == "close"
     assert reply.body.startswith(b"data: {")
     assert reply.body.endswith(b"}\n\ndata: [DONE]\n\n")
-
-
-def test_http_1_0_has_no_chunked_coding(shared):
-    data = raw_chat(chunked(JSON_CHAT) + END, "Transfer-Encoding: chunked", version="HTTP/1.0")
-    check_refused(exchange(shared, data), 400)
 
 
 @table("path", ["/", "/docs", "/dashboard", "/health", "/v1/models", "/models/glm-4.6", "/v1/models/nope", "/metrics",
@@ -8165,6 +8280,8 @@ def test_secrets_are_redacted_wherever_they_could_surface(zai, log_lines, caplog
         assert proxy.chat(model=KEY)[0] == 200
         for path in (f"/v1/models?key={KEY}", f"/{KEY}", f"/v1/models/{KEY}", f"{CHAT}/{KEY}"):
             proxy.call("GET", path)
+        quoted.append(proxy.call(KEY, "/health"))
+        shown.append(str(proxy.call("OPTIONS", "/", None, [f"Access-Control-Request-Headers: {KEY}"])[1].items()))
         shown += [repr(proxy.settings), repr(proxy.server), proxy.call("GET", "/stats")]
     text = str([quoted, shown, log_lines()])
     assert [secret for secret in (ZAI_KEY, KEY_ID, KEY_SECRET, KEY) if secret in text] == []
@@ -8376,7 +8493,7 @@ def test_an_item_is_remembered_for_the_key_that_got_it_and_for_no_other(zai):
 @table("data,words", [
     (raw_request("GET", "/health", LAST), "127.0.0.1 GET /health 200"),
     (raw_request("GET", "/v1/models", LAST), "127.0.0.1 GET /v1/models 200"),
-    (raw_request("GET", "/nope?secret", LAST), "127.0.0.1 GET /nope 404"),
+    (raw_request("POST", "/nope?secret", LAST), "127.0.0.1 POST /nope 404"),
     (raw_request("PUT", "/health", LAST), "127.0.0.1 PUT /health 405"),
     (raw_request("OPTIONS", "/", LAST), "127.0.0.1 OPTIONS / 204"),
     (raw_chat({}, LAST), f"127.0.0.1 POST {CHAT} 400"),
@@ -8392,6 +8509,17 @@ def test_a_request_is_one_line(proxy, log_lines, data, words):
     line, = log_lines()
     assert line.startswith(f"{reply.headers['x-request-id']} {words}")
     assert not log_lines(logging.ERROR)
+
+
+@pytest.mark.parametrize("path", ("/api/tags", "/api/v1/models", "/props", "/version"))
+@pytest.mark.parametrize("auth, status", ((True, 404), (False, 401)))
+def test_who_looks_for_another_server_is_no_news(proxy, caplog, path, auth, status):
+    caplog.set_level(logging.DEBUG, "ztoapi")
+    assert replies_in(talk(proxy, raw_request("GET", path, LAST, auth=auth)))[0].status == status
+    proxy.quiet()
+    line, = [record for record in caplog.records if path in record.getMessage()]
+    assert line.levelno == logging.DEBUG
+    assert proxy.server.metrics.counts["unauthorized"] == 0
 
 
 def test_the_line_of_a_chat_tells_what_happened(zai, log_lines):
@@ -8727,9 +8855,49 @@ def test_settings_of_a_program_of_ones_own_are_checked_too():
         ztoapi.Settings(host="0.0.0.0")
 
 
-def test_a_server_that_never_served_can_be_stopped():
-    server = ztoapi.Server(ztoapi.Settings(port=0))
-    assert together(lambda: [server.stop(1)]) != [None], "it hangs"
+@contextlib.contextmanager
+def no_descriptor_left():
+    """Nor one that only the garbage collector would close."""
+    def descriptors():
+        return len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+    gc.collect()
+    gc.disable()
+    before = descriptors()
+    try:
+        yield
+        assert descriptors() <= before
+    finally:
+        gc.enable()
+
+
+# To add a case, add a row: what happens to a server -> its steps; a number is slept.
+@cases("steps", {
+    "it never serves": ["stop"],
+    "it is stopped before it serves": ["stop", "serve", "join"],
+    "it is stopped while it begins": ["serve", "stop", "join"],
+    "and a moment later": ["serve", 0.001, "stop", "join"],
+    "twice": ["serve", "stop", "stop", "join"],
+})
+def test_a_server_can_be_stopped_at_any_time(steps, monkeypatch):
+    failures = []
+    monkeypatch.setattr(threading, "excepthook", failures.append)
+    with no_descriptor_left():
+        for _ in range(5):
+            server = ztoapi.Server(ztoapi.Settings(port=0))
+            server.SETTLE_S = 0
+            thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+            verbs = {"stop": lambda: server.stop(1), "serve": thread.start, "join": lambda: thread.join(20)}
+            for step in steps:
+                verbs[step]() if step in verbs else time.sleep(step)
+            assert not thread.is_alive()
+    assert failures == []
+
+
+@pytest.mark.parametrize("host", ("no-such-host.invalid", "203.0.113.77", "a..b"))
+def test_a_server_that_cannot_be_made_leaves_nothing_open(host):
+    with no_descriptor_left():
+        with pytest.raises((OSError, UnicodeError)):
+            ztoapi.Server(ztoapi.Settings(port=0, host=host, default_key=(KEY,)))
 
 
 @table("host", ["::", "[::]"])
@@ -8811,18 +8979,6 @@ def test_where_no_thread_can_be_started_there_is_a_503(monkeypatch, log_lines, p
     assert not log_lines(logging.ERROR)
 
 
-def test_who_finds_no_room_for_a_large_body_is_told_so():
-    budget = ztoapi.Budget(1 << 24)
-    with budget.room_for(1 << 23, 0.01), budget.room_for(1000, 0.01):
-        with pytest.raises(ApiError) as caught, budget.room_for(None, 0.01), budget.room_for(1 << 23, 0.01):
-            pytest.fail("there was no room")
-    assert caught.value.status == 503
-    assert caught.value.retry_after
-    with budget.room_for(1 << 30, 0.01):
-        assert budget.left_bytes == 0
-    assert budget.left_bytes == 1 << 24
-
-
 def life_of(proxy, first, drip, pause_s, longest_s=20.0):
     """How long a connection lives that sends `first`, and then for ever `drip`."""
     began = time.monotonic()
@@ -8833,7 +8989,7 @@ def life_of(proxy, first, drip, pause_s, longest_s=20.0):
                 sock.sendall(drip)
             except socket.timeout:
                 # Behind a full window a client may not hear that it has been cut.
-                if not proxy.server.deadlines:
+                if not proxy.server.connections:
                     break
             if readable(sock) and not sock.recv(1):
                 break
@@ -8853,7 +9009,6 @@ DRIPS = {
     "chunked body": (raw_chunks(), b"1\r\n \r\n", 0.05),
     "one chunk": (raw_chunks(b"fffff\r\n"), b" ", 0.05),
     "chunk extension": (raw_chunks(b"1;"), b"x", 0.05),
-    "trailers": (raw_chunks(b"0\r\n"), b"X: y\r\n", 0.05),
     "nothing at all": (b"", b"", 0.05),
     "a TLS hello": (b"\x16\x03\x01", b"\0", 0.05),
     "blank lines": (b"\r\n", b"\r\n", 0.05),
@@ -8862,10 +9017,11 @@ DRIPS = {
 }
 
 
-def test_a_request_must_come_within_client_timeout_as_a_whole(zai, monkeypatch, log_lines):
+def test_no_request_may_come_slowly_for_ever(zai, monkeypatch, log_lines):
     """Slowloris, in every part of a request, slow and fast."""
     monkeypatch.setattr(ztoapi, "KEEP_ALIVE_S", 0.4)
     monkeypatch.setattr(ztoapi, "LINGER_S", 0.2)
+    monkeypatch.setattr(ztoapi, "PATIENCE", 2)
     with proxying(zai, CLIENT_TIMEOUT="0.4", MAX_BODY_MB="2048") as proxy:
         before = threading.active_count()
         lives = together(*[lambda drip=drip: life_of(proxy, *drip) for drip in DRIPS.values()])
@@ -8875,6 +9031,40 @@ def test_a_request_must_come_within_client_timeout_as_a_whole(zai, monkeypatch, 
     assert [name for name, life in zip(DRIPS, lives) if life > 15] == []
     assert not zai.requests
     assert not log_lines(logging.ERROR)
+
+
+# To add a case, add a row: a request of which a part comes late -> what comes before.
+@cases("request_bytes, size", {
+    "a head": (raw_request("GET", "/health"), 10),
+    "a body": (raw_chat(JSON_CHAT), -10),
+    "a chunked body": (raw_chunks(chunked(JSON_CHAT), END), -10),
+})
+def test_client_timeout_is_told_to_who_is_too_slow(zai, log_lines, request_bytes, size):
+    with proxying(zai, CLIENT_TIMEOUT="0.2") as proxy:
+        reply, = replies_in(talk(proxy, request_bytes[:size]))
+        assert reply.status == 408
+        assert reply.headers["Connection"] == "close"
+        assert "CLIENT_TIMEOUT (0.2 s)" in reply.error()["message"]
+    assert re.search(r" 408 .*CLIENT_TIMEOUT \(0\.2 s\)", log_lines()[-1])
+
+
+def test_a_body_may_take_longer_than_client_timeout_if_it_comes_steadily(zai):
+    with proxying(zai, CLIENT_TIMEOUT="0.5") as proxy, connect(proxy) as sock:
+        for data in blocks_of(raw_chat(JSON_CHAT.ljust(1000)), 150):
+            sock.sendall(data)
+            time.sleep(0.1)
+        assert next_reply(sock).status == 200
+
+
+def test_who_goes_on_sending_what_was_refused_is_reset(zai, monkeypatch):
+    """Behind a full window a client may not hear of a mere end."""
+    monkeypatch.setattr(ztoapi, "LINGER_S", 0.1)
+    with proxying(zai) as proxy, connect(proxy) as sock:
+        with pytest.raises(ConnectionError):
+            sock.sendall(raw_request("POST", CHAT, "Content-Length: 2000000000", auth=False))
+            while True:
+                sock.sendall(b" " * 65536)
+        assert proxy.quiet()
 
 
 def test_an_idle_connection_is_kept_for_keep_alive_seconds(zai, monkeypatch):
@@ -9025,9 +9215,9 @@ def test_attack_a_large_error_does_not_keep_the_thread_of_a_deaf_client(zai):
 
 
 def test_attack_a_continue_that_is_never_followed_is_dropped(zai):
-    with proxying(zai, CLIENT_TIMEOUT="1") as proxy:
+    with proxying(zai, CLIENT_TIMEOUT="0.3") as proxy:
         data = raw_request("POST", CHAT, "Content-Length: 5", "Expect: 100-continue")
-        assert talk(proxy, data) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        assert [reply.status for reply in replies_in(talk(proxy, data))] == [100, 408]
     assert not zai.requests
 
 
@@ -9041,7 +9231,6 @@ ONE_LINE = WHOLE_REQUEST.replace("\r\n", " ")
     raw_request("GET", "/health", "X: " + ONE_LINE),
     raw_request("GET", "/health?" + ONE_LINE.replace(" ", "%20")),
     raw_chunks(b"%x;%b\r\n%b\r\n" % (len(JSON_CHAT), ONE_LINE.encode(), JSON_CHAT), END),
-    raw_chunks(chunked(JSON_CHAT), b"0\r\nX: " + ONE_LINE.encode() + b"\r\n\r\n"),
 ])
 def test_attack_a_request_inside_a_request_is_text(shared, data):
     assert statuses(shared, data) == [200, 200]
@@ -9365,6 +9554,19 @@ def test_the_check_shows_a_key_to_no_server_that_is_not_named(zai, capsys):
     assert len(zai.requests) == 1
 
 
+# To add a case, add a row: what Z.ai does for ever, behind a good listing of models or
+# not.
+@pytest.mark.parametrize("script", (
+    [HEAD, *[b"x", 0.1] * 300], [b"HTTP/1.1 103 Early Hints\r\n\r\n", 0.1] * 300, stream(*[b": ping\n\n", 0.1] * 300),
+), ids=("a drip", "interim answers", "comments"))
+@pytest.mark.parametrize("first", ([], [LISTING]), ids=("key", "chat"))
+def test_the_check_ends_whatever_answers(zai, capsys, monkeypatch, script, first):
+    monkeypatch.setattr(ztoapi, "CHECK_S", 0.5)
+    zai.scripts.extend(first)
+    zai.default = script
+    assert failures_of(capsys, ZAI_BASE_URL=zai.url)
+
+
 def test_the_check_tells_of_a_closed_port(capsys, closed_port):
     told = failures_of(capsys, ZAI_BASE_URL=f"http://127.0.0.1:{closed_port}")
     assert re.match("FAIL  TCP: .*HTTPS_PROXY", told[0])
@@ -9620,6 +9822,53 @@ def test_what_the_machine_refuses_is_one_line_and_exit_status_1(environ):
     assert not out
     assert err.count("\n") == 1
     assert environ.get("HOST", port) in err
+
+
+@posix_only
+def test_ctrl_c_ends_the_check_without_a_traceback():
+    with MuteListener() as mute:
+        process = start(ztoapi.__file__, "--check", ZAI_API_KEY=ZAI_KEY, ZAI_BASE_URL=f"http://127.0.0.1:{mute.port}")
+        assert mute.heard.wait(20)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (1, "")
+
+
+def test_a_port_that_is_taken_says_what_to_set(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        status, _, err = run_main(capsys, PORT=str(taken.getsockname()[1]))
+    assert status == 1
+    assert "in use" in err
+    assert "set PORT= or HOST= to another" in err
+
+
+def test_an_older_python_gets_one_line():
+    with open(ztoapi.__file__, encoding="utf-8") as file:
+        ast.parse(file.read(), feature_version=(3, 7))
+    program = "import runpy, sys; sys.version_info = (3, 7, 17); runpy.run_path(sys.argv[1], run_name='__main__')"
+    out, err = start("-c", program, ztoapi.__file__).communicate(timeout=30)
+    assert (out, err) == ("", "ztoapi: Python 3.8 or later is needed; this is 3.7\n")
+
+
+# Some Pythons are built without ssl.
+WITHOUT_SSL = """
+import runpy, sys
+sys.modules["ssl"] = None
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_without_ssl_there_is_one_line_and_the_demo(closed_port):
+    process = start("-c", WITHOUT_SSL, ztoapi.__file__, ZAI_API_KEY=ZAI_KEY)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out, err.count("\n")) == (1, "", 1)
+    assert "ssl" in err
+    process = start("-c", WITHOUT_SSL, ztoapi.__file__, "--check", DEMO_MODE="1")
+    assert "ok    chat" in process.communicate(timeout=30)[0]
+    process = start("-c", WITHOUT_SSL, ztoapi.__file__, "--check", ZAI_API_KEY=ZAI_KEY,
+                    ZAI_BASE_URL=f"http://127.0.0.1:{closed_port}")
+    assert "refused" in process.communicate(timeout=30)[0]
 
 
 def test_help_without_docstrings_is_one_line():

@@ -80,13 +80,27 @@ import selectors
 import signal
 import socket
 import socketserver
-import ssl
+import struct
 import sys
 import threading
 import time
 import urllib.parse
 import urllib.request
 from typing import NamedTuple
+
+if sys.version_info < (3, 8):  # noqa: UP036
+    sys.exit("ztoapi: Python 3.8 or later is needed; this is %d.%d" % sys.version_info[:2])
+try:
+    import ssl
+except ImportError:
+    class ssl:
+        """Stands in where Python was built without: the demo needs none."""
+
+        class SSLError(Exception):
+            """Never raised."""
+
+        SSLSocket = SSLCertVerificationError = SSLWantReadError = SSLWantWriteError = SSLError
+        OPENSSL_VERSION = ""
 
 __version__ = "1.0.0"
 
@@ -277,9 +291,13 @@ class Settings:
         return sorted(set(keys), key=len, reverse=True)
 
     def redact(self, text):
-        """`text` without any key. Whatever is logged or quoted passes through here."""
+        """`text` without any key, and without what a cut has left of one. Whatever is
+        logged or quoted passes through here."""
         for secret in self.secrets:
-            text = text.replace(secret, "[redacted]")
+            text, *pieces = text.split(secret[:8])
+            for piece in pieces:
+                rest = os.path.commonprefix([piece, secret[8:]])
+                text += "[redacted]" + piece[len(rest):]
         return text
 
 
@@ -804,7 +822,8 @@ def listed_models(settings):
 # time.
 
 # An encoder made once costs half of what json.dumps does, which makes one a call.
-encode_text = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
+encoder = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+encode_text = encoder.encode
 # One string alone, as JSON.
 quote = json.encoder.encode_basestring
 INFINITY = float("inf")
@@ -813,6 +832,14 @@ INFINITY = float("inf")
 def encode_json(value):
     """UTF-8 bytes. A lone surrogate, which UTF-8 cannot spell, becomes "?"."""
     return encode_text(value).encode("utf-8", "replace")
+
+
+def encode_patiently(value):
+    """The same of a large value, piece by piece: in between others get their turn."""
+    data = bytearray()
+    for text in encoder.iterencode(value):
+        data += text.encode("utf-8", "replace")
+    return data
 
 
 def no_number(text):
@@ -832,32 +859,75 @@ def finite_or_null(text):
     return None if abs(value) == INFINITY else value
 
 
-def finite_number(text):
-    value = finite_or_null(text)
-    if value is None:
-        no_number(text)
-    return value
+# While JSON's scanner in C is at work, Python lets no other thread run, and each value
+# takes it up to a microsecond. Before each but the keys and the first there is a mark:
+# a bracket or a comma.
+LIGHT_BYTES = 1 << 17
+LIGHT_MARKS = 20_000
+LARGE_BYTES = 1 << 20
+# A request of a million tokens has fewer. Each may become a Python object.
+MOST_MARKS = 1_000_000
+
+
+def count_marks(text):
+    return sum(map(text.count, "[{,"))
+
+
+# What takes one step even in Python is bounded: a dict, and a text that is not ASCII,
+# as images are.
+def small_object(pairs):
+    if len(pairs) > 100_000:
+        raise ValueError("an object has more than 100,000 keys")
+    return dict(pairs)
+
+
+def small_text(text, start, strict):
+    value, end = json.decoder.scanstring(text, start, strict)
+    if len(value) > 16 * LARGE_BYTES and not value.isascii():
+        raise ValueError("a text is longer than 16 MiB")
+    return value, end
+
+
+class Decoder(json.JSONDecoder):
+    """JSON's decoder, which takes the scanner in C for light texts, and for others that
+    in Python: it is ten times as slow, and other threads get their turn in it."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.scan_fast = self.scan_once
+        self.parse_string = small_text
+        self.object_pairs_hook = small_object
+        self.scan_patiently = json.scanner.py_make_scanner(self)
+        self.scan_once = self.scan
+
+    def scan(self, text, at):
+        """(value, where it ends), or StopIteration where there is no value."""
+        if len(text) <= LIGHT_BYTES:
+            return self.scan_fast(text, at)
+        marks = count_marks(text)
+        if marks > MOST_MARKS or text.count("\\") > 8 * MOST_MARKS:
+            raise ValueError("it has too many brackets, commas or escapes")
+        is_light = marks <= LIGHT_MARKS and len(text) <= LARGE_BYTES
+        return (self.scan_fast if is_light else self.scan_patiently)(text, at)
 
 
 # For clients, whose mistakes they are told.
-decode_strictly = json.JSONDecoder(
-    parse_constant=no_number, parse_int=whole_number, parse_float=finite_number).decode
-
+decode_strictly = Decoder(
+    parse_constant=no_number, parse_int=whole_number, parse_float=finite_or_null).decode
 # For Z.ai: NaN and infinity are read as null, and texts may hold what JSON escapes.
 # Whole numbers are left to int(), which refuses those of more than 4,300 digits; a
 # function of ours would be called three times an event.
-_lenient_decoder = json.JSONDecoder(
+lenient = Decoder(
     parse_constant=lambda name: None, parse_float=finite_or_null, strict=False)
-# The C function itself: (value, where it ends), or StopIteration where there is no
-# value.
-scan_json = _lenient_decoder.scan_once
+# In C, as events are bounded.
+scan_json = lenient.scan_fast
 
 
 # What the decoders raise.
 NO_JSON = (ValueError, RecursionError, StopIteration)
 
 
-def decode_or_none(text, decode=_lenient_decoder.decode):
+def decode_or_none(text, decode=lenient.decode):
     """The value of a JSON text; None if the text is not JSON."""
     try:
         return decode(text)
@@ -918,9 +988,10 @@ TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 # Old clients send a blank line behind a body, which is before the next request.
 REQUEST_LINE = re.compile(
     rf"(?:\r\n)?(?=[^ ]{{1,20}} )({TOKEN}) ([!-~\x80-\xff]+) (HTTP/[1-9]\.[0-9])\r?\n")
+# A proxy's absolute form of the target has the host in it.
+TARGET = re.compile("(?:https?://[^/?#]*)?([^?#]*)", re.IGNORECASE)
 STATUS_LINE = re.compile(r"(HTTP/1\.[0-9]) ([1-9][0-9][0-9])(?: [^\r\n]*)?\r?\n")
 FIELD_LINE = re.compile(rf"^({TOKEN}):([^\0\r\n]*)\r?\n", re.MULTILINE)
-TRAILER_LINE = re.compile(rf"{TOKEN}:[^\0\r\n]*".encode())
 # No body has a length of more digits.
 LENGTH = re.compile("[0-9]{1,15}")
 HEAD_END = re.compile(rb"\r?\n\r?\n")
@@ -968,17 +1039,84 @@ def join_fields(pairs):
     return fields
 
 
-def parse_request_fields(lines):
-    """The fields of a request's head, whose blank line is the last. RequestError for
-    any other line that is not exactly a field, as a proxy in front might take it for
-    something else."""
-    pairs = FIELD_LINE.findall(lines)
-    if len(pairs) < lines.count("\n") - 1:
-        raise RequestError("Malformed header line.")
-    names = [name.lower() for name, _ in pairs]
-    if any(names.count(name) > 1 for name in NEVER_TWICE):
-        raise RequestError("More than one Host, Content-Length or Transfer-Encoding header.")
-    return join_fields(pairs)
+class RequestHead(HeadReader):
+    """Reads the head of a request, to the letter: feed(data) -> whether it is whole.
+
+    What two readers might take differently is a RequestError, as a proxy in front might
+    take it for something else. What was read before the fault is there for the log.
+    """
+
+    method = ""
+    # Decoded, without the query, and with one slash where there were several.
+    path = ""
+    # The client may send another request behind this one.
+    keeps_alive = False
+    # The version is not known before it is read, and 1.0 is the safe one.
+    is_1_0 = True
+
+    def __init__(self):
+        super().__init__()
+        self.fields = {}
+        # What reads the body.
+        self.framing = Unframed()
+
+    def feed(self, data):
+        # So begins TLS.
+        if not self.data and data.startswith(b"\x16"):
+            raise RequestError("This port speaks HTTP, not HTTPS.")
+        try:
+            head = super().feed(data)
+            if head is not None:
+                self._parse(head)
+        except OverflowError:
+            raise RequestError("The request's head is too large.", status=431,
+                               code="request_header_fields_too_large") from None
+        return head is not None
+
+    def _parse(self, head):
+        line = REQUEST_LINE.match(head)
+        if not line:
+            raise RequestError("Malformed request line.")
+        self.method, target, version = line.groups()
+        path = urllib.parse.unquote(TARGET.match(target).group(1), errors="replace")
+        self.path = "/" + re.sub("/+", "/", path).strip("/")
+        if not version.startswith("HTTP/1."):
+            raise RequestError("The only HTTP versions spoken here are 1.0 and 1.1.",
+                               status=505, code="http_version_not_supported")
+        self.is_1_0 = version == "HTTP/1.0"
+        self._parse_fields(head[line.end():])
+        self.framing = self._find_framing()
+        options = re.split("[ \t,]+", self.fields.get("connection", "").lower())
+        self.keeps_alive = not self.is_1_0 and "close" not in options
+
+    def _parse_fields(self, lines):
+        """Each line but the blank one at the end must be a field."""
+        count = lines.count("\n") - 1
+        if count > MOST_FIELDS:
+            raise OverflowError
+        pairs = FIELD_LINE.findall(lines)
+        if len(pairs) < count:
+            raise RequestError("Malformed header line.")
+        names = [name.lower() for name, _ in pairs]
+        if any(names.count(name) > 1 for name in NEVER_TWICE):
+            raise RequestError("More than one Host, Content-Length or Transfer-Encoding header.")
+        self.fields.update(join_fields(pairs))
+        if "host" not in self.fields and not self.is_1_0:
+            raise RequestError("A Host header is needed.")
+
+    def _find_framing(self):
+        length = self.fields.get("content-length", "0")
+        coding = self.fields.get("transfer-encoding")
+        if coding is not None:
+            if "content-length" in self.fields or self.is_1_0:
+                raise RequestError("Ambiguous length of the body.")
+            if coding.lower() != "chunked":
+                raise RequestError(
+                    "The only Transfer-Encoding understood is chunked.", status=501)
+            return Dechunker()
+        if not LENGTH.fullmatch(length):
+            raise RequestError("Malformed Content-Length.")
+        return Counted(int(length))
 
 
 def parse_response_head(head):
@@ -1012,83 +1150,54 @@ class Dechunker:
     feed() had read before.
     """
 
-    # Nobody is known to send chunk extensions or trailers, so that lines are short.
+    # Nobody is known to send chunk extensions. Trailers are not taken.
     LONGEST_LINE_BYTES = 4096
-    LONGEST_TRAILERS_BYTES = 65536
 
     def __init__(self, limit=INFINITY):
         self.limit = limit
         self.total = 0
         self.rest = b""
         self.done = False
-        # What the next line is. A function, not a bound method: an object that holds
-        # itself is freed late.
-        self.read_line = Dechunker._size
-        # Bytes of the current chunk that have not come.
+        # The size of the chunk that is being read, None between two; and how much of it
+        # has not come. An empty line ends a chunk, and so that of size 0, the last.
+        self.size = None
         self.left = 0
-        self.trailers_bytes = 0
         self.body = []
 
     def feed(self, data):
-        # What this call reads, and how far it has come.
-        self.data = self.rest + data
-        self.at = 0
+        data = self.rest + data
+        at = 0
         while not self.done:
             if self.left:
-                piece = self.data[self.at:self.at + self.left]
+                piece = data[at:at + self.left]
                 self.body.append(piece)
-                self.at += len(piece)
                 self.left -= len(piece)
-            line = None if self.left else self._line()
-            if line is None:
+                at += len(piece)
+            end = -1 if self.left else data.find(b"\r\n", at, at + self.LONGEST_LINE_BYTES)
+            if end < 0:
                 break
-            self.read_line(self, line)
-        self.rest = self.data[self.at:]
+            line = data[at:end]
+            at = end + 2
+            if self.size is None:
+                self.size = self.left = chunk_size(line)
+                self.total += self.size
+                if self.total > self.limit:
+                    raise OverflowError("body too large")
+            elif line:
+                raise ValueError("chunk longer than announced, or trailers")
+            else:
+                self.done = self.size == 0
+                self.size = None
+        self.rest = data[at:]
+        is_long = len(self.rest) >= self.LONGEST_LINE_BYTES or b"\n" in self.rest
+        if is_long and not self.done:
+            raise ValueError("chunk line without an end")
         return self.take()
 
     def take(self):
         body = self.body
         self.body = []
         return body[0] if len(body) == 1 else b"".join(body)
-
-    def _size(self, line):
-        self.left = chunk_size(line)
-        self.total += self.left
-        if self.total > self.limit:
-            raise OverflowError("body too large")
-        end = self.at + self.left
-        # Nearly always the whole chunk is there.
-        if self.left and self.data[end:end + 2] == b"\r\n":
-            self.body.append(self.data[self.at:end])
-            self.at = end + 2
-            self.left = 0
-        else:
-            self.read_line = Dechunker._end if self.left else Dechunker._trailer
-
-    def _end(self, line):
-        if line:
-            raise ValueError("chunk longer than announced")
-        self.read_line = Dechunker._size
-
-    def _trailer(self, line):
-        self.trailers_bytes += len(line)
-        if self.trailers_bytes > self.LONGEST_TRAILERS_BYTES:
-            raise ValueError("too many trailers")
-        if line and not TRAILER_LINE.fullmatch(line):
-            raise ValueError("broken trailer")
-        self.done = not line
-
-    def _line(self):
-        """The next line without its end; None if it has not come whole."""
-        start = self.at
-        end = self.data.find(b"\r\n", start, start + self.LONGEST_LINE_BYTES)
-        if end < 0:
-            waiting = self.data[start:start + self.LONGEST_LINE_BYTES]
-            if len(waiting) == self.LONGEST_LINE_BYTES or b"\n" in waiting:
-                raise ValueError("chunk line without an end")
-            return None
-        self.at = end + 2
-        return self.data[start:end]
 
 
 class Unframed:
@@ -1124,29 +1233,29 @@ class SSEDecoder:
     close() -> what a missing blank line held back. UpstreamError for an event beyond
     `limit` bytes.
 
-    Lines end at CR, LF or both, and nowhere else, so that U+2028 in a text survives
+    Lines end at LF or CRLF, and nowhere else, so that U+2028 in a text survives
     (https://html.spec.whatwg.org/multipage/server-sent-events.html). Names, ids and
     comments are dropped. Beyond the standard, a line that starts with "{" is an event
     too: Z.ai was seen to end a broken answer with a bare line {"error":...}.
     """
 
-    # There is one bare line, at the end. Millions of them would hold up all streams.
-    MOST_BARE = 1000
-    # How it begins. The others are frames that were torn in their first letters and
-    # have a new one inside.
+    # The pump reads an event in one go, and an answer may have 128K tokens. No real one
+    # has as many lines, or brackets and commas.
+    MOST_LINES = 1000
+    MOST_MARKS = 100_000
+    # How a bare line begins. The others are frames that were torn in their first
+    # letters and have a new one inside.
     BARE_STARTS = ("{", "ddata: ", "dadata: ", "datdata: ", "datadata: ")
 
-    def __init__(self, limit=16 << 20):
+    def __init__(self, limit=2 << 20):
         self.limit = limit
         # The beginning of an event. One bytes object that grows would take quadratic
         # time.
         self.held = bytearray()
-        # A CR at the end, as an LF may follow.
-        self.held_cr = b""
 
     def feed(self, data):
-        if self.held_cr or b"\r" in data:
-            data = self._normalize(data)
+        # Nobody was seen to end a line by CR alone, and JSON's texts hold none.
+        data = data.replace(b"\r", b"")
         self.held += data
         # The last blank line may have begun in what came before.
         end = self.held.rfind(b"\n\n", -1 - len(data))
@@ -1154,13 +1263,12 @@ class SSEDecoder:
         if end >= 0:
             blocks = self.held[:end].decode("utf-8", "replace").split("\n\n")
             del self.held[:end + 2]
-        if end > self.limit or len(self.held) > self.limit:
-            longest = max(map(len, [self.held, *blocks]))
-            if longest > self.limit:
-                raise UpstreamError(
-                    f"Z.ai sent an event of more than {self.limit} bytes.", GIVE_UP)
+        if len(self.held) > self.limit:
+            raise UpstreamError(f"Z.ai sent an event of more than {self.limit} bytes.", GIVE_UP)
         events = []
         for block in blocks:
+            if len(block) > LIGHT_BYTES and count_marks(block) > self.MOST_MARKS:
+                raise UpstreamError("Z.ai sent an event with too many values.", GIVE_UP)
             # Nearly all blocks are one line of data.
             if block.startswith("data: ") and "\n" not in block:
                 events.append(block[6:])
@@ -1169,23 +1277,17 @@ class SSEDecoder:
         return events
 
     def close(self):
-        return self.feed(b"\n\n\n")
-
-    def _normalize(self, data):
-        """`data` with LF as the only line end. A last CR waits for what follows."""
-        data = self.held_cr + data
-        self.held_cr = b"\r" if data.endswith(b"\r") else b""
-        data = data[:len(data) - len(self.held_cr)]
-        return data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        return self.feed(b"\n\n")
 
     @staticmethod
     def _parse_block(block):
         """The events in the lines between two blank ones: that of all its `data` lines,
         and each bare JSON line."""
+        if block.count("\n") > SSEDecoder.MOST_LINES:
+            raise UpstreamError("Z.ai sent an event with too many lines.", GIVE_UP)
         lines = block.lstrip("\ufeff").split("\n")
         data = [line[5:] for line in lines if line.startswith("data:") or line == "data"]
         bare = [line for line in lines if line.startswith(SSEDecoder.BARE_STARTS)]
-        bare = bare[:SSEDecoder.MOST_BARE]
         if not data:
             return bare
         # One blank behind the colon belongs to the format.
@@ -1304,12 +1406,6 @@ class Asked(NamedTuple):
 
 def read_json_object(data):
     """The dict in a request body (bytes). RequestError for anything else."""
-    # Each bracket becomes a Python object, and so may what stands before a comma. A
-    # real request has some thousands.
-    if data.count(b"[") + data.count(b"{") > 10**6:
-        raise RequestError("The body has more than a million brackets.")
-    if data.count(b",") > 2 * 10**6:
-        raise RequestError("The body has more than two million commas.")
     try:
         value = decode_strictly(data.decode("utf-8-sig"))
     except RecursionError:
@@ -1323,10 +1419,10 @@ def read_json_object(data):
     return value
 
 
-def encode_request(value):
+def encode_request(value, encode=encode_json):
     """UTF-8 JSON. The encoder recurses deeper than the decoder, and may fail alone."""
     try:
-        return encode_json(value)
+        return encode(value)
     except RecursionError:
         raise RequestError("The body is nested too deeply.") from None
 
@@ -2126,7 +2222,7 @@ FINISHES = {
 # With these an answer is whole, or may become so; with the others it was cut.
 WHOLE = (None, "stop", "tool_calls")
 # An answer that is held as a whole takes that many bytes of memory at most.
-LONGEST_ANSWER_BYTES = 32 << 20
+LONGEST_ANSWER_BYTES = 4 << 20
 # So many characters may wait until it is clear what they are.
 LONGEST_HELD = 1 << 20
 # So many characters of arguments may come before the name of their call.
@@ -2962,7 +3058,7 @@ class Answer:
     so that another attempt would be paid twice.
     """
 
-    LONGEST_ERROR_BYTES = 1 << 20
+    LONGEST_ERROR_BYTES = 1 << 18
 
     def __init__(self, translator):
         self.translator = translator
@@ -2984,10 +3080,10 @@ class Answer:
         return self.translator.complete and self.translator.is_stopped()
 
     @property
-    def is_finishing(self):
-        """Whether the finish has come, and only the usage or the end mark is waited
-        for."""
-        return bool(self.translator.finish) and not self.complete
+    def is_ending(self):
+        """Whether the finish has come, and only the usage, the end mark or the end of
+        the body is waited for."""
+        return self.complete or bool(self.translator.finish)
 
     def feed(self, data):
         cut = None
@@ -3089,7 +3185,7 @@ class Tally:
 
     # A Python object stands behind each piece, and several behind an item, which begins
     # where the kind changes.
-    STEP_BYTES = 50
+    STEP_BYTES = 20
     ITEM_BYTES = 2000
 
     def __init__(self, limit):
@@ -4097,7 +4193,7 @@ INCOMPLETE = {
 FAILURES = ("insufficient_quota", "context_length_exceeded", "rate_limit_exceeded")
 # Statuses that go out as they are: a 401 makes clients ask for a key, and the others
 # Codex takes as they are meant.
-KEPT_STATUSES = (401, 404, 405, 426, 429)
+KEPT_STATUSES = (401, 404, 405, 408, 426, 429)
 
 
 class Shape(NamedTuple):
@@ -4390,7 +4486,8 @@ class Responses(Itemized):
 # then. Who finds no room queues: one queue a model, in which the client keys take
 # turns, each in the order its requests came. All of it stands under one lock; nobody
 # waits while holding it. Who leaves wakes who may go next. The pump, in the next
-# section, calls tick(), for gates that open without anybody leaving.
+# section, calls tick(), for gates that open without anybody leaving. Before, there must
+# be room for its body: that is the second queue.
 
 def backoff_s(attempt, first_s=0.5, longest_s=8.0):
     """Seconds that double from attempt to attempt; `attempt` counts from 0."""
@@ -4425,6 +4522,9 @@ class Gate:
     refusing = False
     # (verdict, words) of the last refusal, until something is served again.
     refusal = None
+    # How many were in flight when Z.ai last began to refuse, and half of that, or less.
+    refused_at = 0
+    halved = 0
 
     def __init__(self, key, limit):
         self.key = key
@@ -4441,10 +4541,11 @@ class Gate:
         return max(self.resting_until, self.key.resting_until)
 
     def probe(self, now):
-        """Raise a learned ceiling that is reached by one, if it is time to."""
+        """Raise a learned ceiling that is reached, if it is time to: half of the way to
+        where it was refused, and then one by one."""
         quiet = now >= self.quiet_since + self.PROBE_S
         if quiet and self.ceiling <= self.in_flight and self.ceiling < self.limit:
-            self.ceiling += 1
+            self.ceiling += max(1, (self.refused_at - self.ceiling) // 2)
             self.quiet_since = now
 
     def close(self, now, pause_s):
@@ -4454,9 +4555,16 @@ class Gate:
         self.quiet_since = now
 
     def lower_ceiling(self):
-        """Lower the ceiling to what is in flight beside the request that was
-        refused."""
-        self.ceiling = max(1, min(self.ceiling, self.in_flight))
+        """Lower the ceiling to what is in flight beside the request that was refused.
+        All being refused says nothing about how many may be: then it is halved."""
+        # Something has been served since the last refusal.
+        if not self.refusal:
+            self.refused_at = self.halved = self.in_flight + 1
+        if self.in_flight:
+            self.ceiling = min(self.ceiling, self.in_flight)
+        elif self.halved > 1:
+            self.halved //= 2
+            self.ceiling = self.halved
 
     def knows_nothing(self, now):
         if self.in_flight or self.refusing or self.ceiling < self.limit:
@@ -4612,10 +4720,10 @@ class Gates:
             jitter = 1 + 0.5 * self.rand()
             pause_s = min(8.0, backoff_s(ticket.refusals) * jitter)
         ticket.refusals += 1
-        ticket.refusal = gate.refusal = (error.verdict, error.message)
         gate.close(now, max(pause_s, error.pause_s))
         if too_many:
             gate.lower_ceiling()
+        ticket.refusal = gate.refusal = (error.verdict, error.message)
         if gate.refusing:
             return None
         gate.refusing = True
@@ -4663,15 +4771,11 @@ class Gates:
     def _forget(self, now):
         """Drop gates that know nothing; beyond so many, the oldest that nobody uses:
         the names of models come from clients."""
+        queued = self._queued()
         for place, gate in list(self.gates.items()):
-            if gate.knows_nothing(now):
-                del self.gates[place]
-        too_many = len(self.gates) - self.MOST_GATES * len(self.keys)
-        if too_many > 0:
-            queued = self._queued()
-            unused = [place for place, gate in self.gates.items()
-                      if not gate.in_flight and place[1] not in queued]
-            for place in unused[:too_many]:
+            too_many = len(self.gates) > self.MOST_GATES * len(self.keys)
+            is_used = gate.in_flight or place[1] in queued
+            if gate.knows_nothing(now) or too_many and not is_used:
                 del self.gates[place]
 
     def _timeout(self, refusal, opens_in_s):
@@ -4687,6 +4791,32 @@ class Gates:
                         retry_after=max(row.retry_after, opens_in_s), retryable=False)
 
 
+class Bodies:
+    """The bytes that the bodies of requests hold, from the first that has come until
+    Z.ai has begun to answer. No client key may hold more than it leaves free, so that
+    there is room for whoever comes next."""
+
+    def __init__(self, total_bytes):
+        self.total_bytes = total_bytes
+        self.lock = threading.Lock()
+        # Client -> its bytes.
+        self.held = {}
+
+    def add(self, client, size_bytes):
+        """Count so many bytes more. ApiError if there is no room for them."""
+        with self.lock:
+            self.held[client] = self.held.get(client, 0) + size_bytes
+            mine = sum(size for other, size in self.held.items() if other.key == client.key)
+            if mine > self.total_bytes - sum(self.held.values()):
+                raise ApiError("Too many large requests at once.",
+                               status=503, code="overloaded", retry_after=5)
+
+    def drop(self, client):
+        """The client's body is not needed any more."""
+        with self.lock:
+            self.held.pop(client, None)
+
+
 # Pump #################################################################################
 #
 # One thread relays all running answers, and keeps the time for all who wait. A thread
@@ -4699,6 +4829,9 @@ class Gates:
 
 # A client's leaving must be noticed within one second.
 TICK_S = 0.25
+# CLIENT_TIMEOUT is for one read or write. All of a body, or of an answer that is ready,
+# may take so many times as long.
+PATIENCE = 10
 
 
 def peek(sock):
@@ -4734,6 +4867,11 @@ def shut(sock):
         socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
 
+def deaf(settings):
+    patience_s = settings.client_timeout
+    return ClientGone(f"the client took nothing for CLIENT_TIMEOUT ({patience_s:g} s)")
+
+
 class Outbox:
     """The stream to one client: put() never waits. What the socket does not take is in
     `unsent`, and the pump reads no more from Z.ai until it is out.
@@ -4753,16 +4891,16 @@ class Outbox:
         self.make_head = make_head
         self.front = front
         self.chunked = chunked
-        # When it was last given something to send. As it gets nothing while something
-        # is unsent, that is also since when the client has not taken it.
-        self.put_at = time.monotonic()
+        # When it was last given something to send, which it is not while something is
+        # unsent; and when the client last took some.
+        self.put_at = self.sent_at = time.monotonic()
 
     def put(self, text, last=False):
         """Send SSE text, and before it what must come first. ClientGone if it has
         left."""
         data = self.frame(text, last)
         self.finished = self.finished or last
-        self.put_at = time.monotonic()
+        self.put_at = self.sent_at = time.monotonic()
         self.unsent = memoryview(bytes(self.unsent) + data)
         self.flush()
 
@@ -4788,16 +4926,17 @@ class Outbox:
         except OSError:
             raise ClientGone from None
         self.unsent = self.unsent[sent:]
+        self.sent_at = time.monotonic()
 
     def look(self, now, settings):
         """Send what is due: what is unsent, or a heartbeat. ClientGone if the client
         has not taken the former for too long."""
-        waited_s = now - self.put_at
         if self.unsent:
             self.flush()
+            waited_s = max(now - self.sent_at, (now - self.put_at) / PATIENCE)
             if self.unsent and waited_s > settings.client_timeout:
-                raise ClientGone
-        elif waited_s >= settings.heartbeat > 0 and not self.finished:
+                raise deaf(settings)
+        elif now - self.sent_at >= settings.heartbeat > 0 and not self.finished:
             # Before anything else, the opening is a sign of life.
             self.put(self.front.heartbeat() if self.started else "")
 
@@ -4807,8 +4946,8 @@ class Client:
     that it used. wait() and block_on() are called by the handler's thread, leave() by
     the pump's, wake() by any."""
 
-    # The pump sets it once the client has left.
-    gone = False
+    # How the client left, once it has: the pump sets it.
+    gone = ""
     # The socket to Z.ai that the handler's thread may be blocked on.
     blocked_on = None
 
@@ -4826,7 +4965,7 @@ class Client:
         may not have looked yet, and a slot must not go to one who is gone."""
         self.alarm.acquire(timeout=max(0.0, min(seconds, threading.TIMEOUT_MAX)))
         if self.gone or ended([self.connection]):
-            raise ClientGone
+            raise ClientGone(self.gone)
 
     def wake(self):
         # A client that has been woken already stays awake.
@@ -4837,11 +4976,11 @@ class Client:
         """From here on `sock` is the one to shut if the client leaves."""
         self.blocked_on = sock
         if self.gone:
-            raise ClientGone
+            raise ClientGone(self.gone)
 
-    def leave(self):
+    def leave(self, how="the client left"):
         """Whatever is done for it ends now."""
-        self.gone = True
+        self.gone = how
         self.wake()
         # Read once, as the handler's thread sets it to None.
         sock = self.blocked_on
@@ -4858,14 +4997,16 @@ class Relay:
     through `answer`, and its steps to take(steps). All of it happens in the pump's
     thread."""
 
-    # Behind the finish there may come the usage, the end mark and the end of the
-    # coding.
-    PATIENCE_S = 2.0
+    # What may come behind the finish, or behind the end of the answer: the usage, the
+    # end mark and the end of the coding.
+    END_S = 1.0
+    END_BYTES = 65536
 
     # The socket that the pump waits for: the client's while it is behind, else Z.ai's.
     watched = None
     heard_at = None
-    finishing_since = None
+    ending_since = None
+    surplus_bytes = 0
     # Nothing more is to be read.
     is_read = False
     # The handler's thread has been woken, and the client's socket is its own again.
@@ -4890,11 +5031,17 @@ class Relay:
             data = self.connection.receive(buffer)
             if data is None:
                 break
-            self.heard_at = now
+            if answer.is_ending:
+                self.surplus_bytes += len(data)
             self.tell(*answer.feed(data))
+            # Interim answers are no words.
+            if answer.reply.status:
+                self.heard_at = now
             # Only at the end of its body a connection can serve again.
             if answer.complete:
                 self.is_read = answer.reply.complete or answer.is_cut_short or not data
+            if self.surplus_bytes > self.END_BYTES:
+                self.end()
             # TLS may hold more than its socket shows.
             if not self.connection.pending():
                 break
@@ -4910,6 +5057,12 @@ class Relay:
         if failure:
             raise failure
 
+    def end(self):
+        """What has come is all there will be."""
+        if not self.answer.complete:
+            self.tell(*self.answer.close())
+        self.is_read = True
+
     @property
     def is_behind(self):
         return not self.woken and self.client.is_behind
@@ -4921,21 +5074,17 @@ class Relay:
 
     def look(self, now, silence_s):
         """What the time says. True once all is read and out."""
-        if self.woken:
-            # The end of the body usually comes with the answer's.
-            return now - self.heard_at > TICK_S
-        if self.client.gone:
-            raise ClientGone
-        if self.client.is_behind:
+        if self.client.gone and not self.woken:
+            raise ClientGone(self.client.gone)
+        if self.is_behind:
             self.heard_at = now
-        if self.answer.is_finishing:
-            self.finishing_since = self.finishing_since or now
-            if now - self.finishing_since > self.PATIENCE_S:
-                self.tell(*self.answer.close())
+        if self.answer.is_ending:
+            self.ending_since = self.ending_since or now
+            if now - self.ending_since > self.END_S:
+                self.end()
         elif now - self.heard_at > silence_s:
             raise UpstreamError(
                 f"Z.ai was silent for {silence_s:g} s (UPSTREAM_TIMEOUT).", TRY_ONCE)
-        self.is_read = self.answer.complete
         return self.is_read and not self.is_behind
 
 
@@ -4963,8 +5112,8 @@ class Pump:
         self.relays = set()
         # select() on some systems takes no new socket while it waits; so a byte wakes
         # it.
-        self.selector = selectors.DefaultSelector()
         self.ear, self.mouth = socket.socketpair()
+        self.selector = selectors.DefaultSelector()
         self.ear.setblocking(False)
         self.mouth.setblocking(False)
         self.selector.register(self.ear, selectors.EVENT_READ)
@@ -4999,7 +5148,7 @@ class Pump:
         finally:
             with self.lock:
                 self.clients.discard(client)
-            client.connection.settimeout(None)
+            client.connection.settimeout(self.settings.client_timeout)
 
     def run(self, relay):
         """Sleep until the answer is told; raises what ended it otherwise."""
@@ -5058,12 +5207,14 @@ class Pump:
             sock, event = relay.client.connection, selectors.EVENT_WRITE
         if sock is relay.watched:
             return
-        if relay.watched:
-            self.selector.unregister(relay.watched)
-            # register() may fail.
-            relay.watched = None
+        self._unwatch(relay)
         self.selector.register(sock, event, relay)
         relay.watched = sock
+
+    def _unwatch(self, relay):
+        if relay.watched:
+            self.selector.unregister(relay.watched)
+            relay.watched = None
 
     def _guard(self, relay, method, *args):
         """Call a method of the relay, and end it when that says so, or fails."""
@@ -5080,11 +5231,8 @@ class Pump:
             self._watch(relay)
 
     def _end(self, relay):
-        # None if close() found it in the inbox.
-        if relay.watched:
-            self.selector.unregister(relay.watched)
+        self._unwatch(relay)
         relay.connection.release(relay.answer.reply.reusable)
-        # Server.idle() looks here: by now the connection is in Upstream's pool.
         self.relays.discard(relay)
         relay.wake()
 
@@ -5107,11 +5255,11 @@ class Pump:
         try:
             client.outbox.look(now, self.settings)
             return
-        except ClientGone:
-            pass
+        except ClientGone as gone:
+            client.leave(str(gone))
         except Exception:
             log.exception("A heartbeat failed; this is a bug")
-        client.leave()
+            client.leave("a heartbeat failed")
         shut(client.connection)
 
 
@@ -5403,6 +5551,10 @@ class Upstream:
         keys = ("demo",) if settings.demo_mode else settings.zai_api_key
         self.gates = Gates(keys, settings.max_concurrency,
                            settings.queue_timeout, self.clock, rand)
+        # A key that is alone can have two of the largest.
+        self.bodies = Bodies(4 * max(64, settings.max_body_mb) << 20)
+        # For what is read at one time: see turn().
+        self.turns = Gates(("",), 1, settings.queue_timeout, self.clock)
         pump.chores += [self.gates.tick, self.pool.expire]
         if proxies is None:
             proxies = urllib.request.getproxies()
@@ -5413,11 +5565,11 @@ class Upstream:
         self.opener.add_handler(urllib.request.ProxyHandler(proxies))
         self.opener.add_handler(KeepAliveHandler(self.pool, settings.upstream_timeout))
 
-    def job(self, asked, streamed=True):
+    def job(self, asked, streamed=True, encode=encode_json):
         """The Job for what to_zai_request() gave."""
         model = asked.body["model"]
         max_tokens = asked.body.get("max_tokens")
-        data = encode_request(asked.body)
+        data = encode_request(asked.body, encode)
         # The functions below live as long as the answer; the conversation must not.
         asked = asked._replace(body=None)
 
@@ -5434,6 +5586,17 @@ class Upstream:
                 restartable=not streamed, describe=describe))
 
         return Job(data, model, make_answer)
+
+    @contextlib.contextmanager
+    def turn(self, client):
+        """Inside, a large request is read. One at a time is, so that those who serve
+        the others get at the interpreter; client keys take turns."""
+        ticket = Ticket("", client)
+        self.turns.enter(ticket)
+        try:
+            yield
+        finally:
+            self.turns.leave(ticket)
 
     def answer(self, job, client, record, take):
         """Get one answer: take(steps) is called, in the pump's thread, with all that
@@ -5490,6 +5653,7 @@ class Upstream:
                 record.ttft_s = self.clock() - record.started
                 self._note(record, answer)
                 job.data = None
+                self.bodies.drop(ticket.client)
             if steps[-1].kind == FINISH:
                 record.usage = steps[-1].usage
             take(steps)
@@ -5542,7 +5706,7 @@ class Upstream:
             return self.opener.open(request, timeout=CONNECT_TIMEOUT_S)
         except (OSError, ValueError) as error:
             if client.gone:
-                raise ClientGone from None
+                raise ClientGone(client.gone) from None
             raise connection_error(error) from None
         finally:
             client.blocked_on = None
@@ -5554,6 +5718,7 @@ class Upstream:
         body = b""
         try:
             with self.open("/models", key, client).sock as sock:
+                client.block_on(sock)
                 sock.settimeout(min(CONNECT_TIMEOUT_S, self.settings.upstream_timeout))
                 while not reply.complete and len(body) < Answer.LONGEST_ERROR_BYTES:
                     body += reply.feed(sock.recv(65536))
@@ -5873,9 +6038,6 @@ KEEP_ALIVE_S = 75.0
 # taken.
 LINGER_S = 1.0
 
-# A proxy's absolute form of the target has the host in it.
-TARGET = re.compile("(?:https?://[^/?#]*)?([^?#]*)", re.IGNORECASE)
-
 
 class Route(NamedTuple):
     """A path, and the names of the Handler's methods that answer GET and POST there.
@@ -5931,16 +6093,11 @@ ELSEWHERE = (
 )
 
 
-@functools.lru_cache(maxsize=2)
-def http_date(timestamp):
-    return email.utils.formatdate(timestamp, usegmt=True)
-
-
 def response_head(status, fields):
     """The bytes of a response's head. `fields`: (name, value) pairs."""
     reason = http.HTTPStatus(status).phrase
     lines = [f"HTTP/1.1 {status} {reason}", "Server: ztoapi"]
-    lines.append("Date: " + http_date(int(time.time())))
+    lines.append("Date: " + email.utils.formatdate(usegmt=True))
     lines += [f"{name}: {value}" for name, value in fields]
     return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1", "replace")
 
@@ -5991,29 +6148,28 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Called by the base class until self.close_connection is true."""
         self.settings = self.server.settings
         self.close_connection = True
+        self.connection.settimeout(KEEP_ALIVE_S)
         self.unread = self.unread or self.connection.recv(self.HEAD_BYTES)
         if not self.unread or self.server.draining:
             return
-        self.set_deadline(self.settings.client_timeout)
-        # read_head() adds `path` and `body_bytes`, find_route() adds `match`.
-        self.fields = {}
+        self.connection.settimeout(self.settings.client_timeout)
+        self.head = RequestHead()
+        self.fields = self.head.fields
+        # read_head() adds `path`, find_route() adds `match`.
         self.command = ""
         self.front = Chat
         self.outbox = None
-        # Bytes of this request may still be unread.
-        self.body_left = True
-        # The version is not known before the head is read, and 1.0 is the safe one.
-        self.http_1_0 = True
+        self.log_level = logging.INFO
         self.record = Record(
             new_id("req_"), self.client_address[0], time.time(), time.monotonic())
+        # A head is small: CLIENT_TIMEOUT is for all of it.
+        self.late_at = self.record.started + self.settings.client_timeout
         try:
             self.dispatch()
         finally:
             # The outbox holds this handler: such a circle is freed late.
             self.outbox = None
-            # In this order: a connection that is not busy may lose its deadline.
-            self.set_deadline(KEEP_ALIVE_S)
-            self.server.busy.discard(self.connection)
+            self.server.connections[self.connection] = time.monotonic()
 
     def dispatch(self):
         """Answer one request, or note that its client left, and tell the log and the
@@ -6021,15 +6177,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         record = self.record
         try:
             self.answer_request()
-        except ClientGone:
+        except ClientGone as gone:
             # Without a whole head there was no request.
             if not self.command:
                 return
             self.close_connection = True
             record.status = 499
-            record.error = "the client left"
+            record.error = str(gone) or "the client left"
         record.total_s = time.monotonic() - record.started
-        log.info("%s", record.line())
+        log.log(self.log_level, "%s", record.line())
         if record.counted:
             self.server.metrics.finish(record)
 
@@ -6038,7 +6194,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         answer."""
         try:
             self.read_head()
-            self.server.busy.add(self.connection)
+            self.server.connections[self.connection] = BUSY
             getattr(self, self.find_route())()
         except ClientGone:
             raise
@@ -6049,110 +6205,75 @@ class Handler(http.server.BaseHTTPRequestHandler):
             words = f"Internal error; the log says more under the id {self.record.id}."
             self.answer_error(ApiError(words))
 
-    def set_deadline(self, seconds):
-        """The connection is shut unless it gets on within so many seconds."""
-        self.server.deadlines[self.connection] = time.monotonic() + seconds
-
     # Reading
 
     def receive(self, most_bytes=65536):
         """What has come of the request, at least one byte."""
         data = self.unread
         self.unread = b""
-        with contextlib.suppress(OSError):
+        try:
+            if time.monotonic() > self.late_at:
+                raise socket.timeout
             data = data or self.connection.recv(most_bytes)
+        except socket.timeout:
+            patience_s = self.settings.client_timeout
+            words = f"The request did not come within CLIENT_TIMEOUT ({patience_s:g} s)."
+            raise RequestError(words, status=408, code="request_timeout") from None
+        except OSError:
+            pass
         if not data:
             raise ClientGone
         return data
 
     def read_head(self):
-        """Take the head off the connection, to the letter."""
-        reader = HeadReader()
-        head = None
+        """Take the head off the connection."""
+        head = self.head
+        record = self.record
         try:
-            # So begins TLS.
-            if self.unread.startswith(b"\x16"):
-                raise RequestError("This port speaks HTTP, not HTTPS.")
-            while head is None:
-                head = reader.feed(self.receive(self.HEAD_BYTES))
-            self.unread = reader.rest
-            self.parse_head(head)
-        except OverflowError:
-            if b"\n" in reader.data:
-                raise RequestError("The request's head is too large.", status=431,
-                                   code="request_header_fields_too_large") from None
-            raise RequestError("The request line is too long.", status=414,
-                               code="uri_too_long") from None
-
-    def parse_head(self, head):
-        line = REQUEST_LINE.match(head)
-        if not line:
-            raise RequestError("Malformed request line.")
-        self.command, target, version = line.groups()
-        path = urllib.parse.unquote(TARGET.match(target).group(1), errors="replace")
-        # A key is taken out before a cut leaves a part of it that is not found.
-        path = re.sub("/+", "/", path).strip("/")
-        self.path = self.settings.redact("/" + path)
-        self.record.method = self.command
-        self.record.path = self.path
-        if not version.startswith("HTTP/1."):
-            raise RequestError("The only HTTP versions spoken here are 1.0 and 1.1.",
-                               status=505, code="http_version_not_supported")
-        # The request line and the blank line are no fields.
-        if head.count("\n") - 2 > MOST_FIELDS:
-            raise OverflowError
-        self.http_1_0 = version == "HTTP/1.0"
-        self.fields = parse_request_fields(head[line.end():])
+            while not head.feed(self.receive(self.HEAD_BYTES)):
+                pass
+        finally:
+            # A key is taken out before a cut leaves a part of it that is not found.
+            self.command = self.settings.redact(head.method)
+            self.path = self.settings.redact(head.path)
+            record.method = self.command or record.method
+            record.path = self.path or record.path
+        self.unread = head.rest
+        self.close_connection = not head.keeps_alive
         given = self.fields.get("x-client-request-id") or self.fields.get("x-request-id", "")
-        self.record.client_request_id = plain(self.settings.redact(given), 64)
-        self.body_bytes = self.parse_length()
-        self.body_left = self.body_bytes != 0
-        options = re.split("[ \t,]+", self.fields.get("connection", "").lower())
-        self.close_connection = "close" in options or self.http_1_0
+        record.client_request_id = plain(self.settings.redact(given), 64)
 
-    def parse_length(self):
-        """The body's size in bytes, None if it is chunked. What two readers might take
-        differently is refused."""
-        if "host" not in self.fields and not self.http_1_0:
-            raise RequestError("A Host header is needed.")
-        coding = self.fields.get("transfer-encoding")
-        if coding is not None:
-            if "content-length" in self.fields or self.http_1_0:
-                raise RequestError("Ambiguous length of the body.")
-            if coding.lower() != "chunked":
-                raise RequestError(
-                    "The only Transfer-Encoding understood is chunked.", status=501)
-            return None
-        length = self.fields.get("content-length", "0")
-        if not LENGTH.fullmatch(length):
-            raise RequestError("Malformed Content-Length.")
-        return int(length)
-
-    def read_body(self):
+    def read_body(self, client):
         """The bytes of the body, once it is clear that they are wanted."""
         limit = self.settings.max_body_mb << 20
         if self.fields.get("content-encoding", "identity").lower() != "identity":
             raise RequestError("Compressed bodies are not understood.",
                                status=415, code="unsupported_media_type")
-        framing = Dechunker(limit) if self.body_bytes is None else Counted(self.body_bytes)
+        framing = self.head.framing
+        framing.limit = limit
         # Not a list of pieces: a client that drips would make millions.
         body = bytearray()
+        self.late_at = time.monotonic() + PATIENCE * self.settings.client_timeout
         try:
-            if (self.body_bytes or 0) > limit:
+            if framing.left > limit:
                 raise OverflowError
-            if self.fields.get("expect", "").lower() == "100-continue" and not self.http_1_0:
+            is_asked = self.fields.get("expect", "").lower() == "100-continue"
+            if is_asked and not self.head.is_1_0:
                 self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
             while not framing.done:
-                body += framing.feed(self.receive())
+                data = framing.feed(self.receive())
+                self.server.upstream.bodies.add(client, len(data))
+                body += data
         except OverflowError:
             words = f"The body is larger than MAX_BODY_MB ({self.settings.max_body_mb})."
             raise RequestError(words, status=413, code="request_too_large") from None
         except ValueError as error:
             raise RequestError(f"Malformed chunked body: {error}.") from None
-        # An empty body has not been fed, and has no rest.
-        if self.body_left:
-            self.unread = framing.rest
-        self.body_left = False
+        finally:
+            if not framing.done:
+                # While the error is told, it holds this frame.
+                body.clear()
+        self.unread = framing.rest or self.unread
         return body
 
     # Finding the route
@@ -6162,13 +6283,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
         found = ((row, re.fullmatch(row.pattern, self.path)) for row in ROUTES)
         row, self.match = next(pair for pair in found if pair[1])
         self.front = row.front
+        methods = {"GET": row.get, "HEAD": row.get, "POST": row.post}
+        allowed = [method for method, name in methods.items() if name]
+        # So programs look for servers of other kinds.
+        if self.command == "GET" and not allowed:
+            self.log_level = logging.DEBUG
         self.check_host()
         if self.command == "OPTIONS":
             return "answer_options"
         if row.needs_key:
             self.check_key()
-        methods = {"GET": row.get, "HEAD": row.get, "POST": row.post}
-        allowed = [method for method, name in methods.items() if name]
         if not allowed:
             raise self.not_found()
         if self.command not in allowed:
@@ -6212,7 +6336,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 if hmac.compare_digest(key.encode(), text.encode("utf-8", "replace")):
                     self.record.key = f"#{position}"
                     return
-        self.server.metrics.count("unauthorized")
+        if self.log_level == logging.INFO:
+            self.server.metrics.count("unauthorized")
         raise self.wrong_key(any(given))
 
     def wrong_key(self, was_given):
@@ -6227,17 +6352,25 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def send(self, data):
         """ClientGone unless the client takes it."""
-        self.set_deadline(self.settings.client_timeout)
+        data = memoryview(data)
+        late_at = time.monotonic() + PATIENCE * self.settings.client_timeout
         try:
-            self.connection.sendall(data)
+            while data and time.monotonic() < late_at:
+                data = data[self.connection.send(data):]
+        except socket.timeout:
+            pass
         except OSError:
             raise ClientGone from None
+        if data:
+            raise deaf(self.settings)
 
     def answer(self, status, body, content_type="application/json", fields=()):
         """Send a whole answer. One given before the body was read ends the connection,
         as the body must not become the next request."""
         self.record.status = status
-        if self.body_left or self.server.draining:
+        # Bytes of this request may still be unread.
+        is_cut = not self.head.framing.done
+        if is_cut or self.server.draining:
             self.close_connection = True
         fields = [*self.common_fields(content_type), *fields]
         if status != 204:
@@ -6246,7 +6379,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             fields.append(("Connection", "close"))
         head = response_head(status, fields)
         self.send(head if self.command == "HEAD" else head + body)
-        if self.body_left:
+        if is_cut:
             self.linger()
 
     def answer_json(self, value, status=200, fields=()):
@@ -6313,14 +6446,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return [field for field in fields if field[1]]
 
     def linger(self):
-        """Take what the client is still sending, for a moment and up to 16 MiB: closing
-        on it would reset the connection before the answer is read."""
+        """Take what the client is still sending, for a moment: closing on it would
+        reset the connection before the answer is read. Who goes on is reset then, as
+        behind a full window it might never hear of a mere end."""
+        until = time.monotonic() + LINGER_S
         with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_WR)
-            self.set_deadline(LINGER_S)
-            for _ in range(256):
-                if not self.connection.recv(65536):
-                    break
+            self.connection.settimeout(LINGER_S)
+            with contextlib.suppress(socket.timeout):
+                while time.monotonic() < until:
+                    if not self.connection.recv(65536):
+                        return
+            # The closing resets it.
+            self.connection.setsockopt(
+                socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
     # Routes
 
@@ -6329,7 +6468,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         SDKs send x-stainless-*, and * does not cover Authorization."""
         fields = [("Allow", "GET, HEAD, POST, OPTIONS")]
         if self.cors_fields():
-            asked = self.fields.get("access-control-request-headers")
+            asked = self.settings.redact(self.fields.get("access-control-request-headers", ""))
             fields += [
                 ("Access-Control-Allow-Methods", "GET, POST, OPTIONS"),
                 ("Access-Control-Allow-Headers", asked or "authorization, content-type"),
@@ -6393,47 +6532,50 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Any front's request for an answer."""
         self.record.counted = True
         self.server.metrics.count("in_flight")
-        front, job = self.read_request()
-        if front.stream:
-            self.outbox = Outbox(
-                self.connection, self.stream_head, front, chunked=not self.http_1_0)
-            take = self.tell
-        else:
-            fold = Fold()
-            take = fold.add
-        client = Client(self.connection, self.outbox, self.record.key)
-        # The pump looks after the client now.
-        self.set_deadline(INFINITY)
-        with self.server.pump.minding(client):
-            self.server.upstream.answer(job, client, self.record, take)
+        client = Client(self.connection, key=self.record.key)
+        try:
+            front, job = self.read_request(client)
+            if front.stream:
+                self.outbox = client.outbox = Outbox(
+                    self.connection, self.stream_head, front, chunked=not self.head.is_1_0)
+                take = self.tell
+            else:
+                fold = Fold()
+                take = fold.add
+            with self.server.pump.minding(client):
+                self.server.upstream.answer(job, client, self.record, take)
+        finally:
+            self.server.upstream.bodies.drop(client)
         if not front.stream:
             self.answer_json(front.whole(fold))
 
-    def read_request(self):
+    def read_request(self, client):
         """(front, job). What the client sent is let go of here: an answer may take
         minutes, and a conversation many megabytes."""
+        data = self.read_body(client)
+        if len(data) <= LARGE_BYTES:
+            return self.parse_request(data)
+        with self.server.pump.minding(client), self.server.upstream.turn(client):
+            return self.parse_request(data, encode_patiently)
+
+    def parse_request(self, data, encode=encode_json):
         record = self.record
-        patience_s = self.settings.client_timeout
-        # Until there is room it is not the client who is waited for.
-        self.set_deadline(INFINITY)
-        with self.server.bodies.room_for(self.body_bytes, patience_s):
-            self.set_deadline(patience_s)
-            body = read_json_object(self.read_body())
-            caller = Caller(self.fields, record.key, record.began, self.server.memory)
-            record.model = self.settings.redact(str(body.get("model", "")))
-            front, request = self.front.read(body, caller, self.settings)
-            asked = to_zai_request(request, self.settings, front.refuses_media)
-            self.front = front
-            record.changed = some_of([*front.changed, *asked.changed])
-            record.model_id = asked.body["model"]
-            record.stream = front.stream
-            record.stream_default = front.stream_defaulted
-            if log.isEnabledFor(logging.DEBUG):
-                words = self.settings.redact(request_outline(asked.body))[:2000]
-                log.debug("%s to Z.ai: %s", record.id, words)
-            if not self.server.upstream.gates.keys:
-                raise missing_key()
-            return front, self.server.upstream.job(asked, front.stream)
+        body = read_json_object(data)
+        caller = Caller(self.fields, record.key, record.began, self.server.memory)
+        record.model = self.settings.redact(str(body.get("model", "")))
+        front, request = self.front.read(body, caller, self.settings)
+        asked = to_zai_request(request, self.settings, front.refuses_media)
+        self.front = front
+        record.changed = some_of(map(self.settings.redact, [*front.changed, *asked.changed]))
+        record.model_id = asked.body["model"]
+        record.stream = front.stream
+        record.stream_default = front.stream_defaulted
+        if log.isEnabledFor(logging.DEBUG):
+            words = self.settings.redact(request_outline(asked.body))[:2000]
+            log.debug("%s to Z.ai: %s", record.id, words)
+        if not self.server.upstream.gates.keys:
+            raise missing_key()
+        return front, self.server.upstream.job(asked, front.stream, encode)
 
     def tell(self, steps):
         text = self.front.tell(steps)
@@ -6449,7 +6591,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             ("Cache-Control", "no-cache"),
             ("X-Accel-Buffering", "no"),
         ]
-        if self.http_1_0:
+        if self.head.is_1_0:
             fields.append(("Connection", "close"))
         else:
             fields.append(("Transfer-Encoding", "chunked"))
@@ -6458,42 +6600,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 # Server ###############################################################################
 #
-# What all requests share, and the bounds of it: how many large bodies are in memory at
-# once, how many connections there are, and until when each of them may live.
+# What all requests share, and the bounds of it; accepting connections, and the end.
 
-class Budget:
-    """Bytes that may be in use together. Who finds too few left waits."""
-
-    # Bodies of that size and smaller are no matter: few are decoded at once. So a few
-    # large ones that do not come hold up no others.
-    SMALL_BYTES = 1 << 20
-
-    def __init__(self, total_bytes):
-        self.total_bytes = total_bytes
-        self.left_bytes = total_bytes
-        self.condition = threading.Condition()
-
-    @contextlib.contextmanager
-    def room_for(self, size_bytes, patience_s):
-        """`size_bytes`: None if unknown, which counts as a quarter of the whole.
-        ApiError if there is no room for so many seconds."""
-        if size_bytes is None:
-            size_bytes = self.total_bytes // 4
-        size_bytes = min(size_bytes, self.total_bytes)
-        if size_bytes <= self.SMALL_BYTES:
-            yield
-            return
-        with self.condition:
-            if not self.condition.wait_for(lambda: self.left_bytes >= size_bytes, patience_s):
-                raise ApiError("Too many large requests at once.",
-                               status=503, code="overloaded", retry_after=5)
-            self.left_bytes -= size_bytes
-        try:
-            yield
-        finally:
-            with self.condition:
-                self.left_bytes += size_bytes
-                self.condition.notify_all()
+# In place of the time since when a connection has idled: a request is under way.
+BUSY = INFINITY
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -6518,6 +6628,8 @@ class Server(http.server.ThreadingHTTPServer):
     # Requests that were sent before the end need a moment to be read.
     SETTLE_S = 0.1
 
+    # serve_forever() does not begin any more.
+    stopped = False
     draining = False
     # The log tells of refusals once, and again after a minute without any.
     warn_from = 0.0
@@ -6526,17 +6638,10 @@ class Server(http.server.ThreadingHTTPServer):
         self.settings = settings
         self.metrics = Metrics()
         self.memory = Memory()
-        self.pump = Pump(settings)
-        self.pump.chores.append(self.shut_late)
-        self.upstream = Upstream(settings, self.pump)
-        # Four of the usual largest bodies, or one larger.
-        self.bodies = Budget(max(256, settings.max_body_mb) << 20)
-        # It guards which connections `deadlines` has: connection -> when it is shut.
-        # Each handler moves its own, for which dicts need no lock.
+        # It guards which connections `connections` has: connection -> since when it has
+        # idled, or BUSY. Each handler moves its own, for which dicts need no lock.
         self.lock = threading.Lock()
-        self.deadlines = {}
-        # The connections with a request under way. Each handler adds its own.
-        self.busy = set()
+        self.connections = {}
         # (Until when, socket) of connections that were too many and are being told so.
         # The oldest is closed by being dropped.
         self.refused = collections.deque(maxlen=128)
@@ -6544,11 +6649,14 @@ class Server(http.server.ThreadingHTTPServer):
         found = socket.getaddrinfo(
             host, settings.port, 0, socket.SOCK_STREAM, 0, socket.AI_PASSIVE)
         self.address_family = found[0][0]
+        self.pump = Pump(settings)
         try:
+            self.upstream = Upstream(settings, self.pump)
             super().__init__(found[0][4], Handler)
         except BaseException:
-            self.close_parts()
+            self.pump.close()
             raise
+        self.pump.chores.append(self.close_refused)
 
     def server_bind(self):
         if hasattr(socket, "SO_EXCLUSIVEADDRUSE"):
@@ -6569,17 +6677,13 @@ class Server(http.server.ThreadingHTTPServer):
             host = f"[{host}]"
         return f"http://{host}:{self.server_port}"
 
-    def idle(self):
-        """Whether nothing is under way: no request, no queue, nothing in flight at
-        Z.ai."""
-        gates, queued = self.upstream.gates.state()
-        in_flight = sum(gate[3] for gate in gates)
-        return not (self.busy or self.pump.clients or self.pump.relays or in_flight or queued)
-
     # The accept loop
 
     def serve_forever(self, poll_interval=0.5):
-        self.pump.start()
+        with self.lock:
+            if self.stopped:
+                return
+            self.pump.start()
         super().serve_forever(poll_interval)
 
     def get_request(self):
@@ -6595,13 +6699,10 @@ class Server(http.server.ThreadingHTTPServer):
     def verify_request(self, request, client_address):
         """Take the connection, in place of an idle one if need be, or refuse it."""
         with self.lock:
-            if len(self.deadlines) >= self.settings.max_connections:
+            if len(self.connections) >= self.settings.max_connections:
                 self.shut_idle()
-            if len(self.deadlines) < self.settings.max_connections:
-                # No less than a connection that has been answered: the newest must not
-                # pass for the one that has idled longest.
-                patience_s = max(self.settings.client_timeout, KEEP_ALIVE_S)
-                self.deadlines[request] = time.monotonic() + patience_s
+            if len(self.connections) < self.settings.max_connections:
+                self.connections[request] = time.monotonic()
                 return True
         self.refuse(request)
         return False
@@ -6616,7 +6717,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def shutdown_request(self, request):
         with self.lock:
-            self.deadlines.pop(request, None)
+            self.connections.pop(request, None)
         # Closing on bytes that nobody has read would reset the connection, and the
         # answer might be lost. A client that goes on and on is cut all the same.
         with contextlib.suppress(OSError):
@@ -6657,24 +6758,17 @@ class Server(http.server.ThreadingHTTPServer):
             kept = socket.socket(fileno=request.detach())
             self.refused.append((now + LINGER_S, kept))
 
-    # Time. The pump calls shut_late() some times a second.
-
-    def shut_late(self, now):
-        with self.lock:
-            deadlines = list(self.deadlines.items())
-        for sock, deadline in deadlines:
-            if deadline < now:
-                shut(sock)
+    def close_refused(self, now):
+        """The pump calls it some times a second."""
         while self.refused and self.refused[0][0] < now:
             self.refused.popleft()[1].close()
 
     def shut_idle(self):
         """Shut the connection that has idled longest; called with the lock held."""
         # A handler may put its connection back at any time, hence the list.
-        idle = [sock for sock in list(self.deadlines) if sock not in self.busy]
-        if idle:
-            sock = min(idle, key=self.deadlines.get)
-            del self.deadlines[sock]
+        sock = min(list(self.connections), key=self.connections.get)
+        if self.connections[sock] != BUSY:
+            del self.connections[sock]
             shut(sock)
 
     # The end
@@ -6682,7 +6776,9 @@ class Server(http.server.ThreadingHTTPServer):
     def stop(self, grace_s=GRACE_S):
         """Stop accepting, let running answers finish, close everything. True if nothing
         was cut."""
-        # shutdown() would wait for ever for a loop that never ran.
+        with self.lock:
+            self.stopped = True
+        # shutdown() would wait for ever for a loop that never begins.
         if self.pump.thread.ident:
             self.shutdown()
         return self.drain(grace_s)
@@ -6698,20 +6794,22 @@ class Server(http.server.ThreadingHTTPServer):
         deadline = time.monotonic() + grace_s
         while True:
             with self.lock:
-                connections = set(self.deadlines)
-            for sock in connections - self.busy:
-                shut(sock)
-            if not self.busy or time.monotonic() > deadline:
+                connections = dict(self.connections)
+            for sock, since in connections.items():
+                if since != BUSY:
+                    shut(sock)
+            whole = BUSY not in connections.values()
+            if whole or time.monotonic() > deadline:
                 break
             time.sleep(0.02)
-        whole = not self.busy
         for sock in connections:
             shut(sock)
         if not whole:
             # The pump sees that they have ended, and hangs up on Z.ai.
             time.sleep(2 * TICK_S)
         self.server_close()
-        self.close_parts()
+        self.pump.close()
+        self.upstream.close()
         return whole
 
     def take_backlog(self):
@@ -6724,10 +6822,6 @@ class Server(http.server.ThreadingHTTPServer):
     def handle_timeout(self):
         """The base class calls it when nobody else has connected."""
         raise TimeoutError
-
-    def close_parts(self):
-        self.pump.close()
-        self.upstream.close()
 
 
 # Demo #################################################################################
@@ -6839,6 +6933,9 @@ ZAI_BASE_URLS = (
     "https://open.bigmodel.cn/api/coding/paas/v4",
 )
 
+# Whatever answers, and however slowly.
+CHECK_S = 60.0
+
 CHECK_REQUEST = {
     "messages": [{"role": "user", "content": "Say OK."}],
     "max_tokens": 16,
@@ -6929,19 +7026,25 @@ def check(settings):
         if value != getattr(Settings(), field.name):
             shown = ", ".join(map(mask, value)) if field.metadata["secret"] else value
             say(f"      {field.name.upper()}={shown}")
-    # The client who asks is one end of a socket pair.
+    # The client who asks is one end of a socket pair. It leaves in the end.
     ours, theirs = socket.socketpair()
+    client = Client(ours)
     pump = Pump(settings)
     upstream = Upstream(settings, pump)
+    until = time.monotonic() + CHECK_S
+    pump.chores.append(lambda now: now > until and client.leave())
     pump.start()
     try:
-        with ours, theirs, pump.minding(Client(ours)) as client:
+        with ours, theirs, pump.minding(client):
             error = check_keys(upstream, client) or check_chat(upstream, client)
             # Z.ai refuses the key, or has no money or plan for it here.
             is_refused = settings.zai_api_key and error and error.verdict in NEXT_KEY
             if is_refused and settings.zai_base_url in ZAI_BASE_URLS:
                 check_bases(settings, pump, client)
             return error is None
+    except ClientGone:
+        say(f"FAIL  that was not over after {CHECK_S:g} s")
+        return False
     finally:
         pump.close()
         upstream.close()
@@ -6974,6 +7077,15 @@ def raise_descriptor_limit(connections):
     return max(1, min(connections, (soft - 64) // 2))
 
 
+def give_memory_back():
+    """Once a large body has been freed, glibc would keep what such bodies hold."""
+    # No ctypes, no glibc.
+    with contextlib.suppress(ImportError, AttributeError, TypeError, OSError):
+        import ctypes
+        # M_MMAP_THRESHOLD: from 128 KB on memory goes back at once, for good.
+        ctypes.CDLL(None).mallopt(-3, 1 << 17)
+
+
 def announce(server):
     """Three lines: where it listens, what it speaks to, where the page is."""
     settings = server.settings
@@ -6994,6 +7106,7 @@ def announce(server):
 
 def serve(settings):
     """Serve until a signal comes. The exit status."""
+    give_memory_back()
     allowed = raise_descriptor_limit(settings.max_connections)
     if allowed < settings.max_connections:
         asked = settings.max_connections
@@ -7004,7 +7117,8 @@ def serve(settings):
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
         host = escaped(settings.host)
-        say(f"Cannot listen on HOST={host} PORT={settings.port}: {reason}", "stderr")
+        say(f"Cannot listen on HOST={host} PORT={settings.port}: {reason};"
+            " set PORT= or HOST= to another", "stderr")
         return 1
     # Outside of the main thread, ValueError: then somebody else minds the signals.
     with contextlib.suppress(ValueError):
@@ -7054,10 +7168,17 @@ def main(environ=os.environ, argv=()):
     except SettingsError as error:
         say(f"ztoapi: {error}", "stderr")
         return 2
+    if not (ssl.OPENSSL_VERSION or settings.demo_mode) and "https:" in settings.zai_base_url:
+        say("ztoapi: this Python has no ssl module, which ZAI_BASE_URL needs; DEMO_MODE=true"
+            " needs none", "stderr")
+        return 1
     set_up_logging(settings)
-    if argv:
-        return 0 if check(settings) else 1
-    return serve(settings)
+    try:
+        if argv:
+            return 0 if check(settings) else 1
+        return serve(settings)
+    except KeyboardInterrupt:
+        return 1
 
 
 # Page #################################################################################
