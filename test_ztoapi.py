@@ -9514,7 +9514,7 @@ def test_the_check_names_a_short_key_by_its_position(zai, capsys):
     "wrong path": ([answer(200, {"code": 500, "msg": "404 NOT_FOUND", "success": False})], "ZAI_BASE_URL", "300"),
     "no money": ([LISTING] + [refusal(429, "1113", "Insufficient balance")] * 9, "Recharge|Coding Plan", "300"),
     "no model": ([LISTING] + [refusal(400, "1211", "Unknown Model")] * 9, "model", "300"),
-    "silence": ([[20]] * 3, "No answer of Z.ai", "0.1"),
+    "silence": ([[20]] * 3, "silent", "0.1"),
     "silence in the answer": ([LISTING] + [stream(think("x"), 20)] * 9, "silent|UPSTREAM_TIMEOUT", "0.5"),
     "cut": ([LISTING] + [stream(think("x"), CLOSE)] * 9, "cut|ended", "300"),
 })

@@ -5714,24 +5714,14 @@ class Upstream:
     def check_key(self, key, client):
         """GET {base}/models with one key: None if it was accepted, else the
         UpstreamError."""
-        reply = Reply()
-        body = b""
+        request = {"model": "glm-4.6", "messages": [{"role": "user", "content": "Hi"}]}
+        answer = self.job(to_zai_request(request, self.settings)).make_answer()
         try:
-            with self.open("/models", key, client).sock as sock:
-                client.block_on(sock)
-                sock.settimeout(min(CONNECT_TIMEOUT_S, self.settings.upstream_timeout))
-                while not reply.complete and len(body) < Answer.LONGEST_ERROR_BYTES:
-                    body += reply.feed(sock.recv(65536))
+            connection = self.open("/models", key, client)
+            self.pump.run(Relay(connection, answer, client, list))
         except UpstreamError as error:
-            return error
-        except OSError as error:
-            return connection_error(error)
-        value = decode_or_none(body.decode("utf-8", "replace"))
-        if reply.status == 200 and value is None:
-            return not_the_api()
-        if reply.status == 200 and "data" in as_dict(value):
-            return None
-        return zai_error(value, 404 if reply.status == 200 else reply.status)
+            # For a chat a list of models is an empty answer.
+            return None if error.message == EMPTY else error
 
     def close(self):
         self.pool.expire(INFINITY)
@@ -6139,8 +6129,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
     # What is read goes straight to our parsers, which tell what they leave.
     rbufsize = 0
     unread = b""
-    # recv() allocates before it waits, hence little at a time while waiting for a head.
-    HEAD_BYTES = 2048
 
     # One request
 
@@ -6149,7 +6137,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.settings = self.server.settings
         self.close_connection = True
         self.connection.settimeout(KEEP_ALIVE_S)
-        self.unread = self.unread or self.connection.recv(self.HEAD_BYTES)
+        # recv() allocates before it waits, hence little at a time.
+        self.unread = self.unread or self.connection.recv(2048)
         if not self.unread or self.server.draining:
             return
         self.connection.settimeout(self.settings.client_timeout)
@@ -6207,14 +6196,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     # Reading
 
-    def receive(self, most_bytes=65536):
+    def receive(self):
         """What has come of the request, at least one byte."""
         data = self.unread
         self.unread = b""
         try:
             if time.monotonic() > self.late_at:
                 raise socket.timeout
-            data = data or self.connection.recv(most_bytes)
+            data = data or self.connection.recv(65536)
         except socket.timeout:
             patience_s = self.settings.client_timeout
             words = f"The request did not come within CLIENT_TIMEOUT ({patience_s:g} s)."
@@ -6230,7 +6219,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         head = self.head
         record = self.record
         try:
-            while not head.feed(self.receive(self.HEAD_BYTES)):
+            while not head.feed(self.receive()):
                 pass
         finally:
             # A key is taken out before a cut leaves a part of it that is not found.
@@ -6368,9 +6357,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Send a whole answer. One given before the body was read ends the connection,
         as the body must not become the next request."""
         self.record.status = status
-        # Bytes of this request may still be unread.
-        is_cut = not self.head.framing.done
-        if is_cut or self.server.draining:
+        if not self.head.framing.done or self.server.draining:
             self.close_connection = True
         fields = [*self.common_fields(content_type), *fields]
         if status != 204:
@@ -6379,8 +6366,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             fields.append(("Connection", "close"))
         head = response_head(status, fields)
         self.send(head if self.command == "HEAD" else head + body)
-        if is_cut:
-            self.linger()
 
     def answer_json(self, value, status=200, fields=()):
         self.answer(status, encode_json(value), fields=fields)
@@ -6444,22 +6429,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             ("x-zai-log-id", self.record.zai_log_id),
         ]
         return [field for field in fields if field[1]]
-
-    def linger(self):
-        """Take what the client is still sending, for a moment: closing on it would
-        reset the connection before the answer is read. Who goes on is reset then, as
-        behind a full window it might never hear of a mere end."""
-        until = time.monotonic() + LINGER_S
-        with contextlib.suppress(OSError):
-            self.connection.shutdown(socket.SHUT_WR)
-            self.connection.settimeout(LINGER_S)
-            with contextlib.suppress(socket.timeout):
-                while time.monotonic() < until:
-                    if not self.connection.recv(65536):
-                        return
-            # The closing resets it.
-            self.connection.setsockopt(
-                socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
     # Routes
 
@@ -6716,16 +6685,22 @@ class Server(http.server.ThreadingHTTPServer):
             self.shutdown_request(request)
 
     def shutdown_request(self, request):
+        """Take what the client is still sending, for a moment: closing on it would
+        reset the connection before the answer is read. Who goes on is reset then, as
+        behind a full window it might never hear of a mere end."""
+        until = time.monotonic() + LINGER_S
+        with contextlib.suppress(OSError):
+            request.shutdown(socket.SHUT_WR)
+            request.settimeout(LINGER_S)
+            while time.monotonic() < until and request.recv(65536):
+                pass
+            if time.monotonic() >= until:
+                # The closing resets it.
+                request.setsockopt(
+                    socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         with self.lock:
             self.connections.pop(request, None)
-        # Closing on bytes that nobody has read would reset the connection, and the
-        # answer might be lost. A client that goes on and on is cut all the same.
-        with contextlib.suppress(OSError):
-            request.setblocking(False)
-            for _ in range(16):
-                if not request.recv(65536):
-                    break
-        super().shutdown_request(request)
+        self.close_request(request)
 
     def handle_error(self, request, client_address):
         error = sys.exc_info()[1]
