@@ -648,11 +648,12 @@ JSON_CHAT = json_chat()
 
 
 def eventually(condition, seconds=20):
-    deadline = time.monotonic() + seconds
+    pause_s, deadline = 0.0005, time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
             return False
-        time.sleep(0.01)
+        time.sleep(pause_s)
+        pause_s = min(0.01, 2 * pause_s)
     return True
 
 
@@ -693,7 +694,7 @@ class Proxy:
         self.server = ztoapi.Server(self.settings)
         self.server.SETTLE_S = 0  # what was sent before the end has a test of its own
         self.port = self.server.server_port
-        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True)
+        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.005,), daemon=True)
         self.thread.start()
         assert eventually(self.server.pump.thread.is_alive), "threads are counted from here on"
 
