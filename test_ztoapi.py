@@ -1961,13 +1961,6 @@ def test_a_head_ends_at_its_blank_line_however_it_arrives(data, head, rest):
         assert reader.rest + b"".join(pieces) == rest
 
 
-def test_a_head_has_a_bound():
-    reader = ztoapi.HeadReader()
-    with pytest.raises(OverflowError):
-        for _ in range(20):
-            reader.feed(b"X: " + b"y" * 4000 + b"\r\n")
-
-
 def dechunk(decoder, pieces):
     """(body, done, rest), or the exception's class."""
     body = b""
@@ -6688,9 +6681,9 @@ def test_a_client_that_leaves_while_connecting_leaves_nothing_either(brisk):
         assert litter_of(proxy, make_request) == []
 
 
-def test_a_json_answer_of_more_than_64_mib_is_an_error(zai, proxy):
+def test_a_json_answer_of_more_than_4_mib_is_an_error(zai, proxy):
     one = chunked(say("\u4e2d" * ((1 << 20) // 3)))  # a mebibyte, whatever the count of characters
-    zai.default = [HEAD, *[one] * 66, chunked(FINISH), END]
+    zai.default = [HEAD, *[one] * 5, chunked(FINISH), END]
     assert ask(proxy, False)[0] == 502
     assert len(zai.requests) == 1
 
@@ -6913,24 +6906,6 @@ def test_a_request_that_zai_does_not_take_is_tried_once_more():
             assert status == 502
             assert "took no data for 0.1 s" in error["message"]
             assert figures(proxy) == (1, 1, 0)
-
-
-def test_a_bug_in_a_front_ends_one_answer_only(zai, go, monkeypatch, caplog, proxy):
-    tell = ztoapi.Chat.tell
-
-    def buggy(front, steps):
-        if front.model == "buggy":
-            raise ZeroDivisionError
-        return tell(front, steps)
-    monkeypatch.setattr(ztoapi.Chat, "tell", buggy)
-    with proxy.open_stream() as running:
-        assert eventually(lambda: zai.in_flight == 1)
-        status, _, error, _ = ask(proxy, True, model="buggy")
-        assert (status, error["code"]) == (500, "internal_error")
-        go.set()
-        assert said(read_stream(running)[2]) == "Hello"
-        assert ask(proxy, True) == WELL
-    assert "this is a bug" in caplog.text
 
 
 # Silence, and other times
@@ -7443,16 +7418,14 @@ def test_a_proxy_that_cannot_be_used_is_refused_in_words_without_its_password(mo
         assert "secretpassword" not in error["message"] + caplog.text
 
 
-def test_a_certificate_the_store_does_not_know_is_a_502_that_names_ssl_cert_file(untrusted):
+def test_a_certificate_that_does_not_fit_cannot_heal(untrusted, monkeypatch):
     with strict_proxy(untrusted) as proxy:
         check_502(proxy, "SSL_CERT_FILE")
-        assert (untrusted.connections, untrusted.requests) == (1, []), "it cannot heal"
-
-
-def test_a_certificate_of_another_name_is_a_502(trusted):
-    with strict_proxy(trusted, ZAI_BASE_URL=trusted.url.replace("localhost", "127.0.0.1")) as proxy:
-        assert ask(proxy, True)[0] == 502
-        assert (trusted.connections, trusted.requests) == (1, [])
+    with pem_file() as path, monkeypatch.context() as patch:
+        patch.setenv("SSL_CERT_FILE", path)
+        with strict_proxy(untrusted, ZAI_BASE_URL=untrusted.url.replace("localhost", "127.0.0.1")) as proxy:
+            check_502(proxy, "TLS")
+    assert (untrusted.connections, untrusted.requests) == (2, [])
 
 
 def test_https_to_a_plain_port_is_a_502():
@@ -7656,43 +7629,11 @@ def test_a_head_that_is_refused_is_the_last_of_its_connection(shared, data, stat
     check_refused(exchange(shared, data), status)
 
 
-# One of each kind; CHUNKED of section Bytes has them all. To add a case, add a row: a
-# body in a broken chunked coding.
-@table("body", [
-    b"g\r\n",
-    b"2\n{}\n0\n\n",
-    b"2\r\n{}xx\r\n0\r\n\r\n",
-    b"2;" + b"x" * 5000 + b"\r\n{}\r\n0\r\n\r\n",
-    b"2\r\n{}\r\n0\r\nX: y\r\n\r\n",
-    b"2\r\n{}\r\n0\r\nGET /health HTTP/1.1\r\n\r\n",
-])
+@table("body", [b"g\r\n", b"2\r\n{}xx\r\n0\r\n\r\n", b"2\r\n{}\r\n0\r\nGET /health HTTP/1.1\r\n\r\n"])
 def test_a_broken_chunked_body_is_refused_and_nothing_behind_it_is_answered(shared, body):
     replies = exchange(shared, raw_chunks(body))
     check_refused(replies, 400)
     assert "chunked" in replies[0].error()["message"]
-
-
-HALF = len(JSON_CHAT) // 2
-
-# To add a case, add a row: JSON_CHAT in a chunked coding.
-@table("body", [
-    chunked(JSON_CHAT) + END,
-    chunked(JSON_CHAT[:HALF]) + chunked(JSON_CHAT[HALF:]) + END,
-    b"".join(b"1\r\n%c\r\n" % byte for byte in JSON_CHAT) + END,
-    b"%X;name=value;x=\"y z\"\r\n%b\r\n0\r\n\r\n" % (len(JSON_CHAT), JSON_CHAT),
-    b"000%x \t;x\r\n%b\r\n000\r\n\r\n" % (len(JSON_CHAT), JSON_CHAT),
-])
-def test_a_chunked_body_is_read_however_it_is_cut(shared, body):
-    assert statuses(shared, raw_chunks(body)) == [200, 200]
-    assert shared.zai.requests[0]["body"]["messages"] == [user("Hi")]
-
-
-def test_a_request_may_come_byte_by_byte(shared):
-    data = raw_chunks(chunked(JSON_CHAT), END) + raw_chat(JSON_CHAT, "Connection: close")
-    with connect(shared) as sock:
-        for i in range(len(data)):
-            sock.sendall(data[i:i + 1])
-        assert [reply.status for reply in replies_in(read_to_end(sock))] == [200, 200]
 
 
 @table("method", ["get", "BREW", "TRACE", "__class__", "-1", "A" * 20])
@@ -7727,17 +7668,6 @@ def test_a_blank_line_at_the_end_is_no_request(proxy, log_lines):
     time.sleep(0.05)
     proxy.idle()
     assert len(log_lines()) == 1
-
-
-def test_a_blank_line_around_the_end_of_the_buffer_is_none(shared):
-    request = raw_request("GET", "/health")
-    for size in range(2040, 2056):  # the buffer has 2,048 bytes
-        padding = "X: " + "y" * (size - len(request) - len("X: \r\n"))
-        assert statuses(shared, raw_request("GET", "/health", padding) + b"\r\n" + request) == [200, 200, 200]
-
-
-def test_who_asks_for_the_end_gets_it(shared):
-    assert statuses(shared, raw_request("GET", "/health", "Connection: close")) == [200]
 
 
 def test_pipelined_requests_are_answered_in_order(shared):
@@ -7900,50 +7830,25 @@ def with_field(text):
 # What JSON is, and which fields are bad, is told by STRICT_JSON and BAD_REQUESTS. To add
 # a case, add a value or a row: a body, the status it gets.
 @table("body,status", [
-    *((body, 400) for body in (b"", b" ", b"null", b"[]", b'"x"', b"1", b"{", b"{}", b"\0", b"\xff\xfe\x00")),
-    (JSON_CHAT + b"x", 400),
-    (JSON_CHAT + b" \r\n\t", 200),
-    (b"\xef\xbb\xbf" + JSON_CHAT, 200),
-    (JSON_CHAT.decode().encode("utf-16"), 400),
-    (gzip.compress(JSON_CHAT), 400),
-    (JSON_CHAT.replace(b"Hi", b"\xff"), 400),
-    (JSON_CHAT.replace(b"Hi", b"\xed\xa0\x80"), 400),
-    (JSON_CHAT.replace(b"Hi", b"a\0b"), 400),
-    (JSON_CHAT.replace(b"Hi", b"a\\u0000b"), 200),
-    (JSON_CHAT.replace(b"Hi", b"\\ud83d"), 200),
-    (JSON_CHAT.replace(b"Hi", b"\\udc00\\ud800"), 200),
-    (JSON_CHAT.replace(b"GLM-4.6", b"\\ud800"), 200),
-    (JSON_CHAT.replace(b'"Hi"', b'"Hi","\\ud800":1'), 200),
-    (with_field(b'"\\udfff":"\\udfff"'), 200),
-    (with_field(b'"model":"GLM-4.5"'), 200),
-    (with_field(b'"x":{"a":[1,null,true]}'), 200),
-    (with_field(b'"\\r\\nX: y":"z"'), 200),
-    (with_field(b'"temperature":NaN'), 400),
-    (with_field(b'"temperature":1e99'), 400),
-    (with_field(b'"temperature":' + b"9" * 1000000), 400),
-    (with_field(b'"seed":' + b"9" * 100), 200),
-    (with_field(b'"max_tokens":' + b"9" * 90), 200),
-    (with_field(b'"x":' + b"[" * 100000), 400),
-    (with_field(b'"x":' + b"[" * 100000 + b"]" * 100000), 400),
-    (with_field(b'"x":' + b'{"a":' * 50000 + b"1" + b"}" * 50000), 400),
-    (b"[" * 1000000, 400),
-    (json_chat(messages=[None]), 400),
-    (json_chat(stream="yes"), 400),
+    *((body, 400) for body in (
+        b"", b"[]", b"{}", b"\xff\xfe\x00", JSON_CHAT + b"x", JSON_CHAT.decode().encode("utf-16"),
+        gzip.compress(JSON_CHAT), JSON_CHAT.replace(b"Hi", b"\xff"), JSON_CHAT.replace(b"Hi", b"\xed\xa0\x80"),
+        JSON_CHAT.replace(b"Hi", b"a\0b"), with_field(b'"temperature":NaN'), with_field(b'"temperature":1e99'),
+        with_field(b'"x":' + b"[" * 100000), with_field(b'"temperature":' + b"9" * 1000000),
+        with_field(b'"x":' + b'{"a":' * 50000 + b"1" + b"}" * 50000), with_field(b'"x":[' + b"[]," * 600000 + b"1]"),
+        json_chat(messages=[None]), json_chat(stream="yes"))),
+    *((body, 200) for body in (
+        JSON_CHAT + b" \r\n\t", b"\xef\xbb\xbf" + JSON_CHAT, JSON_CHAT.replace(b"Hi", b"a\\u0000b"),
+        JSON_CHAT.replace(b"Hi", b"\\udc00\\ud800"), JSON_CHAT.replace(b"GLM-4.6", b"\\ud800"),
+        JSON_CHAT.replace(b'"Hi"', b'"Hi","\\ud800":1'), with_field(b'"model":"GLM-4.5"'),
+        *map(with_field, (b'"\\r\\nX: y":"z"', b'"seed":' + b"9" * 100, b'"max_tokens":' + b"9" * 90)))),
 ])
-def test_odd_bodies_have_a_defined_answer(shared, body, status):
-    replies = exchange(shared, raw_chat(body))
+def test_odd_bodies_have_a_defined_answer(proxy, zai, body, status):
+    replies = exchange(proxy, raw_chat(body))
     assert [reply.status for reply in replies] == [status, 200]
-    assert bool(shared.zai.requests) == (status == 200)
+    assert bool(zai.requests) == (status == 200)
     if status != 200:
         check_error(replies[0])
-
-
-@table("function", [{}, 5, "f", [], None, {"name": []}])
-@table("choice", ["auto", "required", {"type": "function", "function": {"name": "f"}}])
-def test_tools_that_only_look_like_functions_are_no_bugs(shared, function, choice):
-    tool = {"type": "x", "function": function}
-    replies = exchange(shared, raw_chat(json_chat(tools=[tool], tool_choice=choice)))
-    assert replies[0].status in (200, 400)
 
 
 AROUND_THE_LIMIT = range(sys.getrecursionlimit() - 60, sys.getrecursionlimit() + 5)
@@ -7957,33 +7862,17 @@ def test_nesting_around_the_recursion_limit_is_an_answer_or_a_400(shared, field)
         assert statuses(shared, raw_chat(with_field(field % deep)))[0] in (200, 400), depth
 
 
-@table("piece", [b"[],", b"{},"])
-def test_a_body_of_more_than_a_million_brackets_is_refused_before_it_is_decoded(proxy, piece):
-    body = with_field(b'"x":[%b1]' % (piece * 1000000))
-    with under_a_second():
-        replies = exchange(proxy, raw_chat(body))
-    assert [reply.status for reply in replies] == [400, 200]
-    assert "brackets" in replies[0].error()["message"]
-
-
 # Paths
 
 # To add a case, add a value: a target, by the status it gets.
 @table("target,status", [
     *((target, 200) for target in (
-        "/v1/models", "/models", "//v1/models", "///models", "/v1//models", "/v1//models//glm-4.6",
-        "/v1/models/", "/v1/models?limit=2&x=%zz", "/v1/models#x", "/%76%31/models", "/v1/%6Dodels/glm-4.6",
-        "http://localhost/v1/models", "HTTPS://api.example/v1/models?x", "http://u:p@x:99999/health",
-        "/v1/models/GLM-4.5-Air", "/v1/models/glm-4.5-air", "/?", "?", "health", "http:///health", "http://",
-        "http://]/", "http://[/v1/models", "http://[::1]/v1/models", "http://x\xbd/health",
-        "http://\xff:x/health",
-    )),
+        "/v1/models", "/models", "///models", "/v1//models//glm-4.6", "/v1/models/", "/v1/models?limit=2&x=%zz",
+        "/%76%31/models", "http://localhost/v1/models", "/v1/models/GLM-4.5-Air", "?", "health", "http://", "http://]/")),
     *((target, 404) for target in (
-        "/v1/models/nope", "/v1/models/%00%0d%0a", "/v1/models/%ff%fe", "/v1/models/a/b", "*", "/v1", "/v1/",
-        "/v2/models", "/V1/MODELS", "/v1/models%", "/\xff\xfe", "/favicon.ico",
-        "/../etc/passwd", "/%2e%2e/%2e%2e/etc/passwd", "/\\", "/[", "/;", "ftp://x/health", "http:/health",
-        "localhost:443", "/" + "a" * 60000, "/v1/models/" + "%41" * 20000,
-    )),
+        "/v1/models/nope", "/v1/models/%00%0d%0a", "/v1/models/%ff%fe", "/v1/models/a/b", "*", "/v1", "/v2/models",
+        "/V1/MODELS", "/v1/models%", "/\xff\xfe", "/%2e%2e/%2e%2e/etc/passwd", "/\\", "/[", "ftp://x/health",
+        "localhost:443", "/" + "a" * 60000, "/v1/models/" + "%41" * 20000)),
 ])
 def test_every_target_has_a_defined_answer(shared, target, status):
     replies = exchange(shared, raw_request("GET", target))
@@ -8844,7 +8733,6 @@ def test_it_can_be_embedded_twice_in_one_process(zai):
         assert text in reply.body
     for server in servers:
         server.stop()
-        server.stop()  # twice does no harm
         with pytest.raises(OSError):
             socket.create_connection(("127.0.0.1", server.port), 1)
     assert eventually(lambda: threading.active_count() <= threads + 1)
@@ -9203,25 +9091,6 @@ def test_attack_a_deaf_client_that_pipelines_is_dropped(zai):
         assert proxy.idle()
 
 
-def test_attack_a_large_error_does_not_keep_the_thread_of_a_deaf_client(zai):
-    """The error of a stream that has begun is a write like any other: CLIENT_TIMEOUT bounds it."""
-    error = b'data: {"error":{"code":"1234","message":"%b"}}\n\n' % (b"x" * 12000000)
-    zai.default = stream(say("Hi"), 0.1, error)
-    with proxying(zai, CLIENT_TIMEOUT="1") as proxy, socket.socket() as sock:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        sock.connect(("127.0.0.1", proxy.port))
-        sock.sendall(raw_chat(chat_body(stream=True)))
-        assert eventually(lambda: zai.requests)
-        proxy.idle()
-
-
-def test_attack_a_continue_that_is_never_followed_is_dropped(zai):
-    with proxying(zai, CLIENT_TIMEOUT="0.3") as proxy:
-        data = raw_request("POST", CHAT, "Content-Length: 5", "Expect: 100-continue")
-        assert [reply.status for reply in replies_in(talk(proxy, data))] == [100, 408]
-    assert not zai.requests
-
-
 WHOLE_REQUEST = raw_request("GET", "/v1/models").decode()
 ONE_LINE = WHOLE_REQUEST.replace("\r\n", " ")
 
@@ -9287,15 +9156,6 @@ def test_a_path_of_64_kb_takes_no_time(proxy):
             assert proxy.call("GET", "/completions" * 5000 + "/x")[0] == 404
 
 
-def test_attack_a_header_flood_before_the_key_is_bounded(shared):
-    with connect(shared) as sock:
-        with contextlib.suppress(OSError):
-            sock.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n")
-            for i in range(200):
-                sock.sendall(b"X%d: %b\r\n" % (i, b"y" * 60000))
-        assert next_reply(sock).status == 431
-
-
 def test_attack_names_that_clients_make_up_are_not_kept(proxy):
     """A thousand different models and paths leave nothing behind that grows."""
     data = b""
@@ -9308,17 +9168,6 @@ def test_attack_names_that_clients_make_up_are_not_kept(proxy):
     assert len(str(proxy.call("GET", "/stats")[2])) < 20000
     assert "unknown-" not in proxy.call("GET", "/metrics")[2]
     assert proxy.gates() == []
-
-
-@table("path", ["/", "/health", "/v1/models", "/nope", "/metrics"])
-def test_attack_a_date_and_a_length_are_always_there(shared, path):
-    """What a cache or a proxy in front would otherwise guess."""
-    reply, _ = exchange(shared, raw_request("GET", path))
-    assert email.utils.parsedate(reply.headers["Date"])
-    assert int(reply.headers["Content-Length"]) == len(reply.body)
-    assert reply.headers["X-Content-Type-Options"] == "nosniff"
-    assert "Python" not in reply.headers["Server"]
-    assert "Set-Cookie" not in reply.headers
 
 
 # The fuzzer
