@@ -5655,15 +5655,6 @@ def test_max_concurrency_is_a_fixed_ceiling(make_timed, limit):
     assert timed.seconds_to_enter() == 7
 
 
-@pytest.mark.parametrize("code", ("1302", "1305"))
-def test_the_ceiling_becomes_what_is_in_flight_without_the_refused_one(make_timed, code):
-    timed = make_timed()
-    tickets = [timed.enter() for _ in range(12)]
-    for left in range(11, 0, -1):
-        timed.gates.leave(tickets.pop(), error_of(code))
-        assert timed.ceilings() == [left]
-
-
 # To add a case, add a row: code, how many others are in flight, the ceiling then,
 # seconds until it goes again.
 @pytest.mark.parametrize("code,others,ceiling,seconds", [
@@ -5686,50 +5677,39 @@ def test_what_a_refusal_teaches(make_timed, code, others, ceiling, seconds):
     assert timed.seconds_to_enter(refused) == seconds
 
 
-def test_the_ceiling_is_probed_up_to_max_concurrency_and_no_further(make_timed):
-    timed = make_timed(limit=3)
-    tickets = [timed.enter() for _ in range(3)]
-    for ticket in tickets[1:]:
-        timed.gates.leave(ticket, REFUSED)
-    assert timed.ceilings() == [1]
-    assert [timed.seconds_to_enter(), timed.seconds_to_enter()] == [60, 60]
-    assert timed.ceilings() == [3]
-    with pytest.raises(ApiError):
-        timed.enter()
-    assert timed.ceilings() == [3]
+# To add a case, add a row: MAX_CONCURRENCY, how many are in flight, how many of them
+# are refused, the ceiling then and after each further minute in which all of it is
+# used.
+@pytest.mark.parametrize("limit,in_flight,refused,ceilings", [
+    (0, 3, 1, [2, 3, 4, 5]),
+    (0, 12, 11, [1, 6, 9, 10, 11, 12, 13]),
+    (0, 30, 30, [15, 22, 26, 28, 29, 30, 31]),  # all of them: a glitch
+    (3, 3, 2, [1, 2, 3, 3]),
+])
+def test_a_ceiling_is_lowered_at_once_and_raised_by_the_minute(make_timed, limit, in_flight, refused, ceilings):
+    timed = make_timed(limit=limit)
+    tickets = [timed.enter() for _ in range(in_flight)]
+    for _ in range(refused):
+        timed.gates.leave(tickets.pop(), REFUSED)
+    began = timed.clock.now
+    for minutes, ceiling in enumerate(ceilings):
+        timed.clock.now = began + 60 * minutes
+        with contextlib.suppress(ApiError):
+            while True:
+                timed.gates.queue_timeout_s = 1
+                tickets.append(timed.enter())
+        assert timed.ceilings() == [ceiling]
+        assert len(tickets) == ceiling
 
 
-def test_the_ceiling_is_probed_upward_by_one_after_60_seconds_without_a_refusal(make_timed):
+def test_a_ceiling_is_halved_again_until_something_is_served(make_timed):
     timed = make_timed()
-    tickets = [timed.enter() for _ in range(3)]
-    timed.gates.leave(tickets.pop(), REFUSED)
-    assert timed.seconds_to_enter() == 60
-    assert timed.ceilings() == [3]
-    refused = timed.enter()
-    assert timed.ceilings() == [4]
-    timed.clock.now += 30
-    timed.gates.leave(refused, REFUSED)
-    assert timed.ceilings() == [3]
-    assert timed.seconds_to_enter(refused) == 60
-
-
-def test_a_glitch_halves_the_ceiling_and_it_goes_back_in_halves(make_timed):
-    timed = make_timed()
-
-    def refuse_all(tickets):
+    tickets = [timed.enter() for _ in range(30)]
+    for ceiling in (15, 7, 3, 1, 1):
         for ticket in tickets:
             timed.gates.leave(ticket, REFUSED)
-        timed.clock.now += 8
-        return timed.ceilings()[0]
-    tickets = [timed.enter() for _ in range(30)]
-    assert refuse_all(tickets) == 15
-    assert refuse_all([timed.enter(ticket) for ticket in tickets[:15]]) == 7
-    ticket = timed.enter(tickets[0])
-    timed.gates.leave(ticket, served=True)
-    for _ in range(7):
-        timed.enter()
-    timed.enter()
-    assert timed.ceilings() == [18]
+        assert timed.ceilings() == [ceiling]
+        tickets = [timed.enter(ticket) for ticket in tickets[:ceiling]]
 
 
 def test_looking_for_room_changes_nothing(make_timed):
@@ -6402,20 +6382,6 @@ def test_queue_timeout_after_a_heartbeat_is_the_in_stream_error(zai, brisk):
                 assert check_failed(*read_stream(sock))[-1]["error"]["code"] == "rate_limit_exceeded"
 
 
-@contextlib.contextmanager
-def minded_stream(make_head, **environ):
-    """(pump, client, the other end of its socket): a pump at work, and a client that it does not mind yet."""
-    pump = ztoapi.Pump(Settings.from_environ(environ))
-    ours, theirs = socket.socketpair()
-    ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-    front = ztoapi.Chat("chatcmpl-1", 1, "glm-4.6")
-    pump.start()
-    with ours, theirs:
-        theirs.settimeout(30)
-        yield pump, ztoapi.Client(ours, ztoapi.Outbox(ours, make_head, front)), theirs
-    pump.close()
-
-
 def test_who_takes_a_client_back_from_the_pump_finds_no_heartbeat_under_way(monkeypatch):
     """An error must see whether a stream has begun; else it would answer a second time."""
     monkeypatch.setattr(ztoapi, "TICK_S", 0.01)
@@ -6425,75 +6391,67 @@ def test_who_takes_a_client_back_from_the_pump_finds_no_heartbeat_under_way(monk
         beating.set()
         time.sleep(0.1)
         return b"HEAD"
-    with minded_stream(slow_head, HEARTBEAT="0.01") as (pump, client, theirs):
-        with pump.minding(client):
+    pump = ztoapi.Pump(Settings(heartbeat=0.01))
+    pump.start()
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        outbox = ztoapi.Outbox(ours, slow_head, ztoapi.Chat("chatcmpl-1", 1, "glm-4.6"))
+        with pump.minding(FakeClient(connection=ours, outbox=outbox)):
             assert beating.wait(20)
-        assert client.outbox.started
+        assert outbox.started
         theirs.setblocking(False)
         assert theirs.recv(4) == b"HEAD"
+    pump.close()
 
-
-def test_an_outbox_that_has_ended_its_answer_beats_no_more(monkeypatch):
-    monkeypatch.setattr(ztoapi, "TICK_S", 0.01)
-    with minded_stream(lambda: b"HEAD", HEARTBEAT="0.01") as (pump, client, theirs):
-        with pump.minding(client):
-            client.outbox.put("the end", last=True)
-            time.sleep(0.1)
-        client.connection.shutdown(socket.SHUT_WR)
-        assert read_to_end(theirs).endswith(b"the end\r\n" + END)
-
-
-def test_heartbeats_into_a_full_window_wait_for_room_and_come_whole(monkeypatch):
-    monkeypatch.setattr(ztoapi, "TICK_S", 0.0005)
-    head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
-    with minded_stream(lambda: head, HEARTBEAT="0.0005") as (pump, client, theirs):
-        with pump.minding(client):
-            assert eventually(lambda: client.is_behind)
-            time.sleep(0.05)
-            owed = len(client.outbox.unsent)
-            assert owed < 1000, "no beat is put behind another that waits"
-            reading = threading.Thread(target=lambda: got.append(read_stream(theirs)), daemon=True)
-            got = []
-            reading.start()
-            assert eventually(lambda: not client.is_behind)
-        # A beat more may have filled the window again.
-        end = client.outbox.frame("data: [DONE]\n\n", last=True)
-        client.connection.sendall(bytes(client.outbox.unsent) + end)
-        reading.join(20)
-        _, _, events, clean = got[0]
-        assert clean
-        assert events[-1] == "[DONE]"
-        assert events[0]["choices"][0]["delta"]["role"] == "assistant"
-        assert all(map(is_beat, events[1:-1]))
-
-
-# Slow readers and large answers
 
 class FakeSocket:
     """A client's socket that takes so many bytes at a time."""
 
     def __init__(self, room=0):
         self.room = room
+        self.taken = b""
 
     def send(self, data):
         if not self.room:
             raise BlockingIOError
+        self.taken += bytes(data[:self.room])
         return min(self.room, len(data))
 
 
-def fake_stream(clock):
-    """A FakeClient with a stream, whose socket takes nothing."""
+@pytest.fixture
+def fake_stream(monkeypatch):
+    """A FakeClient with a stream, whose socket takes nothing at first."""
+    clock = FakeClock()
+    monkeypatch.setattr(ztoapi, "time", types.SimpleNamespace(monotonic=clock))
     sock = FakeSocket()
     outbox = ztoapi.Outbox(sock, bytes, ztoapi.Chat("chatcmpl-1", 1, "glm-4.6"))
     return FakeClient(clock, connection=sock, outbox=outbox)
 
 
-def test_nothing_is_read_from_zai_while_its_client_is_behind():
-    client = fake_stream(None)
-    client.outbox.put("text")
+def test_a_heartbeat_comes_behind_nothing_that_waits_and_not_behind_the_end(fake_stream):
+    outbox, clock = fake_stream.outbox, fake_stream.clock
+
+    def beats(room, seconds):
+        fake_stream.connection.room = room
+        for _ in range(3):
+            clock.now += seconds
+            outbox.look(clock.now, Settings(heartbeat=10))
+        return fake_stream.connection.taken.count(b'"delta":{}')
+    assert beats(0, 11) == 0
+    assert beats(1 << 16, 4) == 0, "what waited is out"
+    assert beats(1 << 16, 11) == 3
+    outbox.put("the end", last=True)
+    assert beats(1 << 16, 11) == 3
+    assert fake_stream.connection.taken.endswith(b"the end\r\n" + END)
+
+
+# Slow readers and large answers
+
+def test_nothing_is_read_from_zai_while_its_client_is_behind(fake_stream):
+    fake_stream.outbox.put("text")
     received = []
     connection = types.SimpleNamespace(receive=received.append)
-    relay = ztoapi.Relay(connection, ztoapi.Answer(ztoapi.Translator()), client, None)
+    relay = ztoapi.Relay(connection, ztoapi.Answer(ztoapi.Translator()), fake_stream, None)
     assert not relay.step(1, bytearray(10))
     assert received == []
 
@@ -6588,18 +6546,15 @@ def test_a_client_that_takes_no_write_within_client_timeout_is_dropped(zai, bris
 # To add a case, add a row: how many bytes the client takes each 50 seconds, after how
 # many seconds it is dropped (None: it is not).
 @pytest.mark.parametrize("room, dropped_after", [(0, 100), (1, 650), (1000, None)])
-def test_client_timeout_is_between_two_writes_with_a_bound_for_all(monkeypatch, room, dropped_after):
-    clock = FakeClock()
-    monkeypatch.setattr(ztoapi, "time", types.SimpleNamespace(monotonic=clock))
-    client = fake_stream(clock)
-    client.outbox.put("x" * 5000)
-    client.connection.room = room
-    settings = Settings(client_timeout=60)
+def test_client_timeout_is_between_two_writes_with_a_bound_for_all(fake_stream, room, dropped_after):
+    clock = fake_stream.clock
+    fake_stream.outbox.put("x" * 5000)
+    fake_stream.connection.room = room
+    dropped = None
     try:
-        while client.is_behind:
+        while fake_stream.is_behind:
             clock.now += 50
-            client.outbox.look(clock.now, settings)
-        dropped = None
+            fake_stream.outbox.look(clock.now, Settings(client_timeout=60))
     except ztoapi.ClientGone as gone:
         assert "CLIENT_TIMEOUT (60 s)" in str(gone)
         dropped = clock.now - 1024
