@@ -5873,24 +5873,21 @@ def test_a_client_key_holds_no_more_than_it_leaves_free():
     bodies = ztoapi.Bodies(120)
     first, second, other, third = [FakeClient(key=key) for key in ("a", "a", "b", "c")]
 
-    def room(client):
-        """How many bytes more it may hold."""
-        for size in itertools.count(1):
+    def fill(client):
+        """How many bytes more find room; one was too many."""
+        for size in itertools.count():
             try:
-                bodies.add(client, 1)
+                bodies.add(client, b"x")
             except ApiError as error:
                 assert (error.status, error.code, error.retry_after) == (503, "overloaded", 5)
-                bodies.add(client, -size)
-                return size - 1
-    bodies.add(first, 40)
-    assert (room(second), room(other)) == (20, 40)
-    bodies.add(second, 20)
-    assert (room(first), room(second), room(other)) == (0, 0, 30)
-    bodies.add(other, 30)
-    assert room(third) == 15, "there is room for whoever comes next"
+                bodies.held[client].pop()
+                return size
+    bodies.add(first, b"x" * 40)
+    assert (fill(second), fill(first), fill(other)) == (20, 0, 30)
+    assert fill(third) == 15, "there is room for whoever comes next"
     bodies.drop(first)
     bodies.drop(first)
-    assert room(second) == 25
+    assert fill(second) == 17
 
 
 def large_chat(size, **fields):
@@ -5904,11 +5901,11 @@ def test_bodies_count_from_their_first_byte_until_zai_begins_to_answer(zai, go):
         bodies.total_bytes = 1 << 20
         with proxy.open_stream() as occupant, contextlib.ExitStack() as closing:
             assert eventually(lambda: readable(occupant))
-            assert sum(bodies.held.values()) == 0, "its answer has begun"
+            assert not bodies.held, "its answer has begun"
             half = raw_chat(large_chat(200000))[:100000]
             queued = [closing.enter_context(connect(proxy, raw_chat(large_chat(200000)))) for _ in range(2)]
             queued.append(closing.enter_context(connect(proxy, half)))
-            assert eventually(lambda: sum(bodies.held.values()) > 480000)
+            assert eventually(lambda: sum(map(len, list(bodies.held.values()))) > 480000)
             status, headers, body = proxy.call("POST", CHAT, large_chat(200000))
             assert (status, body["error"]["code"]) == (503, "overloaded")
             assert headers["Retry-After"] == "5"

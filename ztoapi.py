@@ -4792,22 +4792,22 @@ class Gates:
 
 
 class Bodies:
-    """The bytes that the bodies of requests hold, from the first that has come until
-    Z.ai has begun to answer. No client key may hold more than it leaves free, so that
-    there is room for whoever comes next."""
+    """The bodies of requests, from the first byte that has come until Z.ai has begun to
+    answer. No client key may hold more bytes than it leaves free, so that there is room
+    for whoever comes next."""
 
     def __init__(self, total_bytes):
         self.total_bytes = total_bytes
         self.lock = threading.Lock()
-        # Client -> its bytes.
-        self.held = {}
+        # Client -> its body, as it came and then as it goes to Z.ai.
+        self.held = collections.defaultdict(bytearray)
 
-    def add(self, client, size_bytes):
-        """Count so many bytes more. ApiError if there is no room for them."""
+    def add(self, client, data):
+        """Put what has come to the client's body. ApiError if that finds no room."""
         with self.lock:
-            self.held[client] = self.held.get(client, 0) + size_bytes
-            mine = sum(size for other, size in self.held.items() if other.key == client.key)
-            if mine > self.total_bytes - sum(self.held.values()):
+            self.held[client] += data
+            mine = sum(len(body) for other, body in self.held.items() if other.key == client.key)
+            if mine > self.total_bytes - sum(map(len, self.held.values())):
                 raise ApiError("Too many large requests at once.",
                                status=503, code="overloaded", retry_after=5)
 
@@ -5094,8 +5094,6 @@ class Pump:
     `chores` are called as chore(now) some times a second.
     """
 
-    # The thread waits for sockets, or is about to.
-    asleep = False
     closed = False
     next_tick = 0.0
 
@@ -5153,10 +5151,7 @@ class Pump:
     def run(self, relay):
         """Sleep until the answer is told; raises what ended it otherwise."""
         self.inbox.append(relay)
-        # The pump looks into the inbox after it has said that it goes to sleep, so that
-        # no relay is overlooked.
-        if self.asleep:
-            self._wake()
+        self._wake()
         # The alarm rings for a client that leaves, too: of that the pump tells in
         # `errors`.
         while not relay.woken:
@@ -5181,10 +5176,7 @@ class Pump:
                 time.sleep(TICK_S)
 
     def _turn(self):
-        self.asleep = True
-        timeout_s = 0 if self.inbox else max(0.0, self.next_tick - self.clock())
-        ready = self.selector.select(timeout_s)
-        self.asleep = False
+        ready = self.selector.select(max(0.0, self.next_tick - self.clock()))
         now = self.clock()
         for key, _ in ready:
             if key.data:
@@ -6240,8 +6232,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                                status=415, code="unsupported_media_type")
         framing = self.head.framing
         framing.limit = limit
-        # Not a list of pieces: a client that drips would make millions.
-        body = bytearray()
+        bodies = self.server.upstream.bodies
         self.late_at = time.monotonic() + PATIENCE * self.settings.client_timeout
         try:
             if framing.left > limit:
@@ -6249,21 +6240,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
             is_asked = self.fields.get("expect", "").lower() == "100-continue"
             if is_asked and not self.head.is_1_0:
                 self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+            bodies.add(client, b"")
             while not framing.done:
-                data = framing.feed(self.receive())
-                self.server.upstream.bodies.add(client, len(data))
-                body += data
+                bodies.add(client, framing.feed(self.receive()))
         except OverflowError:
             words = f"The body is larger than MAX_BODY_MB ({self.settings.max_body_mb})."
             raise RequestError(words, status=413, code="request_too_large") from None
         except ValueError as error:
             raise RequestError(f"Malformed chunked body: {error}.") from None
-        finally:
-            if not framing.done:
-                # While the error is told, it holds this frame.
-                body.clear()
         self.unread = framing.rest or self.unread
-        return body
+        return bodies.held[client]
 
     # Finding the route
 
@@ -6504,6 +6490,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         client = Client(self.connection, key=self.record.key)
         try:
             front, job = self.read_request(client)
+            self.server.upstream.bodies.held[client] = job.data
             if front.stream:
                 self.outbox = client.outbox = Outbox(
                     self.connection, self.stream_head, front, chunked=not self.head.is_1_0)
