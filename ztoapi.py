@@ -822,8 +822,7 @@ def listed_models(settings):
 # time.
 
 # An encoder made once costs half of what json.dumps does, which makes one a call.
-encoder = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-encode_text = encoder.encode
+encode_text = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
 # One string alone, as JSON.
 quote = json.encoder.encode_basestring
 INFINITY = float("inf")
@@ -832,14 +831,6 @@ INFINITY = float("inf")
 def encode_json(value):
     """UTF-8 bytes. A lone surrogate, which UTF-8 cannot spell, becomes "?"."""
     return encode_text(value).encode("utf-8", "replace")
-
-
-def encode_patiently(value):
-    """The same of a large value, piece by piece: in between others get their turn."""
-    data = bytearray()
-    for text in encoder.iterencode(value):
-        data += text.encode("utf-8", "replace")
-    return data
 
 
 def no_number(text):
@@ -870,7 +861,14 @@ MOST_MARKS = 1_000_000
 
 
 def count_marks(text):
-    return sum(map(text.count, "[{,"))
+    return sum(map(text.count, "[{," if isinstance(text, str) else b"[{,"))
+
+
+def is_light(text):
+    """Whether a JSON text, or its bytes, may be read in one step."""
+    if len(text) <= LIGHT_BYTES:
+        return True
+    return len(text) <= LARGE_BYTES and count_marks(text) <= LIGHT_MARKS
 
 
 # What takes one step even in Python is bounded: a dict, and a text that is not ASCII,
@@ -902,13 +900,11 @@ class Decoder(json.JSONDecoder):
 
     def scan(self, text, at):
         """(value, where it ends), or StopIteration where there is no value."""
-        if len(text) <= LIGHT_BYTES:
+        if is_light(text):
             return self.scan_fast(text, at)
-        marks = count_marks(text)
-        if marks > MOST_MARKS or text.count("\\") > 8 * MOST_MARKS:
+        if count_marks(text) > MOST_MARKS or text.count("\\") > 8 * MOST_MARKS:
             raise ValueError("it has too many brackets, commas or escapes")
-        is_light = marks <= LIGHT_MARKS and len(text) <= LARGE_BYTES
-        return (self.scan_fast if is_light else self.scan_patiently)(text, at)
+        return self.scan_patiently(text, at)
 
 
 # For clients, whose mistakes they are told.
@@ -1419,10 +1415,10 @@ def read_json_object(data):
     return value
 
 
-def encode_request(value, encode=encode_json):
+def encode_request(value):
     """UTF-8 JSON. The encoder recurses deeper than the decoder, and may fail alone."""
     try:
-        return encode(value)
+        return encode_json(value)
     except RecursionError:
         raise RequestError("The body is nested too deeply.") from None
 
@@ -5557,11 +5553,11 @@ class Upstream:
         self.opener.add_handler(urllib.request.ProxyHandler(proxies))
         self.opener.add_handler(KeepAliveHandler(self.pool, settings.upstream_timeout))
 
-    def job(self, asked, streamed=True, encode=encode_json):
+    def job(self, asked, streamed=True):
         """The Job for what to_zai_request() gave."""
         model = asked.body["model"]
         max_tokens = asked.body.get("max_tokens")
-        data = encode_request(asked.body, encode)
+        data = encode_request(asked.body)
         # The functions below live as long as the answer; the conversation must not.
         asked = asked._replace(body=None)
 
@@ -5580,15 +5576,19 @@ class Upstream:
         return Job(data, model, make_answer)
 
     @contextlib.contextmanager
-    def turn(self, client):
-        """Inside, a large request is read. One at a time is, so that those who serve
-        the others get at the interpreter; client keys take turns."""
-        ticket = Ticket("", client)
-        self.turns.enter(ticket)
-        try:
+    def turn(self, client, data):
+        """Inside, a request is read. Of large ones one at a time is, so that those who
+        serve the others get at the interpreter; client keys take turns."""
+        if is_light(data):
             yield
-        finally:
-            self.turns.leave(ticket)
+            return
+        ticket = Ticket("", client)
+        with self.pump.minding(client):
+            self.turns.enter(ticket)
+            try:
+                yield
+            finally:
+                self.turns.leave(ticket)
 
     def answer(self, job, client, record, take):
         """Get one answer: take(steps) is called, in the pump's thread, with all that
@@ -6508,30 +6508,25 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def read_request(self, client):
         """(front, job). What the client sent is let go of here: an answer may take
         minutes, and a conversation many megabytes."""
-        data = self.read_body(client)
-        if len(data) <= LARGE_BYTES:
-            return self.parse_request(data)
-        with self.server.pump.minding(client), self.server.upstream.turn(client):
-            return self.parse_request(data, encode_patiently)
-
-    def parse_request(self, data, encode=encode_json):
         record = self.record
-        body = read_json_object(data)
-        caller = Caller(self.fields, record.key, record.began, self.server.memory)
-        record.model = self.settings.redact(str(body.get("model", "")))
-        front, request = self.front.read(body, caller, self.settings)
-        asked = to_zai_request(request, self.settings, front.refuses_media)
-        self.front = front
-        record.changed = some_of(map(self.settings.redact, [*front.changed, *asked.changed]))
-        record.model_id = asked.body["model"]
-        record.stream = front.stream
-        record.stream_default = front.stream_defaulted
-        if log.isEnabledFor(logging.DEBUG):
-            words = self.settings.redact(request_outline(asked.body))[:2000]
-            log.debug("%s to Z.ai: %s", record.id, words)
-        if not self.server.upstream.gates.keys:
-            raise missing_key()
-        return front, self.server.upstream.job(asked, front.stream, encode)
+        data = self.read_body(client)
+        with self.server.upstream.turn(client, data):
+            body = read_json_object(data)
+            caller = Caller(self.fields, record.key, record.began, self.server.memory)
+            record.model = self.settings.redact(str(body.get("model", "")))
+            front, request = self.front.read(body, caller, self.settings)
+            asked = to_zai_request(request, self.settings, front.refuses_media)
+            self.front = front
+            record.changed = some_of(map(self.settings.redact, [*front.changed, *asked.changed]))
+            record.model_id = asked.body["model"]
+            record.stream = front.stream
+            record.stream_default = front.stream_defaulted
+            if log.isEnabledFor(logging.DEBUG):
+                words = self.settings.redact(request_outline(asked.body))[:2000]
+                log.debug("%s to Z.ai: %s", record.id, words)
+            if not self.server.upstream.gates.keys:
+                raise missing_key()
+            return front, self.server.upstream.job(asked, front.stream)
 
     def tell(self, steps):
         text = self.front.tell(steps)

@@ -54,7 +54,7 @@ LIMITED = "glm-4.5-flash"
 WHOLE = t.stream(*t.HEALTHY)
 START = [t.HEAD, t.chunked(t.say("Hel"))]
 HUGE_EVENT = t.chunked(t.say("x" * (17 << 20)))
-LARGE_ANSWER = [t.HEAD, *[t.chunked(t.say("Q" * 65536))] * 64, t.chunked(t.FINISH), t.END]
+LARGE_ANSWER = [t.HEAD, *[t.chunked(t.say("Q" * 65536))] * 48, t.chunked(t.FINISH), t.END]
 BYTE_BY_BYTE = [bytes([byte]) for byte in b"".join(WHOLE)]
 GZIP_HEAD = t.HEAD.replace(b"\r\n\r\n", b"\r\nContent-Encoding: gzip\r\n\r\n")
 
