@@ -33,7 +33,8 @@ true/false, 1/0, yes/no, on/off. A dash stands for a variable that is not set.
     MAX_RETRIES       2                             further tries while nothing of the answer came
     HEARTBEAT         10                            a sign of life to a stream that waits; 0: none
     UPSTREAM_TIMEOUT  300                           longest silence of Z.ai
-    CLIENT_TIMEOUT    60                            longest time to send a request or take a write
+    CLIENT_TIMEOUT    60                            longest pause in sending a request or taking
+                                                    an answer
     MAX_BODY_MB       64                            largest request body
     MAX_CONNECTIONS   1024                          clients connected at once
     CORS_ORIGIN       *                             web origins that may call, comma-separated;
