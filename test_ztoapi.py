@@ -1775,19 +1775,32 @@ def test_ids_look_like_openais():
     assert ztoapi.new_id("") != ztoapi.new_id("")
 
 
-# Where a JSON object or array ends. To add a case, add a row: the text, how many
-# characters of it belong to the value (-1 while it goes on).
-@pytest.mark.parametrize("text, end", [
-    ("{}", 2), ("{} x", 2), ("[]]", 2), ('{"a":"}"}}', 9), ('{"a":"\\"}"} {', 11), ('{"a":"\\\\"}"', 10), ("", -1),
-    ("{", -1), ('{"a":"}', -1), ('{"a":"\\', -1), ('{"a":[{}]', -1), ('[1,[2],"]"]]', 11), ("\n {\"a\":1}\n", 9),
-    ('"{" {}', 6),
+# JSON objects and arrays that come in pieces. To add a case, add a row: the text, what of
+# it belongs to the value, whether that has ended.
+@pytest.mark.parametrize("text, belongs, ended", [
+    *((text, text[:end], True) for text, end in (
+        ("{}", 2), ("{} x", 2), ("[]]", 2), ('{"a":"}"}}', 9), ('{"a":"\\"}"} {', 11), ('{"a":"\\\\"}"', 10),
+        ('[1,[2],"]"]]', 11), ("\n {\"a\":1}\n", 9), ('"{" {}', 6))),
+    *((text, text, False) for text in ("", "{", '{"a":"}', '{"a":[{}]', '{"a":"b\\n')),
+    # What a backslash escapes may still come.
+    ('{"a":"\\', '{"a":"', False),
+    # Control characters in strings are escaped, also behind a backslash.
+    ('{"a":"b\n\tc\0\x1f","d":["\r\n"]}', '{"a":"b\\n\\tc\\u0000\\u001f","d":["\\r\\n"]}', True),
+    ('{"a":"b\\\nc\\\\\n"}', '{"a":"b\\nc\\\\\\n"}', True), ('{\n"a":\t1\r\n}', '{\n"a":\t1\r\n}', True),
 ])
-def test_the_end_of_a_json_value_is_found_however_it_arrives(text, end):
+def test_a_json_value_is_followed_however_it_arrives(text, belongs, ended):
     for pieces in pieces_of(text):
         progress = ztoapi.JsonProgress()
-        belongs = "".join(map(progress.feed, pieces))
-        assert progress.ended is (end >= 0), pieces[:3]
-        assert belongs == (text[:end] if progress.ended else text), pieces[:3]
+        assert "".join(map(progress.feed, pieces)) == belongs, pieces[:3]
+        assert progress.ended is ended, pieces[:3]
+
+
+@pytest.mark.parametrize("text", ["[" + "[],{}," * 10**5 + "0]", "[" + "1," * 10**6 + "1]"], ids=("brackets", "commas"))
+def test_json_with_a_million_values_is_not_read(text):
+    """All other threads would stand still meanwhile."""
+    with under_a_second():
+        assert ztoapi.decode_or_none(text) is None
+        assert ztoapi.decode_first(text) is None
 
 
 # The fields of a request's head. To add a case, add a row: the lines, the fields or the
@@ -2566,19 +2579,22 @@ def test_nothing_of_openais_that_zai_does_not_know_goes_out():
 
 # To add a case, add a row: fields, what reading the answer needs to know of them.
 @pytest.mark.parametrize("fields, facts", [
-    ({}, {"tools": {}, "one_call": False, "unfence": False, "stop": ()}),
+    ({}, {"tools": {}, "one_call": False, "json": False, "stop": ()}),
     ({"stop": ["a", "", "b"]}, {"stop": ("a", "b")}),
     ({"stop": "a"}, {"stop": ("a",)}),
     ({"tools": [TOOL, SEARCH, {"type": "mcp"}]},
-     {"tools": {"get_weather": {"properties": {"city": {"type": "string"}}}}}),
+     {"tools": {"get_weather": {"city": {"string"}}}}),
     ({"tools": [TOOL], "tool_choice": "none"}, {"tools": {}}),
     ({"tools": [TOOL, TOOL2], "tool_choice": {"type": "function", "function": {"name": "get_time"}}},
-     {"tools": {"get_time": {"properties": {}}}}),
+     {"tools": {"get_time": {}}}),
     ({"parallel_tool_calls": False}, {"one_call": True}),
     ({"parallel_tool_calls": True}, {"one_call": False}),
-    ({"response_format": {"type": "json_object"}}, {"unfence": True}),
-    (schema({"schema": {}}), {"unfence": True}),
-    ({"response_format": {"type": "text"}}, {"unfence": False}),
+    ({"response_format": {"type": "json_object"}}, {"json": True}),
+    (schema({"schema": {}}), {"json": True}),
+    ({"response_format": {"type": "text"}}, {"json": False}),
+    ({}, {"no_thinking": False}), ({"enable_thinking": False}, {"no_thinking": True}),
+    # It cannot stop.
+    ({"enable_thinking": False, "model": "glm-5.3"}, {"no_thinking": False}),
 ])
 def test_what_reading_the_answer_needs_to_know(fields, facts):
     result = asked(chat_body(**fields))
@@ -2835,11 +2851,20 @@ def describe(value, status=200, retry_after=""):
     return zai_error(value, status)
 
 
+def asking_for(tools=(), **fields):
+    """An Asked with these fields; the tools are name -> schema."""
+    types = {name: ztoapi.argument_types(schema) for name, schema in dict(tools).items()}
+    return ztoapi.Asked(**{"body": {}, "changed": (), "one_call": False, "stop": (), "tools": types, **fields})
+
+
+def new_translator(restartable=False, make_id=lambda: "call_new", **fields):
+    return ztoapi.Translator(asking_for(**fields), restartable, describe, make_id)
+
+
 def new_answer(**options):
     """An Answer whose calls without an id get "call_new1", "call_new2" and so on."""
     numbers = itertools.count(1)
-    translator = ztoapi.Translator(make_id=lambda: f"call_new{next(numbers)}", describe=describe, **options)
-    return ztoapi.Answer(translator)
+    return ztoapi.Answer(new_translator(make_id=lambda: f"call_new{next(numbers)}", **options))
 
 
 def feed_answer(this, pieces):
@@ -2865,7 +2890,7 @@ def receive(pieces, **options):
     this = new_answer(**options)
     steps, failure = feed_answer(this, [*pieces, b""])
     assert this.complete
-    return steps, failure
+    return ztoapi.joined(steps), failure
 
 
 def wire(data):
@@ -3295,15 +3320,29 @@ MINIMAL = {"id": "", "object": "", "created": 0, "model": "", "system_fingerprin
         "get_weather<arg_key>city<arg_value>Paris</arg_value>",
         "get_weather<arg_key>city</arg_key><arg_value><arg_value>Paris</arg_value>",
         "get_weather" + CITY + "</tool_call>",
-        "get_weather<arg_key> city </arg_key>\n<arg_value>Paris</arg_value>\n")),
-    *((f"no call, {text}", say(leak(text)) + ENDED, says(leak(text))) for text in (
+        "get_weather<arg_key> city </arg_key>\n<arg_value>Paris</arg_value>\n",
         "get_weather<arg_key>city</arg_key>Paris</arg_value>", "get_weather<arg_key>city</arg_key><arg_value>Paris",
+        "get_weather<arg_key><arg_key>city</arg_key><arg_value>Paris</arg_value>",
+        "get_weather<arg_key>city</arg_value>Paris</arg_value>", "get_weather<arg_key>city<arg_key>Paris</arg_key>",
+        "<tool_call>get_weather" + CITY, "\n<tool_call>\nget_weather" + CITY)),
+    *((f"a leaked call without a city, {text}", say(leak("get_weather" + text)) + ENDED,
+       asks(("get_weather", '{"city":""}'))) for text in (
+        "<arg_key>city</arg_key><arg_value></arg_value>", "<arg_key>city</arg_key></arg_value>",
+        "<arg_key>city<arg_value></arg_value>", "<arg_key>city</arg_key>\n<arg_value>")),
+    *((f"two arguments leaked, {text}", say(leak("get_time" + text)) + ENDED,
+       asks(("get_time", '{"a":"x","b":""}'))) for text in (
+        "<arg_key>a</arg_key><arg_value>x<arg_key>b</arg_key><arg_value></arg_value>",
+        "<arg_key>a</arg_key>x</arg_value>b</arg_key><arg_value></arg_value>",
+        "<arg_key>a</arg_key><arg_value>x</arg_value><arg_key>b<arg_value>")),
+    ("two calls leaked, the end of the first is missing",
+     say("<tool_call>get_weather" + CITY + "\n" + leak("get_time")) + ENDED, asks(RAIN, TIME)),
+    *((f"no call, {text}", say(leak(text)) + ENDED, says(leak(text))) for text in (
         "get_weather city</arg_key><arg_value>Paris</arg_value>", "get_weather<arg_key>city</arg_key>",
         "get_weather<arg_key></arg_key><arg_value>Paris</arg_value>", 'get_weather{"city": "Paris"}',
         "get_weather" + CITY + CITY.replace("Paris", "Rome"),
         "get_weather<arg_value>Paris</arg_value>", CITY, "", "get_weather" + CITY + "and so on",
-        "get_weather<arg_key><arg_key>city</arg_key><arg_value>Paris</arg_value>")),
-    ("a call inside a call", say("<tool_call>" + leak("get_time")) + ENDED, says("<tool_call>" + leak("get_time"))),
+        "get_time<arg_key>a</arg_key><arg_value>use <arg_key> tags</arg_value>",
+        "get_time<arg_key>a</arg_key><arg_value>x</arg_value>y<arg_key>b</arg_key><arg_value>z</arg_value>w")),
     # Texts that must arrive as they are
     ("U+2028, NUL and astral", say("a\u2028b\u2029\u0085\0") + say("\U0001f600 \"\\\n") + ENDED,
      says("a\u2028b\u2029\u0085\0\U0001f600 \"\\\n")),
@@ -3324,7 +3363,8 @@ def test_tool_ids_are_zais_own_where_they_are_usable():
     odd = calls_in(item(*RAIN, id=-73911021), item(*TIME, id=""), item(*TIME, id=None), item(*TIME, id=0)) + TOOLS_END
     calls = check_answer(odd, asks(RAIN, TIME, TIME, TIME))
     assert [call["id"] for call in calls] == ["-73911021", "call_new1", "call_new2", "0"]
-    assert ztoapi.Translator().make_id() != ztoapi.Translator().make_id()
+    ids = [ztoapi.Translator(asking_for()).make_id() for _ in range(2)]
+    assert ids[0] != ids[1]
 
 
 # Failures
@@ -3374,7 +3414,7 @@ BARE_LINE = '{"error":{"code":"500","message":"内部错误"}}'.encode()
         ("a fragment without a home", call() + calls_in(item(None, "x", index=7)) + TOOLS_END),
         *((f"the name {name} with the arguments {text!r:.20}",
            calls_in(item(name, text, id="c", index=0)) + TOOLS_END) for name, text in (
-            ("get_weather<arg_key>city</arg_key>Paris", "{}"), ("get_weather" + CITY, '{"b":1}'),
+            ("get_weather<arg_key>city</arg_key>", "{}"), ("get_weather" + CITY, '{"b":1}'),
             ("get_weather", PARIS + '{"b":1}'), (None, "x" * 70000))),
         ("an error in mid-stream", say("a") + error_event("1234") + ENDED),
         *((f"{field} {str(value):.20}", sse({"choices": [{"delta": {field: value}}]}) + ENDED) for field, value in (
@@ -3420,7 +3460,7 @@ BARE_LINE = '{"error":{"code":"500","message":"内部错误"}}'.encode()
      "upstream_auth_error", KEY_RESTS),
 ])
 def test_a_failure_is_an_error_and_never_an_answer(data, code, verdict):
-    for options in ({}, {"restartable": True}, {"unfence": True}, {"stop": ("never",)}):
+    for options in ({}, {"restartable": True}, {"json": True}, {"stop": ("never",)}):
         error, _ = broken(wire(data), tools=WEATHER, **options)
         assert (error.code, error.verdict) == (code, verdict)
         assert error.status >= 400
@@ -3433,7 +3473,7 @@ def test_what_came_before_a_failure_is_told():
 
 
 def test_what_is_no_event_is_counted():
-    translator = ztoapi.Translator()
+    translator = new_translator()
     odd = ("42", "[]", "null", '"x"', "garbage", '"id', 'iddata: ["choices"]', "iddata: 5")
     assert translator.feed(odd) == ([], None)
     assert translator.repaired == 8
@@ -3442,7 +3482,7 @@ def test_what_is_no_event_is_counted():
 
 
 def test_an_error_is_not_counted_as_skipped():
-    translator = ztoapi.Translator()
+    translator = new_translator()
     assert translator.feed(decode_events([error_event("1305")]))[1].zai_code == "1305"
     assert translator.repaired == 0
 
@@ -3593,7 +3633,7 @@ def test_a_head_without_end_is_refused():
 
 def test_retry_after_reaches_who_describes_an_error():
     seen = []
-    translator = ztoapi.Translator(describe=lambda *facts: seen.append(facts) or UpstreamError("no"))
+    translator = ztoapi.Translator(asking_for(), describe=lambda *facts: seen.append(facts) or UpstreamError("no"))
     this = ztoapi.Answer(translator)
     this.feed(answer(429, b"null", "Retry-After: 7")[0])
     assert seen == [(None, 429, "7")]
@@ -3776,7 +3816,7 @@ def test_a_spliced_frame_is_counted_and_thinking_that_was_shown_is_closed():
 def test_what_was_only_held_back_does_not_forbid_a_fresh_start():
     for held in ("```js", "<thi", "\n", "<tool_call>get_w", "Observ"):
         data = say(held) + splice("{", '"content":"{}"') + ENDED
-        options = {"unfence": True, "tools": WEATHER} if held != "Observ" else {"stop": ("Observation",)}
+        options = {"json": True, "tools": WEATHER} if held != "Observ" else {"stop": ("Observation",)}
         assert folded_stream(translated(data, **options))[0] == "{}", held
 
 
@@ -3830,7 +3870,7 @@ def test_a_leaking_call_is_found_wherever_the_text_is_cut(text):
 # what of it is held back.
 @pytest.mark.parametrize("text, held", [
     *((text, "") for text in (
-        "GLM writes calls as <tool_call> followed by a name", "<tool_call>get_weather<b>", "<tool_call>get_weathers",
+        "GLM writes calls as <tool_call> followed by a name", "<tool_call>get_weathers",
         "<tool_call>get_weather is a tool", "<tool_call>" + " " * 300, "a <b")),
     *((text, text) for text in (
         "<tool_call>", "<tool_call>get_weather", "<tool_call>\n get_w", "<tool_call>get_weather ",
@@ -3852,12 +3892,20 @@ def test_a_text_is_held_back_only_while_it_can_still_be_a_call(text, held):
     ('```{"a":"b"}```', '{"a":"b"}'), ("```json\n[1,\n 2]\n```", "[1,\n 2]"),
     ('```json\n{"a":"`b` ```x"}\n```', '{"a":"`b` ```x"}'), ('```json\n{"a":"b', '{"a":"b'), ('{"a":"b"}', '{"a":"b"}'),
     ('{"a":"```x```"}', '{"a":"```x```"}'), ('{"a":1}\n', '{"a":1}'), ("5", "5"), ("``", "``"), ("", ""),
-    ("```json", "```json"), ("```" + "x" * 200 + '{"a":1}', "```" + "x" * 200 + '{"a":1}'),
+    ("```json", "```json"), ("```" + "x" * 200 + '{"a":1}', '{"a":1}'),
+    # Words around it, with brackets of their own
+    ('Here is the JSON:\n```json\n{"a": 1}\n```\nI hope it helps {you}.', '{"a": 1}'),
+    ('{"a":1} and {"b":2}', '{"a":1}'),
+    ('Of {a, b} [1] I make\n[{"a": 1}]', '[{"a": 1}]'), ("The list: [1, 2]", "[1, 2]"), ("It is [true]", "[true]"),
+    ("No JSON [1] {a}", "No JSON [1] {a}"), ("[5]", "[5]"), ('"a"', '"a"'), ("So: {\n}", "{\n}"),
+    ("x" * 70000 + "{}", "x" * 70000 + "{}"),
+    # What can be parsed
+    ('{"a": "b\nc\t\0",\n"d": 1}', '{"a": "b\\nc\\t\\u0000",\n"d": 1}'),
 ])
 def test_a_json_answer_comes_without_its_fence_wherever_it_is_cut(text, left):
     for parts in pieces_of(text):
-        content, _, _, finish, _ = fold_parts(parts, unfence=True)
-        assert (content.strip(), finish) == (left, "stop"), parts
+        content, _, _, finish, _ = fold_parts(parts, json=True)
+        assert (content.strip(), finish) == (left, "stop"), parts[:3]
         assert fold_parts(parts)[0] == text.lstrip("\r\n")
 
 
@@ -3871,6 +3919,8 @@ def test_a_json_answer_comes_without_its_fence_wherever_it_is_cut(text, left):
     *((("</code>",), text, left, met) for text, left, met in (
         ("if a < b: print(1)\n", "if a < b: print(1)\n", False), ("a</code", "a", False), ("a</co<", "a</co<", False),
         ("a<</code>b", "a<", True), ("a</c", "a</c", False))),  # three letters are too few
+    (("<|user|>",), "a<|user|>", "a", True), (("\U0001f600",), "a\U0001f600b", "a", True),
+    (tuple("abcdefgh"), "xyzh", "xyz", True),
     # The first to end counts, as it would letter by letter
     (("b", "a"), "xaby", "x", True), (("cd", "abc"), "xabcd", "x", True), (("abc", "b"), "xab", "xa", True),
     (("abcd", "b"), "xabcd", "xa", True), (("bcd", "abcd"), "xabcd", "x", True), (("aab",), "aaaab", "aa", True),
@@ -3882,7 +3932,7 @@ def test_a_json_answer_comes_without_its_fence_wherever_it_is_cut(text, left):
 ])
 def test_the_text_ends_before_the_first_stop_word_wherever_it_is_cut(words, text, left, met):
     for parts in pieces_of(text):
-        this = new_answer(stop=words)
+        this = new_answer(stop=words, body={"stop": words[:1]})
         steps, failure = feed_answer(this, said_in(parts))
         assert this.complete is met, parts
         if not met:
@@ -3891,6 +3941,7 @@ def test_the_text_ends_before_the_first_stop_word_wherever_it_is_cut(words, text
         assert failure is None
         assert folded_stream(steps)[0] == left, parts
         assert steps[-1][:2] == ("finish", "stop")
+        assert (steps[-1].name in words) is met
 
 
 def test_a_stop_word_ends_the_answer_before_zai_does():
@@ -3902,34 +3953,36 @@ def test_a_stop_word_ends_the_answer_before_zai_does():
     assert not this.reply.reusable
 
 
-# Behind a stop word Z.ai's counts are not waited for.
-UNCOUNTED = counts(0, 0, 0)
+# Behind a stop word Z.ai's counts are not waited for, so that they are estimated.
+def estimated(count):
+    return counts(7, count, 7 + count)
 
 
 # Answers in which "stop" is a stop word, read with more options. To add a case, add a
 # row: what is special, the bytes, what they say, the options.
 @cases("data, expected, options", [
     ("in thinking it is none", think("a stop b") + say("c stop d") + ENDED,
-     says("c ", "a stop b", usage=UNCOUNTED), {}),
+     says("c ", "a stop b", usage=estimated(3)), {}),
     ("in thinking in the content it is none", say("<think>a stop b</think>c") + ENDED, says("c", "a stop b"), {}),
     ("in arguments it is none", say("a") + call("f", '{"a":"stop"}') + TOOLS_END,
      asks(("f", '{"a":"stop"}'), content="a"), {}),
     ("a call behind it is none", calls_in(item(*RAIN, id="c"), content="a stop") + TOOLS_END,
-     says("a ", usage=UNCOUNTED), {}),
-    ("a call before it stays one", call() + say("a stop") + ENDED, asks(RAIN, content="a ", usage=UNCOUNTED), {}),
+     says("a ", usage=estimated(1)), {}),
+    ("a call before it stays one", call() + say("a stop") + ENDED, asks(RAIN, content="a ", usage=estimated(5)), {}),
     ("a call without arguments before it has some",
      call("get_time", "") + say("a stop") + ENDED,
-     asks(TIME, content="a ", usage=UNCOUNTED), {}),
+     asks(TIME, content="a ", usage=estimated(1)), {}),
     ("a leaked call before it is made and one behind it is not",
      say(leak("get_weather" + CITY) + "a stop" + leak("get_time")) + ENDED,
-     asks(RAIN, content="a ", usage=UNCOUNTED), {"tools": WEATHER}),
+     asks(RAIN, content="a ", usage=estimated(1)), {"tools": WEATHER}),
     ("at the very end it leaves nothing of itself", say("a sto<") + ENDED, says("a "), {"stop": ("sto<",)}),
     ("usage that came with it counts", event({"content": "a stop"}, "stop", USAGE), says("a "), {}),
     ("it works behind a fence", say('```json\n{"a":1,') + say('"stop":2}\n```') + ENDED,
-     says('{"a":1,"', usage=UNCOUNTED), {"unfence": True}),
+     says('{"a":1,"', usage=estimated(2)), {"json": True}),
 ])
 def test_a_stop_word(data, expected, options):
-    check_answer(data, expected, **{"stop": ("stop",), **options})
+    stop = options.get("stop", ("stop",))
+    check_answer(data, expected, **{"stop": stop, "body": {"stop": stop}, "tokens": 7, **options})
 
 
 @pytest.mark.parametrize("name", ("get_weather", None))
@@ -3949,11 +4002,10 @@ def test_what_only_begins_a_stop_word_waits_and_comes():
 def test_what_is_held_back_is_not_overtaken():
     """A "<" that may become a tag waits in its lane; text of the other lane comes behind it."""
     steps = translated(think("a") + say("b") + think("c<") + say("d") + FINISH)
-    assert words_in(steps[:-1]) == [
-        ("thinking", "a"), ("text", "b"), ("thinking", "c"), ("thinking", "<"), ("text", "d")]
+    assert words_in(steps[:-1]) == [("thinking", "a"), ("text", "b"), ("thinking", "c<"), ("text", "d")]
     both = event({"reasoning_content": "r", "content": "c<"})
     steps = translated(think("a") + say("b") + both + think("s") + FINISH)
-    assert [step.text for step in steps[:-1]] == ["a", "b", "r", "c", "<", "s"]
+    assert [step.text for step in steps[:-1]] == ["a", "b", "r", "c<", "s"]
 
 
 # Bounds
@@ -4052,12 +4104,12 @@ KEYS = "<arg_key>" * 50000
     ("half tags", {}, [say("<tool_cal" * 50000), ENDED]),
     ("<think>", {}, [say("<think>" * 50000), ENDED]),
     ("boxes", {}, [say("<|begin_of_box|>" * 50000), ENDED]),
-    ("a fence and blanks", {"unfence": True}, [say("```json" + " " * 500000), ENDED]),
-    ("a fence and blanks, one by one", {"unfence": True}, [say("```")] + [say(" ")] * 10000 + [ENDED]),
-    ("blanks before a fence, one by one", {"unfence": True}, [say(" ")] * 10000 + [ENDED]),
-    ("fences", {"unfence": True}, [say("```json\n{" * 50000), ENDED]),
-    ("brackets behind a fence", {"unfence": True}, [say("```" + "[" * 500000), ENDED]),
-    ("brackets behind a fence, one by one", {"unfence": True}, [say("```")] + [say("[")] * 10000 + [ENDED]),
+    ("a fence and blanks", {"json": True}, [say("```json" + " " * 500000), ENDED]),
+    ("a fence and blanks, one by one", {"json": True}, [say("```")] + [say(" ")] * 10000 + [ENDED]),
+    ("blanks before a fence, one by one", {"json": True}, [say(" ")] * 10000 + [ENDED]),
+    ("fences", {"json": True}, [say("```json\n{" * 50000), ENDED]),
+    ("brackets behind a fence", {"json": True}, [say("```" + "[" * 500000), ENDED]),
+    ("brackets behind a fence, one by one", {"json": True}, [say("```")] + [say("[")] * 10000 + [ENDED]),
     ("beginnings of a stop word", {"stop": ("a" * 1000 + "b",)}, [say("a" * 200000), ENDED]),
     ("beginnings of a stop word, one by one", {"stop": ("a" * 1000 + "b",)}, [say("a")] * 5000 + [ENDED]),
     ("beginnings of many stop words", {"stop": tuple("ab" * 200 + c for c in "cdef")}, [say("ab" * 50000), ENDED]),
@@ -4113,7 +4165,7 @@ def test_no_answer_takes_more_than_linear_time(options, events):
 def test_nesting_around_the_recursion_limit_is_an_answer_or_an_error(value):
     """What was not too deep to be read may be too deep to be written."""
     for depth in [*range(100, 1100, 3), *range(1200, 10000, 400)]:
-        translator = ztoapi.Translator(tools=WEATHER)
+        translator = new_translator(tools=WEATHER)
         translator.feed([value % ("[" * depth + "]" * depth)], end=True)
 
 
@@ -4160,7 +4212,7 @@ def test_no_event_is_odd_enough_to_break_the_wire():
     for _ in range(3000):
         values = [mutated(value, rng) if rng.random() < 0.5 else value for value in rng.sample(good, 6)]
         data = sse(*values) + (ENDED if rng.random() < 0.8 else b"")
-        options = rng.choice(({}, {"unfence": True}, {"one_call": True}, {"stop": ("stop", "x")}))
+        options = rng.choice(({}, {"json": True}, {"one_call": True}, {"stop": ("stop", "x")}))
         try:
             steps, failure = receive([wire(data)], tools=WEATHER, **options)
             if failure:
@@ -4228,7 +4280,7 @@ def test_the_tags_of_raw_thinking_have_chunks_of_their_own():
     text = chat.tell(translated(think("hm") + think("so") + say("a") + ENDED))
     events = [json.loads(block[6:]) for block in text.split("\n\n")[:-2]]
     assert [choice["delta"].get("content") for choice in choices_of(events)] == [
-        "<think>", "hm", "so", "</think>", "a", None]
+        "<think>", "hmso", "</think>", "a", None]
 
 
 @pytest.mark.parametrize("data", [
@@ -4392,12 +4444,6 @@ ANSWERS = {
                        finish("stop")],
     "two calls": [Step("thinking", "A"), Step("text", "B"), called(0, "call_0", "f", '{"a":'), arguments(0, "1}"),
                   called(1, "call_1", "f", "{}"), finish("tool_calls")],
-    "calls that interleave": [called(0, "call_0", "f"), called(1, "call_1", "mcp__tiny__g", '{"b"'),
-                              arguments(0, '{"a":'), Step("text", "late"), arguments(1, ":2}"), arguments(0, "1}"),
-                              finish("tool_calls")],
-    "arguments at the end only": [called(0, "call_0", "f"), called(1, "call_1", "f"),
-                                  called(2, "call_2", "f", '{"a":1}'), arguments(0, "{}"), arguments(1, "{}"),
-                                  finish("tool_calls")],
     "a brace in a string": [called(0, "call_0", "f", '{"a":"}'), arguments(0, '\\"}"}'), finish("tool_calls")],
     "a custom tool": [called(0, "call_0", "patch", '{"inp'), arguments(0, 'ut":"x"}'), finish("tool_calls")],
     "cut by length": [Step("text", "Hel"), finish("length")],
@@ -4670,9 +4716,6 @@ ENDS = [
      ["reasoning", "message", "reasoning"], "completed", None),
     ("two calls", ["thinking", "text", "tool_use", "tool_use"], "tool_use",
      ["reasoning", "message", "function_call", "function_call"], "completed", None),
-    ("calls that interleave", ["tool_use", "tool_use", "text"], "tool_use",
-     ["function_call", "function_call", "message"], "completed", None),
-    ("arguments at the end only", ["tool_use"] * 3, "tool_use", ["function_call"] * 3, "completed", None),
     ("a custom tool", ["tool_use"], "tool_use", ["custom_tool_call"], "completed", None),
     ("cut by length", ["text"], "max_tokens", ["message"], "incomplete", "max_output_tokens"),
     ("a call cut by length", ["text"], "max_tokens", ["message", "function_call"], "incomplete", "max_output_tokens"),
@@ -4757,7 +4800,7 @@ FRONT_ERRORS = [
     (502, "upstream_error", None, 502, "api_error", 502, "server_error"),
     (502, "upstream_error", False, 400, "invalid_request_error", 400, "invalid_prompt"),
     (503, "overloaded", None, 503, "overloaded_error", 503, "server_error"),
-    (503, "overloaded", False, 503, "overloaded_error", 400, "invalid_prompt"),
+    (503, "overloaded", False, 503, "overloaded_error", 503, "server_error"),
     (504, "timeout", None, 504, "timeout_error", 504, "server_error"),
 ]
 
@@ -5238,7 +5281,12 @@ def test_an_error_of_responses(status, code, retryable, told_status, told_code):
     error = ApiError("No.", status=status, code=code, retryable=retryable, retry_after=7.0)
     inner = {"message": "No.", "type": "server_error", "param": None, "code": code}
     assert ztoapi.Responses.status(error) == told_status
-    assert ztoapi.Responses.error(error, "req_1") == {"error": inner}
+    if code == "overloaded":
+        # Codex waits it out at this code, but gives up at it in a stream.
+        assert ztoapi.Responses.error(error, "req_1") == {"error": {**inner, "code": "server_is_overloaded"}}
+        code = inner["code"] = "server_error"
+    else:
+        assert ztoapi.Responses.error(error, "req_1") == {"error": inner}
     front, _ = read_responses()
     begin = front.opening() + front.tell([Step("thinking", "A"), Step("text", "B")])
     events = events_of(begin + front.failure(error))
@@ -5339,8 +5387,7 @@ def test_what_responses_echoes_has_a_bound():
 @pytest.mark.parametrize("read", (read_responses, read_messages))
 @cases("steps", [
     ("texts", [Step("text", "x" * (1 << 20))] * 100),
-    ("calls that wait for theirs", [called(i, f"call_{i}", "f", "{") for i in range(100)]
-     + [arguments(i, "1") for i in range(100)] * 2000),
+    ("arguments", [called(0, "call_0", "f", "{")] + [arguments(0, "1" * (1 << 20))] * 100),
 ])
 def test_what_is_kept_for_the_end_has_a_bound(read, steps):
     front, _ = read()
@@ -6289,7 +6336,7 @@ def test_nothing_is_read_from_zai_while_its_client_is_behind():
     outbox.put("text")
     received = []
     connection = types.SimpleNamespace(receive=received.append)
-    answer_to_come = ztoapi.Answer(ztoapi.Translator())
+    answer_to_come = new_answer()
     relay = ztoapi.Relay(connection, answer_to_come, ztoapi.Client(FullSocket(), outbox), None)
     assert not relay.step(1, bytearray(10))
     assert received == []
@@ -6766,7 +6813,7 @@ def test_upstream_timeout_is_of_silence_and_never_of_the_whole():
     pieces = [HEAD, *[chunked(say("a"))] * 6]
     connection = types.SimpleNamespace(pending=bool)
     fold = ztoapi.Fold()
-    answer_to_come = ztoapi.Answer(ztoapi.Translator())
+    answer_to_come = new_answer()
     relay = ztoapi.Relay(connection, answer_to_come, ztoapi.Client(None), fold.add)
     for i, piece in enumerate(pieces):
         connection.receive = lambda buffer: piece

@@ -848,16 +848,30 @@ decode_strictly = json.JSONDecoder(
 # function of ours would be called three times an event.
 _lenient_decoder = json.JSONDecoder(
     parse_constant=lambda name: None, parse_float=finite_or_null, strict=False)
-# The C function itself: (value, where it ends), or StopIteration where there is no
-# value.
-scan_json = _lenient_decoder.scan_once
-
-
 # What the decoders raise.
 NO_JSON = (ValueError, RecursionError, StopIteration)
+# The C function that reads a string: (text, where it ends).
+read_string = json.decoder.scanstring
 
 
-def decode_or_none(text, decode=_lenient_decoder.decode):
+def bounded_json(text):
+    """The text. ValueError for a million values: all other threads stand still while
+    they become Python objects."""
+    if text.count("[") + text.count("{") > 10**5 or text.count(",") > 2 * 10**5:
+        raise ValueError("too many values")
+    return text
+
+
+def scan_json(text):
+    """(value, where it ends) of the JSON that a text begins with."""
+    return _lenient_decoder.scan_once(bounded_json(text), 0)
+
+
+def decode_kindly(text):
+    return _lenient_decoder.decode(bounded_json(text))
+
+
+def decode_or_none(text, decode=decode_kindly):
     """The value of a JSON text; None if the text is not JSON."""
     try:
         return decode(text)
@@ -867,33 +881,53 @@ def decode_or_none(text, decode=_lenient_decoder.decode):
 
 def decode_first(text):
     """The value of the JSON that a text begins with; None if it begins with none."""
-    return decode_or_none(text, lambda text: scan_json(text, 0)[0])
+    return decode_or_none(text, lambda text: scan_json(text)[0])
 
 
 class JsonProgress:
     """Follows an object or an array that comes in pieces: feed(text) -> what of the
-    text belongs to it. `ended`: it is whole."""
+    text belongs to it. `ended`: it is whole, and `rest` is what stands behind it.
+
+    Control characters in strings, which clients do not take, are escaped.
+    """
 
     # A backslash and what it escapes count as one mark.
-    MARK = re.compile(r'\\.?|["{}\[\]]', re.DOTALL)
+    MARK = re.compile(r'\\.|["{}\[\]\0-\x1f]', re.DOTALL)
 
     def __init__(self):
         self.depth = 0
         self.in_string = False
-        self.skip = 0  # 1 if the last character so far escapes the next
+        self.held = ""  # a backslash at the end, whose character is still to come
         self.ended = False
+        self.rest = ""
 
     def feed(self, text):
+        return "".join([piece for piece, _ in self.pieces(text)])
+
+    def pieces(self, text):
+        """(piece, whether it is a string's) of what feed() gives; inner strings do not
+        count."""
         if self.ended:
-            return ""
-        start = self.skip
-        self.skip = max(0, start - len(text))
-        for found in self.MARK.finditer(text, start):
+            self.rest = text
+            return
+        text = self.held + text
+        at = end = 0
+        for found in self.MARK.finditer(text):
+            # What the last string said may have been all.
+            if self.ended:
+                break
             mark = found.group()
-            if mark == "\\":
-                self.skip = 1
+            start, end = found.span()
+            if mark[-1] < " ":
+                if self.in_string:
+                    yield text[at:start] + quote(mark[-1])[1:-1], self.depth < 2
+                    at = end
             elif mark == '"':
                 self.in_string = not self.in_string
+                if self.depth < 2:
+                    cut = start if self.in_string else end
+                    yield text[at:cut], not self.in_string
+                    at = cut
             elif self.in_string or len(mark) > 1:
                 continue
             elif mark in "{[":
@@ -902,13 +936,20 @@ class JsonProgress:
                 self.depth -= 1
                 self.ended = self.depth <= 0
                 if self.ended:
-                    return text[:found.end()]
-        return text
+                    break
+        if self.ended:
+            self.rest = text[end:]
+            text = text[:end]
+        self.held = "\\" if end < len(text) and text.endswith("\\") else ""
+        yield text[at:len(text) - len(self.held)], self.in_string and self.depth < 2
 
 
 def new_id(prefix, rand=random.getrandbits):
     """An id as OpenAI's look. It is no secret, so that cheap randomness will do."""
     return f"{prefix}{rand(96):024x}"
+
+
+new_call_id = functools.partial(new_id, "call_")
 
 
 # Heads of HTTP, as text in latin-1 with the line ends they came with. There is no
@@ -1296,10 +1337,12 @@ class Asked(NamedTuple):
     """What Z.ai is asked, and what reading its answer needs to know."""
     body: dict      # Z.ai's request
     changed: tuple  # short names of what was altered or dropped
-    tools: dict     # name -> text_parameters(), of the function tools sent
+    tools: dict     # name -> argument_types(), of the function tools sent
     one_call: bool  # parallel_tool_calls is false: only the first call passes
-    unfence: bool   # JSON was asked for: a Markdown fence around it is taken off
     stop: tuple     # the words before which the proxy itself cuts the text
+    json: bool = False         # JSON alone was asked for
+    no_thinking: bool = False  # thinking was turned off
+    tokens: int = 0            # an estimate of the prompt's
 
 
 def read_json_object(data):
@@ -1530,19 +1573,56 @@ def some_of(names):
     return tuple(dict.fromkeys(names))[:100]
 
 
-TEXT_SCHEMA = {"type": "string"}
+# JSON's words for the types of Python.
+TYPE_NAMES = {
+    str: "string", bool: "boolean", int: "integer", float: "number", list: "array",
+    dict: "object", type(None): "null",
+}
 
 
-def text_parameters(schema):
-    """What reading a leaked call needs of a schema: which parameters are texts. The
-    whole would stay as long as the answer lasts."""
-    properties = schema.get("properties")
-    if not isinstance(properties, dict):
-        return {}
-    texts = {
-        name: TEXT_SCHEMA for name, inner in properties.items()
-        if isinstance(inner, dict) and inner.get("type") == "string"}
-    return {"properties": texts}
+def allowed_types(schema, root):
+    """The JSON types that a schema allows, empty if it does not say; `root` is the
+    whole schema."""
+    allowed = set()
+    branches = [schema]
+    # They become more while they are gone through. References may go in a circle.
+    for branch in itertools.islice(branches, 1000):
+        branch = as_dict(branch)
+        values = [branch["const"]] if "const" in branch else branch.get("enum")
+        types = branch.get("type")
+        if isinstance(types, str):
+            allowed.add(types)
+        elif isinstance(types, list):
+            allowed.update(map(str, types))
+        elif isinstance(values, list):
+            allowed.update(TYPE_NAMES[type(value)] for value in values)
+        elif str(branch.get("$ref")).startswith("#/"):
+            target = root
+            for name in branch["$ref"][2:].split("/"):
+                target = as_dict(target).get(name)
+            branches.append(target)
+        else:
+            unions = [branch.get(word) for word in ("anyOf", "oneOf", "allOf")]
+            inner = next(filter(None, unions), None)
+            if not isinstance(inner, list):
+                return set()
+            branches += inner
+    return allowed
+
+
+def argument_types(schema):
+    """What reading a call needs of its tool's schema, {argument: allowed_types()},
+    where they are known. The whole would stay as long as the answer lasts."""
+    properties = as_dict(schema.get("properties"))
+    types = {name: allowed_types(inner, schema) for name, inner in properties.items()}
+    return {name: types[name] for name in types if types[name]}
+
+
+def estimate_tokens(text):
+    """How many tokens a text may be, rather more than fewer: a token has four letters
+    in English, 1.3 in Chinese."""
+    ascii = len(text.encode("ascii", "ignore"))
+    return int(ascii / 4 + (len(text) - ascii) / 1.3 + 0.99)
 
 
 def mend_arguments(arguments):
@@ -1749,8 +1829,9 @@ class Translation:
             changed=some_of(self.changed),
             tools=self.functions,
             one_call=request.get("parallel_tool_calls") is False,
-            unfence="response_format" in body,
             stop=self.stop,
+            json="response_format" in body,
+            no_thinking=body.get("thinking", {}).get("type") == "disabled",
         )
 
     # Messages
@@ -2017,7 +2098,7 @@ class Translation:
         # Z.ai refuses a tool without these two.
         description = need(filled, "description", str, param) or name
         parameters = need(filled, "parameters", dict, param) or NO_PARAMETERS
-        self.functions[name] = text_parameters(parameters)
+        self.functions[name] = argument_types(parameters)
         return function_object(name=name, description=description, parameters=parameters)
 
     def thinking(self, default):
@@ -2082,9 +2163,11 @@ def to_zai_request(request, settings, refuses_media=True):
 # From Z.ai ############################################################################
 #
 # Z.ai's bytes in, steps out. An Answer reads head, framing, and server-sent events or
-# one JSON body; its Translator makes steps of the events. A step says one thing that
-# happened, in no API's own words: the fronts, in the next section, put it into words.
-# What is not known never passes as an answer.
+# one JSON body. Its Translator leads the events through three rooms: Frames finds out
+# what an event says, Texts what stands in text and thinking, Calls what belongs to
+# which call. A step says one thing that happened, in no API's own words: the fronts, in
+# the next section, put it into words. What is not known never passes as an answer, and
+# what the API in front promises is kept here, not hoped for from Z.ai.
 #
 # Z.ai's event is a chunk of OpenAI's chat completions: its `delta` holds what is new,
 # text in `content`, thinking in `reasoning_content`, and pieces of calls in
@@ -2099,8 +2182,9 @@ class Step(NamedTuple):
 
     TEXT and THINKING bring `text`. CALL begins the tool call number `index` (from 0):
     `id`, `name`, and in `text` the first piece of its arguments, which may be empty.
-    ARGUMENTS brings the next piece. FINISH comes last and once: `text` is one of the
-    values of FINISHES, below; `usage` is OpenAI's object, None if Z.ai gave none.
+    ARGUMENTS brings the next piece; no other call comes between. FINISH comes last and
+    once: `text` is one of the values of FINISHES, below; `name` is the stop word that
+    ended the text, if one did; `usage` is OpenAI's object, None if Z.ai gave none.
     RESTART: Z.ai began the answer again, so that what came before is void.
     """
 
@@ -2110,6 +2194,21 @@ class Step(NamedTuple):
     id: str | None = None
     name: str | None = None
     usage: dict | None = None
+
+
+def joined(steps):
+    """The same steps. Pieces of one kind that came together are one: each becomes an
+    event for the client, with ten times its bytes."""
+    if len(steps) < 2:
+        return steps
+    told = []
+    # Only the steps of calls have an index.
+    owners = [step.kind if step.index is None else step.index for step in steps]
+    for _, pairs in itertools.groupby(zip(owners, steps), lambda pair: pair[0]):
+        first, *rest = [step for _, step in pairs]
+        texts = [first.text, *[step.text for step in rest]]
+        told.append(first._replace(text="".join(texts)))
+    return told
 
 
 # The ends that Z.ai documents, and two that gateways in front of it use. Any other
@@ -2129,319 +2228,47 @@ WHOLE = (None, "stop", "tool_calls")
 LONGEST_ANSWER_BYTES = 32 << 20
 # So many characters may wait until it is clear what they are.
 LONGEST_HELD = 1 << 20
-# So many characters of arguments may come before the name of their call.
+# So many characters of arguments may come before the name of their call, and so many
+# of words before the JSON that was asked for.
 LONGEST_EARLY = 1 << 16
 # There may be as many tools, and a model calls each of them once at most.
 MOST_CALLS = 128
 # A count of tokens beyond this is garbage, and read as 0.
 MOST_TOKENS = 10 ** 12
 
-# Marks of GLM's own template that were seen in texts: thinking in the content of 4.1V,
-# boxes around the answers of 4.5V, and tool calls in texts and thinking of 4.5 to 4.7.
-THINK, THINK_END = "<think>", "</think>"
-LEAK, LEAK_END = "<tool_call>", "</tool_call>"
-BOXES = ("<|begin_of_box|>", "<|end_of_box|>")
-TAGS = (THINK, THINK_END, LEAK, LEAK_END, *BOXES)
+class Tally:
+    """Counts the memory of steps that are kept. UpstreamError beyond `limit` bytes."""
+
+    # A Python object stands behind each piece, and several behind an item, which begins
+    # where the kind changes.
+    STEP_BYTES = 50
+    ITEM_BYTES = 2000
+
+    def __init__(self, limit):
+        self.limit = limit
+        self.size_bytes = 0
+        self.kind = None
+
+    def add(self, step):
+        if step.kind != self.kind:
+            self.size_bytes += self.ITEM_BYTES
+        self.kind = step.kind
+        text = step.text + (step.name or "")
+        self.size_bytes += len(text.encode("utf-8", "replace")) + self.STEP_BYTES
+        if self.size_bytes > self.limit:
+            raise UpstreamError(f"The answer is longer than {self.limit} bytes.", GIVE_UP)
+
+
+# The first room: events
+
 
 # The fields of a delta with the kind of step they are.
 KIND_OF_FIELD = {"reasoning_content": THINKING, "content": TEXT}
 # What they hold. In another form they cannot be told.
 FORMS = {"reasoning_content": str, "content": str, "tool_calls": list}
-
-
-class TagSplitter:
-    """Cuts a text that comes in pieces at TAGS: feed(text) -> tags, and texts between
-    them. What may become a tag is held back."""
-
-    PATTERN = re.compile(f"({'|'.join(map(re.escape, TAGS))})")
-
-    def __init__(self):
-        self.held = ""
-
-    def feed(self, text):
-        *pieces, last = self.PATTERN.split(self.held + text)
-        self.held = ""
-        # No tag has a second "<".
-        at = last.rfind("<")
-        if at >= 0 and any(tag.startswith(last[at:]) for tag in TAGS):
-            self.held = last[at:]
-            last = last[:at]
-        return [piece for piece in (*pieces, last) if piece]
-
-    def close(self):
-        held = self.held
-        self.held = ""
-        return [held]
-
-
-class FenceStripper:
-    """Takes the Markdown fence off JSON that comes in pieces; other text stays as it
-    is.
-
-    Models fence their JSON though it was asked for alone, and clients cannot parse it
-    then.
-    """
-
-    # Between a fence and its JSON there is at most the name of the language.
-    OPENING = re.compile(r"```[^{\[]{0,96}(?=[{\[])")
-    MAY_OPEN = re.compile(r"(?:`{0,2}|```[^{\[]{0,96})\Z")
-
-    def __init__(self):
-        self.held = ""
-        self.fenced = None  # not known as long as the text may still open with a fence
-        self.progress = JsonProgress()
-
-    def feed(self, text):
-        if self.fenced is None:
-            text = self._opening(text)
-        # Behind the JSON there is only the rest of the fence.
-        return self.progress.feed(text) if self.fenced else text
-
-    def _opening(self, text):
-        text = (self.held + text).lstrip()
-        if self.MAY_OPEN.match(text):
-            self.held = text
-            return ""
-        self.held = ""
-        opening = self.OPENING.match(text)
-        self.fenced = opening is not None
-        return text[opening.end():] if opening else text
-
-    def close(self):
-        return self.held
-
-
-def overlap(text, word):
-    """How many characters at the end of `text` begin `word`, without being all of
-    it."""
-    longest = min(len(text), len(word) - 1)
-    for size in range(longest, 0, -1):
-        if text.endswith(word[:size]):
-            return size
-    return 0
-
-
-class StopCutter:
-    """Ends a text that comes in pieces before the first of some words. Then `hit` is
-    true."""
-
-    def __init__(self, words):
-        self.words = words
-        self.held = ""
-        self.hit = False
-
-    def feed(self, text):
-        if self.hit:
-            return ""
-        text = self.held + text
-        # A pattern of all words would compare each of them at each place. The first to
-        # end counts, as more of the text might not have come yet.
-        places = zip(map(text.find, self.words), self.words)
-        found = [(at + len(word), at) for at, word in places if at >= 0]
-        if found:
-            self.hit = True
-            self.held = ""
-            return text[:min(found)[1]]
-        # The end of the text may be the beginning of a word.
-        end = len(text) - max(overlap(text, word) for word in self.words)
-        self.held = text[end:]
-        return text[:end]
-
-    def close(self):
-        """The rest of the text. Z.ai knows the first word too, and was seen to stop at
-        it with all but its last letters in the text: those go."""
-        # Fewer than four letters may as well be meant.
-        word = self.words[0]
-        is_most_of_it = len(self.held) >= max(4, len(word) / 2)
-        return "" if is_most_of_it and word.startswith(self.held) else self.held
-
-
-# GLM's own form of a call,
-# <tool_call>name<arg_key>k</arg_key><arg_value>v</arg_value>... </tool_call>, was seen
-# in texts, with tags of it missing or doubled, and in names.
-MARKUP_TAGS = ("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>")
-MARKUP = re.compile("|".join((LEAK, LEAK_END, *MARKUP_TAGS)))
-VALUE_START = re.compile("(?:<arg_value>)+")
-# A key is what stands before a colon. Anywhere else the same letters may be meant.
-# A line end in it is escaped.
-MARKUP_IN_KEY = re.compile(
-    r'\s{0,8}(?:</?(?:arg_key|arg_value|tool_call)>(?:\s|\\n){0,8}){1,8}(?="\s*:)')
-# The end of a piece, where it may go on as such markup.
-MARKUP_START = re.compile(r'(?:<[/a-z_]{0,10}(?:>["\s\\n]{0,20})?){1,4}\Z')
-# Characters at the end of a piece that are searched for it.
-LONGEST_START = 128
-# Empty arguments, before the end or before real ones.
-NO_ARGUMENTS = re.compile(r"\A\s*(?:(?:\{\}|null)\s*)*(?=\{|\Z)")
-
-
-def real_arguments(text):
-    """Arguments without what stands for none, which may come before the real ones."""
-    return NO_ARGUMENTS.sub("", text)
-
-
-def sum_up(text, before):
-    """A checksum of a text that comes in pieces, without its blanks."""
-    solid = "".join(text.split())
-    return binascii.crc32(solid.encode("utf-8", "replace"), before)
-
-
-def typed_value(text, schema, key):
-    """A leaked argument, which has no quotes, as what the schema says, else as what it
-    looks like."""
-    try:
-        is_text = schema["properties"][key]["type"] == "string"
-    except (KeyError, TypeError):
-        is_text = False
-    value = None if is_text else decode_or_none(text.strip())
-    return text if value is None else value
-
-
-def parse_leaked_call(text, tools):
-    """(name, arguments as JSON) of a call in GLM's own form; None if it names no tool
-    of `tools` (name -> parameter schema), or cannot be read whole.
-
-    A tag that is doubled does no harm. Where one is missing, an argument may be lost
-    with it. Cut by hand, as a regular expression for all of it would take quadratic
-    time.
-    """
-    head, *pairs = text.split("<arg_key>")
-    name = MARKUP.sub("", head).strip()
-    if name not in tools:
-        return None
-    arguments = {}
-    for pair in pairs:
-        key, *values = VALUE_START.split(pair, 1)
-        value = "".join(values)
-        key, *junk = MARKUP.split(key)
-        key = key.strip()
-        value, closed, rest = value.partition("</arg_value>")
-        junk += MARKUP.split(rest)
-        if not key or key in arguments or not closed or "".join(junk).strip():
-            return None
-        arguments[key] = typed_value(value, tools[name], key)
-    return name, encode_text(arguments)
-
-
-class Leak:
-    """A <tool_call> in a text or in thinking: feed(piece) -> whether more of it may
-    come. It is held back only while it can still be a call of a tool that was sent, as
-    models write about the tag as well."""
-
-    # Names have at most 64 characters; the rest is for blanks around them.
-    LONGEST_NAME = 200
-
-    def __init__(self, kind, tools):
-        self.kind = kind
-        self.tools = tools
-        self.pieces = [LEAK]
-        self.held = 0  # characters in the pieces
-        self.start = ""  # the first of them, where the name is
-
-    def feed(self, piece):
-        self.pieces.append(piece)
-        self.held += len(piece)
-        if piece == LEAK_END:
-            return False
-        self.start = (self.start + piece)[:self.LONGEST_NAME]
-        # Blanks were seen around the name.
-        name, tag, rest = "".join(self.start.split()).partition("<")
-        if not tag:
-            may_go_on = len(self.start) < self.LONGEST_NAME
-            return may_go_on and any(tool.startswith(name) for tool in self.tools)
-        if name not in self.tools or self.held > LONGEST_HELD:
-            return False
-        behind = tag + rest
-        return any(markup.startswith(behind[:len(markup)]) for markup in MARKUP_TAGS)
-
-    def read(self, finish):
-        """(name, arguments) of the call, None if it is none."""
-        call = parse_leaked_call("".join(self.pieces), self.tools)
-        if not call or self.held > LONGEST_HELD:
-            return None
-        # Without its end it must have an argument, and not have been cut.
-        is_whole = self.pieces[-1] == LEAK_END or finish in WHOLE and call[1] != "{}"
-        return call if is_whole else None
-
-
-class ToolCall:
-    """One tool call under way: feed(piece) -> what the client is told of the next piece
-    of its arguments; close(is_cut) -> the rest."""
-
-    def __init__(self, id, zai_id, zai_index):
-        self.id = id
-        self.zai_id = zai_id  # "" if Z.ai gave none
-        self.zai_index = zai_index
-        self.index = None  # ours, given when the client is told of the call
-        self.name = ""
-        # What cannot be told yet: all that comes before the name, then "{}" until real
-        # arguments come, then the end of a piece that may be markup.
-        self.waiting = ""
-        self.begun = False  # real arguments have come
-        self.progress = JsonProgress()
-        # Checksums of the arguments, and of a second object behind them, 0 without one.
-        self.first_sum = 0
-        self.second_sum = 0
-
-    def feed(self, piece):
-        text = self.waiting + piece
-        self.waiting = ""
-        if not self.begun:
-            real = real_arguments(text)
-            if not real:
-                self.waiting = "{}" if text.strip() else ""
-                return ""
-            text = real
-        if "<" in text:
-            text = MARKUP_IN_KEY.sub("", text)
-            start = MARKUP_START.search(text, len(text) - LONGEST_START)
-            self.waiting = start[0] if start else ""
-        return self._follow(text[:len(text) - len(self.waiting)])
-
-    def close(self, is_cut):
-        """The rest of the arguments. Clients parse them as JSON, which no text at all
-        is not; where the answer was cut they may be lost."""
-        rest = self.waiting
-        self.waiting = ""
-        if not self.begun and not is_cut:
-            rest = "{}"
-        return self._follow(rest)
-
-    def _follow(self, text):
-        """Nothing behind the whole object is told, as Z.ai was seen to write it
-        twice."""
-        self.begun = True
-        told = self.progress.feed(text)
-        self.first_sum = sum_up(told, self.first_sum)
-        behind = text[len(told):]
-        if self.second_sum or "{" in behind:
-            self.second_sum = sum_up(behind, self.second_sum)
-        return told
-
-    @property
-    def is_broken(self):
-        """Whether the arguments were cut, or came with others behind them."""
-        return self.progress.depth > 0 or self.second_sum not in (0, self.first_sum)
-
-    def takes(self, zai_id, zai_index, name):
-        """Whether an item with these belongs to this call, as far as Z.ai tells."""
-        if name and self.name not in ("", name):
-            return False
-        is_here = zai_index in (None, self.zai_index)
-        if zai_id:
-            return self.zai_id == zai_id and (is_here or self.zai_index is None)
-        # A name again is the same call as long as its arguments are not whole.
-        is_whole = self.progress.ended or self.name and self.waiting == "{}"
-        return is_here and (not name or zai_index is not None and not is_whole)
-
-
 # The fields of an error that is not under "error".
 ERROR_FIELDS = {"code", "msg", "message", "detail", "errors"}
-EMPTY = "Z.ai sent an empty answer."
-UNFINISHED = "Z.ai's answer ended before it was finished."
 TORN = "Z.ai sent an event that cannot be read."
-NAMELESS = "Z.ai sent a tool call without a name."
-BROKEN_CALL = "Z.ai sent a tool call with broken arguments."
-
 
 USAGE_DETAILS = {
     "prompt_tokens_details": "cached_tokens",
@@ -2467,157 +2294,81 @@ def to_openai_usage(usage):
     return result
 
 
-@dataclasses.dataclass(eq=False)
-class Translator:
-    """Z.ai's events in, steps out: feed(events) -> (steps, failure).
+class Frame(NamedTuple):
+    """What one event says."""
+    delta: dict
+    reason: object = None       # Z.ai's finish reason
+    usage: dict | None = None   # OpenAI's object
+    afresh: bool = False        # the answer begins again with it
 
-    An event is the text of one SSE event, or a whole JSON answer; with `end`, no more
-    will come. `failure` is the UpstreamError that ended the answer, or None. An answer
-    fails if Z.ai sends an error, or what cannot be told in steps, or ends without a
-    finish. What came before the failure is told all the same. describe(value, status,
-    retry_after) makes the error of an error event, which has a `value` alone, or of a
-    body, whose value is None if it cannot be read; make_id() names calls without an id.
-    """
 
-    # The tools sent, name -> parameter schema, to read calls that leak into the text.
-    tools: dict = dataclasses.field(default_factory=dict)
-    one_call: bool = False  # only the first call passes
-    unfence: bool = False  # take a Markdown fence off the text
-    stop: tuple = ()  # words before which the text is cut
-    # The client sees nothing before the end, so that a new start does no harm.
-    restartable: bool = False
-    describe: object = zai_error
-    make_id: object = functools.partial(new_id, "call_")
+def inner_frame(event):
+    """The frame inside a torn one, None if there is none. Its text may hold the mark as
+    well, so the last one that can be read counts. A few tries are enough, and keep the
+    time linear."""
+    mark = "data: "
+    at = len(event)
+    for _ in range(8):
+        at = event.rfind(mark, 0, at)
+        if at < 0:
+            break
+        value = as_dict(decode_first(event[at + len(mark):]))
+        if "choices" in value or "error" in value:
+            return value
+    return None
 
-    def __post_init__(self):
-        # The last step has been given.
-        self.complete = False
-        # Tokens have come, which Z.ai bills.
-        self.begun = False
+
+class Frames:
+    """Texts of events in, what they say out: feed(event) -> a Frame, or None if it says
+    nothing. An event is that of a stream, or a whole JSON answer. UpstreamError for an
+    error of Z.ai's, for what has an unknown form, and for a frame that is lost.
+    describe(value) makes the error of an event."""
+
+    def __init__(self, describe):
+        self.describe = describe
         # How many events were skipped or mended.
         self.repaired = 0
-        self._start()
+        # A reason to finish has come, or the end mark.
+        self.finished = False
+        self.ended = False
+        # The field of an event that was a text and nothing else, and what stood before
+        # and behind its text.
+        self.field = None
+        self.before = self.behind = ""
 
-    def _start(self):
-        """All that a new start of the answer makes void."""
-        self.finish = None
-        self.usage = None
-        # Text or a call has been given. Thinking alone can be taken back.
-        self.told = False
-        self.opened = set()  # TEXT and THINKING, once something of it has come
-        self.splitters = {THINKING: TagSplitter(), TEXT: TagSplitter()}
-        self.filters = [FenceStripper()] if self.unfence else []
-        if self.stop:
-            self.filters.append(StopCutter(self.stop))
-        # The text is between <think> and </think>.
-        self.in_think = False
-        # The Leak that is coming, if one is.
-        self.leak = None
-        # (name, arguments) of the leaked calls that were read.
-        self.leaked = []
-        self.calls = []
-        # Those of them that the client was told of.
-        self.given = []
-        # The field whose text needs no search for tags: nothing is held back or open.
-        self.passing_field = None
-
-    # Events
-
-    def feed(self, events, end=False):
-        # All methods below append to it, so that nothing is lost when one of them
-        # raises.
-        self.steps = []
+    def feed(self, event):
+        value, end = None, 0
         try:
-            for event in events:
-                self._feed(event)
-            if end:
-                self._end()
-        except UpstreamError as failure:
-            return self.steps, failure
-        return self.steps, None
-
-    def _feed(self, event):
-        if self.complete:
-            return
-        event = event.strip()
-        try:
-            value, end = scan_json(event, 0)
+            # Nine of ten events differ from the one before in their text alone.
+            if self.before and event.startswith(self.before):
+                text, end = read_string(event, len(self.before), False)
+                if event[end:] == self.behind:
+                    return Frame({self.field: text})
+            event = event.strip()
+            value, end = scan_json(event)
         except NO_JSON:
-            value, end = None, 0
-        if end != len(event):
-            self._torn(event, end)
-        elif self._pass_on(value):
-            return
-        elif isinstance(value, dict):
-            self._event(value)
-        else:
-            self.repaired += 1
-
-    def _pass_on(self, value):
-        """Whether the event was a piece of text and nothing else, as nine of ten are.
-        Then it has been told."""
-        try:
-            choice = value["choices"][0]
-            delta = choice["delta"]
-            text = delta[self.passing_field]
-        except (KeyError, IndexError, TypeError):
-            return False
-        # A "<" may begin a tag.
-        if type(text) is not str or not text or "<" in text:
-            return False
-        # Z.ai repeats the role with every piece.
-        is_alone = len(delta) - ("role" in delta) == 1
-        if not is_alone or "finish_reason" in choice or "usage" in value:
-            return False
-        if "error" in value or "error" in choice:
-            return False
-        self.steps.append(Step(KIND_OF_FIELD[self.passing_field], text))
-        return True
-
-    def _torn(self, event, end):
-        """An event that is JSON up to `end` only: the end mark, garbage, a frame that
-        was cut short, maybe with the first frame of a new answer inside, or several in
-        one."""
+            end = 0
+        if isinstance(value, dict) and end == len(event):
+            frame = self._read(value)
+            self._learn(event, frame)
+            return frame
         if event.startswith("[DONE]"):
-            # Without a finish the answer is not whole, whatever the mark says.
-            if self.finish:
-                self._end()
-            return
+            self.ended = True
+            return None
         self.repaired += 1
         # Behind a whole frame it is not known what belongs to which.
-        value = None if end else self._inner_frame(event)
-        if value is None:
-            # What it said is lost. Behind the finish that is the usage at most.
-            if event.startswith("{") and not self.finish:
-                raise UpstreamError(TORN)
-            return
-        if self.told and not self.restartable and "error" not in value:
-            raise UpstreamError(
-                "Z.ai lost its place and started the answer again after part of it had "
-                "been sent.", GIVE_UP, code="upstream_stream_restarted")
-        # Z.ai's gateway loses its backend in the middle of a frame, and begins again
-        # with another one, in the same stream.
-        self._start()
-        self.steps.append(Step(RESTART))
-        self._event(value)
-
-    @staticmethod
-    def _inner_frame(event):
-        """The frame inside a torn one, None if there is none. Its text may hold the
-        mark as well, so the last one that can be read counts. A few tries are enough,
-        and keep the time linear."""
-        mark = "data: "
-        at = len(event)
-        for _ in range(8):
-            at = event.rfind(mark, 0, at)
-            if at < 0:
-                break
-            value = as_dict(decode_first(event[at + len(mark):]))
-            if "choices" in value or "error" in value:
-                return value
+        inner = None if end else inner_frame(event)
+        if inner:
+            # Z.ai's gateway loses its backend in the middle of a frame, and begins
+            # again with another one, in the same stream.
+            self.finished = False
+            return self._read(inner)._replace(afresh=True)
+        # What it said is lost. Behind the finish that is the usage at most.
+        if event.startswith("{") and not self.finished:
+            raise UpstreamError(TORN)
         return None
 
-    def _event(self, value):
+    def _read(self, value):
         choices = value.get("choices")
         # Errors come in a response of status 200 as well.
         if choices is None and ERROR_FIELDS & value.keys():
@@ -2628,142 +2379,620 @@ class Translator:
         for place in (value, choice, delta):
             if place.get("error"):
                 raise self.describe(place)
-        if choices is None and "usage" not in value:
-            self.repaired += 1
-        self._delta(delta)
-        self.usage = to_openai_usage(value.get("usage")) or self.usage
-        reason = choice.get("finish_reason")
-        if reason:
-            finish = FINISHES.get(str(reason))
-            if finish is None:
-                raise UpstreamError(f"Z.ai broke off the answer: {str(reason)[:60]!a}.")
-            # It may come twice. What was cut does not get whole again.
-            if self.finish in WHOLE:
-                self.finish = finish
-        # Nothing comes behind finish and usage but the end mark, late or never. And
-        # Z.ai would go on behind a stop word.
-        if self.is_stopped() or self.finish and self.usage:
-            self._end()
-
-    def _delta(self, delta):
-        self.passing_field = None
         for field, form in FORMS.items():
             if delta.get(field) and not isinstance(delta[field], form):
                 raise UpstreamError(f"Z.ai sent {field} in an unknown form.")
-        for field, kind in KIND_OF_FIELD.items():
-            text = delta.get(field)
-            if text:
-                # What the other kind holds back came first.
-                self._flush(kind)
-                self._split_text(kind, self.splitters[kind].feed(text))
-                self.passing_field = field if self._is_passing(kind) else None
-        items = delta.get("tool_calls")
-        if items and not self.is_stopped():
+        if choices is None and "usage" not in value:
+            self.repaired += 1
+        reason = choice.get("finish_reason")
+        self.finished = self.finished or bool(reason)
+        return Frame(delta, reason, to_openai_usage(value.get("usage")))
+
+    def _learn(self, event, frame):
+        (field, *others) = [field for field in FORMS if frame.delta.get(field)] or [None]
+        if others or field not in KIND_OF_FIELD or frame.reason or frame.usage:
+            return
+        mark = f'"{field}":"'
+        before, *behind = event.split(mark)
+        # Inside of a text the mark's quotes would be escaped.
+        if len(behind) == 1:
+            text, end = read_string(behind[0], 0, False)
+            if text == frame.delta[field]: 
+                self.field = field
+                self.before = before + mark
+                self.behind = behind[0][end:]
+
+
+# The second room: texts
+
+# Marks of GLM's own template that were seen in texts: thinking in the content of 4.1V,
+# boxes around the answers of 4.5V, and tool calls in texts and thinking of 4.5 to 4.7.
+THINK, THINK_END = "<think>", "</think>"
+BOXES = ("<|begin_of_box|>", "<|end_of_box|>")
+LEAK, LEAK_END = "<tool_call>", "</tool_call>"
+KEY, KEY_END, VALUE, VALUE_END = "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"
+# Who speaks next, seen at the ends of texts of 4.6V.
+TURNS = ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
+ARGUMENT_TAGS = (KEY, KEY_END, VALUE, VALUE_END)
+TAGS = (THINK, THINK_END, *BOXES, LEAK, LEAK_END, *ARGUMENT_TAGS, *TURNS)
+
+
+class TagSplitter:
+    """Cuts a text that comes in pieces at TAGS: feed(text) -> tags, and texts between
+    them. What may become a tag is held back, and so is half a letter: JSON spells some
+    in two (surrogates), and Z.ai was seen to cut there."""
+
+    PATTERN = re.compile(f"({'|'.join(map(re.escape, TAGS))})")
+
+    def __init__(self):
+        self.held = ""
+
+    def feed(self, text):
+        if self.held:
+            text = self.held + text
+            # Two halves become one letter.
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
+        *pieces, last = self.PATTERN.split(text)
+        # No tag has a second "<".
+        at = last.rfind("<")
+        if at < 0 or not any(tag.startswith(last[at:]) for tag in TAGS):
+            at = len(last) - ("\ud800" <= last[-1:] <= "\udbff")
+        self.held = last[at:]
+        return [piece for piece in (*pieces, last[:at]) if piece]
+
+    def close(self):
+        held = self.held
+        self.held = ""
+        return [held] if held else []
+
+
+class JsonAlone:
+    """Takes all words and fences off the JSON in a text that comes in pieces. A text
+    without any stays as it is.
+
+    Models explain and fence their JSON though it was asked for alone, and clients
+    cannot parse it then.
+    """
+
+    # Words have brackets, too: a set {a, b}, a note [1].
+    START = re.compile(r'''
+        \{ \s{0,99} ["}]
+        | \[ \s{0,99} (?: ["{}\[\]] | -?[\d.]{1,20} \s{0,9} , | true | false | null )
+        ''', re.VERBOSE)
+    LONGEST_START = 200
+
+    def __init__(self):
+        self.held = ""
+        self.progress = JsonProgress()
+        # progress.feed once the JSON has begun, str if there will be none.
+        self.follow = None
+
+    def feed(self, text):
+        if self.follow:
+            return self.follow(text)
+        searched = max(0, len(self.held) - self.LONGEST_START)
+        text = self.held + text
+        self.held = ""
+        start = self.START.search(text, searched)
+        if start and start.start() <= LONGEST_EARLY:
+            self.follow = self.progress.feed
+            return self.follow(text[start.start():])
+        if len(text) > LONGEST_EARLY + self.LONGEST_START:
+            self.follow = str
+            return text
+        self.held = text
+        return ""
+
+    def close(self):
+        return self.held
+
+
+def overlap(text, word):
+    """How many characters at the end of `text` begin `word`, without being all of
+    it."""
+    longest = min(len(text), len(word) - 1)
+    for size in range(longest, 0, -1):
+        if text.endswith(word[:size]):
+            return size
+    return 0
+
+
+class StopCutter:
+    """Ends a text that comes in pieces before the first of some words. Then `hit` is
+    that word. `sent`: those of them that Z.ai knows."""
+
+    def __init__(self, words, sent):
+        self.words = words
+        self.sent = sent
+        self.held = ""
+        self.hit = None
+
+    def feed(self, text):
+        if self.hit:
+            return ""
+        text = self.held + text
+        # A pattern of all words would compare each of them at each place. The first to
+        # end counts, as more of the text might not have come yet.
+        places = zip(map(text.find, self.words), self.words)
+        found = [(at + len(word), at, word) for at, word in places if at >= 0]
+        if found:
+            _, end, self.hit = min(found)
+            self.held = ""
+        else:
+            # The end of the text may be the beginning of a word.
+            end = len(text) - max([overlap(text, word) for word in self.words], default=0)
+            self.held = text[end:]
+        return text[:end]
+
+    def close(self):
+        """The rest of the text. Z.ai was seen to stop at a word with all but its last
+        letters in the text: those go."""
+        for word in self.sent:
+            # Fewer than four letters may as well be meant.
+            if len(self.held) >= max(4, len(word) / 2) and word.startswith(self.held):
+                return ""
+        return self.held
+
+
+# GLM's own form of a call,
+# <tool_call>name<arg_key>k</arg_key><arg_value>v</arg_value>... </tool_call>, was seen
+# in texts, with tags of it missing or doubled, and in names.
+MARKUP = re.compile("|".join((LEAK, LEAK_END, *ARGUMENT_TAGS)))
+ARGUMENT_TAG = re.compile(f"({'|'.join(ARGUMENT_TAGS)})")
+
+
+def typed(text, types):
+    """A text as the value that it says, if it may be of one of these `types`, and no
+    text; without types, of any."""
+    value = decode_or_none(text)
+    if value is None:
+        # What is no JSON is None, and so is JSON's null.
+        is_null = "null" in types and text.strip() == "null"
+        return None if is_null else text
+    name = TYPE_NAMES[type(value)]
+    fits = not types or name in types or name == "integer" and "number" in types
+    return value if fits and "string" not in types else text
+
+
+def parse_leaked_call(text, tools):
+    """(name, arguments as JSON) of a call in GLM's own form; None if it names no tool
+    of `tools`, or if its keys and values cannot be told apart.
+
+    Any tag separates, as they were seen missing and doubled. Cut by hand, as a regular
+    expression for all of it would take quadratic time.
+    """
+    head, *parts = ARGUMENT_TAG.split(text.partition(LEAK_END)[0])
+    name = MARKUP.sub("", head).strip()
+    if name not in tools:
+        return None
+    arguments = {}
+    key = None
+    for tag, value, next_tag in zip(parts[::2], parts[1::2], [*parts[2::2], LEAK_END]):
+        word = value.strip()
+        is_empty = tag == VALUE != next_tag or next_tag == VALUE_END
+        if key is None:
+            is_key = tag == KEY or next_tag == KEY_END
+            if word and not is_key or word in arguments:
+                return None
+            key = word or None
+        elif word or is_empty:
+            arguments[key] = typed(value, tools[name].get(key, set()))
+            key = None
+    return None if key else (name, encode_text(arguments))
+
+
+class Leak:
+    """A <tool_call> in a text or in thinking: feed(piece) -> whether more of it may
+    come. It is held back only while it can still be a call of a tool that was sent, as
+    models write about the tag as well."""
+
+    # Names have at most 64 characters; the rest is for blanks around them.
+    LONGEST_NAME = 200
+
+    def __init__(self, tools):
+        self.tools = tools
+        self.pieces = [LEAK]
+        self.held = 0  # characters in the pieces
+        self.start = ""  # the first of them, where the name is
+
+    def feed(self, piece):
+        self.pieces.append(piece)
+        self.held += len(piece)
+        # The first tag may be doubled.
+        self.start = (self.start + piece.replace(LEAK, ""))[:self.LONGEST_NAME]
+        name, tag, _ = self.start.partition("<")
+        # Blanks were seen around the name.
+        name = "".join(name.split())
+        may_be_name = any(tool.startswith(name) for tool in self.tools)
+        if tag or len(self.start) == self.LONGEST_NAME:
+            may_be_name = name in self.tools
+        return may_be_name and piece != LEAK_END and self.held <= LONGEST_HELD
+
+    @property
+    def is_closed(self):
+        """Whether its last value has ended."""
+        return "".join(self.pieces[-3:]).rstrip().endswith(VALUE_END)
+
+    def read(self, is_cut):
+        """(name, arguments) of the call, None if it is none."""
+        is_whole = self.pieces[-1] == LEAK_END or self.is_closed and not is_cut
+        if is_whole and self.held <= LONGEST_HELD:
+            return parse_leaked_call("".join(self.pieces), self.tools)
+        return None
+
+
+class Texts:
+    """Text and thinking in, what can be told of them out: feed(kind, text) -> steps;
+    flush() -> what waits until it is clear what it is; close(is_cut) -> the rest.
+
+    A text passes through `filters`, one behind the other; thinking does not. Calls that
+    leak into either are collected in `leaked`, as (name, arguments).
+    """
+
+    def __init__(self, asked):
+        self.tools = asked.tools
+        self.cutter = StopCutter(asked.stop, asked.body.get("stop", ()))
+        self.filters = [JsonAlone(), self.cutter] if asked.json else [self.cutter]
+        # Who asks for a tag as a stop word gets it as one.
+        self.turns = set(TURNS) - set(asked.stop)
+        self.splitter = TagSplitter()
+        # What feed() has brought last. The text may be between <think> and </think>.
+        self.source = TEXT
+        self.in_think = False
+        # TEXT and THINKING, once something of it has come.
+        self.opened = set()
+        # The Leak that is coming, if one is.
+        self.leak = None
+        self.leaked = []
+        # Steps that are told if something follows them. If not, tags of the template
+        # go, a call in thinking is made, and thinking that was turned off is the text.
+        self.tail = []
+        self.tally = Tally(LONGEST_ANSWER_BYTES)
+        self.thoughts = []
+        self.is_unasked = asked.no_thinking
+
+    def feed(self, kind, text):
+        self.steps = []
+        if kind == THINKING and self.is_unasked:
+            self._hold(kind, text)
+            return []
+        if kind != self.source:
             self._flush()
-            self._check_number(items)
-            seen = set()
-            for item in items:
-                if isinstance(item, dict):
-                    self._call(item, seen)
+            self.source = kind
+        self._sort(self.splitter.feed(text))
+        return self.steps
 
-    def _is_passing(self, kind):
-        """Whether the next text of this kind may be given as it is."""
-        # The other splitter has just been flushed.
-        is_held = self.leak or self.splitters[kind].held or kind == TEXT and self.filters
-        return kind in self.opened and not self.in_think and not is_held
+    def flush(self):
+        self.steps = []
+        self._flush()
+        if self.is_unasked:
+            self._show(THINKING, "")
+        return self.steps
 
-    # Text and thinking
+    def close(self, is_cut):
+        self.steps = []
+        self._flush(is_cut)
+        if self.is_unasked:
+            text = "".join([step.text for step in self.tail if step.kind == THINKING])
+            self.tail = []
+            self.source = TEXT
+            self._sort(self.splitter.feed(text))
+            self._flush(is_cut)
+        self.leaked += self.thoughts
+        rest = ""
+        for text_filter in self.filters:
+            rest = text_filter.feed(rest) + text_filter.close()
+        return [*self.steps, Step(TEXT, rest)] if rest else self.steps
 
-    def _flush(self, going_on=None):
-        """Give what is held back, but of the kind that the answer goes on with."""
-        for kind, splitter in self.splitters.items():
-            if kind != going_on:
-                self._split_text(kind, splitter.close())
-                if self.leak and self.leak.kind == kind:
-                    self._end_leak()
+    def _flush(self, is_cut=False):
+        self._sort(self.splitter.close())
+        if self.leak:
+            self._end_leak(is_cut)
 
-    def _split_text(self, kind, pieces):
-        """Give texts and tags: boxes go, what stands in <think> is thinking, and a
-        leaking call is collected."""
+    def _sort(self, pieces):
         for piece in pieces:
-            if self.is_stopped():
-                return
-            if self.leak:
+            kind = THINKING if self.in_think else self.source
+            is_opening = TEXT not in self.opened and self.source == TEXT
+            if self.leak and self.leak.is_closed and piece == LEAK:
+                # The end of the one is missing before the next.
+                self._end_leak()
+            if self.cutter.hit:
+                break
+            elif self.leak:
                 if not self.leak.feed(piece):
                     self._end_leak()
-            # The end of a leaked call may be doubled.
-            elif piece in BOXES or piece == LEAK_END and self.leaked:
+            # The end of a call may be doubled.
+            elif piece in BOXES or piece == LEAK_END and (self.leaked or self.thoughts):
                 continue
             # Later in a text somebody writes about the tag.
-            elif piece == THINK and kind == TEXT and TEXT not in self.opened:
-                self.in_think = True
-            elif piece == THINK_END and self.in_think:
-                self.in_think = False
+            elif piece in (THINK, THINK_END) and (self.in_think or is_opening):
+                self.in_think = piece == THINK
             elif piece == LEAK and self.tools:
-                self.leak = Leak(kind, self.tools)
-            else:
+                self.leak = Leak(self.tools)
+            elif piece.isspace() and self.tail or piece in self.turns and kind in self.opened:
+                self._hold(kind, piece)
+            elif piece not in self.turns:
                 self._show(kind, piece)
 
-    def _show(self, kind, text):
-        if self.in_think:
-            kind = THINKING
-        if kind not in self.opened:
-            # GLM 4.5 to 4.7 open with line ends.
-            text = text.lstrip("\r\n")
-            if not text:
-                return
+    def _end_leak(self, is_cut=False):
+        """A leak has ended, as a call, or as a text after all."""
+        kind = THINKING if self.in_think else self.source
+        leak = self.leak
+        self.leak = None
+        text = "".join(leak.pieces)
+        call = leak.read(is_cut)
+        if call and kind == THINKING:
             self.opened.add(kind)
-            self.begun = True
-        if kind == TEXT:
-            for text_filter in self.filters:
-                text = text_filter.feed(text)
+            self._hold(kind, text)
+            self.thoughts.append(call)
+        else:
+            self._show(kind, "" if call else text)
+        if call and kind == TEXT:
+            self.leaked.append(call)
+        check_number(self.leaked + self.thoughts)
+
+    def _hold(self, kind, text):
+        self.tail.append(Step(kind, text))
+        self.tally.add(self.tail[-1])
+
+    def _show(self, kind, text):
+        tail = self.tail
+        self.tail = []
+        self.thoughts = []
+        self.is_unasked = False
+        for step in tail:
+            # A stretch of thinking may have ended with a tag, too.
+            if step.kind == kind or step.text not in self.turns:
+                self._give(step.kind, step.text)
         self._give(kind, text)
 
     def _give(self, kind, text):
+        if kind not in self.opened:
+            # GLM 4.5 to 4.7 open with line ends.
+            text = text.lstrip("\r\n")
         if text:
-            self.told = self.told or kind == TEXT
+            self.opened.add(kind)
+        if kind == TEXT:
+            for text_filter in self.filters:
+                text = text_filter.feed(text)
+        if text:
             self.steps.append(Step(kind, text))
 
-    def is_stopped(self):
-        """Whether a stop word has ended the text."""
-        return bool(self.stop) and self.filters[-1].hit
 
-    def _close_filters(self):
-        """The rest of the text that the filters hold; each passes through those behind
-        it."""
-        text = ""
-        for text_filter in self.filters:
-            text = text_filter.feed(text) + text_filter.close()
-        self._give(TEXT, text)
+# The third room: calls
 
-    def _end_leak(self):
-        """A leak has ended, as a call, or as a text after all."""
-        leak = self.leak
-        self.leak = None
-        call = leak.read(self.finish)
-        if call is None:
-            self._show(leak.kind, "".join(leak.pieces))
-            return
-        self.repaired += 1
+# Empty arguments, before the end or before real ones.
+NO_ARGUMENTS = re.compile(r"\A\s*(?:(?:\{\}|null)\s*)*(?=\{|\Z)")
+NAMELESS = "Z.ai sent a tool call without a name."
+BROKEN_CALL = "Z.ai sent a tool call with broken arguments."
+
+
+def real_arguments(text):
+    """Arguments without what stands for none, which may come before the real ones."""
+    return NO_ARGUMENTS.sub("", text)
+
+
+def sum_up(text, before):
+    """A checksum of a text that comes in pieces, without its blanks."""
+    solid = "".join(text.split())
+    return binascii.crc32(solid.encode("utf-8", "replace"), before)
+
+
+def check_number(calls):
+    """The bound of calls: each piece of one is compared with all of them."""
+    if len(calls) > MOST_CALLS:
+        raise UpstreamError(f"Z.ai made more than {MOST_CALLS} tool calls.", GIVE_UP)
+
+
+class Arguments(JsonProgress):
+    """The arguments of a call, which come in pieces, as the client is told of them.
+    What was encoded twice is decoded, markup goes from names, and where no text may be,
+    the value that it says stands in its place.
+
+    `types`: argument_types() of the tool. What is held back is one name, or one value
+    of those kinds; texts go on.
+    """
+
+    def __init__(self, types):
+        super().__init__()
+        self.types = types
+        # The sign before a name or a value, and the name that a value belongs to.
+        self.sign = ""
+        self.key = None
+        self.waiting = ""
+
+    def feed(self, text):
+        told = []
+        for piece, is_string in self.pieces(text):
+            if not is_string:
+                self.sign = (self.sign + piece).rstrip()[-1:]
+            elif self.sign != ":" or "string" not in self.types.get(self.key, ("string",)):
+                self.waiting += piece
+                piece = ""
+                if not self.in_string:
+                    piece = self._mend(self.close())
+                elif len(self.waiting) > LONGEST_HELD:
+                    piece = self.close()
+            told.append(piece)
+        return "".join(told)
+
+    def close(self):
+        """What is held back."""
+        text = self.waiting
+        self.waiting = ""
+        return text
+
+    def _mend(self, text):
+        value = decode_or_none(text)
+        if value is None:
+            return text
+        if self.depth == 0:
+            is_encoded_twice = isinstance(decode_or_none(value), dict)
+            return self.feed(value) if is_encoded_twice else text
+        if self.sign == ":":
+            mended = typed(value, self.types[self.key])
+        else:
+            mended = self.key = MARKUP.sub("", value).strip() if "<" in value else value
+        return text if mended is value else encode_text(mended)
+
+
+class ToolCall:
+    """One tool call under way: feed(piece) takes the next piece of its arguments,
+    close() says that no more will come, and take() gives what the client can be told of
+    it by now."""
+
+    def __init__(self, id, zai_id, zai_index):
+        self.id = id
+        self.zai_id = zai_id  # "" if Z.ai gave none
+        self.zai_index = zai_index
+        self.index = None  # ours, given with the name
+        self.name = ""
+        # All that comes before the name, then "{}" until real arguments come.
+        self.waiting = ""
+        self.arguments = Arguments({})
+        self.begun = False  # real arguments have come
+        # What the client is to be told next; whether it was told of the call.
+        self.pieces = []
+        self.is_told = False
+        # Checksums of the arguments, and of a second object behind them, 0 without one.
+        self.first_sum = 0
+        self.second_sum = 0
+
+    def feed(self, piece):
+        text = self.waiting + piece
+        real = text if self.begun else real_arguments(text)
+        if self.name and real:
+            self._follow(real)
+        elif len(real) > LONGEST_EARLY:
+            raise UpstreamError(NAMELESS)
+        else:
+            self.waiting = real or ("{}" if text.strip() else "")
+
+    def close(self, is_cut):
+        if not self.begun:
+            # Clients parse them as JSON, which no text at all is not.
+            self._follow(self.waiting or ("" if is_cut else "{}"))
+        self.pieces.append(self.arguments.close())
+
+    def _follow(self, text):
+        """Nothing behind the whole object is told, as Z.ai was seen to write it
+        twice."""
+        self.waiting = ""
         self.begun = True
-        self.leaked.append(call)
-        self._check_number(self.leaked)
+        self.pieces.append(self.arguments.feed(text))
+        behind = self.arguments.rest
+        self.first_sum = sum_up(text[:len(text) - len(behind)], self.first_sum)
+        if self.second_sum or "{" in behind:
+            self.second_sum = sum_up(behind, self.second_sum)
 
-    # Tool calls
+    def take(self):
+        """The step of what came last, if there is any."""
+        text = "".join(self.pieces)
+        self.pieces = []
+        kind = ARGUMENTS if self.is_told else CALL
+        is_news = text or not self.is_told
+        self.is_told = True
+        return [Step(kind, text, self.index, self.id, self.name)] if is_news else []
 
-    def _call(self, item, seen):
-        """One item of delta.tool_calls: a whole call, or a piece of one. `seen`: the
-        calls that earlier items of this event belong to."""
-        self.begun = True
+    @property
+    def is_broken(self):
+        """Whether the arguments were cut, or came with others behind them."""
+        return self.arguments.depth > 0 or self.second_sum not in (0, self.first_sum)
+
+    def takes(self, zai_id, zai_index, name):
+        """Whether an item with these belongs to this call, as far as Z.ai tells."""
+        if name and self.name not in ("", name):
+            return False
+        is_other = zai_id != self.zai_id and "" not in (zai_id, self.zai_id)
+        # An id was seen to change from piece to piece.
+        is_here = zai_index == self.zai_index
+        if None in (zai_index, self.zai_index):
+            is_here = not is_other
+        if not name or zai_id and zai_id == self.zai_id:
+            return is_here
+        # A name again is the same call as long as its arguments are not whole.
+        is_whole = self.arguments.ended or self.name and self.waiting == "{}"
+        is_open = self.arguments.depth > 0 if is_other else not is_whole
+        return is_here and is_open
+
+
+class Calls:
+    """Items of `tool_calls` in, whole calls or pieces of them, and steps of calls out:
+    feed(items), and close(is_cut) for the rest.
+
+    Clients join the pieces of calls by their order, so one call comes after the other:
+    while the arguments of one are not whole, what comes behind it waits. put(steps)
+    gives those of other steps that need not.
+    """
+
+    def __init__(self, tools, one_call, make_id):
+        self.tools = tools
+        self.one_call = one_call  # only the first call is told
+        self.make_id = make_id
+        self.calls = []
+        # Those of them that are told, the first of them that is not whole, and all that
+        # waits behind that.
+        self.told = []
+        self.queue = collections.deque()
+        # What has waited.
+        self.tally = Tally(LONGEST_ANSWER_BYTES)
+        # How many names had markup.
+        self.repaired = 0
+
+    def feed(self, items):
+        check_number(items)
+        seen = set()
+        for item in items:
+            if isinstance(item, dict):
+                self._take(item, seen)
+                yield from self._advance()
+
+    def put(self, steps):
+        if not self.queue:
+            return steps
+        for step in steps:
+            self.tally.add(step)
+        self.queue += steps
+        return self._advance()
+
+    def close(self, is_cut):
+        for entry in self.queue:
+            if isinstance(entry, ToolCall):
+                entry.close(is_cut)
+                yield from entry.take()
+            else:
+                yield entry
+
+    def check(self, finish, told):
+        """UpstreamError for what is no whole call: calls may have come without a
+        name."""
+        is_lost = any(real_arguments(call.waiting) for call in self.calls if not call.name)
+        is_nothing = self.calls and not self.told and not told
+        if is_lost or is_nothing and finish == "stop":
+            raise UpstreamError(NAMELESS)
+        if finish in WHOLE and any(call.is_broken for call in self.told):
+            raise UpstreamError(BROKEN_CALL)
+        if finish == "tool_calls" and not self.told:
+            raise UpstreamError("Z.ai announced a tool call and sent none.")
+
+    def _take(self, item, seen):
+        """One item: a whole call, or a piece of one. `seen`: the calls that earlier
+        items of this event belong to."""
         name, arguments = self._read_function(as_dict(item.get("function")))
         call = self._find_call(item, name, seen)
         seen.add(call)
-        call.name = call.name or name
-        if call.index is not None:
-            self._go_on(call, call.feed(arguments))
+        if name and not call.name:
+            call.name = name
+            call.arguments.types = self.tools.get(name, {})
+            if not self.one_call or not self.told:
+                call.index = len(self.told)
+                self.told.append(call)
+                self.queue.append(call)
         # Further calls stay in the list, so that their pieces have a home.
-        elif not self.one_call or not self.given:
-            self._begin_call(call, arguments)
+        if call.index is not None or not call.name:
+            if self.queue and call is not self.queue[0]:
+                self.tally.add(Step(ARGUMENTS, arguments))
+            call.feed(arguments)
 
     def _read_function(self, function):
         """(name, arguments) as texts. Names were seen with markup in them, and with all
@@ -2773,18 +3002,18 @@ class Translator:
         arguments = function.get("arguments") or ""
         if not isinstance(arguments, str):
             arguments = encode_text(arguments)
-        if "<" not in name:
-            return name[:LONGEST_NAME], arguments
+        clean = name.partition("<")[0].strip()
+        # A name that no tool has is for the client to refuse.
+        if clean == name or clean not in self.tools:
+            return name[:Leak.LONGEST_NAME], arguments
         self.repaired += 1
         is_blank = not real_arguments(arguments)
-        if "<arg_key>" in name and (is_blank or "<arg_value>" in name):
-            leaked = parse_leaked_call(name, self.tools)
-            if leaked is None or not is_blank:
-                raise UpstreamError("Z.ai sent a tool call that cannot be read.")
+        leaked = parse_leaked_call(name, self.tools)
+        if leaked and is_blank:
             return leaked
-        # A name that no tool has is for the client to refuse.
-        clean = name.partition("<")[0].strip()
-        return clean if clean in self.tools else name[:LONGEST_NAME], arguments
+        if is_blank or VALUE in name:
+            raise UpstreamError("Z.ai sent a tool call that cannot be read.")
+        return clean, arguments
 
     def _find_call(self, item, name, seen):
         """The call an item belongs to. Z.ai's index may be -1, 0 for all, or missing;
@@ -2793,91 +3022,186 @@ class Translator:
         if type(index) is not int or index < 0:
             index = None
         zai_id = "" if item.get("id") is None else str(item["id"])[:200]
-        # A bare piece of arguments may go on with a call of the same event.
-        is_bare = not zai_id and not name
         for call in reversed(self.calls):
-            if (is_bare or call not in seen) and call.takes(zai_id, index, name):
+            # A piece of arguments may go on with a call of the same event.
+            if (not name or call not in seen) and call.takes(zai_id, index, name):
                 return call
+            # Whatever has neither can only go on with the last one.
+            if not zai_id and index is None:
+                break
         # Clients take two calls with one id for one.
         is_taken = any(call.id == zai_id for call in self.calls)
         id = self.make_id() if is_taken or not zai_id else zai_id
         self.calls.append(ToolCall(id, zai_id, index))
-        self._check_number(self.calls)
+        check_number(self.calls)
         return self.calls[-1]
 
-    def _begin_call(self, call, arguments):
-        """Tell the client of a call as soon as it has a name."""
-        if not call.name:
-            call.waiting += arguments
-            if len(call.waiting) > LONGEST_EARLY:
-                raise UpstreamError(NAMELESS)
-            return
-        # For an earlier call, other arguments than "{}" can come no more.
-        for earlier in self.given:
-            if earlier.waiting == "{}":
-                self._go_on(earlier, earlier.close(is_cut=False))
-        call.index = len(self.given)
-        self.given.append(call)
-        self.told = True
-        text = call.feed(arguments)
-        self.steps.append(Step(CALL, text, call.index, call.id, call.name))
+    def _advance(self):
+        """The steps of what need not wait any more."""
+        while self.queue:
+            entry = self.queue[0]
+            if isinstance(entry, Step):
+                yield entry
+            else:
+                # No arguments will come once something else is said.
+                for behind in itertools.islice(self.queue, 1, 2):
+                    is_said = isinstance(behind, Step) or behind.begun
+                    if not entry.begun and (is_said or entry.waiting):
+                        entry.close(is_cut=False)
+                yield from entry.take()
+                if not entry.arguments.ended:
+                    return
+            self.queue.popleft()
 
-    def _go_on(self, call, text):
-        if text:
-            self.steps.append(Step(ARGUMENTS, text, call.index))
 
-    @staticmethod
-    def _check_number(calls):
-        """The bound of calls: each piece of one is compared with all of them."""
-        if len(calls) > MOST_CALLS:
-            raise UpstreamError(f"Z.ai made more than {MOST_CALLS} tool calls.", GIVE_UP)
+EMPTY = "Z.ai sent an empty answer."
+UNFINISHED = "Z.ai's answer ended before it was finished."
 
-    # The end
+
+class Translator:
+    """Z.ai's events in, steps out: feed(events) -> (steps, failure).
+
+    An event is a text for Frames; with `end`, no more will come. `failure`
+    is the UpstreamError that ended the answer, or None. An answer fails if Z.ai sends
+    an error, or what cannot be told in steps, or ends without a finish. What came
+    before the failure is told all the same. `asked`: what Z.ai was asked;
+    `restartable`: the client sees nothing before the end, so that a new start does no
+    harm; describe(value, status, retry_after) makes the error of an error event, which
+    has a `value` alone, or of a body, whose value is None if it cannot be read;
+    make_id() names calls without an id.
+    """
+
+    def __init__(self, asked, restartable=False, describe=zai_error, make_id=new_call_id):
+        self.asked = asked
+        self.restartable = restartable
+        self.describe = describe
+        self.make_id = make_id
+        self.frames = Frames(describe)
+        # The last step has been given.
+        self.complete = False
+        # Tokens have come, which Z.ai bills.
+        self.begun = False
+        self._start()
+
+    def _start(self):
+        """All that a new start of the answer makes void."""
+        asked = self.asked
+        self.finish = None
+        self.usage = None
+        # Text or a call has been given. Thinking alone can be taken back.
+        self.told = False
+        # All texts that were, to count their tokens.
+        self.texts_told = []
+        self.texts = Texts(asked)
+        self.calls = Calls(asked.tools, asked.one_call, self.make_id)
+
+    @property
+    def stop_word(self):
+        """The stop word that has ended the text, if one has."""
+        return self.texts.cutter.hit
+
+    @property
+    def repaired(self):
+        """How many events were skipped or mended."""
+        return self.frames.repaired + self.calls.repaired + len(self.texts.leaked)
+
+    def feed(self, events, end=False):
+        # All methods below append to it, so that nothing is lost when one of them
+        # raises.
+        self.steps = []
+        try:
+            for event in events:
+                if not self.complete:
+                    self._feed(event)
+            if end and not self.complete:
+                self._end()
+        except UpstreamError as failure:
+            return joined(self.steps), failure
+        return joined(self.steps), None
+
+    def _feed(self, event):
+        frame = self.frames.feed(event)
+        if frame:
+            self._read(frame)
+        begun = self.texts.opened or self.texts.tail or self.texts.leaked or self.calls.calls
+        self.begun = self.begun or bool(begun)
+        # Nothing comes behind finish and usage but the end mark, late or never. Without
+        # a finish the answer is not whole, whatever the mark says. And Z.ai would go on
+        # behind a stop word.
+        is_last = self.usage or self.frames.ended
+        if self.finish and is_last or self.stop_word:
+            self._end()
+
+    def _read(self, frame):
+        if frame.afresh:
+            self._restart()
+        for field, kind in KIND_OF_FIELD.items():
+            if frame.delta.get(field):
+                self._add(self.calls.put(self.texts.feed(kind, frame.delta[field])))
+        items = frame.delta.get("tool_calls")
+        if items and not self.stop_word:
+            # What is held back came first.
+            self._add(self.calls.put(self.texts.flush()))
+            self._add(self.calls.feed(items))
+        self.usage = frame.usage or self.usage
+        if frame.reason:
+            finish = FINISHES.get(str(frame.reason))
+            if finish is None:
+                raise UpstreamError(f"Z.ai broke off the answer: {str(frame.reason)[:60]!a}.")
+            # It may come twice. What was cut does not get whole again.
+            if self.finish in WHOLE:
+                self.finish = finish
+
+    def _restart(self):
+        if self.told and not self.restartable:
+            raise UpstreamError(
+                "Z.ai lost its place and started the answer again after part of it had "
+                "been sent.", GIVE_UP, code="upstream_stream_restarted")
+        self._start()
+        self.steps.append(Step(RESTART))
+
+    def _add(self, steps):
+        for step in steps:
+            self.told = self.told or step.kind != THINKING
+            self.steps.append(step)
+            if self.asked.stop:
+                self.texts_told.append(step.text)
 
     def _end(self):
-        if self.complete:
-            return
-        if self.is_stopped():
+        if not self.finish and not self.stop_word:
+            raise UpstreamError(UNFINISHED if self.begun else EMPTY)
+        is_cut = self.finish not in WHOLE
+        self._add(self.calls.put(self.texts.close(is_cut)))
+        if self.stop_word:
             self.finish = "stop"
             # Z.ai's counts come at its own end. Programs that send stop words, such as
             # smolagents, read the usage unasked.
-            self.usage = self.usage or to_openai_usage({})
-        elif not self.finish:
-            raise UpstreamError(UNFINISHED if self.begun else EMPTY)
-        self._give_rest()
+            told = estimate_tokens("".join(self.texts_told))
+            self.usage = self.usage or to_openai_usage(
+                {"prompt_tokens": self.asked.tokens, "completion_tokens": told})
+        self._give_calls(is_cut)
         reason = self.finish
         # Clients look at the finish to learn whether there are calls to make.
         if reason in WHOLE:
-            reason = "tool_calls" if self.given else "stop"
+            reason = "tool_calls" if self.calls.told else "stop"
         self.complete = True
-        self.steps.append(Step(FINISH, reason, usage=self.usage))
+        stop_word = self.stop_word if reason == "stop" else None
+        self.steps.append(Step(FINISH, reason, name=stop_word, usage=self.usage))
 
-    def _give_rest(self):
-        """Give what was held back until now."""
-        self._flush()
+    def _give_calls(self, is_cut):
         # Where calls came as they should, the leaked ones are the same once more.
-        leaked = [] if self.calls else self.leaked
-        for name, arguments in leaked:
-            self._call({"function": {"name": name, "arguments": arguments}}, set())
-        self._close_filters()
-        self._check_whole()
-        for call in self.given:
-            self._go_on(call, call.close(is_cut=self.finish not in WHOLE))
-
-    def _check_whole(self):
-        """A finish alone makes no answer: Z.ai at its limits was seen to send one with
-        nothing before it, and calls may have come without a name."""
-        untold = [call for call in self.calls if call.index is None]
-        is_lost = any(real_arguments(call.waiting) for call in untold)
-        if is_lost or untold and self.finish == "stop" and not self.told:
-            raise UpstreamError(NAMELESS)
-        if self.finish in WHOLE and any(call.is_broken for call in self.given):
-            raise UpstreamError(BROKEN_CALL)
-        if self.finish == "tool_calls" and not self.given:
-            raise UpstreamError("Z.ai announced a tool call and sent none.")
+        if not self.calls.calls:
+            self._add(self.calls.feed([
+                {"function": {"name": name, "arguments": arguments}}
+                for name, arguments in self.texts.leaked]))
+        rest = list(self.calls.close(is_cut))
+        # A finish alone makes no answer: Z.ai at its limits was seen to send one with
+        # nothing before it.
+        self.calls.check(self.finish, self.told)
         has_tokens = self.usage and self.usage["completion_tokens"]
         if self.finish == "stop" and not self.begun and not has_tokens:
             raise UpstreamError(EMPTY)
+        self._add(rest)
 
 
 class Reply:
@@ -2981,7 +3305,7 @@ class Answer:
     def is_cut_short(self):
         """Whether a stop word has ended it: Z.ai may still be generating what is not
         wanted."""
-        return self.translator.complete and self.translator.is_stopped()
+        return self.translator.complete and bool(self.translator.stop_word)
 
     @property
     def is_finishing(self):
@@ -3084,32 +3408,9 @@ class Item:
         return "".join(self.pieces)
 
 
-class Tally:
-    """Counts the memory of steps that are kept. UpstreamError beyond `limit` bytes."""
-
-    # A Python object stands behind each piece, and several behind an item, which begins
-    # where the kind changes.
-    STEP_BYTES = 50
-    ITEM_BYTES = 2000
-
-    def __init__(self, limit):
-        self.limit = limit
-        self.size_bytes = 0
-        self.kind = None
-
-    def add(self, step):
-        if step.kind != self.kind:
-            self.size_bytes += self.ITEM_BYTES
-        self.kind = step.kind
-        text = step.text + (step.name or "")
-        self.size_bytes += len(text.encode("utf-8", "replace")) + self.STEP_BYTES
-        if self.size_bytes > self.limit:
-            raise UpstreamError(f"The answer is longer than {self.limit} bytes.", GIVE_UP)
-
-
 class Fold:
     """What a JSON answer is made of: all steps of an answer, as `items` in their order,
-    with `finish` and `usage`. UpstreamError beyond `limit` bytes."""
+    with `finish`, `stop_word` and `usage`. UpstreamError beyond `limit` bytes."""
 
     def __init__(self, limit=LONGEST_ANSWER_BYTES):
         self.limit = limit
@@ -3117,8 +3418,8 @@ class Fold:
 
     def _start(self):
         self.items = []
-        self.calls = []
         self.finish = None
+        self.stop_word = None
         self.usage = None
         self.tally = Tally(self.limit)
 
@@ -3128,20 +3429,19 @@ class Fold:
                 self._start()
             elif step.kind == FINISH:
                 self.finish = step.text
+                self.stop_word = step.name
                 self.usage = step.usage
             else:
-                self._find_item(step).pieces.append(step.text)
+                # What stands behind the last item belongs to it, but for a new call.
+                goes_on = self.items and self.items[-1].kind == step.kind != CALL
+                if step.kind != ARGUMENTS and not goes_on:
+                    self.items.append(Item(step.kind, step.id, step.name))
+                self.items[-1].pieces.append(step.text)
                 self.tally.add(step)
 
-    def _find_item(self, step):
-        if step.kind == ARGUMENTS:
-            return self.calls[step.index]
-        if step.kind == CALL:
-            self.calls.append(Item(CALL, step.id, step.name))
-            self.items.append(self.calls[-1])
-        elif not self.items or self.items[-1].kind != step.kind:
-            self.items.append(Item(step.kind))
-        return self.items[-1]
+    @property
+    def calls(self):
+        return [item for item in self.items if item.kind == CALL]
 
     def text(self, kind):
         """All texts of one kind, joined."""
@@ -3739,54 +4039,6 @@ class Conversation:
         return function_object(name=name, description=text, parameters=schema)
 
 
-class OneCallAtATime:
-    """Steps in, the same steps out, in an order that lets no call be interrupted.
-
-    While a call's arguments are not a whole JSON object, all that belongs elsewhere is
-    held: clients join the pieces of calls by their order.
-    """
-
-    def __init__(self):
-        self.index = None  # of the call that is not whole
-        self.progress = None
-        self._hold_nothing()
-
-    def _hold_nothing(self):
-        self.held = []
-        # All of it is gone through again for each call that gets whole.
-        self.tally = Tally(LONGEST_HELD)
-
-    def feed(self, steps):
-        told = []
-        for step in steps:
-            if step.kind == FINISH:
-                # Calls that never became whole hold nothing up any more.
-                while self.index is not None:
-                    told += self._release()
-                told.append(step)
-            elif self.index not in (None, step.index):
-                self.tally.add(step)
-                self.held.append(step)
-            else:
-                told += self._follow(step)
-        return told
-
-    def _follow(self, step):
-        if step.kind == CALL:
-            self.index = step.index
-            self.progress = JsonProgress()
-        elif self.index is None:
-            return [step]
-        self.progress.feed(step.text)
-        return [step, *self._release()] if self.progress.ended else [step]
-
-    def _release(self):
-        held = self.held
-        self._hold_nothing()
-        self.index = None
-        return self.feed(held)
-
-
 class Itemized(Front):
     """A front that tells an answer as a row of items, one of them open at any time.
 
@@ -3808,7 +4060,6 @@ class Itemized(Front):
         self.changed = some_of(conversation.changed)
         self.names = conversation.names
         self.hidden = hidden  # thinking is not told
-        self.order = OneCallAtATime()
         self.tally = Tally(LONGEST_ANSWER_BYTES)
         self.open = None  # an Item
         self.items = []  # the finished ones, in the client's terms
@@ -3816,7 +4067,7 @@ class Itemized(Front):
         self.answer = None
 
     def tell(self, steps):
-        return "".join(map(self._tell, self.order.feed(steps)))
+        return "".join(map(self._tell, steps))
 
     def _tell(self, step):
         kind = step.kind
@@ -3850,7 +4101,7 @@ class Itemized(Front):
         self.tell([
             Step(item.kind, item.text, i, item.id, item.name)
             for i, item in enumerate(fold.items)])
-        self.tell([Step(FINISH, fold.finish, usage=fold.usage)])
+        self.tell([Step(FINISH, fold.finish, name=fold.stop_word, usage=fold.usage)])
         return self.answer
 
     def find_tool(self, name):
@@ -3989,7 +4240,8 @@ class Messages(Itemized):
         return text
 
     def _finish(self, step):
-        answer = self._message(step.usage, self.items, STOP_REASONS[step.text])
+        stop_reason = "stop_sequence" if step.name else STOP_REASONS[step.text]
+        answer = self._message(step.usage, self.items, stop_reason, step.name)
         self.answer = answer
         delta = {name: answer[name] for name in ("stop_reason", "stop_sequence")}
         end = typed_event("message_delta", delta=delta, usage=answer["usage"])
@@ -3998,7 +4250,7 @@ class Messages(Itemized):
     def _event(self, name, **fields):
         return typed_event(f"content_block_{name}", index=len(self.items), **fields)
 
-    def _message(self, usage, content, stop_reason):
+    def _message(self, usage, content, stop_reason, stop_word=None):
         usage = {**NO_USAGE, **(usage or {})}
         cached = usage["prompt_tokens_details"]["cached_tokens"]
         # Anthropic counts the cached tokens apart.
@@ -4015,8 +4267,7 @@ class Messages(Itemized):
             "model": self.model,
             "content": content,
             "stop_reason": stop_reason,
-            # Which stop word was hit is not known.
-            "stop_sequence": None,
+            "stop_sequence": stop_word,
             "usage": counts,
         }
 
@@ -4096,8 +4347,9 @@ INCOMPLETE = {
 # The codes of a failure that mean something to Codex.
 FAILURES = ("insufficient_quota", "context_length_exceeded", "rate_limit_exceeded")
 # Statuses that go out as they are: a 401 makes clients ask for a key, and the others
-# Codex takes as they are meant.
-KEPT_STATUSES = (401, 404, 405, 426, 429)
+# Codex takes as they are meant. A 503 with this code it waits out.
+KEPT_STATUSES = (401, 404, 405, 426, 429, 503)
+OVERLOAD_CODE = "server_is_overloaded"
 
 
 class Shape(NamedTuple):
@@ -4164,15 +4416,40 @@ def wishes_of_responses(body, settings):
     return fields
 
 
-def unwrap_input(arguments):
-    """The text for a custom tool. Models give its field other names, or leave out the
-    JSON."""
+# Models write *** behind a patch's own lines as well.
+PATCH_LINE = re.compile(
+    r"^(\*\*\* (?:Begin Patch|End Patch|End of File|.{1,20}: .*?))[ \t]*\*\*\*[ \t]*$",
+    re.MULTILINE)
+
+
+def bare_patch(value):
+    """The patch for Codex's apply_patch in what a model has written, which may be a
+    command, with a fence or a script around it; None if there is none."""
+    inner = [value]
+    # They become more while they are gone through.
+    for part in inner:
+        if isinstance(part, dict):
+            inner += part.values()
+        elif isinstance(part, list):
+            inner += part
+        elif isinstance(part, str) and "*** Begin Patch" in part:
+            begin = part.index("*** Begin Patch")
+            end = part.rfind("*** End Patch")
+            if end > begin:
+                return PATCH_LINE.sub(r"\1", part[begin:end] + "*** End Patch")
+    return None
+
+
+def unwrap_input(arguments, name):
+    """The text for the custom tool of that name. Models give its field other names, or
+    leave out the JSON."""
     value = decode_or_none(arguments)
+    patch = bare_patch(value or arguments) if name == "apply_patch" else None
     if isinstance(value, dict):
         texts = [text for text in value.values() if isinstance(text, str)]
         only = texts[0] if len(texts) == 1 else None
         value = value.get("input", only)
-    return value if isinstance(value, str) else arguments
+    return patch or (value if isinstance(value, str) else arguments)
 
 
 def to_responses_usage(usage):
@@ -4254,6 +4531,9 @@ class Responses(Itemized):
         code = error.code
         if code not in FAILURES:
             code = "invalid_prompt" if self.status(error) < 500 else "server_error"
+        if told["code"] == OVERLOAD_CODE:
+            # Within a stream it gives up at that.
+            told["code"] = code
         message = error.message
         wait_s = error.headers().get("Retry-After")
         if wait_s:
@@ -4288,7 +4568,7 @@ class Responses(Itemized):
         text = item.text
         events = ""
         if "input" in self.item:
-            text = unwrap_input(text)
+            text = unwrap_input(text, self.item["name"])
             events = self._delta(text)
         shape = self.shape
         if shape.part:
@@ -4369,6 +4649,8 @@ class Responses(Itemized):
         if str(error.param).startswith("messages"):
             # A place in the chat request, which the client has not seen.
             value["error"]["param"] = "input"
+        if error.code == OVERLOADED.code:
+            value["error"]["code"] = OVERLOAD_CODE
         return value
 
     @staticmethod
@@ -5419,7 +5701,7 @@ class Upstream:
         max_tokens = asked.body.get("max_tokens")
         data = encode_request(asked.body)
         # The functions below live as long as the answer; the conversation must not.
-        asked = asked._replace(body=None)
+        asked = asked._replace(body={"stop": asked.body.get("stop", ())})
 
         def describe(value, status=200, retry_after=""):
             now = self.now()
@@ -5429,9 +5711,7 @@ class Upstream:
                 retry_after=seconds_to_wait(retry_after, now))
 
         def make_answer():
-            return Answer(Translator(
-                asked.tools, asked.one_call, asked.unfence, asked.stop,
-                restartable=not streamed, describe=describe))
+            return Answer(Translator(asked, restartable=not streamed, describe=describe))
 
         return Job(data, model, make_answer)
 
