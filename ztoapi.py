@@ -2793,9 +2793,9 @@ class Arguments(JsonProgress):
     of those kinds; texts go on.
     """
 
-    def __init__(self, types):
+    def __init__(self):
         super().__init__()
-        self.types = types
+        self.types = {}
         # The sign before a name or a value, and the name that a value belongs to.
         self.sign = ""
         self.key = None
@@ -2838,8 +2838,7 @@ class Arguments(JsonProgress):
 
 class ToolCall:
     """One tool call under way: feed(piece) takes the next piece of its arguments,
-    close() says that no more will come, and take() gives what the client can be told of
-    it by now."""
+    take() gives what the client can be told of it by now, once it is its turn."""
 
     def __init__(self, id, zai_id, zai_index):
         self.id = id
@@ -2847,52 +2846,48 @@ class ToolCall:
         self.zai_index = zai_index
         self.index = None  # ours, given with the name
         self.name = ""
-        # All that comes before the name, then "{}" until real arguments come.
+        # What came before its turn, then "{}" until real arguments come.
         self.waiting = ""
-        self.arguments = Arguments({})
+        self.arguments = Arguments()
         self.begun = False  # real arguments have come
-        # What the client is to be told next; whether it was told of the call.
-        self.pieces = []
         self.is_told = False
         # Checksums of the arguments, and of a second object behind them, 0 without one.
         self.first_sum = 0
         self.second_sum = 0
 
     def feed(self, piece):
-        text = self.waiting + piece
-        real = text if self.begun else real_arguments(text)
-        if self.name and real:
-            self._follow(real)
-        elif len(real) > LONGEST_EARLY:
-            raise UpstreamError(NAMELESS)
-        else:
-            self.waiting = real or ("{}" if text.strip() else "")
+        self.waiting += piece
+        if len(self.waiting) > LONGEST_HELD:
+            raise UpstreamError("Z.ai sent too much of a tool call too early.")
 
-    def close(self, is_cut):
-        if not self.begun:
-            # Clients parse them as JSON, which no text at all is not.
-            self._follow(self.waiting or ("" if is_cut else "{}"))
-        self.pieces.append(self.arguments.close())
+    def take(self, empty=None):
+        """Steps. With `empty`, what no arguments at all become, no more will come."""
+        text = self.waiting if self.begun else real_arguments(self.waiting)
+        empty_so_far = "{}" if self.waiting.strip() else ""
+        self.waiting = ""
+        if text:
+            self.begun = True
+        elif not self.begun and empty is None:
+            self.waiting = empty_so_far
+        elif not self.begun:
+            text = empty_so_far or empty
+        told = self._follow(text)
+        if empty is not None:
+            told += self.arguments.close()
+        kind = ARGUMENTS if self.is_told else CALL
+        is_news = told or not self.is_told
+        self.is_told = True
+        return [Step(kind, told, self.index, self.id, self.name)] if is_news else []
 
     def _follow(self, text):
         """Nothing behind the whole object is told, as Z.ai was seen to write it
         twice."""
-        self.waiting = ""
-        self.begun = True
-        self.pieces.append(self.arguments.feed(text))
+        told = self.arguments.feed(text)
         behind = self.arguments.rest
         self.first_sum = sum_up(text[:len(text) - len(behind)], self.first_sum)
         if self.second_sum or "{" in behind:
             self.second_sum = sum_up(behind, self.second_sum)
-
-    def take(self):
-        """The step of what came last, if there is any."""
-        text = "".join(self.pieces)
-        self.pieces = []
-        kind = ARGUMENTS if self.is_told else CALL
-        is_news = text or not self.is_told
-        self.is_told = True
-        return [Step(kind, text, self.index, self.id, self.name)] if is_news else []
+        return told
 
     @property
     def is_broken(self):
@@ -2930,11 +2925,10 @@ class Calls:
         self.one_call = one_call  # only the first call is told
         self.make_id = make_id
         self.calls = []
-        # Those of them that are told, the first of them that is not whole, and all that
-        # waits behind that.
-        self.told = []
+        # How many of them are told; the first that is not whole, and all that waits
+        # behind it, calls and other steps.
+        self.count = 0
         self.queue = collections.deque()
-        # What has waited.
         self.tally = Tally(LONGEST_ANSWER_BYTES)
         # How many names had markup.
         self.repaired = 0
@@ -2957,22 +2951,19 @@ class Calls:
 
     def close(self, is_cut):
         for entry in self.queue:
-            if isinstance(entry, ToolCall):
-                entry.close(is_cut)
-                yield from entry.take()
-            else:
-                yield entry
+            is_call = isinstance(entry, ToolCall)
+            yield from entry.take("" if is_cut else "{}") if is_call else [entry]
 
     def check(self, finish, told):
         """UpstreamError for what is no whole call: calls may have come without a
         name."""
         is_lost = any(real_arguments(call.waiting) for call in self.calls if not call.name)
-        is_nothing = self.calls and not self.told and not told
+        is_nothing = self.calls and not self.count and not told
         if is_lost or is_nothing and finish == "stop":
             raise UpstreamError(NAMELESS)
-        if finish in WHOLE and any(call.is_broken for call in self.told):
+        if finish in WHOLE and any(call.is_broken for call in self.calls):
             raise UpstreamError(BROKEN_CALL)
-        if finish == "tool_calls" and not self.told:
+        if finish == "tool_calls" and not self.count:
             raise UpstreamError("Z.ai announced a tool call and sent none.")
 
     def _take(self, item, seen):
@@ -2981,17 +2972,16 @@ class Calls:
         name, arguments = self._read_function(as_dict(item.get("function")))
         call = self._find_call(item, name, seen)
         seen.add(call)
+        is_wanted = not self.one_call or not self.count
         if name and not call.name:
             call.name = name
             call.arguments.types = self.tools.get(name, {})
-            if not self.one_call or not self.told:
-                call.index = len(self.told)
-                self.told.append(call)
+            if is_wanted:
+                call.index = self.count
+                self.count += 1
                 self.queue.append(call)
         # Further calls stay in the list, so that their pieces have a home.
         if call.index is not None or not call.name:
-            if self.queue and call is not self.queue[0]:
-                self.tally.add(Step(ARGUMENTS, arguments))
             call.feed(arguments)
 
     def _read_function(self, function):
@@ -3039,16 +3029,15 @@ class Calls:
     def _advance(self):
         """The steps of what need not wait any more."""
         while self.queue:
-            entry = self.queue[0]
+            entry, *behind = itertools.islice(self.queue, 2)
             if isinstance(entry, Step):
                 yield entry
             else:
-                # No arguments will come once something else is said.
-                for behind in itertools.islice(self.queue, 1, 2):
-                    is_said = isinstance(behind, Step) or behind.begun
-                    if not entry.begun and (is_said or entry.waiting):
-                        entry.close(is_cut=False)
                 yield from entry.take()
+                # No arguments will come once something else is said.
+                is_over = any(isinstance(step, Step) or step.waiting.strip() for step in behind)
+                if not entry.begun and (is_over or behind and entry.waiting):
+                    yield from entry.take("{}")
                 if not entry.arguments.ended:
                     return
             self.queue.popleft()
@@ -3183,7 +3172,7 @@ class Translator:
         reason = self.finish
         # Clients look at the finish to learn whether there are calls to make.
         if reason in WHOLE:
-            reason = "tool_calls" if self.calls.told else "stop"
+            reason = "tool_calls" if self.calls.count else "stop"
         self.complete = True
         stop_word = self.stop_word if reason == "stop" else None
         self.steps.append(Step(FINISH, reason, name=stop_word, usage=self.usage))
