@@ -2632,7 +2632,7 @@ class Texts:
     def __init__(self, asked):
         self.tools = asked.tools
         self.cutter = StopCutter(asked.stop, asked.body.get("stop", ()))
-        self.filters = [JsonAlone(), self.cutter] if asked.json else [self.cutter]
+        self.filters = [self.cutter, JsonAlone()] if asked.json else [self.cutter]
         # Who asks for a tag as a stop word gets it as one.
         self.turns = set(TURNS) - set(asked.stop)
         self.splitter = TagSplitter()
