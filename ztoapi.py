@@ -1137,6 +1137,7 @@ class Unframed:
 
     done = False
     rest = b""
+    left = 0
 
     def feed(self, data):
         return data
@@ -2318,6 +2319,54 @@ def inner_frame(event):
     return None
 
 
+class Alike:
+    """Reads the chunks of a body that differ from an earlier event in their text alone,
+    as nine of ten do: neither HTTP's coding nor JSON need be undone for them.
+
+    feed(data) -> (delta, how many bytes it is made of); without such chunks None, and
+    the size of the first one. learn(event, frame) is told of that.
+    """
+
+    field = None
+    before = "\n"  # no event begins so
+
+    def learn(self, event, frame):
+        fields = [field for field in FORMS if frame.delta.get(field)]
+        if frame.reason or frame.usage or fields not in (["content"], ["reasoning_content"]):
+            return
+        mark = f'"{fields[0]}":"'
+        before, *behind = event.split(mark)
+        # Inside of a text the mark's quotes would be escaped.
+        if len(behind) == 1:
+            text, end = read_string(behind[0], 0, False)
+            if text == frame.delta[fields[0]]:
+                self.field = fields[0]
+                self.before = f"data: {before}{mark}"
+                self.behind = behind[0][end:] + "\n\n"
+
+    def feed(self, data):
+        texts = []
+        at = 0
+        end = len(data)
+        while at < len(data):
+            try:
+                start = data.find(b"\r\n", at, at + 20) + 2
+                end = start + chunk_size(data[at:start - 2])
+                event = data[start:end].decode()
+                text, text_end = read_string(event, len(self.before), False)
+            except ValueError:
+                break
+            is_alike = event.startswith(self.before) and event[text_end:] == self.behind
+            is_event = "\r" not in event and event.find("\n") == len(event) - 2
+            if not is_alike or not is_event or data[end:end + 2] != b"\r\n":
+                break
+            texts.append(text)
+            at = end + 2
+        if texts:
+            return {self.field: "".join(texts)}, at
+        return None, end + 2
+
+
 class Frames:
     """Texts of events in, what they say out: feed(event) -> a Frame, or None if it says
     nothing. An event is that of a stream, or a whole JSON answer. UpstreamError for an
@@ -2331,26 +2380,17 @@ class Frames:
         # A reason to finish has come, or the end mark.
         self.finished = False
         self.ended = False
-        # The field of an event that was a text and nothing else, and what stood before
-        # and behind its text.
-        self.field = None
-        self.before = self.behind = ""
+        self.alike = Alike()
 
     def feed(self, event):
-        value, end = None, 0
+        event = event.strip()
         try:
-            # Nine of ten events differ from the one before in their text alone.
-            if self.before and event.startswith(self.before):
-                text, end = read_string(event, len(self.before), False)
-                if event[end:] == self.behind:
-                    return Frame({self.field: text})
-            event = event.strip()
             value, end = scan_json(event)
         except NO_JSON:
-            end = 0
+            value, end = None, 0
         if isinstance(value, dict) and end == len(event):
             frame = self._read(value)
-            self._learn(event, frame)
+            self.alike.learn(event, frame)
             return frame
         if event.startswith("[DONE]"):
             self.ended = True
@@ -2388,20 +2428,6 @@ class Frames:
         self.finished = self.finished or bool(reason)
         return Frame(delta, reason, to_openai_usage(value.get("usage")))
 
-    def _learn(self, event, frame):
-        (field, *others) = [field for field in FORMS if frame.delta.get(field)] or [None]
-        if others or field not in KIND_OF_FIELD or frame.reason or frame.usage:
-            return
-        mark = f'"{field}":"'
-        before, *behind = event.split(mark)
-        # Inside of a text the mark's quotes would be escaped.
-        if len(behind) == 1:
-            text, end = read_string(behind[0], 0, False)
-            if text == frame.delta[field]: 
-                self.field = field
-                self.before = before + mark
-                self.behind = behind[0][end:]
-
 
 # The second room: texts
 
@@ -2415,6 +2441,10 @@ KEY, KEY_END, VALUE, VALUE_END = "<arg_key>", "</arg_key>", "<arg_value>", "</ar
 TURNS = ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
 ARGUMENT_TAGS = (KEY, KEY_END, VALUE, VALUE_END)
 TAGS = (THINK, THINK_END, *BOXES, LEAK, LEAK_END, *ARGUMENT_TAGS, *TURNS)
+
+
+# What may begin a tag, and the first half of a letter.
+SPECIAL = re.compile("<|[\ud800-\udbff]\\Z")
 
 
 class TagSplitter:
@@ -2632,7 +2662,7 @@ class Texts:
     def __init__(self, asked):
         self.tools = asked.tools
         self.cutter = StopCutter(asked.stop, asked.body.get("stop", ()))
-        self.filters = [self.cutter, JsonAlone()] if asked.json else [self.cutter]
+        self.filters = [self.cutter] * bool(asked.stop) + [JsonAlone()] * asked.json
         # Who asks for a tag as a stop word gets it as one.
         self.turns = set(TURNS) - set(asked.stop)
         self.splitter = TagSplitter()
@@ -2652,6 +2682,10 @@ class Texts:
         self.is_unasked = asked.no_thinking
 
     def feed(self, kind, text):
+        is_busy = self.splitter.held or self.leak or self.tail or self.in_think or self.filters
+        goes_on = kind == self.source and kind in self.opened
+        if goes_on and not is_busy and not SPECIAL.search(text):
+            return [Step(kind, text)]
         self.steps = []
         if kind == THINKING and self.is_unasked:
             self._hold(kind, text)
@@ -3109,7 +3143,7 @@ class Translator:
         return joined(self.steps), None
 
     def _feed(self, event):
-        frame = self.frames.feed(event)
+        frame = event if isinstance(event, Frame) else self.frames.feed(event)
         if frame:
             self._read(frame)
         begun = self.texts.opened or self.texts.tail or self.texts.leaked or self.calls.calls
@@ -3303,6 +3337,33 @@ class Answer:
         return bool(self.translator.finish) and not self.complete
 
     def feed(self, data):
+        told = []
+        failure = None
+        while not failure:
+            delta, size = self._find_alike(data)
+            if delta:
+                steps, failure = self.translator.feed([Frame(delta)])
+            else:
+                steps, failure = self._read_on(data[:size])
+            self.complete = self.translator.complete or failure is not None
+            told += steps
+            data = data[size:]
+            if not data:
+                break
+        return joined(told), failure
+
+    def _find_alike(self, data):
+        """What Alike gives, with the size of what comes before it."""
+        framing = self.reply.framing
+        if self.reply.status is None:
+            return None, (data.find(b"\r\n\r\n") + 1 or len(data)) + 3
+        if framing.left:
+            return None, framing.left + 2
+        if framing.rest or self.decoder.held:
+            return None, len(data)
+        return self.translator.frames.alike.feed(data)
+
+    def _read_on(self, data):
         cut = None
         try:
             body = self.reply.feed(data)
@@ -3311,7 +3372,6 @@ class Answer:
             # What was whole before it.
             body = self.reply.framing.take()
         if self.reply.status is None:
-            self.complete = cut is not None
             return [], cut
         ended = self.reply.complete or cut is not None
         try:
@@ -3321,7 +3381,6 @@ class Answer:
         # A cut explains a missing end better; behind the finish it does no harm.
         if cut and failure and failure.message in (EMPTY, UNFINISHED, TORN):
             failure = cut
-        self.complete = self.translator.complete or failure is not None
         return steps, failure
 
     def close(self):
