@@ -3056,6 +3056,7 @@ PARIS = '{"city":"Paris"}'
 RAIN = ("get_weather", PARIS)
 TIME = ("get_time", "{}")
 CITY = "<arg_key>city</arg_key><arg_value>Paris</arg_value>"  # PARIS as GLM itself writes it
+WISH = f"<tool_call>get_weather{CITY}</tool_call>"
 
 
 def leak(text):
@@ -3343,6 +3344,46 @@ MINIMAL = {"id": "", "object": "", "created": 0, "model": "", "system_fingerprin
         "get_weather<arg_value>Paris</arg_value>", CITY, "", "get_weather" + CITY + "and so on",
         "get_time<arg_key>a</arg_key><arg_value>use <arg_key> tags</arg_value>",
         "get_time<arg_key>a</arg_key><arg_value>x</arg_value>y<arg_key>b</arg_key><arg_value>z</arg_value>w")),
+    # A call that was only thought of is none
+    *((f"a call thought of, then {what}", think("I could ") + think(WISH) + rest + ENDED, says(content, reasoning))
+      for what, rest, content, reasoning in (
+          ("text", think(" but it is forbidden.") + say("No."), "No.", f"I could {WISH} but it is forbidden."),
+          ("text at once", say("No."), "No.", f"I could {WISH}"),
+          ("thinking alone", think("\nNo."), "", f"I could {WISH}\nNo."))),
+    *((f"a call in the reasoning, then {what}", think("So ") + think(WISH) + rest, asks(RAIN, reasoning="So "))
+      for what, rest in (
+          ("line ends", say("\n") + ENDED), ("blanks", think(" \n") + ENDED),
+          ("a tag", think("<|observation|>") + ENDED), ("the same call", call() + TOOLS_END))),
+    ("a call thought of, and another one", think(WISH + "No. ") + think(leak("get_time")) + ENDED,
+     asks(TIME, reasoning=WISH + "No. ")),
+    ("a call thought of in <think>", say(f"<think>{WISH} No.</think>\nNo.") + ENDED, says("No.", f"{WISH} No.")),
+    ("a call in <think>, and another in the text", say(f"<think>{WISH}</think>" + leak("get_time")) + ENDED,
+     asks(TIME, reasoning=WISH)),
+    # Tags of the template at the ends of texts
+    *((f"tags around {text!r}", say(f"<|assistant|>{first}{text}<|user|>{last}<|endoftext|>\n") + ENDED, says(text))
+      for first, text, last in (("", "a", ""), ("\n", "a <|user|> b", "\n"), ("</think>\n", "a", "<|observation|>"))),
+    ("tags of the template in thinking", think("<|assistant|>a<|user|>") + think(" b<|user|>") + say("c") + ENDED,
+     says("c", "a<|user|> b")),
+    ("a tag of the template that is cut", say("a<|use") + ENDED, says("a<|use")),
+    ("nothing but tags of the template", say("<|user|>") + ENDED, says()),
+    # One call at a time
+    ("calls that interleave, and a text between them",
+     calls_in(item("get_weather", '{"city":', id="a", index=0), item("get_time", '{"b"', id="b", index=1)) + say("c")
+     + calls_in(item(None, ":2}", index=1), item(None, '"Paris"}', index=0)) + TOOLS_END,
+     asks(RAIN, ("get_time", '{"b":2}'), content="c")),
+    ("a text behind a call without arguments", call("get_time", "") + say("a") + ENDED, asks(TIME, content="a")),
+    ("fragments of one event", calls_in(
+        item("get_weather", '{"city":', id="a", index=0), item(None, '"Paris', id="a", index=0),
+        item(None, '"}', index=0)) + TOOLS_END, asks(RAIN)),
+    # Ids that change
+    *((f"another id for each piece, {where}", calls_in(item("get_weather", '{"ci', id="a", index=0))
+       + calls_in(item(name, 'ty":"P', id="b", index=0)) + calls_in(item(name, 'aris"}', id="c", index=0)) + TOOLS_END,
+       asks(RAIN))
+      for where, name in (("no name", None), ("the name again", "get_weather"))),
+    ("another id for each piece of two calls",
+     calls_in(item("get_weather", '{"city"', id="a", index=0), item("get_time", '{"b"', id="b", index=1))
+     + calls_in(item(None, ":2}", id="c", index=1), item(None, ':"Paris"}', id="d", index=0)) + TOOLS_END,
+     asks(RAIN, ("get_time", '{"b":2}'))),
     # Texts that must arrive as they are
     ("U+2028, NUL and astral", say("a\u2028b\u2029\u0085\0") + say("\U0001f600 \"\\\n") + ENDED,
      says("a\u2028b\u2029\u0085\0\U0001f600 \"\\\n")),
@@ -3354,6 +3395,144 @@ MINIMAL = {"id": "", "object": "", "created": 0, "model": "", "system_fingerprin
 ])
 def test_an_answer_is_understood_and_streamed_and_json_agree(data, expected):
     check_answer(data, expected, tools=WEATHER)
+
+
+STRING, ARRAY = {"type": "string"}, {"type": "array"}
+TASK = {"edit": {
+    "$defs": {
+        "Row": {"type": "object"}, "Rows": {"anyOf": [ARRAY, {"type": "null"}]}, "Loop": {"$ref": "#/$defs/Loop"}},
+    "properties": {
+        "text": STRING, "rows": ARRAY, "row": {"$ref": "#/$defs/Row"}, "many": {"$ref": "#/$defs/Rows"},
+        "all": {"allOf": [{"$ref": "#/$defs/Rows"}]}, "count": {"type": "integer"}, "share": {"type": "number"},
+        "yes": {"type": ["boolean", "null"]}, "one": {"enum": [1, 2]}, "two": {"const": 2}, "any": {}, "odd": True,
+        "maybe": {"anyOf": [STRING, {"type": "null"}]}, "word": {"enum": ["1", 2]},
+        "either": {"oneOf": [STRING, ARRAY]}, "loop": {"$ref": "#/$defs/Loop"}, "lost": {"$ref": "#/$defs/None"},
+        "wrong": {"type": 5}, "union": {"anyOf": [ARRAY, {}]}}}}
+
+
+def told_arguments(arguments, name="edit"):
+    """What becomes of the arguments of a call, the same in pieces of every size."""
+    told = set()
+    for size in (1, 2, 3, 7, 10**6):
+        pieces = [arguments[at:at + size] for at in range(0, len(arguments), size)]
+        rest = b"".join(calls_in(item(None, piece, index=0)) for piece in pieces)
+        data = calls_in(item(name, "", id="a", index=0)) + rest + TOOLS_END
+        steps, failure = receive([wire(data)], tools=TASK)
+        assert failure is None
+        told.add(steps[0].text)
+    (text,) = told
+    return text
+
+
+# Arguments whose values are texts with JSON. To add a case, add a row: the name, the
+# text, the value.
+@pytest.mark.parametrize("name, text, value", [
+    ("rows", '[{"q": "a"}]', [{"q": "a"}]), ("row", '{"a": "\\"]"}', {"a": '"]'}), ("many", "[1,\n2]", [1, 2]),
+    ("all", "[]", []), ("count", "5", 5), ("share", "0.5", 0.5), ("share", "5", 5), ("yes", "true", True),
+    ("yes", "null", None), ("one", "2", 2), ("two", " 2 ", 2), ("rows", '["好\\ud83d\\ude00"]', ["好\U0001f600"]),
+    # A text may be meant, or says something else
+    *((name, text, text) for name, text in (
+        ("text", "[1]"), ("any", "[1]"), ("odd", "5"), ("maybe", "null"), ("either", "[1]"), ("word", "2"),
+        ("loop", "5"),
+        ("lost", "5"), ("wrong", "5"), ("union", "[1]"), ("new", "[1]"), ("rows", "{}"), ("rows", "[1"), ("rows", ""),
+        ("count", "5.5"), ("count", "true"), ("yes", "1"), ("row", "[]"), ("rows", "[" * 2000 + "]" * 2000))),
+])
+def test_an_argument_has_the_type_that_its_schema_says(name, text, value):
+    before, behind = {"text": "a \"[1]\" b", "new": {"rows": "[1]"}}, {"count": "7"}
+    told = json.loads(told_arguments(json.dumps({**before, name: text, **behind})))
+    assert told == {**before, name: value, "count": 7} if name != "count" else {**before, "count": 7}
+
+
+def test_a_text_goes_on_beside_a_value_that_is_held_back():
+    this = new_answer(tools=TASK)
+    steps, _ = feed_answer(this, [HEAD, chunked(call("edit", '{"rows": "[1,', index=0))])
+    assert steps[0].text == '{"rows": '
+    steps, _ = this.feed(chunked(calls_in(item(None, '2]", "te', index=0))))
+    assert steps[0].text == '[1,2], '
+    steps, _ = this.feed(chunked(calls_in(item(None, 'xt": "a long te', index=0))))
+    assert steps[0].text == '"text": "a long te'
+
+
+def test_what_is_held_back_of_arguments_has_a_bound():
+    text = json.dumps({"rows": "[" + "1" * (3 << 20) + "]"})
+    this = new_answer(tools=TASK)
+    steps, _ = feed_answer(this, [HEAD, chunked(call("edit", text[:-10]))])
+    assert len(steps[0].text) > 2 << 20
+    steps, failure = receive([wire(call("edit", text) + TOOLS_END)], tools=TASK)
+    assert (failure, steps[0].text) == (None, text)
+
+
+# Arguments that clients could not read. To add a case, add a row: what Z.ai sends, what
+# is told.
+@pytest.mark.parametrize("arguments, told", [
+    # Encoded twice
+    *((json.dumps(json.dumps(value)), json.dumps(value)) for value in (
+        {}, {"path": "a"}, {"text": "a\n\"b\"", "n": [1]})),
+    (' "{\\"text\\": 1}" ', '{"text": 1}'), (json.dumps(json.dumps({"rows": "[1]"})), '{"rows": [1]}'),
+    *((text, text) for text in ('"{"', '"a patch"', '"[1]"')),
+    # With control characters
+    ('{"text": "a\nb\tc\0d\r"}', '{"text": "a\\nb\\tc\\u0000d\\r"}'),
+    ('{"text": ["a\n"],\n"a\n": 1}', '{"text": ["a\\n"],\n"a\\n": 1}'),
+    ('{"rows": "[\n1]"}', '{"rows": [1]}'),
+])
+def test_arguments_can_be_parsed(arguments, told):
+    assert told_arguments(arguments) == told
+
+
+# Leaked arguments, which have no quotes. To add a case, add a row: the name, the text,
+# the value.
+@pytest.mark.parametrize("name, text, value", [
+    *((name, text, text) for name, text in (
+        ("text", "123"), ("maybe", "123"), ("either", "[1]"), ("word", "1"), ("count", "1.5"), ("rows", "[1"),
+        ("yes", "no"), ("any", "null"))),
+    ("maybe", "null", None), ("count", "1", 1), ("rows", " [1]\n", [1]), ("yes", "true", True), ("yes", "null", None),
+    ("any", "5", 5), ("any", '"5"', "5"), ("new", "[1]", [1]),
+])
+def test_a_leaked_argument_has_the_type_that_its_schema_says(name, text, value):
+    data = say(leak(f"edit<arg_key>{name}</arg_key><arg_value>{text}</arg_value>")) + ENDED
+    (step, _), failure = receive([wire(data)], tools=TASK)
+    assert failure is None
+    assert json.loads(step.text) == {name: value}
+
+
+# Letters that come in two halves, each in an event of its own. To add a case, add a row:
+# the halves with what is around them, options, what they say.
+@pytest.mark.parametrize("field, pieces, options, expected", [
+    ("content", ("a\\ud83d", "\\ude00b"), {}, says("a\U0001f600b")),
+    ("reasoning_content", ("\\ud83d", "\\ude00"), {}, says("", "\U0001f600")),
+    ("content", ("a\\ud83d", "\\ude00b"), {"stop": ("\U0001f600",)}, says("a")),
+    ("content", ('{\\"a\\":\\"\\ud83d', '\\ude00\\"} x'), {"json": True}, says('{"a":"\U0001f600"}')),
+    ("content", ("a\\ud83d", "b"), {}, says("a\ud83db")), ("content", ("a", "\\ude00"), {}, says("a\ude00")),
+    ("content", ("a<\\ud83d", "\\ude00<", "/b\\ud83d"), {}, says("a<\U0001f600</b\ud83d")),
+])
+def test_a_letter_may_come_in_two_halves(field, pieces, options, expected):
+    events = [b'data: {"choices":[{"delta":{"%b":"%b"}}]}\n\n' % (field.encode(), piece.encode()) for piece in pieces]
+    steps = translated(b"".join(events) + ENDED, **options)
+    assert folded_stream(steps)[:2] == (expected["content"], expected["reasoning"])
+
+
+# Thinking that was turned off cannot have come: it is the text, if there is no other.
+# To add a case, add a row: the bytes, what they say, options.
+@cases("data, expected, options", [
+    ("it is the text", think("The ") + think("answer") + ENDED, says("The answer"), {}),
+    ("it is the text beside line ends", think("a") + say("\n") + ENDED, says("a"), {}),
+    ("it may hold a call", think("So " + WISH) + ENDED, asks(RAIN, content="So "), {"tools": WEATHER}),
+    ("a stop word ends it", think("a stop") + ENDED, says("a ", usage=USAGE), {"stop": ("stop",)}),
+    ("JSON comes alone", think('So: {"a":1}!') + ENDED, says('{"a":1}'), {"json": True}),
+    ("beside a text it goes", think("hm") + say("a") + think("hm") + ENDED, says("a"), {}),
+    ("beside a call it goes", think("hm") + call() + TOOLS_END, asks(RAIN), {}),
+    ("in <think> it is thinking", say("<think>hm</think>a") + ENDED, says("a", "hm"), {}),
+])
+def test_thinking_that_was_turned_off(data, expected, options):
+    check_answer(data, expected, no_thinking=True, **options)
+
+
+def test_pieces_of_one_kind_that_came_together_are_one_step():
+    pieces = [think("a"), think("b"), say("c<"), say("d"), *[say("<think>" * 1000)] * 100,
+              call("get_weather", '{"a":'), calls_in(item(None, "1", index=0)), calls_in(item(None, "}", index=0))]
+    steps, _ = new_answer().feed(HEAD + b"".join(map(chunked, pieces)))
+    assert [(step.kind, step.text[:6]) for step in steps] == [
+        ("thinking", "ab"), ("text", "c<d<th"), ("call", '{"a":1')]
 
 
 def test_tool_ids_are_zais_own_where_they_are_usable():
@@ -4776,6 +4955,12 @@ def test_messages_hides_thinking_that_was_not_asked_for(settings, fields):
     assert [block["type"] for block in check_messages_stream(told(read, steps, False))] == ["text"]
 
 
+def test_messages_names_the_stop_word():
+    steps = [Step("text", "a"), finish("stop")._replace(name="END")]
+    for message in (folded(read_thinker, steps), told(read_thinker, steps, False)[-2]["delta"]):
+        assert (message["stop_reason"], message["stop_sequence"]) == ("stop_sequence", "END")
+
+
 def test_messages_beats_with_a_ping():
     front, _ = read_messages()
     assert front.heartbeat() == 'event: ping\ndata: {"type":"ping"}\n\n'
@@ -5055,6 +5240,33 @@ def test_a_custom_tool_gets_its_text(words, expected):
     item = folded(lambda: read_responses(tools=ANY_TOOLS), steps)["output"][0]
     assert item == {"type": "custom_tool_call", "id": ANY_ID("ctc_"), "status": "completed", "call_id": "call_0",
                     "name": "patch", "input": expected}
+
+
+PATCH = "*** Begin Patch\n*** Update File: a.py\n@@\n-a\n+b ***\n*** End Patch"
+STARRED = "*** Begin Patch ***\n*** Update File: a.py ***\n@@\n-a\n+b ***\n*** End Patch ***"
+
+
+# What Codex's apply_patch gets is a bare patch. To add a case, add a row: what the model
+# has written.
+@pytest.mark.parametrize("words", [
+    *({field: PATCH} for field in ("input", "patch", "command", "any")), PATCH, {"input": STARRED},
+    {"input": PATCH + "\n"},
+    {"command": ["apply_patch", PATCH]}, {"input": ["apply_patch", STARRED]}, {"arguments": {"patch": PATCH}},
+    {"command": ["bash", "-lc", f"apply_patch <<'EOF'\n{PATCH}\nEOF\n"]}, {"input": f"```diff\n{PATCH}\n```"},
+    {"input": PATCH, "explanation": "I change a."}, [PATCH], f"Here it is:\n{PATCH}\nDone.",
+])
+def test_apply_patch_gets_a_bare_patch(words):
+    text = json.dumps(words)
+    steps = [called(0, "call_0", "apply_patch", text), called(1, "call_1", "patch", text), finish("tool_calls")]
+    tools = [{"type": "custom", "name": name} for name in ("apply_patch", "patch")]
+    first, second = folded(lambda: read_responses(tools=tools), steps)["output"]
+    assert first["input"] == PATCH
+    assert second["input"] == ztoapi.unwrap_input(text, "patch")
+
+
+@pytest.mark.parametrize("words", ["*** Begin Patch\nno end", "no patch", "*** End Patch *** Begin Patch"])
+def test_what_is_no_patch_stays_as_it_is(words):
+    assert ztoapi.unwrap_input(json.dumps({"input": words}), "apply_patch") == words
 
 
 # To add a case, add a row: fields of a request that Responses refuses, the parameter it

@@ -911,6 +911,7 @@ class JsonProgress:
             self.rest = text
             return
         text = self.held + text
+        self.held = ""
         at = end = 0
         for found in self.MARK.finditer(text):
             # What the last string said may have been all.
@@ -940,7 +941,8 @@ class JsonProgress:
         if self.ended:
             self.rest = text[end:]
             text = text[:end]
-        self.held = "\\" if end < len(text) and text.endswith("\\") else ""
+        elif end < len(text) and text.endswith("\\"):
+            self.held = "\\"
         yield text[at:len(text) - len(self.held)], self.in_string and self.depth < 2
 
 
@@ -2200,16 +2202,14 @@ class Step(NamedTuple):
 def joined(steps):
     """The same steps. Pieces of one kind that came together are one: each becomes an
     event for the client, with ten times its bytes."""
-    if len(steps) < 2:
-        return steps
-    told = []
-    # Only the steps of calls have an index.
-    owners = [step.kind if step.index is None else step.index for step in steps]
-    for _, pairs in itertools.groupby(zip(owners, steps), lambda pair: pair[0]):
-        first, *rest = [step for _, step in pairs]
-        texts = [first.text, *[step.text for step in rest]]
-        told.append(first._replace(text="".join(texts)))
-    return told
+    runs = []
+    for step in steps:
+        first = runs[-1][0] if runs else Step("")
+        if step.index == first.index and step.kind in (first.kind, ARGUMENTS):
+            runs[-1].append(step)
+        else:
+            runs.append([step])
+    return [run[0]._replace(text="".join([step.text for step in run])) for run in runs]
 
 
 # The ends that Z.ai documents, and two that gateways in front of it use. Any other
@@ -2319,54 +2319,6 @@ def inner_frame(event):
     return None
 
 
-class Alike:
-    """Reads the chunks of a body that differ from an earlier event in their text alone,
-    as nine of ten do: neither HTTP's coding nor JSON need be undone for them.
-
-    feed(data) -> (delta, how many bytes it is made of); without such chunks None, and
-    the size of the first one. learn(event, frame) is told of that.
-    """
-
-    field = None
-    before = "\n"  # no event begins so
-
-    def learn(self, event, frame):
-        fields = [field for field in FORMS if frame.delta.get(field)]
-        if frame.reason or frame.usage or fields not in (["content"], ["reasoning_content"]):
-            return
-        mark = f'"{fields[0]}":"'
-        before, *behind = event.split(mark)
-        # Inside of a text the mark's quotes would be escaped.
-        if len(behind) == 1:
-            text, end = read_string(behind[0], 0, False)
-            if text == frame.delta[fields[0]]:
-                self.field = fields[0]
-                self.before = f"data: {before}{mark}"
-                self.behind = behind[0][end:] + "\n\n"
-
-    def feed(self, data):
-        texts = []
-        at = 0
-        end = len(data)
-        while at < len(data):
-            try:
-                start = data.find(b"\r\n", at, at + 20) + 2
-                end = start + chunk_size(data[at:start - 2])
-                event = data[start:end].decode()
-                text, text_end = read_string(event, len(self.before), False)
-            except ValueError:
-                break
-            is_alike = event.startswith(self.before) and event[text_end:] == self.behind
-            is_event = "\r" not in event and event.find("\n") == len(event) - 2
-            if not is_alike or not is_event or data[end:end + 2] != b"\r\n":
-                break
-            texts.append(text)
-            at = end + 2
-        if texts:
-            return {self.field: "".join(texts)}, at
-        return None, end + 2
-
-
 class Frames:
     """Texts of events in, what they say out: feed(event) -> a Frame, or None if it says
     nothing. An event is that of a stream, or a whole JSON answer. UpstreamError for an
@@ -2380,17 +2332,26 @@ class Frames:
         # A reason to finish has come, or the end mark.
         self.finished = False
         self.ended = False
-        self.alike = Alike()
+        # The field of an event that was a text and nothing else, and what stood before
+        # the text and behind it.
+        self.field = None
+        self.before = self.behind = ""
 
     def feed(self, event):
-        event = event.strip()
+        value, end = None, 0
         try:
+            # Nine of ten events differ from an earlier one in their text alone.
+            if self.field and event.startswith(self.before):
+                text, end = read_string(event, len(self.before), False)
+                if event[end:] == self.behind:
+                    return Frame({self.field: text})
+            event = event.strip()
             value, end = scan_json(event)
         except NO_JSON:
-            value, end = None, 0
+            end = 0
         if isinstance(value, dict) and end == len(event):
             frame = self._read(value)
-            self.alike.learn(event, frame)
+            self._learn(event, frame)
             return frame
         if event.startswith("[DONE]"):
             self.ended = True
@@ -2427,6 +2388,21 @@ class Frames:
         reason = choice.get("finish_reason")
         self.finished = self.finished or bool(reason)
         return Frame(delta, reason, to_openai_usage(value.get("usage")))
+
+
+    def _learn(self, event, frame):
+        """Remember the event if it was a text and nothing else."""
+        fields = [field for field in FORMS if frame.delta.get(field)]
+        if frame.reason or frame.usage or len(fields) != 1:
+            return
+        # Inside of a text these quotes would be escaped.
+        mark = f'"{fields[0]}":"'
+        before, *behind = event.split(mark)
+        text, end = read_string(*behind, 0, False) if len(behind) == 1 else (None, 0)
+        if text == frame.delta[fields[0]]:
+            self.field = fields[0]
+            self.before = before + mark
+            self.behind = behind[0][end:]
 
 
 # The second room: texts
@@ -2646,14 +2622,13 @@ class Leak:
     def read(self, is_cut):
         """(name, arguments) of the call, None if it is none."""
         is_whole = self.pieces[-1] == LEAK_END or self.is_closed and not is_cut
-        if is_whole and self.held <= LONGEST_HELD:
-            return parse_leaked_call("".join(self.pieces), self.tools)
-        return None
+        return parse_leaked_call("".join(self.pieces), self.tools) if is_whole else None
 
 
 class Texts:
     """Text and thinking in, what can be told of them out: feed(kind, text) -> steps;
-    flush() -> what waits until it is clear what it is; close(is_cut) -> the rest.
+    flush(is_cut) -> what waits until it is clear what it is; close() -> what waits in
+    the filters.
 
     A text passes through `filters`, one behind the other; thinking does not. Calls that
     leak into either are collected in `leaked`, as (name, arguments).
@@ -2661,10 +2636,14 @@ class Texts:
 
     def __init__(self, asked):
         self.tools = asked.tools
-        self.cutter = StopCutter(asked.stop, asked.body.get("stop", ()))
-        self.filters = [self.cutter] * bool(asked.stop) + [JsonAlone()] * asked.json
         # Who asks for a tag as a stop word gets it as one.
         self.turns = set(TURNS) - set(asked.stop)
+        self.cutter = StopCutter(asked.stop, asked.body.get("stop", ()))
+        self.filters = []
+        if asked.stop:
+            self.filters.append(self.cutter)
+        if asked.json:
+            self.filters.append(JsonAlone())
         self.splitter = TagSplitter()
         # What feed() has brought last. The text may be between <think> and </think>.
         self.source = TEXT
@@ -2674,59 +2653,44 @@ class Texts:
         # The Leak that is coming, if one is.
         self.leak = None
         self.leaked = []
-        # Steps that are told if something follows them. If not, tags of the template
-        # go, a call in thinking is made, and thinking that was turned off is the text.
+        # (kind, text, call) of what goes if nothing follows: tags of the template, and
+        # calls in thinking. If something does, those were only thought of.
         self.tail = []
         self.tally = Tally(LONGEST_ANSWER_BYTES)
-        self.thoughts = []
-        self.is_unasked = asked.no_thinking
 
     def feed(self, kind, text):
+        # Nearly always a text just goes on.
         is_busy = self.splitter.held or self.leak or self.tail or self.in_think or self.filters
         goes_on = kind == self.source and kind in self.opened
         if goes_on and not is_busy and not SPECIAL.search(text):
             return [Step(kind, text)]
-        self.steps = []
-        if kind == THINKING and self.is_unasked:
-            self._hold(kind, text)
-            return []
-        if kind != self.source:
-            self._flush()
-            self.source = kind
+        steps = [] if kind == self.source else self.flush()
+        self.source = kind
+        self.steps = steps
         self._sort(self.splitter.feed(text))
-        return self.steps
+        return steps
 
-    def flush(self):
+    def flush(self, is_cut=False):
         self.steps = []
-        self._flush()
-        if self.is_unasked:
-            self._show(THINKING, "")
-        return self.steps
-
-    def close(self, is_cut):
-        self.steps = []
-        self._flush(is_cut)
-        if self.is_unasked:
-            text = "".join([step.text for step in self.tail if step.kind == THINKING])
-            self.tail = []
-            self.source = TEXT
-            self._sort(self.splitter.feed(text))
-            self._flush(is_cut)
-        self.leaked += self.thoughts
-        rest = ""
-        for text_filter in self.filters:
-            rest = text_filter.feed(rest) + text_filter.close()
-        return [*self.steps, Step(TEXT, rest)] if rest else self.steps
-
-    def _flush(self, is_cut=False):
         self._sort(self.splitter.close())
         if self.leak:
             self._end_leak(is_cut)
+        return self.steps
+
+    def close(self):
+        self.leaked += [call for _, _, call in self.tail if call]
+        text = ""
+        for text_filter in self.filters:
+            text = text_filter.feed(text) + text_filter.close()
+        return [Step(TEXT, text)] if text else []
+
+    @property
+    def kind(self):
+        return THINKING if self.in_think else self.source
 
     def _sort(self, pieces):
         for piece in pieces:
-            kind = THINKING if self.in_think else self.source
-            is_opening = TEXT not in self.opened and self.source == TEXT
+            kind = self.kind
             if self.leak and self.leak.is_closed and piece == LEAK:
                 # The end of the one is missing before the next.
                 self._end_leak()
@@ -2736,48 +2700,48 @@ class Texts:
                 if not self.leak.feed(piece):
                     self._end_leak()
             # The end of a call may be doubled.
-            elif piece in BOXES or piece == LEAK_END and (self.leaked or self.thoughts):
+            elif piece in BOXES or piece == LEAK_END and (self.leaked or self.tail):
                 continue
-            # Later in a text somebody writes about the tag.
-            elif piece in (THINK, THINK_END) and (self.in_think or is_opening):
+            elif piece in (THINK, THINK_END) and self._may_think():
                 self.in_think = piece == THINK
             elif piece == LEAK and self.tools:
                 self.leak = Leak(self.tools)
-            elif piece.isspace() and self.tail or piece in self.turns and kind in self.opened:
+            elif piece in self.turns and kind in self.opened or self.tail and piece.isspace():
                 self._hold(kind, piece)
             elif piece not in self.turns:
                 self._show(kind, piece)
 
+    def _may_think(self):
+        """Later in a text, somebody writes about the tag."""
+        return self.in_think or self.source == TEXT and TEXT not in self.opened
+
     def _end_leak(self, is_cut=False):
         """A leak has ended, as a call, or as a text after all."""
-        kind = THINKING if self.in_think else self.source
         leak = self.leak
         self.leak = None
         text = "".join(leak.pieces)
         call = leak.read(is_cut)
-        if call and kind == THINKING:
-            self.opened.add(kind)
-            self._hold(kind, text)
-            self.thoughts.append(call)
-        else:
-            self._show(kind, "" if call else text)
-        if call and kind == TEXT:
+        if call and self.kind == THINKING:
+            self.opened.add(THINKING)
+            self._hold(THINKING, text, call)
+        elif call:
+            self._show(TEXT, "")
             self.leaked.append(call)
-        check_number(self.leaked + self.thoughts)
+            check_number(self.leaked)
+        else:
+            self._show(self.kind, text)
 
-    def _hold(self, kind, text):
-        self.tail.append(Step(kind, text))
-        self.tally.add(self.tail[-1])
+    def _hold(self, kind, text, call=None):
+        self.tally.add(Step(kind, text))
+        self.tail.append((kind, text, call))
 
     def _show(self, kind, text):
         tail = self.tail
         self.tail = []
-        self.thoughts = []
-        self.is_unasked = False
-        for step in tail:
+        for held_kind, held, call in tail:
             # A stretch of thinking may have ended with a tag, too.
-            if step.kind == kind or step.text not in self.turns:
-                self._give(step.kind, step.text)
+            if call or held_kind == kind:
+                self._give(held_kind, held)
         self._give(kind, text)
 
     def _give(self, kind, text):
@@ -2796,7 +2760,7 @@ class Texts:
 # The third room: calls
 
 # Empty arguments, before the end or before real ones.
-NO_ARGUMENTS = re.compile(r"\A\s*(?:(?:\{\}|null)\s*)*(?=\{|\Z)")
+NO_ARGUMENTS = re.compile(r'\A\s*(?:(?:\{\}|null)\s*)*(?=["{]|\Z)')
 NAMELESS = "Z.ai sent a tool call without a name."
 BROKEN_CALL = "Z.ai sent a tool call with broken arguments."
 
@@ -2871,8 +2835,8 @@ class Arguments(JsonProgress):
 
 
 class ToolCall:
-    """One tool call under way: feed(piece) takes the next piece of its arguments,
-    take() gives what the client can be told of it by now, once it is its turn."""
+    """One tool call under way. Its arguments come into `waiting`; take() gives what the
+    client can be told of it by now, once it is its turn."""
 
     def __init__(self, id, zai_id, zai_index):
         self.id = id
@@ -2888,11 +2852,6 @@ class ToolCall:
         # Checksums of the arguments, and of a second object behind them, 0 without one.
         self.first_sum = 0
         self.second_sum = 0
-
-    def feed(self, piece):
-        self.waiting += piece
-        if len(self.waiting) > LONGEST_HELD:
-            raise UpstreamError("Z.ai sent too much of a tool call too early.")
 
     def take(self, empty=None):
         """Steps. With `empty`, what no arguments at all become, no more will come."""
@@ -2972,8 +2931,10 @@ class Calls:
         seen = set()
         for item in items:
             if isinstance(item, dict):
-                self._take(item, seen)
+                call = self._take(item, seen)
                 yield from self._advance()
+                if len(call.waiting) > LONGEST_HELD:
+                    raise UpstreamError("Z.ai sent too much of a tool call too early.")
 
     def put(self, steps):
         if not self.queue:
@@ -3016,7 +2977,8 @@ class Calls:
                 self.queue.append(call)
         # Further calls stay in the list, so that their pieces have a home.
         if call.index is not None or not call.name:
-            call.feed(arguments)
+            call.waiting += arguments
+        return call
 
     def _read_function(self, function):
         """(name, arguments) as texts. Names were seen with markup in them, and with all
@@ -3102,8 +3064,8 @@ class Translator:
         self.frames = Frames(describe)
         # The last step has been given.
         self.complete = False
-        # Tokens have come, which Z.ai bills.
-        self.begun = False
+        # Tokens have come before a new start.
+        self.has_begun = False
         self._start()
 
     def _start(self):
@@ -3113,10 +3075,19 @@ class Translator:
         self.usage = None
         # Text or a call has been given. Thinking alone can be taken back.
         self.told = False
-        # All texts that were, to count their tokens.
-        self.texts_told = []
+        # With stop words, what was told, to count its tokens.
+        self.said = Fold()
+        # Thinking that was turned off. If nothing else comes, it is the text.
+        self.unasked = Fold()
         self.texts = Texts(asked)
         self.calls = Calls(asked.tools, asked.one_call, self.make_id)
+
+    @property
+    def begun(self):
+        """Whether tokens have come, which Z.ai bills."""
+        texts = self.texts
+        some = texts.opened or texts.leaked or texts.tail or self.calls.calls
+        return bool(self.has_begun or some or self.unasked.items)
 
     @property
     def stop_word(self):
@@ -3143,11 +3114,9 @@ class Translator:
         return joined(self.steps), None
 
     def _feed(self, event):
-        frame = event if isinstance(event, Frame) else self.frames.feed(event)
+        frame = self.frames.feed(event)
         if frame:
             self._read(frame)
-        begun = self.texts.opened or self.texts.tail or self.texts.leaked or self.calls.calls
-        self.begun = self.begun or bool(begun)
         # Nothing comes behind finish and usage but the end mark, late or never. Without
         # a finish the answer is not whole, whatever the mark says. And Z.ai would go on
         # behind a stop word.
@@ -3159,8 +3128,11 @@ class Translator:
         if frame.afresh:
             self._restart()
         for field, kind in KIND_OF_FIELD.items():
-            if frame.delta.get(field):
-                self._add(self.calls.put(self.texts.feed(kind, frame.delta[field])))
+            text = frame.delta.get(field)
+            if text and kind == THINKING and self.asked.no_thinking:
+                self.unasked.add([Step(kind, text)])
+            elif text:
+                self._add(self.calls.put(self.texts.feed(kind, text)))
         items = frame.delta.get("tool_calls")
         if items and not self.stop_word:
             # What is held back came first.
@@ -3180,6 +3152,7 @@ class Translator:
             raise UpstreamError(
                 "Z.ai lost its place and started the answer again after part of it had "
                 "been sent.", GIVE_UP, code="upstream_stream_restarted")
+        self.has_begun = self.begun
         self._start()
         self.steps.append(Step(RESTART))
 
@@ -3188,18 +3161,22 @@ class Translator:
             self.told = self.told or step.kind != THINKING
             self.steps.append(step)
             if self.asked.stop:
-                self.texts_told.append(step.text)
+                self.said.add([step])
 
     def _end(self):
         if not self.finish and not self.stop_word:
             raise UpstreamError(UNFINISHED if self.begun else EMPTY)
         is_cut = self.finish not in WHOLE
-        self._add(self.calls.put(self.texts.close(is_cut)))
+        if not self.texts.opened and not self.calls.calls:
+            text = self.unasked.text(THINKING)
+            self._add(self.calls.put(self.texts.feed(TEXT, text)))
+        self._add(self.calls.put(self.texts.flush(is_cut)))
+        self._add(self.calls.put(self.texts.close()))
         if self.stop_word:
             self.finish = "stop"
             # Z.ai's counts come at its own end. Programs that send stop words, such as
             # smolagents, read the usage unasked.
-            told = estimate_tokens("".join(self.texts_told))
+            told = estimate_tokens("".join([item.text for item in self.said.items]))
             self.usage = self.usage or to_openai_usage(
                 {"prompt_tokens": self.asked.tokens, "completion_tokens": told})
         self._give_calls(is_cut)
@@ -3337,33 +3314,28 @@ class Answer:
         return bool(self.translator.finish) and not self.complete
 
     def feed(self, data):
-        told = []
-        failure = None
-        while not failure:
-            delta, size = self._find_alike(data)
-            if delta:
-                steps, failure = self.translator.feed([Frame(delta)])
-            else:
-                steps, failure = self._read_on(data[:size])
-            self.complete = self.translator.complete or failure is not None
-            told += steps
-            data = data[size:]
-            if not data:
-                break
-        return joined(told), failure
+        event = self._find_event(data)
+        if event is not None:
+            steps, failure = self.translator.feed([event])
+        else:
+            steps, failure = self._feed(data)
+        self.complete = self.translator.complete or failure is not None
+        return steps, failure
 
-    def _find_alike(self, data):
-        """What Alike gives, with the size of what comes before it."""
+    def _find_event(self, data):
+        """The event in a chunk, if nothing else has come, as is usual; else None. That
+        saves all the steps below."""
+        line, _, chunk = data.partition(b"\r\n")
+        is_event = chunk.startswith(b"data: ") and chunk.endswith(b"\n\n\r\n")
+        is_one = chunk.count(b"\n") == 3 and line == b"%x" % (len(chunk) - 2)
         framing = self.reply.framing
-        if self.reply.status is None:
-            return None, (data.find(b"\r\n\r\n") + 1 or len(data)) + 3
-        if framing.left:
-            return None, framing.left + 2
-        if framing.rest or self.decoder.held:
-            return None, len(data)
-        return self.translator.frames.alike.feed(data)
+        is_held = framing.left or framing.rest or self.decoder.held
+        if not is_event or not is_one or is_held or chunk.count(b"\r") > 1:
+            return None
+        is_read = self.read_body is Answer._read_events
+        return chunk[6:-4].decode("utf-8", "replace") if is_read else None
 
-    def _read_on(self, data):
+    def _feed(self, data):
         cut = None
         try:
             body = self.reply.feed(data)
