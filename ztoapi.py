@@ -848,30 +848,18 @@ decode_strictly = json.JSONDecoder(
 # function of ours would be called three times an event.
 _lenient_decoder = json.JSONDecoder(
     parse_constant=lambda name: None, parse_float=finite_or_null, strict=False)
+# The C function itself: (value, where it ends), or StopIteration where there is no
+# value.
+scan_json = _lenient_decoder.scan_once
+# The same of a string, from behind its first quote.
+scan_string = json.decoder.scanstring
+
+
 # What the decoders raise.
 NO_JSON = (ValueError, RecursionError, StopIteration)
-# The C function that reads a string: (text, where it ends).
-read_string = json.decoder.scanstring
 
 
-def bounded_json(text):
-    """The text. ValueError for a million values: all other threads stand still while
-    they become Python objects."""
-    if text.count("[") + text.count("{") > 10**5 or text.count(",") > 2 * 10**5:
-        raise ValueError("too many values")
-    return text
-
-
-def scan_json(text):
-    """(value, where it ends) of the JSON that a text begins with."""
-    return _lenient_decoder.scan_once(bounded_json(text), 0)
-
-
-def decode_kindly(text):
-    return _lenient_decoder.decode(bounded_json(text))
-
-
-def decode_or_none(text, decode=decode_kindly):
+def decode_or_none(text, decode=_lenient_decoder.decode):
     """The value of a JSON text; None if the text is not JSON."""
     try:
         return decode(text)
@@ -881,7 +869,7 @@ def decode_or_none(text, decode=decode_kindly):
 
 def decode_first(text):
     """The value of the JSON that a text begins with; None if it begins with none."""
-    return decode_or_none(text, lambda text: scan_json(text)[0])
+    return decode_or_none(text, lambda text: scan_json(text, 0)[0])
 
 
 class JsonProgress:
@@ -2342,11 +2330,11 @@ class Frames:
         try:
             # Nine of ten events differ from an earlier one in their text alone.
             if self.field and event.startswith(self.before):
-                text, end = read_string(event, len(self.before), False)
+                text, end = scan_string(event, len(self.before), False)
                 if event[end:] == self.behind:
                     return Frame({self.field: text})
             event = event.strip()
-            value, end = scan_json(event)
+            value, end = scan_json(event, 0)
         except NO_JSON:
             end = 0
         if isinstance(value, dict) and end == len(event):
@@ -2398,7 +2386,7 @@ class Frames:
         # Inside of a text these quotes would be escaped.
         mark = f'"{fields[0]}":"'
         before, *behind = event.split(mark)
-        text, end = read_string(*behind, 0, False) if len(behind) == 1 else (None, 0)
+        text, end = scan_string(*behind, 0, False) if len(behind) == 1 else (None, 0)
         if text == frame.delta[fields[0]]:
             self.field = fields[0]
             self.before = before + mark
