@@ -2615,8 +2615,7 @@ class Leak:
 
 class Texts:
     """Text and thinking in, what can be told of them out: feed(kind, text) -> steps;
-    flush(is_cut) -> what waits until it is clear what it is; close() -> what waits in
-    the filters.
+    flush() -> what waits until it is clear what it is; close(is_cut) -> the rest.
 
     A text passes through `filters`, one behind the other; thinking does not. Calls that
     leak into either are collected in `leaked`, as (name, arguments).
@@ -2644,7 +2643,6 @@ class Texts:
         # (kind, text, call) of what goes if nothing follows: tags of the template, and
         # calls in thinking. If something does, those were only thought of.
         self.tail = []
-        self.tally = Tally(LONGEST_ANSWER_BYTES)
 
     def feed(self, kind, text):
         # Nearly always a text just goes on.
@@ -2665,12 +2663,13 @@ class Texts:
             self._end_leak(is_cut)
         return self.steps
 
-    def close(self):
+    def close(self, is_cut):
+        steps = self.flush(is_cut)
         self.leaked += [call for _, _, call in self.tail if call]
         text = ""
         for text_filter in self.filters:
             text = text_filter.feed(text) + text_filter.close()
-        return [Step(TEXT, text)] if text else []
+        return [*steps, Step(TEXT, text)] if text else steps
 
     @property
     def kind(self):
@@ -2695,7 +2694,8 @@ class Texts:
             elif piece == LEAK and self.tools:
                 self.leak = Leak(self.tools)
             elif piece in self.turns and kind in self.opened or self.tail and piece.isspace():
-                self._hold(kind, piece)
+                # A model may go on so until its limit.
+                self.tail = [*self.tail[:MOST_CALLS], (kind, piece, None)]
             elif piece not in self.turns:
                 self._show(kind, piece)
 
@@ -2711,17 +2711,13 @@ class Texts:
         call = leak.read(is_cut)
         if call and self.kind == THINKING:
             self.opened.add(THINKING)
-            self._hold(THINKING, text, call)
+            self.tail.append((THINKING, text, call))
         elif call:
             self._show(TEXT, "")
             self.leaked.append(call)
-            check_number(self.leaked)
         else:
             self._show(self.kind, text)
-
-    def _hold(self, kind, text, call=None):
-        self.tally.add(Step(kind, text))
-        self.tail.append((kind, text, call))
+        check_number(self.leaked + self.tail)
 
     def _show(self, kind, text):
         tail = self.tail
@@ -2879,16 +2875,15 @@ class ToolCall:
         """Whether an item with these belongs to this call, as far as Z.ai tells."""
         if name and self.name not in ("", name):
             return False
-        is_other = zai_id != self.zai_id and "" not in (zai_id, self.zai_id)
         # An id was seen to change from piece to piece.
         is_here = zai_index == self.zai_index
-        if None in (zai_index, self.zai_index):
-            is_here = not is_other
-        if not name or zai_id and zai_id == self.zai_id:
-            return is_here
+        is_same = zai_id and zai_id == self.zai_id
+        if is_same or not name:
+            knows_places = None not in (zai_index, self.zai_index)
+            return is_here if knows_places else is_same or "" in (zai_id, self.zai_id)
         # A name again is the same call as long as its arguments are not whole.
         is_whole = self.arguments.ended or self.name and self.waiting == "{}"
-        is_open = self.arguments.depth > 0 if is_other else not is_whole
+        is_open = self.arguments.depth > 0 if zai_id else not is_whole
         return is_here and is_open
 
 
@@ -2996,7 +2991,11 @@ class Calls:
         if type(index) is not int or index < 0:
             index = None
         zai_id = "" if item.get("id") is None else str(item["id"])[:200]
-        for call in reversed(self.calls):
+        # The one of that id comes first, or else at that index, or else the last.
+        def is_elsewhere(call):
+            return zai_id not in ("", call.zai_id), index not in (None, call.zai_index)
+
+        for call in sorted(reversed(self.calls), key=is_elsewhere):
             # A piece of arguments may go on with a call of the same event.
             if (not name or call not in seen) and call.takes(zai_id, index, name):
                 return call
@@ -3013,14 +3012,13 @@ class Calls:
     def _advance(self):
         """The steps of what need not wait any more."""
         while self.queue:
-            entry, *behind = itertools.islice(self.queue, 2)
+            entry = self.queue[0]
             if isinstance(entry, Step):
                 yield entry
             else:
                 yield from entry.take()
-                # No arguments will come once something else is said.
-                is_over = any(isinstance(step, Step) or step.waiting.strip() for step in behind)
-                if not entry.begun and (is_over or behind and entry.waiting):
+                # No real ones come once something else has.
+                if entry.waiting == "{}" and len(self.queue) > 1:
                     yield from entry.take("{}")
                 if not entry.arguments.ended:
                     return
@@ -3120,11 +3118,11 @@ class Translator:
             if text and kind == THINKING and self.asked.no_thinking:
                 self.unasked.add([Step(kind, text)])
             elif text:
-                self._add(self.calls.put(self.texts.feed(kind, text)))
+                self._put(self.texts.feed(kind, text))
         items = frame.delta.get("tool_calls")
         if items and not self.stop_word:
             # What is held back came first.
-            self._add(self.calls.put(self.texts.flush()))
+            self._put(self.texts.flush())
             self._add(self.calls.feed(items))
         self.usage = frame.usage or self.usage
         if frame.reason:
@@ -3144,6 +3142,10 @@ class Translator:
         self._start()
         self.steps.append(Step(RESTART))
 
+    def _put(self, steps):
+        """What comes behind a call that is not whole has to wait."""
+        self._add(self.calls.put(steps))
+
     def _add(self, steps):
         for step in steps:
             self.told = self.told or step.kind != THINKING
@@ -3156,10 +3158,8 @@ class Translator:
             raise UpstreamError(UNFINISHED if self.begun else EMPTY)
         is_cut = self.finish not in WHOLE
         if not self.texts.opened and not self.calls.calls:
-            text = self.unasked.text(THINKING)
-            self._add(self.calls.put(self.texts.feed(TEXT, text)))
-        self._add(self.calls.put(self.texts.flush(is_cut)))
-        self._add(self.calls.put(self.texts.close()))
+            self._put(self.texts.feed(TEXT, self.unasked.text(THINKING)))
+        self._put(self.texts.close(is_cut))
         if self.stop_word:
             self.finish = "stop"
             # Z.ai's counts come at its own end. Programs that send stop words, such as
