@@ -4145,7 +4145,7 @@ def estimated(count):
      asks(TIME, content="a ", usage=estimated(1)), {}),
     ("a leaked call before it is made and one behind it is not",
      say(leak("get_weather" + CITY) + "a stop" + leak("get_time")) + ENDED,
-     asks(RAIN, content="a ", usage=estimated(1)), {"tools": WEATHER}),
+     asks(RAIN, content="a ", usage=estimated(5)), {"tools": WEATHER}),
     ("at the very end it leaves nothing of itself", say("a sto<") + ENDED, says("a "), {"stop": ("sto<",)}),
     ("usage that came with it counts", event({"content": "a stop"}, "stop", USAGE), says("a "), {}),
     ("it works behind a fence", say('```json\n{"a":1,') + say('"stop":2}\n```') + ENDED,

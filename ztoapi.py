@@ -2225,6 +2225,7 @@ MOST_CALLS = 128
 # A count of tokens beyond this is garbage, and read as 0.
 MOST_TOKENS = 10 ** 12
 
+
 class Tally:
     """Counts the memory of steps that are kept. UpstreamError beyond `limit` bytes."""
 
@@ -2249,7 +2250,6 @@ class Tally:
 
 
 # The first room: events
-
 
 # The fields of a delta with the kind of step they are.
 KIND_OF_FIELD = {"reasoning_content": THINKING, "content": TEXT}
@@ -2307,6 +2307,42 @@ def inner_frame(event):
     return None
 
 
+# What may begin a tag, and the first half of a letter.
+SPECIAL = re.compile("<|[\ud800-\udbff]\\Z")
+
+
+class Alike(NamedTuple):
+    """An event that was a text and nothing else. Nine of ten differ from the one before
+    in their text alone: read(event) -> that text; None if it is another event, or if
+    there is more to be done with the text."""
+    kind: str
+    before: str
+    behind: str
+
+    def read(self, event):
+        if not event.startswith(self.before):
+            return None
+        try:
+            text, end = scan_string(event, len(self.before), False)
+        except ValueError:
+            return None
+        is_alike = event[end:] == self.behind and not SPECIAL.search(text)
+        return text if is_alike else None
+
+
+def find_alike(event, frame):
+    """The Alike of an event that says this, if it was one."""
+    fields = [field for field in FORMS if frame.delta.get(field)]
+    if len(fields) != 1 or frame.reason or frame.usage or frame.afresh:
+        return None
+    # Inside of a text these quotes would be escaped.
+    mark = f'"{fields[0]}":"'
+    before, *behind = event.split(mark)
+    text, end = scan_string(*behind, 0, False) if len(behind) == 1 else (None, 0)
+    is_one = text == frame.delta[fields[0]]
+    return Alike(KIND_OF_FIELD[fields[0]], before + mark, behind[0][end:]) if is_one else None
+
+
 class Frames:
     """Texts of events in, what they say out: feed(event) -> a Frame, or None if it says
     nothing. An event is that of a stream, or a whole JSON answer. UpstreamError for an
@@ -2320,27 +2356,15 @@ class Frames:
         # A reason to finish has come, or the end mark.
         self.finished = False
         self.ended = False
-        # The field of an event that was a text and nothing else, and what stood before
-        # the text and behind it.
-        self.field = None
-        self.before = self.behind = ""
 
     def feed(self, event):
-        value, end = None, 0
+        event = event.strip()
         try:
-            # Nine of ten events differ from an earlier one in their text alone.
-            if self.field and event.startswith(self.before):
-                text, end = scan_string(event, len(self.before), False)
-                if event[end:] == self.behind:
-                    return Frame({self.field: text})
-            event = event.strip()
             value, end = scan_json(event, 0)
         except NO_JSON:
-            end = 0
+            value, end = None, 0
         if isinstance(value, dict) and end == len(event):
-            frame = self._read(value)
-            self._learn(event, frame)
-            return frame
+            return self._read(value)
         if event.startswith("[DONE]"):
             self.ended = True
             return None
@@ -2378,21 +2402,6 @@ class Frames:
         return Frame(delta, reason, to_openai_usage(value.get("usage")))
 
 
-    def _learn(self, event, frame):
-        """Remember the event if it was a text and nothing else."""
-        fields = [field for field in FORMS if frame.delta.get(field)]
-        if frame.reason or frame.usage or len(fields) != 1:
-            return
-        # Inside of a text these quotes would be escaped.
-        mark = f'"{fields[0]}":"'
-        before, *behind = event.split(mark)
-        text, end = scan_string(*behind, 0, False) if len(behind) == 1 else (None, 0)
-        if text == frame.delta[fields[0]]:
-            self.field = fields[0]
-            self.before = before + mark
-            self.behind = behind[0][end:]
-
-
 # The second room: texts
 
 # Marks of GLM's own template that were seen in texts: thinking in the content of 4.1V,
@@ -2405,10 +2414,6 @@ KEY, KEY_END, VALUE, VALUE_END = "<arg_key>", "</arg_key>", "<arg_value>", "</ar
 TURNS = ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
 ARGUMENT_TAGS = (KEY, KEY_END, VALUE, VALUE_END)
 TAGS = (THINK, THINK_END, *BOXES, LEAK, LEAK_END, *ARGUMENT_TAGS, *TURNS)
-
-
-# What may begin a tag, and the first half of a letter.
-SPECIAL = re.compile("<|[\ud800-\udbff]\\Z")
 
 
 class TagSplitter:
@@ -2644,12 +2649,12 @@ class Texts:
         # calls in thinking. If something does, those were only thought of.
         self.tail = []
 
-    def feed(self, kind, text):
-        # Nearly always a text just goes on.
+    def passes(self, kind):
+        """Whether a text of this kind just goes on."""
         is_busy = self.splitter.held or self.leak or self.tail or self.in_think or self.filters
-        goes_on = kind == self.source and kind in self.opened
-        if goes_on and not is_busy and not SPECIAL.search(text):
-            return [Step(kind, text)]
+        return kind == self.source and kind in self.opened and not is_busy
+
+    def feed(self, kind, text):
         steps = [] if kind == self.source else self.flush()
         self.source = kind
         self.steps = steps
@@ -2995,7 +3000,9 @@ class Calls:
         def is_elsewhere(call):
             return zai_id not in ("", call.zai_id), index not in (None, call.zai_index)
 
-        for call in sorted(reversed(self.calls), key=is_elsewhere):
+        latest_first = self.calls[::-1]
+        latest_first.sort(key=is_elsewhere)
+        for call in latest_first:
             # A piece of arguments may go on with a call of the same event.
             if (not name or call not in seen) and call.takes(zai_id, index, name):
                 return call
@@ -3048,6 +3055,8 @@ class Translator:
         self.describe = describe
         self.make_id = make_id
         self.frames = Frames(describe)
+        # The Alike that the next event may be.
+        self.alike = None
         # The last step has been given.
         self.complete = False
         # Tokens have come before a new start.
@@ -3100,9 +3109,17 @@ class Translator:
         return joined(self.steps), None
 
     def _feed(self, event):
+        text = self.alike and self.alike.read(event)
+        if text:
+            self.steps.append(Step(self.alike.kind, text))
+            return
+        self.alike = None
         frame = self.frames.feed(event)
         if frame:
             self._read(frame)
+            alike = find_alike(event, frame)
+            passes = alike and self.texts.passes(alike.kind) and not self.calls.queue
+            self.alike = alike if passes else None
         # Nothing comes behind finish and usage but the end mark, late or never. Without
         # a finish the answer is not whole, whatever the mark says. And Z.ai would go on
         # behind a stop word.
@@ -3162,12 +3179,13 @@ class Translator:
         self._put(self.texts.close(is_cut))
         if self.stop_word:
             self.finish = "stop"
+        self._give_calls(is_cut)
+        if self.stop_word:
             # Z.ai's counts come at its own end. Programs that send stop words, such as
             # smolagents, read the usage unasked.
             told = estimate_tokens("".join([item.text for item in self.said.items]))
             self.usage = self.usage or to_openai_usage(
                 {"prompt_tokens": self.asked.tokens, "completion_tokens": told})
-        self._give_calls(is_cut)
         reason = self.finish
         # Clients look at the finish to learn whether there are calls to make.
         if reason in WHOLE:
@@ -3266,6 +3284,16 @@ class Reply:
         return self.complete and self.keeps_alive and not self.framing.rest
 
 
+def only_event(data):
+    """The event in these bytes, if they are one chunk with one event in it, as mostly;
+    else None. It is all there is to be read then."""
+    line, _, chunk = data.partition(b"\r\n")
+    is_event = chunk.startswith(b"data: ") and chunk.endswith(b"\n\n\r\n")
+    is_one = chunk.count(b"\n") == 3 and chunk.count(b"\r") == 1
+    is_whole = line == b"%x" % max(0, len(chunk) - 2)
+    return chunk[6:-4].decode("utf-8", "replace") if is_event and is_one and is_whole else None
+
+
 class Answer:
     """Z.ai's answer to one chat request: feed(data) -> (steps, failure); b"" means that
     the connection has ended.
@@ -3283,6 +3311,8 @@ class Answer:
         self.read_body = None
         self.decoder = SSEDecoder()
         self.refusal = bytearray()
+        # All events that have come are read, and nothing of the next has come.
+        self.is_between = False
         self.complete = False
 
     @property
@@ -3302,26 +3332,16 @@ class Answer:
         return bool(self.translator.finish) and not self.complete
 
     def feed(self, data):
-        event = self._find_event(data)
-        if event is not None:
+        event = self.is_between and only_event(data)
+        if event:
             steps, failure = self.translator.feed([event])
         else:
             steps, failure = self._feed(data)
+            framing = self.reply.framing
+            is_held = framing.left or framing.rest or self.decoder.held
+            self.is_between = self.read_body is Answer._read_events and not is_held
         self.complete = self.translator.complete or failure is not None
         return steps, failure
-
-    def _find_event(self, data):
-        """The event in a chunk, if nothing else has come, as is usual; else None. That
-        saves all the steps below."""
-        line, _, chunk = data.partition(b"\r\n")
-        is_event = chunk.startswith(b"data: ") and chunk.endswith(b"\n\n\r\n")
-        is_one = chunk.count(b"\n") == 3 and line == b"%x" % (len(chunk) - 2)
-        framing = self.reply.framing
-        is_held = framing.left or framing.rest or self.decoder.held
-        if not is_event or not is_one or is_held or chunk.count(b"\r") > 1:
-            return None
-        is_read = self.read_body is Answer._read_events
-        return chunk[6:-4].decode("utf-8", "replace") if is_read else None
 
     def _feed(self, data):
         cut = None
