@@ -4041,7 +4041,7 @@ def test_a_leaking_call_is_found_wherever_the_text_is_cut(text):
 # what of it is held back.
 @pytest.mark.parametrize("text, held", [
     *((text, "") for text in (
-        "GLM writes calls as <tool_call> followed by a name", "<tool_call>get_weathers",
+        "GLM writes calls as <tool_call> followed by a name", "<tool_call>get_weather<b>", "<tool_call>get_weathers",
         "<tool_call>get_weather is a tool", "<tool_call>" + " " * 300, "a <b")),
     *((text, text) for text in (
         "<tool_call>", "<tool_call>get_weather", "<tool_call>\n get_w", "<tool_call>get_weather ",
@@ -4369,6 +4369,61 @@ def test_the_name_of_a_call_has_a_bound():
     for name in ("x" * 10**6, "<" * 10**6):
         steps, _ = receive([wire(call(name, "{}") + TOOLS_END)], tools=WEATHER)
         assert len(steps[0].name) <= 256
+
+
+# The rooms alone
+
+# To add a case, add a row: the text of an event, what it says, an error's code, or None.
+@pytest.mark.parametrize("text, said", [
+    ('{"choices":[{"delta":{"content":"a"},"finish_reason":"stop"}]}', ztoapi.Frame({"content": "a"}, "stop")),
+    (' {"choices":[{"message":{"content":"a"}}]} ', ztoapi.Frame({"content": "a"})),
+    ('{"choices":[]}', ztoapi.Frame({})),
+    ('{"iddata: {"choices":[{"delta":{"content":"a"}}]}', ztoapi.Frame({"content": "a"}, afresh=True)),
+    ('{"usage":{}}', ztoapi.Frame({}, usage=counts(0, 0, 0))),
+    ("[DONE]", None), ("junk", None), ("5", None), ("", None), ('{"id', "upstream_error"),
+    ('{"a":1}{"a":1}', "upstream_error"), ('{"error":{"code":"1305"}}', "overloaded"),
+])
+def test_frames_tell_what_an_event_says(text, said):
+    frames_room = ztoapi.Frames(describe)
+    try:
+        assert frames_room.feed(text) == said
+    except UpstreamError as error:
+        assert error.code == said
+
+
+def test_texts_say_the_same_wherever_they_are_cut():
+    rng = random.Random(3)
+    words = [*ztoapi.TAGS, WISH, leak("get_time"), "a", " ", "\n", "<", '{"a":"', '"}', "stop", "\U0001f600"]
+    for _ in range(400):
+        options = {"stop": rng.choice(((), ("stop",))), "json": rng.random() < 0.3, "tools": WEATHER}
+        lanes = [(kind, "".join(rng.choices(words, k=rng.randrange(1, 8)))) for kind in ("text", "thinking", "text")]
+        told = set()
+        for size in (1, 2, 5, 1000):
+            room = ztoapi.Texts(asking_for(**options))
+            steps = []
+            for kind, text in lanes:
+                for at in range(0, len(text), size):
+                    steps += room.feed(kind, text[at:at + size])
+            steps = ztoapi.joined(steps + room.close(is_cut=False))
+            told.add((tuple(words_in(steps)), tuple(room.leaked)))
+        assert len(told) == 1, lanes
+
+
+def test_calls_come_one_after_the_other_whatever_order_their_pieces_have():
+    rng = random.Random(5)
+    for _ in range(300):
+        room = ztoapi.Calls({}, False, lambda: "call_new")
+        texts = [json.dumps({"a": "}{" * rng.randrange(4), "b": i}) for i in range(3)]
+        pieces = {i: [text[at:at + 3] for at in range(0, len(text), 3)] for i, text in enumerate(texts)}
+        steps = [step for i in range(3) for step in room.feed([item("f", "", id=f"c{i}", index=i)])]
+        while any(pieces.values()):
+            i = rng.choice([i for i in pieces if pieces[i]])
+            steps += room.feed([item(None, pieces[i].pop(0), index=i, id=rng.choice(("", "odd", f"c{i}")))])
+            steps += room.put([Step("text", "x")])
+        steps += room.close(is_cut=False)
+        calls = ztoapi.joined([step for step in steps if step.kind != "text"])
+        assert [(call.index, call.id, call.text) for call in calls] == [(i, f"c{i}", texts[i]) for i in range(3)]
+        assert sum(step.kind == "text" for step in steps) == sum(-(-len(text) // 3) for text in texts)
 
 
 # Any event that is odd

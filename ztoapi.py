@@ -2599,13 +2599,12 @@ class Leak:
         self.held += len(piece)
         # The first tag may be doubled.
         self.start = (self.start + piece.replace(LEAK, ""))[:self.LONGEST_NAME]
-        name, tag, _ = self.start.partition("<")
         # Blanks were seen around the name.
-        name = "".join(name.split())
-        may_be_name = any(tool.startswith(name) for tool in self.tools)
-        if tag or len(self.start) == self.LONGEST_NAME:
-            may_be_name = name in self.tools
-        return may_be_name and piece != LEAK_END and self.held <= LONGEST_HELD
+        name, mark, rest = "".join(self.start.split()).partition("<")
+        may_be_call = any(tool.startswith(name) for tool in self.tools)
+        if mark or len(self.start) == self.LONGEST_NAME:
+            may_be_call = name in self.tools and (mark + rest).startswith(ARGUMENT_TAGS)
+        return may_be_call and piece != LEAK_END and self.held <= LONGEST_HELD
 
     @property
     def is_closed(self):
