@@ -3427,7 +3427,7 @@ def told_arguments(arguments, name="edit"):
         ("text", "[1]"), ("any", "[1]"), ("odd", "5"), ("maybe", "null"), ("either", "[1]"), ("word", "2"),
         ("loop", "5"),
         ("lost", "5"), ("wrong", "5"), ("union", "[1]"), ("new", "[1]"), ("rows", "{}"), ("rows", "[1"), ("rows", ""),
-        ("count", "5.5"), ("count", "true"), ("yes", "1"), ("row", "[]"), ("rows", "[" * 2000 + "]" * 2000))),
+        ("count", "5.5"), ("count", "true"), ("yes", "1"), ("row", "[]"))),
 ])
 def test_an_argument_has_the_type_that_its_schema_says(name, text, value):
     before, behind = {"text": "a \"[1]\" b", "new": {"rows": "[1]"}}, {"count": "7"}
@@ -4332,11 +4332,12 @@ def test_no_answer_takes_more_than_linear_time(options, events):
     '{"choices":[{"delta":{"tool_calls":[{"id":%s,"function":{"name":"get_time"}}]}}]}',
     '{"choices":[{"delta":{},"finish_reason":%s}]}',
     '{"choices":[{"delta":{"content":"<tool_call>get_time<arg_key>a</arg_key><arg_value>%s</arg_value>"}}]}',
-    '{"error":{"code":%s}}'), ids=("arguments", "id", "finish", "leak", "error"))
+    '{"choices":[{"delta":{"tool_calls":[{"function":{"name":"edit","arguments":"{\\"rows\\":\\"%s\\"}"}}]}}]}',
+    '{"error":{"code":%s}}'), ids=("arguments", "id", "finish", "leak", "value", "error"))
 def test_nesting_around_the_recursion_limit_is_an_answer_or_an_error(value):
     """What was not too deep to be read may be too deep to be written."""
     for depth in [*range(100, 1100, 3), *range(1200, 10000, 400)]:
-        translator = new_translator(tools=WEATHER)
+        translator = new_translator(tools={**WEATHER, **TASK})
         translator.feed([value % ("[" * depth + "]" * depth)], end=True)
 
 
