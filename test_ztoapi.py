@@ -1131,7 +1131,7 @@ def test_importing_has_no_side_effect():
 DEFAULTS = {
     "PORT": 9090, "HOST": "127.0.0.1", "DEFAULT_KEY": ("sk-your-key",), "ZAI_API_KEY": (),
     "ZAI_BASE_URL": "https://api.z.ai/api/paas/v4", "DEFAULT_STREAM": True, "ENABLE_THINKING": None,
-    "REASONING_FORMAT": "parsed", "MODEL_ALIASES": {}, "MAX_CONCURRENCY": 0, "QUEUE_TIMEOUT": 120,
+    "REASONING_FORMAT": "parsed", "MODEL_ALIASES": {}, "VISION_MODEL": "", "MAX_CONCURRENCY": 0, "QUEUE_TIMEOUT": 120,
     "MAX_RETRIES": 2, "HEARTBEAT": 10, "UPSTREAM_TIMEOUT": 300, "CLIENT_TIMEOUT": 60, "MAX_BODY_MB": 64,
     "MAX_CONNECTIONS": 1024, "CORS_ORIGIN": ("*",), "DEBUG_MODE": False, "DEMO_MODE": False,
 }
@@ -1155,6 +1155,7 @@ GOOD_SETTINGS = [
     *(("ZAI_API_KEY", text, ()) for text in ("", "-", "none", "unset", "None", " - ")),
     *(("ENABLE_THINKING", text, None) for text in ("", "-", "unset", "none")),
     *(("MODEL_ALIASES", text, {}) for text in ("", "-", "none", "UNSET")),
+    *(("VISION_MODEL", text, model) for text, model in (("-", ""), ("", ""), (" GLM-4.6V ", "GLM-4.6V"))),
     *(("PORT", text, int(text)) for text in ("0", "65535", " 8080 ")),
     *(("HOST", text, text) for text in ("0.0.0.0", "::", "localhost", "192.168.1.2")),
     *((variable, text, int(text)) for variable in ("MAX_CONCURRENCY", "MAX_RETRIES") for text in ("0", "7")),
@@ -1728,7 +1729,7 @@ def test_a_listed_model_says_what_is_known_of_it(name, entry):
 def test_a_models_name_becomes_zais_id(name, aliases, id):
     settings = Settings.from_environ({"MODEL_ALIASES": aliases})
     assert ztoapi.zai_model_id(name, settings.model_aliases) == id
-    assert ztoapi.to_zai_request(chat_body(model=name), settings).body["model"] == id
+    assert to_zai(chat_body(model=name), MODEL_ALIASES=aliases)[0]["model"] == id
 
 
 def test_a_highspeed_model_has_the_row_of_its_model():
@@ -1815,19 +1816,24 @@ def test_ids_look_like_openais():
     assert ztoapi.new_id("") != ztoapi.new_id("")
 
 
-# Where a JSON object or array ends. To add a case, add a row: the text, how many
-# characters of it belong to the value (-1 while it goes on).
-@pytest.mark.parametrize("text, end", [
-    ("{}", 2), ("{} x", 2), ("[]]", 2), ('{"a":"}"}}', 9), ('{"a":"\\"}"} {', 11), ('{"a":"\\\\"}"', 10), ("", -1),
-    ("{", -1), ('{"a":"}', -1), ('{"a":"\\', -1), ('{"a":[{}]', -1), ('[1,[2],"]"]]', 11), ("\n {\"a\":1}\n", 9),
-    ('"{" {}', 6),
+# JSON objects and arrays that come in pieces. To add a case, add a row: the text, what of
+# it belongs to the value, whether that has ended.
+@pytest.mark.parametrize("text, belongs, ended", [
+    *((text, text[:end], True) for text, end in (
+        ("{}", 2), ("{} x", 2), ("[]]", 2), ('{"a":"}"}}', 9), ('{"a":"\\"}"} {', 11), ('{"a":"\\\\"}"', 10),
+        ('[1,[2],"]"]]', 11), ("\n {\"a\":1}\n", 9), ('"{" {}', 6))),
+    *((text, text, False) for text in ("", "{", '{"a":"}', '{"a":[{}]', '{"a":"b\\n')),
+    # What a backslash escapes may still come.
+    ('{"a":"\\', '{"a":"', False),
+    # Control characters in strings are escaped, also behind a backslash.
+    ('{"a":"b\n\tc\0\x1f","d":["\r\n"]}', '{"a":"b\\n\\tc\\u0000\\u001f","d":["\\r\\n"]}', True),
+    ('{"a":"b\\\nc\\\\\n"}', '{"a":"b\\nc\\\\\\n"}', True), ('{\n"a":\t1\r\n}', '{\n"a":\t1\r\n}', True),
 ])
-def test_the_end_of_a_json_value_is_found_however_it_arrives(text, end):
+def test_a_json_value_is_followed_however_it_arrives(text, belongs, ended):
     for pieces in pieces_of(text):
         progress = ztoapi.JsonProgress()
-        belongs = "".join(map(progress.feed, pieces))
-        assert progress.ended is (end >= 0), pieces[:3]
-        assert belongs == (text[:end] if progress.ended else text), pieces[:3]
+        assert "".join(map(progress.feed, pieces)) == belongs, pieces[:3]
+        assert progress.ended is ended, pieces[:3]
 
 
 def request_head(pieces):
@@ -2126,21 +2132,56 @@ FILE_URL = {"type": "file", "file": {"file_url": "https://a.example/a.pdf"}}
 AUDIO = {"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}}
 
 
-def asked(request, refuses_media=True, **environ):
-    """What becomes of a request, which is left as it was, and whose translation can be sent."""
-    before = copy.deepcopy(request)
-    result = ztoapi.to_zai_request(request, Settings.from_environ(environ), refuses_media)
-    assert request == before
-    assert json.loads(ztoapi.encode_request(result.body)) == result.body
+def check_history(messages):
+    """Z.ai takes these messages: none is empty, and each call has its output behind it."""
+    waiting = []
+    for message in messages:
+        role, content = message["role"], message["content"]
+        if role == "tool":
+            assert message["tool_call_id"] == waiting.pop(0)
+        assert role == "tool" or not waiting
+        assert role in ("system", "user", "assistant", "tool")
+        assert message.keys() <= {"role", "content", "tool_calls", "tool_call_id", "reasoning_content"}
+        assert isinstance(content, str) or role == "user"
+        calls = message.get("tool_calls", [])
+        assert calls or (content.strip() if isinstance(content, str) else content)
+        for call in calls:
+            assert re.fullmatch("[a-zA-Z0-9_-]{1,64}", call["function"]["name"])
+            assert isinstance(json.loads(call["function"]["arguments"]), dict)
+        waiting = [*waiting, *(call["id"] for call in calls)]
+        assert all(isinstance(id, str) and id for id in waiting)
+        assert len(set(waiting)) == len(waiting)
+    assert not waiting
+
+
+DOORS = {"chat": ztoapi.Chat, "responses": ztoapi.Responses, "messages": ztoapi.Messages}
+each_door = pytest.mark.parametrize("door", DOORS)
+
+
+def caller(key="k", memory=None):
+    return ztoapi.Caller({}, key, 1000.5, memory or ztoapi.Memory())
+
+
+def by_door(door, body, by=None, **environ):
+    """What becomes of a body that comes through an API's front: (front, Asked). The body is left as it was, and what
+    becomes of it can be sent."""
+    settings = Settings.from_environ(environ)
+    before = json.dumps(body)
+    front, request = DOORS[door].read(body, by or caller(), settings)
+    result = ztoapi.to_zai_request(request, settings)
+    assert json.dumps(body) == before
+    assert result.data == ztoapi.encode_json(result.body)
     assert result.body["stream"] is True
     assert all(re.fullmatch("[a-zA-Z0-9_.-]+", name) for name in result.changed)
     assert len(set(result.changed)) == len(result.changed)
-    return result
+    check_history(result.body["messages"])
+    front.asked = result
+    return front, result
 
 
 def to_zai(request, **environ):
-    """(Z.ai's body, the set of what was changed)."""
-    result = asked(request, **environ)
+    """(Z.ai's body, the set of what was changed) of a chat request."""
+    _, result = by_door("chat", request, **environ)
     return result.body, set(result.changed)
 
 
@@ -2172,6 +2213,27 @@ def schema(value):
     return {"response_format": {"type": "json_schema", "json_schema": value}}
 
 
+def system(content):
+    return {"role": "system", "content": content}
+
+
+def assistant(content="", calls=(), thinking=None):
+    message = {"role": "assistant", "content": content}
+    if thinking:
+        message["reasoning_content"] = thinking
+    if calls:
+        message["tool_calls"] = [
+            {"id": id, "type": "function", "function": {"name": name, "arguments": text}} for id, name, text in calls]
+    return message
+
+
+def output(id, content="20"):
+    return {"role": "tool", "content": content, "tool_call_id": id}
+
+
+S, U, A, DOT = system("S"), user("U"), assistant("A"), user(".")
+
+
 # To add a request that is refused, add a row: the fields that are wrong, the param of
 # the 400.
 BAD_REQUESTS = [
@@ -2182,26 +2244,28 @@ BAD_REQUESTS = [
       for value in (None, "", 5, "robot", "function", "User", ["user"])),
     ({"messages": [{"content": "x"}]}, "messages[0].role"),
     *((said_last_by(role, content=value), "messages[0].content")
-      for role in ("user", "system", "developer") for value in (None, 5, {}, True)),
+      for role in ("user", "system", "developer") for value in (None, 5, True)),
     *((said_last_by(role), "messages[0].content") for role in ("user", "system")),
-    *((said_last_by(role, content=5), "messages[0].content") for role in ("assistant", "tool")),
+    (said_last_by("assistant", content=5), "messages[0].content"),
+    (said_last_by("user", content={}), "messages[0].content.type"),
     (said_last_by("assistant", reasoning_content=5), "messages[0].reasoning_content"),
     (said_last_by("assistant", content=["x"]), "messages[0].content[0]"),
     *((asking([part]), "messages[0].content[0]") for part in (None, "x", 5, [])),
     *((asking([TEXT, part]), "messages[0].content[1].type")
-      for part in ({}, {"type": None}, {"type": 5}, AUDIO, {"type": "x"})),
+      for part in ({}, {"type": None}, {"type": 5})),
+    *((asking([TEXT, part]), "messages[0].content[1]") for part in (AUDIO, {"type": "x"})),
     *((asking([{"type": "text", "text": value}]), "messages[0].content[0].text") for value in (None, 5, [])),
     (asking([{"type": "text"}]), "messages[0].content[0].text"),
-    *((image_of(value), "messages[0].content[1].image_url") for value in (None, 5, [])),
-    *((image_of(value), "messages[0].content[1].image_url.url") for value in ({}, {"url": 5})),
+    *((image_of(value), "messages[0].content[1]") for value in (None, 5, [], {}, {"url": 5})),
     (asking([TEXT, PICTURE]), "messages[0].content[1]"),
     ({**asking([PICTURE]), "model": "glm-5.2"}, "messages[0].content[0]"),
     ({"messages": [user([PICTURE]), {"role": "system", "content": "S"}]}, "messages[0].content[0]"),
     (asking([TEXT, FILE]), "messages[0].content[1]"),
     ({"model": "glm-4.5v", **asking([FILE])}, "messages[0].content[0]"),
-    *((said_last_by("assistant", tool_calls=value), "messages[0].tool_calls") for value in ("x", {"a": 1}, 5)),
+    (said_last_by("assistant", tool_calls=5), "messages[0].tool_calls"),
     (said_last_by("assistant", tool_calls=["x"]), "messages[0].tool_calls[0]"),
-    (said_last_by("assistant", tool_calls=[CALL, {**CALL, "function": None}]), "messages[0].tool_calls[1].function"),
+    *((said_last_by("assistant", tool_calls=[CALL, {**CALL, "function": value}]), f"messages[0].tool_calls[1].{field}")
+      for value, field in ((None, "name"), ("f", "function"))),
     (said_last_by("assistant", tool_calls=[{**CALL, "function": {"arguments": "{}"}}]),
      "messages[0].tool_calls[0].function.name"),
     *(({name: value}, name) for name in ("stream", "parallel_tool_calls") for value in ("true", 1, 0, [], {})),
@@ -2213,9 +2277,8 @@ BAD_REQUESTS = [
     *(({name: value}, name) for name, values in (
         ("n", (0, 2, 128)), ("temperature", (-0.1, 2.01)), ("top_p", (-0.01, 1.01)), ("max_tokens", (0, -5)),
         ("max_completion_tokens", (0,))) for value in values),
-    *(({"stop": value}, "stop") for value in (5, {}, list("abcde"))),
+    *(({"stop": value}, "stop") for value in (5, {})),
     *(({"stop": ["a", value]}, "stop[1]") for value in (5, None)),
-    ({"stream_options": {"include_usage": "yes"}}, "stream_options.include_usage"),
     *(({"reasoning_effort": value}, "reasoning_effort") for value in ("", "very", 5, True, "High")),
     *(({"reasoning_format": value}, "reasoning_format") for value in ("", "think", 5)),
     *(({"response_format": {"type": value}}, "response_format.type") for value in ("xml", 5, None)),
@@ -2225,15 +2288,14 @@ BAD_REQUESTS = [
     (schema({"name": "a", "schema": []}), "response_format.json_schema.schema"),
     *(({"tools": value}, "tools") for value in ("x", {}, 5, [TOOL] * 129)),
     *(({"tools": [value]}, "tools[0]") for value in ("x", None, 5)),
-    *(({"tools": [tool]}, "tools[0].type") for tool in ({}, {"type": 5})),
-    ({"tools": [TOOL, {"type": "function"}]}, "tools[1].function"),
-    *((function(name=value), "tools[0].function.name")
-      for value in (None, "", 5, "get weather", "x" * 65, "wetter_für")),
+    *(({"tools": [tool]}, f"tools[0].{field}") for tool, field in (({}, "name"), ({"type": 5}, "type"))),
+    ({"tools": [TOOL, {"type": "function"}]}, "tools[1].name"),
+    *((function(name=value), "tools[0].function.name") for value in (None, 5)),
     (function(name="f", description=5), "tools[0].function.description"),
     (function(name="f", parameters="x"), "tools[0].function.parameters"),
     *(({"tools": [TOOL], "tool_choice": value}, "tool_choice") for value in ("sometimes", "get_weather", 5, True, [])),
     *(({"tools": [TOOL], "tool_choice": named(name)}, "tool_choice") for name in ("other", "x" * 10**6)),
-    ({"tools": [TOOL], "tool_choice": {"type": "function"}}, "tool_choice.function"),
+    ({"tools": [TOOL], "tool_choice": {"type": "function"}}, "tool_choice.name"),
     ({"tools": [TOOL], "tool_choice": named(5)}, "tool_choice.function.name"),
     ({"functions": [{"name": "f"}]}, "functions"),
     ({"function_call": "auto"}, "function_call"),
@@ -2252,26 +2314,90 @@ def test_a_bad_request_is_a_400_that_names_the_parameter(fields, param):
     assert 0 < len(error.message) < 500
 
 
-def check_history(messages):
-    """Z.ai takes these messages: none is empty, and each call has its output behind it."""
-    waiting = []
-    for message in messages:
-        role, content = message["role"], message["content"]
-        if role == "tool":
-            assert message["tool_call_id"] == waiting.pop(0)
-        assert role == "tool" or not waiting
-        assert role in ("system", "user", "assistant", "tool")
-        assert message.keys() <= {"role", "content", "tool_calls", "tool_call_id", "reasoning_content"}
-        assert isinstance(content, str) or role == "user"
-        calls = message.get("tool_calls", [])
-        assert calls or (content.strip() if isinstance(content, str) else content)
-        for call in calls:
-            assert re.fullmatch("[a-zA-Z0-9_-]{1,64}", call["function"]["name"])
-            assert isinstance(json.loads(call["function"]["arguments"]), dict)
-        waiting = [*waiting, *(call["id"] for call in calls)]
-        assert all(isinstance(id, str) and id for id in waiting)
-        assert len(set(waiting)) == len(waiting)
-    assert not waiting
+# The same in the other APIs' words. To add a request that is refused, add a row.
+BAD_RESPONSES = [
+    *(({"input": value}, "input") for value in (None, 5, {}, [])),
+    *(({"input": [U, item]}, f"input[1]{place}") for item, place in (
+        (5, ""), ("x", ""), ({"type": 5}, ".type"), ({"role": "user"}, ".content"), ({"content": "a"}, ".role"),
+        ({"role": "judge", "content": "a"}, ".role"), (user(5), ".content"), (user([5]), ".content[0]"),
+        (user([TEXT, {"type": "input_text"}]), ".content[1].text"), (user([{"text": "x"}]), ".content[0].type"),
+        (user([{"type": "input_image", "file_id": "f"}]), ".content[0]"),
+        ({"type": "function_call", "call_id": "1", "name": 5}, ".name"),
+        ({"type": "function_call", "call_id": "1", "name": "f", "namespace": 5}, ".namespace"),
+        ({"type": "item_reference"}, ".id"), ({"type": "compaction"}, ".encrypted_content"),
+        ({"type": "additional_tools", "tools": 5}, ".tools"),
+        ({"type": "additional_tools", "tools": [{"name": 5}]}, ".tools[0].name"))),
+    *(({"tools": value}, f"tools{place}") for value, place in (
+        (5, ""), ([5], "[0]"), ([{}], "[0].name"), ([{"type": 5}], "[0].type"), ([{"type": "custom"}], "[0].name"),
+        ([{"name": "f", "parameters": 5}], "[0].parameters"), ([{"name": "f", "description": 5}], "[0].description"),
+        ([{"type": "namespace", "name": "n", "tools": 5}], "[0].tools"),
+        ([{"type": "namespace", "name": "n", "tools": [TOOL, {"name": []}]}], "[0].tools[1].name"),
+        ([{"type": "function", "name": f"f{i}"} for i in range(129)], ""))),
+    *(({"tools": [{"name": "f"}], "tool_choice": value}, f"tool_choice{place}") for value, place in (
+        (5, ""), ("maybe", ""), ({"type": "function"}, ".name"), ({"type": "function", "name": "g"}, ""),
+        ({"type": "allowed_tools", "tools": 5}, ".tools"),
+        ({"type": "allowed_tools", "tools": [{"type": "function"}]}, ".tools[0].name"))),
+    *(({"text": value}, f"text{place}") for value, place in (
+        (5, ""), ({"format": 5}, ".format"), ({"format": {}}, ".format.type"),
+        ({"format": {"type": "x"}}, ".format.type"), ({"format": {"type": "json_schema"}}, ".format.schema"),
+        ({"format": {"type": "json_schema", "schema": 5}}, ".format.schema"))),
+    *(({"reasoning": value}, f"reasoning{place}") for value, place in ((5, ""), ({"effort": "much"}, ".effort"))),
+    *(({name: value}, name) for name, value in (
+        ("conversation", "conv_1"), ("prompt", {"id": "p"}), ("background", True), ("include", 5), ("stream", "yes"),
+        ("model", None), ("model", 5), ("max_output_tokens", 0), ("max_output_tokens", "x"), ("temperature", 3),
+        ("top_p", -1), ("metadata", 7), ("truncation", 5), ("store", "no"), ("user", 5), ("instructions", 5),
+        ("previous_response_id", 5), ("previous_response_id", "resp_1"), ("max_tool_calls", "x"),
+        ("parallel_tool_calls", 1))),
+    ({"instructions": [5]}, "instructions[0]"),
+]
+BAD_MESSAGES = [
+    *(({"messages": value}, "messages") for value in (None, 5, [])),
+    *(({"messages": [U, turn]}, f"messages[1]{place}") for turn, place in (
+        (5, ""), ({"role": 5, "content": "a"}, ".role"), ({"role": "judge", "content": "a"}, ".role"),
+        ({"role": "user"}, ".content"), (user([5]), ".content[0]"), (user([{"type": []}]), ".content[0].type"),
+        (user([TEXT, {"type": "text"}]), ".content[1].text"),
+        (user([{"type": "image", "source": {"type": "file", "file_id": "f"}}]), ".content[0]"),
+        (assistant([{"type": "tool_use", "id": "1", "name": 5}]), ".content[0].name"),
+        (assistant([{"type": "text"}]), ".content[0].text"))),
+    *(({"tools": value}, f"tools{place}") for value, place in (
+        (5, ""), ([5], "[0]"), ([{"name": 5}], "[0].name"), ([{}], "[0].name"),
+        ([{"name": "f", "input_schema": 5}], "[0].input_schema"),
+        ([{"name": "f", "description": []}], "[0].description"))),
+    *(({"tools": [{"name": "f"}], "tool_choice": value}, f"tool_choice{place}") for value, place in (
+        (5, ""), ({"type": 5}, ".type"), ({"type": "tool"}, ".name"), ({"type": "tool", "name": "g"}, ""))),
+    *(({"thinking": {"type": value}}, "thinking.type") for value in ("perhaps", "", "High")),
+    *(({"output_config": value}, f"output_config{place}") for value, place in (
+        ({"effort": "much"}, ".effort"), ({"format": 5}, ".format"), ({"format": {"type": "x"}}, ".format.type"),
+        ({"format": {"type": "json_schema"}}, ".format.schema"),
+        ({"format": {"type": "json_schema", "schema": 5}}, ".format.schema"))),
+    ({"output_format": {"type": "json_schema"}}, "output_format.schema"),
+    *(({"system": value}, f"system{place}") for value, place in (
+        (5, ""), ([5], "[0]"), ([TEXT, {"type": "text"}], "[1].text"))),
+    *(({"stop_sequences": value}, f"stop_sequences{place}") for value, place in (
+        (5, ""), (["a", 5], "[1]"), (["a", "x" * 257], "[1]"))),
+    *(({name: value}, name) for name, value in (
+        ("stream", "yes"), ("model", None), ("model", 5), ("model", ""), ("max_tokens", 0), ("max_tokens", "5"),
+        ("temperature", "1"), ("thread", {"type": "create"}))),
+    ({"metadata": {"user_id": 5}}, "metadata.user_id"),
+]
+
+
+@pytest.mark.parametrize("door, body, param", [
+    *(("responses", {"model": "glm-4.6", "input": "Hi", **fields}, param) for fields, param in BAD_RESPONSES),
+    *(("messages", {"model": "glm-4.6", "messages": [U], **fields}, param) for fields, param in BAD_MESSAGES)])
+def test_an_error_names_the_field_in_the_clients_words(door, body, param):
+    with pytest.raises(ztoapi.RequestError) as caught:
+        by_door(door, body)
+    error = caught.value
+    assert (error.status, error.param) == (400, param), error.message
+    assert param in error.message or param in ("thread", "previous_response_id")
+    assert DOORS[door].status(error) == 400
+
+
+def test_chat_tells_who_sends_input_where_to_go():
+    with pytest.raises(ztoapi.RequestError, match="/v1/responses") as caught:
+        by_door("chat", {"model": "glm-4.6", "input": "Hi"})
+    assert caught.value.param == "messages"
 
 
 @pytest.mark.parametrize("model", ["glm-4.6", "glm-4.5v"])
@@ -2279,15 +2405,14 @@ def check_history(messages):
     fields["messages"][0] for fields, _ in BAD_REQUESTS if fields.get("messages") not in (None, [], {}, "Hi", 5)])
 def test_what_is_refused_in_the_last_message_is_told_if_it_stands_before_it(model, message):
     body, changed = to_zai(chat_body(model=model, messages=[message, user("Hi")]))
-    check_history(body["messages"])
-    assert len(body["messages"]) == 2
+    assert body["messages"][-1] == user("Hi")
     assert changed or "image_url" in json.dumps(body)
 
 
 # To add a case, add a row: model, part of the current turn, what the error must say.
 @pytest.mark.parametrize("model, part, words", [
-    ("GLM-4.6", PICTURE, r"GLM-4\.6 takes text only.*GLM-4\.6V"),
-    ("GLM-4.6", FILE, r"GLM-4\.6 takes text only.*GLM-4\.6V"),
+    ("GLM-4.6", PICTURE, r"GLM-4\.6 takes text only.*GLM-4\.6V.*VISION_MODEL"),
+    ("GLM-4.6", FILE, r"GLM-4\.6 takes text only.*GLM-4\.6V.*VISION_MODEL"),
     ("glm-4.5v", FILE, r"GLM-4\.5V takes no .*file.*GLM-5\.3-Flash"),
     ("glm-5v-turbo", FILE_URL, r"GLM-5V-Turbo takes no .*file.*GLM-5\.3-Flash"),
     ("glm-4.5v", AUDIO, r"takes no input_audio"),
@@ -2298,7 +2423,7 @@ def test_media_that_a_model_does_not_take_are_refused_with_the_names_of_models_t
 
 
 @pytest.mark.parametrize("name", [
-    *ztoapi.FIELDS, *ztoapi.DROPPED, *ztoapi.FOREIGN_WISHES, "extra_body", "functions", "top_k"])
+    *ztoapi.FIELDS, *ztoapi.DROPPED, *ztoapi.OWN_WISHES, "extra_body", "functions", "top_k"])
 def test_null_in_an_optional_field_counts_as_absent(name):
     if name not in ("model", "messages"):
         assert to_zai(chat_body(**{name: None})) == to_zai(chat_body())
@@ -2351,30 +2476,11 @@ def test_a_schema_too_deep_to_be_written_is_a_400():
     for _ in range(100000):
         deep = {"a": deep}
     with pytest.raises(ztoapi.RequestError):
-        ztoapi.to_zai_request(chat_body(**schema({"schema": deep})), Settings())
+        ztoapi.to_zai_request(ztoapi.Request(chat_body(**schema({"schema": deep})), {}), Settings())
     while deep:  # or the interpreter itself recurses when it frees it
         deep = deep.pop("a")
 
 
-def system(content):
-    return {"role": "system", "content": content}
-
-
-def assistant(content="", calls=(), thinking=None):
-    message = {"role": "assistant", "content": content}
-    if thinking:
-        message["reasoning_content"] = thinking
-    if calls:
-        message["tool_calls"] = [
-            {"id": id, "type": "function", "function": {"name": name, "arguments": text}} for id, name, text in calls]
-    return message
-
-
-def output(id, content="20"):
-    return {"role": "tool", "content": content, "tool_call_id": id}
-
-
-S, U, A, DOT = system("S"), user("U"), assistant("A"), user(".")
 RESULT = output("c1")
 PARTS = [{"type": "text", "text": "a"}, NO_TEXT, {"type": "text", "text": "b"}]
 
@@ -2386,7 +2492,7 @@ def calling(arguments='{"city":"Paris"}'):
 # To add a case, add a row: OpenAI's messages, Z.ai's, what was changed.
 MESSAGES = [
     ([S, U], [S, U], set()),
-    ([{**S, "role": "developer"}, U], [S, U], {"developer"}),
+    ([{**S, "role": "developer"}, U], [S, U], set()),
     ([user(PARTS)], [user("a\nb")], set()),
     *(([{"role": role, "content": PARTS}, U], [{"role": role, "content": "a\nb"}, U], set())
       for role in ("system", "assistant")),
@@ -2407,7 +2513,8 @@ MESSAGES = [
     ([{**U, "name": "bob"}], [U], {"name"}),
     *(([{**A, name: value}, U], [A, U], {name}) for name, value in (
         ("refusal", "No."), ("audio", {"id": "a"}), ("function_call", {"name": "f"}))),
-    ([{**U, "cache_control": {}, "x,\r\ny": 1}], [U], {"message_fields"}),
+    ([{**U, "cache_control": {"a": 1}, "x,\r\ny": 1, "z": None}], [U], {"cache_control", "x___y"}),
+    ([U, A, A, U], [U, assistant("A\n\nA"), U], set()),
     *(([message], [message, DOT], {"user_message"}) for message in (S, A)),
     ([U, system("late"), system("later")], [U, system("late"), system("later")], set()),
     ([user("a\u2028b\0\U0001f600")], [user("a\u2028b\0\U0001f600")], set()),
@@ -2422,13 +2529,19 @@ MESSAGES = [
     # What cannot be read
     ([None, U], [user("null"), U], {"unreadable"}),
     ([{"role": "model", "content": "A"}, U], [user('{"role":"model","content":"A"}'), U], {"unreadable"}),
-    ([assistant(["a", *PARTS]), U], [assistant('"a"\na\nb'), U], {"unreadable"}),
+    ([user(["a", *PARTS]), U], [user('"a"\na\nb'), U], {"unreadable"}),
+    ([assistant([5, *PARTS]), U], [assistant("a\nb"), U], {"unreadable"}),
+    ([{**A, "tool_calls": [5]}, U], [A, U], {"unreadable"}),
 ]
 
 
 def calls_of(*ids, **fields):
     return {"role": "assistant", "content": "", "tool_calls": [
         {**CALL, "id": id, "function": {"name": "f", "arguments": "{}"}, **fields} for id in ids]}
+
+
+def digest(text):
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 NAMELESS = {"role": "tool", "content": "20"}
@@ -2438,7 +2551,7 @@ TOLD = user("Output of the tool call c1:\n20")
 @pytest.mark.parametrize("messages, expected, changed", [
     *(([calls_of(id), output(other)], [calls_of("call_3_0"), output("call_3_0")], {"tool_call_id"})
       for id in (None, "", [], True, 0) for other in (None, "", [], "c9")),
-    ([calls_of(5), output(5)], [calls_of("5"), output("5")], {"tool_call_id"}),
+    ([calls_of(5), output(5)], [calls_of("5"), output("5")], set()),
     ([{**calls_of(), "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}, NAMELESS],
      [calls_of("call_3_0"), output("call_3_0")], {"tool_call_id"}),
     ([calls_of("c1", "c2"), NAMELESS, {**NAMELESS, "content": "30"}],
@@ -2455,7 +2568,7 @@ TOLD = user("Output of the tool call c1:\n20")
      {"empty_message"}),
     ([calls_of("c1")], [calls_of("c1"), output("c1", "(no output)")], {"empty_message"}),
     ([calls_of("c1"), S, output("c1")], [calls_of("c1"), output("c1"), S], {"message_order"}),
-    ([calls_of("c1"), A, output("c1")], [calls_of("c1"), output("c1"), A], {"message_order"}),
+    ([calls_of("c1"), A, output("c1")], [{**calls_of("c1"), "content": "A"}, output("c1")], set()),
     ([calls_of("c1", "c2"), output("c2"), output("c1", "30")],
      [calls_of("c1", "c2"), output("c1", "30"), output("c2")], set()),
     ([output("c1"), calls_of("c1")], [TOLD, calls_of("c1"), output("c1", "(no output)")],
@@ -2463,10 +2576,11 @@ TOLD = user("Output of the tool call c1:\n20")
     ([output("c1")], [TOLD], {"tool_call_id"}),
     ([calls_of("c1"), output("c1", "10"), output("c1")], [calls_of("c1"), output("c1", "10"), TOLD], {"tool_call_id"}),
     *(([calls_of("c1", function={"name": name, "arguments": "{}"}), output("c1")],
-       [calls_of("c1", function={"name": clean, "arguments": "{}"}), output("c1")], {"tool_name"})
-      for name, clean in ((" f</arg_value>", "f"), ("mcp.a b", "mcp_a_b"), ("", "unknown"), ("x" * 65, "x" * 64))),
-    ([calls_of("c1", function="f"), output("c1")],
-     [user(json.dumps(calls_of("c1", function="f"), separators=(",", ":"))), TOLD], {"unreadable", "tool_call_id"}),
+       [calls_of("c1", function={"name": clean, "arguments": "{}"}), output("c1")], changed)
+      for name, clean, changed in (
+          (" f</arg_value>", "f", {"tool_name"}), ("", "unknown", {"tool_name"}),
+          ("mcp.a b", "mcp_a_b_" + digest("mcp.a b"), set()), ("x" * 65, "x" * 55 + "_" + digest("x" * 65), set()))),
+    ([calls_of("c1", function="f"), output("c1")], [TOLD], {"unreadable", "empty_message", "tool_call_id"}),
 ])
 def test_each_call_has_its_output_behind_it(messages, expected, changed):
     body, really = to_zai(chat_body(messages=[S, U, *messages]))
@@ -2536,7 +2650,6 @@ def test_a_model_that_sees_gets_the_pictures(model, messages, expected):
     ([user([TEXT, PICTURE]), A, U], [user("What is it?\n" + NO_PICTURE), A, U]),
     ([user([PICTURE]), calling(), RESULT], [user(NO_PICTURE), calling(), RESULT]),
     ([U, calling(), output("c1", [TEXT, PICTURE])], [U, calling(), output("c1", "What is it?\n" + NO_PICTURE)]),
-    ([U, calling(), output("c1", [{"type": "image_url"}])], [U, calling(), output("c1", NO_PICTURE)]),
 ])
 def test_a_model_that_sees_nothing_gets_a_word_for_pictures_of_the_past(messages, expected):
     body, changed = to_zai(chat_body(messages=messages))
@@ -2546,19 +2659,24 @@ def test_a_model_that_sees_nothing_gets_a_word_for_pictures_of_the_past(messages
 
 @pytest.mark.parametrize("model", ["glm-4.6", "glm-4.5v", "glm-unheard-of"])
 @pytest.mark.parametrize("role", ["system", "developer", "assistant"])
-@pytest.mark.parametrize("part", [PICTURE, FILE, AUDIO, {"type": "thinking", "thinking": "hm"}])
+@pytest.mark.parametrize("part", [PICTURE, FILE, AUDIO])
 def test_who_is_no_user_shows_nothing(model, role, part):
-    body, _ = to_zai(chat_body(model=model, **said_by(role, content=[TEXT, part])))
-    assert re.fullmatch(r"What is it\?\n\[\w+ left out: .*\]", body["messages"][0]["content"])
+    body, changed = to_zai(chat_body(model=model, **said_by(role, content=[TEXT, part])))
+    words = body["messages"][0]["content"]
+    # Nothing is put into the assistant's mouth.
+    pattern = r"What is it\?" if role == "assistant" else r"What is it\?\n\[\w+ left out: .*\]"
+    assert re.fullmatch(pattern, words)
+    assert len(changed) == 1
 
 
 @pytest.mark.parametrize("model", ["glm-4.6", "glm-4.5v"])
 @pytest.mark.parametrize("part", [FILE, AUDIO, {"type": "x,y\r\n"}, {"type": "image_url", "image_url": 5}])
 @pytest.mark.parametrize("before", [
-    lambda part: [user([TEXT, part]), A], lambda part: [calling(), output("c1", [part])]])
+    lambda part: [user([TEXT, part]), A], lambda part: [calling(), output("c1", [TEXT, part])]])
 def test_what_stands_in_the_past_is_never_refused(model, part, before):
     body, _ = to_zai(chat_body(model=model, messages=[*before(part), U]))
-    assert "left out" in json.dumps(body)
+    said = json.dumps(body)
+    assert "left out" in said or json.dumps(json.dumps(part, separators=(",", ":")))[1:-1] in said
 
 
 # To add a case, add a row: model, a part that it takes.
@@ -2578,9 +2696,8 @@ RETRIEVAL = {"type": "retrieval", "retrieval": {"knowledge_id": "1"}}
 BARE_TOOL = {"type": "function", "function": {
     "name": "f", "description": "f", "parameters": {"type": "object", "properties": {}}}}
 FOREIGN_TOOLS = [
-    {"type": "web_search"}, {"type": "web_search", "web_search": None}, {"type": "custom", "custom": {"name": "c"}},
-    {"type": "mcp", "server_url": "x"}, {"type": "local_shell"}, {"type": "namespace", "tools": [TOOL]},
-    {"type": "retrieval"},
+    {"type": "web_search"}, {"type": "web_search", "web_search": None}, {"type": "mcp", "server_url": "x"},
+    {"type": "local_shell"}, {"type": "retrieval"},
 ]
 # To add a case, add a row: OpenAI's fields, Z.ai's, what was changed.
 CHANGES = [
@@ -2607,12 +2724,17 @@ CHANGES = [
     ({"user": "user-1"}, {"user_id": "user-1", "user": ABSENT}, set()),
     ({"user": "x" * 128}, {"user_id": "x" * 128}, set()),
     ({"user": "user-1", "user_id": "user-2"}, {"user_id": "user-2", "user": ABSENT}, set()),
-    *(({"user": name}, {"user_id": ABSENT, "user": ABSENT}, {"user"}) for name in ("bob", "x" * 129)),
+    ({"user": "bob"}, {"user_id": ABSENT, "user": ABSENT}, {"user"}),
+    ({"user": "x" * 129}, {"user_id": hashlib.sha256(b"x" * 129).hexdigest(), "user": ABSENT}, set()),
     *(({name: value}, {name: ABSENT}, set()) for name, value in (
         ("top_p", 1), ("n", 1), ("stream_options", {"include_usage": True}), ("reasoning_format", "raw"),
         ("parallel_tool_calls", False), ("response_format", {"type": "text"}))),
-    # Dropped, whatever they hold
-    *(({name: value}, {name: ABSENT}, {name}) for name in sorted(ztoapi.DROPPED) for value in (1, "x", [], {"a": "b"})),
+    # Dropped, by name if they ask for something
+    *(({name: value}, {name: ABSENT}, {name}) for name in sorted(ztoapi.DROPPED - {"think", "thinking_budget"})
+      for value in (1, "x", [1], {"a": "b"})),
+    *(({name: value}, {name: ABSENT}, set()) for name in sorted(ztoapi.DROPPED - {"think", "thinking_budget"})
+      for value in (0, False, "", [], {}, None)),
+    ({"service_tier": "auto", "modalities": ["text"]}, {"service_tier": ABSENT, "modalities": ABSENT}, set()),
     ({"response_format": {"type": "json_object"}}, {"response_format": {"type": "json_object"}}, set()),
     ({"tools": []}, {"tools": ABSENT, "tool_choice": ABSENT}, set()),
     ({"tools": [TOOL]}, {"tools": [TOOL]}, set()),
@@ -2663,22 +2785,25 @@ def test_nothing_of_openais_that_zai_does_not_know_goes_out():
 
 # To add a case, add a row: fields, what reading the answer needs to know of them.
 @pytest.mark.parametrize("fields, facts", [
-    ({}, {"tools": {}, "one_call": False, "unfence": False, "stop": ()}),
+    ({}, {"tools": {}, "one_call": False, "json": False, "stop": ()}),
     ({"stop": ["a", "", "b"]}, {"stop": ("a", "b")}),
     ({"stop": "a"}, {"stop": ("a",)}),
     ({"tools": [TOOL, SEARCH, {"type": "mcp"}]},
-     {"tools": {"get_weather": {"properties": {"city": {"type": "string"}}}}}),
+     {"tools": {"get_weather": {"city": {"string"}}}}),
     ({"tools": [TOOL], "tool_choice": "none"}, {"tools": {}}),
     ({"tools": [TOOL, TOOL2], "tool_choice": {"type": "function", "function": {"name": "get_time"}}},
-     {"tools": {"get_time": {"properties": {}}}}),
+     {"tools": {"get_time": {}}}),
     ({"parallel_tool_calls": False}, {"one_call": True}),
     ({"parallel_tool_calls": True}, {"one_call": False}),
-    ({"response_format": {"type": "json_object"}}, {"unfence": True}),
-    (schema({"schema": {}}), {"unfence": True}),
-    ({"response_format": {"type": "text"}}, {"unfence": False}),
+    ({"response_format": {"type": "json_object"}}, {"json": True}),
+    (schema({"schema": {}}), {"json": True}),
+    ({"response_format": {"type": "text"}}, {"json": False}),
+    ({}, {"no_thinking": False}), ({"enable_thinking": False}, {"no_thinking": True}),
+    # It cannot stop.
+    ({"enable_thinking": False, "model": "glm-5.3"}, {"no_thinking": False}),
 ])
 def test_what_reading_the_answer_needs_to_know(fields, facts):
-    result = asked(chat_body(**fields))
+    _, result = by_door("chat", chat_body(**fields))
     assert {name: getattr(result, name) for name in facts} == facts
 
 
@@ -2693,7 +2818,8 @@ def allowed(mode, *names):
     (allowed("auto", "get_time"), [TOOL2], False),
     (allowed("required", "get_weather"), [TOOL], True),
     ({"type": "web_search"}, [TOOL, TOOL2], False),
-    ({"type": "custom", "custom": {"name": "x"}}, [TOOL, TOOL2], False),
+    ("any", [TOOL, TOOL2], True), ({"type": "tool", "name": "get_time"}, [TOOL2], True),
+    ({"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "get_time"}]}, [TOOL2], True),
 ])
 def test_a_forced_tool_choice_becomes_auto_with_fewer_tools_and_a_system_line(choice, left, told):
     messages = [S, U, {"role": "system", "content": "late"}]
@@ -2724,13 +2850,13 @@ def test_zais_own_tools_stay_where_a_choice_allows_them():
     (named("gone"), [TOOL]), (allowed("required", "gone"), [TOOL]),
     (allowed("required", "gone", "get_weather"), [TOOL]),
     (allowed("auto", "gone"), ABSENT),
-    ({"type": "custom", "custom": {"name": "gone"}}, [TOOL]),
+    ({"type": "custom", "custom": {"name": "gone"}}, [TOOL]), ({"type": "tool", "name": "gone"}, [TOOL]),
 ])
 def test_a_choice_of_a_tool_that_was_left_out_fails_nothing(choice, left):
-    tools = [TOOL, {"type": "custom", "custom": {"name": "gone"}}]
+    tools = [TOOL, {"type": "mcp", "name": "gone"}]
     body, changed = to_zai(chat_body(tools=tools, tool_choice=choice))
     assert body.get("tools", ABSENT) == left
-    assert changed == {"custom", "tool_choice"}
+    assert changed == {"mcp", "tool_choice"}
 
 
 def test_a_json_schema_becomes_json_object_with_the_schema_in_a_system_line():
@@ -2783,89 +2909,65 @@ def test_thinking_is_asked_for_as_each_family_takes_it(family, model, fields, de
     assert (body.get("thinking"), body.get("reasoning_effort")) == (thinking, grade)
     assert "enable_thinking" not in body
     # A wish that is not met is listed.
-    assert changed <= (set(fields) or {"thinking"})
-    is_met = family in ("graded", "always") and on and GRADES.get(effort) == effort
-    if family == "none":
-        assert changed == set(fields)
-    elif family == "always" and on is False:
-        assert changed
-    else:
-        assert ("reasoning_effort" in changed) == (effort is not None and not is_met)
+    is_met = on == (thinking == ON) or on is None or family == "none" and not on
+    assert changed == (set() if is_met and effort in (None, grade) else set(fields) or {"thinking"})
 
 
-# To add a dialect, add a row: the fields, the same in ours, the names of what was
-# changed.
+# To add a place or a word, add a row: the fields, the same in ours.
 @pytest.mark.parametrize("fields, ours", [
-    *(({"reasoning": wish}, ours) for wish, ours in (
-        ({"effort": "high"}, {"reasoning_effort": "high"}), ({"effort": "none"}, {"reasoning_effort": "none"}),
-        ({"enabled": True}, {"enable_thinking": True}),
-        ({"enabled": False, "exclude": True}, {"enable_thinking": False}),
-        ({"enabled": True, "effort": "low"}, {"enable_thinking": True, "reasoning_effort": "low"}))),
+    # OpenRouter, vLLM, Ollama, Qwen, Google, Anthropic
+    ({"reasoning": {"effort": "high"}}, {"reasoning_effort": "high"}),
+    ({"reasoning": {"effort": "none"}}, {"reasoning_effort": "none"}),
+    ({"reasoning": {"enabled": True, "exclude": True}}, {"enable_thinking": True}),
+    ({"reasoning": {"enabled": False, "effort": "low"}}, {"enable_thinking": False, "reasoning_effort": "low"}),
     *((fields, ours) for budget, ours in (
         (0, {"enable_thinking": False}), (-1, {}), (1024, {"reasoning_effort": "low"}),
         (2000, {"reasoning_effort": "medium"}), (20000, {"reasoning_effort": "high"}),
         (200000, {"reasoning_effort": "max"}))
-      for fields in ({"reasoning": {"max_tokens": budget}}, {"thinking_budget": budget})),
-    *(({"chat_template_kwargs": wish}, wish) for wish in ({"enable_thinking": False}, {"reasoning_effort": "max"})),
-    ({"chat_template_kwargs": {"thinking": True}}, {"enable_thinking": True}),
-    ({"extra_body": {"chat_template_kwargs": {"enable_thinking": False}}}, {"enable_thinking": False}),
-    ({"extra_body": {"reasoning": {"effort": "high"}}}, {"reasoning_effort": "high"}),
-    # Our own field wins
-    ({"reasoning": {"effort": "high"}, "thinking": OFF}, {"thinking": OFF}),
-    ({"chat_template_kwargs": {"enable_thinking": False}, "reasoning_effort": "high"}, {"reasoning_effort": "high"}),
-    # Other words, and other fields
-    *(({name: value}, {"enable_thinking": on})
-      for name in ("reasoning", "think", "thinking_config", "chat_template_kwargs")
-      for value, on in ((True, True), ("true", True), (False, False), ("off", False), ({"type": "adaptive"}, True),
-                        ({"thinking": False}, False), ({"enabled": "false"}, False))),
-    *(({name: {"type": "enabled", "budget_tokens": 1024}}, {"enable_thinking": True, "reasoning_effort": "low"})
-      for name in ("reasoning", "thinking_config")),
-    *(({name: "high"}, {"reasoning_effort": "high"}) for name in ("reasoning", "think", "output_config")),
+      for fields in ({"reasoning": {"max_tokens": budget}}, {"thinking_budget": budget},
+                     {"thinking_config": {"thinking_budget": budget, "include_thoughts": True}},
+                     {"thinking": {"budget_tokens": budget}})),
+    *(({"chat_template_kwargs": wish}, ours) for wish, ours in (
+        ({"enable_thinking": False}, {"enable_thinking": False}), ({"thinking": True}, {"enable_thinking": True}),
+        ({"reasoning_effort": "max"}, {"reasoning_effort": "max"}),
+        ({"enable_thinking": True, "clear_thinking": False}, {"thinking": {**ON, "clear_thinking": False}}))),
+    *(({"think": value}, ours) for value, ours in (
+        (True, {"thinking": ON}), (False, {"enable_thinking": False}), ("high", {"reasoning_effort": "high"}))),
+    ({"thinking_config": {"thinking_level": "high"}}, {"reasoning_effort": "high"}),
     ({"output_config": {"effort": "low"}}, {"reasoning_effort": "low"}),
-    ({"thinking_config": {"thinking_level": "high", "include_thoughts": True}}, {"reasoning_effort": "high"}),
-    ({"chat_template_kwargs": {"enable_thinking": True, "clear_thinking": False}},
-     {"thinking": {"type": "enabled", "clear_thinking": False}}),
-    ({"include_reasoning": False}, {}),
-    # What cannot be read is no wish
-    *(({"reasoning": value}, {}) for value in (
-        {}, [], "x", "auto", {"effort": "very"}, {"effort": ["high"]}, {"effort": "default"}, {"exclude": True})),
-    *(({"chat_template_kwargs": value}, {}) for value in ({}, [], {"enable_thinking": []}, {"thinking": ON})),
-])
-@pytest.mark.parametrize("model", ["glm-4.6", "glm-5.2", "glm-5.3", "glm-9"])
-def test_thinking_in_other_dialects_means_the_same(model, fields, ours):
-    body, changed = to_zai(chat_body(model=model, **fields))
-    same, also = to_zai(chat_body(model=model, **ours))
-    assert body == same
-    assert changed == also | (fields.keys() | fields.get("extra_body", {}).keys()) - ours.keys()
-
-
-# To add a form of one of our own fields, add a row: the fields, the same in ours.
-@pytest.mark.parametrize("fields, ours", [
-    *(({"thinking": value}, {"thinking": ON}) for value in (
-        True, "true", "enabled", "adaptive", {"type": "adaptive"}, {"enabled": True}, {"type": "on"})),
-    *(({"thinking": value}, {"thinking": OFF}) for value in (False, "disabled", {"enabled": False}, {"type": "off"})),
-    *(({"thinking": value}, {}) for value in (
-        "auto", {"type": "auto"}, {"type": "perhaps"}, {"type": []}, [], "perhaps", {"budget_tokens": -1})),
-    ({"thinking": {"type": "adaptive", "clear_thinking": False}},
-     {"thinking": {"type": "enabled", "clear_thinking": False}}),
+    # Our own fields in other words
+    *(({"thinking": value}, {"thinking": ON}) for value in (True, "enabled", "adaptive", {"type": "adaptive"})),
+    *(({"thinking": value}, {"thinking": OFF}) for value in (False, "disabled", {"type": "disabled"})),
+    *(({"enable_thinking": value}, {"enable_thinking": on}) for value, on in (("true", True), ("false", False))),
     ({"thinking": {**ON, "budget_tokens": 20000}}, {"thinking": ON, "reasoning_effort": "high"}),
+    *(({"reasoning_effort": value}, ours) for value, ours in (
+        ("auto", {}), ("default", {}), ("ultra", {"reasoning_effort": "max"}))),
+    # Of two that say the same the first counts, and whether to think before how much
+    ({"thinking": OFF, "enable_thinking": True, "reasoning": {"effort": "high"}},
+     {"thinking": OFF, "reasoning_effort": "high"}),
     ({"thinking": {**ON, "budget_tokens": 20000}, "reasoning_effort": "low"},
      {"thinking": ON, "reasoning_effort": "low"}),
-    ({"thinking": {"budget_tokens": 1024}}, {"reasoning_effort": "low"}),
-    *(({"enable_thinking": on, "thinking_budget": 20000}, {"enable_thinking": on, "reasoning_effort": "high"})
-      for on in (True, False)),
-    *(({"enable_thinking": value}, {"enable_thinking": on}) for value, on in (
-        ("true", True), ("false", False), (0, False))),
-    ({"enable_thinking": {}}, {}),
-    *(({"reasoning_effort": value}, ours) for value, ours in (
-        ("auto", {}), ("default", {}), ("ultra", {"reasoning_effort": "max"}),
-        ("xlow", {"reasoning_effort": "minimal"}))),
+    ({"extra_body": {"chat_template_kwargs": {"enable_thinking": False}}}, {"enable_thinking": False}),
+    # What is no wish
+    *((wish, {}) for wish in (
+        {"include_reasoning": False}, {"thinking": {"type": "auto"}}, {"thinking": []}, {"enable_thinking": {}},
+        {"reasoning": []}, {"reasoning": "x"}, {"reasoning": {"effort": ["high"]}}, {"reasoning": {"exclude": True}},
+        {"chat_template_kwargs": {"enable_thinking": []}}, {"chat_template_kwargs": {"thinking": ON}})),
 ])
 @pytest.mark.parametrize("model", ["glm-4.6", "glm-5.2", "glm-5.3", "glm-9"])
-def test_our_own_fields_in_other_words_mean_the_same(model, fields, ours):
+def test_a_wish_for_thinking_means_the_same_in_other_words(model, fields, ours):
     body, changed = to_zai(chat_body(model=model, **fields))
     assert body == to_zai(chat_body(model=model, **ours))[0]
-    assert changed & set(fields)
+    dropped = {name for name in fields if name in ztoapi.DROPPED or name == "extra_body"}
+    assert changed >= {name for name in dropped if fields[name] not in ztoapi.NOTHING}
+
+
+@pytest.mark.parametrize("fields", [{"reasoning": {"effort": "very"}}, {"thinking": {"type": "perhaps"}},
+                                    {"think": "hard"}, {"output_config": {"effort": "much"}}])
+def test_a_wish_in_words_that_nobody_knows_is_refused_at_its_place(fields):
+    with pytest.raises(RequestError, match="must be one of") as caught:
+        to_zai(chat_body(**fields))
+    assert caught.value.param.partition(".")[0] in fields
 
 
 def test_an_unknown_model_gets_the_thinking_that_was_asked_for():
@@ -2901,19 +3003,22 @@ FULL_CHAT = chat_body(
     ])
 
 
-def test_no_request_is_odd_enough_for_anything_but_a_400():
+@each_door
+def test_no_request_is_odd_enough_for_anything_but_a_400(door):
     rng = random.Random(5)
     passed = 0
-    for _ in range(4000):
+    for _ in range(2000):
         request = mutated(FULL_CHAT, rng)
+        if door == "responses":
+            request["input"] = request.pop("messages", None)
         try:
-            ztoapi.encode_request(ztoapi.to_zai_request(request, Settings()).body)
+            by_door(door, request)
             passed += 1
         except ztoapi.RequestError as error:
             assert error.param, request
         except Exception as error:
             raise AssertionError(request) from error
-    assert 500 < passed < 3900
+    assert 200 < passed < 1990
 
 
 # From Z.ai ############################################################################
@@ -2932,11 +3037,20 @@ def describe(value, status=200, retry_after=""):
     return zai_error(value, status)
 
 
+def asking_for(tools=(), **fields):
+    """An Asked with these fields; the tools are name -> schema."""
+    types = {name: ztoapi.argument_types(schema) for name, schema in dict(tools).items()}
+    return ztoapi.Asked(**{"body": {}, "data": b"", "changed": (), "tools": types, "owners": {}, **fields})
+
+
+def new_translator(restartable=False, make_id=lambda: "call_new", **fields):
+    return ztoapi.Translator(asking_for(**fields), restartable, describe, make_id)
+
+
 def new_answer(**options):
     """An Answer whose calls without an id get "call_new1", "call_new2" and so on."""
     numbers = itertools.count(1)
-    translator = ztoapi.Translator(make_id=lambda: f"call_new{next(numbers)}", describe=describe, **options)
-    return ztoapi.Answer(translator)
+    return ztoapi.Answer(new_translator(make_id=lambda: f"call_new{next(numbers)}", **options))
 
 
 def feed_answer(this, pieces):
@@ -2962,7 +3076,7 @@ def receive(pieces, **options):
     this = new_answer(**options)
     steps, failure = feed_answer(this, [*pieces, b""])
     assert this.complete
-    return steps, failure
+    return ztoapi.joined(steps), failure
 
 
 def wire(data):
@@ -3128,6 +3242,7 @@ PARIS = '{"city":"Paris"}'
 RAIN = ("get_weather", PARIS)
 TIME = ("get_time", "{}")
 CITY = "<arg_key>city</arg_key><arg_value>Paris</arg_value>"  # PARIS as GLM itself writes it
+WISH = f"<tool_call>get_weather{CITY}</tool_call>"
 
 
 def leak(text):
@@ -3392,15 +3507,69 @@ MINIMAL = {"id": "", "object": "", "created": 0, "model": "", "system_fingerprin
         "get_weather<arg_key>city<arg_value>Paris</arg_value>",
         "get_weather<arg_key>city</arg_key><arg_value><arg_value>Paris</arg_value>",
         "get_weather" + CITY + "</tool_call>",
-        "get_weather<arg_key> city </arg_key>\n<arg_value>Paris</arg_value>\n")),
-    *((f"no call, {text}", say(leak(text)) + ENDED, says(leak(text))) for text in (
+        "get_weather<arg_key> city </arg_key>\n<arg_value>Paris</arg_value>\n",
         "get_weather<arg_key>city</arg_key>Paris</arg_value>", "get_weather<arg_key>city</arg_key><arg_value>Paris",
+        "get_weather<arg_key><arg_key>city</arg_key><arg_value>Paris</arg_value>",
+        "get_weather<arg_key>city</arg_value>Paris</arg_value>", "get_weather<arg_key>city<arg_key>Paris</arg_key>",
+        "<tool_call>get_weather" + CITY, "\n<tool_call>\nget_weather" + CITY)),
+    *((f"a leaked call without a city, {text}", say(leak("get_weather" + text)) + ENDED,
+       asks(("get_weather", '{"city":""}'))) for text in (
+        "<arg_key>city</arg_key><arg_value></arg_value>", "<arg_key>city</arg_key></arg_value>",
+        "<arg_key>city<arg_value></arg_value>", "<arg_key>city</arg_key>\n<arg_value>")),
+    *((f"two arguments leaked, {text}", say(leak("get_time" + text)) + ENDED,
+       asks(("get_time", '{"a":"x","b":""}'))) for text in (
+        "<arg_key>a</arg_key><arg_value>x<arg_key>b</arg_key><arg_value></arg_value>",
+        "<arg_key>a</arg_key>x</arg_value>b</arg_key><arg_value></arg_value>",
+        "<arg_key>a</arg_key><arg_value>x</arg_value><arg_key>b<arg_value>")),
+    ("two calls leaked, the end of the first is missing",
+     say("<tool_call>get_weather" + CITY + "\n" + leak("get_time")) + ENDED, asks(RAIN, TIME)),
+    *((f"no call, {text}", say(leak(text)) + ENDED, says(leak(text))) for text in (
         "get_weather city</arg_key><arg_value>Paris</arg_value>", "get_weather<arg_key>city</arg_key>",
         "get_weather<arg_key></arg_key><arg_value>Paris</arg_value>", 'get_weather{"city": "Paris"}',
         "get_weather" + CITY + CITY.replace("Paris", "Rome"),
         "get_weather<arg_value>Paris</arg_value>", CITY, "", "get_weather" + CITY + "and so on",
-        "get_weather<arg_key><arg_key>city</arg_key><arg_value>Paris</arg_value>")),
-    ("a call inside a call", say("<tool_call>" + leak("get_time")) + ENDED, says("<tool_call>" + leak("get_time"))),
+        "get_time<arg_key>a</arg_key><arg_value>use <arg_key> tags</arg_value>",
+        "get_time<arg_key>a</arg_key><arg_value>x</arg_value>y<arg_key>b</arg_key><arg_value>z</arg_value>w")),
+    # A call that was only thought of is none
+    *((f"a call thought of, then {what}", think("I could ") + think(WISH) + rest + ENDED, says(content, reasoning))
+      for what, rest, content, reasoning in (
+          ("text", think(" but it is forbidden.") + say("No."), "No.", f"I could {WISH} but it is forbidden."),
+          ("text at once", say("No."), "No.", f"I could {WISH}"),
+          ("thinking alone", think("\nNo."), "", f"I could {WISH}\nNo."))),
+    *((f"a call in the reasoning, then {what}", think("So ") + think(WISH) + rest, asks(RAIN, reasoning="So "))
+      for what, rest in (
+          ("line ends", say("\n") + ENDED), ("blanks", think(" \n") + ENDED),
+          ("a tag", think("<|observation|>") + ENDED), ("the same call", call() + TOOLS_END))),
+    ("a call thought of, and another one", think(WISH + "No. ") + think(leak("get_time")) + ENDED,
+     asks(TIME, reasoning=WISH + "No. ")),
+    ("a call thought of in <think>", say(f"<think>{WISH} No.</think>\nNo.") + ENDED, says("No.", f"{WISH} No.")),
+    ("a call in <think>, and another in the text", say(f"<think>{WISH}</think>" + leak("get_time")) + ENDED,
+     asks(TIME, reasoning=WISH)),
+    # Tags of the template at the ends of texts
+    *((f"tags around {text!r}", say(f"<|assistant|>{first}{text}<|user|>{last}<|endoftext|>\n") + ENDED, says(text))
+      for first, text, last in (("", "a", ""), ("\n", "a <|user|> b", "\n"), ("</think>\n", "a", "<|observation|>"))),
+    ("tags of the template in thinking", think("<|assistant|>a<|user|>") + think(" b<|user|>") + say("c") + ENDED,
+     says("c", "a<|user|> b")),
+    ("a tag of the template that is cut", say("a<|use") + ENDED, says("a<|use")),
+    ("nothing but tags of the template", say("<|user|>") + ENDED, says()),
+    # One call at a time
+    ("calls that interleave, and a text between them",
+     calls_in(item("get_weather", '{"city":', id="a", index=0), item("get_time", '{"b"', id="b", index=1)) + say("c")
+     + calls_in(item(None, ":2}", index=1), item(None, '"Paris"}', index=0)) + TOOLS_END,
+     asks(RAIN, ("get_time", '{"b":2}'), content="c")),
+    ("a text behind a call without arguments", call("get_time", "") + say("a") + ENDED, asks(TIME, content="a")),
+    ("fragments of one event", calls_in(
+        item("get_weather", '{"city":', id="a", index=0), item(None, '"Paris', id="a", index=0),
+        item(None, '"}', index=0)) + TOOLS_END, asks(RAIN)),
+    # Ids that change
+    *((f"another id for each piece, {where}", calls_in(item("get_weather", '{"ci', id="a", index=0))
+       + calls_in(item(name, 'ty":"P', id="b", index=0)) + calls_in(item(name, 'aris"}', id="c", index=0)) + TOOLS_END,
+       asks(RAIN))
+      for where, name in (("no name", None), ("the name again", "get_weather"))),
+    ("another id for each piece of two calls",
+     calls_in(item("get_weather", '{"city"', id="a", index=0), item("get_time", '{"b"', id="b", index=1))
+     + calls_in(item(None, ":2}", id="c", index=1), item(None, ':"Paris"}', id="d", index=0)) + TOOLS_END,
+     asks(RAIN, ("get_time", '{"b":2}'))),
     # Texts that must arrive as they are
     ("U+2028, NUL and astral", say("a\u2028b\u2029\u0085\0") + say("\U0001f600 \"\\\n") + ENDED,
      says("a\u2028b\u2029\u0085\0\U0001f600 \"\\\n")),
@@ -3414,6 +3583,144 @@ def test_an_answer_is_understood_and_streamed_and_json_agree(data, expected):
     check_answer(data, expected, tools=WEATHER)
 
 
+STRING, ARRAY = {"type": "string"}, {"type": "array"}
+TASK = {"edit": {
+    "$defs": {
+        "Row": {"type": "object"}, "Rows": {"anyOf": [ARRAY, {"type": "null"}]}, "Loop": {"$ref": "#/$defs/Loop"}},
+    "properties": {
+        "text": STRING, "rows": ARRAY, "row": {"$ref": "#/$defs/Row"}, "many": {"$ref": "#/$defs/Rows"},
+        "all": {"allOf": [{"$ref": "#/$defs/Rows"}]}, "count": {"type": "integer"}, "share": {"type": "number"},
+        "yes": {"type": ["boolean", "null"]}, "one": {"enum": [1, 2]}, "two": {"const": 2}, "any": {}, "odd": True,
+        "maybe": {"anyOf": [STRING, {"type": "null"}]}, "word": {"enum": ["1", 2]},
+        "either": {"oneOf": [STRING, ARRAY]}, "loop": {"$ref": "#/$defs/Loop"}, "lost": {"$ref": "#/$defs/None"},
+        "wrong": {"type": 5}, "union": {"anyOf": [ARRAY, {}]}}}}
+
+
+def told_arguments(arguments, name="edit"):
+    """What becomes of the arguments of a call, the same in pieces of every size."""
+    told = set()
+    for size in (1, 2, 3, 7, 10**6):
+        pieces = [arguments[at:at + size] for at in range(0, len(arguments), size)]
+        rest = b"".join(calls_in(item(None, piece, index=0)) for piece in pieces)
+        data = calls_in(item(name, "", id="a", index=0)) + rest + TOOLS_END
+        steps, failure = receive([wire(data)], tools=TASK)
+        assert failure is None
+        told.add(steps[0].text)
+    (text,) = told
+    return text
+
+
+# Arguments whose values are texts with JSON. To add a case, add a row: the name, the
+# text, the value.
+@pytest.mark.parametrize("name, text, value", [
+    ("rows", '[{"q": "a"}]', [{"q": "a"}]), ("row", '{"a": "\\"]"}', {"a": '"]'}), ("many", "[1,\n2]", [1, 2]),
+    ("all", "[]", []), ("count", "5", 5), ("share", "0.5", 0.5), ("share", "5", 5), ("yes", "true", True),
+    ("yes", "null", None), ("one", "2", 2), ("two", " 2 ", 2), ("rows", '["好\\ud83d\\ude00"]', ["好\U0001f600"]),
+    # A text may be meant, or says something else
+    *((name, text, text) for name, text in (
+        ("text", "[1]"), ("any", "[1]"), ("odd", "5"), ("maybe", "null"), ("either", "[1]"), ("word", "2"),
+        ("loop", "5"),
+        ("lost", "5"), ("wrong", "5"), ("union", "[1]"), ("new", "[1]"), ("rows", "{}"), ("rows", "[1"), ("rows", ""),
+        ("count", "5.5"), ("count", "true"), ("yes", "1"), ("row", "[]"))),
+])
+def test_an_argument_has_the_type_that_its_schema_says(name, text, value):
+    before, behind = {"text": "a \"[1]\" b", "new": {"rows": "[1]"}}, {"count": "7"}
+    told = json.loads(told_arguments(json.dumps({**before, name: text, **behind})))
+    assert told == {**before, name: value, "count": 7} if name != "count" else {**before, "count": 7}
+
+
+def test_a_text_goes_on_beside_a_value_that_is_held_back():
+    this = new_answer(tools=TASK)
+    steps, _ = feed_answer(this, [HEAD, chunked(call("edit", '{"rows": "[1,', index=0))])
+    assert steps[0].text == '{"rows": '
+    steps, _ = this.feed(chunked(calls_in(item(None, '2]", "te', index=0))))
+    assert steps[0].text == '[1,2], '
+    steps, _ = this.feed(chunked(calls_in(item(None, 'xt": "a long te', index=0))))
+    assert steps[0].text == '"text": "a long te'
+
+
+def test_what_is_held_back_of_arguments_has_a_bound():
+    text = json.dumps({"rows": "[" + "1" * (3 << 20) + "]"})
+    this = new_answer(tools=TASK)
+    steps, _ = feed_answer(this, [HEAD, chunked(call("edit", text[:-10]))])
+    assert len(steps[0].text) > 2 << 20
+    steps, failure = receive([wire(call("edit", text) + TOOLS_END)], tools=TASK)
+    assert (failure, steps[0].text) == (None, text)
+
+
+# Arguments that clients could not read. To add a case, add a row: what Z.ai sends, what
+# is told.
+@pytest.mark.parametrize("arguments, told", [
+    # Encoded twice
+    *((json.dumps(json.dumps(value)), json.dumps(value)) for value in (
+        {}, {"path": "a"}, {"text": "a\n\"b\"", "n": [1]})),
+    (' "{\\"text\\": 1}" ', '{"text": 1}'), (json.dumps(json.dumps({"rows": "[1]"})), '{"rows": [1]}'),
+    *((text, text) for text in ('"{"', '"a patch"', '"[1]"')),
+    # With control characters
+    ('{"text": "a\nb\tc\0d\r"}', '{"text": "a\\nb\\tc\\u0000d\\r"}'),
+    ('{"text": ["a\n"],\n"a\n": 1}', '{"text": ["a\\n"],\n"a\\n": 1}'),
+    ('{"rows": "[\n1]"}', '{"rows": [1]}'),
+])
+def test_arguments_can_be_parsed(arguments, told):
+    assert told_arguments(arguments) == told
+
+
+# Leaked arguments, which have no quotes. To add a case, add a row: the name, the text,
+# the value.
+@pytest.mark.parametrize("name, text, value", [
+    *((name, text, text) for name, text in (
+        ("text", "123"), ("maybe", "123"), ("either", "[1]"), ("word", "1"), ("count", "1.5"), ("rows", "[1"),
+        ("yes", "no"), ("any", "null"))),
+    ("maybe", "null", None), ("count", "1", 1), ("rows", " [1]\n", [1]), ("yes", "true", True), ("yes", "null", None),
+    ("any", "5", 5), ("any", '"5"', "5"), ("new", "[1]", [1]),
+])
+def test_a_leaked_argument_has_the_type_that_its_schema_says(name, text, value):
+    data = say(leak(f"edit<arg_key>{name}</arg_key><arg_value>{text}</arg_value>")) + ENDED
+    (step, _), failure = receive([wire(data)], tools=TASK)
+    assert failure is None
+    assert json.loads(step.text) == {name: value}
+
+
+# Letters that come in two halves, each in an event of its own. To add a case, add a row:
+# the halves with what is around them, options, what they say.
+@pytest.mark.parametrize("field, pieces, options, expected", [
+    ("content", ("a\\ud83d", "\\ude00b"), {}, says("a\U0001f600b")),
+    ("reasoning_content", ("\\ud83d", "\\ude00"), {}, says("", "\U0001f600")),
+    ("content", ("a\\ud83d", "\\ude00b"), {"stop": ("\U0001f600",)}, says("a")),
+    ("content", ('{\\"a\\":\\"\\ud83d', '\\ude00\\"} x'), {"json": True}, says('{"a":"\U0001f600"}')),
+    ("content", ("a\\ud83d", "b"), {}, says("a\ud83db")), ("content", ("a", "\\ude00"), {}, says("a\ude00")),
+    ("content", ("a<\\ud83d", "\\ude00<", "/b\\ud83d"), {}, says("a<\U0001f600</b\ud83d")),
+])
+def test_a_letter_may_come_in_two_halves(field, pieces, options, expected):
+    events = [b'data: {"choices":[{"delta":{"%b":"%b"}}]}\n\n' % (field.encode(), piece.encode()) for piece in pieces]
+    steps = translated(b"".join(events) + ENDED, **options)
+    assert folded_stream(steps)[:2] == (expected["content"], expected["reasoning"])
+
+
+# Thinking that was turned off cannot have come: it is the text, if there is no other.
+# To add a case, add a row: the bytes, what they say, options.
+@cases("data, expected, options", [
+    ("it is the text", think("The ") + think("answer") + ENDED, says("The answer"), {}),
+    ("it is the text beside line ends", think("a") + say("\n") + ENDED, says("a"), {}),
+    ("it may hold a call", think("So " + WISH) + ENDED, asks(RAIN, content="So "), {"tools": WEATHER}),
+    ("a stop word ends it", think("a stop") + ENDED, says("a ", usage=USAGE), {"stop": ("stop",)}),
+    ("JSON comes alone", think('So: {"a":1}!') + ENDED, says('{"a":1}'), {"json": True}),
+    ("beside a text it goes", think("hm") + say("a") + think("hm") + ENDED, says("a"), {}),
+    ("beside a call it goes", think("hm") + call() + TOOLS_END, asks(RAIN), {}),
+    ("in <think> it is thinking", say("<think>hm</think>a") + ENDED, says("a", "hm"), {}),
+])
+def test_thinking_that_was_turned_off(data, expected, options):
+    check_answer(data, expected, no_thinking=True, **options)
+
+
+def test_pieces_of_one_kind_that_came_together_are_one_step():
+    pieces = [think("a"), think("b"), say("c<"), say("d"), *[say("<think>" * 1000)] * 100,
+              call("get_weather", '{"a":'), calls_in(item(None, "1", index=0)), calls_in(item(None, "}", index=0))]
+    steps, _ = new_answer().feed(HEAD + b"".join(map(chunked, pieces)))
+    assert [(step.kind, step.text[:6]) for step in steps] == [
+        ("thinking", "ab"), ("text", "c<d<th"), ("call", '{"a":1')]
+
+
 def test_tool_ids_are_zais_own_where_they_are_usable():
     expected = asks(RAIN, reasoning="The user", usage=counts(178, 37, 215, 0, 25))
     calls = check_answer(GLM_52_TOOLS, expected)
@@ -3421,7 +3728,8 @@ def test_tool_ids_are_zais_own_where_they_are_usable():
     odd = calls_in(item(*RAIN, id=-73911021), item(*TIME, id=""), item(*TIME, id=None), item(*TIME, id=0)) + TOOLS_END
     calls = check_answer(odd, asks(RAIN, TIME, TIME, TIME))
     assert [call["id"] for call in calls] == ["-73911021", "call_new1", "call_new2", "0"]
-    assert ztoapi.Translator().make_id() != ztoapi.Translator().make_id()
+    ids = [ztoapi.Translator(asking_for()).make_id() for _ in range(2)]
+    assert ids[0] != ids[1]
 
 
 # Failures
@@ -3471,7 +3779,7 @@ BARE_LINE = '{"error":{"code":"500","message":"内部错误"}}'.encode()
         ("a fragment without a home", call() + calls_in(item(None, "x", index=7)) + TOOLS_END),
         *((f"the name {name} with the arguments {text!r:.20}",
            calls_in(item(name, text, id="c", index=0)) + TOOLS_END) for name, text in (
-            ("get_weather<arg_key>city</arg_key>Paris", "{}"), ("get_weather" + CITY, '{"b":1}'),
+            ("get_weather<arg_key>city</arg_key>", "{}"), ("get_weather" + CITY, '{"b":1}'),
             ("get_weather", PARIS + '{"b":1}'), (None, "x" * 70000))),
         ("an error in mid-stream", say("a") + error_event("1234") + ENDED),
         *((f"{field} {str(value):.20}", sse({"choices": [{"delta": {field: value}}]}) + ENDED) for field, value in (
@@ -3517,7 +3825,7 @@ BARE_LINE = '{"error":{"code":"500","message":"内部错误"}}'.encode()
      "upstream_auth_error", KEY_RESTS),
 ])
 def test_a_failure_is_an_error_and_never_an_answer(data, code, verdict):
-    for options in ({}, {"restartable": True}, {"unfence": True}, {"stop": ("never",)}):
+    for options in ({}, {"restartable": True}, {"json": True}, {"stop": ("never",)}):
         error, _ = broken(wire(data), tools=WEATHER, **options)
         assert (error.code, error.verdict) == (code, verdict)
         assert error.status >= 400
@@ -3530,7 +3838,7 @@ def test_what_came_before_a_failure_is_told():
 
 
 def test_what_is_no_event_is_counted():
-    translator = ztoapi.Translator()
+    translator = new_translator()
     odd = ("42", "[]", "null", '"x"', "garbage", '"id', 'iddata: ["choices"]', "iddata: 5")
     assert translator.feed(odd) == ([], None)
     assert translator.repaired == 8
@@ -3539,7 +3847,7 @@ def test_what_is_no_event_is_counted():
 
 
 def test_an_error_is_not_counted_as_skipped():
-    translator = ztoapi.Translator()
+    translator = new_translator()
     assert translator.feed(decode_events([error_event("1305")]))[1].zai_code == "1305"
     assert translator.repaired == 0
 
@@ -3690,7 +3998,7 @@ def test_a_head_without_end_is_refused():
 
 def test_retry_after_reaches_who_describes_an_error():
     seen = []
-    translator = ztoapi.Translator(describe=lambda *facts: seen.append(facts) or UpstreamError("no"))
+    translator = ztoapi.Translator(asking_for(), describe=lambda *facts: seen.append(facts) or UpstreamError("no"))
     this = ztoapi.Answer(translator)
     this.feed(answer(429, b"null", "Retry-After: 7")[0])
     assert seen == [(None, 429, "7")]
@@ -3872,7 +4180,7 @@ def test_a_spliced_frame_is_counted_and_thinking_that_was_shown_is_closed():
 def test_what_was_only_held_back_does_not_forbid_a_fresh_start():
     for held in ("```js", "<thi", "\n", "<tool_call>get_w", "Observ"):
         data = say(held) + splice("{", '"content":"{}"') + ENDED
-        options = {"unfence": True, "tools": WEATHER} if held != "Observ" else {"stop": ("Observation",)}
+        options = {"json": True, "tools": WEATHER} if held != "Observ" else {"stop": ("Observation",)}
         assert folded_stream(translated(data, **options))[0] == "{}", held
 
 
@@ -3948,12 +4256,20 @@ def test_a_text_is_held_back_only_while_it_can_still_be_a_call(text, held):
     ('```{"a":"b"}```', '{"a":"b"}'), ("```json\n[1,\n 2]\n```", "[1,\n 2]"),
     ('```json\n{"a":"`b` ```x"}\n```', '{"a":"`b` ```x"}'), ('```json\n{"a":"b', '{"a":"b'), ('{"a":"b"}', '{"a":"b"}'),
     ('{"a":"```x```"}', '{"a":"```x```"}'), ('{"a":1}\n', '{"a":1}'), ("5", "5"), ("``", "``"), ("", ""),
-    ("```json", "```json"), ("```" + "x" * 200 + '{"a":1}', "```" + "x" * 200 + '{"a":1}'),
+    ("```json", "```json"), ("```" + "x" * 200 + '{"a":1}', '{"a":1}'),
+    # Words around it, with brackets of their own
+    ('Here is the JSON:\n```json\n{"a": 1}\n```\nI hope it helps {you}.', '{"a": 1}'),
+    ('{"a":1} and {"b":2}', '{"a":1}'),
+    ('Of {a, b} [1] I make\n[{"a": 1}]', '[{"a": 1}]'), ("The list: [1, 2]", "[1, 2]"), ("It is [true]", "[true]"),
+    ("No JSON [1] {a}", "No JSON [1] {a}"), ("[5]", "[5]"), ('"a"', '"a"'), ("So: {\n}", "{\n}"),
+    ("x" * 70000 + "{}", "x" * 70000 + "{}"),
+    # What can be parsed
+    ('{"a": "b\nc\t\0",\n"d": 1}', '{"a": "b\\nc\\t\\u0000",\n"d": 1}'),
 ])
 def test_a_json_answer_comes_without_its_fence_wherever_it_is_cut(text, left):
-    for parts in pieces_of(text):
-        content, _, _, finish, _ = fold_parts(parts, unfence=True)
-        assert (content.strip(), finish) == (left, "stop"), parts
+    for parts in pieces_of(text, most=100):
+        content, _, _, finish, _ = fold_parts(parts, json=True)
+        assert (content.strip(), finish) == (left, "stop"), parts[:3]
         assert fold_parts(parts)[0] == text.lstrip("\r\n")
 
 
@@ -3967,6 +4283,8 @@ def test_a_json_answer_comes_without_its_fence_wherever_it_is_cut(text, left):
     *((("</code>",), text, left, met) for text, left, met in (
         ("if a < b: print(1)\n", "if a < b: print(1)\n", False), ("a</code", "a", False), ("a</co<", "a</co<", False),
         ("a<</code>b", "a<", True), ("a</c", "a</c", False))),  # three letters are too few
+    (("<|user|>",), "a<|user|>", "a", True), (("\U0001f600",), "a\U0001f600b", "a", True),
+    (tuple("abcdefgh"), "xyzh", "xyz", True),
     # The first to end counts, as it would letter by letter
     (("b", "a"), "xaby", "x", True), (("cd", "abc"), "xabcd", "x", True), (("abc", "b"), "xab", "xa", True),
     (("abcd", "b"), "xabcd", "xa", True), (("bcd", "abcd"), "xabcd", "x", True), (("aab",), "aaaab", "aa", True),
@@ -3978,7 +4296,7 @@ def test_a_json_answer_comes_without_its_fence_wherever_it_is_cut(text, left):
 ])
 def test_the_text_ends_before_the_first_stop_word_wherever_it_is_cut(words, text, left, met):
     for parts in pieces_of(text):
-        this = new_answer(stop=words)
+        this = new_answer(stop=words, body={"stop": words[:1]})
         steps, failure = feed_answer(this, said_in(parts))
         assert this.complete is met, parts
         if not met:
@@ -3987,6 +4305,7 @@ def test_the_text_ends_before_the_first_stop_word_wherever_it_is_cut(words, text
         assert failure is None
         assert folded_stream(steps)[0] == left, parts
         assert steps[-1][:2] == ("finish", "stop")
+        assert (steps[-1].name in words) is met
 
 
 def test_a_stop_word_ends_the_answer_before_zai_does():
@@ -3998,34 +4317,36 @@ def test_a_stop_word_ends_the_answer_before_zai_does():
     assert not this.reply.reusable
 
 
-# Behind a stop word Z.ai's counts are not waited for.
-UNCOUNTED = counts(0, 0, 0)
+# Behind a stop word Z.ai's counts are not waited for, so that they are estimated.
+def estimated(count):
+    return counts(7, count, 7 + count)
 
 
 # Answers in which "stop" is a stop word, read with more options. To add a case, add a
 # row: what is special, the bytes, what they say, the options.
 @cases("data, expected, options", [
     ("in thinking it is none", think("a stop b") + say("c stop d") + ENDED,
-     says("c ", "a stop b", usage=UNCOUNTED), {}),
+     says("c ", "a stop b", usage=estimated(3)), {}),
     ("in thinking in the content it is none", say("<think>a stop b</think>c") + ENDED, says("c", "a stop b"), {}),
     ("in arguments it is none", say("a") + call("f", '{"a":"stop"}') + TOOLS_END,
      asks(("f", '{"a":"stop"}'), content="a"), {}),
     ("a call behind it is none", calls_in(item(*RAIN, id="c"), content="a stop") + TOOLS_END,
-     says("a ", usage=UNCOUNTED), {}),
-    ("a call before it stays one", call() + say("a stop") + ENDED, asks(RAIN, content="a ", usage=UNCOUNTED), {}),
+     says("a ", usage=estimated(1)), {}),
+    ("a call before it stays one", call() + say("a stop") + ENDED, asks(RAIN, content="a ", usage=estimated(5)), {}),
     ("a call without arguments before it has some",
      call("get_time", "") + say("a stop") + ENDED,
-     asks(TIME, content="a ", usage=UNCOUNTED), {}),
+     asks(TIME, content="a ", usage=estimated(2)), {}),
     ("a leaked call before it is made and one behind it is not",
      say(leak("get_weather" + CITY) + "a stop" + leak("get_time")) + ENDED,
-     asks(RAIN, content="a ", usage=UNCOUNTED), {"tools": WEATHER}),
+     asks(RAIN, content="a ", usage=estimated(5)), {"tools": WEATHER}),
     ("at the very end it leaves nothing of itself", say("a sto<") + ENDED, says("a "), {"stop": ("sto<",)}),
     ("usage that came with it counts", event({"content": "a stop"}, "stop", USAGE), says("a "), {}),
     ("it works behind a fence", say('```json\n{"a":1,') + say('"stop":2}\n```') + ENDED,
-     says('{"a":1,"', usage=UNCOUNTED), {"unfence": True}),
+     says('{"a":1,"', usage=estimated(3)), {"json": True}),
 ])
 def test_a_stop_word(data, expected, options):
-    check_answer(data, expected, **{"stop": ("stop",), **options})
+    stop = options.get("stop", ("stop",))
+    check_answer(data, expected, **{"stop": stop, "body": {"stop": stop}, "tokens": 7, **options})
 
 
 @pytest.mark.parametrize("name", ("get_weather", None))
@@ -4045,11 +4366,10 @@ def test_what_only_begins_a_stop_word_waits_and_comes():
 def test_what_is_held_back_is_not_overtaken():
     """A "<" that may become a tag waits in its lane; text of the other lane comes behind it."""
     steps = translated(think("a") + say("b") + think("c<") + say("d") + FINISH)
-    assert words_in(steps[:-1]) == [
-        ("thinking", "a"), ("text", "b"), ("thinking", "c"), ("thinking", "<"), ("text", "d")]
+    assert words_in(steps[:-1]) == [("thinking", "a"), ("text", "b"), ("thinking", "c<"), ("text", "d")]
     both = event({"reasoning_content": "r", "content": "c<"})
     steps = translated(think("a") + say("b") + both + think("s") + FINISH)
-    assert [step.text for step in steps[:-1]] == ["a", "b", "r", "c", "<", "s"]
+    assert [step.text for step in steps[:-1]] == ["a", "b", "r", "c<", "s"]
 
 
 # Bounds
@@ -4148,12 +4468,12 @@ KEYS = "<arg_key>" * 50000
     ("half tags", {}, [say("<tool_cal" * 50000), ENDED]),
     ("<think>", {}, [say("<think>" * 50000), ENDED]),
     ("boxes", {}, [say("<|begin_of_box|>" * 50000), ENDED]),
-    ("a fence and blanks", {"unfence": True}, [say("```json" + " " * 500000), ENDED]),
-    ("a fence and blanks, one by one", {"unfence": True}, [say("```")] + [say(" ")] * 10000 + [ENDED]),
-    ("blanks before a fence, one by one", {"unfence": True}, [say(" ")] * 10000 + [ENDED]),
-    ("fences", {"unfence": True}, [say("```json\n{" * 50000), ENDED]),
-    ("brackets behind a fence", {"unfence": True}, [say("```" + "[" * 500000), ENDED]),
-    ("brackets behind a fence, one by one", {"unfence": True}, [say("```")] + [say("[")] * 10000 + [ENDED]),
+    ("a fence and blanks", {"json": True}, [say("```json" + " " * 500000), ENDED]),
+    ("a fence and blanks, one by one", {"json": True}, [say("```")] + [say(" ")] * 10000 + [ENDED]),
+    ("blanks before a fence, one by one", {"json": True}, [say(" ")] * 10000 + [ENDED]),
+    ("fences", {"json": True}, [say("```json\n{" * 50000), ENDED]),
+    ("brackets behind a fence", {"json": True}, [say("```" + "[" * 500000), ENDED]),
+    ("brackets behind a fence, one by one", {"json": True}, [say("```")] + [say("[")] * 10000 + [ENDED]),
     ("beginnings of a stop word", {"stop": ("a" * 1000 + "b",)}, [say("a" * 200000), ENDED]),
     ("beginnings of a stop word, one by one", {"stop": ("a" * 1000 + "b",)}, [say("a")] * 5000 + [ENDED]),
     ("beginnings of many stop words", {"stop": tuple("ab" * 200 + c for c in "cdef")}, [say("ab" * 50000), ENDED]),
@@ -4205,11 +4525,12 @@ def test_no_answer_takes_more_than_linear_time(options, events):
     '{"choices":[{"delta":{"tool_calls":[{"id":%s,"function":{"name":"get_time"}}]}}]}',
     '{"choices":[{"delta":{},"finish_reason":%s}]}',
     '{"choices":[{"delta":{"content":"<tool_call>get_time<arg_key>a</arg_key><arg_value>%s</arg_value>"}}]}',
-    '{"error":{"code":%s}}'), ids=("arguments", "id", "finish", "leak", "error"))
+    '{"choices":[{"delta":{"tool_calls":[{"function":{"name":"edit","arguments":"{\\"rows\\":\\"%s\\"}"}}]}}]}',
+    '{"error":{"code":%s}}'), ids=("arguments", "id", "finish", "leak", "value", "error"))
 def test_nesting_around_the_recursion_limit_is_an_answer_or_an_error(value):
     """What was not too deep to be read may be too deep to be written."""
     for depth in [*range(100, 1100, 3), *range(1200, 10000, 400)]:
-        translator = ztoapi.Translator(tools=WEATHER)
+        translator = new_translator(tools={**WEATHER, **TASK})
         translator.feed([value % ("[" * depth + "]" * depth)], end=True)
 
 
@@ -4244,6 +4565,61 @@ def test_the_name_of_a_call_has_a_bound():
         assert len(steps[0].name) <= 256
 
 
+# The rooms alone
+
+# To add a case, add a row: the text of an event, what it says, an error's code, or None.
+@pytest.mark.parametrize("text, said", [
+    ('{"choices":[{"delta":{"content":"a"},"finish_reason":"stop"}]}', ztoapi.Frame({"content": "a"}, "stop")),
+    (' {"choices":[{"message":{"content":"a"}}]} ', ztoapi.Frame({"content": "a"})),
+    ('{"choices":[]}', ztoapi.Frame({})),
+    ('{"iddata: {"choices":[{"delta":{"content":"a"}}]}', ztoapi.Frame({"content": "a"}, afresh=True)),
+    ('{"usage":{}}', ztoapi.Frame({}, usage=counts(0, 0, 0))),
+    ("[DONE]", None), ("junk", None), ("5", None), ("", None), ('{"id', "upstream_error"),
+    ('{"a":1}{"a":1}', "upstream_error"), ('{"error":{"code":"1305"}}', "overloaded"),
+])
+def test_frames_tell_what_an_event_says(text, said):
+    frames_room = ztoapi.Frames(describe)
+    try:
+        assert frames_room.feed(text) == said
+    except UpstreamError as error:
+        assert error.code == said
+
+
+def test_texts_say_the_same_wherever_they_are_cut():
+    rng = random.Random(3)
+    words = [*ztoapi.TAGS, WISH, leak("get_time"), "a", " ", "\n", "<", '{"a":"', '"}', "stop", "\U0001f600"]
+    for _ in range(400):
+        options = {"stop": rng.choice(((), ("stop",))), "json": rng.random() < 0.3, "tools": WEATHER}
+        lanes = [(kind, "".join(rng.choices(words, k=rng.randrange(1, 8)))) for kind in ("text", "thinking", "text")]
+        told = set()
+        for size in (1, 2, 5, 1000):
+            room = ztoapi.Texts(asking_for(**options))
+            steps = []
+            for kind, text in lanes:
+                for at in range(0, len(text), size):
+                    steps += room.feed(kind, text[at:at + size])
+            steps = ztoapi.joined(steps + room.close(is_cut=False))
+            told.add((tuple(words_in(steps)), tuple(room.leaked)))
+        assert len(told) == 1, lanes
+
+
+def test_calls_come_one_after_the_other_whatever_order_their_pieces_have():
+    rng = random.Random(5)
+    for _ in range(300):
+        room = ztoapi.Calls({}, False, lambda: "call_new")
+        texts = [json.dumps({"a": "}{" * rng.randrange(4), "b": i}) for i in range(3)]
+        pieces = {i: [text[at:at + 3] for at in range(0, len(text), 3)] for i, text in enumerate(texts)}
+        steps = [step for i in range(3) for step in room.feed([item("f", "", id=f"c{i}", index=i)])]
+        while any(pieces.values()):
+            i = rng.choice([i for i in pieces if pieces[i]])
+            steps += room.feed([item(None, pieces[i].pop(0), index=i, id=rng.choice(("", "odd", f"c{i}")))])
+            steps += room.put([Step("text", "x")])
+        steps += room.close(is_cut=False)
+        calls = ztoapi.joined([step for step in steps if step.kind != "text"])
+        assert [(call.index, call.id, call.text) for call in calls] == [(i, f"c{i}", texts[i]) for i in range(3)]
+        assert sum(step.kind == "text" for step in steps) == sum(-(-len(text) // 3) for text in texts)
+
+
 # Any event that is odd
 
 def test_no_event_is_odd_enough_to_break_the_wire():
@@ -4256,7 +4632,7 @@ def test_no_event_is_odd_enough_to_break_the_wire():
     for _ in range(3000):
         values = [mutated(value, rng) if rng.random() < 0.5 else value for value in rng.sample(good, 6)]
         data = sse(*values) + (ENDED if rng.random() < 0.8 else b"")
-        options = rng.choice(({}, {"unfence": True}, {"one_call": True}, {"stop": ("stop", "x")}))
+        options = rng.choice(({}, {"json": True}, {"one_call": True}, {"stop": ("stop", "x")}))
         try:
             steps, failure = receive([wire(data)], tools=WEATHER, **options)
             if failure:
@@ -4324,7 +4700,7 @@ def test_the_tags_of_raw_thinking_have_chunks_of_their_own():
     text = chat.tell(translated(think("hm") + think("so") + say("a") + ENDED))
     events = [json.loads(block[6:]) for block in text.split("\n\n")[:-2]]
     assert [choice["delta"].get("content") for choice in choices_of(events)] == [
-        "<think>", "hm", "so", "</think>", "a", None]
+        "<think>", "hmso", "</think>", "a", None]
 
 
 @pytest.mark.parametrize("data", [
@@ -4395,14 +4771,14 @@ def read_chat(body, headers, **environ):
     (None, "application/json", "x", "true", False), (None, "*/*", "curl/8", "false", False),
     *((UNSAID, "*/*", agent, "true", False) for agent in (
         "node", "undici", "Go-http-client/1.1", "langchaingo/0.1", "Java/17", "Java-http-client/21.0.2", "okhttp/4.9",
-        "Apache-HttpClient/5", "lm15", "ai-sdk/openai/2.0 runtime/node.js")),
+        "Apache-HttpClient/5", "lm15", "ai-sdk/openai/2.0 runtime/node.js", "litellm/1.110.0")),
     *((UNSAID, "*/*", agent, "true", True) for agent in ("node-fetch/1.0", "python-requests/2.31")),
 ])
 def test_who_gets_a_stream(asked, accept, agent, default, expected):
     body = {} if asked == UNSAID else {"stream": asked}
     front, request = read_chat(body, {"accept": accept, "user-agent": agent}, DEFAULT_STREAM=default)
     assert front.stream is expected
-    assert request["stream"] is expected
+    assert request.fields["stream"] is expected
     assert body == ({} if asked == UNSAID else {"stream": asked})  # the client's own stays as it is
 
 
@@ -4411,6 +4787,7 @@ def test_who_gets_a_stream(asked, accept, agent, default, expected):
 @pytest.mark.parametrize("headers, expected", [
     ({}, True), ({"user-agent": "OpenAI/Python 3.57"}, True), ({"origin": "https://app.example"}, False),
     ({"user-agent": "ai/6.0 ai-sdk/openai/3.0"}, False), ({"user-agent": "Python/3.11 aiohttp/3.9"}, False),
+    ({"sec-fetch-mode": "cors"}, False),
 ])
 def test_a_failed_stream_is_cut_unless_the_error_would_be_lost_over_it(headers, expected):
     assert read_chat({}, headers)[0].cuts_failures is expected
@@ -4419,7 +4796,7 @@ def test_a_failed_stream_is_cut_unless_the_error_would_be_lost_over_it(headers, 
 def test_a_chat_request_is_read():
     body = {"model": "GLM-4.6", "reasoning_format": "raw", "stream_options": {"include_usage": 1}}
     front, request = read_chat(body, {})
-    assert request["model"] == front.model == "GLM-4.6"
+    assert request.fields["model"] == front.model == "GLM-4.6"
     assert front.created == 1790000000
     assert front.reasoning == "raw"
     assert front.include_usage is True
@@ -4437,22 +4814,12 @@ ANY_TOOLS = [{"type": "function", "name": "f", "parameters": {}}, {"type": "cust
              {"type": "namespace", "name": "mcp__tiny", "tools": [{"type": "function", "name": "g"}]}]
 
 
-def caller(key="k", memory=None):
-    return ztoapi.Caller({}, key, 1000.5, memory or ztoapi.Memory())
+def read_messages(**body):
+    return by_door("messages", {"model": "glm-4.6v", "messages": [user("Hi")], **body})
 
 
-def read_messages(settings=None, **body):
-    body = {"model": "glm-4.6v", "messages": [user("Hi")], **body}
-    return ztoapi.Messages.read(body, caller(), settings or Settings())
-
-
-def read_responses(settings=None, by=None, **body):
-    return ztoapi.Responses.read({"model": "glm-4.6v", "input": "Hi", **body}, by or caller(), settings or Settings())
-
-
-def asked_by_front(request):
-    """What becomes of the chat request that Messages or Responses makes."""
-    return asked(request, refuses_media=False)
+def read_responses(by=None, **body):
+    return by_door("responses", {"model": "glm-4.6v", "input": "Hi", **body}, by)
 
 
 def called(index, id, name, text=""):
@@ -4488,12 +4855,6 @@ ANSWERS = {
                        finish("stop")],
     "two calls": [Step("thinking", "A"), Step("text", "B"), called(0, "call_0", "f", '{"a":'), arguments(0, "1}"),
                   called(1, "call_1", "f", "{}"), finish("tool_calls")],
-    "calls that interleave": [called(0, "call_0", "f"), called(1, "call_1", "mcp__tiny__g", '{"b"'),
-                              arguments(0, '{"a":'), Step("text", "late"), arguments(1, ":2}"), arguments(0, "1}"),
-                              finish("tool_calls")],
-    "arguments at the end only": [called(0, "call_0", "f"), called(1, "call_1", "f"),
-                                  called(2, "call_2", "f", '{"a":1}'), arguments(0, "{}"), arguments(1, "{}"),
-                                  finish("tool_calls")],
     "a brace in a string": [called(0, "call_0", "f", '{"a":"}'), arguments(0, '\\"}"}'), finish("tool_calls")],
     "a custom tool": [called(0, "call_0", "patch", '{"inp'), arguments(0, 'ut":"x"}'), finish("tool_calls")],
     "cut by length": [Step("text", "Hel"), finish("length")],
@@ -4521,59 +4882,69 @@ def folded(read, steps):
 
 # Messages, the request
 
-# To add a case, add a row: fields of a request, what they make of the chat request.
+# To add a case, add a row: fields of a request for a model that is not known, Z.ai's.
 @pytest.mark.parametrize("fields, expected", [
     *((fields, fields) for fields in (
-        {"max_tokens": 5, "temperature": 1, "top_p": 0.5}, {"stream": True}, {"thinking": OFF},
-        {"tools": [{"type": "web_search_20250305", "name": "web_search", "max_uses": 8}]})),
-    ({"stop_sequences": ["a", "b"]}, {"stop": ["a", "b"]}),
-    ({}, {"stream": False, "thinking": OFF}), ({"stream": None}, {"stream": False}),
+        {"max_tokens": 5, "temperature": 1, "top_p": 0.5}, {"seed": 5}, {"user_id": "user-2"})),
+    ({"stop_sequences": ["a", "b", "c", "d", "e"]}, {"stop": ABSENT}),
+    ({}, {"thinking": OFF, "tools": ABSENT}), ({"thinking": OFF}, {"thinking": OFF}),
     *(({"thinking": {**ON, "budget_tokens": budget}}, {"thinking": ON, "reasoning_effort": effort})
       for budget, effort in ((1024, "low"), (8192, "medium"), (24576, "high"), (32000, "max"))),
     ({"thinking": {"type": "adaptive"}, "output_config": {"effort": "high"}},
      {"thinking": ON, "reasoning_effort": "high"}),
-    ({"thinking": {"type": "adaptive"}}, {"thinking": ON, "reasoning_effort": None}),
-    ({"thinking": {**ON, "clear_thinking": False}, "output_config": {"effort": "low"}},
-     {"thinking": ON, "reasoning_effort": "low"}),
+    ({"thinking": {"type": "adaptive"}}, {"thinking": ON, "reasoning_effort": ABSENT}),
+    *(({"thinking": {"type": kind}, "context_management": {
+        "edits": [{"type": "clear_thinking_20251015", "keep": keep}]}}, {"thinking": {**thinking, **more}})
+      for kind, thinking in (("adaptive", ON), ("disabled", OFF))
+      for keep, more in (("all", {"clear_thinking": False}), ({"type": "thinking_turns", "value": 1}, {}))),
     *(({"tools": [{"name": "f", "description": "d", "input_schema": {"type": "object"}, **more}]},
        function(name="f", description="d", parameters={"type": "object"}))
       for more in ({"cache_control": {}}, {"type": "custom"})),
-    *(({"tool_choice": {"type": kind}}, {"tool_choice": ours}) for kind, ours in (
-        ("auto", "auto"), ("any", "required"), ("none", "none"))),
-    ({"tool_choice": {"type": "tool", "name": "f"}}, {"tool_choice": named("f")}),
-    ({"tool_choice": {"type": "auto", "disable_parallel_tool_use": True}}, {"parallel_tool_calls": False}),
-    *((fields, schema({"type": "json_schema", "schema": {"type": "object"}})) for fields in (
-        {"output_config": {"format": {"type": "json_schema", "schema": {"type": "object"}}}},
-        {"output_format": {"type": "json_schema", "schema": {"type": "object"}}})),
-    ({"metadata": {"user_id": "user-1"}}, {"user": "user-1"}),
+    *(({"output_config": {"format": form}, **more}, {"response_format": {"type": "json_object"}}) for form, more in (
+        ({"type": "json_schema", "schema": {"type": "object"}}, {}),
+        (None, {"output_format": {"type": "json_schema", "schema": {"type": "object"}}}))),
+    ({"metadata": {"user_id": "user-1"}}, {"user_id": "user-1"}),
+    ({"metadata": {"user_id": "u" * 150}}, {"user_id": hashlib.sha256(b"u" * 150).hexdigest()}),
 ])
-def test_messages_fields_become_those_of_chat(fields, expected):
-    _, request = read_messages(**fields)
-    assert {name: request.get(name) for name in expected} == expected
-
-
-def test_a_long_user_id_is_hashed():
-    _, request = read_messages(metadata={"user_id": "u" * 150})
-    assert re.fullmatch("[0-9a-f]{64}", request["user"])
+def test_messages_fields_become_those_of_zai(fields, expected):
+    _, result = read_messages(model="glm-9", **fields)
+    assert {name: result.body.get(name, ABSENT) for name in expected} == expected
+    assert result.stop == tuple(fields.get("stop_sequences", ()))
 
 
 # To add a case, add a row: fields of a request, what x-ztoapi-changed says of them.
 @pytest.mark.parametrize("fields, expected", [
-    ({"top_k": 3, "container": "c", "mcp_servers": [], "service_tier": "auto", "inference_geo": "eu"},
+    ({"top_k": 3, "container": "c", "mcp_servers": [5], "service_tier": "standard_only", "inference_geo": "eu"},
      {"top_k", "container", "mcp_servers", "service_tier", "inference_geo"}),
-    ({"context_management": {}, "invented": 1}, {"context_management", "invented"}),
-    ({"cache_control": {"type": "ephemeral"}, "metadata": {}, "output_config": {}}, set()),
+    ({"context_management": {"edits": [{"type": "clear_tool_uses_20250919"}]}, "invented": 1},
+     {"context_management", "invented"}),
+    ({"context_management": {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}}, set()),
+    # What asks for nothing
+    ({"cache_control": {"type": "ephemeral"}, "metadata": {}, "output_config": {}, "mcp_servers": [], "top_k": None,
+      "service_tier": "auto", "context_management": {}}, set()),
     ({"tools": [{"type": "bash_20250124", "name": "bash"}]}, {"bash_20250124"}),
     (asking([{"type": "container_upload", "file_id": "f"}]), {"container_upload"}),
-    (asking([{"type": "image", "source": {"type": "file", "file_id": "f"}}]), {"image"}),
     ({"messages": [user("a"), assistant([{"type": "server_tool_use"}, {"type": "text", "text": "b"}]), user("c")]},
      {"server_tool_use"}),
 ])
-def test_messages_drops_by_name_what_chat_does_not_have(fields, expected):
-    front, request = read_messages(**fields)
-    result = asked_by_front(request)
-    assert {*front.changed, *result.changed} == expected
+def test_messages_drops_by_name_what_zai_does_not_have(fields, expected):
+    _, result = read_messages(**fields)
+    assert {*result.changed} == expected
     assert not {"top_k", "container", "invented", "context_management"} & set(result.body)
+
+
+# To add a case, add a row: the model of a request, MODEL_ALIASES, who answers.
+@pytest.mark.parametrize("model, aliases, expected", [
+    ("claude-opus-5-20260901", "", "glm-5.3"), ("claude-sonnet-4.5[1m]", "", "glm-5.3"),
+    ("anthropic/claude-3-5-haiku-latest", "", "glm-4.5-air"),
+    ("claude-opus-5", "claude-opus-5=glm-4.6", "glm-4.6"), ("claude-opus-5", "*=glm-4.7", "glm-4.7"),
+    ("glm-4.6", "*=glm-4.7", "glm-4.6"), ("my-claude", "", "my-claude"),
+])
+def test_messages_maps_the_names_of_claudes_models(model, aliases, expected):
+    front, result = by_door("messages", {"model": model, "messages": [user("Hi")]}, MODEL_ALIASES=aliases)
+    assert (result.body["model"], front.model) == (expected, model)
+    if not aliases and "claude-" in model:
+        assert to_zai(chat_body(model=model))[0]["model"] == re.sub(r"\[.*", "", model)
 
 
 # Short names for what the cases below are made of.
@@ -4611,21 +4982,15 @@ ONE_CALL, TWO_CALLS_MADE = assistant("", [CALL_1]), assistant("", [CALL_1, CALL_
 @pytest.mark.parametrize("messages, expected", [
     # Claude Code's order.
     ([user([text("a")]), system("s"), user("b")], [user("a"), system("s"), user("b")]),
-    ([user([text("a"), PNG])], [user([text("a"), image()])]),
-    ([user([source("image", type="url", url="http://x/y.png")])], [user([image("http://x/y.png"), text(".")])]),
-    ([user([source("document", type="text", data="D", media_type="text/plain")])], [user("D")]),
-    ([user([source("document", type="content", content=[text("D"), text("E")])])], [user("D\nE")]),
     ([user([source("document", type="url", url="http://x/y.pdf"), text("a")])],
      [user([{"type": "file_url", "file_url": {"url": "http://x/y.pdf"}}, text("a")])]),
     # GLM-4.6V takes no such file; the conversation goes on all the same.
     ([user([source("document", type="base64", media_type="application/pdf", data="AA"), text("a")])],
      [user("[file left out: GLM-4.6V takes no such file]\na")]),
-    ([user([{"type": "search_result", "source": "s", "title": "t", "content": [text("S")]}])], [user("t\nS")]),
     ([user([dict(source("document", type="text", data="D"), title="t", context="c")])], [user("t\nc\nD")]),
     # What cannot be read, before the last message.
-    *(([user(content), U], [user(json.dumps(user(content), separators=(",", ":"))), U])
-      for content in (5, ["x"], [{"text": "x"}])),
-    ([user([text("a"), {"type": "text", "text": None}]), U], [user('a\n{"type":"text"}'), U]),
+    *(([user(content), U], [user(json.dumps(inner, separators=(",", ":"))), U])
+      for content, inner in ((5, 5), (["x"], "x"), ([{"text": "x"}], {"text": "x"}))),
     # Behind a user's message.
     *(([U, *messages], [U, *expected]) for messages, expected in (
         ([using({"type": "thinking", "thinking": "T", "signature": ""}, {"type": "redacted_thinking", "data": "x"},
@@ -4640,54 +5005,31 @@ ONE_CALL, TWO_CALLS_MADE = assistant("", [CALL_1]), assistant("", [CALL_1, CALL_
           output("3", "three"), user("Output of the tool call 9:\nnine")]),
         *(([using(use("1")), user([tool_result("1", words, is_error=True)])], [ONE_CALL, output("1", told)])
           for words, told in (("No.", "Error:\nNo."), ("An error!", "An error!"))),
-        # A system message between a call and its result waits.
-        ([using(use("1")), system("s"), user([tool_result("1", "one")])], [ONE_CALL, output("1", "one"), system("s")]),
-        # Calls and results without ids.
-        *(([using(use(id)), user([tool_result(id, "one")])],
-           [assistant("", [("call_2_0", "f", "{}")]), output("call_2_0", "one")]) for id in (None, "", [], ["1"])),
         ([using(text("b"), dict(use("1"), name=None)), user([tool_result("1", "one")])],
-         [assistant("b"), user('{"type":"function_call","call_id":"1","name":null,"arguments":{}}'),
-          user("Output of the tool call 1:\none")]),
+         [assistant("b"), user("Output of the tool call 1:\none")]),
         # The beginning of an answer.
-        ([assistant("b")], [assistant("b")]),
-        ([assistant("b"), assistant("c"), user("d")], [assistant("b\n\nc"), user("d")]))),
+        ([assistant("b")], [assistant("b")]))),
 ])
-def test_a_conversation_of_messages_becomes_one_of_chat(messages, expected):
-    _, request = read_messages(messages=messages)
-    assert asked_by_front(request).body["messages"] == expected
+def test_a_conversation_of_messages_becomes_zais(messages, expected):
+    assert read_messages(messages=messages)[1].body["messages"] == expected
 
 
-@pytest.mark.parametrize("prompt", ["Be brief.", [BILLED, dict(text("Be brief."), cache_control={})]])
+@pytest.mark.parametrize("prompt", [
+    "Be brief.", [BILLED, dict(text("Be brief."), cache_control={})], BILLED["text"] + ";\nBe brief.",
+    [text(BILLED["text"] + "\nBe brief.")]])
 def test_the_system_prompt_of_messages_comes_first(prompt):
-    _, request = read_messages(system=prompt)
-    assert asked_by_front(request).body["messages"] == [system("Be brief."), user("Hi")]
+    _, result = read_messages(system=prompt)
+    assert result.body["messages"] == [system("Be brief."), user("Hi")]
+    assert not result.changed
 
 
-def test_a_picture_never_ends_a_conversation_with_a_model_that_sees_none():
-    _, request = read_messages(model="glm-4.6", messages=[user([PNG, text("a")])])
-    result = asked_by_front(request)
-    assert result.body["messages"] == [user("[image left out: GLM-4.6 takes text only]\na")]
-    assert "image" in result.changed
-
-
-# To add a case, add a row: fields of a request that Messages refuses.
-@pytest.mark.parametrize("fields", [
-    *({"messages": value} for value in (
-        None, 5, [], [5], [{"role": 5, "content": "a"}], [{"role": "judge", "content": "a"}], [{"role": "user"}],
-        [user([5])], [user([{"type": []}])], [user([{"type": "text"}])], [using(use("1", name=5))],
-        [using({"type": "text"})], [using({"type": "thinking", "thinking": 5})])),
-    *({"tools": value} for value in (5, [5], [{"name": 5}], [{}])),
-    *({"tool_choice": value} for value in ("auto", {"type": []}, {"type": "tool"})),
-    {"tools": [{"name": "f", "input_schema": {}}], "tool_choice": {"type": "tool", "name": "g"}},
-    *({"thinking": value} for value in (5, {"type": "perhaps"}, {"type": []})),
-    *({"output_config": value} for value in (5, {"format": 5}, {"format": {"type": "json_schema", "schema": 5}})),
-    {"system": 5}, {"system": [5]}, {"metadata": 5}, {"stream": "yes"}, {"model": None}, {"model": 5},
-    {"max_tokens": 0}, {"stop_sequences": 5},
-])
-def test_messages_refuses_what_cannot_be(fields):
-    with pytest.raises(RequestError) as caught:
-        asked_by_front(read_messages(**fields)[1])
-    assert ztoapi.Messages.status(caught.value) == 400
+@pytest.mark.parametrize("door", ["messages", "responses"])
+def test_a_picture_never_ends_an_agents_conversation(door):
+    turns = [user([text("a"), PNG]), A_USE, tool_result("1", [PNG]), user([PNG])]
+    _, result = by_door(door, {"model": "glm-4.6", FIELD_OF_TURNS[door]: turns})
+    assert [message["content"] for message in result.body["messages"]] == [
+        "a\n" + NO_PICTURE, "", NO_PICTURE, NO_PICTURE]
+    assert result.changed == ("image",)
 
 
 # Messages, the answer
@@ -4713,7 +5055,7 @@ def check_messages_stream(events):
     start = events[0]["message"]
     assert start["content"] == []
     assert start["stop_reason"] is None
-    assert start["usage"]["input_tokens"] == 0
+    assert 20 < start["usage"]["input_tokens"] < 200, "an estimate"
     content = []
     rest = collections.deque(events[1:-2])
     while rest:
@@ -4766,9 +5108,6 @@ ENDS = [
      ["reasoning", "message", "reasoning"], "completed", None),
     ("two calls", ["thinking", "text", "tool_use", "tool_use"], "tool_use",
      ["reasoning", "message", "function_call", "function_call"], "completed", None),
-    ("calls that interleave", ["tool_use", "tool_use", "text"], "tool_use",
-     ["function_call", "function_call", "message"], "completed", None),
-    ("arguments at the end only", ["tool_use"] * 3, "tool_use", ["function_call"] * 3, "completed", None),
     ("a custom tool", ["tool_use"], "tool_use", ["custom_tool_call"], "completed", None),
     ("cut by length", ["text"], "max_tokens", ["message"], "incomplete", "max_output_tokens"),
     ("a call cut by length", ["text"], "max_tokens", ["message", "function_call"], "incomplete", "max_output_tokens"),
@@ -4822,11 +5161,17 @@ def test_messages_never_makes_empty_input_of_broken_arguments(broken):
 ])
 def test_messages_hides_thinking_that_was_not_asked_for(settings, fields):
     def read():
-        return read_messages(Settings.from_environ(settings), **fields)
+        return by_door("messages", {**MESSAGES_BODY, **fields}, **settings)
 
     steps = ANSWERS["thinking and text"]
     assert [block["type"] for block in folded(read, steps)["content"]] == ["text"]
     assert [block["type"] for block in check_messages_stream(told(read, steps, False))] == ["text"]
+
+
+def test_messages_names_the_stop_word():
+    steps = [Step("text", "a"), finish("stop")._replace(name="END")]
+    for message in (folded(read_thinker, steps), told(read_thinker, steps, False)[-2]["delta"]):
+        assert (message["stop_reason"], message["stop_sequence"]) == ("stop_sequence", "END")
 
 
 def test_messages_beats_with_a_ping():
@@ -4853,7 +5198,7 @@ FRONT_ERRORS = [
     (502, "upstream_error", None, 502, "api_error", 502, "server_error"),
     (502, "upstream_error", False, 400, "invalid_request_error", 400, "invalid_prompt"),
     (503, "overloaded", None, 503, "overloaded_error", 503, "server_error"),
-    (503, "overloaded", False, 503, "overloaded_error", 400, "invalid_prompt"),
+    (503, "overloaded", False, 503, "overloaded_error", 503, "server_error"),
     (504, "timeout", None, 504, "timeout_error", 504, "server_error"),
 ]
 
@@ -4882,65 +5227,56 @@ def test_messages_refuses_threads_so_that_the_sdk_sends_everything():
 
 # Responses, the request
 
-# To add a case, add a row: fields of a request, what they make of the chat request.
+# To add a case, add a row: fields of a request for a model that is not known, Z.ai's.
 @pytest.mark.parametrize("fields, expected", [
     *((fields, fields) for fields in (
-        {"temperature": 1, "top_p": 0.5, "user": "user-1", "parallel_tool_calls": False, "stream": True},
-        {"stop": ["a"], "seed": 1, "thinking": ON, "enable_thinking": False, "user_id": "user-2"},
-        {"tool_choice": "required"}, {"tool_choice": {"type": "web_search"}})),
+        {"temperature": 1, "top_p": 0.5, "user_id": "user-1", "seed": 1}, {"thinking": ON})),
+    ({"enable_thinking": False}, {"thinking": OFF}),
+    ({"stop": ["a"]}, {"stop": ABSENT}),
     ({"max_output_tokens": 5}, {"max_tokens": 5}),
-    ({}, {"stream": False, "tools": None, "tool_choice": None, "response_format": None, "enable_thinking": None}),
+    ({}, {"tools": ABSENT, "tool_choice": ABSENT, "response_format": ABSENT, "thinking": ABSENT}),
     ({"text": {"format": {"type": "json_schema", "name": "n", "schema": {}, "strict": True}}},
-     schema({"type": "json_schema", "name": "n", "schema": {}, "strict": True})),
-    *(({"text": {"format": {"type": kind}}}, {"response_format": {"type": kind}}) for kind in ("json_object", "text")),
-    *(({"reasoning": wish}, {"reasoning_effort": effort, "enable_thinking": on}) for wish, effort, on in (
-        ({"effort": "xhigh", "summary": "auto"}, "xhigh", None), ({"effort": "ultra"}, "ultra", None),
-        ({"effort": None, "summary": "auto"}, None, True), ({"generate_summary": "concise"}, None, True),
-        ({"summary": "off"}, None, None), ({"summary": "none"}, None, None))),
-    ({"reasoning": {"summary": "auto"}, "enable_thinking": False}, {"enable_thinking": False}),
-    *(({"tool_choice": {"type": "function", "name": "f", **more}}, {"tool_choice": named("f")})
-      for more in ({}, {"namespace": None})),
-    ({"tool_choice": {"type": "custom", "name": "g", "namespace": "mcp"}}, {"tool_choice": named("mcp__g")}),
+     {"response_format": {"type": "json_object"}}),
+    *(({"text": {"format": {"type": kind}}}, {"response_format": ours}) for kind, ours in (
+        ("json_object", {"type": "json_object"}), ("text", ABSENT))),
+    *(({"reasoning": wish}, {"thinking": thinking, "reasoning_effort": effort}) for wish, thinking, effort in (
+        ({"effort": "xhigh", "summary": "auto"}, ON, "xhigh"), ({"effort": "ultra"}, ON, "max"),
+        ({"effort": "none", "summary": "auto"}, OFF, ABSENT), ({"effort": None, "summary": "auto"}, ON, ABSENT),
+        ({"generate_summary": "concise"}, ON, ABSENT), ({"summary": "off"}, ABSENT, ABSENT),
+        ({"summary": "none"}, ABSENT, ABSENT))),
+    ({"reasoning": {"summary": "auto"}, "enable_thinking": False}, {"thinking": OFF}),
 ])
-def test_responses_fields_become_those_of_chat(fields, expected):
-    _, request = read_responses(**fields)
-    assert {name: request.get(name) for name in expected} == expected
+def test_responses_fields_become_those_of_zai(fields, expected):
+    _, result = read_responses(model="glm-9", **fields)
+    assert {name: result.body.get(name, ABSENT) for name in expected} == expected
 
 
-@pytest.mark.parametrize("value", ["true", "false"])
-def test_a_summary_turns_no_thinking_on_where_enable_thinking_is_set(value):
-    _, request = read_responses(Settings.from_environ({"ENABLE_THINKING": value}), reasoning={"summary": "auto"})
-    assert "enable_thinking" not in request
-
-
-def test_a_choice_among_tools():
-    tools = [{"type": "function", "name": "f"}, {"type": "function", "name": "g"}, {"type": "web_search"}]
-    allowed = [{"type": "function", "name": "g"}, {"type": "web_search"}]
-    choice = {"type": "allowed_tools", "mode": "required", "tools": allowed}
-    _, request = read_responses(tools=tools, tool_choice=choice)
-    result = asked_by_front(request)
-    assert [tool["function"]["name"] for tool in result.body["tools"]] == ["g"]
-    assert "calling the tool g" in result.body["messages"][0]["content"]
+@pytest.mark.parametrize("value, thinking", [("true", ON), ("false", OFF)])
+def test_a_summary_turns_no_thinking_on_where_enable_thinking_is_set(value, thinking):
+    body = {**APIS["responses"][1], "reasoning": {"summary": "auto"}}
+    assert by_door("responses", body, ENABLE_THINKING=value)[1].body["thinking"] == thinking
 
 
 # To add a case, add a row: fields of a request, what x-ztoapi-changed says of them.
 @pytest.mark.parametrize("fields,expected", [
-    ({"metadata": {}, "prompt_cache_key": "k", "truncation": "auto", "service_tier": "auto", "invented": 1},
+    ({"metadata": {"a": "b"}, "prompt_cache_key": "k", "truncation": "auto", "service_tier": "flex", "invented": 1},
      {"metadata", "prompt_cache_key", "truncation", "service_tier", "invented"}),
-    ({"client_metadata": {}, "include": [], "store": False, "stream_options": {}, "background": False}, set()),
+    # What asks for nothing
+    ({"client_metadata": {"a": 1}, "include": [], "store": False, "stream_options": {}, "background": False}, set()),
     ({"previous_response_id": None, "conversation": None, "prompt": None, "reasoning": None}, set()),
+    ({"metadata": {}, "truncation": "disabled", "service_tier": "auto", "top_logprobs": 0, "presence_penalty": 0},
+     set()),
     ({"text": {"verbosity": "low"}}, {"verbosity"}),
     ({"tools": [{"type": "web_search", "external_web_access": False}, {"type": "local_shell"}]},
      {"web_search", "local_shell"}),
     ({"tools": [{"type": "function", "name": "f", "description": None, "strict": False}]}, set()),
     ({"tools": [{"type": "function", "name": "f", "strict": True}]}, {"strict"}),
-    ({"input": [user("a"), {"type": "web_search_call", "id": "ws_1"}, {"type": "invented"}, {"type": ""}]},
-     {"web_search_call", "invented", "_"}),
+    ({"input": [user("a"), {"type": "web_search_call", "id": "ws_1"}, {"type": "invented"}, {"type": "a b"}]},
+     {"web_search_call", "invented", "a_b"}),
 ])
-def test_responses_drops_by_name_what_chat_does_not_have(fields, expected):
-    front, request = read_responses(**fields)
-    result = asked_by_front(request)
-    assert {*front.changed, *result.changed} == expected
+def test_responses_drops_by_name_what_zai_does_not_have(fields, expected):
+    _, result = read_responses(**fields)
+    assert {*result.changed} == expected
     assert "invented" not in result.body
     assert not result.body.get("tools", [{}])[0].get("external_web_access")
 
@@ -4976,19 +5312,16 @@ INPUT_IMAGE = {"type": "input_image", "image_url": PNG_URL, "detail": "high"}
 # To add a case, add a row: input items, what Z.ai gets. The model sees.
 @pytest.mark.parametrize("items, expected", [
     ("a", [user("a")]), ([user("a")], [user("a")]),
-    ([message("developer", {"type": "input_text", "text": "d"}), U], [system("d"), U]),
-    ([message("user", {"type": "input_text", "text": "a"}, INPUT_IMAGE)], [user([text("a"), image()])]),
     ([message("user", {"type": "input_file", "file_url": "http://x/y.pdf"}, {"type": "input_text", "text": "a"})],
      [user([{"type": "file_url", "file_url": {"url": "http://x/y.pdf"}}, text("a")])]),
     ([message("user", {"type": "input_file", "filename": "f.pdf", "file_data": "AA"})],
      [user("[file left out: GLM-4.6V takes no such file]")]),
     ([{"type": "compaction", "encrypted_content": "So far."}, U], [user("So far."), U]),
-    ([{"type": "item_reference", "id": "rs_unknown"}, U], [U]),
-    # What cannot be read, before the last item.
+    *(([{**more, "id": "rs_unknown"}, U], [U]) for more in ({"type": "item_reference"}, {"type": None}, {})),
     ([5, U], [user("5"), U]),
     # Files of another provider.
     ([message("user", text("a"), {"type": "input_image", "file_id": "f"}), U],
-     [user("a\n[input_image left out: Z.ai takes no input_image]"), U]),
+     [user('a\n{"type":"input_image","file_id":"f"}'), U]),
     # Behind a user's message.
     *(([U, *items], [U, *expected]) for items, expected in (
         # Codex's second turn.
@@ -5001,86 +5334,29 @@ INPUT_IMAGE = {"type": "input_image", "image_url": PNG_URL, "detail": "high"}
         ([thought("T"), thought("U"), output_message("b"), output_message("c"), U],
          [assistant("b\n\nc", thinking="T\n\nU"), U]),
         ([thought("T"), user("b")], [user("b")]),
-        # What comes between a call and its output waits.
-        ([function_call("1"), message("developer", text("d")), gave("1", "one"), U],
-         [ONE_CALL, output("1", "one"), system("d"), U]),
-        ([function_call("1"), function_call("2"), gave("2", "two"), U, gave("1", "one")],
-         [TWO_CALLS_MADE, output("1", "one"), output("2", "two"), U]),
         # An output finds its call when the turn is over, too.
         ([function_call("1"), message("developer", text("d")), function_call("2"), gave("1", "one"), gave("2", "two")],
          [ONE_CALL, output("1", "one"), system("d"), assistant("", [CALL_2]), output("2", "two")]),
         ([function_call("1"), function_call("2"), gave("1", "one"), output_message("b"), gave("2", "two")],
          [TWO_CALLS_MADE, output("1", "one"), output("2", "two"), assistant("b")]),
-        ([function_call("1"), gave("1", "one"), gave("1", "two")],
-         [ONE_CALL, output("1", "one"), user("Output of the tool call 1:\ntwo")]),
-        ([function_call("1"), gave("1", "one"), function_call("2"), gave("2", "two")],
-         [ONE_CALL, output("1", "one"), assistant("", [CALL_2]), output("2", "two")]),
-        ([function_call("1"), U], [ONE_CALL, output("1", "(no output)"), U]),
-        ([gave("1", "one")], [user("Output of the tool call 1:\none")]),
-        ([function_call("1"), gave("1", {"b": 1}), U],
-         [ONE_CALL, output("1", "(no output)"), user(json.dumps(gave("1", {"b": 1}), separators=(",", ":"))), U]),
-        # What an output may hold.
-        *(([function_call("1"), gave("1", content)], [ONE_CALL, output("1", words)]) for content, words in (
-            ([{"type": "input_text", "text": "x"}, {"type": "input_text", "text": "y"}], "x\ny"),
-            ([{"type": "input_file", "file_id": "f"}], "[input_file left out: Z.ai takes no input_file]"))),
-        ([function_call("1"), gave("1", [INPUT_IMAGE])],
-         [ONE_CALL, output("1", "(an image)"), user([FROM_TOOLS, image()])]),
         # What a call may be.
         ([function_call("1", "g", namespace="mcp__tiny"), gave("1", "one")],
          [assistant("", [("1", "mcp__tiny__g", "{}")]), output("1", "one")]),
         ([function_call("1", namespace="functions"), gave("1", "one")], [ONE_CALL, output("1", "one")]),
-        ([{"type": "custom_tool_call", "call_id": "1", "name": "f", "input": "x"},
-          gave("1", "one", "custom_tool_call_output")],
-         [assistant("", [("1", "f", '{"input":"x"}')]), output("1", "one")]),
-        ([function_call(5), gave(5, "one")], [assistant("", [("5", "f", "{}")]), output("5", "one")]),
         *(([message("assistant", *parts), U], [assistant(words), U]) for parts, words in (
             ([{"type": "refusal", "refusal": "No."}], "No."),
             ([text("b"), INPUT_IMAGE, {"type": "refusal", "refusal": "No."}], "b\n\nNo."))))),
 ])
-def test_the_input_of_responses_becomes_a_conversation_of_chat(items, expected):
-    _, request = read_responses(input=items)
-    assert asked_by_front(request).body["messages"] == expected
-    _, request = read_responses(input=items, instructions="Be brief.")
-    assert asked_by_front(request).body["messages"] == [system("Be brief."), *expected]
-
-
-@pytest.mark.parametrize("id", [None, "", []])
-def test_a_call_without_an_id_finds_its_output(id):
-    _, request = read_responses(input=[user("a"), function_call(id), gave(id, "one")])
-    expected = [user("a"), assistant("", [("call_2_0", "f", "{}")]), output("call_2_0", "one")]
-    assert asked_by_front(request).body["messages"] == expected
+def test_the_input_of_responses_becomes_zais_conversation(items, expected):
+    assert read_responses(input=items)[1].body["messages"] == expected
+    _, result = read_responses(input=items, instructions="Be brief.")
+    assert result.body["messages"] == [system("Be brief."), *expected]
 
 
 def test_a_file_keeps_its_name():
     file = {"filename": "f.pdf", "file_data": "AA"}
-    _, request = read_responses(model="glm-5.3-flash", input=[message("user", {"type": "input_file", **file})])
-    assert {"type": "file", "file": file} in asked_by_front(request).body["messages"][0]["content"]
-
-
-def test_a_picture_in_an_output_never_ends_a_conversation():
-    _, request = read_responses(model="glm-4.6", input=[user("a"), function_call("1"), gave("1", [INPUT_IMAGE])])
-    result = asked_by_front(request)
-    assert result.body["messages"][-1] == output("1", "[image left out: GLM-4.6 takes text only]")
-    assert "image" in result.changed
-    _, request = read_responses(model="glm-4.6", input=[message("user", INPUT_IMAGE)])
-    assert asked_by_front(request).body["messages"] == [user("[image left out: GLM-4.6 takes text only]")]
-
-
-def test_tools_of_responses_are_functions():
-    grammar = {"type": "grammar", "syntax": "lark", "definition": "start: x"}
-    more = {"type": "additional_tools", "tools": [{"type": "function", "name": "late", "parameters": {}}]}
-    tools = [*ANY_TOOLS, {"type": "custom", "name": "exec", "description": "Runs.", "format": grammar},
-             {"type": "namespace", "name": "functions", "tools": [{"type": "function", "name": "h"}]},
-             {"type": "function", "name": "a.b"}, {"type": "function", "name": "x" * 80}]
-    _, request = read_responses(tools=tools, input=[more, user("a")])
-    functions = [tool["function"] for tool in asked_by_front(request).body["tools"]]
-    names = [function["name"] for function in functions]
-    assert names[:5] == ["f", "patch", "mcp__tiny__g", "exec", "h"]
-    assert names[-1] == "late"
-    assert re.fullmatch("a_b_[0-9a-f]{8}", names[5])
-    assert re.fullmatch("x{55}_[0-9a-f]{8}", names[6])
-    assert functions[3]["description"] == "Runs.\nlark\nstart: x"
-    assert functions[3]["parameters"]["required"] == ["input"]
+    _, result = read_responses(model="glm-5.3-flash", input=[message("user", {"type": "input_file", **file})])
+    assert {"type": "file", "file": file} in result.body["messages"][0]["content"]
 
 
 # To add a case, add a row: the name that Z.ai says, what the client gets.
@@ -5110,45 +5386,31 @@ def test_a_custom_tool_gets_its_text(words, expected):
                     "name": "patch", "input": expected}
 
 
-# To add a case, add a row: fields of a request that Responses refuses, the parameter it
-# names.
-@pytest.mark.parametrize("fields, param", [
-    ({"previous_response_id": "resp_1"}, "previous_response_id"), ({"conversation": "conv_1"}, "conversation"),
-    ({"prompt": {"id": "p"}}, "prompt"), ({"background": True}, "background"), ({"instructions": 5}, "content"),
-    *(({"input": value}, "input") for value in (None, 5, [5], [{"type": "compaction_trigger"}])),
-    *(({"input": [item]}, param) for item, param in (
-        ({"type": 5}, "input.type"), ({"role": "user"}, "content"), ({"content": "a"}, "input.role"),
-        ({"role": "user", "content": [5]}, "content"), (function_call("1", 5), "tools.name"),
-        (function_call("1", namespace=5), "tools.namespace"), (gave("1", {}), "content"),
-        ({"type": "item_reference"}, "input.id"), (thought(5, content=5), "content"),
-        ({"type": "compaction"}, "content"),
-        (message("user", {"type": "input_image", "file_id": "f"}), "input"),
-        (message("user", {"type": "input_audio"}), "input"), (message("user", {"type": "input_text"}), "input"),
-        (message("assistant", {"type": "text"}), "content.text"))),
-    *(({"tools": value}, param) for value, param in (
-        (5, "tools"), ([5], "tools"), ([{}], "tools.name"), ([{"type": 5}], None),
-        ([{"type": "function"}], "tools.name"), ([{"type": "custom", "name": "f", "format": 5}], "format"),
-        ([{"type": "namespace", "name": "n", "tools": 5}], "tools"))),
-    *(({"tool_choice": value}, param) for value, param in (
-        (5, "tool_choice"), ("maybe", "tool_choice"), ({"type": "function"}, "tools.name"),
-        ({"type": "allowed_tools"}, "tool_choice.tools"))),
-    ({"text": 5}, "text"), ({"text": {"format": 5}}, "response_format"), ({"reasoning": 5}, "reasoning"),
-    ({"include": 5}, "include"), *(({"reasoning": {"effort": value}}, "reasoning_effort") for value in ("much", 5)),
-    ({"stream": "yes"}, "stream"), ({"model": None}, "model"), ({"max_output_tokens": 0}, "max_tokens"),
+PATCH = "*** Begin Patch\n*** Update File: a.py\n@@\n-a\n+b ***\n*** End Patch"
+STARRED = "*** Begin Patch ***\n*** Update File: a.py ***\n@@\n-a\n+b ***\n*** End Patch ***"
+
+
+# What Codex's apply_patch gets is a bare patch. To add a case, add a row: what the model
+# has written.
+@pytest.mark.parametrize("words", [
+    *({field: PATCH} for field in ("input", "patch", "command", "any")), PATCH, {"input": STARRED},
+    {"input": PATCH + "\n"},
+    {"command": ["apply_patch", PATCH]}, {"input": ["apply_patch", STARRED]}, {"arguments": {"patch": PATCH}},
+    {"command": ["bash", "-lc", f"apply_patch <<'EOF'\n{PATCH}\nEOF\n"]}, {"input": f"```diff\n{PATCH}\n```"},
+    {"input": PATCH, "explanation": "I change a."}, [PATCH], f"Here it is:\n{PATCH}\nDone.",
 ])
-def test_responses_refuses_what_cannot_be(fields, param):
-    with pytest.raises(RequestError) as caught:
-        asked_by_front(read_responses(**fields)[1])
-    error = ztoapi.Responses.error(caught.value)["error"]
-    assert ztoapi.Responses.status(caught.value) == 400
-    assert param in (None, error["param"])
-    assert not str(error["param"]).startswith("messages")
+def test_apply_patch_gets_a_bare_patch(words):
+    text = json.dumps(words)
+    steps = [called(0, "call_0", "apply_patch", text), called(1, "call_1", "patch", text), finish("tool_calls")]
+    tools = [{"type": "custom", "name": name} for name in ("apply_patch", "patch")]
+    first, second = folded(lambda: read_responses(tools=tools), steps)["output"]
+    assert first["input"] == PATCH
+    assert second["input"] == ztoapi.unwrap_input(text, "patch")
 
 
-def test_vs_code_sends_everything_at_exactly_this_code():
-    with pytest.raises(RequestError) as caught:
-        read_responses(previous_response_id="resp_1")
-    assert caught.value.code == "previous_response_not_found"
+@pytest.mark.parametrize("words", ["*** Begin Patch\nno end", "no patch", "*** End Patch *** Begin Patch"])
+def test_what_is_no_patch_stays_as_it_is(words):
+    assert ztoapi.unwrap_input(json.dumps({"input": words}), "apply_patch") == words
 
 
 # Responses, the answer
@@ -5272,17 +5534,20 @@ def test_responses_has_an_item_for_each_thing_said(name, kinds, status, reason):
 
 
 def test_a_json_answer_of_responses():
-    echoed = {"metadata": {"a": "b"}, "temperature": 0.5, "tool_choice": "auto", "text": {"verbosity": "low"},
-              "max_output_tokens": 9, "store": False, "user": "user-1", "reasoning": {"effort": "low"}}
-    assert folded(lambda: read_responses(**echoed), ANSWERS["thinking and text"]) == {
+    echoed = {"metadata": {"a": "b"}, "temperature": 0.5, "tool_choice": "auto", "truncation": "auto",
+              "max_output_tokens": 9, "store": False, "user": "user-1", "presence_penalty": 0.5}
+    asks = {"text": {"verbosity": "low"}, "reasoning": {"effort": "low", "summary": "off"}}
+    assert folded(lambda: read_responses(**echoed, **asks), ANSWERS["thinking and text"]) == {
         "id": ANY_ID("resp_"), "object": "response", "created_at": 1000, "status": "completed", "background": False,
         "completed_at": None, "error": None, "incomplete_details": None, "instructions": None, "max_tool_calls": None,
         "model": "glm-4.6v", "parallel_tool_calls": True, "previous_response_id": None, "prompt_cache_key": None,
         "safety_identifier": None, "service_tier": "default", "tools": [], "top_logprobs": 0, "top_p": 1.0,
-        "truncation": "disabled", **echoed,
+        "frequency_penalty": 0, "text": {"format": {"type": "text"}, "verbosity": "low"},
+        # OpenAI has no such word for a summary.
+        "reasoning": {"effort": "low", "summary": None}, **echoed,
         "output": [
             {"type": "reasoning", "id": ANY_ID("rs_"), "summary": [{"type": "summary_text", "text": "Hm."}],
-             "encrypted_content": None, "status": "completed"},
+             "status": "completed"},
             {"type": "message", "id": ANY_ID("msg_"), "status": "completed", "role": "assistant", "content": [
                 {"type": "output_text", "text": "Hello", "annotations": [], "logprobs": []}]}],
         "usage": {"input_tokens": 50, "input_tokens_details": {"cached_tokens": 20, "cache_write_tokens": 0},
@@ -5300,8 +5565,8 @@ def test_usage_has_its_details_always_and_is_null_where_there_is_none():
 def test_thinking_is_kept_by_the_client_only_if_it_asks():
     item = folded(read_user_of_tools, ANSWERS["thinking and text"])["output"][0]
     assert item["encrypted_content"] == "ztoapi:Hm."
-    hidden = Settings.from_environ({"REASONING_FORMAT": "hidden"})
-    output = folded(lambda: read_responses(hidden), ANSWERS["thinking and text"])["output"]
+    output = folded(lambda: by_door("responses", APIS["responses"][1], REASONING_FORMAT="hidden"),
+                    ANSWERS["thinking and text"])["output"]
     assert [item["type"] for item in output] == ["message"]
 
 
@@ -5334,7 +5599,12 @@ def test_an_error_of_responses(status, code, retryable, told_status, told_code):
     error = ApiError("No.", status=status, code=code, retryable=retryable, retry_after=7.0)
     inner = {"message": "No.", "type": "server_error", "param": None, "code": code}
     assert ztoapi.Responses.status(error) == told_status
-    assert ztoapi.Responses.error(error, "req_1") == {"error": inner}
+    if code == "overloaded":
+        # Codex waits it out at this code, but gives up at it in a stream.
+        assert ztoapi.Responses.error(error, "req_1") == {"error": {**inner, "code": "server_is_overloaded"}}
+        code = inner["code"] = "server_error"
+    else:
+        assert ztoapi.Responses.error(error, "req_1") == {"error": inner}
     front, _ = read_responses()
     begin = front.opening() + front.tell([Step("thinking", "A"), Step("text", "B")])
     events = events_of(begin + front.failure(error))
@@ -5348,43 +5618,448 @@ def test_an_error_of_responses(status, code, retryable, told_status, told_code):
     assert failed["response"]["error"] == {"code": told_code, "message": "No. Please try again in 7s."}
     # What was whole, and no more.
     assert [item["type"] for item in failed["response"]["output"]] == ["reasoning"]
-    assert not ztoapi.Responses.cuts_failures
-    assert not ztoapi.Messages.cuts_failures
+    assert not front.cuts_failures
 
 
 # Responses, the memory
 
 def test_the_ai_sdk_refers_to_items_of_an_answer():
     memory = ztoapi.Memory()
-    answer = folded(lambda: read_responses(by=caller(memory=memory)), ANSWERS["two calls"])["output"]
+    answer = folded(lambda: read_responses(caller(memory=memory)), ANSWERS["two calls"])["output"]
     items = [user("a"), *({"type": "item_reference", "id": item["id"]} for item in answer),
              gave("call_0", "one"), gave("call_1", "two")]
-    _, request = read_responses(by=caller(memory=memory), input=items)
-    assert asked_by_front(request).body["messages"] == [
+    _, result = read_responses(caller(memory=memory), input=items)
+    assert result.body["messages"] == [
         user("a"), assistant("B", [("call_0", "f", '{"a":1}'), ("call_1", "f", "{}")], "A"),
         output("call_0", "one"), output("call_1", "two")]
     # The id is no secret, so the key counts.
     with pytest.raises(RequestError) as caught:
-        read_responses(by=caller("other", memory), input=items)
-    assert ztoapi.Responses.status(caught.value) == 404
+        read_responses(caller("other", memory), input=items)
+    assert (ztoapi.Responses.status(caught.value), caught.value.param) == (404, "input[2].id")
     assert "not found" in caught.value.message
-
-
-def test_store_false_fills_no_memory():
-    memory = ztoapi.Memory()
-    folded(lambda: read_responses(by=caller(memory=memory), store=False), ANSWERS["two calls"])
-    assert not memory.values
-    told(lambda: read_responses(by=caller(memory=memory)), ANSWERS["two calls"], True)
-    assert len(memory.values) == 4
 
 
 def test_an_item_is_put_in_for_a_reference_once():
     memory = ztoapi.Memory()
-    (item,) = folded(lambda: read_responses(by=caller(memory=memory)), ANSWERS["text"])["output"]
-    items = [user("a"), *[{"type": "item_reference", "id": item["id"]}] * 3, user("b")]
-    front, request = read_responses(by=caller(memory=memory), input=items)
-    assert asked_by_front(request).body["messages"] == [user("a"), assistant("Hello"), user("b")]
-    assert front.changed == ("item_reference",)
+    (item,) = folded(lambda: read_responses(caller(memory=memory)), ANSWERS["text"])["output"]
+    items = [user("a"), *[{"id": item["id"]}] * 3, user("b")]
+    _, result = read_responses(caller(memory=memory), input=items)
+    assert result.body["messages"] == [user("a"), assistant("Hello"), user("b")]
+    assert result.changed == ("item_reference",)
+
+
+def answered(memory, name="text", key="k", **body):
+    """The response to a request, all of it told."""
+    return folded(lambda: read_responses(caller(key, memory), **body), ANSWERS[name])
+
+
+def test_an_earlier_response_stands_in_front():
+    memory = ztoapi.Memory()
+    first = answered(memory, "two calls", input="a", instructions="Only now.", tools=ANY_TOOLS)
+    assert (first["store"], first["previous_response_id"]) == (True, None)
+    more = {"input": [gave("call_0", "one"), gave("call_1", "two")], "tools": ANY_TOOLS}
+    second = answered(memory, previous_response_id=first["id"], **more)
+    assert second["previous_response_id"] == first["id"]
+    _, result = read_responses(
+        caller(memory=memory), previous_response_id=second["id"], input="b", instructions="Be brief.")
+    assert result.body["messages"] == [
+        system("Be brief."), user("a"), assistant("B", [("call_0", "f", '{"a":1}'), ("call_1", "f", "{}")], "A"),
+        output("call_0", "one"), output("call_1", "two"), assistant("Hello"), user("b")]
+
+
+# To add a case, add a row: the key that asks, fields of the earlier request, whether it
+# was answered.
+@pytest.mark.parametrize("key, fields, is_over", [("other", {}, True), ("k", {"store": False}, True), ("k", {}, False)])
+def test_an_earlier_response_that_is_not_kept_is_a_400_of_exactly_this_code(key, fields, is_over):
+    memory = ztoapi.Memory()
+    if is_over:
+        id = answered(memory, **fields)["id"]
+    else:
+        id = read_responses(caller(memory=memory))[0].id
+    with pytest.raises(RequestError) as caught:
+        read_responses(caller(key, memory), previous_response_id=id)
+    error = caught.value
+    assert (error.status, error.code, error.param) == (400, "previous_response_not_found", "previous_response_id")
+
+
+def test_a_chain_of_responses_takes_linear_memory_and_store_false_none():
+    memory = ztoapi.Memory()
+    sizes = [0]
+    previous = None
+    for _ in range(40):
+        previous = answered(memory, input="x" * 1000, previous_response_id=previous)["id"]
+        sizes.append(sum(memory.sizes.values()))
+    steps = [later - earlier for earlier, later in zip(sizes[1:], sizes[2:])]
+    assert max(steps) == min(steps) < 5000
+    answered(memory, input="x" * 1000, previous_response_id=previous, store=False)
+    assert sum(memory.sizes.values()) == sizes[-1]
+
+
+def test_the_memory_is_bounded_by_bytes_and_the_largest_holder_loses_its_oldest():
+    memory = ztoapi.Memory()
+    memory.put("small", "0", "kept")
+    for i in range(2000):
+        memory.put("large", str(i), "\u20ac" + "x" * 20000)
+        # What is used stays.
+        memory.get("large", "0")
+    held = sum(len(data) for values in memory.values.values() for data in values.values())
+    assert held <= sum(memory.sizes.values()) <= memory.LIMIT_BYTES
+    assert memory.get("small", "0") == "kept"
+    assert memory.get("large", "1") is None
+    assert memory.get("large", "0") == memory.get("large", "1999") == "\u20ac" + "x" * 20000
+
+
+TRIGGER = {"type": "compaction_trigger"}
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_conversation_is_compacted_into_one_item(at_once):
+    steps = [Step("thinking", "Hm"), Step("text", "So "), Step("text", "far."), finish("stop")]
+    items = [message("developer", text("d")), user("a"), function_call("1"), gave("1", "one"), TRIGGER]
+
+    def read():
+        return read_responses(input=items, tools=ANY_TOOLS, text={"format": {"type": "json_object"}})
+    _, result = read()
+    assert result.body["messages"][:-1] == [system("d"), user("a"), ONE_CALL, output("1", "one")]
+    assert "Sum up" in result.body["messages"][-1]["content"]
+    assert not result.body.keys() & {"tools", "response_format"}
+    assert result.body["thinking"] == OFF
+    events = told(read, steps, at_once)
+    assert [event["type"].partition(".")[2] for event in events] == [
+        "created", "in_progress", "output_item.added", "output_item.done", "completed"]
+    assert events[-1]["response"]["output"] == [
+        {"type": "compaction", "id": ANY_ID("cmp_"), "encrypted_content": "So far.", "status": "completed"}]
+    # Where it stands elsewhere it asks for nothing.
+    assert read_responses(input=[TRIGGER, U])[1].body["messages"] == [U]
+
+
+@pytest.mark.parametrize("input", ["a", [user("a")], None])
+def test_the_compaction_endpoint(input):
+    body = {"model": "glm-4.6", "input": input, "instructions": "d", "stream": True}
+    front, request = ztoapi.Compaction.read(body, caller(), Settings())
+    result = ztoapi.to_zai_request(request, Settings())
+    assert result.body["messages"][:-1] == [system("d"), user("a")][:2 if input else 1]
+    assert front.stream is False
+    assert folded(lambda: (front, None), [Step("text", "So far."), finish("stop", None)]) == {
+        "id": ANY_ID("resp_"), "object": "response.compaction", "created_at": 1000,
+        "output": [{"type": "compaction", "id": ANY_ID("cmp_"), "encrypted_content": "So far.", "status": "completed"}],
+        "usage": {"input_tokens": 0, "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+                  "output_tokens": 0, "output_tokens_details": {"reasoning_tokens": 0}, "total_tokens": 0}}
+
+
+# All three: what one API knows is understood through the doors of the others
+
+FIELD_OF_TURNS = {"chat": "messages", "responses": "input", "messages": "messages"}
+
+
+def become(door, *turns, model="glm-4.5v", **fields):
+    """(Z.ai's messages, the set of what was changed) of turns that stand behind and before a user's."""
+    body = {"model": model, FIELD_OF_TURNS[door]: [U, *turns, U], **fields}
+    result = by_door(door, body)[1]
+    assert (result.body["messages"][0], result.body["messages"][-1]) == (U, U)
+    return result.body["messages"][1:-1], set(result.changed)
+
+
+A_CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a":1}'}}
+A_USE = use("1", input={"a": 1})
+# To add a form of a call, or of its output, add a row.
+CALLS = {
+    "chat": {"role": "assistant", "tool_calls": [A_CALL]},
+    "chat, without a type": {"role": "assistant", "content": None, "tool_calls": [{**A_CALL, "type": None}]},
+    "an item": function_call("1", text='{"a":1}'),
+    "a block": using(A_USE),
+    "a block alone": A_USE,
+    "an item in a message": using(function_call("1", text='{"a":1}')),
+    "chat's as a part": using(A_CALL),
+    "LangChain's part": using({"type": "tool_call", "id": "1", "name": "f", "args": {"a": 1}}),
+    "a part and chat's": {**using(A_USE), "tool_calls": [A_CALL]},
+    "a block among chat's": {"role": "assistant", "content": "", "tool_calls": [A_USE]},
+}
+OUTPUTS = {
+    "chat": output("1", "one"),
+    "chat, in parts": output("1", [{"type": "output_text", "text": "one"}]),
+    "an item": gave("1", "one"),
+    "a custom item": gave("1", [{"type": "input_text", "text": "one"}], "custom_tool_call_output"),
+    "a block": user([tool_result("1", "one")]),
+    "a block of blocks": user([tool_result("1", [text("one")])]),
+    "a block alone": tool_result("1", {"type": "text", "text": "one"}),
+}
+
+
+@each_door
+@pytest.mark.parametrize("call", CALLS)
+def test_a_call_and_its_output_in_any_form(door, call):
+    expected = ([assistant("", [("1", "f", '{"a":1}')]), output("1", "one")], set())
+    found = {name: become(door, CALLS[call], turn) for name, turn in OUTPUTS.items()}
+    assert found == dict.fromkeys(OUTPUTS, expected)
+
+
+@each_door
+def test_calls_that_differ_are_two_though_they_have_one_id(door):
+    other = {**A_CALL, "function": {"name": "f", "arguments": '{"a":2}'}}
+    messages, changed = become(door, {**using(A_USE), "tool_calls": [other]})
+    assert [call["id"] for call in messages[0]["tool_calls"]] == ["1", "call_2_1"]
+    assert changed == {"tool_call_id", "empty_message"}
+
+
+# To add a value, add a row: what a tool has brought, the text.
+@each_door
+@pytest.mark.parametrize("value", [
+    {"a": 1}, [{"a": 1}, {"b": [2]}], [1, "x"], ["x"], 5, 0, 1.5, True, {"type": "x", "text": "y"}])
+def test_an_output_that_is_no_text_is_told_as_json(door, value):
+    told = json.dumps(value, separators=(",", ":"))
+    for turn in (output("1", value), gave("1", value), user([tool_result("1", value)])):
+        assert become(door, CALLS["chat"], turn) == ([assistant("", [("1", "f", '{"a":1}')]), output("1", told)], set())
+
+
+SOURCE = {"type": "base64", "media_type": "image/png", "data": "AAAA"}
+IMAGES = [
+    image(), {"type": "image_url", "image_url": PNG_URL}, {"type": "input_image", "image_url": PNG_URL, "detail": "x"},
+    {"type": "image", "source": SOURCE}, {"type": "image", "source": {"type": "url", "url": PNG_URL}},
+    {"type": "image", "data": "AAAA", "mimeType": "image/png"},
+    {"type": "image", "base64": "AAAA", "mime_type": "image/png"}, {"type": "image", "url": PNG_URL},
+]
+# To add a part that has words, add a row: the part, its words.
+WORDS = [
+    *(({"type": kind, "text": "w"}, "w") for kind in ("text", "input_text", "output_text")),
+    (source("document", type="text", data="w"), "w"), (source("document", type="content", content=[text("w")]), "w"),
+    ({"type": "search_result", "source": "s", "title": "t", "content": [text("w")]}, "t\nw"),
+    ({"type": "tool_reference", "tool_name": "Read"}, "Read"),
+    ({"type": "resource", "resource": {"uri": "file:///a", "mimeType": "text/plain", "text": "w"}}, "w"),
+    ({"type": "resource_link", "name": "n", "uri": "file:///a"}, "n\nfile:///a"),
+]
+
+
+@each_door
+@pytest.mark.parametrize("part", IMAGES)
+def test_a_picture_in_any_form(door, part):
+    seen = image() if part.get("type") != "image_url" or isinstance(part["image_url"], str) else part
+    assert become(door, user([text("a"), part])) == ([user([text("a"), seen])], set())
+    for turn in (output("1", [part]), gave("1", [part]), user([tool_result("1", [part])]), tool_result("1", part)):
+        expected = [assistant("", [("1", "f", '{"a":1}')]), output("1", "(an image)"), user([FROM_TOOLS, seen])]
+        assert become(door, CALLS["chat"], turn) == (expected, {"image"})
+
+
+@each_door
+@pytest.mark.parametrize("part, words", WORDS)
+def test_words_in_any_form(door, part, words):
+    assert become(door, user([part])) == ([user(words)], set())
+    assert become(door, system([part])) == ([system(words)], set())
+    for turn in (output("1", [part]), gave("1", [part]), user([tool_result("1", [part])])):
+        expected = [assistant("", [("1", "f", '{"a":1}')]), output("1", words)]
+        assert become(door, CALLS["chat"], turn) == (expected, set())
+
+
+@each_door
+@pytest.mark.parametrize("turns", [
+    [{**A, "reasoning_content": "T"}], [{**A, "reasoning": "T"}],
+    [using({"type": "thinking", "thinking": "T"}, text("A"))],
+    [using({"type": "reasoning", "reasoning": "T"}, text("A"))], [thought("T"), A],
+    [using(thought("T"), text("A"))], [{"type": "thinking", "thinking": "T", "signature": ""}, A],
+    [{"type": "reasoning", "encrypted_content": "ztoapi:T", "summary": []}, output_message("A")],
+])
+def test_thinking_in_any_form(door, turns):
+    assert become(door, *turns) == ([assistant("A", thinking="T")], set())
+
+
+# To add a piece of no known type, add a row: the piece, its words from a user.
+@each_door
+@pytest.mark.parametrize("piece, words", [
+    ({"type": "x", "text": "w"}, "w"), ({"type": "x", "content": [text("w"), "v"], "title": "t"}, "t\nw\nv"),
+    ({"type": "x", "name": "n", "url": "http://a"}, "n\nhttp://a"), ({"type": "x", "x": {"text": "w"}}, "w"),
+    ({"type": "x", "a": 1}, "[x left out: Z.ai takes no x]"), ({"type": "x"}, "[x left out: Z.ai takes no x]"),
+])
+def test_what_is_of_no_known_type_is_said_in_words_but_not_by_the_assistant(door, piece, words):
+    assert become(door, user([text("a"), piece])) == ([user("a\n" + words)], {"x"})
+    assert become(door, system([piece])) == ([system(words)], {"x"})
+    assert become(door, using(text("a"), piece)) == ([assistant("a")], {"x"})
+    assert become(door, piece) == ([], {"x"})
+    told = json.dumps(piece, separators=(",", ":"))
+    expected = [assistant("", [("1", "f", '{"a":1}')]), output("1", "a\n" + told)]
+    assert become(door, CALLS["chat"], output("1", [text("a"), piece])) == (expected, set())
+
+
+@each_door
+def test_what_nests_for_ever_has_an_end(door):
+    deep = text("w")
+    for kind in ("x", "tool_result", "message", "thinking") * 112:
+        deep = {"type": kind, "content": [deep], "role": "user"}
+    messages, changed = become(door, user([text("a"), deep]), using(deep), deep)
+    assert changed
+    assert len(json.dumps(messages)) < 100000
+
+
+# Of the same tool, and of the same choice. To add a form, add a row.
+TOOL_FORMS = [
+    {"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}},
+    {"type": "function", "name": "f", "description": "d", "parameters": {"type": "object"}, "strict": False},
+    {"name": "f", "description": "d", "input_schema": {"type": "object"}},
+    {"name": "f", "description": "d", "parameters": {"type": "object"}},
+    {"type": "custom", "name": "f", "description": "d", "input_schema": {"type": "object"}, "cache_control": {}},
+    {"type": "namespace", "name": "functions", "tools": [{"type": "function", "name": "f", "description": "d",
+                                                          "parameters": {"type": "object"}}]},
+]
+CHOICE_FORMS = [
+    named("f"), {"type": "function", "name": "f"}, {"type": "tool", "name": "f"}, allowed("required", "f"),
+    {"type": "allowed_tools", "mode": "required", "tools": [{"name": "f"}]}, {"function": {"name": "f"}},
+]
+
+
+@each_door
+@pytest.mark.parametrize("tool", TOOL_FORMS)
+def test_a_tool_and_its_choice_in_any_form(door, tool):
+    for choice in CHOICE_FORMS:
+        body = {"model": "glm-4.6", FIELD_OF_TURNS[door]: [U], "tools": [TOOL2, tool], "tool_choice": choice}
+        front, result = by_door(door, body)
+        assert result.body["tools"] == function(name="f", description="d", parameters={"type": "object"})["tools"]
+        assert "calling the tool f" in result.body["messages"][0]["content"]
+        assert front.find_tool("f")["name"] == "f"
+    # An item may bring tools, too.
+    turns = [{"type": "additional_tools", "tools": [tool]}, U]
+    result = by_door(door, {"model": "glm-4.6", FIELD_OF_TURNS[door]: turns})[1]
+    assert [tool["function"]["name"] for tool in result.body["tools"]] == ["f"]
+
+
+@each_door
+def test_a_custom_tool_gets_a_text(door):
+    grammar = {"syntax": "lark", "definition": "start: x"}
+    for tool in ({"type": "custom", "name": "p", "description": "d", "format": {"type": "grammar", **grammar}},
+                 {"type": "custom", "custom": {"name": "p", "description": "d", "format": {"grammar": grammar}}}):
+        turns = [U, {"type": "custom_tool_call", "call_id": "1", "name": "p", "input": "x"}, output("1")]
+        result = by_door(door, {"model": "glm-4.6", FIELD_OF_TURNS[door]: turns, "tools": [tool]})[1]
+        (ours,) = result.body["tools"]
+        assert ours["function"]["description"] == "d\nlark\nstart: x"
+        assert ours["function"]["parameters"]["required"] == ["input"]
+        assert result.body["messages"][1]["tool_calls"][0]["function"] == {"name": "p", "arguments": '{"input":"x"}'}
+
+
+@each_door
+def test_no_two_tools_have_one_name(door):
+    tools = [
+        {"type": "namespace", "name": "a", "tools": [{"name": "b__c"}]}, {"name": "a__b__c"},
+        {"type": "namespace", "name": "a__b", "tools": [{"name": "c"}]},
+        *({"name": name} for name in ("a.b", "a_b", "a/b", "y" * 70, "y" * 71, "wetter in K\u00f6ln"))]
+    owners = [("b__c", "a"), ("a__b__c", None), ("c", "a__b"), *((tool["name"], None) for tool in tools[3:])]
+    calls = [function_call(str(i), name, namespace=space) for i, (name, space) in enumerate(owners)]
+    front, result = by_door(door, {"model": "glm-4.6", FIELD_OF_TURNS[door]: [U, *calls, U], "tools": tools})
+    names = [tool["function"]["name"] for tool in result.body["tools"]]
+    assert names[0] == "a__b__c"
+    assert names[4] == "a_b"
+    assert all(re.fullmatch("[a-zA-Z0-9_-]{1,64}", name) for name in names)
+    assert len(set(names)) == len(names)
+    found = [front.find_tool(name) for name in names]
+    assert [(tool["name"], tool.get("namespace")) for tool in found] == owners
+    assert [call["function"]["name"] for call in result.body["messages"][1]["tool_calls"]] == names
+
+
+def test_chat_restores_the_names_of_tools():
+    front, result = by_door("chat", chat_body(tools=[{"name": "read.file"}], stream=True))
+    (name,) = result.tools
+    steps = [called(0, "call_0", name, "{}"), finish("tool_calls")]
+    assert '"name":"read.file"' in front.tell(steps)
+    fold = ztoapi.Fold()
+    fold.add(steps)
+    assert front.whole(fold)["choices"][0]["message"]["tool_calls"][0]["function"]["name"] == "read.file"
+
+
+@each_door
+def test_tools_are_counted_as_they_are_sent(door):
+    tools = [{"name": f"f{i}"} for i in range(128)]
+    body = {"model": "glm-4.6", FIELD_OF_TURNS[door]: [U], "tools": [*tools, {"type": "web_search_preview"}]}
+    assert len(by_door(door, body)[1].body["tools"]) == 128
+    with pytest.raises(RequestError, match="128"):
+        by_door(door, {**body, "tools": [*tools, {"name": "g"}]})
+
+
+# A picture that the asked model does not see, where VISION_MODEL is set. To add a case,
+# add a row: turns, whether that one answers.
+SHOWN = user([text("a"), PICTURE])
+@each_door
+@pytest.mark.parametrize("turns, sees", [
+    ([SHOWN], True), ([U, A, SHOWN], True), ([SHOWN, system("s")], True), ([SHOWN, A, U], False), ([SHOWN, U], True),
+    ([U, CALLS["chat"], output("1", [PICTURE])], True), ([U, CALLS["chat"], gave("1", [INPUT_IMAGE])], True),
+    ([U, A_USE, user([tool_result("1", [PNG])])], True), ([U, A_USE, tool_result("1", [PNG]), U], True),
+    ([SHOWN, CALLS["chat"], output("1", "one")], True),
+    ([U, CALLS["chat"], output("1", [PICTURE]), A, U], False),
+    ([U, CALLS["chat"], output("1", [PICTURE]), CALLS["chat"], output("1", "one")], False),
+])
+def test_vision_model_answers_where_this_turn_shows_a_picture(door, turns, sees):
+    body = {"model": "GLM-4.6", FIELD_OF_TURNS[door]: turns}
+    front, result = by_door(door, body, VISION_MODEL="GLM-5.3-Flash")
+    assert result.body["model"] == ("glm-5.3-flash" if sees else "glm-4.6")
+    assert front.model == "GLM-4.6"
+    said = json.dumps(result.body["messages"])
+    assert ("image_url" in said) == sees
+    # A model that sees answers itself, and so does one that has to.
+    assert by_door(door, {**body, "model": "glm-4.6v"}, VISION_MODEL="glm-5.3-flash")[1].body["model"] == "glm-4.6v"
+    _, request = DOORS[door].read(body, caller(), Settings())
+    again = ztoapi.to_zai_request(request, Settings(vision_model="glm-5.3-flash"), model="glm-4.6v").body
+    assert (again["model"], "image_url" in json.dumps(again)) == ("glm-4.6v", "PNG" in said or "image" in said)
+
+
+# Estimates. To add a text, add a row: it, and how many tokens at least and at most.
+@pytest.mark.parametrize("words, least, most", [
+    ("The quick brown fox jumps over the lazy dog. " * 100, 1125, 1300), ("", 0, 1),
+    ("\u4f60\u597d\u4e16\u754c" * 250, 769, 800)])
+def test_tokens_are_estimated(words, least, most):
+    assert least <= ztoapi.estimate_tokens(words) <= most
+    _, result = read_messages(messages=[user(words)])
+    assert least <= result.tokens <= most + 50
+
+
+def test_an_estimate_counts_all_but_the_bytes_of_pictures():
+    big = {"type": "image", "source": {**SOURCE, "data": "A" * 10**6}}
+    bare, shown = (read_messages(messages=[user([text("a"), *more])])[1].tokens for more in ([], [big]))
+    assert 500 < shown - bare < 3000
+    tools = [{"name": "f", "input_schema": {"type": "object", "description": "word " * 1000}}]
+    assert read_messages(system="word " * 1000, tools=tools)[1].tokens - bare > 2500
+
+
+# Schemas in plain words, for a further try. To add one, add a row: the schema, the
+# plainer one; None: it is plain.
+ANY = {"description": "Any JSON value."}
+@pytest.mark.parametrize("properties, plainer", [
+    ({"a": {"type": "string", "enum": ["x"], "default": {}}, "b": {"type": ["string", "null"]}}, None), ({}, None),
+    ({"const": {"type": "string", "description": "$ref anyOf"}}, None),
+    ({"a": {"anyOf": [{"type": "string"}, {"type": "null"}], "description": "d"}},
+     {"a": {"type": "string", "description": "d"}}),
+    ({"a": {"oneOf": [{"type": "integer"}, {"type": "string"}]}}, {"a": {"type": "string"}}),
+    ({"a": {"anyOf": [{"type": "array", "items": {"const": 1}}, {"type": "null"}]}},
+     {"a": {"type": "array", "items": {"enum": [1]}}}),
+    ({"a": {"oneOf": [{"const": "x"}, {"const": "y"}, {"enum": ["z"]}]}}, {"a": {"enum": ["x", "y", "z"]}}),
+    ({"a": True, "b": {}, "c": False}, {"a": ANY, "b": ANY, "c": ANY}),
+    ({"a": {"$ref": "#/$defs/Panel", "description": "mine"}},
+     {"a": {"type": "object", "description": "mine", "properties": {"title": {"type": "string"}}}}),
+    ({"a": {"allOf": [{"$ref": "#/$defs/a~1b"}, {"description": "d"}]}}, {"a": {"type": "number"}}),
+    ({"a": {"$ref": "#/nowhere"}, "b": {"$ref": "http://a/b.json"}, "c": {"anyOf": 5}}, {"a": ANY, "b": ANY, "c": {}}),
+])
+def test_hard_schemas_become_plain(properties, plainer):
+    defs = {"a/b": {"type": "number"}, "Panel": {"type": "object", "properties": {"title": {"type": "string"}}}}
+    schema = {"type": "object", "properties": properties}
+    if "$ref" in json.dumps(list(properties.values())) and plainer:
+        schema["$defs"] = defs
+    tool = {"type": "function", "function": {"name": "f", "description": "d", "parameters": schema}}
+    body = {"model": "m", "messages": [U], "tools": [SEARCH, TOOL, tool]}
+    before = copy.deepcopy(body)
+    simpler = ztoapi.simpler_schemas(body)
+    assert body == before
+    if plainer is None:
+        assert simpler is None
+        return
+    assert simpler["tools"][:2] == [SEARCH, TOOL]
+    found = simpler["tools"][2]["function"]
+    assert (found["name"], found["description"]) == ("f", "d")
+    assert not re.search("[$]ref|[$]defs|anyOf|oneOf|allOf|const", json.dumps(found))
+    assert found["parameters"] == {"type": "object", "properties": plainer}
+
+
+def test_a_schema_that_refers_to_itself_has_an_end():
+    defs = {str(i): {"anyOf": [{"$ref": f"#/$defs/{j}"} for j in range(20)]} for i in range(20)}
+    schema = {"$ref": "#/$defs/0", "$defs": defs}
+    body = {"tools": [{"type": "function", "function": {"name": "f", "parameters": schema}}]}
+    with under_a_second():
+        assert len(json.dumps(ztoapi.simpler_schemas(body))) < 10**6
+    assert ztoapi.simpler_schemas({"messages": []}) is None
 
 
 # Both, bounds
@@ -5413,11 +6088,12 @@ def test_an_item_is_put_in_for_a_reference_once():
     ("a model's name", {"model": "[" * 10**7}),
 ])
 def test_no_request_takes_more_than_linear_time(fields):
+    body = {"model": "glm-4.6v", "input": "Hi", **fields}
     with under_a_second(), contextlib.suppress(RequestError):
-        front, request = read_responses(**fields)
+        _, request = ztoapi.Responses.read(body, caller(), Settings())
         result = ztoapi.to_zai_request(request, Settings())
-        assert max(len(front.changed), len(result.changed)) <= 100
-        assert max(map(len, front.changed), default=0) <= 40
+        assert len(result.changed) <= 100
+        assert max(map(len, result.changed), default=0) <= 40
 
 
 def test_what_responses_echoes_has_a_bound():
@@ -5428,15 +6104,14 @@ def test_what_responses_echoes_has_a_bound():
     for _ in range(100000):
         deep = [deep]
     with pytest.raises(RequestError):
-        read_responses(metadata={"a": deep})
+        ztoapi.Responses.read({"input": "a", "metadata": {"a": deep}}, caller(), Settings())
 
 
 # Answers that are kept for their end. To add a case, add a row: what is kept, steps.
 @pytest.mark.parametrize("read", (read_responses, read_messages))
 @cases("steps", [
     ("texts", [Step("text", "x" * (1 << 20))] * 100),
-    ("calls that wait for theirs", [called(i, f"call_{i}", "f", "{") for i in range(100)]
-     + [arguments(i, "1") for i in range(100)] * 2000),
+    ("arguments", [called(0, "call_0", "f", "{")] + [arguments(0, "1" * (1 << 20))] * 100),
 ])
 def test_what_is_kept_for_the_end_has_a_bound(read, steps):
     front, _ = read()
@@ -5577,7 +6252,8 @@ class Timed:
         return self.answers.popleft() if self.answers else self.script
 
     def job(self, model="glm-4.6"):
-        return self.upstream.job(ztoapi.to_zai_request(chat_body(model=model, stream=True), self.settings))
+        request = ztoapi.Request(chat_body(model=model, stream=True), {})
+        return self.upstream.job(ztoapi.to_zai_request(request, self.settings))
 
     def ask(self, model="glm-4.6"):
         """(text, error, record)"""
@@ -6448,7 +7124,7 @@ def test_nothing_is_read_from_zai_while_its_client_is_behind(fake_stream):
     fake_stream.outbox.put("text")
     received = []
     connection = types.SimpleNamespace(receive=received.append)
-    relay = ztoapi.Relay(connection, ztoapi.Answer(ztoapi.Translator()), fake_stream, None)
+    relay = ztoapi.Relay(connection, new_answer(), fake_stream, None)
     assert not relay.step(1, bytearray(10))
     assert received == []
 
@@ -6775,11 +7451,16 @@ def test_starting_afresh_before_anything_came_is_no_beginning(zai, proxy, stream
 def test_who_loses_an_error_over_a_cut_gets_the_closing_chunk_behind_it(zai, proxy, fault):
     zai.default = [HEAD, chunked(say("Hel")), *LATE[fault]]
     for line, closed in (("Origin: https://app.example", True), ("User-Agent: ai/6.0 ai-sdk/openai/3.0", True),
-                         ("User-Agent: OpenAI/Python 3.57", False)):
-        _, _, events, clean = proxy.stream([line])
-        assert list(events[-1]) == ["error"]
-        assert finish_of(events) == []
-        assert clean == closed
+                         ("Sec-Fetch-Mode: cors", True), ("User-Agent: OpenAI/Python 3.57", False)):
+        with proxy.open_stream([line]) as sock:
+            _, _, events, clean = read_stream(sock)
+            assert list(events[-1]) == ["error"]
+            assert finish_of(events) == []
+            assert clean == closed
+            # Behind a clean end the connection serves again.
+            if closed:
+                sock.sendall(raw_request("GET", "/v1/models"))
+                assert next_reply(sock).status == 200
 
 
 HOPELESS = ("1100 1110 1111 1112 1113 1121 1210 1211 1212 1213 1214 1215 1220 1221 1222 1231 1261 1300 1301 1304 1308"
@@ -6911,7 +7592,7 @@ def test_upstream_timeout_is_of_silence_and_never_of_the_whole():
     pieces = [HEAD, *[chunked(say("a"))] * 6]
     connection = types.SimpleNamespace(pending=bool)
     fold = ztoapi.Fold()
-    answer_to_come = ztoapi.Answer(ztoapi.Translator())
+    answer_to_come = new_answer()
     relay = ztoapi.Relay(connection, answer_to_come, ztoapi.Client(None), fold.add)
     for i, piece in enumerate(pieces):
         connection.receive = lambda buffer: piece
@@ -7095,7 +7776,7 @@ def test_a_job_keeps_nothing_of_the_conversation(make_timed):
         """A list that can be watched."""
 
     road = make_timed()
-    result = asked(chat_body(tools=[TOOL]))
+    result = ztoapi.to_zai_request(ztoapi.Request(chat_body(tools=[TOOL]), {}), Settings())
     result.body["messages"] = Conversation(result.body["messages"])
     alive = weakref.ref(result.body["messages"])
     job = road.upstream.job(result)
@@ -8189,8 +8870,8 @@ def text_of(api, answer):
 # To add a case, add a row: method, path, whether the key is right, the status, the type
 # (Messages) or the code (Responses) of the error.
 API_REFUSALS = [
-    ("POST", "/v1/messages/count_tokens", True, 404, "not_found_error"),
-    ("POST", "/messages/count_tokens", True, 404, "not_found_error"),
+    ("POST", "/v1/messages/count_tokens", True, 400, "invalid_request_error"),
+    ("GET", "/messages/count_tokens", True, 405, "invalid_request_error"),
     ("GET", "/v1/messages/batches/abc", True, 404, "not_found_error"),
     ("GET", "/v1/messages", True, 405, "invalid_request_error"),
     ("POST", "/v1/messages", True, 400, "invalid_request_error"),
@@ -8202,7 +8883,8 @@ API_REFUSALS = [
     ("GET", "/v1/responses/abc", True, 404, "not_found"),
     ("DELETE", "/v1/responses/abc", True, 404, "not_found"),
     ("POST", "/v1/responses/abc/cancel", True, 404, "not_found"),
-    ("POST", "/v1/responses/compact", True, 404, "not_found"),
+    ("POST", "/v1/responses/compact", True, 400, "missing_required_parameter"),
+    ("POST", "/v1/responses/input_tokens", True, 404, "not_found"),
     ("DELETE", "/v1/responses", True, 405, "method_not_allowed"),
     *(("POST", path, True, 400, "missing_required_parameter") for path in ("/v1/responses", "/api/v1/responses")),
     ("GET", "/v1/responses", False, 401, "invalid_api_key"),
@@ -8228,9 +8910,46 @@ def test_an_api_says_in_its_own_shape_what_it_does_not_serve(shared, method, pat
 
 
 def test_a_path_that_an_api_does_not_serve_says_why(shared):
-    for path, words in (("/v1/messages/count_tokens", "estimate"), ("/v1/responses/abc", "keeps no responses")):
-        reply = exchange(shared, raw_request("POST", path, body=b"{}"))[0]
-        assert words in reply.error()["message"]
+    reply = exchange(shared, raw_request("POST", "/v1/responses/abc", body=b"{}"))[0]
+    assert "previous_response_id" in reply.error()["message"]
+
+
+@pytest.mark.parametrize("path", ["/v1/messages/count_tokens", "/messages/count_tokens?beta=true"])
+def test_tokens_are_counted_without_asking_zai(shared, path):
+    reply = exchange(shared, raw_request("POST", path, body=json.dumps(MESSAGES_BODY).encode()))[0]
+    assert (reply.status, list(reply.json())) == (200, ["input_tokens"])
+    assert 20 < reply.json()["input_tokens"] < 200
+    assert not shared.zai.requests
+
+
+def test_a_conversation_is_compacted_by_post(proxy, zai):
+    status, _, answer = proxy.call("POST", "/v1/responses/compact", {"model": "glm-4.6", "input": [user("a"), A]})
+    assert (status, answer["object"]) == (200, "response.compaction")
+    assert [(item["type"], item["encrypted_content"]) for item in answer["output"]] == [("compaction", "Hello")]
+    status, _, answer = proxy.call("POST", "/v1/responses", {"model": "glm-4.6", "input": [*answer["output"], U]})
+    assert status == 200
+    assert zai.requests[-1]["body"]["messages"] == [user("Hello"), U]
+
+
+def test_a_response_goes_on_from_an_earlier_one(proxy, zai):
+    body = {"model": "glm-4.6", "input": "a"}
+    first = proxy.call("POST", "/v1/responses", body)[2]
+    status, _, second = proxy.call("POST", "/v1/responses", {**body, "previous_response_id": first["id"]})
+    assert (status, second["previous_response_id"]) == (200, first["id"])
+    assert zai.requests[-1]["body"]["messages"] == [user("a"), assistant("Hello", thinking="The user"), user("a")]
+
+
+@each_door
+def test_the_model_that_answers_is_told(zai, door):
+    turn = user([{"type": "text", "text": "a"}, PICTURE])
+    path, body = {"chat": (CHAT, chat_body()), **APIS}[door]
+    body = {**body, "input" if door == "responses" else "messages": [turn], "model": "GLM-4.6", "stream": False}
+    with proxying(zai, VISION_MODEL="glm-5.3-flash") as proxy:
+        status, headers, answer = proxy.call("POST", path, body)
+        assert (status, headers["x-ztoapi-model"], answer["model"]) == (200, "glm-5.3-flash", "GLM-4.6")
+        proxy.idle()
+        assert 'model="glm-5.3-flash"' in proxy.server.metrics.prometheus([], {})
+        assert proxy.chat()[1]["x-ztoapi-model"] == "glm-4.6"
 
 
 @each_api

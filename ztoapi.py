@@ -28,6 +28,8 @@ true/false, 1/0, yes/no, on/off. A dash stands for a variable that is not set.
     REASONING_FORMAT  parsed                        chat's thinking: reasoning_content (parsed),
                                                     <think> in the text (raw), or hidden
     MODEL_ALIASES     -                             gpt-4o=glm-4.6,o3=glm-5.2; * for all unknown ids
+    VISION_MODEL      -                             answers where a picture is shown to a model
+                                                    that sees none, as glm-5.3-flash could
     MAX_CONCURRENCY   0                             requests in flight per key and model; 0: learned
     QUEUE_TIMEOUT     120                           longest wait for a free slot, then 429
     MAX_RETRIES       2                             further tries while nothing of the answer came
@@ -47,7 +49,7 @@ true/false, 1/0, yes/no, on/off. A dash stands for a variable that is not set.
 # the requests to Z.ai, its answers, the fronts), then those that do I/O (gates, pump,
 # upstream, metrics, handler, server), then the demo, the check and the page.
 #
-#           dict             chat dict              Z.ai dict
+#           dict              Request               Z.ai dict
 # client --> Handler --> front.read() --> to_zai_request() --> Upstream --> Z.ai
 #               ^                                    (gate, pool, retry)
 #   SSE bytes   |              steps          steps               | bytes
@@ -229,6 +231,7 @@ class Settings:
         "parsed", parse_word(*REASONING_FORMATS), "parsed, raw or hidden")
     model_aliases: dict[str, str] = setting(
         {}, parse_aliases, "pairs like gpt-4o=glm-4.6", unset=NO_VALUE)
+    vision_model: str = setting("", str, "the name of a model that sees", unset=NO_VALUE)
     max_concurrency: int = setting(0, parse_number(int, 0), "a whole number")
     queue_timeout: float = setting(120.0, parse_number(float, 0), "seconds")
     max_retries: int = setting(2, parse_number(int, 0, 100), "a whole number up to 100")
@@ -757,16 +760,25 @@ def canonical_id(name):
     return tail if find_model(tail) else id
 
 
-def zai_model_id(name, model_aliases):
+# Z.ai's own Messages entrance maps Claude's models, too: those with a word in their
+# names, and all others.
+CLAUDE = re.compile("(^|/)claude-")
+CLAUDE_MODELS = {"haiku": "glm-4.5-air", "": "glm-5.3"}
+
+
+def zai_model_id(name, model_aliases, claude=False):
     """Z.ai's id for the model that a client names.
 
     `model_aliases` come first, then the alias "*" for ids that the table does not know.
+    With `claude` the names of Claude's models stand for some of Z.ai's.
     """
     aliases = {canonical_id(alias): target for alias, target in model_aliases.items()}
     id = canonical_id(name)
     target = aliases.get(id)
     if target is None and find_model(id) is None:
         target = aliases.get("*")
+    if target is None and claude and CLAUDE.search(id):
+        target = next(model for word, model in CLAUDE_MODELS.items() if word in id)
     return id if target is None else canonical_id(target)
 
 
@@ -916,8 +928,11 @@ decode_strictly = Decoder(
 # function of ours would be called three times an event.
 lenient = Decoder(
     parse_constant=lambda name: None, parse_float=finite_or_null, strict=False)
-# In C, as events are bounded.
+# In C, as events are bounded: (value, where it ends), or StopIteration where there is
+# no value.
 scan_json = lenient.scan_fast
+# The same of a string, from behind its first quote.
+scan_string = json.decoder.scanstring
 
 
 # What the decoders raise.
@@ -939,28 +954,49 @@ def decode_first(text):
 
 class JsonProgress:
     """Follows an object or an array that comes in pieces: feed(text) -> what of the
-    text belongs to it. `ended`: it is whole."""
+    text belongs to it. `ended`: it is whole, and `rest` is what stands behind it.
+
+    Control characters in strings, which clients do not take, are escaped.
+    """
 
     # A backslash and what it escapes count as one mark.
-    MARK = re.compile(r'\\.?|["{}\[\]]', re.DOTALL)
+    MARK = re.compile(r'\\.|["{}\[\]\0-\x1f]', re.DOTALL)
 
     def __init__(self):
         self.depth = 0
         self.in_string = False
-        self.skip = 0  # 1 if the last character so far escapes the next
+        self.held = ""  # a backslash at the end, whose character is still to come
         self.ended = False
+        self.rest = ""
 
     def feed(self, text):
+        return "".join([piece for piece, _ in self.pieces(text)])
+
+    def pieces(self, text):
+        """(piece, whether it is a string's) of what feed() gives; inner strings do not
+        count."""
         if self.ended:
-            return ""
-        start = self.skip
-        self.skip = max(0, start - len(text))
-        for found in self.MARK.finditer(text, start):
+            self.rest = text
+            return
+        text = self.held + text
+        self.held = ""
+        at = end = 0
+        for found in self.MARK.finditer(text):
+            # What the last string said may have been all.
+            if self.ended:
+                break
             mark = found.group()
-            if mark == "\\":
-                self.skip = 1
+            start, end = found.span()
+            if mark[-1] < " ":
+                if self.in_string:
+                    yield text[at:start] + quote(mark[-1])[1:-1], self.depth < 2
+                    at = end
             elif mark == '"':
                 self.in_string = not self.in_string
+                if self.depth < 2:
+                    cut = start if self.in_string else end
+                    yield text[at:cut], not self.in_string
+                    at = cut
             elif self.in_string or len(mark) > 1:
                 continue
             elif mark in "{[":
@@ -969,13 +1005,21 @@ class JsonProgress:
                 self.depth -= 1
                 self.ended = self.depth <= 0
                 if self.ended:
-                    return text[:found.end()]
-        return text
+                    break
+        if self.ended:
+            self.rest = text[end:]
+            text = text[:end]
+        elif end < len(text) and text.endswith("\\"):
+            self.held = "\\"
+        yield text[at:len(text) - len(self.held)], self.in_string and self.depth < 2
 
 
 def new_id(prefix, rand=random.getrandbits):
     """An id as OpenAI's look. It is no secret, so that cheap randomness will do."""
     return f"{prefix}{rand(96):024x}"
+
+
+new_call_id = functools.partial(new_id, "call_")
 
 
 # Heads of HTTP, as text in latin-1 with the line ends they came with. There is no
@@ -1202,6 +1246,7 @@ class Unframed:
 
     done = False
     rest = b""
+    left = 0
 
     def feed(self, data):
         return data
@@ -1300,14 +1345,17 @@ def encode_event(value):
 
 # To Z.ai ##############################################################################
 #
-# The one door to Z.ai: to_zai_request(), last in this section, makes of a chat request
-# the request that Z.ai takes. All checks are made here: what has passed is trusted
-# below. The ranges refused are OpenAI's own; what is inside them and outside Z.ai's is
-# clamped. null in an optional field counts as absent.
+# The one reader, and the one door to Z.ai: to_zai_request(), last in this section. A
+# front says where things are in its API's body, and nothing about what they mean: the
+# Reader understands the messages, items, blocks, parts, tools, choices and wishes of
+# all three APIs, whichever they came through, and writes Z.ai's own form at once. All
+# checks are made here: what has passed is trusted below. The ranges refused are
+# OpenAI's own; what is inside them and outside Z.ai's is clamped. null counts as
+# absent.
 #
-# What a client once let into its history comes again with every turn. So only the
-# last message can be refused for what it shows. What stands before it is mended, or
-# left out and named; otherwise the conversation could never go on.
+# What a client once let into its history comes again with every turn. So only what
+# stands last can be refused. What stands before it is mended, said in words, or left
+# out and named; otherwise the conversation could never go on.
 
 NUMBER = (int, float)
 TYPES = {
@@ -1325,12 +1373,12 @@ EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 LONGEST_NAME = 256
 # OpenAI's bound and Z.ai's.
 MOST_TOOLS = 128
-MOST_STOP_WORDS = 4
 # Each piece of an answer is compared with as much of the text before it.
 LONGEST_STOP_WORD = 256
 
 
-# What the proxy reads itself. Fields that are in neither table go to Z.ai as they are.
+# What the proxy reads itself. Fields of chat that are in no table go to Z.ai as they
+# are.
 FIELDS = {
     "model": str,
     "messages": list,
@@ -1347,8 +1395,6 @@ FIELDS = {
     "tools": list,
     "tool_choice": (str, dict),
     "parallel_tool_calls": bool,
-    "thinking": dict,
-    "enable_thinking": bool,
     "reasoning_effort": str,
     "reasoning_format": str,
 }
@@ -1361,44 +1407,96 @@ RANGES = {
     "top_p": (0, 1),
     "max_tokens": (1, INFINITY),
     "max_completion_tokens": (1, INFINITY),
-    "tools": (0, MOST_TOOLS),
 }
-UNITS = {str: " characters", list: " items"}
-WORDS = {"reasoning_effort": EFFORTS, "reasoning_format": REASONING_FORMATS}
-# OpenAI's fields that Z.ai has no use for.
+UNITS = {str: " characters long", list: " items long"}
+# Fields of OpenAI's and of others that Z.ai has no use for. What the last two lines
+# wish for thinking is kept.
 DROPPED = frozenset("""
     audio frequency_penalty include_reasoning logit_bias logprobs metadata modalities
     moderation prediction presence_penalty prompt_cache_key prompt_cache_options
     prompt_cache_retention safety_identifier service_tier store top_logprobs verbosity
     web_search_options
+    chat_template_kwargs output_config reasoning think thinking_budget thinking_config
 """.split())
-# The wish for thinking: our own fields and one that others send beside them, fields of
-# other APIs, what these may hold, and the words for on, off and no wish. 1 and 0 are
-# True and False, too.
-OWN_WISHES = ("thinking", "enable_thinking", "reasoning_effort", "thinking_budget")
-FOREIGN_WISHES = (
-    "reasoning", "chat_template_kwargs", "output_config", "think", "thinking_config")
-WISH_KEYS = """
-    type enabled enable_thinking thinking effort reasoning_effort thinking_level max_tokens
-    budget_tokens thinking_budget
-""".split()
-WISH_WORDS = {
-    1: True, "true": True, "on": True, "enabled": True, "adaptive": True,
-    0: False, "false": False, "off": False, "disabled": False,
-    "auto": None, "default": None,
-    "xlow": "minimal", "ultra": "max",
-    **{effort: effort for effort in EFFORTS},
+# What asks for nothing, so that nothing is lost with it.
+NOTHING = (None, False, 0, "", [], {})
+DEFAULTS = {
+    "service_tier": "auto",
+    "truncation": "disabled",
+    "modalities": ["text"],
 }
+
+# Where clients say whether to think, or how much: Z.ai's own places, then those of
+# OpenAI, Anthropic, OpenRouter, vLLM, Ollama, Qwen and Google. Of two that say the same
+# thing the first counts.
+WISHES = """
+    thinking.type thinking enable_thinking reasoning_effort output_config.effort
+    thinking.budget_tokens thinking_budget reasoning.effort reasoning.enabled
+    reasoning.max_tokens chat_template_kwargs.enable_thinking
+    chat_template_kwargs.thinking chat_template_kwargs.reasoning_effort think
+    thinking_config.thinking_level thinking_config.thinking_budget
+""".split()
+OWN_WISHES = ("thinking", "enable_thinking")
+# The words for on, off, no wish and the efforts.
+WISH_WORDS = {
+    "enabled": True,
+    "adaptive": True,
+    "true": True,
+    "disabled": False,
+    "false": False,
+    "auto": None,
+    "default": None,
+    **dict(zip(EFFORTS, EFFORTS)),
+    "ultra": "max",
+}
+# The efforts that are nearest to a number of tokens.
+BUDGETS = {
+    0: False,
+    1024: "low",
+    8192: "medium",
+    24576: "high",
+    INFINITY: "max",
+}
+# What OpenAI's efforts become where Z.ai grades thinking.
+GRADES = dict(zip(EFFORTS, "low low low high high max max".split()))
+# A family of models: thinking.type for the wishes off and on, and its words of effort.
+# Where thinking cannot be turned off, "disabled" is a 400.
+FAMILIES = {
+    NO_THINKING: (None, None, {}),
+    SWITCH: ("disabled", "enabled", {}),
+    GRADED: ("disabled", "enabled", GRADES),
+    ALWAYS: ("enabled", "enabled", GRADES),
+    # A model that the table does not know gets the words that were sent.
+    None: ("disabled", "enabled", dict(zip(EFFORTS, EFFORTS))),
+}
+
+
+class Request(NamedTuple):
+    """What a client asks, and how its API says it."""
+    fields: dict  # by chat's names; their values in any API's form
+    names: dict  # chat's name of a field -> the client's, where that is another
+    changed: tuple = ()  # short names of what the front left out
+    # The clients are agents, which keep what they once sent: a picture that was refused
+    # would come again with each turn.
+    agents: bool = False
+    claude: bool = False  # Claude's models stand for some of Z.ai's
+    prompt: object = None  # the system's words, outside of the messages
+    earlier: tuple = ()  # turns that stand before the messages
+    recall: object = None  # gives the item of an earlier answer for its id, or None
 
 
 class Asked(NamedTuple):
     """What Z.ai is asked, and what reading its answer needs to know."""
-    body: dict      # Z.ai's request
+    body: dict  # Z.ai's request
+    data: bytes  # the same as JSON
     changed: tuple  # short names of what was altered or dropped
-    tools: dict     # name -> text_parameters(), of the function tools sent
-    one_call: bool  # parallel_tool_calls is false: only the first call passes
-    unfence: bool   # JSON was asked for: a Markdown fence around it is taken off
-    stop: tuple     # the words before which the proxy itself cuts the text
+    tools: dict  # name -> argument_types(), of the function tools sent
+    owners: dict  # a tool's name at Z.ai -> the client's type, name and namespace
+    one_call: bool = False  # parallel_tool_calls is false: only the first call passes
+    json: bool = False  # JSON alone was asked for
+    no_thinking: bool = False  # thinking was turned off
+    stop: tuple = ()  # the words before which the proxy itself cuts the text
+    tokens: int = 0  # an estimate of the prompt's
 
 
 def read_json_object(data):
@@ -1424,154 +1522,173 @@ def encode_request(value):
         raise RequestError("The body is nested too deeply.") from None
 
 
-# The checks. `param` is the path of the value in the request, which the error names.
+# The checks. A `path` is a value's place in the client's request: a text, or the path
+# to what is around it and the key or the number in there. Errors alone spell it out.
 
-def missing(param):
+def spelled(path):
+    """A path as text: "messages[0].content"."""
+    if isinstance(path, str):
+        return path
+    outer, key = path
+    inner = f"[{key}]" if isinstance(key, int) else f".{key}"
+    return (spelled(outer) + inner).lstrip(".")
+
+
+def wrong(path, words, **facts):
+    """The error of a value that `words` tell of."""
+    param = spelled(path)
+    return RequestError(f"'{param}' {words}.", param, **facts)
+
+
+def missing(path):
+    param = spelled(path)
     return RequestError(
         f"Missing required parameter: '{param}'.", param, code="missing_required_parameter")
 
 
-def expect(value, type, param):
+def expect(value, type, path):
     """`value`, if it is of that type, one of TYPES."""
     # In Python, true and false are numbers too.
     if not isinstance(value, type) or isinstance(value, bool) and type is not bool:
-        raise RequestError(f"'{param}' must be {TYPES[type]}.", param, code="invalid_type")
+        raise wrong(path, f"must be {TYPES[type]}", code="invalid_type")
     return value
 
 
-def need(value, key, type, param):
-    """value[key], if it is of that type. `param` is the path of the dict `value`."""
-    return expect(expect(value, dict, param).get(key), type, f"{param}.{key}")
-
-
-def need_word(value, words, param):
+def need_word(value, words, path):
     if value not in words:
-        raise RequestError(f"'{param}' must be one of {', '.join(words)}.", param)
+        raise wrong(path, f"must be one of {', '.join(words)}")
 
 
-def need_within(value, bounds, param):
+def need_within(value, bounds, path):
     low, high = bounds
     unit = UNITS.get(type(value), "")
     size = len(value) if unit else value
-    verb = "have" if unit else "be"
     if not low <= size <= high:
         bound = f"at least {low}" if size < low else f"at most {high}"
-        raise RequestError(f"'{param}' must {verb} {bound}{unit}.", param)
+        raise wrong(path, f"must be {bound}{unit}")
 
 
 def without_nulls(value):
     return {name: inner for name, inner in value.items() if inner is not None}
 
 
-def text_part(text):
-    return {"type": "text", "text": text}
+def dig(value, path):
+    """What stands at a path such as "text.format"; None if nothing does."""
+    for key in path.split("."):
+        value = as_dict(value).get(key)
+    return value
 
 
-def function_object(**fields):
-    """What chat has for a tool, a call of it, and a choice of it."""
-    return {"type": "function", "function": fields}
+def asks(name, value):
+    """Whether a field of that name asks for something."""
+    return value not in NOTHING and value != DEFAULTS.get(name)
 
 
-def effort_of_budget(tokens):
-    """The effort that comes nearest to a budget of thinking, in tokens; None without a
-    budget."""
-    if type(tokens) is not int or tokens < 0:
-        return None
-    efforts = {0: "none", 1024: "low", 8192: "medium", 24576: "high"}
-    for most, effort in efforts.items():
-        if tokens <= most:
-            return effort
-    return "max"
+# What others wrote is made harmless by redact() and mask() where it may hold a key, by
+# escaped() in a text, by plain() as a word of the log or of a header, and by these two
+# as an item of the header x-ztoapi-changed, and as all of its items.
+
+def name_of(word):
+    return re.sub("[^a-zA-Z0-9_.-]", "_", word[:40]) or "_"
 
 
-def read_wish(value):
-    """Our fields for what a value says of thinking. What cannot be read is passed
-    over."""
-    if isinstance(value, dict):
-        found = {}
-        for key in WISH_KEYS:
-            wish = value.get(key)
-            # The first that is said counts.
-            if not isinstance(wish, dict):
-                found = {**read_wish(wish), **found}
-        if "clear_thinking" in value:
-            found["thinking"] = {"clear_thinking": value["clear_thinking"]}
-        return found
-    if isinstance(value, (str, int)):
-        value = WISH_WORDS.get(value, effort_of_budget(value))
-    if isinstance(value, bool):
-        return {"enable_thinking": value}
-    return {"reasoning_effort": value} if value in EFFORTS else {}
+def some_of(names):
+    """Each once, and no more than a header takes."""
+    return tuple(dict.fromkeys(names))[:100]
 
 
-def is_own_wish(name, value):
-    """Whether we read it as it is. The error of a wrong effort is OpenAI's, too."""
-    if name == "reasoning_effort":
-        return not isinstance(value, str) or WISH_WORDS.get(value, value) == value
-    if name == "enable_thinking":
-        return isinstance(value, bool)
-    if not isinstance(value, dict):
-        return False
-    # Claude's has a budget.
-    says = without_nulls(value).keys() & WISH_KEYS
-    return says <= {"type"} and value.get("type") in (None, "enabled", "disabled")
+def lines(*texts):
+    """What there is of some texts, one below the other."""
+    return "\n".join([text for text in texts if text and isinstance(text, str)])
 
 
-def own_dialect(request, changed):
-    """`request` without nulls and without what other APIs wrap around known fields."""
-    request = without_nulls(request)
-    # A parameter of OpenAI's SDK, which users copy into JSON, where it means nothing.
-    if "extra_body" in request:
-        changed.append("extra_body")
-        inner = as_dict(request["extra_body"])
-        request = {**without_nulls(inner), **request}
-        del request["extra_body"]
-    for name in (*OWN_WISHES, *FOREIGN_WISHES):
-        if name not in request or name in OWN_WISHES and is_own_wish(name, request[name]):
-            continue
-        changed.append(name)
-        wish = read_wish(request.pop(name))
-        # Where the client also sends our own fields, those count.
-        if name in OWN_WISHES or not any(own in request for own in OWN_WISHES):
-            request = {**wish, **request}
-    return request
+def digest(text):
+    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()
 
 
-def check_fields(request):
-    for name in ("model", "messages"):
-        if name not in request:
-            raise missing(name)
-    checks = (
-        (expect, FIELDS),
-        (need_within, RANGES),
-        (need_word, WORDS),
-    )
-    for check, table in checks:
-        for name, rule in table.items():
-            if name in request:
-                check(request[name], rule, name)
-    for name in ("functions", "function_call"):
-        if name in request:
-            raise RequestError(f"'{name}' is no longer supported: use 'tools'.", name)
-    include_usage = request.get("stream_options", {}).get("include_usage")
-    if include_usage is not None:
-        expect(include_usage, bool, "stream_options.include_usage")
+# A picture is that many tokens at most, whatever its bytes.
+PICTURE_TOKENS = 1600
 
+
+def estimate_tokens(text, pictures=()):
+    """How many tokens a text has, or JSON in UTF-8; rather too many than too few.
+    `pictures`: the lengths of the pictures in it.
+
+    English has some four letters a token. Chinese has 1.3, of three bytes each, so that
+    both have about as many bytes.
+    """
+    data = text.encode("utf-8", "replace") if isinstance(text, str) else text
+    size_bytes = len(data) - sum(pictures)
+    return int(size_bytes / 3.9 + 0.99) + PICTURE_TOKENS * len(pictures)
+
+
+# A conversation is made of pieces: messages and items, which are its turns, the parts
+# or blocks of a message, and calls. Each is a dict with a type, or with a role.
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-MESSAGE_KEYS = frozenset(
-    "role content tool_calls tool_call_id reasoning_content reasoning".split())
-# OpenAI's and OpenRouter's. They are dropped by name, all others as "message_fields".
-DROPPED_MESSAGE_KEYS = frozenset(
-    "name refusal audio annotations function_call reasoning_details".split())
-TEXT_PARTS = ("text", "refusal")
-# The media that Z.ai takes at all, as the placeholder calls them.
+MESSAGE_KEYS = frozenset("""
+    type id status role content tool_calls tool_call_id reasoning_content reasoning
+""".split())
+# The media that Z.ai takes, as the text in their place calls them.
 MEDIA = {
     "image_url": "image",
+    "input_image": "image",
+    "image": "image",
     "video_url": "video",
+    "input_video": "video",
+    "video": "video",
     "file_url": "file",
+    "input_file": "file",
     "file": "file",
+    "document": "file",
 }
+
+
+def by_type(**kinds):
+    """The names of the Reader's methods, by the types of what they read."""
+    return {
+        type: f"read_{kind}" for kind, types in kinds.items() for type in types.split()}
+
+
+# Who reads a piece, by its type. To teach the Reader a type, add it here. A part shows
+# something, in a message or in the output of a tool.
+PARTS = {
+    **dict.fromkeys(MEDIA, "read_shown"),
+    **by_type(
+        text="text input_text output_text refusal",
+        shown="input_audio audio search_result tool_reference resource resource_link"),
+}
+# An item stands among the turns, or inside a message.
+ITEMS = by_type(
+    message="message",
+    thinking="thinking reasoning",
+    call="function function_call custom custom_tool_call tool_use tool_call",
+    output="function_call_output custom_tool_call_output tool_result",
+    reference="item_reference",
+    tools="additional_tools",
+    compaction="compaction",
+)
+# The types of tools that take a text, which is one of their arguments at Z.ai.
+CUSTOM_TYPES = ("custom", "custom_tool_call")
+# Names of one meaning: the first that holds something counts.
+THOUGHT_FIELDS = ("thinking", "reasoning", "content", "summary")
+ARGUMENT_FIELDS = ("arguments", "input", "args")
+OUTPUT_IDS = ("call_id", "tool_use_id", "tool_call_id")
+WORD_FIELDS = ("text", "refusal", "content")
+HEAD_FIELDS = ("title", "name", "tool_name", "context")
+URL_FIELDS = ("url", "uri", "image_url", "video_url", "file_url")
+DATA_FIELDS = ("data", "base64")
+FORMAT_FIELDS = ("media_type", "mimeType", "mime_type")
+NO_CONTENT = (None, "", [])
+# A piece is searched for words that deep.
+DEEPEST_WORDS = 8
+# Stands before the thinking that clients keep for us in `encrypted_content`. It is not
+# encrypted.
+MARK = "ztoapi:"
+# A line of Claude Code's prompt that changes with each release, and would spoil Z.ai's
+# cache.
+BILLING = re.compile("^x-anthropic-billing-header:.*\n?", re.MULTILINE)
+
 # The models that take OpenAI's own "file" part, and those that take one with a URL.
 FILE_MODELS = ("glm-5.3-flash", "glm-5.3-flashx")
 FILE_URL_MODELS = (
@@ -1580,62 +1697,178 @@ FILE_URL_MODELS = (
 FILLERS = {"user": ".", "tool": "(no output)"}
 ZAI_TOOLS = ("web_search", "retrieval")
 NO_PARAMETERS = {"type": "object", "properties": {}}
+CUSTOM_SCHEMA = {
+    "type": "object",
+    "properties": {"input": {"type": "string"}},
+    "required": ["input"],
+}
+# The types of choices of one tool. Z.ai's own tools cannot be demanded.
+CHOICES = ("function", "custom", "tool")
+# Where Codex's own tools may be said to be, or not.
+NO_NAMESPACE = "functions"
+# The numbers of turns that are none of the messages.
+PROMPT, EARLIER = -1, -2
 
-# What OpenAI's efforts become where Z.ai grades thinking.
-GRADES = dict(zip(EFFORTS, "low low low high high max max".split()))
-# A family of models: thinking.type for the wishes off and on, and its words of effort.
-# Where thinking cannot be turned off, "disabled" is a 400.
-FAMILIES = {
-    NO_THINKING: (None, None, {}),
-    SWITCH: ("disabled", "enabled", {}),
-    GRADED: ("disabled", "enabled", GRADES),
-    ALWAYS: ("enabled", "enabled", GRADES),
-    # A model that the table does not know gets the words that were sent.
-    None: ("disabled", "enabled", dict(zip(EFFORTS, EFFORTS))),
+
+def first(value, names):
+    """What is in the first of some fields that holds something; None without one."""
+    for name in names:
+        found = value.get(name)
+        if found not in NO_CONTENT:
+            return found
+    return None
+
+
+class Piece(dict):
+    """A dict of the client's that knows its type, or the one given for those that have
+    none, and its place: the path to it, the role whose message it is in, and the number
+    of its turn."""
+
+    __slots__ = ("kind", "path", "role", "turn")
+
+    def __init__(self, value, path, kind=None, role="", turn=EARLIER):
+        if not isinstance(value, dict):
+            expect(value, dict, path)
+        dict.__init__(self, value)
+        self.path = path
+        self.role = role
+        self.turn = turn
+        self.kind = self.get("type") or kind
+        if not isinstance(self.kind, str):
+            expect(self.kind, str, (path, "type"))
+
+    def need(self, key, type, default=None):
+        """self[key], or else the default, if it is of that type."""
+        value = self.get(key)
+        # The usual case needs no path.
+        if isinstance(value, type):
+            return value
+        return expect(default if value is None else value, type, (self.path, key))
+
+    def pieces(self, key, kind):
+        """The Pieces in a list, which may be absent."""
+        path = (self.path, key)
+        return [
+            Piece(value, (path, i), kind, self.role, self.turn)
+            for i, value in enumerate(self.need(key, list, []))]
+
+    def unfold(self):
+        """Make chat's nesting, {"type": X, X: {...}}, as flat as the others have it."""
+        inner = self.pop(self.kind, None)
+        if inner is not None:
+            self.path = (self.path, self.kind)
+            self.update(expect(inner, dict, self.path))
+        return self
+
+
+def is_part(value):
+    return str(as_dict(value).get("type")) in PARTS
+
+
+def text_part(text):
+    return {"type": "text", "text": text}
+
+
+def json_part(value):
+    return text_part(encode_request(value).decode())
+
+
+def function_object(**fields):
+    """What Z.ai and chat have for a tool, and for a call of it."""
+    return {"type": "function", "function": fields}
+
+
+def words_in(value, depth=0):
+    """The words of a piece of any type: its title and name, its text or else its
+    address."""
+    if isinstance(value, str):
+        return value
+    if depth > DEEPEST_WORDS or not isinstance(value, (list, dict)):
+        return ""
+    if isinstance(value, list):
+        return lines(*[words_in(inner, depth + 1) for inner in value])
+    source = as_dict(value.get("source"))
+    if source.get("type") == "text":
+        source = {"text": source.get("data")}
+    value = {**source, **value}
+    kind = str(value.get("type"))
+    if isinstance(value.get(kind), dict):
+        value.update(value.pop(kind))
+    heads = [value.get(field) for field in HEAD_FIELDS]
+    text = lines(*[words_in(value.get(field), depth + 1) for field in WORD_FIELDS])
+    return lines(*heads, text or first(value, URL_FIELDS))
+
+
+def media_part(value, noun):
+    """A picture, a video or a file in Z.ai's form; None if there is nothing of it."""
+    form = noun + "_url"
+    given = as_dict(value.get(form))
+    value = {**value, **as_dict(value.get("source")), **given}
+    url = first(value, URL_FIELDS)
+    data = first(value, DATA_FIELDS)
+    # The type is that of the source, if there is one.
+    if value["type"] == "text":
+        return None
+    if data:
+        url = f"data:{first(value, FORMAT_FIELDS)};base64,{data}"
+    if noun == "file":
+        file = value.get("file")
+        data = value.get("file_data") or data and url
+        if data:
+            file = {"filename": value.get("filename") or "file", "file_data": data}
+        if isinstance(file, dict):
+            return {"type": noun, noun: file}
+    return {"type": form, form: given or {"url": url}} if isinstance(url, str) else None
+
+
+# JSON's words for the types of Python.
+TYPE_NAMES = {
+    str: "string", bool: "boolean", int: "integer", float: "number", list: "array",
+    dict: "object", type(None): "null",
 }
 
 
-def refusable_message(roles):
-    """The place of the message that may be refused for its pictures; None without one.
-
-    It is the user's last one. Pictures that stand behind tool results were brought by
-    a tool, though the user sends them; an agent would send them again for ever.
-    """
-    last = None
-    for place in reversed(range(len(roles))):
-        if roles[place] == "assistant":
-            break
-        # Once a tool has answered, the turn is the agent's until the assistant speaks.
-        if roles[place] == "tool":
-            return None
-        if roles[place] == "user" and last is None:
-            last = place
-    return last
+def schema_at(reference, root):
+    """The schema at "#/$defs/Panel"; an empty one if there is none."""
+    for key in str(reference).split("/")[1:]:
+        key = urllib.parse.unquote(key).replace("~1", "/").replace("~0", "~")
+        root = as_dict(root).get(key)
+    return as_dict(root)
 
 
-def name_of(word):
-    """A client's word as an item of a header's list."""
-    return re.sub("[^a-zA-Z0-9_.-]", "_", word[:40]) or "_"
+def allowed_types(schema, root):
+    """The JSON types that a schema allows, empty if it does not say; `root` is the
+    whole schema."""
+    allowed = set()
+    branches = [schema]
+    # They become more while they are gone through. References may go in a circle.
+    for branch in itertools.islice(branches, 1000):
+        branch = as_dict(branch)
+        values = [branch["const"]] if "const" in branch else branch.get("enum")
+        types = branch.get("type")
+        if isinstance(types, str):
+            allowed.add(types)
+        elif isinstance(types, list):
+            allowed.update(map(str, types))
+        elif isinstance(values, list):
+            allowed.update(TYPE_NAMES[type(value)] for value in values)
+        elif "$ref" in branch:
+            branches.append(schema_at(branch["$ref"], root))
+        else:
+            unions = [branch.get(word) for word in ("anyOf", "oneOf", "allOf")]
+            inner = next(filter(None, unions), None)
+            if not isinstance(inner, list):
+                return set()
+            branches += inner
+    return allowed
 
 
-def some_of(names):
-    """Each name once, and no more than a header takes."""
-    return tuple(dict.fromkeys(names))[:100]
-
-
-TEXT_SCHEMA = {"type": "string"}
-
-
-def text_parameters(schema):
-    """What reading a leaked call needs of a schema: which parameters are texts. The
-    whole would stay as long as the answer lasts."""
-    properties = schema.get("properties")
-    if not isinstance(properties, dict):
-        return {}
-    texts = {
-        name: TEXT_SCHEMA for name, inner in properties.items()
-        if isinstance(inner, dict) and inner.get("type") == "string"}
-    return {"properties": texts}
+def argument_types(schema):
+    """What reading a call needs of its tool's schema, {argument: allowed_types()},
+    where they are known. The whole would stay as long as the answer lasts."""
+    properties = as_dict(schema.get("properties"))
+    types = {name: allowed_types(inner, schema) for name, inner in properties.items()}
+    return {name: types[name] for name in types if types[name]}
 
 
 def mend_arguments(arguments):
@@ -1645,103 +1878,99 @@ def mend_arguments(arguments):
     other text becomes the one value of an object.
     """
     if not isinstance(arguments, str):
-        arguments = encode_request(arguments).decode()
+        text = encode_request(arguments).decode()
+        if isinstance(arguments, dict):
+            return text
+        arguments = text
     text = arguments.strip()
-    if not text:
+    if text in ("", "null"):
         return "{}"
     # A stream that was played twice leaves the same object twice.
-    half = text[:len(text) // 2].strip()
-    if half != text[len(text) // 2:].strip():
-        half = ""
-    for candidate in (arguments, half):
+    middle = len(text) // 2
+    for candidate in (arguments, text[:middle].strip()):
         value = decode_or_none(candidate, decode_strictly)
         if isinstance(value, str):
             candidate = value
             value = decode_or_none(candidate, decode_strictly)
         if isinstance(value, dict):
             return candidate
+        if text[:middle].strip() != text[middle:].strip():
+            break
     return encode_request({"arguments": arguments}).decode()
 
 
-def chosen_name(tool):
-    """The name in one entry of a tool choice; "" for Z.ai's own tools."""
-    if expect(tool, dict, "tool_choice").get("type", "function") == "function":
-        function = need(tool, "function", dict, "tool_choice")
-        return need(function, "name", str, "tool_choice.function")
-    return ""
+def call_id(id):
+    """The id of a call as text, None without one. Z.ai itself has sent numbers."""
+    return str(id) if id and type(id) in (str, int) else None
 
 
-def read_tool_choice(choice, names, some_left_out):
-    """(wanted, must): the tools that may be called; whether one must be.
-
-    `names`: the function tools there are; `some_left_out`: there were others, so that
-    the client may well choose a tool that is not among them. "" stands for Z.ai's own.
-    """
-    everything = {*names, ""}
-    if isinstance(choice, str):
-        need_word(choice, ("none", "auto", "required"), "tool_choice")
-        return (set() if choice == "none" else everything), choice == "required"
-    path = "tool_choice"
-    if choice.get("type") == "allowed_tools":
-        allowed = need(choice, "allowed_tools", dict, path)
-        path += ".allowed_tools"
-    elif choice.get("type", "function") == "function":
-        allowed = {"mode": "required", "tools": [choice]}
-    else:
-        # Z.ai's own tools, and those that were left out, cannot be demanded.
-        return everything, False
-    wanted = {chosen_name(tool) for tool in need(allowed, "tools", list, path)}
-    unknown = wanted - everything
-    if unknown and not some_left_out:
-        shown = ascii(min(unknown)[:200])
-        raise RequestError(
-            f"'tool_choice' names the tool {shown}, which is not in 'tools'.", "tool_choice")
-    must = allowed.get("mode") == "required"
-    # If all that may be called was left out, a demand for a call would never be met.
-    if must and wanted.isdisjoint(names):
-        return everything, False
-    return wanted, must
+def meaning_of(call):
+    function = call["function"]
+    return function["name"], decode_or_none(function["arguments"])
 
 
-def wants_thinking(thinking, request, default):
-    """True or False; None for no wish."""
-    if "type" in thinking:
-        return thinking["type"] == "enabled"
-    if "reasoning_effort" in request:
-        default = request["reasoning_effort"] not in ("none", "minimal")
-    return request.get("enable_thinking", default)
+def read_wish(value, path):
+    """True or False for whether to think, an effort for how much; None for no wish."""
+    if isinstance(value, str):
+        need_word(value, WISH_WORDS, path)
+        return WISH_WORDS[value]
+    if type(value) is int and value >= 0:
+        return next(effort for most, effort in BUDGETS.items() if value <= most)
+    return value if isinstance(value, bool) else None
+
+
+class Unseen(Exception):
+    """This turn shows a picture to a model that sees none, and VISION_MODEL may."""
+
+
+class Turn(NamedTuple):
+    """What the assistant says in a row."""
+    texts: list
+    thoughts: list
+    calls: list
 
 
 class History:
-    """Puts Z.ai's messages together: add() each, then close() gives them all. Whatever
-    the order they come in, each call has one output, right behind it."""
+    """Puts Z.ai's messages together, whatever the order they come in: what the
+    assistant says in a row is one message, and each call has one output, right behind
+    it. close() gives them all."""
 
     def __init__(self, changed):
         self.changed = changed
         self.messages = []
-        # Images of tool results, and their place: behind the last of these results.
+        # The Turn that goes on, if one does.
+        self.turn = None
+        # Images of tool results, which come behind the last of these.
         self.images = []
-        self.behind_outputs = 0
-        # The tool messages that wait for their text: all, by id; those of this turn;
-        # and of these the ones whose call came without an id of its own.
+        # The tool messages that wait for their text: all, by id; those of the last
+        # turn; and of these the ones whose call came without an id of its own.
         self.waiting = {}
-        self.turn = self.nameless = iter(())
+        self.unanswered = self.nameless = iter(())
 
-    def add(self, message):
-        """A message whose content is None has nothing left of it."""
-        role = message["role"]
-        # Parallel calls have several outputs, which must stand side by side.
-        if role == "assistant":
+    def open_turn(self):
+        """The Turn to which the assistant's next words belong."""
+        if not self.turn:
             self.place_images()
-        if role == "tool":
-            message = self.output(message)
-        if message["content"] is not None:
-            self.messages.append(message)
-        calls = message.get("tool_calls", ())
+            self.turn = Turn([], [], [])
+        return self.turn
+
+    def end_turn(self):
+        if not self.turn:
+            return
+        texts, thoughts, calls = self.turn
+        self.turn = None
+        content = "\n\n".join(filter(None, texts))
+        if not calls and not content.strip():
+            # Of thinking alone nothing is left.
+            self.changed.append("empty_message")
+            return
+        message = {"role": "assistant", "content": content}
+        if thoughts:
+            message["reasoning_content"] = "\n\n".join(thoughts)
+        self.messages.append(message)
         if calls:
+            message["tool_calls"] = calls
             self.expect_outputs(calls)
-        if calls or role == "tool":
-            self.behind_outputs = len(self.messages)
 
     def expect_outputs(self, calls):
         """A tool message for each call, as Z.ai wants. They wait for their text.
@@ -1761,259 +1990,428 @@ class History:
             turn[call["id"]] = waiting
         self.messages += turn.values()
         self.waiting.update(turn)
-        self.turn = iter(turn.values())
+        self.unanswered = iter(turn.values())
         self.nameless = iter(nameless)
 
-    def output(self, message):
-        """Give a tool's output to its call, however late it comes: what is then left is
-        nothing. Without a call it can only be told as a user's words."""
-        id = message["tool_call_id"]
+    def add(self, role, content):
+        """A message that is not the assistant's."""
+        if self.turn:
+            self.end_turn()
+        if self.images:
+            self.place_images()
+        self.messages.append({"role": role, "content": content})
+
+    def output(self, id, text, images):
+        """Give a tool's output to its call, however late it comes. Without a call it
+        can only be told as a user's words."""
+        self.end_turn()
         found = self.waiting.pop(id, None)
         if found is None or found["content"] is not None:
             # Both are iterators: what was passed over is not gone through again.
-            rest = self.nameless if id else self.turn
+            rest = self.nameless if id else self.unanswered
             found = next((other for other in rest if other["content"] is None), None)
             self.changed.append("tool_call_id")
         if found is None:
-            text = f"Output of the tool call {id}:\n{message['content']}"
-            return {"role": "user", "content": text}
-        if self.messages[-1]["role"] != "tool":
-            self.changed.append("message_order")
-        found["content"] = message["content"]
-        return {"role": "tool", "content": None}
+            self.add("user", f"Output of the tool call {id}:\n{text}")
+        else:
+            if self.messages[-1]["role"] != "tool":
+                self.changed.append("message_order")
+            found["content"] = text
+        self.images += images
 
     def place_images(self):
-        """Z.ai takes images from users only."""
-        if self.images:
-            content = [text_part("From the tool results:"), *self.images]
-            self.messages.insert(self.behind_outputs, {"role": "user", "content": content})
+        """Z.ai takes images from users only. Parallel calls have several outputs, which
+        must stand side by side."""
+        images = self.images
+        if images:
             self.images = []
+            self.add("user", [text_part("From the tool results:"), *images])
 
     def close(self):
+        self.end_turn()
+        self.place_images()
         for message in self.messages:
             if message["content"] is None:
                 self.changed.append("empty_message")
                 message["content"] = FILLERS["tool"]
-        self.place_images()
         # Z.ai refuses a request without a user.
         if not any(message["role"] == "user" for message in self.messages):
-            self.messages.append({"role": "user", "content": FILLERS["user"]})
+            self.add("user", FILLERS["user"])
             self.changed.append("user_message")
         return self.messages
 
 
-class Translation:
-    """One request on its way. Each method gives the fields of Z.ai's body it treats."""
+class Reader:
+    """One request on its way to one model of Z.ai.
 
-    def __init__(self, request, id, changed, refuses_media):
+    What reads a Piece gives a part for the message around it, or None: the piece went
+    into the history by itself, or was left out.
+    """
+
+    def __init__(self, request, settings, id, vision=""):
+        """`vision`: the id of the model that answers where this one sees nothing."""
         self.request = request
-        self.refuses_media = refuses_media
+        self.fields = request.fields
+        self.settings = settings
         self.id = id
+        self.vision = vision
         # None for an id that the table does not know.
         self.model = find_model(id)
         # Short names of what was altered or dropped.
-        self.changed = changed
+        self.changed = list(request.changed)
         # What Z.ai has no field for, as system lines.
         self.instructions = []
-        self.history = History(changed)
-        self.functions = {}
-        self.stop = ()
+        self.history = History(self.changed)
+        self.tools = []
+        self.some_left_out = False
+        self.functions = {}  # name -> argument_types(), of the function tools
+        self.names = {}  # (namespace, name) of a tool -> its name at Z.ai
+        self.owners = {}  # and back
+        self.referred = set()  # the ids of items that were put in for a reference
+        self.pictures = []  # their lengths
+        # The numbers of the user's, the assistant's and the tools' last turns.
+        self.heard = self.spoke = self.brought = EARLIER
+        # The turns whose pictures the model does not see; and (turn, error) of all that
+        # the model does not take, and of what cannot be read.
+        self.unseen = []
+        self.untaken = []
+        self.unreadable = []
 
-    def result(self, settings):
-        request = self.request
+    def path(self, name):
+        """What the client calls a field of chat."""
+        return self.request.names.get(name, name)
+
+    def result(self):
+        fields = self.fields
         body = {}
-        for name, value in request.items():
+        for name, value in fields.items():
             if name in DROPPED:
-                self.changed.append(name)
-            elif name not in FIELDS:
+                # Agents' fields come here only if they are read.
+                if asks(name, value) and not self.request.agents:
+                    self.changed.append(name)
+            elif name not in FIELDS and name not in OWN_WISHES:
                 body[name] = value
-        messages = self.messages()
-        body.update(model=self.id, stream=True, messages=messages)
-        body.update(self.sampling())
-        body.update(self.tools())
-        body.update(self.thinking(settings.enable_thinking))
-        body.update(self.format())
+        # First, as calls in the history are named after the tools.
+        self.read_tools(Piece(fields, "", "request"))
+        messages = self.conversation()
+        body.update(
+            model=self.id, stream=True, messages=messages, **self.sampling(),
+            **self.choose(), **self.thinking(), **self.format())
         self.insert_instructions(messages)
         streams_calls = self.model and self.model.tool_stream
-        if self.functions and request.get("stream") and streams_calls:
+        if self.functions and fields.get("stream") and streams_calls:
             body.setdefault("tool_stream", True)
+        data = encode_request(body)
+        one_call = dig(fields, "tool_choice.disable_parallel_tool_use")
         return Asked(
             body,
+            data,
             changed=some_of(self.changed),
             tools=self.functions,
-            one_call=request.get("parallel_tool_calls") is False,
-            unfence="response_format" in body,
+            owners=self.owners,
+            one_call=bool(one_call) or fields.get("parallel_tool_calls") is False,
+            json="response_format" in body,
+            no_thinking=dig(body, "thinking.type") == "disabled",
             stop=self.stop,
+            tokens=estimate_tokens(data, self.pictures),
         )
 
-    # Messages
+    # Turns
 
-    def messages(self):
-        messages = self.request["messages"]
-        roles = [as_dict(message).get("role") for message in messages]
-        refusable = refusable_message(roles) if self.refuses_media else None
-        for i, message in enumerate(messages):
-            self.is_refusable = i == refusable
-            # Behind the user's last message there may be one of the system.
-            self.is_last = self.is_refusable or i == len(messages) - 1
-            try:
-                message = self.message(message, f"messages[{i}]")
-            except RequestError as error:
-                text = self.unreadable(message, error)
-                message = {"role": "user", "content": text}
-            self.history.add(message)
+    def conversation(self):
+        """Z.ai's messages."""
+        request = self.request
+        name = self.path("prompt")
+        prompt = Piece({name: request.prompt}, "", "message", "system", PROMPT)
+        for part in self.content(prompt, name):
+            self.show("system", [part])
+        for turn in request.earlier:
+            self.read_turn(turn, "", EARLIER)
+        turns = self.fields["messages"]
+        for i, turn in enumerate(turns):
+            self.read_turn(turn, (self.path("messages"), i), i)
+        self.refuse(len(turns) - 1)
         return self.history.close()
 
-    def unreadable(self, value, error):
-        """What cannot be read, as text. In the last message it is an error."""
-        if self.is_last:
-            raise error
+    def refuse(self, last):
+        """Raise what is wrong with the last turn, or with this one's pictures.
+
+        In chat the user's last message may be refused for what it shows, and behind it
+        there may be one of the system. Agents would send theirs again for ever; and
+        what stands behind a tool's output was brought by the tool, though the user
+        sends it.
+        """
+        fresh = [turn for turn in self.unseen if turn == self.heard or turn > self.spoke]
+        if fresh and self.vision:
+            raise Unseen
+        refusable = [PROMPT, last]
+        if self.heard > self.spoke >= self.brought and not self.request.agents:
+            refusable.append(self.heard)
+            self.unreadable += [pair for pair in self.untaken if pair[0] == self.heard]
+        for turn, error in self.unreadable:
+            if turn in refusable:
+                raise error
+
+    def read_turn(self, turn, path, number):
+        part = self.read(turn, path, "", number, "message")
+        # What stands in no message is the user's.
+        if part:
+            self.show("user", [part])
+
+    def read(self, value, path, role, turn, kind=None):
+        """A piece of any kind. What cannot be read is told as JSON, but not by the
+        assistant."""
+        try:
+            piece = Piece(value, path, kind, role, turn)
+            method = PARTS.get(piece.kind)
+            # An output has parts alone, so that nothing nests for ever.
+            if not method and role != "tool":
+                method = ITEMS.get(piece.kind) or "role" in piece and "read_message"
+            return getattr(self, method or "read_shown")(piece)
+        except RequestError as error:
+            if error.status != 400:
+                raise
+            if role != "tool":
+                self.unreadable.append((turn, error))
         self.changed.append("unreadable")
-        return encode_request(value).decode()
+        return None if role == "assistant" else json_part(value)
 
-    def message(self, message, param):
-        """One message; its content is None if nothing is left of it."""
-        role = need(message, "role", str, param)
-        message = without_nulls(message)
-        need_word(role, ROLES, f"{param}.role")
-        if role == "developer":
-            self.changed.append(role)
-            role = "system"
-        for name in message:
-            if name not in MESSAGE_KEYS:
-                known = name in DROPPED_MESSAGE_KEYS
-                self.changed.append(name if known else "message_fields")
-        content = self.content(message, role, f"{param}.content")
-        result = {"role": role, "content": content}
+    def content(self, piece, field, kind=None):
+        """The parts that a field shows: a text, a piece, or many."""
+        value = piece.get(field)
+        if value is None:
+            return []
+        if isinstance(value, str):
+            return [text_part(value)]
+        path = (piece.path, field)
+        if isinstance(value, list):
+            parts = [
+                self.read(inner, (path, i), piece.role, piece.turn, kind)
+                for i, inner in enumerate(value)]
+        else:
+            parts = [self.read(value, path, piece.role, piece.turn, kind)]
+        return list(filter(None, parts))
+
+    def read_message(self, piece):
+        role = piece.get("role")
+        if self.request.recall and "id" in piece and piece.keys() <= {"id", "type"}:
+            return self.read_reference(piece)
+        if role not in ROLES:
+            need_word(role, ROLES, (piece.path, "role"))
+        if piece.role:
+            return self.read_shown(piece)
+        if not (self.request.agents or piece.keys() <= MESSAGE_KEYS):
+            self.changed += [
+                name_of(name) for name, value in piece.items()
+                if name not in MESSAGE_KEYS and asks(name, value)]
         if role == "tool":
-            result["tool_call_id"] = self.call_id(message.get("tool_call_id"))
+            return self.read_output(piece)
+        piece.role = role = "system" if role == "developer" else role
         if role == "assistant":
-            result.update(self.assistant(message, param))
-        # Blanks alone are as empty as nothing.
-        is_empty = not content or isinstance(content, str) and content.isspace()
-        if is_empty and "tool_calls" not in result:
+            return self.read_assistant(piece)
+        said = piece.get("content")
+        if said is None:
+            raise missing((piece.path, "content"))
+        if not isinstance(said, str):
+            said = self.content(piece, "content")
+            # Of outputs alone, which were told by themselves, nothing is left.
+            if piece["content"] and not said:
+                return None
+        if role == "user":
+            self.heard = piece.turn
+        self.show(role, said)
+        return None
+
+    def show(self, role, said):
+        """A text or parts of the user or the system."""
+        text = said
+        if not isinstance(said, str):
+            texts = [part["text"] for part in said if "text" in part]
+            text = lines(*texts)
+            if len(texts) < len(said):
+                content = [part for part in said if part.get("text") != ""]
+                # "cannot be empty": Z.ai wants a text beside an image.
+                self.history.add(role, content if text else [*content, text_part(".")])
+                return
+        if role == "system" and BILLING.search(text):
+            text = BILLING.sub("", text)
+        elif not text.strip():
             self.changed.append("empty_message")
-            result["content"] = FILLERS.get(role)
-        return result
+            text = FILLERS.get(role)
+        if text:
+            self.history.add(role, text)
 
-    def assistant(self, message, param):
-        fields = {}
-        # OpenRouter and newer vLLM call it "reasoning".
-        thinking = message.get("reasoning")
-        if "reasoning_content" in message:
-            thinking = need(message, "reasoning_content", str, param)
-        if thinking and isinstance(thinking, str):
-            fields["reasoning_content"] = thinking
-        if message.get("tool_calls"):
-            calls = need(message, "tool_calls", list, param)
-            fields["tool_calls"] = [
-                self.call(call, f"{param}.tool_calls[{i}]") for i, call in enumerate(calls)]
-        return fields
+    def turn(self, piece):
+        """The Turn that the assistant's piece belongs to."""
+        self.spoke = piece.turn
+        return self.history.open_turn()
 
-    def call_id(self, id):
-        """The id of a call as text, None without one. Z.ai itself has sent numbers."""
-        if id and type(id) is int:
-            self.changed.append("tool_call_id")
-            id = str(id)
-        return id if id and isinstance(id, str) else None
+    def read_assistant(self, piece):
+        thought = piece.get("reasoning")
+        if piece.get("reasoning_content") is not None:
+            thought = piece.need("reasoning_content", str)
+        turn = self.turn(piece)
+        if thought and isinstance(thought, str):
+            turn.thoughts.append(thought)
+        before = after = len(turn.calls)
+        if piece.get("content"):
+            self.say(piece, "content")
+            # An output in there has ended the turn.
+            turn = self.turn(piece)
+            after = len(turn.calls)
+        self.say(piece, "tool_calls", "function")
+        # LangChain sends each call as a part, too.
+        if before < after < len(turn.calls) and turn is self.history.turn:
+            told = {call["id"]: meaning_of(call) for call in turn.calls[before:after]}
+            turn.calls[after:] = [
+                call for call in turn.calls[after:]
+                if told.get(call["id"]) != meaning_of(call)]
 
-    def call(self, call, param):
-        """A tool call of an earlier answer, sent back."""
-        id = self.call_id(expect(call, dict, param).get("id"))
-        if call.get("type") == "custom":
-            # Another model's. Z.ai has no such calls, so the text becomes an argument.
-            custom = need(call, "custom", dict, param)
-            arguments = {"input": custom.get("input")}
-            call = {"function": {**custom, "arguments": arguments}}
-        function = without_nulls(need(call, "function", dict, param))
-        param += ".function"
-        said = need(function, "name", str, param)
-        # Markup or another model's letters. The tools' own names are checked apart.
-        clean = re.sub("[^a-zA-Z0-9_-]", "_", said.partition("<")[0].strip())
-        name = clean[:64] or "unknown"
+    def say(self, piece, field, kind=None):
+        """What the assistant says in a field, of which the calls are told by then."""
+        texts = [part["text"] for part in self.content(piece, field, kind)]
+        if not texts:
+            return
+        # A message of chat is one text.
+        if not self.request.agents:
+            texts = [lines(*texts)]
+        self.turn(piece).texts.extend(texts)
+
+    # Items
+
+    def read_thinking(self, piece):
+        text = str(piece.get("encrypted_content"))
+        if text.startswith(MARK):
+            text = text[len(MARK):]
+        else:
+            said = (words_in(piece.get(field)) for field in THOUGHT_FIELDS)
+            text = next(filter(None, said), None)
+        if text:
+            self.turn(piece).thoughts.append(text)
+
+    def read_call(self, piece):
+        """A call of an earlier answer, sent back."""
+        # An item has an id of its own beside that of its call.
+        id = piece.get("call_id", piece.get("id"))
+        call = piece.unfold()
+        said = call.need("name", str)
+        # What stands behind is another model's markup.
+        name = said.partition("<")[0].strip() or "unknown"
         if name != said:
             self.changed.append("tool_name")
-        arguments = function.get("arguments", "")
+        arguments = first(call, ARGUMENT_FIELDS)
+        if call.kind in CUSTOM_TYPES:
+            arguments = {"input": call.get("input")}
         mended = mend_arguments(arguments)
         if mended != arguments and not isinstance(arguments, dict):
             self.changed.append("arguments")
-        return {"id": id, **function_object(name=name, arguments=mended)}
+        function = function_object(name=self.name_at_zai(call, name), arguments=mended)
+        self.turn(piece).calls.append({"id": call_id(id), **function})
 
-    def content(self, message, role, param):
-        """A string, or parts where something is to be seen; "" if there is nothing."""
-        content = message.get("content")
-        if content is None and role in ("assistant", "tool"):
-            return ""
-        if content is None:
-            raise missing(param)
-        if not isinstance(content, list):
-            return expect(content, (str, list), param)
-        parts = []
-        for i, part in enumerate(content):
-            try:
-                parts.append(self.part(part, role, f"{param}[{i}]"))
-            except RequestError as error:
-                parts.append(text_part(self.unreadable(part, error)))
-        parts = list(filter(None, parts))
-        text = "\n".join([part["text"] for part in parts if part["type"] == "text"])
-        media = [part for part in parts if part["type"] != "text"]
-        if not media:
-            return text
-        if role == "tool":
-            self.changed += [MEDIA[part["type"]] for part in media]
-            self.history.images += media
-            return text or "(an image)"
-        if not text:
-            # "cannot be empty": Z.ai wants a text beside an image.
-            parts.append(text_part("."))
-        return parts
+    def read_output(self, piece):
+        """What a tool has brought: a text, parts, or another value, told as JSON."""
+        piece.role = "tool"
+        self.brought = piece.turn
+        content = piece.get("output", piece.get("content"))
+        text = "" if content in NO_CONTENT else content
+        media = []
+        if not isinstance(text, str):
+            parts = self.output_parts(piece, content)
+            text = lines(*[part.get("text") for part in parts])
+            media = [part for part in parts if "text" not in part]
+        for part in media:
+            self.changed.append(part["type"].partition("_")[0])
+        # A field of Messages.
+        if piece.get("is_error") and "error" not in text.lower():
+            text = lines("Error:", text)
+        if media and not text:
+            text = "(an image)"
+        if not text.strip():
+            text = FILLERS["tool"]
+            self.changed.append("empty_message")
+        self.history.output(call_id(first(piece, OUTPUT_IDS)), text, media)
 
-    def part(self, part, role, param):
-        """One content part; None for an empty text."""
-        part_type = need(part, "type", str, param)
-        # Responses' texts have types of their own.
-        if part_type in TEXT_PARTS or isinstance(part.get("text"), str):
-            field = part_type if part_type in part else "text"
-            text = need(part, field, str, param)
-            return text_part(text) if text else None
-        try:
-            if role not in ("user", "tool"):
-                raise RequestError(f"a message of the {role} takes text only")
-            return self.media(part, part_type, param)
-        except RequestError as error:
-            if self.is_refusable:
-                raise
-            noun = MEDIA.get(part_type, name_of(part_type))
+    def output_parts(self, piece, content):
+        pieces = content if isinstance(content, list) else [content]
+        if not any(map(is_part, pieces)):
+            return [json_part(content)]
+        return self.content(piece, "output" if "output" in piece else "content")
+
+    def read_reference(self, piece):
+        if not self.request.recall:
+            return self.read_shown(piece)
+        id = piece.need("id", str)
+        if id in self.referred:
+            # A short reference to a long item, many times, would fill the memory.
+            self.changed.append("item_reference")
+            return None
+        self.referred.add(id)
+        found = self.request.recall(id)
+        if found:
+            return self.read(found, piece.path, piece.role, piece.turn)
+        # Thinking can be missing; what was said or called cannot.
+        if not id.startswith("rs_"):
+            raise wrong(
+                (piece.path, "id"), "is the id of an item that is not found. Items are kept"
+                " for a while only, and not at all with 'store' false: send the item itself",
+                status=404, code="not_found")
+        return None
+
+    def read_compaction(self, piece):
+        self.show("user", piece.need("encrypted_content", str))
+
+    # Parts
+
+    def read_text(self, piece):
+        return text_part(piece.need("refusal" if "refusal" in piece else "text", str))
+
+    def read_shown(self, piece):
+        """A picture, a video or a file; of anything else, the words."""
+        kind = piece.kind
+        noun = MEDIA.get(kind, name_of(kind))
+        part = media_part(piece, noun) if kind in MEDIA else None
+        if part:
+            return self.read_media(piece, noun, part)
+        if kind not in PARTS:
+            if piece.role == "tool":
+                return json_part(piece)
             self.changed.append(noun)
-            reason = error.message.partition(";")[0]
-            return text_part(f"[{noun} left out: {reason}]")
+        # The words of a search, say, would be put into the assistant's mouth.
+        text = "" if piece.role in ("", "assistant") else words_in(piece)
+        if text:
+            return text_part(text)
+        if kind in MEDIA:
+            raise wrong(piece.path, "has neither an address nor data: no files are kept here")
+        return self.leave_out(piece, noun, f"Z.ai takes no {noun}")
 
-    def media(self, part, part_type, param):
-        """A media part as Z.ai takes it. The error's words are the reason, a semicolon,
-        and advice; part() may quote the reason alone."""
-        if part_type not in MEDIA:
-            known = ", ".join(["text", *MEDIA])
-            raise RequestError(
-                f"Z.ai takes no {name_of(part_type)}; '{param}.type' must be one of {known}.",
-                f"{param}.type")
+    def read_media(self, piece, noun, part):
+        """The part, if the model takes it."""
         model = self.model
-        if model and not model.sees:
-            raise RequestError(
-                f"{model.name} takes text only; models that see: {SEEING}.", param)
-        if part_type != "file":
-            place = need(part, part_type, (str, dict), param)
-            if isinstance(place, str):
-                place = {"url": place}
-            need(place, "url", str, f"{param}.{part_type}")
-            return {"type": part_type, part_type: place}
-        # Z.ai has taken over OpenAI's form of it, so it passes as it is.
-        file = need(part, part_type, dict, param)
-        takers = FILE_URL_MODELS if "file_url" in file else FILE_MODELS
-        if model and model.id not in takers:
+        takers = FILE_URL_MODELS if dig(part, "file.file_url") else FILE_MODELS
+        advice = ""
+        if piece.role not in ("user", "tool"):
+            reason = f"a message of the {piece.role} takes text only"
+        elif model and not model.sees:
+            self.unseen.append(piece.turn)
+            reason = f"{model.name} takes text only"
+            advice = f"; models that see: {SEEING}; VISION_MODEL may be one to answer here"
+        elif "file" in part and model and model.id not in takers:
             names = ", ".join(MODELS[id].name for id in takers)
-            raise RequestError(
-                f"{model.name} takes no such file; models that do: {names}.", param)
-        return {"type": part_type, part_type: file}
+            reason = f"{model.name} takes no such file"
+            advice = f"; models that do: {names}"
+        else:
+            self.pictures.append(len(lines(*part[part["type"]].values())))
+            return part
+        return self.leave_out(piece, noun, reason, advice)
+
+    def leave_out(self, piece, noun, reason, advice=""):
+        """A text in the place of what is shown, for which the user may be refused."""
+        error = RequestError(f"{reason}{advice}.", spelled(piece.path))
+        self.untaken.append((piece.turn, error))
+        self.changed.append(noun)
+        if piece.role in ("", "assistant"):
+            return None
+        return text_part(f"[{noun} left out: {reason}]")
 
     def insert_instructions(self, messages):
         """Put our lines behind the client's own: what Z.ai caches stays cached."""
@@ -2023,10 +2421,124 @@ class Translation:
         for text in reversed(self.instructions):
             messages.insert(place, {"role": "system", "content": text})
 
-    # Everything beside the messages
+    # Tools
+
+    def name_at_zai(self, tool, name):
+        """Z.ai's name for the client's tool of this name: 1 to 64 letters, digits, _
+        and -. No two tools get the same."""
+        space = tool.need("namespace", str, NO_NAMESPACE)
+        if (space, name) in self.names:
+            return self.names[space, name]
+        owner = {"type": "function", "name": name}
+        full = name
+        if space != NO_NAMESPACE:
+            owner["namespace"] = space
+            full = f"{space}__{name}"
+        letters = re.sub("[^a-zA-Z0-9_-]", "_", full[:55])
+        short = full
+        while short in self.owners or not re.fullmatch("[a-zA-Z0-9_-]{1,64}", short):
+            short = f"{letters}_{digest(full)[:8]}"
+            # If that is taken, too.
+            full += "'"
+        self.names[space, name] = short
+        self.owners[short] = owner
+        return short
+
+    def read_tools(self, holder, namespace=None):
+        for tool in holder.pieces("tools", "function"):
+            # Anthropic's have no type, or "custom", which elsewhere is another thing.
+            if "input_schema" in tool:
+                tool.kind = "function"
+            if namespace is not None:
+                tool["namespace"] = namespace
+            # No namespace is in another one.
+            if tool.kind == "namespace" and namespace is None:
+                self.read_tools(tool, tool.need("name", str))
+            elif tool.kind in CHOICES:
+                self.read_function(tool.unfold())
+            elif tool.kind in ZAI_TOOLS and isinstance(tool.get(tool.kind), dict):
+                self.tools.append(dict(tool))
+            else:
+                # For one unknown tool Z.ai refuses the whole request.
+                self.changed.append(name_of(tool.kind))
+                self.some_left_out = True
+
+    def read_function(self, tool):
+        """A tool with the fields that Z.ai requires."""
+        name = self.name_at_zai(tool, tool.need("name", str))
+        self.owners[name]["type"] = tool.kind
+        text = tool.need("description", str, "")
+        field = "input_schema" if "input_schema" in tool else "parameters"
+        schema = tool.need(field, dict, {}) or NO_PARAMETERS
+        if tool.kind == "custom":
+            schema = CUSTOM_SCHEMA
+            form = as_dict(tool.get("format"))
+            form = {**form, **as_dict(form.get("grammar"))}
+            text = lines(text, form.get("syntax"), form.get("definition"))
+        # Codex says of each tool that it is not.
+        if tool.get("strict"):
+            self.changed.append("strict")
+        self.functions[name] = argument_types(schema)
+        self.tools.append(
+            function_object(name=name, description=text or name, parameters=schema))
+
+    def choose(self):
+        """The tools that tool_choice leaves. Z.ai knows "auto" only; a system line
+        tells of any other."""
+        path = self.path("tool_choice")
+        choice = self.fields.get("tool_choice", "auto")
+        if isinstance(choice, str):
+            need_word(choice, ("none", "auto", "required", "any"), path)
+            choice = {"type": choice}
+        choice = Piece(choice, path, "function").unfold()
+        if choice.kind != "auto":
+            self.changed.append("tool_choice")
+            self.keep_tools(choice)
+        need_within(self.tools, (0, MOST_TOOLS), self.path("tools"))
+        return {"tools": self.tools, "tool_choice": "auto"} if self.tools else {}
+
+    def keep_tools(self, choice):
+        everything = {*self.functions, ""}
+        must = choice.kind in ("required", "any") or choice.get("mode") == "required"
+        wanted = everything
+        if choice.kind == "none":
+            wanted = set()
+        elif choice.kind in CHOICES:
+            wanted = {self.chosen(choice)}
+            must = True
+        elif choice.kind == "allowed_tools":
+            wanted = set(map(self.chosen, choice.pieces("tools", "function")))
+        unknown = wanted - everything
+        if unknown and not self.some_left_out:
+            raise wrong(
+                self.path("tool_choice"),
+                f"names the tool {min(unknown)[:200]!a}, which is not in 'tools'")
+        # What was left out, and Z.ai's own tools, cannot be demanded.
+        if must and wanted.isdisjoint(self.functions):
+            return
+        self.functions = {
+            name: types for name, types in self.functions.items() if name in wanted}
+        self.tools = [
+            tool for tool in self.tools
+            if tool.get("function", {}).get("name", "") in wanted]
+        if must:
+            wish = "one or more of the tools"
+            if len(self.functions) == 1:
+                wish = "the tool " + "".join(self.functions)
+            self.instructions.append(
+                f"You must answer by calling {wish}. Do not answer in text.")
+
+    def chosen(self, tool):
+        """The name at Z.ai of a tool that is chosen, "" for one of Z.ai's own."""
+        if tool.kind not in CHOICES:
+            return ""
+        name = tool.unfold().need("name", str)
+        return self.names.get((tool.need("namespace", str, NO_NAMESPACE), name), name)
+
+    # Everything else
 
     def sampling(self):
-        request = self.request
+        request = self.fields
         fields = {}
         # Z.ai takes two decimals, in ranges narrower than OpenAI's.
         if "temperature" in request:
@@ -2044,140 +2556,215 @@ class Translation:
             if fields["max_tokens"] != limit:
                 self.changed.append("max_tokens")
         fields.update(self.stop_words())
-        # Z.ai's name of it, and Z.ai's bounds.
+        # Z.ai's name of it, and Z.ai's bounds. Claude Code's has 150 characters.
         user = request.get("user", "")
-        if 6 <= len(user) <= 128:
+        if len(user) > 128:
+            user = digest(user)
+        if len(user) >= 6:
             fields["user_id"] = request.get("user_id", user)
         elif user:
             self.changed.append("user")
         return fields
 
     def stop_words(self):
-        """Z.ai takes one stop word. The proxy itself looks for all of them."""
-        stop = self.request.get("stop", [])
+        """The proxy itself looks for all of them, as Z.ai takes one."""
+        stop = self.fields.get("stop", [])
         words = [stop] if isinstance(stop, str) else stop
-        need_within(words, (0, MOST_STOP_WORDS), "stop")
         for i, word in enumerate(words):
-            expect(word, str, f"stop[{i}]")
-            need_within(word, (0, LONGEST_STOP_WORD), f"stop[{i}]")
+            path = (self.path("stop"), i)
+            need_within(expect(word, str, path), (0, LONGEST_STOP_WORD), path)
         self.stop = tuple(filter(None, words))
-        return {"stop": [self.stop[0]]} if self.stop else {}
+        # Messages tells which word it was, so Z.ai must not take it off.
+        is_left_to_zai = self.stop and not self.request.agents
+        return {"stop": [self.stop[0]]} if is_left_to_zai else {}
 
-    def tools(self):
-        """Z.ai knows tool_choice "auto" only; a system line tells of any other."""
-        asked = self.request.get("tools", [])
-        tools = [self.tool(tool, f"tools[{i}]") for i, tool in enumerate(asked)]
-        choice = self.request.get("tool_choice", "auto")
-        if choice != "auto":
-            self.changed.append("tool_choice")
-            tools = self.choose(tools, choice)
-        tools = list(filter(None, tools))
-        return {"tools": tools, "tool_choice": "auto"} if tools else {}
-
-    def choose(self, tools, choice):
-        """What is chosen of `tools`, where None stands for one that was left out."""
-        functions = self.functions
-        wanted, must = read_tool_choice(choice, functions, None in tools)
-        self.functions = {name: functions[name] for name in functions if name in wanted}
-        if must and self.functions:
-            wish = "one or more of the tools"
-            if len(self.functions) == 1:
-                wish = "the tool " + "".join(self.functions)
-            self.instructions.append(
-                f"You must answer by calling {wish}. Do not answer in text.")
-        return [
-            tool for tool in tools
-            if tool and tool.get("function", {}).get("name", "") in wanted]
-
-    def tool(self, tool, param):
-        """A tool with the fields that Z.ai requires; None for one it does not take."""
-        tool_type = need(tool, "type", str, param)
-        if tool_type in ZAI_TOOLS and isinstance(tool.get(tool_type), dict):
-            return {"type": tool_type, tool_type: tool[tool_type]}
-        if tool_type != "function":
-            # For one unknown tool Z.ai refuses the whole request.
-            self.changed.append(name_of(tool_type))
-            return None
-        function = without_nulls(need(tool, tool_type, dict, param))
-        param += ".function"
-        name = need(function, "name", str, param)
-        if not re.fullmatch("[a-zA-Z0-9_-]{1,64}", name):
-            raise RequestError(
-                f"'{param}.name' must be 1 to 64 letters, digits, _ or -.", f"{param}.name")
-        if "strict" in function:
-            self.changed.append("strict")
-        filled = {"description": "", "parameters": {}, **function}
-        # Z.ai refuses a tool without these two.
-        description = need(filled, "description", str, param) or name
-        parameters = need(filled, "parameters", dict, param) or NO_PARAMETERS
-        self.functions[name] = text_parameters(parameters)
-        return function_object(name=name, description=description, parameters=parameters)
-
-    def thinking(self, default):
+    def thinking(self):
         """thinking and reasoning_effort as the model's family takes them."""
-        request = self.request
-        asked = [name for name in OWN_WISHES if name in request]
-        off, on, grades = FAMILIES[self.model and self.model.thinking]
+        on = effort = None
+        names = []
+        for path in WISHES:
+            wish = read_wish(dig(self.fields, path), path)
+            if wish is None:
+                continue
+            names.append(path.partition(".")[0])
+            if not isinstance(wish, bool):
+                effort = effort or wish
+            elif on is None:
+                on = wish
+        off, always, grades = FAMILIES[self.model and self.model.thinking]
+        if on is None and effort:
+            on = effort not in ("none", "minimal")
         if on is None:
-            self.changed += asked
+            on = self.settings.enable_thinking
+        thinking = {}
+        if on is not None:
+            thinking["type"] = always if on else off
+        clear = dig(self.fields, "thinking.clear_thinking")
+        if clear is None:
+            clear = dig(self.fields, "chat_template_kwargs.clear_thinking")
+        if clear is not None:
+            thinking["clear_thinking"] = clear
+        is_on = thinking.get("type") == "enabled"
+        # What cannot stop thinks as little as it can.
+        grade = grades.get(effort) if on else grades.get("low")
+        if on is not None and on != is_on or effort and effort != grade:
+            self.changed += names or ["thinking"]
+        if always is None or not thinking:
             return {}
-        thinking = without_nulls(request.get("thinking", {}))
-        wish = wants_thinking(thinking, request, default)
-        effort = grades.get(request.get("reasoning_effort"))
-        if wish is not None:
-            thinking["type"] = on if wish else off
-        if wish is False and off == "enabled":
-            # It thinks all the same: as little as it can.
-            self.changed += asked or ["thinking"]
-            effort = "low"
-        fields = {"thinking": thinking} if thinking else {}
-        if effort and thinking["type"] == "enabled":
-            fields["reasoning_effort"] = effort
-        if request.get("reasoning_effort", effort) != fields.get("reasoning_effort"):
-            self.changed.append("reasoning_effort")
-        return fields
+        return {"thinking": thinking, **({"reasoning_effort": grade} if is_on and grade else {})}
 
     def format(self):
         """Z.ai ignores a json_schema, so the schema goes into a system line."""
-        path = "response_format"
-        form = self.request.get(path, {"type": "text"})
-        format_type = need(form, "type", str, path)
-        if format_type == "text":
+        path = self.path("response_format")
+        form = Piece(self.fields.get("response_format", {"type": "text"}), path)
+        need_word(form.kind, ("text", "json_object", "json_schema"), (path, "type"))
+        if form.kind == "text":
             return {}
-        need_word(format_type, ("text", "json_object", "json_schema"), f"{path}.type")
-        if format_type == "json_schema":
-            form = without_nulls(need(form, format_type, dict, path))
-            schema = need({"schema": {}, **form}, "schema", dict, f"{path}.{format_type}")
-            text = encode_request(schema).decode()
-            self.changed.append(path)
+        if form.kind == "json_schema":
+            form = form.unfold()
+            # OpenAI's chat takes one without.
+            if form.get("schema") is None and form.path is path:
+                raise missing((path, "schema" if self.request.agents else form.kind))
+            text = encode_request(form.need("schema", dict, {})).decode()
+            self.changed.append("response_format")
             self.instructions.append(
                 "Answer with one JSON value that matches this JSON Schema,"
                 f" and nothing else:\n{text}")
-        return {path: {"type": "json_object"}}
+        return {"response_format": {"type": "json_object"}}
 
 
-def to_zai_request(request, settings, refuses_media=True):
-    """An Asked. `request` is a chat request (dict), which stays as it is.
+def check_fields(fields, names):
+    """`names`: what the client calls them, where that is not chat's name."""
+    for name in ("model", "messages"):
+        if name not in fields:
+            raise missing(names.get(name, name))
+    checks = (
+        (expect, FIELDS),
+        (need_within, RANGES),
+    )
+    for check, table in checks:
+        for name, rule in table.items():
+            if name in fields:
+                check(fields[name], rule, names.get(name, name))
+    for name in ("functions", "function_call"):
+        if name in fields:
+            raise wrong(name, "is no longer supported: use 'tools'")
 
-    RequestError for what OpenAI would refuse too, and, with `refuses_media`, for
-    pictures in the last message to a model that sees none. Sources: Z.ai's OpenAPI
-    file, and what its servers were seen to take and to refuse.
+
+def to_zai_request(request, settings, model=""):
+    """An Asked for a Request, which stays as it is and may be written again for another
+    `model`, an id of Z.ai's.
+
+    RequestError for what the client's API would refuse too, and, in chat, for pictures
+    in the last message to a model that sees none. Sources: Z.ai's OpenAPI file, and
+    what its servers were seen to take and to refuse.
     """
-    changed = []
-    request = own_dialect(request, changed)
-    check_fields(request)
-    id = zai_model_id(request["model"], settings.model_aliases)
+    fields = without_nulls(request.fields)
+    # A parameter of OpenAI's SDK, which users copy into JSON, where it means nothing.
+    if "extra_body" in fields:
+        request = request._replace(changed=(*request.changed, "extra_body"))
+        fields = {**without_nulls(as_dict(fields["extra_body"])), **fields}
+        del fields["extra_body"]
+    request = request._replace(fields=fields)
+    check_fields(fields, request.names)
+    aliases = settings.model_aliases
+    id = model or zai_model_id(fields["model"], aliases, request.claude)
     if not id:
-        raise RequestError("'model' must not be empty.", "model")
-    return Translation(request, id, changed, refuses_media).result(settings)
+        raise wrong("model", "must not be empty")
+    vision = settings.vision_model
+    if vision:
+        vision = "" if model else zai_model_id(vision, aliases)
+    try:
+        return Reader(request, settings, id, vision).result()
+    except Unseen:
+        return Reader(request, settings, vision).result()
+
+
+# Schemas ##############################################################################
+#
+# Z.ai takes most JSON Schemas of tools, and refuses whole requests for a few. So they
+# go as they are, and simpler_schemas() is for a further try.
+
+# Words for which Z.ai has refused requests.
+UNIONS = ("anyOf", "oneOf", "allOf")
+DEFINITIONS = ("$defs", "definitions")
+# Types, from the one that says least. One that is not named may be any.
+WIDTHS = ("null", None, "boolean", "integer", "number", "string", "array", "object")
+ANY_VALUE = {"description": "Any JSON value."}
+# A schema that refers to itself has no end.
+DEEPEST_SCHEMA = 24
+MOST_SCHEMAS = 2000
+
+
+def width_of(schema):
+    kind = schema.get("type")
+    return WIDTHS.index(kind) if kind in WIDTHS else 0, len(encode_text(schema))
+
+
+class Simplifier:
+    """Says a JSON Schema in plain words. `root` is where its references point to."""
+
+    def __init__(self, root):
+        self.root = root
+        self.left = MOST_SCHEMAS
+
+    def plain(self, schema, depth=0):
+        self.left -= 1
+        is_within = self.left > 0 and depth <= DEEPEST_SCHEMA
+        if not schema or not isinstance(schema, dict) or not is_within:
+            return ANY_VALUE
+        depth += 1
+        schema = {word: inner for word, inner in schema.items() if word not in DEFINITIONS}
+        if "$ref" in schema:
+            target = schema_at(schema.pop("$ref"), self.root)
+            return self.plain({**target, **schema}, depth)
+        for word in UNIONS:
+            members = schema.pop(word, None)
+            if members and isinstance(members, list):
+                schema = {**self.widest(members, depth), **schema}
+        if "const" in schema:
+            schema["enum"] = [schema.pop("const")]
+        if isinstance(schema.get("properties"), dict):
+            schema["properties"] = {
+                name: self.plain(inner, depth) for name, inner in schema["properties"].items()}
+        for word in ("items", "additionalProperties"):
+            if isinstance(schema.get(word), dict):
+                schema[word] = self.plain(schema[word], depth)
+        return schema
+
+    def widest(self, members, depth):
+        """The member of a union that allows most; of values, all."""
+        members = [self.plain(member, depth) for member in members]
+        choices = [member.get("enum") for member in members]
+        if all(isinstance(choice, list) for choice in choices):
+            return {**members[0], "enum": list(itertools.chain(*choices))}
+        return max(members, key=width_of)
+
+
+def simpler_tool(tool):
+    if "function" not in tool:
+        return tool
+    schema = tool["function"]["parameters"]
+    plain = Simplifier(schema).plain(schema)
+    return function_object(**{**tool["function"], "parameters": plain})
+
+
+def simpler_schemas(body):
+    """Z.ai's request (a dict) with plain words in the schemas of its tools, for a
+    further try where Z.ai may have refused them; None if they have no other."""
+    tools = body.get("tools", [])
+    simpler = list(map(simpler_tool, tools))
+    return None if simpler == tools else {**body, "tools": simpler}
 
 
 # From Z.ai ############################################################################
 #
 # Z.ai's bytes in, steps out. An Answer reads head, framing, and server-sent events or
-# one JSON body; its Translator makes steps of the events. A step says one thing that
-# happened, in no API's own words: the fronts, in the next section, put it into words.
-# What is not known never passes as an answer.
+# one JSON body. Its Translator leads the events through three rooms: Frames finds out
+# what an event says, Texts what stands in text and thinking, Calls what belongs to
+# which call. A step says one thing that happened, in no API's own words: the fronts, in
+# the next section, put it into words. What is not known never passes as an answer, and
+# what the API in front promises is kept here, not hoped for from Z.ai.
 #
 # Z.ai's event is a chunk of OpenAI's chat completions: its `delta` holds what is new,
 # text in `content`, thinking in `reasoning_content`, and pieces of calls in
@@ -2192,8 +2779,9 @@ class Step(NamedTuple):
 
     TEXT and THINKING bring `text`. CALL begins the tool call number `index` (from 0):
     `id`, `name`, and in `text` the first piece of its arguments, which may be empty.
-    ARGUMENTS brings the next piece. FINISH comes last and once: `text` is one of the
-    values of FINISHES, below; `usage` is OpenAI's object, None if Z.ai gave none.
+    ARGUMENTS brings the next piece; no other call comes between. FINISH comes last and
+    once: `text` is one of the values of FINISHES, below; `name` is the stop word that
+    ended the text, if one did; `usage` is OpenAI's object, None if Z.ai gave none.
     RESTART: Z.ai began the answer again, so that what came before is void.
     """
 
@@ -2203,6 +2791,19 @@ class Step(NamedTuple):
     id: str | None = None
     name: str | None = None
     usage: dict | None = None
+
+
+def joined(steps):
+    """The same steps. Pieces of one kind that came together are one: each becomes an
+    event for the client, with ten times its bytes."""
+    runs = []
+    for step in steps:
+        first = runs[-1][0] if runs else Step("")
+        if step.index == first.index and step.kind in (first.kind, ARGUMENTS):
+            runs[-1].append(step)
+        else:
+            runs.append([step])
+    return [run[0]._replace(text="".join([step.text for step in run])) for run in runs]
 
 
 # The ends that Z.ai documents, and two that gateways in front of it use. Any other
@@ -2222,319 +2823,47 @@ WHOLE = (None, "stop", "tool_calls")
 LONGEST_ANSWER_BYTES = 4 << 20
 # So many characters may wait until it is clear what they are.
 LONGEST_HELD = 1 << 20
-# So many characters of arguments may come before the name of their call.
+# So many characters of arguments may come before the name of their call, and so many
+# of words before the JSON that was asked for.
 LONGEST_EARLY = 1 << 16
 # There may be as many tools, and a model calls each of them once at most.
 MOST_CALLS = 128
 # A count of tokens beyond this is garbage, and read as 0.
 MOST_TOKENS = 10 ** 12
 
-# Marks of GLM's own template that were seen in texts: thinking in the content of 4.1V,
-# boxes around the answers of 4.5V, and tool calls in texts and thinking of 4.5 to 4.7.
-THINK, THINK_END = "<think>", "</think>"
-LEAK, LEAK_END = "<tool_call>", "</tool_call>"
-BOXES = ("<|begin_of_box|>", "<|end_of_box|>")
-TAGS = (THINK, THINK_END, LEAK, LEAK_END, *BOXES)
+
+class Tally:
+    """Counts the memory of steps that are kept. UpstreamError beyond `limit` bytes."""
+
+    # A Python object stands behind each piece, and several behind an item, which begins
+    # where the kind changes.
+    STEP_BYTES = 20
+    ITEM_BYTES = 2000
+
+    def __init__(self, limit):
+        self.limit = limit
+        self.size_bytes = 0
+        self.kind = None
+
+    def add(self, step):
+        if step.kind != self.kind:
+            self.size_bytes += self.ITEM_BYTES
+        self.kind = step.kind
+        text = step.text + (step.name or "")
+        self.size_bytes += len(text.encode("utf-8", "replace")) + self.STEP_BYTES
+        if self.size_bytes > self.limit:
+            raise UpstreamError(f"The answer is longer than {self.limit} bytes.", GIVE_UP)
+
+
+# The first room: events
 
 # The fields of a delta with the kind of step they are.
 KIND_OF_FIELD = {"reasoning_content": THINKING, "content": TEXT}
 # What they hold. In another form they cannot be told.
 FORMS = {"reasoning_content": str, "content": str, "tool_calls": list}
-
-
-class TagSplitter:
-    """Cuts a text that comes in pieces at TAGS: feed(text) -> tags, and texts between
-    them. What may become a tag is held back."""
-
-    PATTERN = re.compile(f"({'|'.join(map(re.escape, TAGS))})")
-
-    def __init__(self):
-        self.held = ""
-
-    def feed(self, text):
-        *pieces, last = self.PATTERN.split(self.held + text)
-        self.held = ""
-        # No tag has a second "<".
-        at = last.rfind("<")
-        if at >= 0 and any(tag.startswith(last[at:]) for tag in TAGS):
-            self.held = last[at:]
-            last = last[:at]
-        return [piece for piece in (*pieces, last) if piece]
-
-    def close(self):
-        held = self.held
-        self.held = ""
-        return [held]
-
-
-class FenceStripper:
-    """Takes the Markdown fence off JSON that comes in pieces; other text stays as it
-    is.
-
-    Models fence their JSON though it was asked for alone, and clients cannot parse it
-    then.
-    """
-
-    # Between a fence and its JSON there is at most the name of the language.
-    OPENING = re.compile(r"```[^{\[]{0,96}(?=[{\[])")
-    MAY_OPEN = re.compile(r"(?:`{0,2}|```[^{\[]{0,96})\Z")
-
-    def __init__(self):
-        self.held = ""
-        self.fenced = None  # not known as long as the text may still open with a fence
-        self.progress = JsonProgress()
-
-    def feed(self, text):
-        if self.fenced is None:
-            text = self._opening(text)
-        # Behind the JSON there is only the rest of the fence.
-        return self.progress.feed(text) if self.fenced else text
-
-    def _opening(self, text):
-        text = (self.held + text).lstrip()
-        if self.MAY_OPEN.match(text):
-            self.held = text
-            return ""
-        self.held = ""
-        opening = self.OPENING.match(text)
-        self.fenced = opening is not None
-        return text[opening.end():] if opening else text
-
-    def close(self):
-        return self.held
-
-
-def overlap(text, word):
-    """How many characters at the end of `text` begin `word`, without being all of
-    it."""
-    longest = min(len(text), len(word) - 1)
-    for size in range(longest, 0, -1):
-        if text.endswith(word[:size]):
-            return size
-    return 0
-
-
-class StopCutter:
-    """Ends a text that comes in pieces before the first of some words. Then `hit` is
-    true."""
-
-    def __init__(self, words):
-        self.words = words
-        self.held = ""
-        self.hit = False
-
-    def feed(self, text):
-        if self.hit:
-            return ""
-        text = self.held + text
-        # A pattern of all words would compare each of them at each place. The first to
-        # end counts, as more of the text might not have come yet.
-        places = zip(map(text.find, self.words), self.words)
-        found = [(at + len(word), at) for at, word in places if at >= 0]
-        if found:
-            self.hit = True
-            self.held = ""
-            return text[:min(found)[1]]
-        # The end of the text may be the beginning of a word.
-        end = len(text) - max(overlap(text, word) for word in self.words)
-        self.held = text[end:]
-        return text[:end]
-
-    def close(self):
-        """The rest of the text. Z.ai knows the first word too, and was seen to stop at
-        it with all but its last letters in the text: those go."""
-        # Fewer than four letters may as well be meant.
-        word = self.words[0]
-        is_most_of_it = len(self.held) >= max(4, len(word) / 2)
-        return "" if is_most_of_it and word.startswith(self.held) else self.held
-
-
-# GLM's own form of a call,
-# <tool_call>name<arg_key>k</arg_key><arg_value>v</arg_value>... </tool_call>, was seen
-# in texts, with tags of it missing or doubled, and in names.
-MARKUP_TAGS = ("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>")
-MARKUP = re.compile("|".join((LEAK, LEAK_END, *MARKUP_TAGS)))
-VALUE_START = re.compile("(?:<arg_value>)+")
-# A key is what stands before a colon. Anywhere else the same letters may be meant.
-# A line end in it is escaped.
-MARKUP_IN_KEY = re.compile(
-    r'\s{0,8}(?:</?(?:arg_key|arg_value|tool_call)>(?:\s|\\n){0,8}){1,8}(?="\s*:)')
-# The end of a piece, where it may go on as such markup.
-MARKUP_START = re.compile(r'(?:<[/a-z_]{0,10}(?:>["\s\\n]{0,20})?){1,4}\Z')
-# Characters at the end of a piece that are searched for it.
-LONGEST_START = 128
-# Empty arguments, before the end or before real ones.
-NO_ARGUMENTS = re.compile(r"\A\s*(?:(?:\{\}|null)\s*)*(?=\{|\Z)")
-
-
-def real_arguments(text):
-    """Arguments without what stands for none, which may come before the real ones."""
-    return NO_ARGUMENTS.sub("", text)
-
-
-def sum_up(text, before):
-    """A checksum of a text that comes in pieces, without its blanks."""
-    solid = "".join(text.split())
-    return binascii.crc32(solid.encode("utf-8", "replace"), before)
-
-
-def typed_value(text, schema, key):
-    """A leaked argument, which has no quotes, as what the schema says, else as what it
-    looks like."""
-    try:
-        is_text = schema["properties"][key]["type"] == "string"
-    except (KeyError, TypeError):
-        is_text = False
-    value = None if is_text else decode_or_none(text.strip())
-    return text if value is None else value
-
-
-def parse_leaked_call(text, tools):
-    """(name, arguments as JSON) of a call in GLM's own form; None if it names no tool
-    of `tools` (name -> parameter schema), or cannot be read whole.
-
-    A tag that is doubled does no harm. Where one is missing, an argument may be lost
-    with it. Cut by hand, as a regular expression for all of it would take quadratic
-    time.
-    """
-    head, *pairs = text.split("<arg_key>")
-    name = MARKUP.sub("", head).strip()
-    if name not in tools:
-        return None
-    arguments = {}
-    for pair in pairs:
-        key, *values = VALUE_START.split(pair, 1)
-        value = "".join(values)
-        key, *junk = MARKUP.split(key)
-        key = key.strip()
-        value, closed, rest = value.partition("</arg_value>")
-        junk += MARKUP.split(rest)
-        if not key or key in arguments or not closed or "".join(junk).strip():
-            return None
-        arguments[key] = typed_value(value, tools[name], key)
-    return name, encode_text(arguments)
-
-
-class Leak:
-    """A <tool_call> in a text or in thinking: feed(piece) -> whether more of it may
-    come. It is held back only while it can still be a call of a tool that was sent, as
-    models write about the tag as well."""
-
-    # Names have at most 64 characters; the rest is for blanks around them.
-    LONGEST_NAME = 200
-
-    def __init__(self, kind, tools):
-        self.kind = kind
-        self.tools = tools
-        self.pieces = [LEAK]
-        self.held = 0  # characters in the pieces
-        self.start = ""  # the first of them, where the name is
-
-    def feed(self, piece):
-        self.pieces.append(piece)
-        self.held += len(piece)
-        if piece == LEAK_END:
-            return False
-        self.start = (self.start + piece)[:self.LONGEST_NAME]
-        # Blanks were seen around the name.
-        name, tag, rest = "".join(self.start.split()).partition("<")
-        if not tag:
-            may_go_on = len(self.start) < self.LONGEST_NAME
-            return may_go_on and any(tool.startswith(name) for tool in self.tools)
-        if name not in self.tools or self.held > LONGEST_HELD:
-            return False
-        behind = tag + rest
-        return any(markup.startswith(behind[:len(markup)]) for markup in MARKUP_TAGS)
-
-    def read(self, finish):
-        """(name, arguments) of the call, None if it is none."""
-        call = parse_leaked_call("".join(self.pieces), self.tools)
-        if not call or self.held > LONGEST_HELD:
-            return None
-        # Without its end it must have an argument, and not have been cut.
-        is_whole = self.pieces[-1] == LEAK_END or finish in WHOLE and call[1] != "{}"
-        return call if is_whole else None
-
-
-class ToolCall:
-    """One tool call under way: feed(piece) -> what the client is told of the next piece
-    of its arguments; close(is_cut) -> the rest."""
-
-    def __init__(self, id, zai_id, zai_index):
-        self.id = id
-        self.zai_id = zai_id  # "" if Z.ai gave none
-        self.zai_index = zai_index
-        self.index = None  # ours, given when the client is told of the call
-        self.name = ""
-        # What cannot be told yet: all that comes before the name, then "{}" until real
-        # arguments come, then the end of a piece that may be markup.
-        self.waiting = ""
-        self.begun = False  # real arguments have come
-        self.progress = JsonProgress()
-        # Checksums of the arguments, and of a second object behind them, 0 without one.
-        self.first_sum = 0
-        self.second_sum = 0
-
-    def feed(self, piece):
-        text = self.waiting + piece
-        self.waiting = ""
-        if not self.begun:
-            real = real_arguments(text)
-            if not real:
-                self.waiting = "{}" if text.strip() else ""
-                return ""
-            text = real
-        if "<" in text:
-            text = MARKUP_IN_KEY.sub("", text)
-            start = MARKUP_START.search(text, len(text) - LONGEST_START)
-            self.waiting = start[0] if start else ""
-        return self._follow(text[:len(text) - len(self.waiting)])
-
-    def close(self, is_cut):
-        """The rest of the arguments. Clients parse them as JSON, which no text at all
-        is not; where the answer was cut they may be lost."""
-        rest = self.waiting
-        self.waiting = ""
-        if not self.begun and not is_cut:
-            rest = "{}"
-        return self._follow(rest)
-
-    def _follow(self, text):
-        """Nothing behind the whole object is told, as Z.ai was seen to write it
-        twice."""
-        self.begun = True
-        told = self.progress.feed(text)
-        self.first_sum = sum_up(told, self.first_sum)
-        behind = text[len(told):]
-        if self.second_sum or "{" in behind:
-            self.second_sum = sum_up(behind, self.second_sum)
-        return told
-
-    @property
-    def is_broken(self):
-        """Whether the arguments were cut, or came with others behind them."""
-        return self.progress.depth > 0 or self.second_sum not in (0, self.first_sum)
-
-    def takes(self, zai_id, zai_index, name):
-        """Whether an item with these belongs to this call, as far as Z.ai tells."""
-        if name and self.name not in ("", name):
-            return False
-        is_here = zai_index in (None, self.zai_index)
-        if zai_id:
-            return self.zai_id == zai_id and (is_here or self.zai_index is None)
-        # A name again is the same call as long as its arguments are not whole.
-        is_whole = self.progress.ended or self.name and self.waiting == "{}"
-        return is_here and (not name or zai_index is not None and not is_whole)
-
-
 # The fields of an error that is not under "error".
 ERROR_FIELDS = {"code", "msg", "message", "detail", "errors"}
-EMPTY = "Z.ai sent an empty answer."
-UNFINISHED = "Z.ai's answer ended before it was finished."
 TORN = "Z.ai sent an event that cannot be read."
-NAMELESS = "Z.ai sent a tool call without a name."
-BROKEN_CALL = "Z.ai sent a tool call with broken arguments."
-
 
 USAGE_DETAILS = {
     "prompt_tokens_details": "cached_tokens",
@@ -2560,157 +2889,105 @@ def to_openai_usage(usage):
     return result
 
 
-@dataclasses.dataclass(eq=False)
-class Translator:
-    """Z.ai's events in, steps out: feed(events) -> (steps, failure).
+class Frame(NamedTuple):
+    """What one event says."""
+    delta: dict
+    reason: object = None       # Z.ai's finish reason
+    usage: dict | None = None   # OpenAI's object
+    afresh: bool = False        # the answer begins again with it
 
-    An event is the text of one SSE event, or a whole JSON answer; with `end`, no more
-    will come. `failure` is the UpstreamError that ended the answer, or None. An answer
-    fails if Z.ai sends an error, or what cannot be told in steps, or ends without a
-    finish. What came before the failure is told all the same. describe(value, status,
-    retry_after) makes the error of an error event, which has a `value` alone, or of a
-    body, whose value is None if it cannot be read; make_id() names calls without an id.
-    """
 
-    # The tools sent, name -> parameter schema, to read calls that leak into the text.
-    tools: dict = dataclasses.field(default_factory=dict)
-    one_call: bool = False  # only the first call passes
-    unfence: bool = False  # take a Markdown fence off the text
-    stop: tuple = ()  # words before which the text is cut
-    # The client sees nothing before the end, so that a new start does no harm.
-    restartable: bool = False
-    describe: object = zai_error
-    make_id: object = functools.partial(new_id, "call_")
+def inner_frame(event):
+    """The frame inside a torn one, None if there is none. Its text may hold the mark as
+    well, so the last one that can be read counts. A few tries are enough, and keep the
+    time linear."""
+    mark = "data: "
+    at = len(event)
+    for _ in range(8):
+        at = event.rfind(mark, 0, at)
+        if at < 0:
+            break
+        value = as_dict(decode_first(event[at + len(mark):]))
+        if "choices" in value or "error" in value:
+            return value
+    return None
 
-    def __post_init__(self):
-        # The last step has been given.
-        self.complete = False
-        # Tokens have come, which Z.ai bills.
-        self.begun = False
+
+# What may begin a tag, and the first half of a letter.
+SPECIAL = re.compile("<|[\ud800-\udbff]\\Z")
+
+
+class Alike(NamedTuple):
+    """An event that was a text and nothing else. Nine of ten differ from the one before
+    in their text alone: read(event) -> that text; None if it is another event, or if
+    there is more to be done with the text."""
+    kind: str
+    before: str
+    behind: str
+
+    def read(self, event):
+        if not event.startswith(self.before):
+            return None
+        try:
+            text, end = scan_string(event, len(self.before), False)
+        except ValueError:
+            return None
+        is_alike = event[end:] == self.behind and not SPECIAL.search(text)
+        return text if is_alike else None
+
+
+def find_alike(event, frame):
+    """The Alike of an event that says this, if it was one."""
+    fields = [field for field in FORMS if frame.delta.get(field)]
+    if len(fields) != 1 or frame.reason or frame.usage or frame.afresh:
+        return None
+    # Inside of a text these quotes would be escaped.
+    mark = f'"{fields[0]}":"'
+    before, *behind = event.split(mark)
+    text, end = scan_string(*behind, 0, False) if len(behind) == 1 else (None, 0)
+    is_one = text == frame.delta[fields[0]]
+    return Alike(KIND_OF_FIELD[fields[0]], before + mark, behind[0][end:]) if is_one else None
+
+
+class Frames:
+    """Texts of events in, what they say out: feed(event) -> a Frame, or None if it says
+    nothing. An event is that of a stream, or a whole JSON answer. UpstreamError for an
+    error of Z.ai's, for what has an unknown form, and for a frame that is lost.
+    describe(value) makes the error of an event."""
+
+    def __init__(self, describe):
+        self.describe = describe
         # How many events were skipped or mended.
         self.repaired = 0
-        self._start()
+        # A reason to finish has come, or the end mark.
+        self.finished = False
+        self.ended = False
 
-    def _start(self):
-        """All that a new start of the answer makes void."""
-        self.finish = None
-        self.usage = None
-        # Text or a call has been given. Thinking alone can be taken back.
-        self.told = False
-        self.opened = set()  # TEXT and THINKING, once something of it has come
-        self.splitters = {THINKING: TagSplitter(), TEXT: TagSplitter()}
-        self.filters = [FenceStripper()] if self.unfence else []
-        if self.stop:
-            self.filters.append(StopCutter(self.stop))
-        # The text is between <think> and </think>.
-        self.in_think = False
-        # The Leak that is coming, if one is.
-        self.leak = None
-        # (name, arguments) of the leaked calls that were read.
-        self.leaked = []
-        self.calls = []
-        # Those of them that the client was told of.
-        self.given = []
-        # The field whose text needs no search for tags: nothing is held back or open.
-        self.passing_field = None
-
-    # Events
-
-    def feed(self, events, end=False):
-        # All methods below append to it, so that nothing is lost when one of them
-        # raises.
-        self.steps = []
-        try:
-            for event in events:
-                self._feed(event)
-            if end:
-                self._end()
-        except UpstreamError as failure:
-            return self.steps, failure
-        return self.steps, None
-
-    def _feed(self, event):
-        if self.complete:
-            return
+    def feed(self, event):
         event = event.strip()
         try:
             value, end = scan_json(event, 0)
         except NO_JSON:
             value, end = None, 0
-        if end != len(event):
-            self._torn(event, end)
-        elif self._pass_on(value):
-            return
-        elif isinstance(value, dict):
-            self._event(value)
-        else:
-            self.repaired += 1
-
-    def _pass_on(self, value):
-        """Whether the event was a piece of text and nothing else, as nine of ten are.
-        Then it has been told."""
-        try:
-            choice = value["choices"][0]
-            delta = choice["delta"]
-            text = delta[self.passing_field]
-        except (KeyError, IndexError, TypeError):
-            return False
-        # A "<" may begin a tag.
-        if type(text) is not str or not text or "<" in text:
-            return False
-        # Z.ai repeats the role with every piece.
-        is_alone = len(delta) - ("role" in delta) == 1
-        if not is_alone or "finish_reason" in choice or "usage" in value:
-            return False
-        if "error" in value or "error" in choice:
-            return False
-        self.steps.append(Step(KIND_OF_FIELD[self.passing_field], text))
-        return True
-
-    def _torn(self, event, end):
-        """An event that is JSON up to `end` only: the end mark, garbage, a frame that
-        was cut short, maybe with the first frame of a new answer inside, or several in
-        one."""
+        if isinstance(value, dict) and end == len(event):
+            return self._read(value)
         if event.startswith("[DONE]"):
-            # Without a finish the answer is not whole, whatever the mark says.
-            if self.finish:
-                self._end()
-            return
+            self.ended = True
+            return None
         self.repaired += 1
         # Behind a whole frame it is not known what belongs to which.
-        value = None if end else self._inner_frame(event)
-        if value is None:
-            # What it said is lost. Behind the finish that is the usage at most.
-            if event.startswith("{") and not self.finish:
-                raise UpstreamError(TORN)
-            return
-        if self.told and not self.restartable and "error" not in value:
-            raise UpstreamError(
-                "Z.ai lost its place and started the answer again after part of it had "
-                "been sent.", GIVE_UP, code="upstream_stream_restarted")
-        # Z.ai's gateway loses its backend in the middle of a frame, and begins again
-        # with another one, in the same stream.
-        self._start()
-        self.steps.append(Step(RESTART))
-        self._event(value)
-
-    @staticmethod
-    def _inner_frame(event):
-        """The frame inside a torn one, None if there is none. Its text may hold the
-        mark as well, so the last one that can be read counts. A few tries are enough,
-        and keep the time linear."""
-        mark = "data: "
-        at = len(event)
-        for _ in range(8):
-            at = event.rfind(mark, 0, at)
-            if at < 0:
-                break
-            value = as_dict(decode_first(event[at + len(mark):]))
-            if "choices" in value or "error" in value:
-                return value
+        inner = None if end else inner_frame(event)
+        if inner:
+            # Z.ai's gateway loses its backend in the middle of a frame, and begins
+            # again with another one, in the same stream.
+            self.finished = False
+            return self._read(inner)._replace(afresh=True)
+        # What it said is lost. Behind the finish that is the usage at most.
+        if event.startswith("{") and not self.finished:
+            raise UpstreamError(TORN)
         return None
 
-    def _event(self, value):
+    def _read(self, value):
         choices = value.get("choices")
         # Errors come in a response of status 200 as well.
         if choices is None and ERROR_FIELDS & value.keys():
@@ -2721,142 +2998,580 @@ class Translator:
         for place in (value, choice, delta):
             if place.get("error"):
                 raise self.describe(place)
-        if choices is None and "usage" not in value:
-            self.repaired += 1
-        self._delta(delta)
-        self.usage = to_openai_usage(value.get("usage")) or self.usage
-        reason = choice.get("finish_reason")
-        if reason:
-            finish = FINISHES.get(str(reason))
-            if finish is None:
-                raise UpstreamError(f"Z.ai broke off the answer: {str(reason)[:60]!a}.")
-            # It may come twice. What was cut does not get whole again.
-            if self.finish in WHOLE:
-                self.finish = finish
-        # Nothing comes behind finish and usage but the end mark, late or never. And
-        # Z.ai would go on behind a stop word.
-        if self.is_stopped() or self.finish and self.usage:
-            self._end()
-
-    def _delta(self, delta):
-        self.passing_field = None
         for field, form in FORMS.items():
             if delta.get(field) and not isinstance(delta[field], form):
                 raise UpstreamError(f"Z.ai sent {field} in an unknown form.")
-        for field, kind in KIND_OF_FIELD.items():
-            text = delta.get(field)
-            if text:
-                # What the other kind holds back came first.
-                self._flush(kind)
-                self._split_text(kind, self.splitters[kind].feed(text))
-                self.passing_field = field if self._is_passing(kind) else None
-        items = delta.get("tool_calls")
-        if items and not self.is_stopped():
-            self._flush()
-            self._check_number(items)
-            seen = set()
-            for item in items:
-                if isinstance(item, dict):
-                    self._call(item, seen)
+        if choices is None and "usage" not in value:
+            self.repaired += 1
+        reason = choice.get("finish_reason")
+        self.finished = self.finished or bool(reason)
+        return Frame(delta, reason, to_openai_usage(value.get("usage")))
 
-    def _is_passing(self, kind):
-        """Whether the next text of this kind may be given as it is."""
-        # The other splitter has just been flushed.
-        is_held = self.leak or self.splitters[kind].held or kind == TEXT and self.filters
-        return kind in self.opened and not self.in_think and not is_held
 
-    # Text and thinking
+# The second room: texts
 
-    def _flush(self, going_on=None):
-        """Give what is held back, but of the kind that the answer goes on with."""
-        for kind, splitter in self.splitters.items():
-            if kind != going_on:
-                self._split_text(kind, splitter.close())
-                if self.leak and self.leak.kind == kind:
-                    self._end_leak()
+# Marks of GLM's own template that were seen in texts: thinking in the content of 4.1V,
+# boxes around the answers of 4.5V, and tool calls in texts and thinking of 4.5 to 4.7.
+THINK, THINK_END = "<think>", "</think>"
+BOXES = ("<|begin_of_box|>", "<|end_of_box|>")
+LEAK, LEAK_END = "<tool_call>", "</tool_call>"
+KEY, KEY_END, VALUE, VALUE_END = "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"
+# Who speaks next, seen at the ends of texts of 4.6V.
+TURNS = ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
+ARGUMENT_TAGS = (KEY, KEY_END, VALUE, VALUE_END)
+TAGS = (THINK, THINK_END, *BOXES, LEAK, LEAK_END, *ARGUMENT_TAGS, *TURNS)
 
-    def _split_text(self, kind, pieces):
-        """Give texts and tags: boxes go, what stands in <think> is thinking, and a
-        leaking call is collected."""
-        for piece in pieces:
-            if self.is_stopped():
-                return
-            if self.leak:
-                if not self.leak.feed(piece):
-                    self._end_leak()
-            # The end of a leaked call may be doubled.
-            elif piece in BOXES or piece == LEAK_END and self.leaked:
-                continue
-            # Later in a text somebody writes about the tag.
-            elif piece == THINK and kind == TEXT and TEXT not in self.opened:
-                self.in_think = True
-            elif piece == THINK_END and self.in_think:
-                self.in_think = False
-            elif piece == LEAK and self.tools:
-                self.leak = Leak(kind, self.tools)
-            else:
-                self._show(kind, piece)
 
-    def _show(self, kind, text):
-        if self.in_think:
-            kind = THINKING
-        if kind not in self.opened:
-            # GLM 4.5 to 4.7 open with line ends.
-            text = text.lstrip("\r\n")
-            if not text:
-                return
-            self.opened.add(kind)
-            self.begun = True
-        if kind == TEXT:
-            for text_filter in self.filters:
-                text = text_filter.feed(text)
-        self._give(kind, text)
+class TagSplitter:
+    """Cuts a text that comes in pieces at TAGS: feed(text) -> tags, and texts between
+    them. What may become a tag is held back, and so is half a letter: JSON spells some
+    in two (surrogates), and Z.ai was seen to cut there."""
 
-    def _give(self, kind, text):
-        if text:
-            self.told = self.told or kind == TEXT
-            self.steps.append(Step(kind, text))
+    PATTERN = re.compile(f"({'|'.join(map(re.escape, TAGS))})")
 
-    def is_stopped(self):
-        """Whether a stop word has ended the text."""
-        return bool(self.stop) and self.filters[-1].hit
+    def __init__(self):
+        self.held = ""
 
-    def _close_filters(self):
-        """The rest of the text that the filters hold; each passes through those behind
-        it."""
+    def feed(self, text):
+        if self.held:
+            text = self.held + text
+            # Two halves become one letter.
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
+        *pieces, last = self.PATTERN.split(text)
+        # No tag has a second "<".
+        at = last.rfind("<")
+        if at < 0 or not any(tag.startswith(last[at:]) for tag in TAGS):
+            at = len(last) - ("\ud800" <= last[-1:] <= "\udbff")
+        self.held = last[at:]
+        return [piece for piece in (*pieces, last[:at]) if piece]
+
+    def close(self):
+        held = self.held
+        self.held = ""
+        return [held] if held else []
+
+
+class JsonAlone:
+    """Takes all words and fences off the JSON in a text that comes in pieces. A text
+    without any stays as it is.
+
+    Models explain and fence their JSON though it was asked for alone, and clients
+    cannot parse it then.
+    """
+
+    # Words have brackets, too: a set {a, b}, a note [1].
+    START = re.compile(r'''
+        \{ \s{0,99} ["}]
+        | \[ \s{0,99} (?: ["{}\[\]] | -?[\d.]{1,20} \s{0,9} , | true | false | null )
+        ''', re.VERBOSE)
+    LONGEST_START = 200
+
+    def __init__(self):
+        self.held = ""
+        self.progress = JsonProgress()
+        # progress.feed once the JSON has begun, str if there will be none.
+        self.follow = None
+
+    def feed(self, text):
+        if self.follow:
+            return self.follow(text)
+        searched = max(0, len(self.held) - self.LONGEST_START)
+        text = self.held + text
+        self.held = ""
+        start = self.START.search(text, searched)
+        if start and start.start() <= LONGEST_EARLY:
+            self.follow = self.progress.feed
+            return self.follow(text[start.start():])
+        if len(text) > LONGEST_EARLY + self.LONGEST_START:
+            self.follow = str
+            return text
+        self.held = text
+        return ""
+
+    def close(self):
+        return self.held
+
+
+def overlap(text, word):
+    """How many characters at the end of `text` begin `word`, without being all of
+    it."""
+    longest = min(len(text), len(word) - 1)
+    for size in range(longest, 0, -1):
+        if text.endswith(word[:size]):
+            return size
+    return 0
+
+
+class StopCutter:
+    """Ends a text that comes in pieces before the first of some words. Then `hit` is
+    that word. `sent`: those of them that Z.ai knows."""
+
+    def __init__(self, words, sent):
+        self.words = words
+        self.sent = sent
+        self.held = ""
+        self.hit = None
+
+    def feed(self, text):
+        if self.hit:
+            return ""
+        text = self.held + text
+        # A pattern of all words would compare each of them at each place. The first to
+        # end counts, as more of the text might not have come yet.
+        places = zip(map(text.find, self.words), self.words)
+        found = [(at + len(word), at, word) for at, word in places if at >= 0]
+        if found:
+            _, end, self.hit = min(found)
+            self.held = ""
+        else:
+            # The end of the text may be the beginning of a word.
+            end = len(text) - max([overlap(text, word) for word in self.words], default=0)
+            self.held = text[end:]
+        return text[:end]
+
+    def close(self):
+        """The rest of the text. Z.ai was seen to stop at a word with all but its last
+        letters in the text: those go."""
+        for word in self.sent:
+            # Fewer than four letters may as well be meant.
+            if len(self.held) >= max(4, len(word) / 2) and word.startswith(self.held):
+                return ""
+        return self.held
+
+
+# GLM's own form of a call,
+# <tool_call>name<arg_key>k</arg_key><arg_value>v</arg_value>... </tool_call>, was seen
+# in texts, with tags of it missing or doubled, and in names.
+MARKUP = re.compile("|".join((LEAK, LEAK_END, *ARGUMENT_TAGS)))
+ARGUMENT_TAG = re.compile(f"({'|'.join(ARGUMENT_TAGS)})")
+
+
+def typed(text, types):
+    """A text as the value that it says, if it may be of one of these `types`, and no
+    text; without types, of any."""
+    value = decode_or_none(text)
+    if value is None:
+        # What is no JSON is None, and so is JSON's null.
+        is_null = "null" in types and text.strip() == "null"
+        return None if is_null else text
+    name = TYPE_NAMES[type(value)]
+    fits = not types or name in types or name == "integer" and "number" in types
+    return value if fits and "string" not in types else text
+
+
+def parse_leaked_call(text, tools):
+    """(name, arguments as JSON) of a call in GLM's own form; None if it names no tool
+    of `tools`, or if its keys and values cannot be told apart.
+
+    Any tag separates, as they were seen missing and doubled. Cut by hand, as a regular
+    expression for all of it would take quadratic time.
+    """
+    head, *parts = ARGUMENT_TAG.split(text.partition(LEAK_END)[0])
+    name = MARKUP.sub("", head).strip()
+    if name not in tools:
+        return None
+    arguments = {}
+    key = None
+    for tag, value, next_tag in zip(parts[::2], parts[1::2], [*parts[2::2], LEAK_END]):
+        word = value.strip()
+        is_empty = tag == VALUE != next_tag or next_tag == VALUE_END
+        if key is None:
+            is_key = tag == KEY or next_tag == KEY_END
+            if word and not is_key or word in arguments:
+                return None
+            key = word or None
+        elif word or is_empty:
+            arguments[key] = typed(value, tools[name].get(key, set()))
+            key = None
+    return None if key else (name, encode_text(arguments))
+
+
+class Leak:
+    """A <tool_call> in a text or in thinking: feed(piece) -> whether more of it may
+    come. It is held back only while it can still be a call of a tool that was sent, as
+    models write about the tag as well."""
+
+    # Names have at most 64 characters; the rest is for blanks around them.
+    LONGEST_NAME = 200
+
+    def __init__(self, tools):
+        self.tools = tools
+        self.pieces = [LEAK]
+        self.held = 0  # characters in the pieces
+        self.start = ""  # the first of them, where the name is
+
+    def feed(self, piece):
+        self.pieces.append(piece)
+        self.held += len(piece)
+        # The first tag may be doubled.
+        self.start = (self.start + piece.replace(LEAK, ""))[:self.LONGEST_NAME]
+        # Blanks were seen around the name.
+        name, mark, rest = "".join(self.start.split()).partition("<")
+        may_be_call = any(tool.startswith(name) for tool in self.tools)
+        if mark or len(self.start) == self.LONGEST_NAME:
+            may_be_call = name in self.tools and (mark + rest).startswith(ARGUMENT_TAGS)
+        return may_be_call and piece != LEAK_END and self.held <= LONGEST_HELD
+
+    @property
+    def is_closed(self):
+        """Whether its last value has ended."""
+        return "".join(self.pieces[-3:]).rstrip().endswith(VALUE_END)
+
+    def read(self, is_cut):
+        """(name, arguments) of the call, None if it is none."""
+        is_whole = self.pieces[-1] == LEAK_END or self.is_closed and not is_cut
+        return parse_leaked_call("".join(self.pieces), self.tools) if is_whole else None
+
+
+class Texts:
+    """Text and thinking in, what can be told of them out: feed(kind, text) -> steps;
+    flush() -> what waits until it is clear what it is; close(is_cut) -> the rest.
+
+    A text passes through `filters`, one behind the other; thinking does not. Calls that
+    leak into either are collected in `leaked`, as (name, arguments).
+    """
+
+    def __init__(self, asked):
+        self.tools = asked.tools
+        # Who asks for a tag as a stop word gets it as one.
+        self.turns = set(TURNS) - set(asked.stop)
+        self.cutter = StopCutter(asked.stop, asked.body.get("stop", ()))
+        self.filters = []
+        if asked.stop:
+            self.filters.append(self.cutter)
+        if asked.json:
+            self.filters.append(JsonAlone())
+        self.splitter = TagSplitter()
+        # What feed() has brought last. The text may be between <think> and </think>.
+        self.source = TEXT
+        self.in_think = False
+        # TEXT and THINKING, once something of it has come.
+        self.opened = set()
+        # The Leak that is coming, if one is.
+        self.leak = None
+        self.leaked = []
+        # (kind, text, call) of what goes if nothing follows: tags of the template, and
+        # calls in thinking. If something does, those were only thought of.
+        self.tail = []
+
+    def passes(self, kind):
+        """Whether a text of this kind just goes on."""
+        is_busy = self.splitter.held or self.leak or self.tail or self.in_think or self.filters
+        return kind == self.source and kind in self.opened and not is_busy
+
+    def feed(self, kind, text):
+        steps = [] if kind == self.source else self.flush()
+        self.source = kind
+        self.steps = steps
+        self._sort(self.splitter.feed(text))
+        return steps
+
+    def flush(self, is_cut=False):
+        self.steps = []
+        self._sort(self.splitter.close())
+        if self.leak:
+            self._end_leak(is_cut)
+        return self.steps
+
+    def close(self, is_cut):
+        steps = self.flush(is_cut)
+        self.leaked += [call for _, _, call in self.tail if call]
         text = ""
         for text_filter in self.filters:
             text = text_filter.feed(text) + text_filter.close()
-        self._give(TEXT, text)
+        return [*steps, Step(TEXT, text)] if text else steps
 
-    def _end_leak(self):
+    @property
+    def kind(self):
+        return THINKING if self.in_think else self.source
+
+    def _sort(self, pieces):
+        for piece in pieces:
+            kind = self.kind
+            if self.leak and self.leak.is_closed and piece == LEAK:
+                # The end of the one is missing before the next.
+                self._end_leak()
+            if self.cutter.hit:
+                break
+            elif self.leak:
+                if not self.leak.feed(piece):
+                    self._end_leak()
+            # The end of a call may be doubled.
+            elif piece in BOXES or piece == LEAK_END and (self.leaked or self.tail):
+                continue
+            elif piece in (THINK, THINK_END) and self._may_think():
+                self.in_think = piece == THINK
+            elif piece == LEAK and self.tools:
+                self.leak = Leak(self.tools)
+            elif piece in self.turns and kind in self.opened or self.tail and piece.isspace():
+                # A model may go on so until its limit.
+                self.tail = [*self.tail[:MOST_CALLS], (kind, piece, None)]
+            elif piece not in self.turns:
+                self._show(kind, piece)
+
+    def _may_think(self):
+        """Later in a text, somebody writes about the tag."""
+        return self.in_think or self.source == TEXT and TEXT not in self.opened
+
+    def _end_leak(self, is_cut=False):
         """A leak has ended, as a call, or as a text after all."""
         leak = self.leak
         self.leak = None
-        call = leak.read(self.finish)
-        if call is None:
-            self._show(leak.kind, "".join(leak.pieces))
-            return
-        self.repaired += 1
-        self.begun = True
-        self.leaked.append(call)
-        self._check_number(self.leaked)
+        text = "".join(leak.pieces)
+        call = leak.read(is_cut)
+        if call and self.kind == THINKING:
+            self.opened.add(THINKING)
+            self.tail.append((THINKING, text, call))
+        elif call:
+            self._show(TEXT, "")
+            self.leaked.append(call)
+        else:
+            self._show(self.kind, text)
+        check_number(self.leaked + self.tail)
 
-    # Tool calls
+    def _show(self, kind, text):
+        tail = self.tail
+        self.tail = []
+        for held_kind, held, call in tail:
+            # A stretch of thinking may have ended with a tag, too.
+            if call or held_kind == kind:
+                self._give(held_kind, held)
+        self._give(kind, text)
 
-    def _call(self, item, seen):
-        """One item of delta.tool_calls: a whole call, or a piece of one. `seen`: the
-        calls that earlier items of this event belong to."""
-        self.begun = True
+    def _give(self, kind, text):
+        if kind not in self.opened:
+            # GLM 4.5 to 4.7 open with line ends.
+            text = text.lstrip("\r\n")
+        if text:
+            self.opened.add(kind)
+        if kind == TEXT:
+            for text_filter in self.filters:
+                text = text_filter.feed(text)
+        if text:
+            self.steps.append(Step(kind, text))
+
+
+# The third room: calls
+
+# Empty arguments, before the end or before real ones.
+NO_ARGUMENTS = re.compile(r'\A\s*(?:(?:\{\}|null)\s*)*(?=["{]|\Z)')
+NAMELESS = "Z.ai sent a tool call without a name."
+BROKEN_CALL = "Z.ai sent a tool call with broken arguments."
+
+
+def real_arguments(text):
+    """Arguments without what stands for none, which may come before the real ones."""
+    return NO_ARGUMENTS.sub("", text)
+
+
+def sum_up(text, before):
+    """A checksum of a text that comes in pieces, without its blanks."""
+    solid = "".join(text.split())
+    return binascii.crc32(solid.encode("utf-8", "replace"), before)
+
+
+def check_number(calls):
+    """The bound of calls: each piece of one is compared with all of them."""
+    if len(calls) > MOST_CALLS:
+        raise UpstreamError(f"Z.ai made more than {MOST_CALLS} tool calls.", GIVE_UP)
+
+
+class Arguments(JsonProgress):
+    """The arguments of a call, which come in pieces, as the client is told of them.
+    What was encoded twice is decoded, markup goes from names, and where no text may be,
+    the value that it says stands in its place.
+
+    `types`: argument_types() of the tool. What is held back is one name, or one value
+    of those kinds; texts go on.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.types = {}
+        # The sign before a name or a value, and the name that a value belongs to.
+        self.sign = ""
+        self.key = None
+        self.waiting = ""
+
+    def feed(self, text):
+        told = []
+        for piece, is_string in self.pieces(text):
+            if not is_string:
+                self.sign = (self.sign + piece).rstrip()[-1:]
+            elif self.sign != ":" or "string" not in self.types.get(self.key, ("string",)):
+                self.waiting += piece
+                piece = ""
+                if not self.in_string:
+                    piece = self._mend(self.close())
+                elif len(self.waiting) > LONGEST_HELD:
+                    piece = self.close()
+            told.append(piece)
+        return "".join(told)
+
+    def close(self):
+        """What is held back."""
+        text = self.waiting
+        self.waiting = ""
+        return text
+
+    def _mend(self, text):
+        value = decode_or_none(text)
+        if value is None:
+            return text
+        if self.depth == 0:
+            is_encoded_twice = isinstance(decode_or_none(value), dict)
+            return self.feed(value) if is_encoded_twice else text
+        if self.sign == ":":
+            mended = typed(value, self.types[self.key])
+        else:
+            mended = self.key = MARKUP.sub("", value).strip() if "<" in value else value
+        return text if mended is value else encode_text(mended)
+
+
+class ToolCall:
+    """One tool call under way. Its arguments come into `waiting`; take() gives what the
+    client can be told of it by now, once it is its turn."""
+
+    def __init__(self, id, zai_id, zai_index):
+        self.id = id
+        self.zai_id = zai_id  # "" if Z.ai gave none
+        self.zai_index = zai_index
+        self.index = None  # ours, given with the name
+        self.name = ""
+        # What came before its turn, then "{}" until real arguments come.
+        self.waiting = ""
+        self.arguments = Arguments()
+        self.begun = False  # real arguments have come
+        self.is_told = False
+        # Checksums of the arguments, and of a second object behind them, 0 without one.
+        self.first_sum = 0
+        self.second_sum = 0
+
+    def take(self, empty=None):
+        """Steps. With `empty`, what no arguments at all become, no more will come."""
+        text = self.waiting if self.begun else real_arguments(self.waiting)
+        empty_so_far = "{}" if self.waiting.strip() else ""
+        self.waiting = ""
+        if text:
+            self.begun = True
+        elif not self.begun and empty is None:
+            self.waiting = empty_so_far
+        elif not self.begun:
+            text = empty_so_far or empty
+        told = self._follow(text)
+        if empty is not None:
+            told += self.arguments.close()
+        kind = ARGUMENTS if self.is_told else CALL
+        is_news = told or not self.is_told
+        self.is_told = True
+        return [Step(kind, told, self.index, self.id, self.name)] if is_news else []
+
+    def _follow(self, text):
+        """Nothing behind the whole object is told, as Z.ai was seen to write it
+        twice."""
+        told = self.arguments.feed(text)
+        behind = self.arguments.rest
+        self.first_sum = sum_up(text[:len(text) - len(behind)], self.first_sum)
+        if self.second_sum or "{" in behind:
+            self.second_sum = sum_up(behind, self.second_sum)
+        return told
+
+    @property
+    def is_broken(self):
+        """Whether the arguments were cut, or came with others behind them."""
+        return self.arguments.depth > 0 or self.second_sum not in (0, self.first_sum)
+
+    def takes(self, zai_id, zai_index, name):
+        """Whether an item with these belongs to this call, as far as Z.ai tells."""
+        if name and self.name not in ("", name):
+            return False
+        # An id was seen to change from piece to piece.
+        is_here = zai_index == self.zai_index
+        is_same = zai_id and zai_id == self.zai_id
+        if is_same or not name:
+            knows_places = None not in (zai_index, self.zai_index)
+            return is_here if knows_places else is_same or "" in (zai_id, self.zai_id)
+        # A name again is the same call as long as its arguments are not whole.
+        is_whole = self.arguments.ended or self.name and self.waiting == "{}"
+        is_open = self.arguments.depth > 0 if zai_id else not is_whole
+        return is_here and is_open
+
+
+class Calls:
+    """Items of `tool_calls` in, whole calls or pieces of them, and steps of calls out:
+    feed(items), and close(is_cut) for the rest.
+
+    Clients join the pieces of calls by their order, so one call comes after the other:
+    while the arguments of one are not whole, what comes behind it waits. put(steps)
+    gives those of other steps that need not.
+    """
+
+    def __init__(self, tools, one_call, make_id):
+        self.tools = tools
+        self.one_call = one_call  # only the first call is told
+        self.make_id = make_id
+        self.calls = []
+        # How many of them are told; the first that is not whole, and all that waits
+        # behind it, calls and other steps.
+        self.count = 0
+        self.queue = collections.deque()
+        self.tally = Tally(LONGEST_ANSWER_BYTES)
+        # How many names had markup.
+        self.repaired = 0
+
+    def feed(self, items):
+        check_number(items)
+        seen = set()
+        for item in items:
+            if isinstance(item, dict):
+                call = self._take(item, seen)
+                yield from self._advance()
+                if len(call.waiting) > LONGEST_HELD:
+                    raise UpstreamError("Z.ai sent too much of a tool call too early.")
+
+    def put(self, steps):
+        if not self.queue:
+            return steps
+        for step in steps:
+            self.tally.add(step)
+        self.queue += steps
+        return self._advance()
+
+    def close(self, is_cut):
+        for entry in self.queue:
+            is_call = isinstance(entry, ToolCall)
+            yield from entry.take("" if is_cut else "{}") if is_call else [entry]
+
+    def check(self, finish, told):
+        """UpstreamError for what is no whole call: calls may have come without a
+        name."""
+        is_lost = any(real_arguments(call.waiting) for call in self.calls if not call.name)
+        is_nothing = self.calls and not self.count and not told
+        if is_lost or is_nothing and finish == "stop":
+            raise UpstreamError(NAMELESS)
+        if finish in WHOLE and any(call.is_broken for call in self.calls):
+            raise UpstreamError(BROKEN_CALL)
+        if finish == "tool_calls" and not self.count:
+            raise UpstreamError("Z.ai announced a tool call and sent none.")
+
+    def _take(self, item, seen):
+        """One item: a whole call, or a piece of one. `seen`: the calls that earlier
+        items of this event belong to."""
         name, arguments = self._read_function(as_dict(item.get("function")))
         call = self._find_call(item, name, seen)
         seen.add(call)
-        call.name = call.name or name
-        if call.index is not None:
-            self._go_on(call, call.feed(arguments))
+        is_wanted = not self.one_call or not self.count
+        if name and not call.name:
+            call.name = name
+            call.arguments.types = self.tools.get(name, {})
+            if is_wanted:
+                call.index = self.count
+                self.count += 1
+                self.queue.append(call)
         # Further calls stay in the list, so that their pieces have a home.
-        elif not self.one_call or not self.given:
-            self._begin_call(call, arguments)
+        if call.index is not None or not call.name:
+            call.waiting += arguments
+        return call
 
     def _read_function(self, function):
         """(name, arguments) as texts. Names were seen with markup in them, and with all
@@ -2866,18 +3581,18 @@ class Translator:
         arguments = function.get("arguments") or ""
         if not isinstance(arguments, str):
             arguments = encode_text(arguments)
-        if "<" not in name:
-            return name[:LONGEST_NAME], arguments
+        clean = name.partition("<")[0].strip()
+        # A name that no tool has is for the client to refuse.
+        if clean == name or clean not in self.tools:
+            return name[:Leak.LONGEST_NAME], arguments
         self.repaired += 1
         is_blank = not real_arguments(arguments)
-        if "<arg_key>" in name and (is_blank or "<arg_value>" in name):
-            leaked = parse_leaked_call(name, self.tools)
-            if leaked is None or not is_blank:
-                raise UpstreamError("Z.ai sent a tool call that cannot be read.")
+        leaked = parse_leaked_call(name, self.tools)
+        if leaked and is_blank:
             return leaked
-        # A name that no tool has is for the client to refuse.
-        clean = name.partition("<")[0].strip()
-        return clean if clean in self.tools else name[:LONGEST_NAME], arguments
+        if is_blank or VALUE in name:
+            raise UpstreamError("Z.ai sent a tool call that cannot be read.")
+        return clean, arguments
 
     def _find_call(self, item, name, seen):
         """The call an item belongs to. Z.ai's index may be -1, 0 for all, or missing;
@@ -2886,91 +3601,218 @@ class Translator:
         if type(index) is not int or index < 0:
             index = None
         zai_id = "" if item.get("id") is None else str(item["id"])[:200]
-        # A bare piece of arguments may go on with a call of the same event.
-        is_bare = not zai_id and not name
-        for call in reversed(self.calls):
-            if (is_bare or call not in seen) and call.takes(zai_id, index, name):
+        # The one of that id comes first, or else at that index, or else the last.
+        def is_elsewhere(call):
+            return zai_id not in ("", call.zai_id), index not in (None, call.zai_index)
+
+        latest_first = self.calls[::-1]
+        latest_first.sort(key=is_elsewhere)
+        for call in latest_first:
+            # A piece of arguments may go on with a call of the same event.
+            if (not name or call not in seen) and call.takes(zai_id, index, name):
                 return call
+            # Whatever has neither can only go on with the last one.
+            if not zai_id and index is None:
+                break
         # Clients take two calls with one id for one.
         is_taken = any(call.id == zai_id for call in self.calls)
         id = self.make_id() if is_taken or not zai_id else zai_id
         self.calls.append(ToolCall(id, zai_id, index))
-        self._check_number(self.calls)
+        check_number(self.calls)
         return self.calls[-1]
 
-    def _begin_call(self, call, arguments):
-        """Tell the client of a call as soon as it has a name."""
-        if not call.name:
-            call.waiting += arguments
-            if len(call.waiting) > LONGEST_EARLY:
-                raise UpstreamError(NAMELESS)
-            return
-        # For an earlier call, other arguments than "{}" can come no more.
-        for earlier in self.given:
-            if earlier.waiting == "{}":
-                self._go_on(earlier, earlier.close(is_cut=False))
-        call.index = len(self.given)
-        self.given.append(call)
-        self.told = True
-        text = call.feed(arguments)
-        self.steps.append(Step(CALL, text, call.index, call.id, call.name))
+    def _advance(self):
+        """The steps of what need not wait any more."""
+        while self.queue:
+            entry = self.queue[0]
+            if isinstance(entry, Step):
+                yield entry
+            else:
+                yield from entry.take()
+                # No real ones come once something else has.
+                if entry.waiting == "{}" and len(self.queue) > 1:
+                    yield from entry.take("{}")
+                if not entry.arguments.ended:
+                    return
+            self.queue.popleft()
 
-    def _go_on(self, call, text):
+
+EMPTY = "Z.ai sent an empty answer."
+UNFINISHED = "Z.ai's answer ended before it was finished."
+
+
+class Translator:
+    """Z.ai's events in, steps out: feed(events) -> (steps, failure).
+
+    An event is a text for Frames; with `end`, no more will come. `failure`
+    is the UpstreamError that ended the answer, or None. An answer fails if Z.ai sends
+    an error, or what cannot be told in steps, or ends without a finish. What came
+    before the failure is told all the same. `asked`: what Z.ai was asked;
+    `restartable`: the client sees nothing before the end, so that a new start does no
+    harm; describe(value, status, retry_after) makes the error of an error event, which
+    has a `value` alone, or of a body, whose value is None if it cannot be read;
+    make_id() names calls without an id.
+    """
+
+    def __init__(self, asked, restartable=False, describe=zai_error, make_id=new_call_id):
+        self.asked = asked
+        self.restartable = restartable
+        self.describe = describe
+        self.make_id = make_id
+        self.frames = Frames(describe)
+        # The Alike that the next event may be.
+        self.alike = None
+        # The last step has been given.
+        self.complete = False
+        # Tokens have come before a new start.
+        self.has_begun = False
+        self._start()
+
+    def _start(self):
+        """All that a new start of the answer makes void."""
+        asked = self.asked
+        self.finish = None
+        self.usage = None
+        # Text or a call has been given. Thinking alone can be taken back.
+        self.told = False
+        # With stop words, what was told, to count its tokens.
+        self.said = Fold()
+        # Thinking that was turned off. If nothing else comes, it is the text.
+        self.unasked = Fold()
+        self.texts = Texts(asked)
+        self.calls = Calls(asked.tools, asked.one_call, self.make_id)
+
+    @property
+    def begun(self):
+        """Whether tokens have come, which Z.ai bills."""
+        texts = self.texts
+        some = texts.opened or texts.leaked or texts.tail or self.calls.calls
+        return bool(self.has_begun or some or self.unasked.items)
+
+    @property
+    def stop_word(self):
+        """The stop word that has ended the text, if one has."""
+        return self.texts.cutter.hit
+
+    @property
+    def repaired(self):
+        """How many events were skipped or mended."""
+        return self.frames.repaired + self.calls.repaired + len(self.texts.leaked)
+
+    def feed(self, events, end=False):
+        # All methods below append to it, so that nothing is lost when one of them
+        # raises.
+        self.steps = []
+        try:
+            for event in events:
+                if not self.complete:
+                    self._feed(event)
+            if end and not self.complete:
+                self._end()
+        except UpstreamError as failure:
+            return joined(self.steps), failure
+        return joined(self.steps), None
+
+    def _feed(self, event):
+        text = self.alike and self.alike.read(event)
         if text:
-            self.steps.append(Step(ARGUMENTS, text, call.index))
+            self.steps.append(Step(self.alike.kind, text))
+            return
+        self.alike = None
+        frame = self.frames.feed(event)
+        if frame:
+            self._read(frame)
+            alike = find_alike(event, frame)
+            passes = alike and self.texts.passes(alike.kind) and not self.calls.queue
+            self.alike = alike if passes else None
+        # Nothing comes behind finish and usage but the end mark, late or never. Without
+        # a finish the answer is not whole, whatever the mark says. And Z.ai would go on
+        # behind a stop word.
+        is_last = self.usage or self.frames.ended
+        if self.finish and is_last or self.stop_word:
+            self._end()
 
-    @staticmethod
-    def _check_number(calls):
-        """The bound of calls: each piece of one is compared with all of them."""
-        if len(calls) > MOST_CALLS:
-            raise UpstreamError(f"Z.ai made more than {MOST_CALLS} tool calls.", GIVE_UP)
+    def _read(self, frame):
+        if frame.afresh:
+            self._restart()
+        for field, kind in KIND_OF_FIELD.items():
+            text = frame.delta.get(field)
+            if text and kind == THINKING and self.asked.no_thinking:
+                self.unasked.add([Step(kind, text)])
+            elif text:
+                self._put(self.texts.feed(kind, text))
+        items = frame.delta.get("tool_calls")
+        if items and not self.stop_word:
+            # What is held back came first.
+            self._put(self.texts.flush())
+            self._add(self.calls.feed(items))
+        self.usage = frame.usage or self.usage
+        if frame.reason:
+            finish = FINISHES.get(str(frame.reason))
+            if finish is None:
+                raise UpstreamError(f"Z.ai broke off the answer: {str(frame.reason)[:60]!a}.")
+            # It may come twice. What was cut does not get whole again.
+            if self.finish in WHOLE:
+                self.finish = finish
 
-    # The end
+    def _restart(self):
+        if self.told and not self.restartable:
+            raise UpstreamError(
+                "Z.ai lost its place and started the answer again after part of it had "
+                "been sent.", GIVE_UP, code="upstream_stream_restarted")
+        self.has_begun = self.begun
+        self._start()
+        self.steps.append(Step(RESTART))
+
+    def _put(self, steps):
+        """What comes behind a call that is not whole has to wait."""
+        self._add(self.calls.put(steps))
+
+    def _add(self, steps):
+        for step in steps:
+            self.told = self.told or step.kind != THINKING
+            self.steps.append(step)
+            if self.asked.stop:
+                self.said.add([step])
 
     def _end(self):
-        if self.complete:
-            return
-        if self.is_stopped():
+        if not self.finish and not self.stop_word:
+            raise UpstreamError(UNFINISHED if self.begun else EMPTY)
+        is_cut = self.finish not in WHOLE
+        if not self.texts.opened and not self.calls.calls:
+            self._put(self.texts.feed(TEXT, self.unasked.text(THINKING)))
+        self._put(self.texts.close(is_cut))
+        if self.stop_word:
             self.finish = "stop"
+        self._give_calls(is_cut)
+        if self.stop_word:
             # Z.ai's counts come at its own end. Programs that send stop words, such as
             # smolagents, read the usage unasked.
-            self.usage = self.usage or to_openai_usage({})
-        elif not self.finish:
-            raise UpstreamError(UNFINISHED if self.begun else EMPTY)
-        self._give_rest()
+            told = estimate_tokens("".join([item.text for item in self.said.items]))
+            self.usage = self.usage or to_openai_usage(
+                {"prompt_tokens": self.asked.tokens, "completion_tokens": told})
         reason = self.finish
         # Clients look at the finish to learn whether there are calls to make.
         if reason in WHOLE:
-            reason = "tool_calls" if self.given else "stop"
+            reason = "tool_calls" if self.calls.count else "stop"
         self.complete = True
-        self.steps.append(Step(FINISH, reason, usage=self.usage))
+        stop_word = self.stop_word if reason == "stop" else None
+        self.steps.append(Step(FINISH, reason, name=stop_word, usage=self.usage))
 
-    def _give_rest(self):
-        """Give what was held back until now."""
-        self._flush()
+    def _give_calls(self, is_cut):
         # Where calls came as they should, the leaked ones are the same once more.
-        leaked = [] if self.calls else self.leaked
-        for name, arguments in leaked:
-            self._call({"function": {"name": name, "arguments": arguments}}, set())
-        self._close_filters()
-        self._check_whole()
-        for call in self.given:
-            self._go_on(call, call.close(is_cut=self.finish not in WHOLE))
-
-    def _check_whole(self):
-        """A finish alone makes no answer: Z.ai at its limits was seen to send one with
-        nothing before it, and calls may have come without a name."""
-        untold = [call for call in self.calls if call.index is None]
-        is_lost = any(real_arguments(call.waiting) for call in untold)
-        if is_lost or untold and self.finish == "stop" and not self.told:
-            raise UpstreamError(NAMELESS)
-        if self.finish in WHOLE and any(call.is_broken for call in self.given):
-            raise UpstreamError(BROKEN_CALL)
-        if self.finish == "tool_calls" and not self.given:
-            raise UpstreamError("Z.ai announced a tool call and sent none.")
+        if not self.calls.calls:
+            self._add(self.calls.feed([
+                {"function": {"name": name, "arguments": arguments}}
+                for name, arguments in self.texts.leaked]))
+        rest = list(self.calls.close(is_cut))
+        # A finish alone makes no answer: Z.ai at its limits was seen to send one with
+        # nothing before it.
+        self.calls.check(self.finish, self.told)
         has_tokens = self.usage and self.usage["completion_tokens"]
         if self.finish == "stop" and not self.begun and not has_tokens:
             raise UpstreamError(EMPTY)
+        self._add(rest)
 
 
 class Reply:
@@ -3047,6 +3889,16 @@ class Reply:
         return self.complete and self.keeps_alive and not self.framing.rest
 
 
+def only_event(data):
+    """The event in these bytes, if they are one chunk with one event in it, as mostly;
+    else None. It is all there is to be read then."""
+    line, _, chunk = data.partition(b"\r\n")
+    is_event = chunk.startswith(b"data: ") and chunk.endswith(b"\n\n\r\n")
+    is_one = chunk.count(b"\n") == 3 and chunk.count(b"\r") == 1
+    is_whole = line == b"%x" % max(0, len(chunk) - 2)
+    return chunk[6:-4].decode("utf-8", "replace") if is_event and is_one and is_whole else None
+
+
 class Answer:
     """Z.ai's answer to one chat request: feed(data) -> (steps, failure); b"" means that
     the connection has ended.
@@ -3064,6 +3916,8 @@ class Answer:
         self.read_body = None
         self.decoder = SSEDecoder()
         self.refusal = bytearray()
+        # All events that have come are read, and nothing of the next has come.
+        self.is_between = False
         self.complete = False
 
     @property
@@ -3074,7 +3928,7 @@ class Answer:
     def is_cut_short(self):
         """Whether a stop word has ended it: Z.ai may still be generating what is not
         wanted."""
-        return self.translator.complete and self.translator.is_stopped()
+        return self.translator.complete and bool(self.translator.stop_word)
 
     @property
     def is_ending(self):
@@ -3083,6 +3937,18 @@ class Answer:
         return self.complete or bool(self.translator.finish)
 
     def feed(self, data):
+        event = self.is_between and only_event(data)
+        if event:
+            steps, failure = self.translator.feed([event])
+        else:
+            steps, failure = self._feed(data)
+            framing = self.reply.framing
+            is_held = framing.left or framing.rest or self.decoder.held
+            self.is_between = self.read_body is Answer._read_events and not is_held
+        self.complete = self.translator.complete or failure is not None
+        return steps, failure
+
+    def _feed(self, data):
         cut = None
         try:
             body = self.reply.feed(data)
@@ -3091,7 +3957,6 @@ class Answer:
             # What was whole before it.
             body = self.reply.framing.take()
         if self.reply.status is None:
-            self.complete = cut is not None
             return [], cut
         ended = self.reply.complete or cut is not None
         try:
@@ -3101,7 +3966,6 @@ class Answer:
         # A cut explains a missing end better; behind the finish it does no harm.
         if cut and failure and failure.message in (EMPTY, UNFINISHED, TORN):
             failure = cut
-        self.complete = self.translator.complete or failure is not None
         return steps, failure
 
     def close(self):
@@ -3177,32 +4041,9 @@ class Item:
         return "".join(self.pieces)
 
 
-class Tally:
-    """Counts the memory of steps that are kept. UpstreamError beyond `limit` bytes."""
-
-    # A Python object stands behind each piece, and several behind an item, which begins
-    # where the kind changes.
-    STEP_BYTES = 20
-    ITEM_BYTES = 2000
-
-    def __init__(self, limit):
-        self.limit = limit
-        self.size_bytes = 0
-        self.kind = None
-
-    def add(self, step):
-        if step.kind != self.kind:
-            self.size_bytes += self.ITEM_BYTES
-        self.kind = step.kind
-        text = step.text + (step.name or "")
-        self.size_bytes += len(text.encode("utf-8", "replace")) + self.STEP_BYTES
-        if self.size_bytes > self.limit:
-            raise UpstreamError(f"The answer is longer than {self.limit} bytes.", GIVE_UP)
-
-
 class Fold:
     """What a JSON answer is made of: all steps of an answer, as `items` in their order,
-    with `finish` and `usage`. UpstreamError beyond `limit` bytes."""
+    with `finish`, `stop_word` and `usage`. UpstreamError beyond `limit` bytes."""
 
     def __init__(self, limit=LONGEST_ANSWER_BYTES):
         self.limit = limit
@@ -3210,8 +4051,8 @@ class Fold:
 
     def _start(self):
         self.items = []
-        self.calls = []
         self.finish = None
+        self.stop_word = None
         self.usage = None
         self.tally = Tally(self.limit)
 
@@ -3221,20 +4062,19 @@ class Fold:
                 self._start()
             elif step.kind == FINISH:
                 self.finish = step.text
+                self.stop_word = step.name
                 self.usage = step.usage
             else:
-                self._find_item(step).pieces.append(step.text)
+                # What stands behind the last item belongs to it, but for a new call.
+                goes_on = self.items and self.items[-1].kind == step.kind != CALL
+                if step.kind != ARGUMENTS and not goes_on:
+                    self.items.append(Item(step.kind, step.id, step.name))
+                self.items[-1].pieces.append(step.text)
                 self.tally.add(step)
 
-    def _find_item(self, step):
-        if step.kind == ARGUMENTS:
-            return self.calls[step.index]
-        if step.kind == CALL:
-            self.calls.append(Item(CALL, step.id, step.name))
-            self.items.append(self.calls[-1])
-        elif not self.items or self.items[-1].kind != step.kind:
-            self.items.append(Item(step.kind))
-        return self.items[-1]
+    @property
+    def calls(self):
+        return [item for item in self.items if item.kind == CALL]
 
     def text(self, kind):
         """All texts of one kind, joined."""
@@ -3243,35 +4083,45 @@ class Fold:
 
 # Fronts ###############################################################################
 #
-# The APIs that clients speak, a class each, an object a request: read() makes a chat
-# request of what the client sent, tell() and whole() give the answer in the client's
-# terms. To add an API, add a class here and a row to ROUTES.
+# The APIs that clients speak, a class each, an object a request: read() says where
+# things are in what the client sent, tell() and whole() give the answer in the
+# client's terms. To add an API, add a section behind this one and a row to ROUTES.
 
 class Memory:
-    """What fronts remember from one request to the next: the latest values, within a
-    bound of bytes. Nothing is written to disk. Responses keeps the items of its answers
-    here, as some clients refer to them by their ids."""
+    """What fronts remember from one request to the next, within a bound of bytes:
+    Responses' items and turns, as some clients refer to them by ids. Each client key
+    finds its own values alone. Of the key that holds most the oldest go first. Nothing
+    is written to disk."""
 
     LIMIT_BYTES = 16 << 20
+    # What Python needs for a value beside its JSON.
+    ENTRY_BYTES = 500
 
     def __init__(self):
         self.lock = threading.Lock()
-        self.values = collections.OrderedDict()
-        self.size_bytes = 0
+        self.values = {}  # client key -> its values' JSON by their ids, the latest last
+        self.sizes = collections.Counter()  # client key -> bytes
 
-    def put(self, key, value, size_bytes):
-        """`key` is a new one, as ids are."""
+    def put(self, key, id, value):
+        """`id` is a new one."""
+        data = encode_json(value)
         with self.lock:
-            self.values[key] = (value, size_bytes)
-            self.size_bytes += size_bytes
-            while self.size_bytes > self.LIMIT_BYTES:
-                _, (_, oldest_bytes) = self.values.popitem(last=False)
-                self.size_bytes -= oldest_bytes
+            self.values.setdefault(key, collections.OrderedDict())[id] = data
+            self.sizes[key] += len(data) + self.ENTRY_BYTES
+            while sum(self.sizes.values()) > self.LIMIT_BYTES:
+                largest = max(self.sizes, key=self.sizes.get)
+                _, data = self.values[largest].popitem(last=False)
+                self.sizes[largest] -= len(data) + self.ENTRY_BYTES
 
-    def get(self, key):
+    def get(self, key, id):
+        """The value, which stays for as long as a new one; None without one."""
         with self.lock:
-            value, _ = self.values.get(key, (None, 0))
-            return value
+            values = self.values.get(key, {})
+            if id not in values:
+                return None
+            values.move_to_end(id)
+            data = values[id]
+        return decode_strictly(data.decode())
 
 
 class Caller(NamedTuple):
@@ -3283,32 +4133,44 @@ class Caller(NamedTuple):
     now: float
     memory: Memory
 
+    def keep(self, id, value):
+        self.memory.put(self.key, id, value)
+
+    def recall(self, id):
+        return self.memory.get(self.key, id)
+
 
 class Front:
     """One API in front of Z.ai's. An object is one request, and what its answer must
     repeat. A class has, beside what stands here,
 
-    read(body, caller, settings): a class method: (front, chat request) for a client's
-        JSON; RequestError in the client's terms.
+    read(body, caller, settings): a class method: (front, Request) for a client's JSON;
+        RequestError in the client's terms.
     opening(): the SSE text before all steps; it is also the first sign of life.
     heartbeat(): SSE text that is harmless to every client of this API.
     tell(steps): the SSE text of some steps, "" if there is nothing to say yet.
     whole(fold): the JSON answer, a dict.
     """
 
-    # Set by read(); of these, `model` is as the client named it.
-    stream = False
-    model = ""
-    # Short names of what read() left out.
-    changed = ()
-    # The request did not say whether it wants a stream.
-    stream_defaulted = False
-    # Whether a stream that fails ends without the last chunk of its coding, so that
-    # a client that overlooks the error does not take half an answer for a whole one.
-    cuts_failures = True
-    # Whether a request fails over a picture or a file that its model does not take; if
-    # not, a text stands in its place.
-    refuses_media = True
+    def __init__(self, model, stream):
+        self.model = model  # as the client named it
+        self.stream = stream
+        # The request did not say whether it wants a stream.
+        self.stream_defaulted = False
+        # Whether a stream that fails ends without the last chunk of its coding, so that
+        # a client that overlooks the error takes no half of an answer for the whole.
+        self.cuts_failures = False
+        # What became of the request, without its body.
+        self.asked = Asked({}, b"", (), {}, {})
+
+    def find_tool(self, name):
+        """The client's terms for what the model called. It may leave out a
+        namespace."""
+        owners = self.asked.owners
+        if name in owners:
+            return owners[name]
+        bare = [tool for tool in owners.values() if tool["name"] == name]
+        return bare[0] if len(bare) == 1 else {"name": name}
 
     def failure(self, error):
         """The SSE text that ends a stream badly."""
@@ -3330,6 +4192,10 @@ class Front:
         return error.status
 
 
+# Chat #################################################################################
+#
+# Every chunk is built anew: nothing of Z.ai's own bytes reaches a client.
+
 # User-Agents of programs that read one JSON answer unless they ask for a stream
 # themselves, as OpenAI's API does. To add one, add a row.
 EXPECTS_JSON = re.compile(r"""
@@ -3338,12 +4204,14 @@ EXPECTS_JSON = re.compile(r"""
     | lm15  # dspy
     | ^(?:node|undici)$  # fetch in Node, promptfoo
     | go-http-client | langchaingo
+    | litellm/
     | ^java | okhttp | apache-httpclient
     """, re.IGNORECASE | re.VERBOSE)
 
 # Programs that lose what they have not yet read over a cut, and with it the error
-# itself. Browsers, which send an Origin, do so too.
+# itself. So do browsers and Node, which send the headers.
 LOSES_ERROR_OVER_CUT = re.compile("ai-sdk/|aiohttp", re.IGNORECASE)
+LOSING_HEADERS = {"origin", "sec-fetch-mode"}
 
 
 # What a step's reason is called here, where it is not the same word.
@@ -3353,18 +4221,16 @@ CHAT_FINISHES = {"context_window": "length"}
 class Chat(Front):
     """OpenAI's chat completions: POST /v1/chat/completions.
 
-    Every chunk is built anew; nothing of Z.ai's own bytes reaches a client. Thinking is
-    told as `reasoning` says: parsed (reasoning_content), raw (<think> in the text), or
-    hidden.
+    Thinking is told as `reasoning` says: parsed (reasoning_content), raw (<think> in
+    the text), or hidden.
     """
 
     def __init__(
         self, id, created, model, stream=True, include_usage=False, reasoning="parsed",
     ):
+        super().__init__(model, stream)
         self.id = id
         self.created = created
-        self.model = model
-        self.stream = stream
         self.include_usage = include_usage
         self.reasoning = reasoning
         # A <think> of ours is open.
@@ -3376,12 +4242,14 @@ class Chat(Front):
 
     @classmethod
     def read(cls, body, caller, settings):
-        request = dict(body)
+        request = without_nulls(body)
+        if "input" in request and "messages" not in request:
+            raise wrong("messages", "is missing: a request with 'input' goes to /v1/responses")
         options = as_dict(request.get("stream_options"))
         user_agent = caller.headers.get("user-agent", "")
         accept = caller.headers.get("accept", "").lower()
         expects_json = "application/json" in accept or EXPECTS_JSON.search(user_agent)
-        is_silent = request.get("stream") is None
+        is_silent = "stream" not in request
         if is_silent:
             request["stream"] = not expects_json and settings.default_stream
         front = cls(
@@ -3390,11 +4258,13 @@ class Chat(Front):
             model=str(request.get("model")),
             stream=request["stream"],
             include_usage=bool(options.get("include_usage")),
-            reasoning=request.get("reasoning_format") or settings.reasoning_format)
+            reasoning=request.get("reasoning_format", settings.reasoning_format))
+        need_word(front.reasoning, REASONING_FORMATS, "reasoning_format")
         front.stream_defaulted = is_silent and not expects_json
-        loses_error = LOSES_ERROR_OVER_CUT.search(user_agent) or "origin" in caller.headers
+        loses_error = (
+            LOSES_ERROR_OVER_CUT.search(user_agent) or LOSING_HEADERS & caller.headers.keys())
         front.cuts_failures = not loses_error
-        return front, request
+        return front, Request(request, {})
 
     def opening(self):
         return self._chunk('{"role":"assistant","content":""}')
@@ -3490,18 +4360,16 @@ class Chat(Front):
     def _item_text(item):
         return THINK + item.text + THINK_END if item.kind == THINKING else item.text
 
-    @staticmethod
-    def _whole_call(item):
+    def _whole_call(self, item):
         """The object of a tool call, from an Item or a Step."""
-        function = function_object(name=item.name, arguments=item.text)
-        return {"id": item.id, **function}
+        name = self.find_tool(item.name)["name"]
+        return {"id": item.id, **function_object(name=name, arguments=item.text)}
 
 
-# What Messages and Responses share. Both bring a conversation in pieces, of which a
-# chat request is made, and both tell an answer as a row of items, of which one is open.
+# What Messages and Responses share ####################################################
 #
-# An item is a message, a stretch of thinking, a call of a tool, or a call's output. A
-# message's content has parts. Anthropic has one word for items and parts: blocks.
+# Both call the fields of a request otherwise than chat, and tell an answer as a row of
+# items, of which one is open: a text, a stretch of thinking, or a call.
 
 def typed_event(type, **fields):
     """The SSE text of a value whose type is also the event's name."""
@@ -3509,375 +4377,29 @@ def typed_event(type, **fields):
     return f"event: {type}\ndata: {text}\n\n"
 
 
-def parts_of(content):
-    """A list of parts, dicts with a type. A string stands for one text."""
-    expect(content, (str, list), "content")
-    if isinstance(content, str):
-        return [text_part(content)]
-    for part in content:
-        need(part, "type", str, "content")
-    return content
+def parse_names(text):
+    """The client's paths to fields by chat's names of them: a word is "name=path", or
+    one for both."""
+    pairs = [word.partition("=") for word in text.split()]
+    return {name: path or name for name, _, path in pairs}
 
 
-def lines(*texts):
-    """What there is of some texts, one below the other."""
-    return "\n".join(map(str, filter(None, texts)))
-
-
-def joined_text(content):
-    return lines(*[part.get("text") for part in parts_of(content)])
-
-
-def optional_dict(value, name):
-    """The dict value[name], which may be absent."""
-    return expect(value.get(name, {}), dict, name)
-
-
-def digest(text):
-    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()
-
-
-def chat_name(tool):
-    """The name in chat of the tool that a declaration, a choice or a call names: 1 to
-    64 letters, digits, _ and -."""
-    full = need(tool, "name", str, "tools")
-    # Codex's own tools may be said to be in "functions" or not.
-    namespace = need({"namespace": "functions", **tool}, "namespace", str, "tools")
-    if namespace != "functions":
-        full = f"{namespace}__{full}"
-    name = re.sub("[^a-zA-Z0-9_-]", "_", full)
-    if name != full or len(name) > 64:
-        # What was cut off must not make two names the same.
-        name = f"{name[:55]}_{digest(full)[:8]}"
-    return name
-
-
-def chosen_tool(choice):
-    """A choice of one tool as chat has it. What names no function goes on as it is."""
-    if as_dict(choice).get("type") in ("function", "custom"):
-        return function_object(name=chat_name(without_nulls(choice)))
-    return choice
-
-
-def chat_choice(choice):
-    """tool_choice in chat's form."""
-    choice_type = as_dict(choice).get("type")
-    if choice_type != "allowed_tools":
-        return chosen_tool(choice)
-    tools = need(choice, "tools", list, "tool_choice")
-    allowed = {**choice, "tools": list(map(chosen_tool, tools))}
-    return {"type": choice_type, choice_type: allowed}
-
-
-def chat_format(form):
-    """Here a schema lies flat beside its type."""
-    if as_dict(form).get("type") == "json_schema":
-        return {"type": "json_schema", "json_schema": form}
-    return form
-
-
-# Chat has no tools that take a text, so such a tool gets JSON around it.
-CUSTOM_SCHEMA = {
-    "type": "object",
-    "properties": {"input": {"type": "string"}},
-    "required": ["input"],
-}
-# What reads an item, by its type. To add one, add a method and a row.
-ITEM_READERS = {
-    "message": "read_message",
-    "reasoning": "read_reasoning",
-    "function_call": "read_call",
-    "custom_tool_call": "read_call",
-    "function_call_output": "read_output",
-    "custom_tool_call_output": "read_output",
-    "item_reference": "read_reference",
-    "additional_tools": "read_tools",
-    "compaction": "read_compaction",
-    "compaction_trigger": "refuse_compaction",
-}
-# The blocks of Messages that are items in Responses: the item's type, and the fields
-# that have another name there.
-BLOCK_ITEMS = {
-    "thinking": ("reasoning", {"thinking": "content"}),
-    "tool_use": ("function_call", {"id": "call_id", "input": "arguments"}),
-    "tool_result": ("function_call_output", {"tool_use_id": "call_id", "content": "output"}),
-}
-# The fields that mean the same in chat, and the name of two there.
-SAME_FIELDS = frozenset("""
-    model max_tokens max_output_tokens temperature top_p user user_id stop stop_sequences
-    seed stream parallel_tool_calls thinking enable_thinking
-""".split())
-CHAT_NAMES = {"max_output_tokens": "max_tokens", "stop_sequences": "stop"}
-TOOL_KEYS = ("type", "name", "namespace")
-# Stands before the thinking that clients keep for us in `encrypted_content`. It is not
-# encrypted.
-MARK = "ztoapi:"
-
-
-def read_source(source, is_image):
-    """Where an image or a document of Messages is, in the field of Responses."""
-    form = source.get("type")
-    if form in ("text", "content"):
-        return {"text": source.get("content", source.get("data"))}
-    url = source.get("url")
-    if form == "base64":
-        url = f"data:{source.get('media_type')};base64,{source.get('data')}"
-    if is_image:
-        return {"image_url": url}
-    return {"file_data" if form == "base64" else "file_url": url}
-
-
-class Conversation:
-    """Makes a chat request of Responses' tools and items, and of Messages' messages,
-    some of whose blocks are items.
-
-    What the assistant says in a row is one message, with its calls.
-    """
-
-    def __init__(self, body, others, caller):
-        """`others`: the fields that are read one by one, and those that ask for
-        nothing. What is not known is dropped by name: there are new ones each month."""
-        self.caller = caller
-        # These APIs take an absent "stream" for false, whatever DEFAULT_STREAM says.
-        self.request = {"stream": False}
-        self.changed = []
-        for name, value in body.items():
-            if name in SAME_FIELDS:
-                self.request[CHAT_NAMES.get(name, name)] = value
-            elif name not in others:
-                self.changed.append(name_of(name))
-        self.names = {}  # a tool's name in chat -> its type, name and namespace
-        self.messages = []
-        self.referred = set()  # the ids of items that were put in for a reference
-        self.read_tools(body)
-
-    # What the conversation is made of
-
-    def read(self, items, path):
-        """`path` is what the client calls the items."""
-        self.path = path
-        for i, item in enumerate(expect(items, list, path)):
-            self.is_last = i == len(items) - 1
-            self.read_item(item)
-        # Joined once: a turn may have thousands of pieces.
-        for message in self.messages:
-            said = message if message["role"] == "assistant" else {}
-            for field in said.keys() & {"content", "reasoning_content"}:
-                message[field] = "\n\n".join(filter(None, said[field]))
-        self.request["messages"] = self.messages
-
-    def read_item(self, item):
-        try:
-            fields = {"type": "message", **without_nulls(expect(item, dict, self.path))}
-            item_type = need(fields, "type", str, self.path)
-            if item_type in ITEM_READERS:
-                getattr(self, ITEM_READERS[item_type])(fields)
-            else:
-                # Histories outlive versions, and change their provider.
-                self.changed.append(name_of(item_type))
-        except RequestError as error:
-            # As in chat, only the last one is refused.
-            if self.is_last or error.status != 400:
-                raise
-            self.changed.append("unreadable")
-            self.add("user", encode_request(item).decode())
-
-    def read_message(self, item):
-        """A message. Calls, their outputs and thinking stand inside those of Messages,
-        and come before what else is said: outputs belong right behind their calls."""
-        role = need(item, "role", str, self.path)
-        parts = []
-        for part in parts_of(item.get("content")):
-            item_type, names = BLOCK_ITEMS.get(part["type"], (None, {}))
-            if item_type:
-                fields = {names.get(name, name): part[name] for name in part}
-                self.read_item({**fields, "type": item_type})
-            elif role == "assistant":
-                self.say_part(part)
-            else:
-                parts.append(self.part(part, self.is_last))
-        if parts:
-            self.add("system" if role == "developer" else role, parts)
-
-    def say_part(self, part):
-        """The assistant's parts are texts. All else, such as a search that ran at
-        Anthropic, is left out by name."""
-        if part["type"] in TEXT_PARTS or part.keys() & TEXT_PARTS:
-            said = self.part(part, True)
-            self.say("content", need(said, "text", str, "content"))
-        else:
-            self.changed.append(name_of(part["type"]))
-
-    def read_reasoning(self, item):
-        text = str(item.get("encrypted_content"))
-        if text.startswith(MARK):
-            text = text[len(MARK):]
-        else:
-            parts = item.get("content") or item.get("summary", "")
-            text = joined_text(parts)
-        self.say("reasoning_content", text)
-
-    def read_call(self, item):
-        arguments = item.get("arguments")
-        if item["type"] == "custom_tool_call":
-            arguments = {"input": item.get("input")}
-        function = function_object(name=chat_name(item), arguments=arguments)
-        calls = self.open_turn().setdefault("tool_calls", [])
-        calls.append({"id": item.get("call_id"), **function})
-
-    def read_output(self, item):
-        # What a tool brings, an agent would send again for ever.
-        content = parts_of(item.get("output", ""))
-        parts = [self.part(part, refusable=False) for part in content]
-        # A field of Messages.
-        if item.get("is_error") and "error" not in joined_text(parts).lower():
-            parts.insert(0, text_part("Error:"))
-        self.add("tool", parts, tool_call_id=item.get("call_id"))
-
-    def read_reference(self, item):
-        id = need(item, "id", str, self.path)
-        found = self.caller.memory.get((self.caller.key, id))
-        if id in self.referred:
-            # A short reference to a long item, many times, would fill the memory.
-            self.changed.append("item_reference")
-        elif found:
-            self.referred.add(id)
-            self.read_item(found)
-        # Thinking can be missing; what was said or called cannot.
-        elif not id.startswith("rs_"):
-            raise RequestError(
-                f"Item with id {id[:100]!a} not found. Items are kept for a while only, and"
-                " not at all with 'store' false: send the item itself.",
-                "input", status=404, code="not_found")
-
-    def read_compaction(self, item):
-        self.add("user", parts_of(item.get("encrypted_content")))
-
-    def refuse_compaction(self, item):
-        raise RequestError(
-            "Compaction is not served. Codex does it by itself if the provider's name in its"
-            " configuration is not OpenAI.", "input")
-
-    # Turns
-
-    def add(self, role, content, **more):
-        """A message that is not the assistant's."""
-        self.messages.append({"role": role, "content": content, **more})
-
-    def say(self, field, text):
-        """A piece of the assistant's content or reasoning_content."""
-        self.open_turn().setdefault(field, []).append(text)
-
-    def open_turn(self):
-        """The assistant's message that goes on."""
-        if not self.messages or self.messages[-1]["role"] != "assistant":
-            self.messages.append({"role": "assistant"})
-        return self.messages[-1]
-
-    # Parts
-
-    def part(self, part, refusable):
-        """A part as chat has it."""
-        part = without_nulls(part)
-        part_type = part["type"]
-        if isinstance(part.get("source"), dict):
-            part.update(read_source(part["source"], part_type == "image"))
-        # Documents and search results of Messages have their texts in `content`.
-        for field in ("text", "refusal", "content"):
-            if field in part:
-                text = joined_text(part[field])
-                return text_part(lines(part.get("title"), part.get("context"), text))
-        if part.get("file_data"):
-            file = {"filename": part.get("filename", "file"), "file_data": part["file_data"]}
-            return {"type": "file", "file": file}
-        for field in ("image_url", "file_url"):
-            if part.get(field):
-                return {"type": field, field: part[field]}
-        if refusable and part_type.startswith("input_"):
-            raise RequestError(
-                "No files are kept, and no audio is taken: send images and files as data.",
-                "input")
-        return part
-
-    # Tools
-
-    def read_tools(self, holder, **namespace):
-        """A chat tool for each of the client's. Those that run at OpenAI or Anthropic
-        go on as they are: section To Z.ai leaves them out by name."""
-        for tool in expect(holder.get("tools", []), list, "tools"):
-            tool = {"type": "function", **without_nulls(expect(tool, dict, "tools"))}
-            # Anthropic's: without a type, or "custom", which means another thing here.
-            if "input_schema" in tool:
-                tool.update(type="function", parameters=tool["input_schema"])
-            # No namespace is in another one.
-            if tool["type"] == "namespace" and not namespace:
-                self.read_tools(tool, namespace=tool.get("name"))
-                continue
-            if tool["type"] in ("function", "custom"):
-                tool = self.read_tool({**tool, **namespace})
-            self.request.setdefault("tools", []).append(tool)
-
-    def read_tool(self, tool):
-        name = chat_name(tool)
-        self.names[name] = {key: tool[key] for key in TOOL_KEYS if key in tool}
-        schema = tool.get("parameters")
-        text = tool.get("description")
-        # Codex says of each tool that it is not strict.
-        if tool.get("strict"):
-            self.changed.append("strict")
-        if tool["type"] == "custom":
-            schema = CUSTOM_SCHEMA
-            form = optional_dict(tool, "format")
-            text = lines(text, form.get("syntax"), form.get("definition"))
-        return function_object(name=name, description=text, parameters=schema)
-
-
-class OneCallAtATime:
-    """Steps in, the same steps out, in an order that lets no call be interrupted.
-
-    While a call's arguments are not a whole JSON object, all that belongs elsewhere is
-    held: clients join the pieces of calls by their order.
-    """
-
-    def __init__(self):
-        self.index = None  # of the call that is not whole
-        self.progress = None
-        self._hold_nothing()
-
-    def _hold_nothing(self):
-        self.held = []
-        # All of it is gone through again for each call that gets whole.
-        self.tally = Tally(LONGEST_HELD)
-
-    def feed(self, steps):
-        told = []
-        for step in steps:
-            if step.kind == FINISH:
-                # Calls that never became whole hold nothing up any more.
-                while self.index is not None:
-                    told += self._release()
-                told.append(step)
-            elif self.index not in (None, step.index):
-                self.tally.add(step)
-                self.held.append(step)
-            else:
-                told += self._follow(step)
-        return told
-
-    def _follow(self, step):
-        if step.kind == CALL:
-            self.index = step.index
-            self.progress = JsonProgress()
-        elif self.index is None:
-            return [step]
-        self.progress.feed(step.text)
-        return [step, *self._release()] if self.progress.ended else [step]
-
-    def _release(self):
-        held = self.held
-        self._hold_nothing()
-        self.index = None
-        return self.feed(held)
+def chat_fields(body, names, others):
+    """(fields, changed) of a Request. `others`: fields that are read one by one, and
+    those that ask for nothing. What is not known is dropped by name: there are new ones
+    each month."""
+    # These APIs take an absent "stream" for false, whatever DEFAULT_STREAM says.
+    fields = {"stream": False}
+    for name, path in names.items():
+        value = dig(body, path)
+        if value is not None:
+            fields[name] = value
+    heads = [path.partition(".")[0] for path in names.values()]
+    known = {*others, *heads}
+    changed = [
+        name_of(name) for name, value in body.items()
+        if name not in known and asks(name, value)]
+    return fields, changed
 
 
 class Itemized(Front):
@@ -3888,20 +4410,10 @@ class Itemized(Front):
     puts the item into `items`.
     """
 
-    # Both APIs have an event for the failure, so that nobody overlooks it.
-    cuts_failures = False
-    # Their clients are agents, which keep what they once sent: a refusal would come
-    # again with each turn.
-    refuses_media = False
-
-    def __init__(self, id_prefix, body, conversation, hidden):
+    def __init__(self, id_prefix, fields, hidden):
+        super().__init__(fields.get("model", ""), fields["stream"])
         self.id = new_id(id_prefix)
-        self.model = body.get("model", "")
-        self.stream = conversation.request["stream"]
-        self.changed = some_of(conversation.changed)
-        self.names = conversation.names
         self.hidden = hidden  # thinking is not told
-        self.order = OneCallAtATime()
         self.tally = Tally(LONGEST_ANSWER_BYTES)
         self.open = None  # an Item
         self.items = []  # the finished ones, in the client's terms
@@ -3909,7 +4421,7 @@ class Itemized(Front):
         self.answer = None
 
     def tell(self, steps):
-        return "".join(map(self._tell, self.order.feed(steps)))
+        return "".join(map(self._tell, steps))
 
     def _tell(self, step):
         kind = step.kind
@@ -3943,16 +4455,8 @@ class Itemized(Front):
         self.tell([
             Step(item.kind, item.text, i, item.id, item.name)
             for i, item in enumerate(fold.items)])
-        self.tell([Step(FINISH, fold.finish, usage=fold.usage)])
+        self.tell([Step(FINISH, fold.finish, name=fold.stop_word, usage=fold.usage)])
         return self.answer
-
-    def find_tool(self, name):
-        """The client's terms for what the model called. It may leave out a
-        namespace."""
-        if name in self.names:
-            return self.names[name]
-        bare = [tool for tool in self.names.values() if tool["name"] == name]
-        return bare[0] if len(bare) == 1 else {"name": name}
 
 
 # For the details that Z.ai leaves out, and for an answer without usage.
@@ -3964,10 +4468,17 @@ NO_USAGE = {
 }
 
 
-# The fields that chat has not, and that are not dropped by name.
-MESSAGES_FIELDS = frozenset("""
-    messages system tools tool_choice output_config output_format metadata cache_control
-""".split())
+# Messages #############################################################################
+#
+# Anthropic's API, which Claude Code speaks. Its items are called blocks.
+
+MESSAGES_NAMES = parse_names("""
+    model messages tools tool_choice max_tokens temperature top_p stream user_id seed
+    thinking output_config prompt=system stop=stop_sequences user=metadata.user_id
+    response_format=output_config.format
+""")
+# How Claude Code asks Z.ai to keep the thinking of earlier turns.
+KEEP_THINKING = {"type": "clear_thinking_20251015", "keep": "all"}
 STOP_REASONS = {
     "stop": "end_turn",
     "tool_calls": "tool_use",
@@ -3997,37 +4508,13 @@ ANTHROPIC_ERRORS = {
 # repeats a 5xx, and puts "Please run /login" in front of a 403.
 HOPELESS_STATUSES = {403: 400, 500: 400, 502: 400}
 NO_THREADS = "thread_unsupported_request"
-# Claude Code's first system block changes with each release, and would spoil the cache.
-BILLING = "x-anthropic-billing-header"
-
-
-def wishes_of_messages(body):
-    """The wishes that Messages has in other words, in chat's fields."""
-    config = optional_dict(body, "output_config")
-    choice = {"type": "auto", **optional_dict(body, "tool_choice")}
-    choice_type = need(choice, "type", str, "tool_choice")
-    words = {"any": "required", "tool": {**choice, "type": "function"}}
-    # Not to ask for thinking is to want none.
-    thinking = {"type": "disabled", **optional_dict(body, "thinking")}
-    mode = thinking["type"]
-    need_word(mode, ("enabled", "disabled", "adaptive"), "thinking.type")
-    fields = {
-        "tool_choice": chosen_tool(words.get(choice_type, choice_type)),
-        "parallel_tool_calls": not choice.get("disable_parallel_tool_use"),
-        "response_format": chat_format(config.get("format", body.get("output_format"))),
-        "thinking": {"type": "disabled" if mode == "disabled" else "enabled"},
-        # An effort may stand in `output_config`, a budget in `thinking`.
-        "reasoning_effort": read_wish({**config, **thinking}).get("reasoning_effort"),
-    }
-    user = optional_dict(body, "metadata").get("user_id")
-    if isinstance(user, str):
-        # Claude Code's has 150 characters; Z.ai takes 128.
-        fields["user"] = digest(user) if len(user) > 128 else user
-    return fields
 
 
 class Messages(Itemized):
     """Anthropic's Messages API: POST /v1/messages."""
+
+    def __init__(self, fields, hidden):
+        super().__init__("msg_", fields, hidden)
 
     @classmethod
     def read(cls, body, caller, settings):
@@ -4036,19 +4523,26 @@ class Messages(Itemized):
             # Anthropic's SDK then sends the whole conversation.
             raise RequestError(
                 "Threads are not kept here: send all messages.", "thread", code=NO_THREADS)
-        conversation = Conversation(body, MESSAGES_FIELDS, caller)
-        for part in parts_of(body.get("system", [])):
-            if not str(part.get("text")).startswith(BILLING):
-                conversation.add("system", [part])
-        conversation.read(body.get("messages"), "messages")
-        request = {**conversation.request, **wishes_of_messages(body)}
+        names = MESSAGES_NAMES
+        others = ["cache_control"]
+        if "output_format" in body:
+            names = {**names, "response_format": "output_format"}
+        # Not to ask for thinking is to want none.
+        thinking = {"type": "disabled", **as_dict(body.get("thinking"))}
+        edits = dig(body, "context_management.edits")
+        if isinstance(edits, list) and KEEP_THINKING in edits:
+            thinking["clear_thinking"] = False
+            others.append("context_management")
+        fields, changed = chat_fields({**body, "thinking": thinking}, names, others)
         # A client that did not ask for thinking reads content[0] as the text.
-        is_unwanted = request["thinking"]["type"] == "disabled"
-        hidden = is_unwanted or settings.reasoning_format == "hidden"
-        return cls("msg_", body, conversation, hidden), request
+        hidden = thinking["type"] == "disabled" or settings.reasoning_format == "hidden"
+        prompt = fields.pop("prompt", None)
+        return cls(fields, hidden), Request(
+            fields, names, changed, agents=True, claude=True, prompt=prompt)
 
     def opening(self):
-        return typed_event("message_start", message=self._message(None, [], None))
+        return typed_event("message_start", message=self._message(
+            {"prompt_tokens": self.asked.tokens}, [], None))
 
     def heartbeat(self):
         return typed_event("ping")
@@ -4082,7 +4576,8 @@ class Messages(Itemized):
         return text
 
     def _finish(self, step):
-        answer = self._message(step.usage, self.items, STOP_REASONS[step.text])
+        stop_reason = "stop_sequence" if step.name else STOP_REASONS[step.text]
+        answer = self._message(step.usage, self.items, stop_reason, step.name)
         self.answer = answer
         delta = {name: answer[name] for name in ("stop_reason", "stop_sequence")}
         end = typed_event("message_delta", delta=delta, usage=answer["usage"])
@@ -4091,7 +4586,7 @@ class Messages(Itemized):
     def _event(self, name, **fields):
         return typed_event(f"content_block_{name}", index=len(self.items), **fields)
 
-    def _message(self, usage, content, stop_reason):
+    def _message(self, usage, content, stop_reason, stop_word=None):
         usage = {**NO_USAGE, **(usage or {})}
         cached = usage["prompt_tokens_details"]["cached_tokens"]
         # Anthropic counts the cached tokens apart.
@@ -4108,8 +4603,7 @@ class Messages(Itemized):
             "model": self.model,
             "content": content,
             "stop_reason": stop_reason,
-            # Which stop word was hit is not known.
-            "stop_sequence": None,
+            "stop_sequence": stop_word,
             "usage": counts,
         }
 
@@ -4135,35 +4629,44 @@ class Messages(Itemized):
         return hopeless.get(error.status, error.status)
 
 
-# The same list as for Messages.
-RESPONSES_FIELDS = frozenset("""
-    input instructions tools tool_choice text reasoning include store stream_options
-    client_metadata background
+# Responses ############################################################################
+#
+# OpenAI's other API, which Codex and the AI SDK speak. It refers to what was said
+# before, so that some of it is kept in memory.
+
+RESPONSES_NAMES = parse_names("""
+    model temperature top_p user user_id stop seed stream parallel_tool_calls thinking
+    enable_thinking reasoning tools tool_choice messages=input prompt=instructions
+    max_completion_tokens=max_output_tokens response_format=text.format
+""")
+RESPONSES_OTHERS = frozenset("""
+    include store stream_options client_metadata background previous_response_id
 """.split())
-# What would need a memory of answers. VS Code sends everything again at the first code.
-STATEFUL = {
-    "previous_response_id": "previous_response_not_found",
-    "prompt": "unsupported_parameter",
-    "conversation": "unsupported_parameter",
-    "background": "unsupported_parameter",
-}
-# What a response repeats of its request; the values are for what the request left out.
+# What would need more than a memory.
+STATEFUL = ("prompt", "conversation", "background")
+# What a response repeats of its request: the type, and the value if it was left out.
 ECHO = {
-    "max_output_tokens": None,
-    "max_tool_calls": None,
-    "metadata": {},
-    "parallel_tool_calls": True,
-    "prompt_cache_key": None,
-    "reasoning": {"effort": None, "summary": None},
-    "safety_identifier": None,
-    "store": True,
-    "temperature": 1.0,
-    "text": {"format": {"type": "text"}},
-    "tool_choice": "auto",
-    "top_p": 1.0,
-    "user": None,
+    "frequency_penalty": (NUMBER, 0),
+    "max_output_tokens": (int, None),
+    "max_tool_calls": (int, None),
+    "metadata": (dict, {}),
+    "parallel_tool_calls": (bool, True),
+    "presence_penalty": (NUMBER, 0),
+    "previous_response_id": (str, None),
+    "prompt_cache_key": (str, None),
+    "reasoning": (dict, {"effort": None, "summary": None}),
+    "safety_identifier": (str, None),
+    "store": (bool, True),
+    "temperature": (NUMBER, 1.0),
+    "text": (dict, {"format": {"type": "text"}}),
+    "tool_choice": ((str, dict), "auto"),
+    "top_p": (NUMBER, 1.0),
+    "truncation": (str, "disabled"),
+    "user": (str, None),
 }
 LONGEST_ECHO_BYTES = 1 << 14
+# The words for a summary that OpenAI has. VS Code says "off".
+SUMMARIES = ("auto", "concise", "detailed")
 # What a response has beside that, at its beginning. The request's tools are not
 # repeated: those of Codex have 40 KB, and nobody misses them.
 RESPONSE = {
@@ -4174,13 +4677,19 @@ RESPONSE = {
     "incomplete_details": None,
     "instructions": None,
     "output": [],
-    "previous_response_id": None,
     "service_tier": "default",
     "tools": [],
     "top_logprobs": 0,
-    "truncation": "disabled",
     "usage": None,
 }
+# What Codex sends last to have a conversation summed up that has become too long, and
+# what the model is told then.
+COMPACTION_TRIGGER = {"type": "compaction_trigger"}
+COMPACT = (
+    "Sum up this conversation for a model that will go on with it and sees nothing else of"
+    " it: the task and every wish of the user, what was decided and done, names, paths,"
+    " values and results that are still needed, what is open, and the next step. Write the"
+    " summary alone.")
 # Why an answer is not whole, by the finish of its steps.
 INCOMPLETE = {
     "length": "max_output_tokens", "context_window": "max_output_tokens",
@@ -4189,8 +4698,13 @@ INCOMPLETE = {
 # The codes of a failure that mean something to Codex.
 FAILURES = ("insufficient_quota", "context_length_exceeded", "rate_limit_exceeded")
 # Statuses that go out as they are: a 401 makes clients ask for a key, and the others
-# Codex takes as they are meant.
-KEPT_STATUSES = (401, 404, 405, 408, 426, 429)
+# Codex takes as they are meant. A 503 with this code it waits out.
+KEPT_STATUSES = (401, 404, 405, 408, 426, 429, 503)
+OVERLOAD_CODE = "server_is_overloaded"
+
+
+# The fields whose text is told as a whole, in the end.
+HELD_FIELDS = ("input", "encrypted_content")
 
 
 class Shape(NamedTuple):
@@ -4198,7 +4712,7 @@ class Shape(NamedTuple):
     id: str      # what its id begins with
     item: dict   # its beginning
     field: str   # the one of its fields where its text is in the end
-    events: str  # what the events are called that bring the text
+    events: str  # what the events are called that bring the text, if any do
     place: dict  # what these events have beside
     # The part that stands around some texts, and its events.
     part: dict | None = None
@@ -4208,7 +4722,7 @@ class Shape(NamedTuple):
 SHAPES = {
     THINKING: Shape(
         "rs_",
-        {"type": "reasoning", "summary": [], "encrypted_content": None},
+        {"type": "reasoning", "summary": []},
         "summary",
         "reasoning_summary_text",
         {"summary_index": 0},
@@ -4238,34 +4752,44 @@ SHAPES = {
         "custom_tool_call_input",
         {},
     ),
+    "compaction": Shape("cmp_", {"type": "compaction"}, "encrypted_content", "", {}),
 }
 
 
-def wishes_of_responses(body, settings):
-    """The wishes that Responses has in other words, in chat's fields."""
-    reasoning = optional_dict(body, "reasoning")
-    fields = {
-        "tool_choice": chat_choice(body.get("tool_choice")),
-        "response_format": chat_format(optional_dict(body, "text").get("format")),
-        "reasoning_effort": reasoning.get("effort"),
-    }
-    summary = reasoning.get("summary") or reasoning.get("generate_summary")
-    # That is how Codex asks for thinking if it does not know the model.
-    asks = summary not in (None, "none", "off") and settings.enable_thinking is None
-    if asks and fields["reasoning_effort"] is None:
-        fields["enable_thinking"] = True
-    return fields
+# Models write *** behind a patch's own lines as well.
+PATCH_LINE = re.compile(
+    r"^(\*\*\* (?:Begin Patch|End Patch|End of File|.{1,20}: .*?))[ \t]*\*\*\*[ \t]*$",
+    re.MULTILINE)
 
 
-def unwrap_input(arguments):
-    """The text for a custom tool. Models give its field other names, or leave out the
-    JSON."""
+def bare_patch(value):
+    """The patch for Codex's apply_patch in what a model has written, which may be a
+    command, with a fence or a script around it; None if there is none."""
+    inner = [value]
+    # They become more while they are gone through.
+    for part in inner:
+        if isinstance(part, dict):
+            inner += part.values()
+        elif isinstance(part, list):
+            inner += part
+        elif isinstance(part, str) and "*** Begin Patch" in part:
+            begin = part.index("*** Begin Patch")
+            end = part.rfind("*** End Patch")
+            if end > begin:
+                return PATCH_LINE.sub(r"\1", part[begin:end] + "*** End Patch")
+    return None
+
+
+def unwrap_input(arguments, name):
+    """The text for the custom tool of that name. Models give its field other names, or
+    leave out the JSON."""
     value = decode_or_none(arguments)
+    patch = bare_patch(value or arguments) if name == "apply_patch" else None
     if isinstance(value, dict):
         texts = [text for text in value.values() if isinstance(text, str)]
         only = texts[0] if len(texts) == 1 else None
         value = value.get("input", only)
-    return value if isinstance(value, str) else arguments
+    return patch or (value if isinstance(value, str) else arguments)
 
 
 def to_responses_usage(usage):
@@ -4281,52 +4805,88 @@ def to_responses_usage(usage):
     }
 
 
+def turns_of(body):
+    """What the client says; a text is the user's."""
+    turns = expect(body.get("input", []), (str, list), "input")
+    return [{"role": "user", "content": turns}] if isinstance(turns, str) else turns
+
+
+def earlier_turns(caller, id):
+    """The turns up to the end of an earlier response. VS Code sends them all at exactly
+    this code."""
+    chain = []
+    while id:
+        asked = caller.recall(id)
+        ids = caller.recall(id + "/output")
+        items = list(map(caller.recall, ids or ()))
+        if asked is None or ids is None or None in items:
+            raise RequestError(
+                f"The response {id[:100]!a} is not kept, or not any more: send the whole input.",
+                "previous_response_id", code="previous_response_not_found")
+        chain.append([*asked["turns"], *items])
+        id = asked["previous"]
+    return tuple(itertools.chain(*reversed(chain)))
+
+
 class Responses(Itemized):
     """OpenAI's Responses API: POST /v1/responses."""
 
-    def __init__(self, body, conversation, hidden, caller):
-        super().__init__("resp_", body, conversation, hidden)
+    def __init__(self, body, fields, hidden, caller):
+        super().__init__("resp_", fields, hidden)
         # opening() has the numbers 0 and 1; it may be made behind the first steps.
         self.number = 2
         self.item = {}  # the open one, in the client's terms
         self.caller = caller
-        self.stores = body.get("store") is not False
+        self.compacts = False
         include = expect(body.get("include", []), list, "include")
         self.keeps_thinking = "reasoning.encrypted_content" in include
         self.base = {
-            **RESPONSE,
-            "id": self.id,
-            "created_at": int(caller.now),
-            "model": self.model,
-            **ECHO,
-        }
-        for name in ECHO.keys() & body.keys():
+            **RESPONSE, "id": self.id, "created_at": int(caller.now), "model": self.model}
+        for name, (type, default) in ECHO.items():
+            value = expect(body[name], type, name) if name in body else default
             # It is told three times, and kept until then.
-            if len(encode_request(body[name])) <= LONGEST_ECHO_BYTES:
-                self.base[name] = body[name]
+            if len(encode_request(value)) > LONGEST_ECHO_BYTES:
+                value = default
+            self.base[name] = {**default, **value} if type is dict else value
+        reasoning = self.base["reasoning"]
+        if reasoning["summary"] not in SUMMARIES:
+            reasoning["summary"] = None
 
     @classmethod
     def read(cls, body, caller, settings):
         body = without_nulls(body)
-        for name, code in STATEFUL.items():
+        for name in STATEFUL:
             if body.get(name):
-                raise RequestError(
-                    f"'{name}' is not served: no responses are kept. Send the whole input.",
-                    name, code=code)
-        if "input" not in body:
-            raise missing("input")
-        conversation = Conversation(body, RESPONSES_FIELDS, caller)
-        if "instructions" in body:
-            conversation.add("system", parts_of(body["instructions"]))
-        items = body["input"]
-        if isinstance(items, str):
-            items = [{"role": "user", "content": items}]
-        conversation.read(items, "input")
-        request = {**wishes_of_responses(body, settings), **conversation.request}
-        if "verbosity" in body.get("text", {}):
-            conversation.changed.append("verbosity")
-        hidden = settings.reasoning_format == "hidden"
-        return cls(body, conversation, hidden, caller), request
+                raise wrong(name, "is not served", code="unsupported_parameter")
+        fields, changed = chat_fields(body, RESPONSES_NAMES, RESPONSES_OTHERS)
+        turns = turns_of(body)
+        if "input" in body:
+            fields["messages"] = turns
+        front = cls(body, fields, settings.reasoning_format == "hidden", caller)
+        previous = front.base["previous_response_id"]
+        earlier = earlier_turns(caller, previous)
+        if front.base["store"]:
+            caller.keep(front.id, {"previous": previous, "turns": turns})
+        if turns[-1:] == [COMPACTION_TRIGGER]:
+            front.compact(fields)
+        reasoning = fields.get("reasoning", {})
+        summary = reasoning.get("summary") or reasoning.get("generate_summary")
+        # That is how Codex asks for thinking if it does not know the model.
+        asks = summary not in (None, "none", "off") and settings.enable_thinking is None
+        if asks and not reasoning.get("effort"):
+            fields.setdefault("enable_thinking", True)
+        if dig(body, "text.verbosity"):
+            changed.append("verbosity")
+        return front, Request(
+            fields, RESPONSES_NAMES, changed, agents=True, prompt=fields.pop("prompt", None),
+            earlier=earlier, recall=caller.recall)
+
+    def compact(self, fields):
+        """Have GLM sum the conversation up, in one item."""
+        self.compacts = self.hidden = True
+        turns = [*fields["messages"][:-1], {"role": "user", "content": COMPACT}]
+        fields.update(messages=turns, tool_choice="none", thinking={"type": "disabled"})
+        fields.pop("response_format", None)
 
     def opening(self):
         response = self._response("in_progress", output=[])
@@ -4337,7 +4897,7 @@ class Responses(Itemized):
     def heartbeat(self):
         """Behind the first item some clients take response.in_progress for a new
         start."""
-        if self.open:
+        if self.open and self.shape.events:
             return self._delta("")
         return self._response_event("in_progress")
 
@@ -4347,6 +4907,9 @@ class Responses(Itemized):
         code = error.code
         if code not in FAILURES:
             code = "invalid_prompt" if self.status(error) < 500 else "server_error"
+        if told["code"] == OVERLOAD_CODE:
+            # Within a stream it gives up at that.
+            told["code"] = code
         message = error.message
         wait_s = error.headers().get("Retry-After")
         if wait_s:
@@ -4364,52 +4927,53 @@ class Responses(Itemized):
         if item.kind == CALL:
             tool = {**self.find_tool(item.name), "call_id": item.id}
         # Custom tools alone have a shape by their type.
-        self.shape = SHAPES.get(tool.get("type"), SHAPES[item.kind])
+        kind = "compaction" if self.compacts else tool.get("type")
+        self.shape = SHAPES.get(kind, SHAPES[item.kind])
         self.item = {
             **tool,
             **self.shape.item,
             "id": new_id(self.shape.id),
             "status": "in_progress",
         }
+        # What each event of this item has.
+        self.place = {
+            "item_id": self.item["id"], "output_index": len(self.items), **self.shape.place}
         return self._item_event("added") + self._part_event("added", "")
 
     def _piece(self, item, text):
-        # An input is a custom tool's, which gets what stands inside the JSON.
-        return "" if "input" in self.item else self._delta(text)
+        return "" if self.shape.field in HELD_FIELDS else self._delta(text)
 
     def _end(self, item):
         text = item.text
         events = ""
-        if "input" in self.item:
-            text = unwrap_input(text)
-            events = self._delta(text)
         shape = self.shape
+        if shape.field == "input":
+            # A custom tool gets what stands inside the JSON.
+            text = unwrap_input(text, self.item["name"])
+            events = self._delta(text)
+        told = {"text": text}
         if shape.part:
-            told = {"text": text}
             self.item[shape.field] = [{**shape.part, **told}]
         else:
-            told = {shape.field: text, "name": self.item["name"]}
             self.item[shape.field] = text
-        events += self._inner_event(f"{shape.events}.done", **told)
+            told = {shape.field: text, "name": self.item.get("name")}
+        if shape.events:
+            events += self._inner_event(f"{shape.events}.done", **told)
         events += self._part_event("done", text)
         if item.kind == THINKING and self.keeps_thinking:
             self.item["encrypted_content"] = MARK + text
         self.item["status"] = self._end_status()
         events += self._item_event("done")
-        self._keep_item()
-        return events
-
-    def _keep_item(self):
         self.items.append(self.item)
         # The AI SDK refers to items by their ids, in place of sending them.
-        if self.stores:
-            # Ids are no secret, so another client's key finds nothing.
-            key = (self.caller.key, self.item["id"])
-            size_bytes = len(encode_json(self.item)) + Tally.ITEM_BYTES
-            self.caller.memory.put(key, self.item, size_bytes)
+        if self.base["store"]:
+            self.caller.keep(self.item["id"], self.item)
+        return events
 
     def _finish(self, step):
         reason = INCOMPLETE.get(step.text)
+        if self.base["store"]:
+            self.caller.keep(self.id + "/output", [item["id"] for item in self.items])
         return self._response_event(
             self._end_status(),
             incomplete_details=reason and {"reason": reason},
@@ -4445,9 +5009,7 @@ class Responses(Itemized):
         return self._inner_event(f"{self.shape.events}.delta", delta=text)
 
     def _inner_event(self, event_type, **fields):
-        return self._event(
-            f"response.{event_type}", item_id=self.item["id"],
-            output_index=len(self.items), **self.shape.place, **fields)
+        return self._event(f"response.{event_type}", **self.place, **fields)
 
     @staticmethod
     def get_error():
@@ -4459,9 +5021,8 @@ class Responses(Itemized):
     @staticmethod
     def error(error, request_id=""):
         value = Front.error(error)
-        if str(error.param).startswith("messages"):
-            # A place in the chat request, which the client has not seen.
-            value["error"]["param"] = "input"
+        if error.code == OVERLOADED.code:
+            value["error"]["code"] = OVERLOAD_CODE
         return value
 
     @staticmethod
@@ -4472,6 +5033,26 @@ class Responses(Itemized):
             return error.status
         hopeless = error.retryable is False or error.status < 500
         return 400 if hopeless else error.status
+
+
+class Compaction(Responses):
+    """POST /v1/responses/compact: the same as COMPACTION_TRIGGER, as a JSON answer."""
+
+    @classmethod
+    def read(cls, body, caller, settings):
+        turns = [*turns_of(without_nulls(body)), COMPACTION_TRIGGER]
+        body = {**body, "input": turns, "stream": False, "store": False}
+        return super().read(body, caller, settings)
+
+    def whole(self, fold):
+        answer = super().whole(fold)
+        return {
+            "id": self.id,
+            "object": "response.compaction",
+            "created_at": answer["created_at"],
+            "output": answer["output"],
+            "usage": answer["usage"] or to_responses_usage({"total_tokens": 0}),
+        }
 
 
 # ---- I/O starts here -----------------------------------------------------------------
@@ -5558,9 +6139,9 @@ class Upstream:
         """The Job for what to_zai_request() gave."""
         model = asked.body["model"]
         max_tokens = asked.body.get("max_tokens")
-        data = encode_request(asked.body)
+        data = asked.data
         # The functions below live as long as the answer; the conversation must not.
-        asked = asked._replace(body=None)
+        asked = asked._replace(body={"stop": asked.body.get("stop", ())}, data=b"")
 
         def describe(value, status=200, retry_after=""):
             now = self.now()
@@ -5570,9 +6151,7 @@ class Upstream:
                 retry_after=seconds_to_wait(retry_after, now))
 
         def make_answer():
-            return Answer(Translator(
-                asked.tools, asked.one_call, asked.unfence, asked.stop,
-                restartable=not streamed, describe=describe))
+            return Answer(Translator(asked, restartable=not streamed, describe=describe))
 
         return Job(data, model, make_answer)
 
@@ -5708,7 +6287,7 @@ class Upstream:
         """GET {base}/models with one key: None if it was accepted, else the
         UpstreamError."""
         request = {"model": "glm-4.6", "messages": [{"role": "user", "content": "Hi"}]}
-        answer = self.job(to_zai_request(request, self.settings)).make_answer()
+        answer = self.job(to_zai_request(Request(request, {}), self.settings)).make_answer()
         try:
             connection = self.open("/models", key, client)
             self.pump.run(Relay(connection, answer, client, list))
@@ -6046,8 +6625,10 @@ ANTHROPIC = "(?:/api/anthropic)?(?:/v1)*"
 ROUTES = (
     Route(V4 + "/chat/completions", post="post_answer"),
     Route(V1 + "/responses", "refuse_get", "post_answer", front=Responses),
+    Route(V1 + "/responses/compact", post="post_answer", front=Compaction),
     Route(V1 + "/responses/.+", front=Responses),
     Route(ANTHROPIC + "/messages", post="post_answer", front=Messages),
+    Route(ANTHROPIC + "/messages/count_tokens", post="post_count", front=Messages),
     Route(ANTHROPIC + "/messages/.+", front=Messages),
     Route(f"(?:{V4}|{ANTHROPIC})/models", "get_models"),
     Route(f"(?:{V4}|{ANTHROPIC})/models/(?P<id>.+)", "get_model"),
@@ -6070,8 +6651,7 @@ ELSEWHERE = (
       "|fine_tuning|uploads|web_search|tokenizer|assistants|threads|vector_stores)(?:/|$)"),
      "ZtoApi serves chat only. What Z.ai has of this is at {there}, billed to the balance."),
     (V1 + "/responses/.",
-     "ZtoApi keeps no responses: there is nothing to get, to cancel or to compact."),
-    ("(?:/v1)?/messages/count_tokens$", "Tokens are not counted here: estimate them."),
+     "Responses are kept for previous_response_id alone: there is nothing to get or to cancel."),
     ("", "There is nothing at {path!a}. Set the client's base URL to {base}."),
 )
 
@@ -6086,8 +6666,8 @@ def response_head(status, fields):
 
 
 # The headers that web pages may read.
-EXPOSED = ("x-request-id, retry-after, x-should-retry, x-ztoapi-changed, x-ztoapi-queue-ms, "
-           "x-zai-log-id")
+EXPOSED = ("x-request-id, retry-after, x-should-retry, x-ztoapi-changed, x-ztoapi-model, "
+           "x-ztoapi-queue-ms, x-zai-log-id")
 
 
 def page_policy():
@@ -6377,10 +6957,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         is."""
         outbox = self.outbox
         self.record.status = error.status
-        self.close_connection = True
+        last = not outbox.front.cuts_failures
+        if not last:
+            self.close_connection = True
         if outbox.finished:
             return
-        last = not outbox.front.cuts_failures
         end = outbox.frame(outbox.front.failure(error), last)
         self.send(bytes(outbox.unsent) + end)
 
@@ -6413,6 +6994,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         fields = [
             ("x-ztoapi-queue-ms", int(self.record.queued_s * 1000)),
             ("x-ztoapi-changed", plain(",".join(self.record.changed), 1000)),
+            ("x-ztoapi-model", plain(self.record.model_id)),
             ("x-zai-log-id", self.record.zai_log_id),
         ]
         return [field for field in fields if field[1]]
@@ -6488,10 +7070,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Any front's request for an answer."""
         self.record.counted = True
         self.server.metrics.count("in_flight")
-        client = Client(self.connection, key=self.record.key)
-        try:
-            front, job = self.read_request(client)
+        with self.reading() as client:
+            front, asked = self.read_request(client)
+            if not self.server.upstream.gates.keys:
+                raise missing_key()
+            job = self.server.upstream.job(asked, front.stream)
             self.server.upstream.bodies.held[client] = job.data
+            # The conversation may have many megabytes, and an answer take minutes.
+            del asked
             if front.stream:
                 self.outbox = client.outbox = Outbox(
                     self.connection, self.stream_head, front, chunked=not self.head.is_1_0)
@@ -6501,14 +7087,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 take = fold.add
             with self.server.pump.minding(client):
                 self.server.upstream.answer(job, client, self.record, take)
-        finally:
-            self.server.upstream.bodies.drop(client)
         if not front.stream:
             self.answer_json(front.whole(fold))
 
+    @contextlib.contextmanager
+    def reading(self):
+        """Inside, the Client holds what its body needs."""
+        client = Client(self.connection, key=self.record.key)
+        try:
+            yield client
+        finally:
+            self.server.upstream.bodies.drop(client)
+
     def read_request(self, client):
-        """(front, job). What the client sent is let go of here: an answer may take
-        minutes, and a conversation many megabytes."""
+        """(front, Asked). What the client sent is let go of here."""
         record = self.record
         data = self.read_body(client)
         with self.server.upstream.turn(client, data):
@@ -6516,18 +7108,23 @@ class Handler(http.server.BaseHTTPRequestHandler):
             caller = Caller(self.fields, record.key, record.began, self.server.memory)
             record.model = self.settings.redact(str(body.get("model", "")))
             front, request = self.front.read(body, caller, self.settings)
-            asked = to_zai_request(request, self.settings, front.refuses_media)
+            asked = to_zai_request(request, self.settings)
             self.front = front
-            record.changed = some_of(map(self.settings.redact, [*front.changed, *asked.changed]))
+            front.asked = asked._replace(body={}, data=b"")
+            record.changed = [self.settings.redact(name) for name in asked.changed]
             record.model_id = asked.body["model"]
             record.stream = front.stream
             record.stream_default = front.stream_defaulted
             if log.isEnabledFor(logging.DEBUG):
                 words = self.settings.redact(request_outline(asked.body))[:2000]
                 log.debug("%s to Z.ai: %s", record.id, words)
-            if not self.server.upstream.gates.keys:
-                raise missing_key()
-            return front, self.server.upstream.job(asked, front.stream)
+            return front, asked
+
+    def post_count(self):
+        """How many tokens a request to Messages has, without asking Z.ai."""
+        with self.reading() as client:
+            _, asked = self.read_request(client)
+        self.answer_json({"input_tokens": asked.tokens})
 
     def tell(self, steps):
         text = self.front.tell(steps)
@@ -6940,7 +7537,7 @@ def first_chat(upstream, client, failed):
     settings = upstream.settings
     for model in CHECK_MODELS["/coding/" in settings.zai_base_url]:
         request = {**CHECK_REQUEST, "model": model}
-        job = upstream.job(to_zai_request(request, settings))
+        job = upstream.job(to_zai_request(Request(request, {}), settings))
         record = Record("check", "", time.time(), time.monotonic())
         try:
             upstream.answer(job, client, record, take=lambda steps: None)
