@@ -10489,5 +10489,10 @@ def test_readme_names_every_code_of_an_error():
     assert [code for code in codes if f"`{code}`" not in readme()] == []
 
 
-def test_readme_has_no_blank_that_was_to_be_filled():
-    assert re.findall(r"\{[A-Z0-9_]+\}", readme()) == []
+def test_the_models_in_readme_are_those_of_the_table():
+    words = {"low, high, max": "always", "off, low, high, max": "graded", "off, on": "switch", "no switch": "no"}
+    vision = re.split("[:,.] ", re.findall("^Vision: .*", readme(), re.MULTILINE)[0])
+    told = [(name, words[thinking], bool(free), "V" in name or name in vision)
+            for thinking, names in re.findall(r"^\| ([a-z, ]+) \| (GLM-.+) \|$", readme(), re.MULTILINE)
+            for name, free in re.findall(r"([\w.-]+)(?: \((free)\))?", names)]
+    assert sorted(told) == sorted((row.name, row.thinking, row.free, row.sees) for row in ztoapi.MODELS.values())
