@@ -6307,16 +6307,12 @@ class Upstream:
 # Settings.redact() before they come here: here they are cut, and what the cut leaves of
 # a key could not be found any more.
 
-LONGEST_WORD = 100   # characters of a model's name, of a path and of a client's own id
+LONGEST_WORD = 100   # characters of a model's name and of a path
 LONGEST_ERROR = 300  # characters of an error's message
 
 # The page's chart: ten minutes, in buckets of ten seconds.
-HISTORY_S = 600
+BUCKETS = 60
 BUCKET_S = 10
-
-
-def milliseconds(duration_s):
-    return None if duration_s is None else round(duration_s * 1000, 1)
 
 
 @dataclasses.dataclass
@@ -6367,28 +6363,28 @@ class Record:
     def line(self):
         """The log line: printable ASCII, and no blanks but its own, whatever came."""
         line = f"{self.id} {self.client} {self.method} {plain(self.path)} {self.status}"
-        facts = {"key": self.key, "rid": plain(self.client_request_id, LONGEST_WORD)}
+        facts = {"key": self.key, "rid": self.client_request_id}
         if self.counted:
             facts.update(self.facts())
         for name, value in facts.items():
             if value not in ("", None):
-                line += f" {name}={value}"
+                line += f" {name}={plain(str(value))}"
         if self.error:
             line += f" error={self.error[:LONGEST_ERROR]!a}"
         return line
 
     def facts(self):
-        """The log line's name=value pairs about an answer; empty ones are left out."""
+        """What the log and the page tell of an answer."""
         return {
-            "model": plain(self.model, LONGEST_WORD),
+            "model": self.model[:LONGEST_WORD],
             "stream": "default" if self.stream_default else str(self.stream).lower(),
-            "ttft": self.ttft_s and f"{self.ttft_s:.3f}",
-            "total": f"{self.total_s:.3f}",
-            "queue": f"{self.queued_s:.3f}",
+            "ttft": self.ttft_s and round(self.ttft_s, 3),
+            "total": round(self.total_s, 3),
+            "queue": round(self.queued_s, 3),
             "in": self.tokens("prompt"),
             "out": self.tokens("completion"),
             "retries": self.retries,
-            "changed": plain(",".join(self.changed)),
+            "changed": ",".join(self.changed)[:2 * LONGEST_WORD],
             "repaired": self.repaired or None,
             "zai": self.zai_log_id,
         }
@@ -6397,16 +6393,11 @@ class Record:
         """The request in the page's list of the last ones."""
         return {
             "time": self.began,
-            "path": self.path,
+            "path": self.path[:LONGEST_WORD],
             "key": self.key,
-            "model": self.model,
             "status": self.status,
-            "stream": self.stream,
-            "ttft_ms": milliseconds(self.ttft_s),
-            "total_ms": milliseconds(self.total_s),
-            "tokens_in": self.tokens("prompt"),
-            "tokens_out": self.tokens("completion"),
-            "error": self.error or None,
+            "error": self.error[:LONGEST_ERROR],
+            **self.facts(),
         }
 
 
@@ -6426,7 +6417,7 @@ def samples(names, counts):
 
 
 class Histogram:
-    """A series of durations in seconds. The latest ones are kept for a median."""
+    """A series of durations in seconds."""
 
     # From a cached first token to the longest thinking.
     BOUNDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120, 300)
@@ -6434,16 +6425,10 @@ class Histogram:
     def __init__(self):
         self.counts = [0] * (len(self.BOUNDS) + 1)
         self.sum = 0.0
-        self.latest = collections.deque(maxlen=200)
 
     def add(self, value):
         self.counts[bisect.bisect_left(self.BOUNDS, value)] += 1
         self.sum += value
-        self.latest.append(value)
-
-    def median(self):
-        values = sorted(self.latest)
-        return values[len(values) // 2] if values else None
 
     def samples(self):
         total = 0
@@ -6477,14 +6462,16 @@ class Metrics:
         self.began = now()
         # It guards all below.
         self.lock = threading.Lock()
-        self.counts = collections.Counter()
+        self.counts = collections.Counter(
+            in_flight=0, served=0, failed=0, cancelled=0, unauthorized=0)
         # Their keys: (model, status, key) and (model, kind, key).
         self.requests = collections.Counter()
         self.tokens = collections.Counter()
         self.ttft = Histogram()
         self.duration = Histogram()
-        # bucket() replaces the first entry by ten minutes of empty ones.
-        self.history = collections.deque([{"t": 0}], maxlen=HISTORY_S // BUCKET_S)
+        # The tokens told in each bucket, and the number of the last one since 1970.
+        self.history = collections.deque([0] * BUCKETS, BUCKETS)
+        self.bucket = 0
         self.recent = collections.deque(maxlen=20)
 
     def count(self, name):
@@ -6495,10 +6482,6 @@ class Metrics:
 
     def finish(self, record):
         """A request that was counted as in flight is over."""
-        # Records are kept: nobody may fill the memory, or /stats, with long texts.
-        record.model = record.model[:LONGEST_WORD]
-        record.path = record.path[:LONGEST_WORD]
-        record.error = record.error[:LONGEST_ERROR]
         model = model_label(record.model_id)
         with self.lock:
             self.counts["in_flight"] -= 1
@@ -6511,39 +6494,33 @@ class Metrics:
             self.duration.add(record.total_s)
             if record.ttft_s is not None:
                 self.ttft.add(record.ttft_s)
-            self.bucket()["tokens"] += record.tokens("completion") or 0
-            self.recent.appendleft(record)
+            self.move_history()
+            self.history[-1] += record.tokens("completion") or 0
+            # The record itself might fill the memory with long texts.
+            self.recent.appendleft(record.row())
 
-    def bucket(self):
-        """The present bucket of the history, which is brought up to date."""
-        now = int(self.now()) // BUCKET_S * BUCKET_S
-        # No more than the history holds, however long nothing has happened.
-        start = max(now - HISTORY_S, self.history[-1]["t"] + BUCKET_S)
-        for begin in range(start, now + 1, BUCKET_S):
-            self.history.append({"t": begin, "tokens": 0})
-        return self.history[-1]
+    def move_history(self):
+        """Bring it up to date, so that its last entry is the present bucket's."""
+        bucket = int(self.now()) // BUCKET_S
+        self.history.extend([0] * min(bucket - self.bucket, BUCKETS))
+        self.bucket = bucket
 
     def stats(self, gates, queued, demo):
         """The page's JSON. `gates`, `queued`: Gates.state()."""
         tokens = collections.defaultdict(collections.Counter)
         with self.lock:
-            self.bucket()
-            history = list(self.history)
-            last_minute = history[-60 // BUCKET_S:]
+            self.move_history()
             for (model, kind, _), count in self.tokens.items():
                 tokens[model][kind] += count
-            names = ("in_flight", "served", "failed", "cancelled", "unauthorized")
             return {
                 "version": __version__,
                 "demo": demo,
-                **{name: self.counts[name] for name in names},
-                "tokens_per_s": round(sum(row["tokens"] for row in last_minute) / 60, 1),
-                "ttft_p50_ms": milliseconds(self.ttft.median()),
+                **self.counts,
                 "tokens": tokens,
                 "gates": gates,
                 "queued": queued,
-                "history": history,
-                "recent": [record.row() for record in self.recent],
+                "history": list(self.history),
+                "recent": list(self.recent),
             }
 
     def prometheus(self, gates, queued):
@@ -7532,8 +7509,8 @@ def check_keys(upstream, client):
 
 
 def first_chat(upstream, client, failed):
-    """(model, milliseconds to the first token) of the first model that gives a tiny
-    answer. failed(model, error) is told of the others; the last error is raised."""
+    """(model, seconds to the first token) of the first model that gives a tiny answer.
+    failed(model, error) is told of the others; the last error is raised."""
     settings = upstream.settings
     for model in CHECK_MODELS["/coding/" in settings.zai_base_url]:
         request = {**CHECK_REQUEST, "model": model}
@@ -7541,7 +7518,7 @@ def first_chat(upstream, client, failed):
         record = Record("check", "", time.time(), time.monotonic())
         try:
             upstream.answer(job, client, record, take=lambda steps: None)
-            return model, milliseconds(record.ttft_s)
+            return model, record.ttft_s
         except ApiError as error:
             failed(model, error)
             last = error
@@ -7554,10 +7531,10 @@ def check_chat(upstream, client):
         say(f"FAIL  chat with {model}: {upstream.settings.redact(error.message)}")
 
     try:
-        model, ttft_ms = first_chat(upstream, client, failed)
+        model, ttft_s = first_chat(upstream, client, failed)
     except ApiError as error:
         return error
-    say(f"ok    chat: {model} answered, first token after {ttft_ms} ms")
+    say(f"ok    chat: {model} answered, first token after {ttft_s:.3f} s")
     return None
 
 
@@ -7925,18 +7902,20 @@ function showStats({ history, recent, gates, queued, tokens, trouble, ...stats }
   $("numbers").hidden = !recent.length && !stats.in_flight;
   const waiting = Object.values(queued).reduce((sum, some) => sum + some, 0);
   const told = (number, words) => number && `${local(number)} ${words}`;
+  const perSecond = Math.round(history.slice(-6).reduce((sum, some) => sum + some, 0) / 6) / 10;
+  const firsts = recent.map(({ ttft }) => ttft).filter(Boolean).sort((one, other) => one - other);
   $("totals").textContent = join([told(stats.in_flight, "running"), told(waiting, "waiting"),
-    told(stats.served, "answered"), told(stats.failed, "failed"), told(stats.tokens_per_s, "tokens/s"),
-    stats.ttft_p50_ms && "first word after " + time(stats.ttft_p50_ms),
+    told(stats.served, "answered"), told(stats.failed, "failed"), told(perSecond, "tokens/s"),
+    firsts.length && "first word after " + time(1000 * firsts[firsts.length >> 1]),
     ...gates.filter(gate => gate[2]).map(([, model, limit]) => `${model} at most ${limit} at once`)]);
-  showChart(history.map(({ tokens }) => tokens / 10));
+  showChart(history.map(tokens => tokens / 10));
   const used = Object.entries(tokens).filter(([, { prompt, completion }]) => prompt || completion);
   fillTable($("tokens"), "Tokens since the start", ["Model", "In", "Out"],
     used.map(([model, { prompt, completion }]) => [model, local(prompt), local(completion)]));
   fillTable($("recent"), "Last requests", ["Time", "Model", "Status", "First word", "Total", "Tokens in / out", "API",
-    "Key", "What went wrong"], recent.map(row => [clock(row.time), row.model, row.status, time(row.ttft_ms),
-    time(row.total_ms), `${row.tokens_in ?? NONE} / ${row.tokens_out ?? NONE}`, row.path.replace("/v1/", ""), row.key,
-    row.status === 499 ? "stopped by the client" : row.error ?? ""]));
+    "Key", "What went wrong"], recent.map(row => [clock(row.time), row.model, row.status,
+    time(row.ttft && 1000 * row.ttft), time(1000 * row.total), `${row.in ?? NONE} / ${row.out ?? NONE}`,
+    row.path.replace("/v1/", ""), row.key, row.status === 499 ? "stopped by the client" : row.error]));
 }
 function showChart(values) {
   const most = Math.max(...values);
