@@ -900,7 +900,7 @@ def figures(proxy):
 
 def slots(proxy):
     """How many requests the gates think are in flight."""
-    return sum(gate[3] for gate in proxy.gates())
+    return sum(gate.in_flight for gate in proxy.server.upstream.gates.gates.values())
 
 
 def check_well(proxy, times, streamed=True):
@@ -6234,7 +6234,7 @@ class Timed:
         return sum(self.gates.state()[1].values())
 
     def ceilings(self):
-        return [ceiling for _, _, ceiling, _ in self.gates.state()[0]]
+        return [None if gate.ceiling == ztoapi.INFINITY else gate.ceiling for gate in self.gates.gates.values()]
 
     def serve_all(self, ticket):
         """Let the ticket end, then each that is admitted thereby; in which order they came."""
@@ -6493,7 +6493,7 @@ def test_a_burst_of_10_against_a_limit_of_3_succeeds_and_teaches(zai, proxy, ref
     zai.default = limited
     results = together(*[lambda i=i: ask(proxy, i % 3) for i in range(10)])
     assert results == [(200, "ab", None, True)] * 10
-    (_, _, ceiling, _), = proxy.gates()
+    (_, _, ceiling), = proxy.gates()
     assert ceiling in (1, 2, 3)
 
 
@@ -6618,7 +6618,7 @@ def test_large_requests_are_read_one_at_a_time_and_who_leaves_is_noticed(zai, br
 def test_the_key_with_the_most_room_serves(make_timed, limit):
     timed = make_timed(keys=2, limit=limit)
     tickets = [timed.enter() for _ in range(4)]
-    assert [gate[3] for gate in timed.gates.state()[0]] == [2, 2]
+    assert [gate.in_flight for gate in timed.gates.gates.values()] == [2, 2]
     freed = tickets[1].gate
     timed.gates.leave(tickets[1], served=True)
     assert timed.enter().gate is freed
@@ -7202,7 +7202,7 @@ def test_an_error_that_comes_while_the_client_is_behind_comes_last_and_whole(zai
 def test_a_slow_reader_does_not_hold_up_the_others(zai, proxy):
     zai.scripts.append(Torrent(600, 1 << 16).script)
     with proxy.open_stream():
-        assert eventually(lambda: any(client.is_behind for client in list(proxy.server.pump.clients)))
+        assert eventually(lambda: any(relay.is_behind for relay in list(proxy.server.pump.relays)))
         assert ask(proxy, True) == WELL
 
 
@@ -7225,7 +7225,7 @@ def test_client_timeout_is_between_two_writes_with_a_bound_for_all(fake_stream, 
     fake_stream.connection.room = room
     dropped = None
     try:
-        while fake_stream.is_behind:
+        while fake_stream.outbox.unsent:
             clock.now += 50
             fake_stream.outbox.look(clock.now, Settings(client_timeout=60))
     except ztoapi.ClientGone as gone:
@@ -7728,8 +7728,8 @@ def test_a_refused_request_goes_again_after_a_backoff_that_doubles_to_8_seconds(
     timed.script = refusal(429, "1302")
     _, error, record = timed.ask()
     for gap, nominal in zip(timed.gaps(), (0.5, 1, 2, 4, 8, 8, 8, 8)):
-        assert nominal <= gap <= min(8, nominal * (1 + 0.5 * rand)) + FakeClock.STEP_S
-    assert len(timed.times) > 14, "besides MAX_RETRIES"
+        assert nominal <= gap <= nominal * (1 + 0.5 * rand) + FakeClock.STEP_S
+    assert len(timed.times) > 10, "besides MAX_RETRIES"
     assert record.retries == len(timed.times)
     assert (error.status, error.code) == (429, "rate_limit_exceeded")
 
@@ -8194,7 +8194,7 @@ def test_the_counters_tell_the_client_keys_apart():
 
 
 def test_models_that_the_table_does_not_know_share_a_label():
-    gates = [(1, "new-1", 5, 0), (1, "new-2", 3, 0), (1, "glm-4.6", None, 1)]
+    gates = [(1, "new-1", 5), (1, "new-2", 3)]
     records = [counted(model_id=f"new-{i}") for i in range(9)]
     text = metrics_of(*records).prometheus(gates, {"new-1": 2, "new-2": 1})
     assert 'ztoapi_requests_total{model="other",status="200",key="#1"} 9\n' in text
@@ -8231,10 +8231,10 @@ def test_the_history_is_ten_minutes_without_gaps():
 
 def test_stats_tell_tokens_gates_and_queues_by_model():
     metrics = metrics_of(*[counted()] * 3)
-    stats = metrics.stats([(1, "glm-4.6", 2, 1)], {"glm-4.6": 4}, True)
+    stats = metrics.stats([(1, "glm-4.6", 2)], {"glm-4.6": 4}, True)
     assert stats["history"][-1] == 21
     assert stats["tokens"] == {"glm-4.6": {"prompt": 9, "completion": 21}}
-    assert (stats["gates"], stats["queued"]) == ([(1, "glm-4.6", 2, 1)], {"glm-4.6": 4})
+    assert (stats["gates"], stats["queued"]) == ([(1, "glm-4.6", 2)], {"glm-4.6": 4})
     assert stats["demo"] is True
 
 
@@ -9277,7 +9277,7 @@ def test_stats_tell_the_page_what_is_going_on(zai):
 def test_a_learned_ceiling_shows(zai, proxy):
     zai.limit, zai.default = 2, stream(say("a"), lambda *_: eventually(lambda: zai.refused), FINISH, DONE)
     together(*[proxy.chat] * 4)
-    (key, model, ceiling, _), = proxy.call("GET", "/stats")[2]["gates"]
+    (key, model, ceiling), = proxy.call("GET", "/stats")[2]["gates"]
     text = proxy.call("GET", "/metrics")[2]
     assert (key, model) == (1, "glm-4.6")
     assert 1 <= ceiling <= 3

@@ -5249,14 +5249,13 @@ class Gates:
                 self._admit(model, now)
 
     def state(self):
-        """For the page and the metrics: a list of (key's position, model, ceiling or
-        None, in flight) for the gates, and {model: how many queue}."""
+        """For the page and the metrics: a list of (key's position, model, ceiling), and
+        {model: how many queue}."""
         with self.lock:
-            gates = []
-            for (key, model), gate in self.gates.items():
-                ceiling = gate.ceiling if gate.ceiling < INFINITY else None
-                gates.append((key.position, model, ceiling, gate.in_flight))
-            return gates, dict(self._queued())
+            ceilings = [(key.position, model, gate.ceiling)
+                        for (key, model), gate in self.gates.items()
+                        if gate.ceiling < INFINITY]
+            return ceilings, dict(self._queued())
 
     # The methods below are called with the lock held.
 
@@ -5291,12 +5290,11 @@ class Gates:
     def _refuse(self, gate, ticket, error, now):
         # The Coding Plan says 1305 for too many at once, too.
         too_many = error.verdict == TOO_MANY or error.zai_code == "1305" and gate.in_flight
-        if error.verdict == OVERLOAD and not too_many:
-            # A model that is overloaded was seen to be so for minutes.
-            pause_s = backoff_s(ticket.refusals, 1.0, 15.0)
-        else:
-            jitter = 1 + 0.5 * self.rand()
-            pause_s = min(8.0, backoff_s(ticket.refusals) * jitter)
+        # A model that is overloaded was seen to be so for minutes.
+        is_full = error.verdict == OVERLOAD and not too_many
+        first_s, longest_s = (1.0, 15.0) if is_full else (0.5, 8.0)
+        jitter = 1 + 0.5 * self.rand()
+        pause_s = backoff_s(ticket.refusals, first_s, longest_s) * jitter
         ticket.refusals += 1
         gate.close(now, max(pause_s, error.pause_s))
         if too_many:
@@ -5565,10 +5563,6 @@ class Client:
         if sock:
             shut(sock)
 
-    @property
-    def is_behind(self):
-        return self.outbox is not None and bool(self.outbox.unsent)
-
 
 class Relay:
     """One attempt at an answer: what comes over `connection`, section Upstream's, goes
@@ -5643,7 +5637,9 @@ class Relay:
 
     @property
     def is_behind(self):
-        return not self.woken and self.client.is_behind
+        """Whether the client has not taken all it was told."""
+        outbox = self.client.outbox
+        return bool(outbox and outbox.unsent) and not self.woken
 
     def wake(self):
         if not self.woken:
@@ -5824,13 +5820,11 @@ class Pump:
     def _look(self, client, now):
         try:
             client.outbox.look(now, self.settings)
-            return
-        except ClientGone as gone:
-            client.leave(str(gone))
-        except Exception:
-            log.exception("A heartbeat failed; this is a bug")
-            client.leave("a heartbeat failed")
-        shut(client.connection)
+        except Exception as error:
+            if not isinstance(error, ClientGone):
+                log.exception("A heartbeat failed; this is a bug")
+            client.leave(str(error))
+            shut(client.connection)
 
 
 # Upstream #############################################################################
@@ -6447,10 +6441,9 @@ def gate_counts(gates, queued):
     for model, count in queued.items():
         waiting[(model_label(model),)] += count
     ceilings = {}
-    for key, model, ceiling, _ in gates:
-        if ceiling is not None:
-            place = (key, model_label(model))
-            ceilings[place] = min(ceiling, ceilings.get(place, ceiling))
+    for key, model, ceiling in gates:
+        place = (key, model_label(model))
+        ceilings[place] = min(ceiling, ceilings.get(place, ceiling))
     return waiting, ceilings
 
 
@@ -7907,7 +7900,7 @@ function showStats({ history, recent, gates, queued, tokens, trouble, ...stats }
   $("totals").textContent = join([told(stats.in_flight, "running"), told(waiting, "waiting"),
     told(stats.served, "answered"), told(stats.failed, "failed"), told(perSecond, "tokens/s"),
     firsts.length && "first word after " + time(1000 * firsts[firsts.length >> 1]),
-    ...gates.filter(gate => gate[2]).map(([, model, limit]) => `${model} at most ${limit} at once`)]);
+    ...gates.map(([, model, limit]) => `${model} at most ${limit} at once`)]);
   showChart(history.map(tokens => tokens / 10));
   const used = Object.entries(tokens).filter(([, { prompt, completion }]) => prompt || completion);
   fillTable($("tokens"), "Tokens since the start", ["Model", "In", "Out"],
