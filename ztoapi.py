@@ -5363,8 +5363,9 @@ class Gates:
             row = OVERLOADED if verdict == OVERLOAD else RATE
         # Clients would queue as long again, unseen, each time they try again by
         # themselves.
-        return ApiError(words, status=row.status, type=row.type, code=row.code,
-                        retry_after=max(row.retry_after, opens_in_s), retryable=False)
+        return UpstreamError(
+            words, GIVE_UP, status=row.status, type=row.type, code=row.code,
+            retry_after=max(row.retry_after, opens_in_s), retryable=False)
 
 
 class Bodies:
@@ -5845,15 +5846,16 @@ STALE_WITHIN_S = 1.0
 
 
 class Pool:
-    """Idle connections, the last used first; all lead the one way that an Upstream has
-    to Z.ai. A socket is here only when its last answer was read to the end; none of
-    them blocks."""
+    """Sockets that are kept for `keep_s`, the last used first; beyond `most`, the
+    oldest is closed by being dropped. Of an Upstream it has idle ones, which lead to
+    Z.ai, do not block, and whose last answer was read to the end."""
 
-    def __init__(self, clock=time.monotonic):
+    def __init__(self, clock=time.monotonic, keep_s=KEEP_IDLE_S, most=None):
         self.clock = clock
+        self.keep_s = keep_s
         # It guards `idle`: (socket, since when), the longest idle first.
         self.lock = threading.Lock()
-        self.idle = collections.deque()
+        self.idle = collections.deque(maxlen=most)
 
     def take(self):
         """An idle socket that is still alive, or None."""
@@ -5862,7 +5864,7 @@ class Pool:
                 if not self.idle:
                     return None
                 sock, since = self.idle.pop()
-            fresh = self.clock() - since < KEEP_IDLE_S
+            fresh = self.clock() - since < self.keep_s
             # What an idle server says is that it has closed.
             if fresh and peek(sock) is None:
                 return sock
@@ -5875,7 +5877,7 @@ class Pool:
     def expire(self, now):
         """Close what has been idle for too long at `now`."""
         with self.lock:
-            while self.idle and now - self.idle[0][1] >= KEEP_IDLE_S:
+            while self.idle and now - self.idle[0][1] >= self.keep_s:
                 self.idle.popleft()[0].close()
 
 
@@ -5902,11 +5904,9 @@ class ZaiRequest(urllib.request.Request):
         """The bytes to send. No value can break out of its line: they are ours,
         urllib's, and the settings', which hold printable ASCII."""
         fields = [f"{name}: {value}" for name, value in self.header_items()]
-        body = self.data or b""
-        if body:
-            fields.append(f"Content-Length: {len(body)}")
-        lines = [f"{self.get_method()} {self.selector} HTTP/1.1", *self.HEAD, *fields, "", ""]
-        return "\r\n".join(lines).encode("latin-1") + body
+        fields.append(f"Content-Length: {len(self.data)}")
+        lines = [f"POST {self.selector} HTTP/1.1", *self.HEAD, *fields, "", ""]
+        return "\r\n".join(lines).encode("latin-1") + self.data
 
 
 class Connection:
@@ -6225,7 +6225,7 @@ class Upstream:
             take(steps)
 
         client = ticket.client
-        connection = self.open("/chat/completions", ticket.gate.key, client, job.data)
+        connection = self.open(ticket.gate.key, client, job.data)
         sent_at = self.clock()
         try:
             self.pump.run(Relay(connection, answer, client, told))
@@ -6258,12 +6258,12 @@ class Upstream:
         pause_s = max(backoff_s(tries) * self.rand(), error.pause_s)
         return pause_s if pause_s <= left_s else None
 
-    def open(self, path, key, client, data=None):
+    def open(self, key, client, data):
         """The Connection with a request on its way to Z.ai."""
         if self.settings.demo_mode:
             # Section Demo has a stand-in for Z.ai.
             return Connection(demo_socket(data), self.pool)
-        url = self.settings.zai_base_url + path
+        url = self.settings.zai_base_url + "/chat/completions"
         if self.proxy.lower().startswith("socks"):
             raise UpstreamError("SOCKS proxies are not spoken here. Check HTTPS_PROXY "
                                 "and HTTP_PROXY.", GIVE_UP, stage="proxy")
@@ -6276,18 +6276,6 @@ class Upstream:
             raise connection_error(error) from None
         finally:
             client.blocked_on = None
-
-    def check_key(self, key, client):
-        """GET {base}/models with one key: None if it was accepted, else the
-        UpstreamError."""
-        request = {"model": "glm-4.6", "messages": [{"role": "user", "content": "Hi"}]}
-        answer = self.job(to_zai_request(Request(request, {}), self.settings)).make_answer()
-        try:
-            connection = self.open("/models", key, client)
-            self.pump.run(Relay(connection, answer, client, list))
-        except UpstreamError as error:
-            # For a chat a list of models is an empty answer.
-            return None if error.message == EMPTY else error
 
     def close(self):
         self.pool.expire(INFINITY)
@@ -7150,8 +7138,6 @@ class Server(http.server.ThreadingHTTPServer):
     # serve_forever() does not begin any more.
     stopped = False
     draining = False
-    # The log tells of refusals once, and again after a minute without any.
-    warn_from = 0.0
 
     def __init__(self, settings):
         self.settings = settings
@@ -7161,9 +7147,8 @@ class Server(http.server.ThreadingHTTPServer):
         # idled, or BUSY. Each handler moves its own, for which dicts need no lock.
         self.lock = threading.Lock()
         self.connections = {}
-        # (Until when, socket) of connections that were too many and are being told so.
-        # The oldest is closed by being dropped.
-        self.refused = collections.deque(maxlen=128)
+        # Connections that were too many and are being told so.
+        self.refused = Pool(keep_s=LINGER_S, most=128)
         host = settings.host.strip("[]")
         found = socket.getaddrinfo(
             host, settings.port, 0, socket.SOCK_STREAM, 0, socket.AI_PASSIVE)
@@ -7175,7 +7160,7 @@ class Server(http.server.ThreadingHTTPServer):
         except BaseException:
             self.pump.close()
             raise
-        self.pump.chores.append(self.close_refused)
+        self.pump.chores.append(self.refused.expire)
 
     def server_bind(self):
         if hasattr(socket, "SO_EXCLUSIVEADDRUSE"):
@@ -7261,32 +7246,24 @@ class Server(http.server.ThreadingHTTPServer):
     def refuse(self, request):
         """A 503 without a thread. The socket is kept for a moment, until it has been
         read."""
-        body = encode_json(Chat.error(ApiError(
-            "Too many connections.", code="too_many_connections")))
-        head = response_head(503, [
+        error = ApiError("Too many connections.", status=503, code="too_many_connections")
+        id = new_id("req_")
+        body = encode_json(Chat.error(error))
+        head = response_head(error.status, [
             ("Content-Type", "application/json"),
             ("Content-Length", len(body)),
             ("Retry-After", 5),
             ("Connection", "close"),
-            ("x-request-id", new_id("req_")),
+            ("x-request-id", id),
         ])
-        now = time.monotonic()
-        if now > self.warn_from:
-            log.warning("More than MAX_CONNECTIONS=%d, or no more threads: 503",
-                        self.settings.max_connections)
-        self.warn_from = now + 60
+        log.warning("%s 503: more than MAX_CONNECTIONS=%d, or no more threads",
+                    id, self.settings.max_connections)
         with contextlib.suppress(OSError):
             request.setblocking(False)
             request.send(head + body)
             request.shutdown(socket.SHUT_WR)
             # The base class closes `request`.
-            kept = socket.socket(fileno=request.detach())
-            self.refused.append((now + LINGER_S, kept))
-
-    def close_refused(self, now):
-        """The pump calls it some times a second."""
-        while self.refused and self.refused[0][0] < now:
-            self.refused.popleft()[1].close()
+            self.refused.put(socket.socket(fileno=request.detach()))
 
     def shut_idle(self):
         """Shut the connection that has idled longest; called with the lock held."""
@@ -7365,21 +7342,18 @@ def demo_call(tools, text):
     """The delta that calls the tool for which `text` asks, or None."""
     for tool in tools:
         function = tool.get("function", {})
-        name = function.get("name")
-        if name and f"call {name}" in text:
-            schema = function.get("parameters") or {}
-            arguments = encode_text(dict.fromkeys(schema.get("required", ()), "demo"))
-            call = {"id": new_id("call_"), "index": 0, "type": "function"}
-            call["function"] = {"name": name, "arguments": arguments}
-            return {"tool_calls": [call]}
+        if f"call {function.get('name')}" in text:
+            required = function.get("parameters", {}).get("required", ())
+            arguments = encode_text(dict.fromkeys(required, "demo"))
+            called = {"name": function["name"], "arguments": arguments}
+            return {"tool_calls": [{"id": new_id("call_"), "index": 0, "function": called}]}
     return None
 
 
 def demo_deltas(request):
     """The deltas that answer a request in Z.ai's dialect."""
     # Claude Code puts a system message behind the user's.
-    spoken = [message for message in request["messages"] if message["role"] != "system"]
-    last = (spoken or request["messages"])[-1]
+    last = [message for message in request["messages"] if message["role"] != "system"][-1]
     text = last.get("content") or ""
     if isinstance(text, list):
         text = " ".join(part.get("text", "") for part in text)
@@ -7387,8 +7361,7 @@ def demo_deltas(request):
         for word in DEMO_THOUGHT.split():
             yield {"reasoning_content": f"{word} "}
     # The result of a tool asks for no further call.
-    tools = request.get("tools", ()) if last["role"] == "user" else ()
-    call = demo_call(tools, text)
+    call = demo_call(request.get("tools", ()), text) if last["role"] == "user" else None
     if call:
         yield call
         return
@@ -7402,21 +7375,19 @@ def demo_deltas(request):
 
 def demo_events(request):
     """The answer's SSE events. The last but one finishes it and holds the usage."""
-    event = {"id": new_id("demo"), "created": int(time.time())}
-    event["model"] = request["model"]
-    count = 0
-    for delta in demo_deltas(request):
-        count += 1
-        choice = {"index": 0, "delta": {"role": "assistant", **delta}}
-        yield b"data: %b\n\n" % encode_json({**event, "choices": [choice]})
+    deltas = list(demo_deltas(request))
+    event = {"id": new_id("demo"), "model": request["model"]}
+    for delta in deltas:
+        yield encode_event({**event, "choices": [{"index": 0, "delta": delta}]})
         time.sleep(DEMO_PACE_S)
-    words = len(encode_json(request["messages"]).split())
-    usage = {"prompt_tokens": words, "completion_tokens": count}
-    usage["total_tokens"] = words + count
+    count = len(deltas)
+    words = len(encode_text(request["messages"]).split())
+    usage = {
+        "prompt_tokens": words, "completion_tokens": count, "total_tokens": words + count}
     reason = "tool_calls" if "tool_calls" in delta else "stop"
-    choice = {"index": 0, "finish_reason": reason, "delta": {"content": ""}}
-    yield b"data: %b\n\n" % encode_json({**event, "choices": [choice], "usage": usage})
-    yield b"data: [DONE]\n\n"
+    last = {"index": 0, "finish_reason": reason, "delta": {"content": ""}}
+    yield encode_event({**event, "choices": [last], "usage": usage})
+    yield "data: [DONE]\n\n"
 
 
 # It ends with its connection, hence the old version.
@@ -7424,17 +7395,15 @@ DEMO_HEAD = b"HTTP/1.0 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
 
 
 def demo_answer(sock, data):
-    pieces = demo_events(json.loads(data)) if data else [b'{"object":"list","data":[]}']
     # The proxy hangs up whenever its own client does.
     with sock, contextlib.suppress(OSError):
         sock.sendall(DEMO_HEAD)
-        for piece in pieces:
-            sock.sendall(piece)
+        for event in demo_events(json.loads(data)):
+            sock.sendall(event.encode("utf-8", "replace"))
 
 
 def demo_socket(data):
-    """A socket that answers as Z.ai's would. `data`: the chat request; None asks for
-    the list of models."""
+    """A socket that answers as Z.ai's would. `data`: the chat request."""
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
     threading.Thread(target=demo_answer, args=(theirs, data), daemon=True).start()
@@ -7443,10 +7412,10 @@ def demo_socket(data):
 
 # Check ################################################################################
 #
-# `--check` tries each key, and then a chat, over the same road as the proxy's requests,
-# so that what is wrong is found before any client is involved. It prints a line for
-# each step: "ok", or "FAIL", where it failed (proxy, DNS, TCP, TLS, key, chat) and what
-# to do.
+# `--check` tries a chat with each key, over the same road as the proxy's requests, so
+# that what is wrong is found before any client is involved. It prints a line for each
+# try: "ok", or "FAIL", where it failed (proxy, DNS, TCP, TLS, key, chat) and what to
+# do.
 
 # The models to try, the cheapest first. The Coding Plan (True) serves others.
 CHECK_MODELS = {True: ("glm-4.7", "glm-4.5-air"), False: ("glm-4.7-flash", "glm-4.6")}
@@ -7478,68 +7447,40 @@ def say(text, stream="stdout"):
         setattr(sys, stream, None)
 
 
-def check_keys(upstream, client):
-    """Each key against GET {base}/models. The error of the first, None if Z.ai takes at
-    least one."""
-    keys = upstream.gates.keys
-    if not keys:
-        say(f"FAIL  key: {NO_KEY}")
-    errors = []
-    # Asking without a key tells at least whether Z.ai can be reached.
-    for key in keys or [ZaiKey(0, "")]:
-        error = upstream.check_key(key, client)
-        errors.append(error)
-        if error:
-            words = upstream.settings.redact(error.message)
-            say(f"FAIL  {error.stage or 'key ' + key.name}: {words}")
-        else:
-            # The demo is reached without a network.
-            way = "" if upstream.settings.demo_mode else ", so DNS, TCP and TLS are well"
-            say(f"ok    key {key.name}: accepted{way}")
-    if not keys:
-        return missing_key()
-    return None if None in errors else errors[0]
+def try_chats(settings, pump, client, tell=say):
+    """Ask one model after the other for a tiny answer, until one gives it. None then,
+    else the last error."""
+    with contextlib.closing(Upstream(settings, pump)) as upstream:
+        for model in CHECK_MODELS["/coding/" in settings.zai_base_url]:
+            request = Request({**CHECK_REQUEST, "model": model}, {})
+            job = upstream.job(to_zai_request(request, settings))
+            record = Record("check", "", time.time(), time.monotonic())
+            try:
+                upstream.answer(job, client, record, take=list)
+                tell(f"ok    chat: {model} answered, first token after {record.ttft_s:.3f} s")
+                return None
+            except UpstreamError as failure:
+                error = failure
+            place = "key" if error.verdict == KEY_RESTS else error.stage
+            tell(f"FAIL  {place or 'chat with ' + model}: {settings.redact(error.message)}")
+            # Another model heals neither a key nor the road.
+            if place:
+                break
+    return error
 
 
-def first_chat(upstream, client, failed):
-    """(model, seconds to the first token) of the first model that gives a tiny answer.
-    failed(model, error) is told of the others; the last error is raised."""
-    settings = upstream.settings
-    for model in CHECK_MODELS["/coding/" in settings.zai_base_url]:
-        request = {**CHECK_REQUEST, "model": model}
-        job = upstream.job(to_zai_request(Request(request, {}), settings))
-        record = Record("check", "", time.time(), time.monotonic())
-        try:
-            upstream.answer(job, client, record, take=lambda steps: None)
-            return model, record.ttft_s
-        except ApiError as error:
-            failed(model, error)
-            last = error
-    raise last
-
-
-def check_chat(upstream, client):
-    """A tiny answer. None, or the error of the last model that was tried."""
-    def failed(model, error):
-        say(f"FAIL  chat with {model}: {upstream.settings.redact(error.message)}")
-
-    try:
-        model, ttft_s = first_chat(upstream, client, failed)
-    except ApiError as error:
-        return error
-    say(f"ok    chat: {model} answered, first token after {ttft_s:.3f} s")
-    return None
-
-
-def check_bases(settings, pump, client):
-    """Say which other base URL the key fits."""
-    for base in ZAI_BASE_URLS:
-        other = dataclasses.replace(settings, zai_base_url=base, queue_timeout=5.0)
-        with contextlib.suppress(ApiError), contextlib.closing(Upstream(other, pump)) as there:
-            model, _ = first_chat(there, client, failed=lambda *_: None)
-            say(f"      The key fits ZAI_BASE_URL={base}: {model} answered there.")
-            return
-    say("      The key fits none of Z.ai's base URLs.")
+def check_key(settings, pump, client):
+    """Try the one key of these settings; None if it serves."""
+    error = try_chats(settings, pump, client)
+    # Z.ai refuses the key, or has no money or plan for it here.
+    if error and error.verdict in NEXT_KEY and settings.zai_base_url in ZAI_BASE_URLS:
+        for base in ZAI_BASE_URLS:
+            other = dataclasses.replace(settings, zai_base_url=base, queue_timeout=5.0)
+            if not try_chats(other, pump, client, tell=len):
+                say(f"      The key fits ZAI_BASE_URL={base}.")
+                return error
+        say("      The key fits none of Z.ai's base URLs.")
+    return error
 
 
 def check(settings):
@@ -7555,24 +7496,26 @@ def check(settings):
     ours, theirs = socket.socketpair()
     client = Client(ours)
     pump = Pump(settings)
-    upstream = Upstream(settings, pump)
     until = time.monotonic() + CHECK_S
     pump.chores.append(lambda now: now > until and client.leave())
     pump.start()
+    keys = ("demo",) if settings.demo_mode else settings.zai_api_key
+    if not keys:
+        say(f"FAIL  key: {NO_KEY}")
+    errors = []
     try:
         with ours, theirs, pump.minding(client):
-            error = check_keys(upstream, client) or check_chat(upstream, client)
-            # Z.ai refuses the key, or has no money or plan for it here.
-            is_refused = settings.zai_api_key and error and error.verdict in NEXT_KEY
-            if is_refused and settings.zai_base_url in ZAI_BASE_URLS:
-                check_bases(settings, pump, client)
-            return error is None
+            # Asking without a key tells at least whether Z.ai can be reached.
+            for position, key in enumerate(keys or ["no-key"], 1):
+                say(f"Key #{position} {mask(key)}")
+                one = dataclasses.replace(settings, zai_api_key=(key,))
+                errors.append(check_key(one, pump, client))
+        return None in errors and bool(keys)
     except ClientGone:
         say(f"FAIL  that was not over after {CHECK_S:g} s")
         return False
     finally:
         pump.close()
-        upstream.close()
 
 
 # Main #################################################################################
