@@ -1131,8 +1131,8 @@ def test_importing_has_no_side_effect():
 DEFAULTS = {
     "PORT": 9090, "HOST": "127.0.0.1", "DEFAULT_KEY": ("sk-your-key",), "ZAI_API_KEY": (),
     "ZAI_BASE_URL": "https://api.z.ai/api/paas/v4", "DEFAULT_STREAM": True, "ENABLE_THINKING": None,
-    "REASONING_FORMAT": "parsed", "MODEL_ALIASES": {}, "VISION_MODEL": "", "MAX_CONCURRENCY": 0, "QUEUE_TIMEOUT": 120,
-    "MAX_RETRIES": 2, "HEARTBEAT": 10, "UPSTREAM_TIMEOUT": 300, "CLIENT_TIMEOUT": 60, "MAX_BODY_MB": 64,
+    "REASONING_FORMAT": "parsed", "MODEL_ALIASES": {}, "VISION_MODEL": "", "MODEL_FALLBACKS": {},
+    "MAX_CONCURRENCY": 0, "QUEUE_TIMEOUT": 120, "MAX_RETRIES": 2, "HEARTBEAT": 10, "UPSTREAM_TIMEOUT": 300, "CLIENT_TIMEOUT": 60, "MAX_BODY_MB": 64,
     "MAX_CONNECTIONS": 1024, "CORS_ORIGIN": ("*",), "DEBUG_MODE": False, "DEMO_MODE": False,
 }
 FLAGS = ("DEFAULT_STREAM", "ENABLE_THINKING", "DEBUG_MODE", "DEMO_MODE")
@@ -1154,7 +1154,7 @@ GOOD_SETTINGS = [
     *(("REASONING_FORMAT", text, text.lower()) for text in ("parsed", "raw", "hidden", "Raw", "HIDDEN")),
     *(("ZAI_API_KEY", text, ()) for text in ("", "-", "none", "unset", "None", " - ")),
     *(("ENABLE_THINKING", text, None) for text in ("", "-", "unset", "none")),
-    *(("MODEL_ALIASES", text, {}) for text in ("", "-", "none", "UNSET")),
+    *((variable, text, {}) for variable in ("MODEL_ALIASES", "MODEL_FALLBACKS") for text in ("", "-", "none", "UNSET")),
     *(("VISION_MODEL", text, model) for text, model in (("-", ""), ("", ""), (" GLM-4.6V ", "GLM-4.6V"))),
     *(("PORT", text, int(text)) for text in ("0", "65535", " 8080 ")),
     *(("HOST", text, text) for text in ("0.0.0.0", "::", "localhost", "192.168.1.2")),
@@ -6053,6 +6053,38 @@ def test_hard_schemas_become_plain(properties, plainer):
     assert found["parameters"] == {"type": "object", "properties": plainer}
 
 
+HARD_TOOL = {"type": "function", "function": {"name": "f", "parameters": {
+    "type": "object", "properties": {"a": {"anyOf": [{"type": "string"}, {"type": "null"}]}}}}}
+
+
+# To add a case, add a row: Z.ai's answers, which of the requests had plain schemas, the
+# status.
+@cases("answers, plain, status", [
+    ("1210", [refusal(400, "1210")], [False, True], 200), ("1214", [refusal(400, "1214")], [False, True], 200),
+    ("empty", [stream(DONE)] * 2, [False, False, True], 200),
+    ("network", [refusal(400, "1234")] * 2, [False, False, True], 200),
+    ("500", [answer(500, complaint("500"))] * 2, [False, False, True], 200),
+    ("once", [refusal(400, "1210")] * 2, [False, True], 400),
+    ("another fault", [refusal(400, "1261")], [False], 400), ("heals", [refusal(400, "1234")], [False, False], 200),
+    ("words", [refusal(400, "1210", "Prompt exceeds max length")], [False], 400),
+    ("later", [refusal(400, "1210"), refusal(429, "1302")], [False, True, True], 200),
+    ("too late", [stream(say("a"), error_event("1210"))], [False], 400),
+])
+def test_schemas_that_zai_may_have_refused_are_said_in_plain_words_once(zai, answers, plain, status):
+    zai.scripts.extend(answers)
+    with proxying(zai, MAX_RETRIES="1") as proxy:
+        found, headers, _ = proxy.chat(tools=[HARD_TOOL])
+    assert found == status
+    assert ["anyOf" not in json.dumps(request["body"]) for request in zai.requests] == plain
+    assert headers.get("x-ztoapi-changed") == ("schemas" if plain[-1] else None)
+
+
+def test_a_refusal_without_hard_schemas_is_told_at_once(zai, proxy):
+    zai.default = refusal(400, "1210")
+    assert proxy.chat(tools=[TOOL])[0] == 400
+    assert len(zai.requests) == 1
+
+
 def test_a_schema_that_refers_to_itself_has_an_end():
     defs = {str(i): {"anyOf": [{"$ref": f"#/$defs/{j}"} for j in range(20)]} for i in range(20)}
     schema = {"$ref": "#/$defs/0", "$defs": defs}
@@ -6252,8 +6284,10 @@ class Timed:
         return self.answers.popleft() if self.answers else self.script
 
     def job(self, model="glm-4.6"):
+        def write(model=""):
+            return ztoapi.to_zai_request(request, self.settings, model)
         request = ztoapi.Request(chat_body(model=model, stream=True), {})
-        return self.upstream.job(ztoapi.to_zai_request(request, self.settings))
+        return self.upstream.job(write(), write=write)
 
     def ask(self, model="glm-4.6"):
         """(text, error, record)"""
@@ -7747,6 +7781,50 @@ def test_an_overload_is_waited_out_within_queue_timeout(make_timed):
     assert timed.ask()[0] == "Hello"
 
 
+def test_an_overload_is_waited_out_for_5_seconds_if_another_model_may_answer(make_timed, zai):
+    timed = make_timed(MODEL_FALLBACKS="glm-5.3=glm-5.2")
+
+    def answered(request):
+        timed.times.append(timed.clock.now - 1024)
+        return overloaded if request["body"]["model"] == "glm-5.3" else stream(*HEALTHY)
+    overloaded = refusal(429, "1305")
+    zai.default = answered
+
+    def seconds():
+        began = timed.clock.now
+        assert timed.ask("glm-5.3")[:2] == ("Hello", None)
+        return timed.clock.now - began
+    assert seconds() == 5
+    assert timed.times == [0, 1, 3, 5]
+    assert seconds() == 0, "nobody waits once more"
+    timed.clock.now += 3
+    assert seconds() == 0
+    assert timed.times[4:] == [5, 8, 8], "one tries whether it has room again"
+    timed.clock.now += 61
+    assert seconds() == 5, "that was another overload"
+    overloaded = stream(*HEALTHY)
+    timed.clock.now += 15
+    assert seconds() == 0
+    overloaded = [*refusal(429, "1302")]
+    timed.clock.at(timed.clock.now + 20, lambda: overloaded.clear() or overloaded.extend(stream(*HEALTHY)))
+    assert 20 <= seconds() < 30, "too many at once are queued"
+
+
+def test_whoever_queues_for_an_overloaded_model_does_not_wait_either(make_timed):
+    timed = make_timed(limit=1)
+    first = timed.enter()
+    second = timed.ticket(clock=timed.clock)
+    second.is_replaceable = True
+
+    def refuse():
+        timed.gates.leave(first, error_of("1305", retry_after=60))
+    timed.clock.at(timed.clock.now + 10, refuse)
+    with pytest.raises(ApiError) as caught:
+        timed.enter(second)
+    assert caught.value.code == "overloaded"
+    assert timed.clock.now == 1024 + 15
+
+
 @pytest.mark.parametrize("timeout", (20, 120))
 def test_queue_timeout_bounds_the_waiting_and_not_the_time_with_zai(make_timed, timeout):
     timed = make_timed(QUEUE_TIMEOUT=str(timeout))
@@ -8950,6 +9028,78 @@ def test_the_model_that_answers_is_told(zai, door):
         assert proxy.chat()[1]["x-ztoapi-model"] == "glm-4.6"
 
 
+def refusing(**codes):
+    """A fake Z.ai's answers: what of a model's name follows the dash (5_3) is refused with that code."""
+    def answered(request):
+        code = codes.get(request["body"]["model"].rpartition("-")[2].replace(".", "_"))
+        return refusal(429, code) if code else stream(*HEALTHY)
+    return answered
+
+
+# To add a case, add a row: what each model refuses with, who answers.
+@cases("refusals, model", [
+    ("no money", {"5_3": "1113"}, "glm-5.2"), ("limit reached", {"5_3": "1308", "5_2": "1310"}, "glm-4.7"),
+    ("not in the plan", {"5_3": "1311"}, "glm-5.2"), ("not there", {"5_3": "1211", "5_2": "1113"}, "glm-4.7"),
+    ("down", {"5_3": "1120"}, "glm-5.2"),
+    # No other model heals these. Of who fails all the way, the first tells.
+    ("invalid", {"5_3": "1210"}, "1210"), ("our key", {"5_3": "1001"}, "1001"), ("unfair", {"5_3": "1313"}, "1313"),
+    ("all the way", {"5_3": "1113", "5_2": "1211", "4_7": "1311"}, "1113"),
+])
+@each_door
+def test_another_model_answers_for_one_that_cannot(zai, log_lines, door, refusals, model):
+    zai.default = refusing(**refusals)
+    path, body = {"chat": (CHAT, chat_body()), **APIS}[door]
+    fallbacks = "GLM-5.3=5.2,5.2=glm-4.7,glm-4.7=glm-5.3"
+    with proxying(zai, MODEL_FALLBACKS=fallbacks, MODEL_ALIASES="5.2=GLM-5.2", MAX_RETRIES="0") as proxy:
+        status, headers, answer = proxy.call("POST", path, {**body, "model": "glm-5.3", "stream": False})
+        proxy.idle()
+        row = proxy.call("GET", "/stats")[2]["recent"][0]
+    asked = [request["body"]["model"] for request in zai.requests]
+    assert asked == ["glm-5.3", "glm-5.2", "glm-4.7"][:len(asked)], "each model once"
+    if model.isdigit():
+        assert status >= 400
+        assert f"(code {model})" in json.dumps(answer)
+        assert len(asked) == (3 if len(refusals) == 3 else 1)
+    else:
+        assert (status, headers["x-ztoapi-model"], answer["model"], asked[-1]) == (200, model, "glm-5.3", model)
+        assert (row["model"], row["by"]) == ("glm-5.3", model)
+        assert f" model=glm-5.3 by={model} " in log_lines()[0]
+        assert f'model="{model}"' in proxy.server.metrics.prometheus([], {})
+
+
+def test_every_key_is_tried_before_another_model_is(zai):
+    def answered(request):
+        is_refused = KEYS[0] in request["headers"]["Authorization"] or request["body"]["model"] == "glm-5.3"
+        return refusal(429, "1113") if is_refused else stream(*HEALTHY)
+    KEYS = ZAI_KEYS[:2]
+    zai.default = answered
+    with proxying(zai, MODEL_FALLBACKS="glm-5.3=glm-4.7", ZAI_API_KEY=",".join(KEYS)) as proxy:
+        assert proxy.chat(model="glm-5.3")[0] == 200
+    assert [request["body"]["model"] for request in zai.requests[:3]] == ["glm-5.3", "glm-5.3", "glm-4.7"]
+
+
+def test_another_model_is_asked_in_its_own_way(zai):
+    zai.default = refusing(**{"5_3": "1113"})
+    turn = user([{"type": "text", "text": "a"}, PICTURE])
+    fallbacks = "glm-5.3-flash=glm-4.7,glm-4.7=glm-4.5v,glm-5.3=glm-4.5"
+    with proxying(zai, MODEL_FALLBACKS=fallbacks) as proxy:
+        assert proxy.chat(model="glm-5.3", max_tokens=130000, reasoning_effort="low")[0] == 200
+        first, second = (request["body"] for request in zai.requests)
+        assert (first["max_tokens"], second["max_tokens"]) == (130000, 98304)
+        assert "reasoning_effort" in first
+        assert "reasoning_effort" not in second
+        zai.default = refusing(flash="1113")
+        # GLM-4.7 sees no pictures.
+        assert proxy.chat(model="glm-5.3-flash", messages=[turn])[1]["x-ztoapi-model"] == "glm-4.5v"
+
+
+def test_after_the_first_token_no_other_model_answers(zai):
+    zai.default = stream(say("Hel"), error_event("1113"))
+    with proxying(zai, MODEL_FALLBACKS="glm-5.3=glm-4.7") as proxy:
+        assert ask(proxy, True, model="glm-5.3")[1] == "Hel"
+    assert len(zai.requests) == 1
+
+
 @each_api
 def test_each_api_streams_and_answers_in_json(proxy, api):
     reply, events = ask_api(proxy, api, True)
@@ -9265,7 +9415,7 @@ def test_stats_tell_the_page_what_is_going_on(zai):
     assert not re.search("PROMPT|Hello|The user", json.dumps(stats))
     assert len(stats["recent"]) == 20
     failed, served = stats["recent"][:2]
-    assert set(failed) == {"time", "path", "key", "status", "error", "model", "stream", "ttft", "total", "queue",
+    assert set(failed) == {"time", "path", "key", "status", "error", "model", "by", "stream", "ttft", "total", "queue",
                            "in", "out", "retries", "changed", "repaired", "zai"}
     assert failed["status"] == 400
     assert "1210" in failed["error"]

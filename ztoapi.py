@@ -30,6 +30,8 @@ true/false, 1/0, yes/no, on/off. A dash stands for a variable that is not set.
     MODEL_ALIASES     -                             gpt-4o=glm-4.6,o3=glm-5.2; * for all unknown ids
     VISION_MODEL      -                             answers where a picture is shown to a model
                                                     that sees none, as glm-5.3-flash could
+    MODEL_FALLBACKS   -                             glm-5.3=glm-5.2,...: answers for a model that is
+                                                    overloaded, out of quota, or does not exist
     MAX_CONCURRENCY   0                             requests in flight per key and model; 0: learned
     QUEUE_TIMEOUT     120                           longest wait for a free slot, then 429
     MAX_RETRIES       2                             further tries while nothing of the answer came
@@ -232,6 +234,8 @@ class Settings:
     model_aliases: dict[str, str] = setting(
         {}, parse_aliases, "pairs like gpt-4o=glm-4.6", unset=NO_VALUE)
     vision_model: str = setting("", str, "the name of a model that sees", unset=NO_VALUE)
+    model_fallbacks: dict[str, str] = setting(
+        {}, parse_aliases, "pairs like glm-5.3=glm-5.2", unset=NO_VALUE)
     max_concurrency: int = setting(0, parse_number(int, 0), "a whole number")
     queue_timeout: float = setting(120.0, parse_number(float, 0), "seconds")
     max_retries: int = setting(2, parse_number(int, 0, 100), "a whole number up to 100")
@@ -780,6 +784,19 @@ def zai_model_id(name, model_aliases, claude=False):
     if target is None and claude and CLAUDE.search(id):
         target = next(model for word, model in CLAUDE_MODELS.items() if word in id)
     return id if target is None else canonical_id(target)
+
+
+def fallbacks_of(id, settings):
+    """Z.ai's ids of the models that may answer instead of this one, each once, in the
+    order in which MODEL_FALLBACKS leads to them."""
+    aliases = settings.model_aliases
+    pairs = {
+        zai_model_id(name, aliases): zai_model_id(other, aliases)
+        for name, other in settings.model_fallbacks.items()}
+    chain = [id]
+    while pairs.get(chain[-1], id) not in chain:
+        chain.append(pairs[chain[-1]])
+    return chain[1:]
 
 
 FOREIGN_MODEL = re.compile(
@@ -5100,6 +5117,8 @@ class Gate:
     refusing = False
     # (verdict, words) of the last refusal, until something is served again.
     refusal = None
+    # Z.ai has had no room since then, though nothing of ours was in flight.
+    overloaded_since = INFINITY
     # How many were in flight when Z.ai last began to refuse, and half of that, or less.
     refused_at = 0
     halved = 0
@@ -5168,6 +5187,8 @@ class Ticket:
     refusals = 0
     # As in a gate. Not the error, whose traceback may hold the ticket.
     refusal = None
+    # Another model may answer instead.
+    is_replaceable = False
 
     def __init__(self, model, client):
         self.model = model
@@ -5182,6 +5203,8 @@ class Gates:
     # A key that was refused rests that long, if Z.ai does not say how long.
     REST_S = 600.0
     LONGEST_REST_S = 6 * 3600.0
+    # Where another model may answer, one that is overloaded is waited for so long.
+    OVERLOAD_S = 5.0
     # For each key. Names of models come from clients.
     MOST_GATES = 100
 
@@ -5203,7 +5226,8 @@ class Gates:
 
     def enter(self, ticket):
         """Wait for a slot; then ticket.gate is it. ClientGone, or an ApiError once the
-        ticket has waited QUEUE_TIMEOUT in all, or no slot can come free before."""
+        ticket has waited QUEUE_TIMEOUT in all, or no slot can come free before, or
+        another model is to answer."""
         began = self.clock()
         deadline = began + self.queue_timeout_s - ticket.waited_s
         with self.lock:
@@ -5215,9 +5239,9 @@ class Gates:
         try:
             while not ticket.gate:
                 now = self.clock()
-                if now >= deadline or opens_at > deadline:
+                if now >= deadline or opens_at > deadline or self.gives_way(ticket, now):
                     raise self._timeout(ticket.refusal or first.refusal, opens_at - now)
-                ticket.client.wait(deadline - now)
+                ticket.client.wait(min(deadline - now, 1.0 if ticket.is_replaceable else INFINITY))
             if ticket.client.gone:
                 raise ClientGone
         except BaseException:
@@ -5225,6 +5249,14 @@ class Gates:
             raise
         finally:
             ticket.waited_s += self.clock() - began
+
+    def gives_way(self, ticket, now):
+        """Whether another model is to answer, as this one is overloaded for any key."""
+        if not ticket.is_replaceable:
+            return False
+        with self.lock:
+            since = [gate.overloaded_since for gate in self._usable(ticket, now)]
+        return now >= max(since) + self.OVERLOAD_S
 
     def leave(self, ticket, error=None, served=False):
         """Give the slot, or the place in the queue, back. `error`: the UpstreamError
@@ -5270,6 +5302,7 @@ class Gates:
         gate.in_flight -= 1
         if ticket.served:
             gate.refusal = None
+            gate.overloaded_since = INFINITY
             gate.key.refusal = ""
             if ticket.probes_rest:
                 gate.key.resting_until = gate.resting_until = 0.0
@@ -5295,6 +5328,9 @@ class Gates:
         first_s, longest_s = (1.0, 15.0) if is_full else (0.5, 8.0)
         jitter = 1 + 0.5 * self.rand()
         pause_s = backoff_s(ticket.refusals, first_s, longest_s) * jitter
+        goes_on = is_full and now < gate.quiet_since + gate.PROBE_S
+        since = min(gate.overloaded_since, now) if goes_on else now
+        gate.overloaded_since = since if is_full else INFINITY
         ticket.refusals += 1
         gate.close(now, max(pause_s, error.pause_s))
         if too_many:
@@ -5355,7 +5391,7 @@ class Gates:
                 del self.gates[place]
 
     def _timeout(self, refusal, opens_in_s):
-        words = f"No slot at Z.ai came free within QUEUE_TIMEOUT ({self.queue_timeout_s:g} s)."
+        words = f"No slot at Z.ai came free in time (QUEUE_TIMEOUT: {self.queue_timeout_s:g} s)."
         row = RATE
         if refusal:
             verdict, message = refusal
@@ -6056,6 +6092,9 @@ class KeepAliveHandler(urllib.request.BaseHandler):
             raise
 
 
+# Z.ai gives one of these, or an empty answer, for schemas that it does not take.
+SCHEMA_CODES = ("1210", "1213", "1214", "1234", "500")
+
 # What making a connection may raise, the likeliest cause of each, and what to tell. To
 # add a case, add a row above those of which it is a kind.
 CONNECTION_ERRORS = (
@@ -6092,12 +6131,18 @@ def connection_error(error):
 
 @dataclasses.dataclass
 class Job:
-    """One answer to get: Z.ai's request as bytes, let go of once it is not needed any
-    more; its model's id; make_answer() gives a fresh Answer for each attempt."""
+    """One answer to get: Z.ai's request as bytes; its model's id; make_answer() gives a
+    fresh Answer for each attempt; the ids of other models that may answer, and
+    write(id), which gives the Asked for one. What holds the conversation is let go of
+    once Z.ai has begun to answer."""
 
-    data: bytes
+    data: bytes | None
     model: str
     make_answer: object
+    others: list
+    write: object
+    streamed: bool
+    is_simplified: bool = False
 
 
 class Upstream:
@@ -6129,8 +6174,8 @@ class Upstream:
         self.opener.add_handler(urllib.request.ProxyHandler(proxies))
         self.opener.add_handler(KeepAliveHandler(self.pool, settings.upstream_timeout))
 
-    def job(self, asked, streamed=True):
-        """The Job for what to_zai_request() gave."""
+    def job(self, asked, streamed=True, write=None):
+        """The Job for what to_zai_request() gave. write(model) gives it for another."""
         model = asked.body["model"]
         max_tokens = asked.body.get("max_tokens")
         data = asked.data
@@ -6147,28 +6192,59 @@ class Upstream:
         def make_answer():
             return Answer(Translator(asked, restartable=not streamed, describe=describe))
 
-        return Job(data, model, make_answer)
+        others = fallbacks_of(model, self.settings) if write else []
+        return Job(data, model, make_answer, others, write if others else None, streamed)
 
     @contextlib.contextmanager
     def turn(self, client, data):
-        """Inside, a request is read. Of large ones one at a time is, so that those who
-        serve the others get at the interpreter; client keys take turns."""
+        """Inside, a request is read or written. Of large ones one at a time is, so that
+        those who serve the others get at the interpreter; client keys take turns."""
         if is_light(data):
             yield
             return
         ticket = Ticket("", client)
-        with self.pump.minding(client):
-            self.turns.enter(ticket)
-            try:
-                yield
-            finally:
-                self.turns.leave(ticket)
+        self.turns.enter(ticket)
+        try:
+            yield
+        finally:
+            self.turns.leave(ticket)
 
     def answer(self, job, client, record, take):
         """Get one answer: take(steps) is called, in the pump's thread, with all that
         comes. ApiError or ClientGone if there is no answer, or no rest of it. `record`,
-        of section Metrics, is told what happened on the way."""
+        of section Metrics, is told what happened on the way. MODEL_FALLBACKS may have
+        another model answer; if none does, the first one's error is raised."""
+        first = None
+        try:
+            while job:
+                try:
+                    return self._answer(job, client, record, take)
+                except ApiError as error:
+                    first = first or error
+                    job = self._job_of_another(job, client, error)
+            raise first
+        finally:
+            # The error's traceback holds this frame: such a circle is freed late.
+            first = None
+
+    def _job_of_another(self, job, client, error):
+        """The Job for the next model, after an error that it may not have, or None."""
+        is_models = error.type == QUOTA.type or error.code in (NO_MODEL.code, OVERLOADED.code)
+        while is_models and job.data and job.others:
+            # One that sees no pictures is no other for a request with one.
+            with self.turn(client, job.data), contextlib.suppress(RequestError):
+                asked = job.write(job.others.pop(0))
+                another = self.job(asked, job.streamed, job.write)
+                another.others = job.others
+                return another
+        return None
+
+    def _answer(self, job, client, record, take):
+        """An answer of the job's model."""
+        self.bodies.held[client] = job.data
         ticket = Ticket(self.settings.redact(job.model), client)
+        ticket.waited_s = record.queued_s
+        ticket.is_replaceable = bool(job.others)
         tries = 0
         while True:
             try:
@@ -6181,13 +6257,29 @@ class Upstream:
             except UpstreamError as error:
                 pause_s = self._pause_s(error, ticket, tries)
                 if pause_s is None:
-                    raise
+                    if not self._simplify(job, client, record, error):
+                        raise
+                    pause_s = 0
                 tries += error.verdict in (TRY_AGAIN, TRY_ONCE)
             record.retries += 1
             deadline = self.clock() + pause_s
             while self.clock() < deadline:
                 client.wait(deadline - self.clock())
             ticket.waited_s += pause_s
+
+    def _simplify(self, job, client, record, error):
+        """Whether a further try makes sense, with plain words in the schemas of the
+        job's tools. There is one, after an error that may be theirs."""
+        is_theirs = error.zai_code in SCHEMA_CODES or error.message == EMPTY
+        if not is_theirs or error.code == TOO_LONG.code or not job.data or job.is_simplified:
+            return False
+        with self.turn(client, job.data):
+            body = simpler_schemas(decode_or_none(job.data.decode()))
+            if body:
+                job.data = self.bodies.held[client] = encode_json(body)
+                job.is_simplified = True
+                record.changed = (*record.changed, "schemas")
+        return body is not None
 
     def _attempt(self, job, ticket, record, take):
         """One attempt, which gives the slot back; `ticket` learns how it went."""
@@ -6218,7 +6310,7 @@ class Upstream:
             if record.ttft_s is None and answer.begun:
                 record.ttft_s = self.clock() - record.started
                 self._note(record, answer)
-                job.data = None
+                job.data = job.write = None
                 self.bodies.drop(ticket.client)
             if steps[-1].kind == FINISH:
                 record.usage = steps[-1].usage
@@ -6319,6 +6411,8 @@ class Record:
     # As the client named it, and as Z.ai does.
     model: str = ""
     model_id: str = ""
+    # The latter where it is another model.
+    by: str = ""
     stream: bool = False
     # The request did not say, so that DEFAULT_STREAM or the API's default decided.
     stream_default: bool = False
@@ -6359,6 +6453,7 @@ class Record:
         """What the log and the page tell of an answer."""
         return {
             "model": self.model[:LONGEST_WORD],
+            "by": self.by,
             "stream": "default" if self.stream_default else str(self.stream).lower(),
             "ttft": self.ttft_s and round(self.ttft_s, 3),
             "total": round(self.total_s, 3),
@@ -6764,7 +6859,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         record.client_request_id = plain(self.settings.redact(given), 64)
 
     def read_body(self, client):
-        """The bytes of the body, once it is clear that they are wanted."""
+        """Read the client's body, once it is clear that it is wanted."""
         limit = self.settings.max_body_mb << 20
         if self.fields.get("content-encoding", "identity").lower() != "identity":
             raise RequestError("Compressed bodies are not understood.",
@@ -6788,7 +6883,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except ValueError as error:
             raise RequestError(f"Malformed chunked body: {error}.") from None
         self.unread = framing.rest or self.unread
-        return bodies.held[client]
 
     # Finding the route
 
@@ -7029,13 +7123,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.record.counted = True
         self.server.metrics.count("in_flight")
         with self.reading() as client:
-            front, asked = self.read_request(client)
+            front, job = self.read_request(client)
             if not self.server.upstream.gates.keys:
                 raise missing_key()
-            job = self.server.upstream.job(asked, front.stream)
-            self.server.upstream.bodies.held[client] = job.data
-            # The conversation may have many megabytes, and an answer take minutes.
-            del asked
             if front.stream:
                 self.outbox = client.outbox = Outbox(
                     self.connection, self.stream_head, front, chunked=not self.head.is_1_0)
@@ -7043,46 +7133,55 @@ class Handler(http.server.BaseHTTPRequestHandler):
             else:
                 fold = Fold()
                 take = fold.add
-            with self.server.pump.minding(client):
-                self.server.upstream.answer(job, client, self.record, take)
+            self.server.upstream.answer(job, client, self.record, take)
         if not front.stream:
             self.answer_json(front.whole(fold))
 
     @contextlib.contextmanager
     def reading(self):
-        """Inside, the Client holds what its body needs."""
+        """Inside, the Client has a body, and the pump looks after it."""
         client = Client(self.connection, key=self.record.key)
         try:
-            yield client
+            self.read_body(client)
+            with self.server.pump.minding(client):
+                yield client
         finally:
             self.server.upstream.bodies.drop(client)
 
     def read_request(self, client):
-        """(front, Asked). What the client sent is let go of here."""
+        """(front, Job). What the client sent is let go of here: an answer may take
+        minutes, and a conversation many megabytes."""
         record = self.record
-        data = self.read_body(client)
-        with self.server.upstream.turn(client, data):
+        upstream = self.server.upstream
+        data = upstream.bodies.held[client]
+
+        def write(model=""):
+            asked = to_zai_request(request, self.settings, model)
+            front.asked = asked._replace(body={}, data=b"")
+            record.changed = tuple(map(self.settings.redact, asked.changed))
+            id = asked.body["model"]
+            record.model_id = self.settings.redact(id)
+            record.by = "" if id == canonical_id(front.model) else record.model_id
+            if log.isEnabledFor(logging.DEBUG):
+                words = self.settings.redact(request_outline(asked.body))[:2000]
+                log.debug("%s to Z.ai: %s", record.id, words)
+            return asked
+
+        with upstream.turn(client, data):
             body = read_json_object(data)
             caller = Caller(self.fields, record.key, record.began, self.server.memory)
             record.model = self.settings.redact(str(body.get("model", "")))
             front, request = self.front.read(body, caller, self.settings)
-            asked = to_zai_request(request, self.settings)
             self.front = front
-            front.asked = asked._replace(body={}, data=b"")
-            record.changed = [self.settings.redact(name) for name in asked.changed]
-            record.model_id = asked.body["model"]
             record.stream = front.stream
             record.stream_default = front.stream_defaulted
-            if log.isEnabledFor(logging.DEBUG):
-                words = self.settings.redact(request_outline(asked.body))[:2000]
-                log.debug("%s to Z.ai: %s", record.id, words)
-            return front, asked
+            return front, upstream.job(write(), front.stream, write)
 
     def post_count(self):
         """How many tokens a request to Messages has, without asking Z.ai."""
         with self.reading() as client:
-            _, asked = self.read_request(client)
-        self.answer_json({"input_tokens": asked.tokens})
+            front, _ = self.read_request(client)
+        self.answer_json({"input_tokens": front.asked.tokens})
 
     def tell(self, steps):
         text = self.front.tell(steps)
@@ -7848,8 +7947,9 @@ function showStats({ history, recent, gates, queued, tokens, trouble, ...stats }
   const used = Object.entries(tokens).filter(([, { prompt, completion }]) => prompt || completion);
   fillTable($("tokens"), "Tokens since the start", ["Model", "In", "Out"],
     used.map(([model, { prompt, completion }]) => [model, local(prompt), local(completion)]));
+  const answering = row => row.by ? `${row.model} (${row.by})` : row.model;
   fillTable($("recent"), "Last requests", ["Time", "Model", "Status", "First word", "Total", "Tokens in / out", "API",
-    "Key", "What went wrong"], recent.map(row => [clock(row.time), row.model, row.status,
+    "Key", "What went wrong"], recent.map(row => [clock(row.time), answering(row), row.status,
     time(row.ttft && 1000 * row.ttft), time(1000 * row.total), `${row.in ?? NONE} / ${row.out ?? NONE}`,
     row.path.replace("/v1/", ""), row.key, row.status === 499 ? "stopped by the client" : row.error]));
 }
