@@ -137,8 +137,9 @@ class SettingsError(ValueError):
     """A variable cannot be used. One line: the variable, its value, what is allowed."""
 
 
-def parse_boolean(text):
-    return BOOLEANS[text.lower()]
+def parse_word(words):
+    """`words`: {word: its value}."""
+    return lambda text: words[text.lower()]
 
 
 def parse_number(number, low, high=10**6):
@@ -148,10 +149,6 @@ def parse_number(number, low, high=10**6):
             raise ValueError(text)
         return number(text)
     return parse
-
-
-def parse_word(*words):
-    return lambda text: words[words.index(text.lower())]
 
 
 def parse_items(text):
@@ -226,11 +223,11 @@ class Settings:
     zai_base_url: str = setting(
         "https://api.z.ai/api/paas/v4", parse_base_url,
         "an http or https URL without user, password or query")
-    default_stream: bool = setting(True, parse_boolean, FLAG)
+    default_stream: bool = setting(True, parse_word(BOOLEANS), FLAG)
     # None: the model decides.
-    enable_thinking: bool | None = setting(None, parse_boolean, FLAG, unset=NO_VALUE)
+    enable_thinking: bool | None = setting(None, parse_word(BOOLEANS), FLAG, unset=NO_VALUE)
     reasoning_format: str = setting(
-        "parsed", parse_word(*REASONING_FORMATS), "parsed, raw or hidden")
+        "parsed", parse_word({word: word for word in REASONING_FORMATS}), "parsed, raw or hidden")
     model_aliases: dict[str, str] = setting(
         {}, parse_aliases, "pairs like gpt-4o=glm-4.6", unset=NO_VALUE)
     vision_model: str = setting("", str, "the name of a model that sees", unset=NO_VALUE)
@@ -251,8 +248,8 @@ class Settings:
     # An empty CORS_ORIGIN has a meaning: no web page may call.
     cors_origin: tuple[str, ...] = setting(
         ("*",), parse_items, "* or a list of origins", unset=())
-    debug_mode: bool = setting(False, parse_boolean, FLAG)
-    demo_mode: bool = setting(False, parse_boolean, FLAG)
+    debug_mode: bool = setting(False, parse_word(BOOLEANS), FLAG)
+    demo_mode: bool = setting(False, parse_word(BOOLEANS), FLAG)
 
     def __post_init__(self):
         if not self.default_key:
@@ -289,23 +286,28 @@ class Settings:
 
     @functools.cached_property
     def secrets(self):
-        """All texts to redact, the longest first, as one may begin like another."""
+        """The texts to redact: {their first eight characters: [what may follow]}, the
+        longest first, as one may begin like another."""
         keys = [key for key in self.default_key if len(key) >= 8 and key not in WELL_KNOWN_KEYS]
         keys += self.zai_api_key
         # A Z.ai key is "id.secret", and Z.ai may quote either half alone.
         keys += [half for key in keys for half in key.split(".") if len(half) >= 8]
-        # Error messages show values through ascii(), which may spell a key differently.
-        keys += list(map(escaped, keys))
-        return sorted(set(keys), key=len, reverse=True)
+        # Error messages show values through ascii(), which may spell a key differently,
+        # and names of models are told in lower case.
+        keys += [spelt(key) for key in keys for spelt in (escaped, str.lower)]
+        secrets = collections.defaultdict(list)
+        for key in sorted(keys, key=len, reverse=True):
+            secrets[key[:8]].append(key[8:])
+        return secrets
 
     def redact(self, text):
         """`text` without any key, and without what a cut has left of one. Whatever is
         logged or quoted passes through here."""
-        for secret in self.secrets:
-            text, *pieces = text.split(secret[:8])
+        for start, rests in self.secrets.items():
+            text, *pieces = text.split(start)
             for piece in pieces:
-                rest = os.path.commonprefix([piece, secret[8:]])
-                text += "[redacted]" + piece[len(rest):]
+                found = max(len(os.path.commonprefix([piece, rest])) for rest in rests)
+                text += "[redacted]" + piece[found:]
         return text
 
 
@@ -1104,9 +1106,9 @@ class RequestHead(HeadReader):
     take it for something else. What was read before the fault is there for the log.
     """
 
-    method = ""
+    method = "-"
     # Decoded, without the query, and with one slash where there were several.
-    path = ""
+    path = "-"
     # The client may send another request behind this one.
     keeps_alive = False
     # The version is not known before it is read, and 1.0 is the safe one.
@@ -4172,8 +4174,6 @@ class Front:
     def __init__(self, model, stream):
         self.model = model  # as the client named it
         self.stream = stream
-        # The request did not say whether it wants a stream.
-        self.stream_defaulted = False
         # Whether a stream that fails ends without the last chunk of its coding, so that
         # a client that overlooks the error takes no half of an answer for the whole.
         self.cuts_failures = False
@@ -4266,8 +4266,7 @@ class Chat(Front):
         user_agent = caller.headers.get("user-agent", "")
         accept = caller.headers.get("accept", "").lower()
         expects_json = "application/json" in accept or EXPECTS_JSON.search(user_agent)
-        is_silent = "stream" not in request
-        if is_silent:
+        if "stream" not in request:
             request["stream"] = not expects_json and settings.default_stream
         front = cls(
             id=new_id("chatcmpl-"),
@@ -4277,7 +4276,6 @@ class Chat(Front):
             include_usage=bool(options.get("include_usage")),
             reasoning=request.get("reasoning_format", settings.reasoning_format))
         need_word(front.reasoning, REASONING_FORMATS, "reasoning_format")
-        front.stream_defaulted = is_silent and not expects_json
         loses_error = (
             LOSES_ERROR_OVER_CUT.search(user_agent) or LOSING_HEADERS & caller.headers.keys())
         front.cuts_failures = not loses_error
@@ -5990,33 +5988,27 @@ class Connection:
             self.sock.close()
 
 
-def connect(address_info, client, timeout_s):
-    family, socket_type, protocol, _, address = address_info
-    # A system without IPv6 makes no socket for it.
-    sock = socket.socket(family, socket_type, protocol)
-    try:
-        client.block_on(sock)
-        sock.settimeout(timeout_s)
-        sock.connect(address)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return sock
-    except BaseException:
-        sock.close()
-        raise
-
-
 def dial(host, port, client, timeout_s):
     """socket.create_connection(), but with the time shared out among the addresses, as
     a dead IPv6 route must not use up IPv4's, and with the socket shown to the pump."""
     addresses = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
     share_s = timeout_s / len(addresses)
     while True:
+        *kind, _, address = addresses.pop(0)
+        sock = None
         try:
-            sock = connect(addresses.pop(0), client, share_s)
+            # A system without IPv6 makes no socket for it.
+            sock = socket.socket(*kind)
+            client.block_on(sock)
+            sock.settimeout(share_s)
+            sock.connect(address)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.settimeout(timeout_s)
             return sock
-        except OSError:
-            if not addresses:
+        except BaseException as error:
+            if sock:
+                sock.close()
+            if not (addresses and isinstance(error, OSError)):
                 raise
 
 
@@ -6099,7 +6091,7 @@ SCHEMA_CODES = ("1210", "1213", "1214", "1234", "500")
 # add a case, add a row above those of which it is a kind.
 CONNECTION_ERRORS = (
     (ssl.SSLCertVerificationError, "TLS", GIVE_UP,
-     "Z.ai's TLS certificate could not be verified: {reason}. {certificates}"),
+     "Z.ai's TLS certificate is not trusted: {reason}. Check the clock and SSL_CERT_FILE."),
     (ssl.SSLError, "TLS", TRY_AGAIN,
      "TLS with Z.ai failed: {reason}. SSL_CERT_FILE names the certificates to trust."),
     (socket.gaierror, "DNS", TRY_AGAIN, "Z.ai's address could not be found: {reason}."),
@@ -6111,21 +6103,13 @@ CONNECTION_ERRORS = (
 )
 
 
-def certificate_advice():
-    path = os.environ.get("SSL_CERT_FILE")
-    if path and not os.path.exists(path):
-        return "SSL_CERT_FILE names a file that is not there."
-    return "Set SSL_CERT_FILE to a file with the certificates to trust, or check the clock."
-
-
 def connection_error(error):
     """The UpstreamError for a connection that could not be made. It quotes no address:
     one of a proxy may hold a password."""
     _, stage, verdict, words = next(
         row for row in CONNECTION_ERRORS if isinstance(error, row[0]))
     text = getattr(error, "verify_message", None) or getattr(error, "strerror", None)
-    words = words.format(
-        reason=text or error, seconds=CONNECT_TIMEOUT_S, certificates=certificate_advice())
+    words = words.format(reason=text or error, seconds=CONNECT_TIMEOUT_S)
     return UpstreamError(words, verdict, stage=stage)
 
 
@@ -6289,9 +6273,9 @@ class Upstream:
                 answer = job.make_answer()
                 stale = self._relay(job, ticket, record, answer, take)
         except UpstreamError as error:
-            words = self.settings.redact(error.message)
+            error.message = self.settings.redact(error.message)
             key = ticket.gate.key.name
-            log.debug("%s attempt with key %s failed: %s", record.id, key, words)
+            log.debug("%s attempt with key %s failed: %s", record.id, key, error.message)
             self.gates.leave(ticket, error, answer.begun)
             # Its cause and its traceback hold frames of the pump that hold the error:
             # such a circle is freed late.
@@ -6398,8 +6382,8 @@ class Record:
     began: float    # Unix time
     # The same moment on the monotonic clock.
     started: float = 0.0
-    method: str = "-"
-    path: str = "-"
+    method: str = ""
+    path: str = ""
     # "#2" is the second of DEFAULT_KEY; "" before the key is known.
     key: str = ""
     # The client's own X-Client-Request-Id or X-Request-Id.
@@ -6414,8 +6398,6 @@ class Record:
     # The latter where it is another model.
     by: str = ""
     stream: bool = False
-    # The request did not say, so that DEFAULT_STREAM or the API's default decided.
-    stream_default: bool = False
     # Time to first token; None while nothing has come.
     ttft_s: float | None = None
     total_s: float = 0.0
@@ -6454,7 +6436,7 @@ class Record:
         return {
             "model": self.model[:LONGEST_WORD],
             "by": self.by,
-            "stream": "default" if self.stream_default else str(self.stream).lower(),
+            "stream": str(self.stream).lower(),
             "ttft": self.ttft_s and round(self.ttft_s, 3),
             "total": round(self.total_s, 3),
             "queue": round(self.queued_s, 3),
@@ -6770,8 +6752,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.connection.settimeout(self.settings.client_timeout)
         self.head = RequestHead()
         self.fields = self.head.fields
-        # read_head() adds `path`, find_route() adds `match`.
-        self.command = ""
+        # find_route() adds `match`.
         self.front = Chat
         self.outbox = None
         self.log_level = logging.INFO
@@ -6794,7 +6775,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.answer_request()
         except ClientGone as gone:
             # Without a whole head there was no request.
-            if not self.command:
+            if record.method == "-":
                 return
             self.close_connection = True
             record.status = 499
@@ -6849,14 +6830,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 pass
         finally:
             # A key is taken out before a cut leaves a part of it that is not found.
-            self.command = self.settings.redact(head.method)
-            self.path = self.settings.redact(head.path)
-            record.method = self.command or record.method
-            record.path = self.path or record.path
+            record.method = self.settings.redact(head.method)
+            record.path = self.settings.redact(head.path)
         self.unread = head.rest
         self.close_connection = not head.keeps_alive
         given = self.fields.get("x-client-request-id") or self.fields.get("x-request-id", "")
-        record.client_request_id = plain(self.settings.redact(given), 64)
+        record.client_request_id = self.settings.redact(given)
 
     def read_body(self, client):
         """Read the client's body, once it is clear that it is wanted."""
@@ -6888,29 +6867,30 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def find_route(self):
         """The name of the method that answers; the key is checked on the way."""
-        found = ((row, re.fullmatch(row.pattern, self.path)) for row in ROUTES)
+        method = self.record.method
+        path = self.record.path
+        found = ((row, re.fullmatch(row.pattern, path)) for row in ROUTES)
         row, self.match = next(pair for pair in found if pair[1])
         self.front = row.front
         methods = {"GET": row.get, "HEAD": row.get, "POST": row.post}
         allowed = [method for method, name in methods.items() if name]
         # So programs look for servers of other kinds.
-        if self.command == "GET" and not allowed:
+        if method == "GET" and not allowed:
             self.log_level = logging.DEBUG
         self.check_host()
-        if self.command == "OPTIONS":
+        if method == "OPTIONS":
             return "answer_options"
         if row.needs_key:
             self.check_key()
         if not allowed:
-            raise self.not_found()
-        if self.command not in allowed:
+            raise self.not_found(path[:200])
+        if method not in allowed:
             raise RequestError(
-                f"{self.command} is not a method of {self.path[:200]!a}.",
+                f"{method} is not a method of {path[:200]!a}.",
                 status=405, code="method_not_allowed", allowed=["OPTIONS", *allowed])
-        return methods[self.command]
+        return methods[method]
 
-    def not_found(self):
-        path = self.path[:200]
+    def not_found(self, path):
         words = next(words for pattern, words in ELSEWHERE if re.match(pattern, path))
         tail = escaped(re.sub(V4, "", path, count=1))
         there = self.settings.zai_base_url + tail
@@ -6946,15 +6926,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     return
         if self.log_level == logging.INFO:
             self.server.metrics.count("unauthorized")
-        raise self.wrong_key(any(given))
-
-    def wrong_key(self, was_given):
-        problem = "Incorrect API key" if was_given else "No API key"
-        well_known = self.settings.well_known
-        hint = f" ({well_known} unless you set it)" if well_known else ""
-        words = (f"{problem}: send the proxy's DEFAULT_KEY{hint}, not the Z.ai key, as "
-                 "Authorization: Bearer KEY.")
-        return RequestError(words, status=401, code="invalid_api_key", retryable=False)
+        raise RequestError(
+            f"No API key, or an incorrect one: send the proxy's DEFAULT_KEY ({WELL_KNOWN_KEYS[0]}"
+            " unless it was set), not the Z.ai key, as Authorization: Bearer KEY.",
+            status=401, code="invalid_api_key")
 
     # Answering
 
@@ -6984,7 +6959,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.close_connection:
             fields.append(("Connection", "close"))
         head = response_head(status, fields)
-        self.send(head if self.command == "HEAD" else head + body)
+        self.send(head if self.record.method == "HEAD" else head + body)
 
     def answer_json(self, value, status=200, fields=()):
         self.answer(status, encode_json(value), fields=fields)
@@ -7018,38 +6993,34 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send(bytes(outbox.unsent) + end)
 
     def common_fields(self, content_type):
-        return [
+        """The fields of any response, and what happened to a request for an answer."""
+        record = self.record
+        fields = [
             ("Content-Type", content_type),
-            ("x-request-id", self.record.id),
-            ("request-id", self.record.id),
+            ("x-request-id", record.id),
+            ("request-id", record.id),
             ("X-Content-Type-Options", "nosniff"),
             *self.cors_fields(),
-            *self.outcome_fields(),
+            ("x-ztoapi-queue-ms", int(record.queued_s * 1000)),
+            ("x-ztoapi-changed", plain(",".join(record.changed), 1000)),
+            ("x-ztoapi-model", plain(record.model_id)),
+            ("x-zai-log-id", record.zai_log_id),
         ]
+        return [field for field in fields if field[1]]
 
     def cors_fields(self):
         """None with the well-known key: then no web page may read what we answer."""
         origins = self.settings.cors_origin
         if self.settings.well_known or not origins:
             return []
-        fields = [("Access-Control-Expose-Headers", EXPOSED)]
+        origin = self.fields.get("origin", "")
         if "*" in origins:
-            return [*fields, ("Access-Control-Allow-Origin", "*")]
-        fields.append(("Vary", "Origin"))
-        origin = self.fields.get("origin")
-        if origin in origins:
-            fields.append(("Access-Control-Allow-Origin", origin))
-        return fields
-
-    def outcome_fields(self):
-        """What happened to a request for an answer."""
-        fields = [
-            ("x-ztoapi-queue-ms", int(self.record.queued_s * 1000)),
-            ("x-ztoapi-changed", plain(",".join(self.record.changed), 1000)),
-            ("x-ztoapi-model", plain(self.record.model_id)),
-            ("x-zai-log-id", self.record.zai_log_id),
+            origin = "*"
+        return [
+            ("Access-Control-Expose-Headers", EXPOSED),
+            ("Access-Control-Allow-Origin", origin if origin in origins else ""),
+            ("Vary", "Origin" if origin != "*" else ""),
         ]
-        return [field for field in fields if field[1]]
 
     # Routes
 
@@ -7109,8 +7080,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def get_stats(self):
         gates = self.server.upstream.gates
         stats = self.server.metrics.stats(*gates.state(), self.settings.demo_mode)
-        refusals = [self.settings.redact(key.refusal) for key in gates.keys]
-        stats["trouble"] = refusals or [NO_KEY]
+        stats["trouble"] = [key.refusal for key in gates.keys] or [NO_KEY]
         self.answer_json(stats, fields=[("Cache-Control", "no-store")])
 
     def refuse_get(self):
@@ -7174,7 +7144,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             front, request = self.front.read(body, caller, self.settings)
             self.front = front
             record.stream = front.stream
-            record.stream_default = front.stream_defaulted
             return front, upstream.job(write(), front.stream, write)
 
     def post_count(self):
@@ -7197,10 +7166,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             ("Cache-Control", "no-cache"),
             ("X-Accel-Buffering", "no"),
         ]
-        if self.head.is_1_0:
-            fields.append(("Connection", "close"))
-        else:
-            fields.append(("Transfer-Encoding", "chunked"))
+        is_1_0 = self.head.is_1_0
+        fields.append(("Connection", "close") if is_1_0 else ("Transfer-Encoding", "chunked"))
         return response_head(200, fields)
 
 
