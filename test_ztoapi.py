@@ -59,7 +59,7 @@ from ztoapi import (
 )
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-KEY = "sk-test-0123456789"
+KEY = "sk-Test-9876543210"
 ZAI_KEY = "0123456789abcdef0123.ZaiSecretZaiSecret"
 CHAT = "/v1/chat/completions"
 
@@ -900,7 +900,7 @@ def figures(proxy):
 
 def slots(proxy):
     """How many requests the gates think are in flight."""
-    return sum(gate[3] for gate in proxy.gates())
+    return sum(gate.in_flight for gate in proxy.server.upstream.gates.gates.values())
 
 
 def check_well(proxy, times, streamed=True):
@@ -1301,6 +1301,8 @@ ODD_KEYS = ("abcdefgh", "abcdefghijklmnop", "abc\\def'ghi\\jkl")
         ("SecretSecretSecretSecret", "[redacted][redacted]"))),
     ((), ("plain-key-without-a-dot",), "plain-key-without-a-dot", "[redacted]"),
     ((), ("sk-your-key",), "sk-your-key", "sk-your-key"),
+    ((), ("sk-Prod-AAAA", "sk-Prod-BBBB"), "sk-Prod-BBBBsk-Prod-AAAA sk-prod-bbbb sk-Prod-BB",
+     "[redacted][redacted] [redacted] [redacted]"),
     *(((), ODD_KEYS, text, clean) for text, clean in (
         ("abcdefghijklmnop abcdefgh", "[redacted] [redacted]"), (ODD_KEYS[2], "[redacted]"),
         (ascii(ODD_KEYS[2]), '"[redacted]"'), ("nothing to hide", "nothing to hide"))),
@@ -6253,7 +6255,7 @@ class Timed:
         return sum(self.gates.state()[1].values())
 
     def ceilings(self):
-        return [ceiling for _, _, ceiling, _ in self.gates.state()[0]]
+        return [None if gate.ceiling == ztoapi.INFINITY else gate.ceiling for gate in self.gates.gates.values()]
 
     def serve_all(self, ticket):
         """Let the ticket end, then each that is admitted thereby; in which order they came."""
@@ -6514,7 +6516,7 @@ def test_a_burst_of_10_against_a_limit_of_3_succeeds_and_teaches(zai, proxy, ref
     zai.default = limited
     results = together(*[lambda i=i: ask(proxy, i % 3) for i in range(10)])
     assert results == [(200, "ab", None, True)] * 10
-    (_, _, ceiling, _), = proxy.gates()
+    (_, _, ceiling), = proxy.gates()
     assert ceiling in (1, 2, 3)
 
 
@@ -6639,7 +6641,7 @@ def test_large_requests_are_read_one_at_a_time_and_who_leaves_is_noticed(zai, br
 def test_the_key_with_the_most_room_serves(make_timed, limit):
     timed = make_timed(keys=2, limit=limit)
     tickets = [timed.enter() for _ in range(4)]
-    assert [gate[3] for gate in timed.gates.state()[0]] == [2, 2]
+    assert [gate.in_flight for gate in timed.gates.gates.values()] == [2, 2]
     freed = tickets[1].gate
     timed.gates.leave(tickets[1], served=True)
     assert timed.enter().gate is freed
@@ -7223,7 +7225,7 @@ def test_an_error_that_comes_while_the_client_is_behind_comes_last_and_whole(zai
 def test_a_slow_reader_does_not_hold_up_the_others(zai, proxy):
     zai.scripts.append(Torrent(600, 1 << 16).script)
     with proxy.open_stream():
-        assert eventually(lambda: any(client.is_behind for client in list(proxy.server.pump.clients)))
+        assert eventually(lambda: any(relay.is_behind for relay in list(proxy.server.pump.relays)))
         assert ask(proxy, True) == WELL
 
 
@@ -7246,7 +7248,7 @@ def test_client_timeout_is_between_two_writes_with_a_bound_for_all(fake_stream, 
     fake_stream.connection.room = room
     dropped = None
     try:
-        while fake_stream.is_behind:
+        while fake_stream.outbox.unsent:
             clock.now += 50
             fake_stream.outbox.look(clock.now, Settings(client_timeout=60))
     except ztoapi.ClientGone as gone:
@@ -7749,8 +7751,8 @@ def test_a_refused_request_goes_again_after_a_backoff_that_doubles_to_8_seconds(
     timed.script = refusal(429, "1302")
     _, error, record = timed.ask()
     for gap, nominal in zip(timed.gaps(), (0.5, 1, 2, 4, 8, 8, 8, 8)):
-        assert nominal <= gap <= min(8, nominal * (1 + 0.5 * rand)) + FakeClock.STEP_S
-    assert len(timed.times) > 14, "besides MAX_RETRIES"
+        assert nominal <= gap <= nominal * (1 + 0.5 * rand) + FakeClock.STEP_S
+    assert len(timed.times) > 10, "besides MAX_RETRIES"
     assert record.retries == len(timed.times)
     assert (error.status, error.code) == (429, "rate_limit_exceeded")
 
@@ -8212,13 +8214,12 @@ def counted(**fields):
     ({"method": "GET", "path": "/health", "status": 200}, ["req_1 127.0.0.1 GET /health 200"], ["model=", "key="]),
     ({"key": "#2"}, ["key=#2"], []),
     ({"client_request_id": "run-17"}, ["rid=run-17"], []),
-    ({"client_request_id": "a b\r\n" + "x" * 500}, ["rid=a?b??xxx"], ["x" * 101]),
+    ({"client_request_id": "a b\r\n" + "x" * 500}, ["rid=a?b??xxx"], ["x" * 201]),
     ({"counted": True, "stream": True}, ["stream=true"], []),
     ({"counted": True, "stream": False}, ["stream=false"], []),
-    ({"counted": True, "stream": True, "stream_default": True}, ["stream=default"], ["stream=true"]),
     ({"counted": True, "model": "m out=7\u202e"}, ["model=m?out=7?"], []),
     ({"counted": True, "model": "m" * 5000}, ["model=mmm"], ["m" * 101]),
-    ({"counted": True, "ttft_s": 0.1234, "total_s": 2.0}, ["ttft=0.123 total=2.000 queue=0.000"], ["in=", "out="]),
+    ({"counted": True, "ttft_s": 0.1234, "total_s": 2.0}, ["ttft=0.123 total=2.0 queue=0.0"], ["in=", "out="]),
     ({"counted": True, "usage": {"prompt_tokens": 0, "completion_tokens": 7}}, ["in=0 out=7"], []),
     ({"counted": True, "changed": ("store", "a b")}, ["changed=store,a?b"], ["repaired="]),
     ({"counted": True, "retries": 2, "repaired": 1}, ["retries=2 repaired=1"], ["changed="]),
@@ -8259,7 +8260,7 @@ def test_the_counters_tell_the_client_keys_apart():
 
 
 def test_models_that_the_table_does_not_know_share_a_label():
-    gates = [(1, "new-1", 5, 0), (1, "new-2", 3, 0), (1, "glm-4.6", None, 1)]
+    gates = [(1, "new-1", 5), (1, "new-2", 3)]
     records = [counted(model_id=f"new-{i}") for i in range(9)]
     text = metrics_of(*records).prometheus(gates, {"new-1": 2, "new-2": 1})
     assert 'ztoapi_requests_total{model="other",status="200",key="#1"} 9\n' in text
@@ -8286,22 +8287,20 @@ def test_long_texts_do_not_stay():
 def test_the_history_is_ten_minutes_without_gaps():
     clock = [1000.0]
     metrics = metrics_of(counted(), now=lambda: clock[0])
-    for now in (1009.0, 1040.0, 990.0, 1200.0, 1.8e9):
+    for now, history in ((1009.0, [0] * 59 + [14]), (1040.0, [0] * 55 + [14, 0, 0, 0, 7]),
+                         (990.0, [0] * 55 + [14, 0, 0, 0, 14]), (1.8e9, [0] * 59 + [7])):
         clock[0] = now
         metrics.count("in_flight")
         metrics.finish(counted())
-    history = metrics.stats([], {}, False)["history"]
-    assert [row["t"] for row in history] == list(range(1800000000 - 590, 1800000001, 10))
-    assert [row["tokens"] for row in history] == [0] * 59 + [7]
+        assert metrics.stats([], {}, False)["history"] == history
 
 
-def test_stats_tell_the_last_minute_and_the_median():
-    metrics = metrics_of(*[counted(ttft_s=ttft_s) for ttft_s in (0.1, 0.2, 5.0)])
-    stats = metrics.stats([(1, "glm-4.6", 2, 1)], {"glm-4.6": 4}, True)
-    assert stats["ttft_p50_ms"] == 200.0
-    assert stats["tokens_per_s"] == round(21 / 60, 1)
+def test_stats_tell_tokens_gates_and_queues_by_model():
+    metrics = metrics_of(*[counted()] * 3)
+    stats = metrics.stats([(1, "glm-4.6", 2)], {"glm-4.6": 4}, True)
+    assert stats["history"][-1] == 21
     assert stats["tokens"] == {"glm-4.6": {"prompt": 9, "completion": 21}}
-    assert (stats["gates"], stats["queued"]) == ([(1, "glm-4.6", 2, 1)], {"glm-4.6": 4})
+    assert (stats["gates"], stats["queued"]) == ([(1, "glm-4.6", 2)], {"glm-4.6": 4})
     assert stats["demo"] is True
 
 
@@ -8710,18 +8709,12 @@ def test_a_key_is_taken_in_three_headers_and_nowhere_else(shared, lines, right):
         assert b"key-one" not in reply.body
 
 
-def test_a_401_tells_no_key_from_a_wrong_one_and_names_no_key_of_yours(shared):
-    for auth, words in ((False, "No API key"), (ZAI_KEY, "Incorrect API key")):
-        reply, _ = exchange(shared, raw_request("GET", "/v1/models", auth=auth))
-        assert words in reply.error()["message"]
-        assert "not the Z.ai key" in reply.error()["message"]
-        assert "sk-your-key" not in reply.error()["message"]
-
-
-def test_a_401_names_the_well_known_key_while_it_is_in_force(well_known):
-    reply, _ = exchange(well_known, raw_request("GET", "/v1/models", auth=ZAI_KEY))
-    assert reply.status == 401
-    assert "sk-your-key unless you set it" in reply.error()["message"]
+@pytest.mark.parametrize("auth", (False, ZAI_KEY))
+def test_a_401_says_which_key_to_send(shared, well_known, auth):
+    for proxy in (shared, well_known):
+        reply, _ = exchange(proxy, raw_request("GET", "/v1/models", auth=auth))
+        assert reply.status == 401
+        assert "DEFAULT_KEY (sk-your-key unless it was set), not the Z.ai key" in reply.error()["message"]
 
 
 # To add a case, add a row: a path that needs the key. It is tried in spellings that a
@@ -8865,14 +8858,16 @@ def test_secrets_are_redacted_wherever_they_could_surface(zai, log_lines, caplog
         for fields in ({"model": KEY}, {KEY: 1}, {"tool_choice": KEY}, {"stop": [KEY]}):
             proxy.chat(**fields)
         zai.scripts.append(refusal(429, "1302"))
-        assert proxy.chat(model=KEY)[0] == 200
+        answer = proxy.chat(model=KEY)
+        shown.append(str(answer[1].items()))
+        assert answer[0] == 200
         for path in (f"/v1/models?key={KEY}", f"/{KEY}", f"/v1/models/{KEY}", f"{CHAT}/{KEY}"):
             proxy.call("GET", path)
         quoted.append(proxy.call(KEY, "/health"))
         shown.append(str(proxy.call("OPTIONS", "/", None, [f"Access-Control-Request-Headers: {KEY}"])[1].items()))
         shown += [repr(proxy.settings), repr(proxy.server), proxy.call("GET", "/stats")]
     text = str([quoted, shown, log_lines()])
-    assert [secret for secret in (ZAI_KEY, KEY_ID, KEY_SECRET, KEY) if secret in text] == []
+    assert [secret for secret in (ZAI_KEY, KEY_ID, KEY_SECRET, KEY) if secret.lower() in text.lower()] == []
     assert [answer for answer in quoted if "[redacted]" not in str(answer)] == []
 
 
@@ -9230,13 +9225,7 @@ def test_the_line_of_a_chat_tells_what_happened(zai, log_lines):
     for word in ("key=#2", "rid=run?17", "model=GLM-4.6", "stream=false", "in=28", "out=185", "retries=2",
                  "changed=store", "zai=20260711073209851e7f8c12c44579"):
         assert word in words
-    assert re.search(r" ttft=\d+\.\d{3} total=\d+\.\d{3} queue=\d+\.\d{3} ", log_lines()[0])
-
-
-def test_the_line_says_when_a_default_decided_on_streaming(proxy, log_lines):
-    assert proxy.call("POST", CHAT, chat_body())[0] == 200
-    assert eventually(log_lines)
-    assert " stream=default " in log_lines()[0]
+    assert re.search(r" ttft=\d+\.\d+ total=\d+\.\d+ queue=\d+\.\d+ ", log_lines()[0])
 
 
 def test_a_key_is_taken_out_before_a_word_is_cut(zai, log_lines):
@@ -9383,7 +9372,7 @@ def test_stats_begin_empty(proxy):
         assert stats[name] == 0
     assert (stats["queued"], stats["gates"], stats["tokens"], stats["trouble"]) == ({}, [], {}, [""])
     assert stats["unauthorized"] == 1
-    assert stats["ttft_p50_ms"] is None
+    assert stats["history"] == [0] * 60
     assert stats["recent"] == []
     assert stats["demo"] is False
 
@@ -9400,25 +9389,23 @@ def test_stats_tell_the_page_what_is_going_on(zai):
     assert headers["Cache-Control"] == "no-store"
     assert stats["version"] == ztoapi.__version__
     assert (stats["served"], stats["failed"]) == (23, 1)
-    assert stats["tokens_per_s"] > 0
-    assert stats["ttft_p50_ms"] >= 0
-    assert sum(bucket["tokens"] for bucket in stats["history"]) == 23 * 185
+    assert sum(stats["history"]) == 23 * 185
     assert not re.search("PROMPT|Hello|The user", json.dumps(stats))
     assert len(stats["recent"]) == 20
     failed, served = stats["recent"][:2]
-    assert set(failed) == {"time", "path", "key", "model", "by", "status", "stream", "ttft_ms", "total_ms",
-                           "tokens_in", "tokens_out", "error"}
+    assert set(failed) == {"time", "path", "key", "status", "error", "model", "by", "stream", "ttft", "total", "queue",
+                           "in", "out", "retries", "changed", "repaired", "zai"}
     assert failed["status"] == 400
     assert "1210" in failed["error"]
     assert (served["path"], served["key"], served["model"]) == (CHAT, "#1", "m22")
-    assert served["tokens_out"] == 185
-    assert served["error"] is None
+    assert served["out"] == 185
+    assert served["error"] == ""
 
 
 def test_a_learned_ceiling_shows(zai, proxy):
     zai.limit, zai.default = 2, stream(say("a"), lambda *_: eventually(lambda: zai.refused), FINISH, DONE)
     together(*[proxy.chat] * 4)
-    (key, model, ceiling, _), = proxy.call("GET", "/stats")[2]["gates"]
+    (key, model, ceiling), = proxy.call("GET", "/stats")[2]["gates"]
     text = proxy.call("GET", "/metrics")[2]
     assert (key, model) == (1, "glm-4.6")
     assert 1 <= ceiling <= 3
@@ -9654,7 +9641,7 @@ def test_where_all_are_busy_a_503_can_be_read_and_the_rest_goes_on(zai, go, log_
         assert proxy.chat()[0] == 200
         for sock in busy:
             sock.close()
-    assert len(log_lines(logging.WARNING)) == 1
+    assert len(log_lines(logging.WARNING)) == 3
     assert not log_lines(logging.ERROR)
 
 
@@ -9672,7 +9659,7 @@ def test_where_no_thread_can_be_started_there_is_a_503(monkeypatch, log_lines, p
             assert reply.status == 503
             assert int(reply.headers["Retry-After"]) > 0
     assert proxy.chat()[0] == 200
-    assert len(log_lines(logging.WARNING)) == 1
+    assert len(log_lines(logging.WARNING)) == 3
     assert not log_lines(logging.ERROR)
 
 
@@ -10110,7 +10097,6 @@ def test_the_demo_is_a_whole_answer_to_a_client():
 
 # Check ################################################################################
 
-LISTING = answer(200, {"object": "list", "data": []})
 OTHER_KEY = "fedcba9876543210.OtherOtherOther"
 
 
@@ -10143,38 +10129,36 @@ def test_the_check_passes_in_the_demo(capsys):
 
 
 def test_the_check_passes_where_one_key_of_two_is_good(zai, capsys):
-    zai.scripts.extend([LISTING, refusal(401, "1000"), stream(*HEALTHY)])
+    zai.scripts.extend([refusal(401, "1000"), stream(*HEALTHY)])
     other = {"DEFAULT_STREAM": "false", "HEARTBEAT": "0", "CORS_ORIGIN": "", "MODEL_ALIASES": "gpt-4o=glm-4.6"}
     status, out = check(capsys, ZAI_API_KEY=f"{ZAI_KEY},{OTHER_KEY}", ZAI_BASE_URL=zai.url, DEFAULT_KEY=KEY, **other)
     assert status == 0
     version = "Python %d.%d" % sys.version_info[:2]
-    for word in (version, "OpenSSL", "DNS", "TCP", "chat", "first token", "...cret", *other):
+    for word in (version, "OpenSSL", "FAIL  key: ", "ok    chat: ", "first token", "Key #1 ...cret", *other):
         assert word in out
     for secret in (ZAI_KEY, KEY, "ZaiSecret", "OtherOther", "fedcba"):
         assert secret not in out
-    paths = [request["path"].rsplit("v4", 1)[1] for request in zai.requests]
-    assert paths == ["/models", "/models", "/chat/completions"]
+    assert keys_at(zai) == [ZAI_KEY, OTHER_KEY]
 
 
 def test_the_check_names_a_short_key_by_its_position(zai, capsys):
-    zai.scripts.append(LISTING)
     status, out = check(capsys, ZAI_API_KEY="short", ZAI_BASE_URL=zai.url)
     assert status == 0
-    assert "ok    key #1 ...: accepted" in out
+    assert "Key #1 ...\n" in out
 
 
 # To add a case, add a row: a name -> what Z.ai does, a pattern of what the first FAIL
 # says, UPSTREAM_TIMEOUT, which is short where Z.ai falls silent.
 @cases("scripts,advice,patience", {
     "bad key": ([refusal(401, "1000", "Authentication failed " + ZAI_KEY)], "ZAI_API_KEY", "300"),
-    "HTML": ([answer(200, b"<html>portal</html>")], "ZAI_BASE_URL", "300"),
+    "HTML": ([answer(200, b"<html>portal</html>")] * 9, "ZAI_BASE_URL", "300"),
     "HTML 502": ([answer(502, b"<html>Bad gateway</html>")] * 3, "502", "300"),
-    "wrong path": ([answer(200, {"code": 500, "msg": "404 NOT_FOUND", "success": False})], "ZAI_BASE_URL", "300"),
-    "no money": ([LISTING] + [refusal(429, "1113", "Insufficient balance")] * 9, "Recharge|Coding Plan", "300"),
-    "no model": ([LISTING] + [refusal(400, "1211", "Unknown Model")] * 9, "model", "300"),
+    "wrong path": ([answer(200, {"code": 500, "msg": "404 NOT_FOUND", "success": False})] * 9, "ZAI_BASE_URL", "300"),
+    "no money": ([refusal(429, "1113", "Insufficient balance")] * 9, "Recharge|Coding Plan", "300"),
+    "no model": ([refusal(400, "1211", "Unknown Model")] * 9, "model", "300"),
     "silence": ([[20]] * 3, "silent", "0.1"),
-    "silence in the answer": ([LISTING] + [stream(think("x"), 20)] * 9, "silent|UPSTREAM_TIMEOUT", "0.5"),
-    "cut": ([LISTING] + [stream(think("x"), CLOSE)] * 9, "cut|ended", "300"),
+    "silence in the answer": ([stream(think("x"), 20)] * 9, "silent|UPSTREAM_TIMEOUT", "0.5"),
+    "cut": ([stream(think("x"), CLOSE)] * 9, "cut|ended", "300"),
 })
 def test_the_check_fails_with_one_sentence_on_what_to_do(zai, capsys, scripts, advice, patience):
     zai.scripts.extend(scripts)
@@ -10184,18 +10168,16 @@ def test_the_check_fails_with_one_sentence_on_what_to_do(zai, capsys, scripts, a
 
 # To add a case, add a row: a name -> what the pay-as-you-go API says of a key for the
 # Coding Plan, and what the mainland's says; the last line of the check.
-@cases("listed,mainland,told", {
-    "no balance": (LISTING, refusal(429, "1113"), "fits ZAI_BASE_URL={coding}: glm-4.7 answered there"),
-    "refused": (refusal(401, "401"), refusal(401, "401"), "fits ZAI_BASE_URL={coding}: glm-4.7 answered there"),
-    "fits nowhere": (LISTING, refusal(429, "1113"), "fits none of Z.ai's"),
+@cases("refused,mainland,told", {
+    "no balance": (refusal(429, "1113"), refusal(429, "1113"), "fits ZAI_BASE_URL={coding}."),
+    "refused": (refusal(401, "401"), refusal(401, "401"), "fits ZAI_BASE_URL={coding}."),
+    "fits nowhere": (refusal(429, "1113"), refusal(429, "1113"), "fits none of Z.ai's"),
 })
-def test_the_check_finds_the_base_url_that_a_key_fits(zai, capsys, monkeypatch, listed, mainland, told):
+def test_the_check_finds_the_base_url_that_a_key_fits(zai, capsys, monkeypatch, refused, mainland, told):
     def reply(request):
         if "coding" in request["path"] and "none" not in told:
             return stream(*HEALTHY)
-        if "mainland" in request["path"]:
-            return mainland
-        return listed if request["path"].endswith("/models") else refusal(429, "1113", "Insufficient balance")
+        return mainland if "mainland" in request["path"] else refused
 
     zai.default = reply
     bases = [zai.url, zai.url.replace("/api", "/mainland"), zai.url.replace("/paas", "/coding/paas")]
@@ -10206,21 +10188,23 @@ def test_the_check_finds_the_base_url_that_a_key_fits(zai, capsys, monkeypatch, 
     assert ZAI_KEY not in out
 
 
+def test_the_check_says_that_z_ai_has_no_room(zai, capsys):
+    zai.default = refusal(429, "1302")
+    assert re.match("FAIL  chat with .*QUEUE_TIMEOUT", failures_of(capsys, ZAI_BASE_URL=zai.url, QUEUE_TIMEOUT="0.1")[0])
+
+
 def test_the_check_shows_a_key_to_no_server_that_is_not_named(zai, capsys):
     zai.default = refusal(401, "401")
     assert len(failures_of(capsys, ZAI_BASE_URL=zai.url)) == 1
     assert len(zai.requests) == 1
 
 
-# To add a case, add a row: what Z.ai does for ever, behind a good listing of models or
-# not.
+# To add a case, add a row: what Z.ai does for ever.
 @pytest.mark.parametrize("script", (
     [HEAD, *[b"x", 0.1] * 300], [b"HTTP/1.1 103 Early Hints\r\n\r\n", 0.1] * 300, stream(*[b": ping\n\n", 0.1] * 300),
 ), ids=("a drip", "interim answers", "comments"))
-@pytest.mark.parametrize("first", ([], [LISTING]), ids=("key", "chat"))
-def test_the_check_ends_whatever_answers(zai, capsys, monkeypatch, script, first):
+def test_the_check_ends_whatever_answers(zai, capsys, monkeypatch, script):
     monkeypatch.setattr(ztoapi, "CHECK_S", 0.5)
-    zai.scripts.extend(first)
     zai.default = script
     assert failures_of(capsys, ZAI_BASE_URL=zai.url)
 
@@ -10250,11 +10234,11 @@ def test_an_address_of_a_proxy_that_is_not_valid_is_a_failure_of_the_check(capsy
 
 def test_the_check_says_that_the_file_of_certificates_is_missing(trusted, capsys, monkeypatch):
     monkeypatch.setenv("SSL_CERT_FILE", os.path.join(HERE, "no-such-file.pem"))
-    assert re.match("FAIL  TLS: .*is not there", failures_of(capsys, ZAI_BASE_URL=trusted.url)[0])
+    assert re.match("FAIL  TLS: .*SSL_CERT_FILE", failures_of(capsys, ZAI_BASE_URL=trusted.url)[0])
 
 
 def test_the_check_says_that_a_certificate_is_not_known(untrusted, capsys):
-    assert re.match("FAIL  TLS: .*Set SSL_CERT_FILE", failures_of(capsys, ZAI_BASE_URL=untrusted.url)[0])
+    assert re.match("FAIL  TLS: .*SSL_CERT_FILE", failures_of(capsys, ZAI_BASE_URL=untrusted.url)[0])
 
 
 def test_the_check_can_be_told_on_a_console_that_knows_only_ascii(zai):

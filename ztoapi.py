@@ -136,8 +136,9 @@ class SettingsError(ValueError):
     """A variable cannot be used. One line: the variable, its value, what is allowed."""
 
 
-def parse_boolean(text):
-    return BOOLEANS[text.lower()]
+def parse_word(words):
+    """`words`: {word: its value}."""
+    return lambda text: words[text.lower()]
 
 
 def parse_number(number, low, high=10**6):
@@ -147,10 +148,6 @@ def parse_number(number, low, high=10**6):
             raise ValueError(text)
         return number(text)
     return parse
-
-
-def parse_word(*words):
-    return lambda text: words[words.index(text.lower())]
 
 
 def parse_items(text):
@@ -225,11 +222,11 @@ class Settings:
     zai_base_url: str = setting(
         "https://api.z.ai/api/paas/v4", parse_base_url,
         "an http or https URL without user, password or query")
-    default_stream: bool = setting(True, parse_boolean, FLAG)
+    default_stream: bool = setting(True, parse_word(BOOLEANS), FLAG)
     # None: the model decides.
-    enable_thinking: bool | None = setting(None, parse_boolean, FLAG, unset=NO_VALUE)
+    enable_thinking: bool | None = setting(None, parse_word(BOOLEANS), FLAG, unset=NO_VALUE)
     reasoning_format: str = setting(
-        "parsed", parse_word(*REASONING_FORMATS), "parsed, raw or hidden")
+        "parsed", parse_word({word: word for word in REASONING_FORMATS}), "parsed, raw or hidden")
     model_aliases: dict[str, str] = setting(
         {}, parse_aliases, "pairs like gpt-4o=glm-4.6", unset=NO_VALUE)
     vision_model: str = setting("", str, "the name of a model that sees", unset=NO_VALUE)
@@ -250,8 +247,8 @@ class Settings:
     # An empty CORS_ORIGIN has a meaning: no web page may call.
     cors_origin: tuple[str, ...] = setting(
         ("*",), parse_items, "* or a list of origins", unset=())
-    debug_mode: bool = setting(False, parse_boolean, FLAG)
-    demo_mode: bool = setting(False, parse_boolean, FLAG)
+    debug_mode: bool = setting(False, parse_word(BOOLEANS), FLAG)
+    demo_mode: bool = setting(False, parse_word(BOOLEANS), FLAG)
 
     def __post_init__(self):
         if not self.default_key:
@@ -288,23 +285,28 @@ class Settings:
 
     @functools.cached_property
     def secrets(self):
-        """All texts to redact, the longest first, as one may begin like another."""
+        """The texts to redact: {their first eight characters: [what may follow]}, the
+        longest first, as one may begin like another."""
         keys = [key for key in self.default_key if len(key) >= 8 and key not in WELL_KNOWN_KEYS]
         keys += self.zai_api_key
         # A Z.ai key is "id.secret", and Z.ai may quote either half alone.
         keys += [half for key in keys for half in key.split(".") if len(half) >= 8]
-        # Error messages show values through ascii(), which may spell a key differently.
-        keys += list(map(escaped, keys))
-        return sorted(set(keys), key=len, reverse=True)
+        # Error messages show values through ascii(), which may spell a key differently,
+        # and names of models are told in lower case.
+        keys += [spelt(key) for key in keys for spelt in (escaped, str.lower)]
+        secrets = collections.defaultdict(list)
+        for key in sorted(keys, key=len, reverse=True):
+            secrets[key[:8]].append(key[8:])
+        return secrets
 
     def redact(self, text):
         """`text` without any key, and without what a cut has left of one. Whatever is
         logged or quoted passes through here."""
-        for secret in self.secrets:
-            text, *pieces = text.split(secret[:8])
+        for start, rests in self.secrets.items():
+            text, *pieces = text.split(start)
             for piece in pieces:
-                rest = os.path.commonprefix([piece, secret[8:]])
-                text += "[redacted]" + piece[len(rest):]
+                found = max(len(os.path.commonprefix([piece, rest])) for rest in rests)
+                text += "[redacted]" + piece[found:]
         return text
 
 
@@ -1103,9 +1105,9 @@ class RequestHead(HeadReader):
     take it for something else. What was read before the fault is there for the log.
     """
 
-    method = ""
+    method = "-"
     # Decoded, without the query, and with one slash where there were several.
-    path = ""
+    path = "-"
     # The client may send another request behind this one.
     keeps_alive = False
     # The version is not known before it is read, and 1.0 is the safe one.
@@ -4008,8 +4010,6 @@ class Front:
     def __init__(self, model, stream):
         self.model = model  # as the client named it
         self.stream = stream
-        # The request did not say whether it wants a stream.
-        self.stream_defaulted = False
         # Whether a stream that fails ends without the last chunk of its coding, so that
         # a client that overlooks the error takes no half of an answer for the whole.
         self.cuts_failures = False
@@ -4102,8 +4102,7 @@ class Chat(Front):
         user_agent = caller.headers.get("user-agent", "")
         accept = caller.headers.get("accept", "").lower()
         expects_json = "application/json" in accept or EXPECTS_JSON.search(user_agent)
-        is_silent = "stream" not in request
-        if is_silent:
+        if "stream" not in request:
             request["stream"] = not expects_json and settings.default_stream
         front = cls(
             id=new_id("chatcmpl-"),
@@ -4113,7 +4112,6 @@ class Chat(Front):
             include_usage=bool(options.get("include_usage")),
             reasoning=request.get("reasoning_format", settings.reasoning_format))
         need_word(front.reasoning, REASONING_FORMATS, "reasoning_format")
-        front.stream_defaulted = is_silent and not expects_json
         loses_error = (
             LOSES_ERROR_OVER_CUT.search(user_agent) or LOSING_HEADERS & caller.headers.keys())
         front.cuts_failures = not loses_error
@@ -5117,14 +5115,13 @@ class Gates:
                 self._admit(model, now)
 
     def state(self):
-        """For the page and the metrics: a list of (key's position, model, ceiling or
-        None, in flight) for the gates, and {model: how many queue}."""
+        """For the page and the metrics: a list of (key's position, model, ceiling), and
+        {model: how many queue}."""
         with self.lock:
-            gates = []
-            for (key, model), gate in self.gates.items():
-                ceiling = gate.ceiling if gate.ceiling < INFINITY else None
-                gates.append((key.position, model, ceiling, gate.in_flight))
-            return gates, dict(self._queued())
+            ceilings = [(key.position, model, gate.ceiling)
+                        for (key, model), gate in self.gates.items()
+                        if gate.ceiling < INFINITY]
+            return ceilings, dict(self._queued())
 
     # The methods below are called with the lock held.
 
@@ -5160,15 +5157,14 @@ class Gates:
     def _refuse(self, gate, ticket, error, now):
         # The Coding Plan says 1305 for too many at once, too.
         too_many = error.verdict == TOO_MANY or error.zai_code == "1305" and gate.in_flight
-        if error.verdict == OVERLOAD and not too_many:
-            # A model that is overloaded was seen to be so for minutes.
-            pause_s = backoff_s(ticket.refusals, 1.0, 15.0)
-            goes_on = now < gate.quiet_since + gate.PROBE_S
-            gate.overloaded_since = min(gate.overloaded_since, now) if goes_on else now
-        else:
-            gate.overloaded_since = INFINITY
-            jitter = 1 + 0.5 * self.rand()
-            pause_s = min(8.0, backoff_s(ticket.refusals) * jitter)
+        # A model that is overloaded was seen to be so for minutes.
+        is_full = error.verdict == OVERLOAD and not too_many
+        first_s, longest_s = (1.0, 15.0) if is_full else (0.5, 8.0)
+        jitter = 1 + 0.5 * self.rand()
+        pause_s = backoff_s(ticket.refusals, first_s, longest_s) * jitter
+        goes_on = is_full and now < gate.quiet_since + gate.PROBE_S
+        since = min(gate.overloaded_since, now) if goes_on else now
+        gate.overloaded_since = since if is_full else INFINITY
         ticket.refusals += 1
         gate.close(now, max(pause_s, error.pause_s))
         if too_many:
@@ -5237,8 +5233,9 @@ class Gates:
             row = OVERLOADED if verdict == OVERLOAD else RATE
         # Clients would queue as long again, unseen, each time they try again by
         # themselves.
-        return ApiError(words, status=row.status, type=row.type, code=row.code,
-                        retry_after=max(row.retry_after, opens_in_s), retryable=False)
+        return UpstreamError(
+            words, GIVE_UP, status=row.status, type=row.type, code=row.code,
+            retry_after=max(row.retry_after, opens_in_s), retryable=False)
 
 
 class Bodies:
@@ -5437,10 +5434,6 @@ class Client:
         if sock:
             shut(sock)
 
-    @property
-    def is_behind(self):
-        return self.outbox is not None and bool(self.outbox.unsent)
-
 
 class Relay:
     """One attempt at an answer: what comes over `connection`, section Upstream's, goes
@@ -5515,7 +5508,9 @@ class Relay:
 
     @property
     def is_behind(self):
-        return not self.woken and self.client.is_behind
+        """Whether the client has not taken all it was told."""
+        outbox = self.client.outbox
+        return bool(outbox and outbox.unsent) and not self.woken
 
     def wake(self):
         if not self.woken:
@@ -5696,13 +5691,11 @@ class Pump:
     def _look(self, client, now):
         try:
             client.outbox.look(now, self.settings)
-            return
-        except ClientGone as gone:
-            client.leave(str(gone))
-        except Exception:
-            log.exception("A heartbeat failed; this is a bug")
-            client.leave("a heartbeat failed")
-        shut(client.connection)
+        except Exception as error:
+            if not isinstance(error, ClientGone):
+                log.exception("A heartbeat failed; this is a bug")
+            client.leave(str(error))
+            shut(client.connection)
 
 
 # Upstream #############################################################################
@@ -5723,15 +5716,16 @@ STALE_WITHIN_S = 1.0
 
 
 class Pool:
-    """Idle connections, the last used first; all lead the one way that an Upstream has
-    to Z.ai. A socket is here only when its last answer was read to the end; none of
-    them blocks."""
+    """Sockets that are kept for `keep_s`, the last used first; beyond `most`, the
+    oldest is closed by being dropped. Of an Upstream it has idle ones, which lead to
+    Z.ai, do not block, and whose last answer was read to the end."""
 
-    def __init__(self, clock=time.monotonic):
+    def __init__(self, clock=time.monotonic, keep_s=KEEP_IDLE_S, most=None):
         self.clock = clock
+        self.keep_s = keep_s
         # It guards `idle`: (socket, since when), the longest idle first.
         self.lock = threading.Lock()
-        self.idle = collections.deque()
+        self.idle = collections.deque(maxlen=most)
 
     def take(self):
         """An idle socket that is still alive, or None."""
@@ -5740,7 +5734,7 @@ class Pool:
                 if not self.idle:
                     return None
                 sock, since = self.idle.pop()
-            fresh = self.clock() - since < KEEP_IDLE_S
+            fresh = self.clock() - since < self.keep_s
             # What an idle server says is that it has closed.
             if fresh and peek(sock) is None:
                 return sock
@@ -5753,7 +5747,7 @@ class Pool:
     def expire(self, now):
         """Close what has been idle for too long at `now`."""
         with self.lock:
-            while self.idle and now - self.idle[0][1] >= KEEP_IDLE_S:
+            while self.idle and now - self.idle[0][1] >= self.keep_s:
                 self.idle.popleft()[0].close()
 
 
@@ -5780,11 +5774,9 @@ class ZaiRequest(urllib.request.Request):
         """The bytes to send. No value can break out of its line: they are ours,
         urllib's, and the settings', which hold printable ASCII."""
         fields = [f"{name}: {value}" for name, value in self.header_items()]
-        body = self.data or b""
-        if body:
-            fields.append(f"Content-Length: {len(body)}")
-        lines = [f"{self.get_method()} {self.selector} HTTP/1.1", *self.HEAD, *fields, "", ""]
-        return "\r\n".join(lines).encode("latin-1") + body
+        fields.append(f"Content-Length: {len(self.data)}")
+        lines = [f"POST {self.selector} HTTP/1.1", *self.HEAD, *fields, "", ""]
+        return "\r\n".join(lines).encode("latin-1") + self.data
 
 
 class Connection:
@@ -5832,33 +5824,27 @@ class Connection:
             self.sock.close()
 
 
-def connect(address_info, client, timeout_s):
-    family, socket_type, protocol, _, address = address_info
-    # A system without IPv6 makes no socket for it.
-    sock = socket.socket(family, socket_type, protocol)
-    try:
-        client.block_on(sock)
-        sock.settimeout(timeout_s)
-        sock.connect(address)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return sock
-    except BaseException:
-        sock.close()
-        raise
-
-
 def dial(host, port, client, timeout_s):
     """socket.create_connection(), but with the time shared out among the addresses, as
     a dead IPv6 route must not use up IPv4's, and with the socket shown to the pump."""
     addresses = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
     share_s = timeout_s / len(addresses)
     while True:
+        *kind, _, address = addresses.pop(0)
+        sock = None
         try:
-            sock = connect(addresses.pop(0), client, share_s)
+            # A system without IPv6 makes no socket for it.
+            sock = socket.socket(*kind)
+            client.block_on(sock)
+            sock.settimeout(share_s)
+            sock.connect(address)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.settimeout(timeout_s)
             return sock
-        except OSError:
-            if not addresses:
+        except BaseException as error:
+            if sock:
+                sock.close()
+            if not (addresses and isinstance(error, OSError)):
                 raise
 
 
@@ -5941,7 +5927,7 @@ SCHEMA_CODES = ("1210", "1213", "1214", "1234", "500")
 # add a case, add a row above those of which it is a kind.
 CONNECTION_ERRORS = (
     (ssl.SSLCertVerificationError, "TLS", GIVE_UP,
-     "Z.ai's TLS certificate could not be verified: {reason}. {certificates}"),
+     "Z.ai's TLS certificate is not trusted: {reason}. Check the clock and SSL_CERT_FILE."),
     (ssl.SSLError, "TLS", TRY_AGAIN,
      "TLS with Z.ai failed: {reason}. SSL_CERT_FILE names the certificates to trust."),
     (socket.gaierror, "DNS", TRY_AGAIN, "Z.ai's address could not be found: {reason}."),
@@ -5953,21 +5939,13 @@ CONNECTION_ERRORS = (
 )
 
 
-def certificate_advice():
-    path = os.environ.get("SSL_CERT_FILE")
-    if path and not os.path.exists(path):
-        return "SSL_CERT_FILE names a file that is not there."
-    return "Set SSL_CERT_FILE to a file with the certificates to trust, or check the clock."
-
-
 def connection_error(error):
     """The UpstreamError for a connection that could not be made. It quotes no address:
     one of a proxy may hold a password."""
     _, stage, verdict, words = next(
         row for row in CONNECTION_ERRORS if isinstance(error, row[0]))
     text = getattr(error, "verify_message", None) or getattr(error, "strerror", None)
-    words = words.format(
-        reason=text or error, seconds=CONNECT_TIMEOUT_S, certificates=certificate_advice())
+    words = words.format(reason=text or error, seconds=CONNECT_TIMEOUT_S)
     return UpstreamError(words, verdict, stage=stage)
 
 
@@ -6131,9 +6109,9 @@ class Upstream:
                 answer = job.make_answer()
                 stale = self._relay(job, ticket, record, answer, take)
         except UpstreamError as error:
-            words = self.settings.redact(error.message)
+            error.message = self.settings.redact(error.message)
             key = ticket.gate.key.name
-            log.debug("%s attempt with key %s failed: %s", record.id, key, words)
+            log.debug("%s attempt with key %s failed: %s", record.id, key, error.message)
             self.gates.leave(ticket, error, answer.begun)
             # Its cause and its traceback hold frames of the pump that hold the error:
             # such a circle is freed late.
@@ -6159,7 +6137,7 @@ class Upstream:
             take(steps)
 
         client = ticket.client
-        connection = self.open("/chat/completions", ticket.gate.key, client, job.data)
+        connection = self.open(ticket.gate.key, client, job.data)
         sent_at = self.clock()
         try:
             self.pump.run(Relay(connection, answer, client, told))
@@ -6192,12 +6170,12 @@ class Upstream:
         pause_s = max(backoff_s(tries) * self.rand(), error.pause_s)
         return pause_s if pause_s <= left_s else None
 
-    def open(self, path, key, client, data=None):
+    def open(self, key, client, data):
         """The Connection with a request on its way to Z.ai."""
         if self.settings.demo_mode:
             # Section Demo has a stand-in for Z.ai.
             return Connection(demo_socket(data), self.pool)
-        url = self.settings.zai_base_url + path
+        url = self.settings.zai_base_url + "/chat/completions"
         if self.proxy.lower().startswith("socks"):
             raise UpstreamError("SOCKS proxies are not spoken here. Check HTTPS_PROXY "
                                 "and HTTP_PROXY.", GIVE_UP, stage="proxy")
@@ -6211,18 +6189,6 @@ class Upstream:
         finally:
             client.blocked_on = None
 
-    def check_key(self, key, client):
-        """GET {base}/models with one key: None if it was accepted, else the
-        UpstreamError."""
-        request = {"model": "glm-4.6", "messages": [{"role": "user", "content": "Hi"}]}
-        answer = self.job(to_zai_request(Request(request, {}), self.settings)).make_answer()
-        try:
-            connection = self.open("/models", key, client)
-            self.pump.run(Relay(connection, answer, client, list))
-        except UpstreamError as error:
-            # For a chat a list of models is an empty answer.
-            return None if error.message == EMPTY else error
-
     def close(self):
         self.pool.expire(INFINITY)
 
@@ -6235,16 +6201,12 @@ class Upstream:
 # Settings.redact() before they come here: here they are cut, and what the cut leaves of
 # a key could not be found any more.
 
-LONGEST_WORD = 100   # characters of a model's name, of a path and of a client's own id
+LONGEST_WORD = 100   # characters of a model's name and of a path
 LONGEST_ERROR = 300  # characters of an error's message
 
 # The page's chart: ten minutes, in buckets of ten seconds.
-HISTORY_S = 600
+BUCKETS = 60
 BUCKET_S = 10
-
-
-def milliseconds(duration_s):
-    return None if duration_s is None else round(duration_s * 1000, 1)
 
 
 @dataclasses.dataclass
@@ -6256,8 +6218,8 @@ class Record:
     began: float    # Unix time
     # The same moment on the monotonic clock.
     started: float = 0.0
-    method: str = "-"
-    path: str = "-"
+    method: str = ""
+    path: str = ""
     # "#2" is the second of DEFAULT_KEY; "" before the key is known.
     key: str = ""
     # The client's own X-Client-Request-Id or X-Request-Id.
@@ -6272,8 +6234,6 @@ class Record:
     # The latter where it is another model.
     by: str = ""
     stream: bool = False
-    # The request did not say, so that DEFAULT_STREAM or the API's default decided.
-    stream_default: bool = False
     # Time to first token; None while nothing has come.
     ttft_s: float | None = None
     total_s: float = 0.0
@@ -6297,29 +6257,29 @@ class Record:
     def line(self):
         """The log line: printable ASCII, and no blanks but its own, whatever came."""
         line = f"{self.id} {self.client} {self.method} {plain(self.path)} {self.status}"
-        facts = {"key": self.key, "rid": plain(self.client_request_id, LONGEST_WORD)}
+        facts = {"key": self.key, "rid": self.client_request_id}
         if self.counted:
             facts.update(self.facts())
         for name, value in facts.items():
             if value not in ("", None):
-                line += f" {name}={value}"
+                line += f" {name}={plain(str(value))}"
         if self.error:
             line += f" error={self.error[:LONGEST_ERROR]!a}"
         return line
 
     def facts(self):
-        """The log line's name=value pairs about an answer; empty ones are left out."""
+        """What the log and the page tell of an answer."""
         return {
-            "model": plain(self.model, LONGEST_WORD),
-            "by": plain(self.by),
-            "stream": "default" if self.stream_default else str(self.stream).lower(),
-            "ttft": self.ttft_s and f"{self.ttft_s:.3f}",
-            "total": f"{self.total_s:.3f}",
-            "queue": f"{self.queued_s:.3f}",
+            "model": self.model[:LONGEST_WORD],
+            "by": self.by,
+            "stream": str(self.stream).lower(),
+            "ttft": self.ttft_s and round(self.ttft_s, 3),
+            "total": round(self.total_s, 3),
+            "queue": round(self.queued_s, 3),
             "in": self.tokens("prompt"),
             "out": self.tokens("completion"),
             "retries": self.retries,
-            "changed": plain(",".join(self.changed)),
+            "changed": ",".join(self.changed)[:2 * LONGEST_WORD],
             "repaired": self.repaired or None,
             "zai": self.zai_log_id,
         }
@@ -6328,17 +6288,11 @@ class Record:
         """The request in the page's list of the last ones."""
         return {
             "time": self.began,
-            "path": self.path,
+            "path": self.path[:LONGEST_WORD],
             "key": self.key,
-            "model": self.model,
-            "by": self.by,
             "status": self.status,
-            "stream": self.stream,
-            "ttft_ms": milliseconds(self.ttft_s),
-            "total_ms": milliseconds(self.total_s),
-            "tokens_in": self.tokens("prompt"),
-            "tokens_out": self.tokens("completion"),
-            "error": self.error or None,
+            "error": self.error[:LONGEST_ERROR],
+            **self.facts(),
         }
 
 
@@ -6358,7 +6312,7 @@ def samples(names, counts):
 
 
 class Histogram:
-    """A series of durations in seconds. The latest ones are kept for a median."""
+    """A series of durations in seconds."""
 
     # From a cached first token to the longest thinking.
     BOUNDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120, 300)
@@ -6366,16 +6320,10 @@ class Histogram:
     def __init__(self):
         self.counts = [0] * (len(self.BOUNDS) + 1)
         self.sum = 0.0
-        self.latest = collections.deque(maxlen=200)
 
     def add(self, value):
         self.counts[bisect.bisect_left(self.BOUNDS, value)] += 1
         self.sum += value
-        self.latest.append(value)
-
-    def median(self):
-        values = sorted(self.latest)
-        return values[len(values) // 2] if values else None
 
     def samples(self):
         total = 0
@@ -6394,10 +6342,9 @@ def gate_counts(gates, queued):
     for model, count in queued.items():
         waiting[(model_label(model),)] += count
     ceilings = {}
-    for key, model, ceiling, _ in gates:
-        if ceiling is not None:
-            place = (key, model_label(model))
-            ceilings[place] = min(ceiling, ceilings.get(place, ceiling))
+    for key, model, ceiling in gates:
+        place = (key, model_label(model))
+        ceilings[place] = min(ceiling, ceilings.get(place, ceiling))
     return waiting, ceilings
 
 
@@ -6409,14 +6356,16 @@ class Metrics:
         self.began = now()
         # It guards all below.
         self.lock = threading.Lock()
-        self.counts = collections.Counter()
+        self.counts = collections.Counter(
+            in_flight=0, served=0, failed=0, cancelled=0, unauthorized=0)
         # Their keys: (model, status, key) and (model, kind, key).
         self.requests = collections.Counter()
         self.tokens = collections.Counter()
         self.ttft = Histogram()
         self.duration = Histogram()
-        # bucket() replaces the first entry by ten minutes of empty ones.
-        self.history = collections.deque([{"t": 0}], maxlen=HISTORY_S // BUCKET_S)
+        # The tokens told in each bucket, and the number of the last one since 1970.
+        self.history = collections.deque([0] * BUCKETS, BUCKETS)
+        self.bucket = 0
         self.recent = collections.deque(maxlen=20)
 
     def count(self, name):
@@ -6427,10 +6376,6 @@ class Metrics:
 
     def finish(self, record):
         """A request that was counted as in flight is over."""
-        # Records are kept: nobody may fill the memory, or /stats, with long texts.
-        record.model = record.model[:LONGEST_WORD]
-        record.path = record.path[:LONGEST_WORD]
-        record.error = record.error[:LONGEST_ERROR]
         model = model_label(record.model_id)
         with self.lock:
             self.counts["in_flight"] -= 1
@@ -6443,39 +6388,33 @@ class Metrics:
             self.duration.add(record.total_s)
             if record.ttft_s is not None:
                 self.ttft.add(record.ttft_s)
-            self.bucket()["tokens"] += record.tokens("completion") or 0
-            self.recent.appendleft(record)
+            self.move_history()
+            self.history[-1] += record.tokens("completion") or 0
+            # The record itself might fill the memory with long texts.
+            self.recent.appendleft(record.row())
 
-    def bucket(self):
-        """The present bucket of the history, which is brought up to date."""
-        now = int(self.now()) // BUCKET_S * BUCKET_S
-        # No more than the history holds, however long nothing has happened.
-        start = max(now - HISTORY_S, self.history[-1]["t"] + BUCKET_S)
-        for begin in range(start, now + 1, BUCKET_S):
-            self.history.append({"t": begin, "tokens": 0})
-        return self.history[-1]
+    def move_history(self):
+        """Bring it up to date, so that its last entry is the present bucket's."""
+        bucket = int(self.now()) // BUCKET_S
+        self.history.extend([0] * min(bucket - self.bucket, BUCKETS))
+        self.bucket = bucket
 
     def stats(self, gates, queued, demo):
         """The page's JSON. `gates`, `queued`: Gates.state()."""
         tokens = collections.defaultdict(collections.Counter)
         with self.lock:
-            self.bucket()
-            history = list(self.history)
-            last_minute = history[-60 // BUCKET_S:]
+            self.move_history()
             for (model, kind, _), count in self.tokens.items():
                 tokens[model][kind] += count
-            names = ("in_flight", "served", "failed", "cancelled", "unauthorized")
             return {
                 "version": __version__,
                 "demo": demo,
-                **{name: self.counts[name] for name in names},
-                "tokens_per_s": round(sum(row["tokens"] for row in last_minute) / 60, 1),
-                "ttft_p50_ms": milliseconds(self.ttft.median()),
+                **self.counts,
                 "tokens": tokens,
                 "gates": gates,
                 "queued": queued,
-                "history": history,
-                "recent": [record.row() for record in self.recent],
+                "history": list(self.history),
+                "recent": list(self.recent),
             }
 
     def prometheus(self, gates, queued):
@@ -6649,8 +6588,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.connection.settimeout(self.settings.client_timeout)
         self.head = RequestHead()
         self.fields = self.head.fields
-        # read_head() adds `path`, find_route() adds `match`.
-        self.command = ""
+        # find_route() adds `match`.
         self.front = Chat
         self.outbox = None
         self.log_level = logging.INFO
@@ -6673,7 +6611,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.answer_request()
         except ClientGone as gone:
             # Without a whole head there was no request.
-            if not self.command:
+            if record.method == "-":
                 return
             self.close_connection = True
             record.status = 499
@@ -6728,14 +6666,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 pass
         finally:
             # A key is taken out before a cut leaves a part of it that is not found.
-            self.command = self.settings.redact(head.method)
-            self.path = self.settings.redact(head.path)
-            record.method = self.command or record.method
-            record.path = self.path or record.path
+            record.method = self.settings.redact(head.method)
+            record.path = self.settings.redact(head.path)
         self.unread = head.rest
         self.close_connection = not head.keeps_alive
         given = self.fields.get("x-client-request-id") or self.fields.get("x-request-id", "")
-        record.client_request_id = plain(self.settings.redact(given), 64)
+        record.client_request_id = self.settings.redact(given)
 
     def read_body(self, client):
         """Read the client's body, once it is clear that it is wanted."""
@@ -6767,29 +6703,30 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def find_route(self):
         """The name of the method that answers; the key is checked on the way."""
-        found = ((row, re.fullmatch(row.pattern, self.path)) for row in ROUTES)
+        method = self.record.method
+        path = self.record.path
+        found = ((row, re.fullmatch(row.pattern, path)) for row in ROUTES)
         row, self.match = next(pair for pair in found if pair[1])
         self.front = row.front
         methods = {"GET": row.get, "HEAD": row.get, "POST": row.post}
         allowed = [method for method, name in methods.items() if name]
         # So programs look for servers of other kinds.
-        if self.command == "GET" and not allowed:
+        if method == "GET" and not allowed:
             self.log_level = logging.DEBUG
         self.check_host()
-        if self.command == "OPTIONS":
+        if method == "OPTIONS":
             return "answer_options"
         if row.needs_key:
             self.check_key()
         if not allowed:
-            raise self.not_found()
-        if self.command not in allowed:
+            raise self.not_found(path[:200])
+        if method not in allowed:
             raise RequestError(
-                f"{self.command} is not a method of {self.path[:200]!a}.",
+                f"{method} is not a method of {path[:200]!a}.",
                 status=405, code="method_not_allowed", allowed=["OPTIONS", *allowed])
-        return methods[self.command]
+        return methods[method]
 
-    def not_found(self):
-        path = self.path[:200]
+    def not_found(self, path):
         words = next(words for pattern, words in ELSEWHERE if re.match(pattern, path))
         tail = escaped(re.sub(V4, "", path, count=1))
         there = self.settings.zai_base_url + tail
@@ -6825,15 +6762,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     return
         if self.log_level == logging.INFO:
             self.server.metrics.count("unauthorized")
-        raise self.wrong_key(any(given))
-
-    def wrong_key(self, was_given):
-        problem = "Incorrect API key" if was_given else "No API key"
-        well_known = self.settings.well_known
-        hint = f" ({well_known} unless you set it)" if well_known else ""
-        words = (f"{problem}: send the proxy's DEFAULT_KEY{hint}, not the Z.ai key, as "
-                 "Authorization: Bearer KEY.")
-        return RequestError(words, status=401, code="invalid_api_key", retryable=False)
+        raise RequestError(
+            f"No API key, or an incorrect one: send the proxy's DEFAULT_KEY ({WELL_KNOWN_KEYS[0]}"
+            " unless it was set), not the Z.ai key, as Authorization: Bearer KEY.",
+            status=401, code="invalid_api_key")
 
     # Answering
 
@@ -6863,7 +6795,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.close_connection:
             fields.append(("Connection", "close"))
         head = response_head(status, fields)
-        self.send(head if self.command == "HEAD" else head + body)
+        self.send(head if self.record.method == "HEAD" else head + body)
 
     def answer_json(self, value, status=200, fields=()):
         self.answer(status, encode_json(value), fields=fields)
@@ -6897,38 +6829,34 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send(bytes(outbox.unsent) + end)
 
     def common_fields(self, content_type):
-        return [
+        """The fields of any response, and what happened to a request for an answer."""
+        record = self.record
+        fields = [
             ("Content-Type", content_type),
-            ("x-request-id", self.record.id),
-            ("request-id", self.record.id),
+            ("x-request-id", record.id),
+            ("request-id", record.id),
             ("X-Content-Type-Options", "nosniff"),
             *self.cors_fields(),
-            *self.outcome_fields(),
+            ("x-ztoapi-queue-ms", int(record.queued_s * 1000)),
+            ("x-ztoapi-changed", plain(",".join(record.changed), 1000)),
+            ("x-ztoapi-model", plain(record.model_id)),
+            ("x-zai-log-id", record.zai_log_id),
         ]
+        return [field for field in fields if field[1]]
 
     def cors_fields(self):
         """None with the well-known key: then no web page may read what we answer."""
         origins = self.settings.cors_origin
         if self.settings.well_known or not origins:
             return []
-        fields = [("Access-Control-Expose-Headers", EXPOSED)]
+        origin = self.fields.get("origin", "")
         if "*" in origins:
-            return [*fields, ("Access-Control-Allow-Origin", "*")]
-        fields.append(("Vary", "Origin"))
-        origin = self.fields.get("origin")
-        if origin in origins:
-            fields.append(("Access-Control-Allow-Origin", origin))
-        return fields
-
-    def outcome_fields(self):
-        """What happened to a request for an answer."""
-        fields = [
-            ("x-ztoapi-queue-ms", int(self.record.queued_s * 1000)),
-            ("x-ztoapi-changed", plain(",".join(self.record.changed), 1000)),
-            ("x-ztoapi-model", plain(self.record.model_id)),
-            ("x-zai-log-id", self.record.zai_log_id),
+            origin = "*"
+        return [
+            ("Access-Control-Expose-Headers", EXPOSED),
+            ("Access-Control-Allow-Origin", origin if origin in origins else ""),
+            ("Vary", "Origin" if origin != "*" else ""),
         ]
-        return [field for field in fields if field[1]]
 
     # Routes
 
@@ -6988,8 +6916,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def get_stats(self):
         gates = self.server.upstream.gates
         stats = self.server.metrics.stats(*gates.state(), self.settings.demo_mode)
-        refusals = [self.settings.redact(key.refusal) for key in gates.keys]
-        stats["trouble"] = refusals or [NO_KEY]
+        stats["trouble"] = [key.refusal for key in gates.keys] or [NO_KEY]
         self.answer_json(stats, fields=[("Cache-Control", "no-store")])
 
     def refuse_get(self):
@@ -7053,7 +6980,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             front, request = self.front.read(body, caller, self.settings)
             self.front = front
             record.stream = front.stream
-            record.stream_default = front.stream_defaulted
             return front, upstream.job(write(), front.stream, write)
 
     def post_count(self):
@@ -7076,10 +7002,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             ("Cache-Control", "no-cache"),
             ("X-Accel-Buffering", "no"),
         ]
-        if self.head.is_1_0:
-            fields.append(("Connection", "close"))
-        else:
-            fields.append(("Transfer-Encoding", "chunked"))
+        is_1_0 = self.head.is_1_0
+        fields.append(("Connection", "close") if is_1_0 else ("Transfer-Encoding", "chunked"))
         return response_head(200, fields)
 
 
@@ -7116,8 +7040,6 @@ class Server(http.server.ThreadingHTTPServer):
     # serve_forever() does not begin any more.
     stopped = False
     draining = False
-    # The log tells of refusals once, and again after a minute without any.
-    warn_from = 0.0
 
     def __init__(self, settings):
         self.settings = settings
@@ -7127,9 +7049,8 @@ class Server(http.server.ThreadingHTTPServer):
         # idled, or BUSY. Each handler moves its own, for which dicts need no lock.
         self.lock = threading.Lock()
         self.connections = {}
-        # (Until when, socket) of connections that were too many and are being told so.
-        # The oldest is closed by being dropped.
-        self.refused = collections.deque(maxlen=128)
+        # Connections that were too many and are being told so.
+        self.refused = Pool(keep_s=LINGER_S, most=128)
         host = settings.host.strip("[]")
         found = socket.getaddrinfo(
             host, settings.port, 0, socket.SOCK_STREAM, 0, socket.AI_PASSIVE)
@@ -7141,7 +7062,7 @@ class Server(http.server.ThreadingHTTPServer):
         except BaseException:
             self.pump.close()
             raise
-        self.pump.chores.append(self.close_refused)
+        self.pump.chores.append(self.refused.expire)
 
     def server_bind(self):
         if hasattr(socket, "SO_EXCLUSIVEADDRUSE"):
@@ -7227,32 +7148,24 @@ class Server(http.server.ThreadingHTTPServer):
     def refuse(self, request):
         """A 503 without a thread. The socket is kept for a moment, until it has been
         read."""
-        body = encode_json(Chat.error(ApiError(
-            "Too many connections.", code="too_many_connections")))
-        head = response_head(503, [
+        error = ApiError("Too many connections.", status=503, code="too_many_connections")
+        id = new_id("req_")
+        body = encode_json(Chat.error(error))
+        head = response_head(error.status, [
             ("Content-Type", "application/json"),
             ("Content-Length", len(body)),
             ("Retry-After", 5),
             ("Connection", "close"),
-            ("x-request-id", new_id("req_")),
+            ("x-request-id", id),
         ])
-        now = time.monotonic()
-        if now > self.warn_from:
-            log.warning("More than MAX_CONNECTIONS=%d, or no more threads: 503",
-                        self.settings.max_connections)
-        self.warn_from = now + 60
+        log.warning("%s 503: more than MAX_CONNECTIONS=%d, or no more threads",
+                    id, self.settings.max_connections)
         with contextlib.suppress(OSError):
             request.setblocking(False)
             request.send(head + body)
             request.shutdown(socket.SHUT_WR)
             # The base class closes `request`.
-            kept = socket.socket(fileno=request.detach())
-            self.refused.append((now + LINGER_S, kept))
-
-    def close_refused(self, now):
-        """The pump calls it some times a second."""
-        while self.refused and self.refused[0][0] < now:
-            self.refused.popleft()[1].close()
+            self.refused.put(socket.socket(fileno=request.detach()))
 
     def shut_idle(self):
         """Shut the connection that has idled longest; called with the lock held."""
@@ -7331,21 +7244,18 @@ def demo_call(tools, text):
     """The delta that calls the tool for which `text` asks, or None."""
     for tool in tools:
         function = tool.get("function", {})
-        name = function.get("name")
-        if name and f"call {name}" in text:
-            schema = function.get("parameters") or {}
-            arguments = encode_text(dict.fromkeys(schema.get("required", ()), "demo"))
-            call = {"id": new_id("call_"), "index": 0, "type": "function"}
-            call["function"] = {"name": name, "arguments": arguments}
-            return {"tool_calls": [call]}
+        if f"call {function.get('name')}" in text:
+            required = function.get("parameters", {}).get("required", ())
+            arguments = encode_text(dict.fromkeys(required, "demo"))
+            called = {"name": function["name"], "arguments": arguments}
+            return {"tool_calls": [{"id": new_id("call_"), "index": 0, "function": called}]}
     return None
 
 
 def demo_deltas(request):
     """The deltas that answer a request in Z.ai's dialect."""
     # Claude Code puts a system message behind the user's.
-    spoken = [message for message in request["messages"] if message["role"] != "system"]
-    last = (spoken or request["messages"])[-1]
+    last = [message for message in request["messages"] if message["role"] != "system"][-1]
     text = last.get("content") or ""
     if isinstance(text, list):
         text = " ".join(part.get("text", "") for part in text)
@@ -7353,8 +7263,7 @@ def demo_deltas(request):
         for word in DEMO_THOUGHT.split():
             yield {"reasoning_content": f"{word} "}
     # The result of a tool asks for no further call.
-    tools = request.get("tools", ()) if last["role"] == "user" else ()
-    call = demo_call(tools, text)
+    call = demo_call(request.get("tools", ()), text) if last["role"] == "user" else None
     if call:
         yield call
         return
@@ -7368,21 +7277,19 @@ def demo_deltas(request):
 
 def demo_events(request):
     """The answer's SSE events. The last but one finishes it and holds the usage."""
-    event = {"id": new_id("demo"), "created": int(time.time())}
-    event["model"] = request["model"]
-    count = 0
-    for delta in demo_deltas(request):
-        count += 1
-        choice = {"index": 0, "delta": {"role": "assistant", **delta}}
-        yield b"data: %b\n\n" % encode_json({**event, "choices": [choice]})
+    deltas = list(demo_deltas(request))
+    event = {"id": new_id("demo"), "model": request["model"]}
+    for delta in deltas:
+        yield encode_event({**event, "choices": [{"index": 0, "delta": delta}]})
         time.sleep(DEMO_PACE_S)
-    words = len(encode_json(request["messages"]).split())
-    usage = {"prompt_tokens": words, "completion_tokens": count}
-    usage["total_tokens"] = words + count
+    count = len(deltas)
+    words = len(encode_text(request["messages"]).split())
+    usage = {
+        "prompt_tokens": words, "completion_tokens": count, "total_tokens": words + count}
     reason = "tool_calls" if "tool_calls" in delta else "stop"
-    choice = {"index": 0, "finish_reason": reason, "delta": {"content": ""}}
-    yield b"data: %b\n\n" % encode_json({**event, "choices": [choice], "usage": usage})
-    yield b"data: [DONE]\n\n"
+    last = {"index": 0, "finish_reason": reason, "delta": {"content": ""}}
+    yield encode_event({**event, "choices": [last], "usage": usage})
+    yield "data: [DONE]\n\n"
 
 
 # It ends with its connection, hence the old version.
@@ -7390,17 +7297,15 @@ DEMO_HEAD = b"HTTP/1.0 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
 
 
 def demo_answer(sock, data):
-    pieces = demo_events(json.loads(data)) if data else [b'{"object":"list","data":[]}']
     # The proxy hangs up whenever its own client does.
     with sock, contextlib.suppress(OSError):
         sock.sendall(DEMO_HEAD)
-        for piece in pieces:
-            sock.sendall(piece)
+        for event in demo_events(json.loads(data)):
+            sock.sendall(event.encode("utf-8", "replace"))
 
 
 def demo_socket(data):
-    """A socket that answers as Z.ai's would. `data`: the chat request; None asks for
-    the list of models."""
+    """A socket that answers as Z.ai's would. `data`: the chat request."""
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
     threading.Thread(target=demo_answer, args=(theirs, data), daemon=True).start()
@@ -7409,10 +7314,10 @@ def demo_socket(data):
 
 # Check ################################################################################
 #
-# `--check` tries each key, and then a chat, over the same road as the proxy's requests,
-# so that what is wrong is found before any client is involved. It prints a line for
-# each step: "ok", or "FAIL", where it failed (proxy, DNS, TCP, TLS, key, chat) and what
-# to do.
+# `--check` tries a chat with each key, over the same road as the proxy's requests, so
+# that what is wrong is found before any client is involved. It prints a line for each
+# try: "ok", or "FAIL", where it failed (proxy, DNS, TCP, TLS, key, chat) and what to
+# do.
 
 # The models to try, the cheapest first. The Coding Plan (True) serves others.
 CHECK_MODELS = {True: ("glm-4.7", "glm-4.5-air"), False: ("glm-4.7-flash", "glm-4.6")}
@@ -7444,68 +7349,40 @@ def say(text, stream="stdout"):
         setattr(sys, stream, None)
 
 
-def check_keys(upstream, client):
-    """Each key against GET {base}/models. The error of the first, None if Z.ai takes at
-    least one."""
-    keys = upstream.gates.keys
-    if not keys:
-        say(f"FAIL  key: {NO_KEY}")
-    errors = []
-    # Asking without a key tells at least whether Z.ai can be reached.
-    for key in keys or [ZaiKey(0, "")]:
-        error = upstream.check_key(key, client)
-        errors.append(error)
-        if error:
-            words = upstream.settings.redact(error.message)
-            say(f"FAIL  {error.stage or 'key ' + key.name}: {words}")
-        else:
-            # The demo is reached without a network.
-            way = "" if upstream.settings.demo_mode else ", so DNS, TCP and TLS are well"
-            say(f"ok    key {key.name}: accepted{way}")
-    if not keys:
-        return missing_key()
-    return None if None in errors else errors[0]
+def try_chats(settings, pump, client, tell=say):
+    """Ask one model after the other for a tiny answer, until one gives it. None then,
+    else the last error."""
+    with contextlib.closing(Upstream(settings, pump)) as upstream:
+        for model in CHECK_MODELS["/coding/" in settings.zai_base_url]:
+            request = Request({**CHECK_REQUEST, "model": model}, {})
+            job = upstream.job(to_zai_request(request, settings))
+            record = Record("check", "", time.time(), time.monotonic())
+            try:
+                upstream.answer(job, client, record, take=list)
+                tell(f"ok    chat: {model} answered, first token after {record.ttft_s:.3f} s")
+                return None
+            except UpstreamError as failure:
+                error = failure
+            place = "key" if error.verdict == KEY_RESTS else error.stage
+            tell(f"FAIL  {place or 'chat with ' + model}: {settings.redact(error.message)}")
+            # Another model heals neither a key nor the road.
+            if place:
+                break
+    return error
 
 
-def first_chat(upstream, client, failed):
-    """(model, milliseconds to the first token) of the first model that gives a tiny
-    answer. failed(model, error) is told of the others; the last error is raised."""
-    settings = upstream.settings
-    for model in CHECK_MODELS["/coding/" in settings.zai_base_url]:
-        request = {**CHECK_REQUEST, "model": model}
-        job = upstream.job(to_zai_request(Request(request, {}), settings))
-        record = Record("check", "", time.time(), time.monotonic())
-        try:
-            upstream.answer(job, client, record, take=lambda steps: None)
-            return model, milliseconds(record.ttft_s)
-        except ApiError as error:
-            failed(model, error)
-            last = error
-    raise last
-
-
-def check_chat(upstream, client):
-    """A tiny answer. None, or the error of the last model that was tried."""
-    def failed(model, error):
-        say(f"FAIL  chat with {model}: {upstream.settings.redact(error.message)}")
-
-    try:
-        model, ttft_ms = first_chat(upstream, client, failed)
-    except ApiError as error:
-        return error
-    say(f"ok    chat: {model} answered, first token after {ttft_ms} ms")
-    return None
-
-
-def check_bases(settings, pump, client):
-    """Say which other base URL the key fits."""
-    for base in ZAI_BASE_URLS:
-        other = dataclasses.replace(settings, zai_base_url=base, queue_timeout=5.0)
-        with contextlib.suppress(ApiError), contextlib.closing(Upstream(other, pump)) as there:
-            model, _ = first_chat(there, client, failed=lambda *_: None)
-            say(f"      The key fits ZAI_BASE_URL={base}: {model} answered there.")
-            return
-    say("      The key fits none of Z.ai's base URLs.")
+def check_key(settings, pump, client):
+    """Try the one key of these settings; None if it serves."""
+    error = try_chats(settings, pump, client)
+    # Z.ai refuses the key, or has no money or plan for it here.
+    if error and error.verdict in NEXT_KEY and settings.zai_base_url in ZAI_BASE_URLS:
+        for base in ZAI_BASE_URLS:
+            other = dataclasses.replace(settings, zai_base_url=base, queue_timeout=5.0)
+            if not try_chats(other, pump, client, tell=len):
+                say(f"      The key fits ZAI_BASE_URL={base}.")
+                return error
+        say("      The key fits none of Z.ai's base URLs.")
+    return error
 
 
 def check(settings):
@@ -7521,24 +7398,26 @@ def check(settings):
     ours, theirs = socket.socketpair()
     client = Client(ours)
     pump = Pump(settings)
-    upstream = Upstream(settings, pump)
     until = time.monotonic() + CHECK_S
     pump.chores.append(lambda now: now > until and client.leave())
     pump.start()
+    keys = ("demo",) if settings.demo_mode else settings.zai_api_key
+    if not keys:
+        say(f"FAIL  key: {NO_KEY}")
+    errors = []
     try:
         with ours, theirs, pump.minding(client):
-            error = check_keys(upstream, client) or check_chat(upstream, client)
-            # Z.ai refuses the key, or has no money or plan for it here.
-            is_refused = settings.zai_api_key and error and error.verdict in NEXT_KEY
-            if is_refused and settings.zai_base_url in ZAI_BASE_URLS:
-                check_bases(settings, pump, client)
-            return error is None
+            # Asking without a key tells at least whether Z.ai can be reached.
+            for position, key in enumerate(keys or ["no-key"], 1):
+                say(f"Key #{position} {mask(key)}")
+                one = dataclasses.replace(settings, zai_api_key=(key,))
+                errors.append(check_key(one, pump, client))
+        return None in errors and bool(keys)
     except ClientGone:
         say(f"FAIL  that was not over after {CHECK_S:g} s")
         return False
     finally:
         pump.close()
-        upstream.close()
 
 
 # Main #################################################################################
@@ -7861,19 +7740,21 @@ function showStats({ history, recent, gates, queued, tokens, trouble, ...stats }
   $("numbers").hidden = !recent.length && !stats.in_flight;
   const waiting = Object.values(queued).reduce((sum, some) => sum + some, 0);
   const told = (number, words) => number && `${local(number)} ${words}`;
+  const perSecond = Math.round(history.slice(-6).reduce((sum, some) => sum + some, 0) / 6) / 10;
+  const firsts = recent.map(({ ttft }) => ttft).filter(Boolean).sort((one, other) => one - other);
   $("totals").textContent = join([told(stats.in_flight, "running"), told(waiting, "waiting"),
-    told(stats.served, "answered"), told(stats.failed, "failed"), told(stats.tokens_per_s, "tokens/s"),
-    stats.ttft_p50_ms && "first word after " + time(stats.ttft_p50_ms),
-    ...gates.filter(gate => gate[2]).map(([, model, limit]) => `${model} at most ${limit} at once`)]);
-  showChart(history.map(({ tokens }) => tokens / 10));
+    told(stats.served, "answered"), told(stats.failed, "failed"), told(perSecond, "tokens/s"),
+    firsts.length && "first word after " + time(1000 * firsts[firsts.length >> 1]),
+    ...gates.map(([, model, limit]) => `${model} at most ${limit} at once`)]);
+  showChart(history.map(tokens => tokens / 10));
   const used = Object.entries(tokens).filter(([, { prompt, completion }]) => prompt || completion);
   fillTable($("tokens"), "Tokens since the start", ["Model", "In", "Out"],
     used.map(([model, { prompt, completion }]) => [model, local(prompt), local(completion)]));
   const answering = row => row.by ? `${row.model} (${row.by})` : row.model;
   fillTable($("recent"), "Last requests", ["Time", "Model", "Status", "First word", "Total", "Tokens in / out", "API",
-    "Key", "What went wrong"], recent.map(row => [clock(row.time), answering(row), row.status, time(row.ttft_ms),
-    time(row.total_ms), `${row.tokens_in ?? NONE} / ${row.tokens_out ?? NONE}`, row.path.replace("/v1/", ""), row.key,
-    row.status === 499 ? "stopped by the client" : row.error ?? ""]));
+    "Key", "What went wrong"], recent.map(row => [clock(row.time), answering(row), row.status,
+    time(row.ttft && 1000 * row.ttft), time(1000 * row.total), `${row.in ?? NONE} / ${row.out ?? NONE}`,
+    row.path.replace("/v1/", ""), row.key, row.status === 499 ? "stopped by the client" : row.error]));
 }
 function showChart(values) {
   const most = Math.max(...values);
