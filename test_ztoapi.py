@@ -470,9 +470,16 @@ def through(monkeypatch, scheme, proxy, no_proxy=""):
 
 @pytest.fixture
 def closed_port():
+    """Nobody listens there, nor can anybody else."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        yield sock.getsockname()[1]
+
+
+@pytest.fixture
+def free_port():
     with socket.create_server(("127.0.0.1", 0)) as sock:
-        port = sock.getsockname()[1]
-    return port
+        return sock.getsockname()[1]
 
 
 # The raw client #######################################################################
@@ -7857,14 +7864,14 @@ def test_connect_refused_is_an_error_after_max_retries(closed_port):
         assert figures(proxy)[0] == 4
 
 
-def test_connect_refused_then_a_listener_is_an_answer(zai, closed_port):
+def test_connect_refused_then_a_listener_is_an_answer(zai, free_port):
     def open_up():
         """Chance is asked when the first refusal is to be waited out."""
-        zai.socket = socket.create_server(("127.0.0.1", closed_port))
+        zai.socket = socket.create_server(("127.0.0.1", free_port))
         threading.Thread(target=zai.accept, daemon=True).start()
         return 0.0
     shut_down(zai.socket)
-    with proxying(zai, ZAI_BASE_URL=f"http://127.0.0.1:{closed_port}/api") as proxy:
+    with proxying(zai, ZAI_BASE_URL=f"http://127.0.0.1:{free_port}/api") as proxy:
         proxy.server.upstream.rand = open_up
         assert ask(proxy, True) == WELL
         assert figures(proxy)[0] == 1
@@ -10450,15 +10457,15 @@ def test_help_without_docstrings_is_one_line():
 
 
 @posix_only
-def test_an_output_that_nobody_reads_ends_no_server(closed_port):
+def test_an_output_that_nobody_reads_ends_no_server(free_port):
     reader, writer = os.pipe()
     os.close(reader)
-    environ = {"PORT": str(closed_port), "DEMO_MODE": "1"}
+    environ = {"PORT": str(free_port), "DEMO_MODE": "1"}
     process = subprocess.Popen([sys.executable, "-I", "-B", ztoapi.__file__], env=environ, stdout=writer,
                                stderr=subprocess.PIPE, text=True)
     os.close(writer)
     try:
-        assert eventually(lambda: served(closed_port))
+        assert eventually(lambda: served(free_port))
         process.send_signal(signal.SIGTERM)
         assert process.wait(LONG_S) == 0
     finally:
