@@ -59,7 +59,7 @@ from ztoapi import (
 )
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-KEY = "sk-test-0123456789"
+KEY = "sk-Test-9876543210"
 ZAI_KEY = "0123456789abcdef0123.ZaiSecretZaiSecret"
 CHAT = "/v1/chat/completions"
 
@@ -900,7 +900,7 @@ def figures(proxy):
 
 def slots(proxy):
     """How many requests the gates think are in flight."""
-    return sum(gate[3] for gate in proxy.gates())
+    return sum(gate.in_flight for gate in proxy.server.upstream.gates.gates.values())
 
 
 def check_well(proxy, times, streamed=True):
@@ -1131,8 +1131,8 @@ def test_importing_has_no_side_effect():
 DEFAULTS = {
     "PORT": 9090, "HOST": "127.0.0.1", "DEFAULT_KEY": ("sk-your-key",), "ZAI_API_KEY": (),
     "ZAI_BASE_URL": "https://api.z.ai/api/paas/v4", "DEFAULT_STREAM": True, "ENABLE_THINKING": None,
-    "REASONING_FORMAT": "parsed", "MODEL_ALIASES": {}, "VISION_MODEL": "", "MAX_CONCURRENCY": 0, "QUEUE_TIMEOUT": 120,
-    "MAX_RETRIES": 2, "HEARTBEAT": 10, "UPSTREAM_TIMEOUT": 300, "CLIENT_TIMEOUT": 60, "MAX_BODY_MB": 64,
+    "REASONING_FORMAT": "parsed", "MODEL_ALIASES": {}, "VISION_MODEL": "", "MODEL_FALLBACKS": {},
+    "MAX_CONCURRENCY": 0, "QUEUE_TIMEOUT": 120, "MAX_RETRIES": 2, "HEARTBEAT": 10, "UPSTREAM_TIMEOUT": 300, "CLIENT_TIMEOUT": 60, "MAX_BODY_MB": 64,
     "MAX_CONNECTIONS": 1024, "CORS_ORIGIN": ("*",), "DEBUG_MODE": False, "DEMO_MODE": False,
 }
 FLAGS = ("DEFAULT_STREAM", "ENABLE_THINKING", "DEBUG_MODE", "DEMO_MODE")
@@ -1154,7 +1154,7 @@ GOOD_SETTINGS = [
     *(("REASONING_FORMAT", text, text.lower()) for text in ("parsed", "raw", "hidden", "Raw", "HIDDEN")),
     *(("ZAI_API_KEY", text, ()) for text in ("", "-", "none", "unset", "None", " - ")),
     *(("ENABLE_THINKING", text, None) for text in ("", "-", "unset", "none")),
-    *(("MODEL_ALIASES", text, {}) for text in ("", "-", "none", "UNSET")),
+    *((variable, text, {}) for variable in ("MODEL_ALIASES", "MODEL_FALLBACKS") for text in ("", "-", "none", "UNSET")),
     *(("VISION_MODEL", text, model) for text, model in (("-", ""), ("", ""), (" GLM-4.6V ", "GLM-4.6V"))),
     *(("PORT", text, int(text)) for text in ("0", "65535", " 8080 ")),
     *(("HOST", text, text) for text in ("0.0.0.0", "::", "localhost", "192.168.1.2")),
@@ -1301,6 +1301,8 @@ ODD_KEYS = ("abcdefgh", "abcdefghijklmnop", "abc\\def'ghi\\jkl")
         ("SecretSecretSecretSecret", "[redacted][redacted]"))),
     ((), ("plain-key-without-a-dot",), "plain-key-without-a-dot", "[redacted]"),
     ((), ("sk-your-key",), "sk-your-key", "sk-your-key"),
+    ((), ("sk-Prod-AAAA", "sk-Prod-BBBB"), "sk-Prod-BBBBsk-Prod-AAAA sk-prod-bbbb sk-Prod-BB",
+     "[redacted][redacted] [redacted] [redacted]"),
     *(((), ODD_KEYS, text, clean) for text, clean in (
         ("abcdefghijklmnop abcdefgh", "[redacted] [redacted]"), (ODD_KEYS[2], "[redacted]"),
         (ascii(ODD_KEYS[2]), '"[redacted]"'), ("nothing to hide", "nothing to hide"))),
@@ -3271,13 +3273,13 @@ GLM_46_JSON = r"""{"choices":[{"finish_reason":"stop","index":0,"message":{"cont
 "reasoning_content":"\n用户","role":"assistant"}}],"created":1770631146,"id":"2026020917585695a7e8be40254c7c",
 "model":"glm-4.6","object":"chat.completion","request_id":"2026020917585695a7e8be40254c7c",
 "usage":{"completion_tokens":329,"completion_tokens_details":{"reasoning_tokens":253},"prompt_tokens":9,
-"prompt_tokens_details":{"cached_tokens":4},"total_tokens":338}}""".encode()
+"prompt_tokens_details":{"cached_tokens":4},"total_tokens":338}}""".replace("\n", "").encode()
 GLM_52_JSON = r"""{"choices":[{"finish_reason":"tool_calls","index":0,"message":{"content":"好的",
 "reasoning_content":"The user wants","role":"assistant","tool_calls":[
 {"function":{"arguments":"{\"city\":\"北京\"}","name":"get_weather"},"id":"call_-7391102189101383143","index":0,
 "type":"function"},
 {"function":{"arguments":"{\"city\":\"上海\"}","name":"get_time"},"id":"call_-7391102189101383142","index":1,
-"type":"function"}]}}],"id":"1"}""".encode()
+"type":"function"}]}}],"id":"1"}""".replace("\n", "").encode()
 MINIMAL = {"id": "", "object": "", "created": 0, "model": "", "system_fingerprint": None}
 
 # Good answers. To add a case, add a row: what is special, what Z.ai sends, what it
@@ -3393,7 +3395,7 @@ MINIMAL = {"id": "", "object": "", "created": 0, "model": "", "system_fingerprin
        call("get_time", "{}") + calls_in(item(None, behind, index=0)) + TOOLS_END,
        asks(TIME)) for behind in ("}", "</tool_call>", "{}")),
     *((f"behind the arguments {behind!r}", call("get_weather", PARIS + behind) + TOOLS_END,
-       asks(RAIN)) for behind in (PARIS, "\n" + PARIS, "}", "\n</tool_call>")),
+       asks(RAIN)) for behind in (PARIS, "\n" + PARIS, '{"b":1}', "}", "\n</tool_call>")),
     *((f"arguments twice, {where}",
        call("get_weather", '{"city":', "c") + calls_in(item(None, '"Paris"}', index=0))
        + calls_in(item(name, PARIS, **where)) + TOOLS_END, asks(RAIN))
@@ -3435,17 +3437,12 @@ MINIMAL = {"id": "", "object": "", "created": 0, "model": "", "system_fingerprin
     ("empty arguments before the name",
      calls_in(item(None, "{}", id="a", index=0)) + calls_in(item("get_time", index=0)) + finished("length"),
      asks(TIME, finish="length")),
-    ("a call without name and arguments",
-     calls_in(item(None, "{}", id="a", index=0)) + calls_in(item(*RAIN, id="b", index=1)) + TOOLS_END, asks(RAIN)),
-    ("names that are no strings",
-     calls_in(item(True, "{}", id="a", index=0), item(["f"], "{}", id="b", index=1), item(*RAIN, id="c", index=2))
-     + TOOLS_END, asks(RAIN)),
     # Markup in names and keys
     *((f"the name {name!r}", call(name, PARIS) + TOOLS_END, asks(RAIN)) for name in (
         " get_weather", "get_weather\n", "get_weather</arg_value>", "get_weather</tool_call>",
         "get_weather <arg_key>")),
-    ("a name with markup that is no tool's", call("x</arg_value>", PARIS) + TOOLS_END,
-     asks(("x</arg_value>", PARIS))),
+    *((f"the name {name!r} is no tool's", call(name, PARIS) + TOOLS_END, asks((name, PARIS)))
+      for name in ("x</arg_value>", "get_weather<arg_key>city</arg_key>")),
     *((f"the key {key!r}", call("get_weather", {key: "Paris"}) + TOOLS_END, asks(RAIN))
       for key in (
         "city</arg_key>", "city<arg_key>", "city</arg_value>", "city </arg_key>\n<arg_value>", "city</tool_call>",
@@ -3460,7 +3457,7 @@ MINIMAL = {"id": "", "object": "", "created": 0, "model": "", "system_fingerprin
      asks(("get_time", '{"a":"x</arg_key>"}'))),
     *((f"arguments in the name, {arguments}",
        calls_in(item("get_weather" + CITY, arguments, id="c", index=0)) + TOOLS_END, asks(RAIN))
-      for arguments in ("", "{}", " {} ", None, {})),
+      for arguments in ("", "{}", " {} ", None, {}, '{"b":1}')),
     # Leaks into the wrong field
     ("thinking in the content", say("<think>Got it\n") + say("</think>\n\nYes") + ENDED, says("Yes", "Got it\n")),
     ("thinking in the content, never closed", say("<think>Got it") + finished("length"),
@@ -3770,13 +3767,11 @@ BARE_LINE = '{"error":{"code":"500","message":"内部错误"}}'.encode()
         *((f"arguments cut in the middle, {finish}",
            call("get_weather", text) + finished(finish))
           for finish in ("stop", "tool_calls") for text in ('{"ci', '{"city":"Par', '{"a":[1')),
+        *((f"a call with the name {name}", calls_in(item(name, "{}", id="a", index=0), item(*RAIN, id="b", index=1))
+           + TOOLS_END) for name in (None, True, ["f"])),
         ("a call without a name", calls_in(item(None, PARIS, id="a", index=0)) + TOOLS_END),
         ("a call without a name beside a good one", call() + calls_in(item(None, PARIS, id="a", index=1)) + TOOLS_END),
         ("a fragment without a home", call() + calls_in(item(None, "x", index=7)) + TOOLS_END),
-        *((f"the name {name} with the arguments {text!r:.20}",
-           calls_in(item(name, text, id="c", index=0)) + TOOLS_END) for name, text in (
-            ("get_weather<arg_key>city</arg_key>", "{}"), ("get_weather" + CITY, '{"b":1}'),
-            ("get_weather", PARIS + '{"b":1}'), (None, "x" * 70000))),
         ("an error in mid-stream", say("a") + error_event("1234") + ENDED),
         *((f"{field} {str(value):.20}", sse({"choices": [{"delta": {field: value}}]}) + ENDED) for field, value in (
             ("content", 5), ("content", ["b"]), ("content", [{"type": "text", "text": "b"}]), ("content", {"b": 1}),
@@ -3884,7 +3879,7 @@ JSON_ANSWER = json.dumps({"choices": [{"message": {"content": "Hello"}, "finish_
         b"application/json", b"application/json;charset=UTF-8", b"application/x-ndjson", b"text/plain", b"")),
     ("a stream called JSON that begins late", with_kind(b"application/json") + chunked(b"\n\n ") + BODY),
     ("a JSON body", answer(200, JSON_ANSWER)[0]),
-    ("a JSON body, blanks around it", answer(200, b"\n " + JSON_ANSWER + b"\n")[0]),
+    ("a JSON body between line ends", answer(200, b"\r\n" + JSON_ANSWER + b"\n")[0]),
     ("a JSON body, chunked", with_kind(b"application/json") + chunked(JSON_ANSWER) + END),
     ("a JSON body called a stream", HEAD + chunked(JSON_ANSWER) + END),
     ("a JSON body without length", OK + b"Content-Type: application/json\r\n\r\n" + JSON_ANSWER),
@@ -3904,12 +3899,6 @@ def test_a_response_is_understood_however_it_arrives(data):
         assert failure is None, pieces[:3]
         assert "".join(step.text for step in steps if step.kind == ztoapi.TEXT) == "Hello"
         assert steps[-1].kind == ztoapi.FINISH
-
-
-def test_a_line_end_inside_a_json_body_is_a_blank_however_it_arrives():
-    for pieces in pieces_of(answer(200, JSON_ANSWER.replace(b"Hello", b"Hel\nlo"))[0]):
-        steps, _ = receive(pieces)
-        assert steps[0].text == "Hel lo", pieces[:3]
 
 
 def status_line(status, *lines):
@@ -4231,7 +4220,7 @@ def test_a_leaking_call_is_found_wherever_the_text_is_cut(text):
 @pytest.mark.parametrize("text, held", [
     *((text, "") for text in (
         "GLM writes calls as <tool_call> followed by a name", "<tool_call>get_weather<b>", "<tool_call>get_weathers",
-        "<tool_call>get_weather is a tool", "<tool_call>" + " " * 300, "a <b")),
+        "<tool_call>get_weather is a tool", "a <b")),
     *((text, text) for text in (
         "<tool_call>", "<tool_call>get_weather", "<tool_call>\n get_w", "<tool_call>get_weather ",
         "<tool_call>get_weather<arg_k")),
@@ -4275,11 +4264,11 @@ def test_a_json_answer_comes_without_its_fence_wherever_it_is_cut(text, left):
     *((("Observation",), text, left, met) for text, left, met in (
         ("a = 1\nObservation: 5", "a = 1\n", True), ("Observation", "", True), ("Obser", "Obser", False),
         ("Obs", "Obs", False), ("Obser, Observatio", "Obser, ", False))),  # Z.ai stops with most of it in the text
-    (("x", "Observation"), "Observatio", "Observatio", False),  # which is why only the first, which it gets, goes
+    (("x", "Observation"), "Observatio", "", False),
     *((("</code>",), text, left, met) for text, left, met in (
         ("if a < b: print(1)\n", "if a < b: print(1)\n", False), ("a</code", "a", False), ("a</co<", "a</co<", False),
         ("a<</code>b", "a<", True), ("a</c", "a</c", False))),  # three letters are too few
-    (("<|user|>",), "a<|user|>", "a", True), (("\U0001f600",), "a\U0001f600b", "a", True),
+    (("<|user|>",), "a<|user|>b", "a", True), (("\U0001f600",), "a\U0001f600b", "a", True),
     (tuple("abcdefgh"), "xyzh", "xyz", True),
     # The first to end counts, as it would letter by letter
     (("b", "a"), "xaby", "x", True), (("cd", "abc"), "xabcd", "x", True), (("abc", "b"), "xab", "xa", True),
@@ -4322,19 +4311,19 @@ def estimated(count):
 # row: what is special, the bytes, what they say, the options.
 @cases("data, expected, options", [
     ("in thinking it is none", think("a stop b") + say("c stop d") + ENDED,
-     says("c ", "a stop b", usage=estimated(3)), {}),
+     says("c ", "a stop b", usage=estimated(4)), {}),
     ("in thinking in the content it is none", say("<think>a stop b</think>c") + ENDED, says("c", "a stop b"), {}),
     ("in arguments it is none", say("a") + call("f", '{"a":"stop"}') + TOOLS_END,
      asks(("f", '{"a":"stop"}'), content="a"), {}),
     ("a call behind it is none", calls_in(item(*RAIN, id="c"), content="a stop") + TOOLS_END,
      says("a ", usage=estimated(1)), {}),
-    ("a call before it stays one", call() + say("a stop") + ENDED, asks(RAIN, content="a ", usage=estimated(5)), {}),
+    ("a call before it stays one", call() + say("a stop") + ENDED, asks(RAIN, content="a ", usage=estimated(6)), {}),
     ("a call without arguments before it has some",
      call("get_time", "") + say("a stop") + ENDED,
      asks(TIME, content="a ", usage=estimated(2)), {}),
     ("a leaked call before it is made and one behind it is not",
      say(leak("get_weather" + CITY) + "a stop" + leak("get_time")) + ENDED,
-     asks(RAIN, content="a ", usage=estimated(5)), {"tools": WEATHER}),
+     asks(RAIN, content="a ", usage=estimated(6)), {"tools": WEATHER}),
     ("at the very end it leaves nothing of itself", say("a sto<") + ENDED, says("a "), {"stop": ("sto<",)}),
     ("usage that came with it counts", event({"content": "a stop"}, "stop", USAGE), says("a "), {}),
     ("it works behind a fence", say('```json\n{"a":1,') + say('"stop":2}\n```') + ENDED,
@@ -4595,14 +4584,14 @@ def test_texts_say_the_same_wherever_they_are_cut():
                 for at in range(0, len(text), size):
                     steps += room.feed(kind, text[at:at + size])
             steps = ztoapi.joined(steps + room.close(is_cut=False))
-            told.add((tuple(words_in(steps)), tuple(room.leaked)))
+            told.add(str((words_in(steps), room.leaked)))
         assert len(told) == 1, lanes
 
 
 def test_calls_come_one_after_the_other_whatever_order_their_pieces_have():
     rng = random.Random(5)
     for _ in range(300):
-        room = ztoapi.Calls({}, False, lambda: "call_new")
+        room = ztoapi.Calls({}, lambda: "call_new")
         texts = [json.dumps({"a": "}{" * rng.randrange(4), "b": i}) for i in range(3)]
         pieces = {i: [text[at:at + 3] for at in range(0, len(text), 3)] for i, text in enumerate(texts)}
         steps = [step for i in range(3) for step in room.feed([item("f", "", id=f"c{i}", index=i)])]
@@ -6048,6 +6037,38 @@ def test_hard_schemas_become_plain(properties, plainer):
     assert found["parameters"] == {"type": "object", "properties": plainer}
 
 
+HARD_TOOL = {"type": "function", "function": {"name": "f", "parameters": {
+    "type": "object", "properties": {"a": {"anyOf": [{"type": "string"}, {"type": "null"}]}}}}}
+
+
+# To add a case, add a row: Z.ai's answers, which of the requests had plain schemas, the
+# status.
+@cases("answers, plain, status", [
+    ("1210", [refusal(400, "1210")], [False, True], 200), ("1214", [refusal(400, "1214")], [False, True], 200),
+    ("empty", [stream(DONE)] * 2, [False, False, True], 200),
+    ("network", [refusal(400, "1234")] * 2, [False, False, True], 200),
+    ("500", [answer(500, complaint("500"))] * 2, [False, False, True], 200),
+    ("once", [refusal(400, "1210")] * 2, [False, True], 400),
+    ("another fault", [refusal(400, "1261")], [False], 400), ("heals", [refusal(400, "1234")], [False, False], 200),
+    ("words", [refusal(400, "1210", "Prompt exceeds max length")], [False], 400),
+    ("later", [refusal(400, "1210"), refusal(429, "1302")], [False, True, True], 200),
+    ("too late", [stream(say("a"), error_event("1210"))], [False], 400),
+])
+def test_schemas_that_zai_may_have_refused_are_said_in_plain_words_once(zai, answers, plain, status):
+    zai.scripts.extend(answers)
+    with proxying(zai, MAX_RETRIES="1") as proxy:
+        found, headers, _ = proxy.chat(tools=[HARD_TOOL])
+    assert found == status
+    assert ["anyOf" not in json.dumps(request["body"]) for request in zai.requests] == plain
+    assert headers.get("x-ztoapi-changed") == ("schemas" if plain[-1] else None)
+
+
+def test_a_refusal_without_hard_schemas_is_told_at_once(zai, proxy):
+    zai.default = refusal(400, "1210")
+    assert proxy.chat(tools=[TOOL])[0] == 400
+    assert len(zai.requests) == 1
+
+
 def test_a_schema_that_refers_to_itself_has_an_end():
     defs = {str(i): {"anyOf": [{"$ref": f"#/$defs/{j}"} for j in range(20)]} for i in range(20)}
     schema = {"$ref": "#/$defs/0", "$defs": defs}
@@ -6229,7 +6250,7 @@ class Timed:
         return sum(self.gates.state()[1].values())
 
     def ceilings(self):
-        return [ceiling for _, _, ceiling, _ in self.gates.state()[0]]
+        return [None if gate.ceiling == ztoapi.INFINITY else gate.ceiling for gate in self.gates.gates.values()]
 
     def serve_all(self, ticket):
         """Let the ticket end, then each that is admitted thereby; in which order they came."""
@@ -6247,8 +6268,10 @@ class Timed:
         return self.answers.popleft() if self.answers else self.script
 
     def job(self, model="glm-4.6"):
+        def write(model=""):
+            return ztoapi.to_zai_request(request, self.settings, model)
         request = ztoapi.Request(chat_body(model=model, stream=True), {})
-        return self.upstream.job(ztoapi.to_zai_request(request, self.settings))
+        return self.upstream.job(write(), write=write)
 
     def ask(self, model="glm-4.6"):
         """(text, error, record)"""
@@ -6488,7 +6511,7 @@ def test_a_burst_of_10_against_a_limit_of_3_succeeds_and_teaches(zai, proxy, ref
     zai.default = limited
     results = together(*[lambda i=i: ask(proxy, i % 3) for i in range(10)])
     assert results == [(200, "ab", None, True)] * 10
-    (_, _, ceiling, _), = proxy.gates()
+    (_, _, ceiling), = proxy.gates()
     assert ceiling in (1, 2, 3)
 
 
@@ -6613,7 +6636,7 @@ def test_large_requests_are_read_one_at_a_time_and_who_leaves_is_noticed(zai, br
 def test_the_key_with_the_most_room_serves(make_timed, limit):
     timed = make_timed(keys=2, limit=limit)
     tickets = [timed.enter() for _ in range(4)]
-    assert [gate[3] for gate in timed.gates.state()[0]] == [2, 2]
+    assert [gate.in_flight for gate in timed.gates.gates.values()] == [2, 2]
     freed = tickets[1].gate
     timed.gates.leave(tickets[1], served=True)
     assert timed.enter().gate is freed
@@ -7197,7 +7220,7 @@ def test_an_error_that_comes_while_the_client_is_behind_comes_last_and_whole(zai
 def test_a_slow_reader_does_not_hold_up_the_others(zai, proxy):
     zai.scripts.append(Torrent(600, 1 << 16).script)
     with proxy.open_stream():
-        assert eventually(lambda: any(client.is_behind for client in list(proxy.server.pump.clients)))
+        assert eventually(lambda: any(relay.is_behind for relay in list(proxy.server.pump.relays)))
         assert ask(proxy, True) == WELL
 
 
@@ -7220,7 +7243,7 @@ def test_client_timeout_is_between_two_writes_with_a_bound_for_all(fake_stream, 
     fake_stream.connection.room = room
     dropped = None
     try:
-        while fake_stream.is_behind:
+        while fake_stream.outbox.unsent:
             clock.now += 50
             fake_stream.outbox.look(clock.now, Settings(client_timeout=60))
     except ztoapi.ClientGone as gone:
@@ -7723,8 +7746,8 @@ def test_a_refused_request_goes_again_after_a_backoff_that_doubles_to_8_seconds(
     timed.script = refusal(429, "1302")
     _, error, record = timed.ask()
     for gap, nominal in zip(timed.gaps(), (0.5, 1, 2, 4, 8, 8, 8, 8)):
-        assert nominal <= gap <= min(8, nominal * (1 + 0.5 * rand)) + FakeClock.STEP_S
-    assert len(timed.times) > 14, "besides MAX_RETRIES"
+        assert nominal <= gap <= nominal * (1 + 0.5 * rand) + FakeClock.STEP_S
+    assert len(timed.times) > 10, "besides MAX_RETRIES"
     assert record.retries == len(timed.times)
     assert (error.status, error.code) == (429, "rate_limit_exceeded")
 
@@ -7740,6 +7763,50 @@ def test_an_overload_is_waited_out_within_queue_timeout(make_timed):
     assert error.headers()["x-should-retry"] == "false"
     timed.script = stream(*HEALTHY)
     assert timed.ask()[0] == "Hello"
+
+
+def test_an_overload_is_waited_out_for_5_seconds_if_another_model_may_answer(make_timed, zai):
+    timed = make_timed(MODEL_FALLBACKS="glm-5.3=glm-5.2")
+
+    def answered(request):
+        timed.times.append(timed.clock.now - 1024)
+        return overloaded if request["body"]["model"] == "glm-5.3" else stream(*HEALTHY)
+    overloaded = refusal(429, "1305")
+    zai.default = answered
+
+    def seconds():
+        began = timed.clock.now
+        assert timed.ask("glm-5.3")[:2] == ("Hello", None)
+        return timed.clock.now - began
+    assert seconds() == 5
+    assert timed.times == [0, 1, 3, 5]
+    assert seconds() == 0, "nobody waits once more"
+    timed.clock.now += 3
+    assert seconds() == 0
+    assert timed.times[4:] == [5, 8, 8], "one tries whether it has room again"
+    timed.clock.now += 61
+    assert seconds() == 5, "that was another overload"
+    overloaded = stream(*HEALTHY)
+    timed.clock.now += 15
+    assert seconds() == 0
+    overloaded = [*refusal(429, "1302")]
+    timed.clock.at(timed.clock.now + 20, lambda: overloaded.clear() or overloaded.extend(stream(*HEALTHY)))
+    assert 20 <= seconds() < 30, "too many at once are queued"
+
+
+def test_whoever_queues_for_an_overloaded_model_does_not_wait_either(make_timed):
+    timed = make_timed(limit=1)
+    first = timed.enter()
+    second = timed.ticket(clock=timed.clock)
+    second.is_replaceable = True
+
+    def refuse():
+        timed.gates.leave(first, error_of("1305", retry_after=60))
+    timed.clock.at(timed.clock.now + 10, refuse)
+    with pytest.raises(ApiError) as caught:
+        timed.enter(second)
+    assert caught.value.code == "overloaded"
+    assert timed.clock.now == 1024 + 15
 
 
 @pytest.mark.parametrize("timeout", (20, 120))
@@ -8142,13 +8209,12 @@ def counted(**fields):
     ({"method": "GET", "path": "/health", "status": 200}, ["req_1 127.0.0.1 GET /health 200"], ["model=", "key="]),
     ({"key": "#2"}, ["key=#2"], []),
     ({"client_request_id": "run-17"}, ["rid=run-17"], []),
-    ({"client_request_id": "a b\r\n" + "x" * 500}, ["rid=a?b??xxx"], ["x" * 101]),
+    ({"client_request_id": "a b\r\n" + "x" * 500}, ["rid=a?b??xxx"], ["x" * 201]),
     ({"counted": True, "stream": True}, ["stream=true"], []),
     ({"counted": True, "stream": False}, ["stream=false"], []),
-    ({"counted": True, "stream": True, "stream_default": True}, ["stream=default"], ["stream=true"]),
     ({"counted": True, "model": "m out=7\u202e"}, ["model=m?out=7?"], []),
     ({"counted": True, "model": "m" * 5000}, ["model=mmm"], ["m" * 101]),
-    ({"counted": True, "ttft_s": 0.1234, "total_s": 2.0}, ["ttft=0.123 total=2.000 queue=0.000"], ["in=", "out="]),
+    ({"counted": True, "ttft_s": 0.1234, "total_s": 2.0}, ["ttft=0.123 total=2.0 queue=0.0"], ["in=", "out="]),
     ({"counted": True, "usage": {"prompt_tokens": 0, "completion_tokens": 7}}, ["in=0 out=7"], []),
     ({"counted": True, "changed": ("store", "a b")}, ["changed=store,a?b"], ["repaired="]),
     ({"counted": True, "retries": 2, "repaired": 1}, ["retries=2 repaired=1"], ["changed="]),
@@ -8189,7 +8255,7 @@ def test_the_counters_tell_the_client_keys_apart():
 
 
 def test_models_that_the_table_does_not_know_share_a_label():
-    gates = [(1, "new-1", 5, 0), (1, "new-2", 3, 0), (1, "glm-4.6", None, 1)]
+    gates = [(1, "new-1", 5), (1, "new-2", 3)]
     records = [counted(model_id=f"new-{i}") for i in range(9)]
     text = metrics_of(*records).prometheus(gates, {"new-1": 2, "new-2": 1})
     assert 'ztoapi_requests_total{model="other",status="200",key="#1"} 9\n' in text
@@ -8216,22 +8282,20 @@ def test_long_texts_do_not_stay():
 def test_the_history_is_ten_minutes_without_gaps():
     clock = [1000.0]
     metrics = metrics_of(counted(), now=lambda: clock[0])
-    for now in (1009.0, 1040.0, 990.0, 1200.0, 1.8e9):
+    for now, history in ((1009.0, [0] * 59 + [14]), (1040.0, [0] * 55 + [14, 0, 0, 0, 7]),
+                         (990.0, [0] * 55 + [14, 0, 0, 0, 14]), (1.8e9, [0] * 59 + [7])):
         clock[0] = now
         metrics.count("in_flight")
         metrics.finish(counted())
-    history = metrics.stats([], {}, False)["history"]
-    assert [row["t"] for row in history] == list(range(1800000000 - 590, 1800000001, 10))
-    assert [row["tokens"] for row in history] == [0] * 59 + [7]
+        assert metrics.stats([], {}, False)["history"] == history
 
 
-def test_stats_tell_the_last_minute_and_the_median():
-    metrics = metrics_of(*[counted(ttft_s=ttft_s) for ttft_s in (0.1, 0.2, 5.0)])
-    stats = metrics.stats([(1, "glm-4.6", 2, 1)], {"glm-4.6": 4}, True)
-    assert stats["ttft_p50_ms"] == 200.0
-    assert stats["tokens_per_s"] == round(21 / 60, 1)
+def test_stats_tell_tokens_gates_and_queues_by_model():
+    metrics = metrics_of(*[counted()] * 3)
+    stats = metrics.stats([(1, "glm-4.6", 2)], {"glm-4.6": 4}, True)
+    assert stats["history"][-1] == 21
     assert stats["tokens"] == {"glm-4.6": {"prompt": 9, "completion": 21}}
-    assert (stats["gates"], stats["queued"]) == ([(1, "glm-4.6", 2, 1)], {"glm-4.6": 4})
+    assert (stats["gates"], stats["queued"]) == ([(1, "glm-4.6", 2)], {"glm-4.6": 4})
     assert stats["demo"] is True
 
 
@@ -8640,18 +8704,12 @@ def test_a_key_is_taken_in_three_headers_and_nowhere_else(shared, lines, right):
         assert b"key-one" not in reply.body
 
 
-def test_a_401_tells_no_key_from_a_wrong_one_and_names_no_key_of_yours(shared):
-    for auth, words in ((False, "No API key"), (ZAI_KEY, "Incorrect API key")):
-        reply, _ = exchange(shared, raw_request("GET", "/v1/models", auth=auth))
-        assert words in reply.error()["message"]
-        assert "not the Z.ai key" in reply.error()["message"]
-        assert "sk-your-key" not in reply.error()["message"]
-
-
-def test_a_401_names_the_well_known_key_while_it_is_in_force(well_known):
-    reply, _ = exchange(well_known, raw_request("GET", "/v1/models", auth=ZAI_KEY))
-    assert reply.status == 401
-    assert "sk-your-key unless you set it" in reply.error()["message"]
+@pytest.mark.parametrize("auth", (False, ZAI_KEY))
+def test_a_401_says_which_key_to_send(shared, well_known, auth):
+    for proxy in (shared, well_known):
+        reply, _ = exchange(proxy, raw_request("GET", "/v1/models", auth=auth))
+        assert reply.status == 401
+        assert "DEFAULT_KEY (sk-your-key unless it was set), not the Z.ai key" in reply.error()["message"]
 
 
 # To add a case, add a row: a path that needs the key. It is tried in spellings that a
@@ -8795,14 +8853,16 @@ def test_secrets_are_redacted_wherever_they_could_surface(zai, log_lines, caplog
         for fields in ({"model": KEY}, {KEY: 1}, {"tool_choice": KEY}, {"stop": [KEY]}):
             proxy.chat(**fields)
         zai.scripts.append(refusal(429, "1302"))
-        assert proxy.chat(model=KEY)[0] == 200
+        answer = proxy.chat(model=KEY)
+        shown.append(str(answer[1].items()))
+        assert answer[0] == 200
         for path in (f"/v1/models?key={KEY}", f"/{KEY}", f"/v1/models/{KEY}", f"{CHAT}/{KEY}"):
             proxy.call("GET", path)
         quoted.append(proxy.call(KEY, "/health"))
         shown.append(str(proxy.call("OPTIONS", "/", None, [f"Access-Control-Request-Headers: {KEY}"])[1].items()))
         shown += [repr(proxy.settings), repr(proxy.server), proxy.call("GET", "/stats")]
     text = str([quoted, shown, log_lines()])
-    assert [secret for secret in (ZAI_KEY, KEY_ID, KEY_SECRET, KEY) if secret in text] == []
+    assert [secret for secret in (ZAI_KEY, KEY_ID, KEY_SECRET, KEY) if secret.lower() in text.lower()] == []
     assert [answer for answer in quoted if "[redacted]" not in str(answer)] == []
 
 
@@ -8947,6 +9007,78 @@ def test_the_model_that_answers_is_told(zai, door):
         assert proxy.chat()[1]["x-ztoapi-model"] == "glm-4.6"
 
 
+def refusing(**codes):
+    """A fake Z.ai's answers: what of a model's name follows the dash (5_3) is refused with that code."""
+    def answered(request):
+        code = codes.get(request["body"]["model"].rpartition("-")[2].replace(".", "_"))
+        return refusal(429, code) if code else stream(*HEALTHY)
+    return answered
+
+
+# To add a case, add a row: what each model refuses with, who answers.
+@cases("refusals, model", [
+    ("no money", {"5_3": "1113"}, "glm-5.2"), ("limit reached", {"5_3": "1308", "5_2": "1310"}, "glm-4.7"),
+    ("not in the plan", {"5_3": "1311"}, "glm-5.2"), ("not there", {"5_3": "1211", "5_2": "1113"}, "glm-4.7"),
+    ("down", {"5_3": "1120"}, "glm-5.2"),
+    # No other model heals these. Of who fails all the way, the first tells.
+    ("invalid", {"5_3": "1210"}, "1210"), ("our key", {"5_3": "1001"}, "1001"), ("unfair", {"5_3": "1313"}, "1313"),
+    ("all the way", {"5_3": "1113", "5_2": "1211", "4_7": "1311"}, "1113"),
+])
+@each_door
+def test_another_model_answers_for_one_that_cannot(zai, log_lines, door, refusals, model):
+    zai.default = refusing(**refusals)
+    path, body = {"chat": (CHAT, chat_body()), **APIS}[door]
+    fallbacks = "GLM-5.3=5.2,5.2=glm-4.7,glm-4.7=glm-5.3"
+    with proxying(zai, MODEL_FALLBACKS=fallbacks, MODEL_ALIASES="5.2=GLM-5.2", MAX_RETRIES="0") as proxy:
+        status, headers, answer = proxy.call("POST", path, {**body, "model": "glm-5.3", "stream": False})
+        proxy.idle()
+        row = proxy.call("GET", "/stats")[2]["recent"][0]
+    asked = [request["body"]["model"] for request in zai.requests]
+    assert asked == ["glm-5.3", "glm-5.2", "glm-4.7"][:len(asked)], "each model once"
+    if model.isdigit():
+        assert status >= 400
+        assert f"(code {model})" in json.dumps(answer)
+        assert len(asked) == (3 if len(refusals) == 3 else 1)
+    else:
+        assert (status, headers["x-ztoapi-model"], answer["model"], asked[-1]) == (200, model, "glm-5.3", model)
+        assert (row["model"], row["by"]) == ("glm-5.3", model)
+        assert f" model=glm-5.3 by={model} " in log_lines()[0]
+        assert f'model="{model}"' in proxy.server.metrics.prometheus([], {})
+
+
+def test_every_key_is_tried_before_another_model_is(zai):
+    def answered(request):
+        is_refused = KEYS[0] in request["headers"]["Authorization"] or request["body"]["model"] == "glm-5.3"
+        return refusal(429, "1113") if is_refused else stream(*HEALTHY)
+    KEYS = ZAI_KEYS[:2]
+    zai.default = answered
+    with proxying(zai, MODEL_FALLBACKS="glm-5.3=glm-4.7", ZAI_API_KEY=",".join(KEYS)) as proxy:
+        assert proxy.chat(model="glm-5.3")[0] == 200
+    assert [request["body"]["model"] for request in zai.requests[:3]] == ["glm-5.3", "glm-5.3", "glm-4.7"]
+
+
+def test_another_model_is_asked_in_its_own_way(zai):
+    zai.default = refusing(**{"5_3": "1113"})
+    turn = user([{"type": "text", "text": "a"}, PICTURE])
+    fallbacks = "glm-5.3-flash=glm-4.7,glm-4.7=glm-4.5v,glm-5.3=glm-4.5"
+    with proxying(zai, MODEL_FALLBACKS=fallbacks) as proxy:
+        assert proxy.chat(model="glm-5.3", max_tokens=130000, reasoning_effort="low")[0] == 200
+        first, second = (request["body"] for request in zai.requests)
+        assert (first["max_tokens"], second["max_tokens"]) == (130000, 98304)
+        assert "reasoning_effort" in first
+        assert "reasoning_effort" not in second
+        zai.default = refusing(flash="1113")
+        # GLM-4.7 sees no pictures.
+        assert proxy.chat(model="glm-5.3-flash", messages=[turn])[1]["x-ztoapi-model"] == "glm-4.5v"
+
+
+def test_after_the_first_token_no_other_model_answers(zai):
+    zai.default = stream(say("Hel"), error_event("1113"))
+    with proxying(zai, MODEL_FALLBACKS="glm-5.3=glm-4.7") as proxy:
+        assert ask(proxy, True, model="glm-5.3")[1] == "Hel"
+    assert len(zai.requests) == 1
+
+
 @each_api
 def test_each_api_streams_and_answers_in_json(proxy, api):
     reply, events = ask_api(proxy, api, True)
@@ -9088,13 +9220,7 @@ def test_the_line_of_a_chat_tells_what_happened(zai, log_lines):
     for word in ("key=#2", "rid=run?17", "model=GLM-4.6", "stream=false", "in=28", "out=185", "retries=2",
                  "changed=store", "zai=20260711073209851e7f8c12c44579"):
         assert word in words
-    assert re.search(r" ttft=\d+\.\d{3} total=\d+\.\d{3} queue=\d+\.\d{3} ", log_lines()[0])
-
-
-def test_the_line_says_when_a_default_decided_on_streaming(proxy, log_lines):
-    assert proxy.call("POST", CHAT, chat_body())[0] == 200
-    assert eventually(log_lines)
-    assert " stream=default " in log_lines()[0]
+    assert re.search(r" ttft=\d+\.\d+ total=\d+\.\d+ queue=\d+\.\d+ ", log_lines()[0])
 
 
 def test_a_key_is_taken_out_before_a_word_is_cut(zai, log_lines):
@@ -9241,7 +9367,7 @@ def test_stats_begin_empty(proxy):
         assert stats[name] == 0
     assert (stats["queued"], stats["gates"], stats["tokens"], stats["trouble"]) == ({}, [], {}, [""])
     assert stats["unauthorized"] == 1
-    assert stats["ttft_p50_ms"] is None
+    assert stats["history"] == [0] * 60
     assert stats["recent"] == []
     assert stats["demo"] is False
 
@@ -9258,25 +9384,23 @@ def test_stats_tell_the_page_what_is_going_on(zai):
     assert headers["Cache-Control"] == "no-store"
     assert stats["version"] == ztoapi.__version__
     assert (stats["served"], stats["failed"]) == (23, 1)
-    assert stats["tokens_per_s"] > 0
-    assert stats["ttft_p50_ms"] >= 0
-    assert sum(bucket["tokens"] for bucket in stats["history"]) == 23 * 185
+    assert sum(stats["history"]) == 23 * 185
     assert not re.search("PROMPT|Hello|The user", json.dumps(stats))
     assert len(stats["recent"]) == 20
     failed, served = stats["recent"][:2]
-    assert set(failed) == {"time", "path", "key", "model", "status", "stream", "ttft_ms", "total_ms",
-                           "tokens_in", "tokens_out", "error"}
+    assert set(failed) == {"time", "path", "key", "status", "error", "model", "by", "stream", "ttft", "total", "queue",
+                           "in", "out", "retries", "changed", "repaired", "zai"}
     assert failed["status"] == 400
     assert "1210" in failed["error"]
     assert (served["path"], served["key"], served["model"]) == (CHAT, "#1", "m22")
-    assert served["tokens_out"] == 185
-    assert served["error"] is None
+    assert served["out"] == 185
+    assert served["error"] == ""
 
 
 def test_a_learned_ceiling_shows(zai, proxy):
     zai.limit, zai.default = 2, stream(say("a"), lambda *_: eventually(lambda: zai.refused), FINISH, DONE)
     together(*[proxy.chat] * 4)
-    (key, model, ceiling, _), = proxy.call("GET", "/stats")[2]["gates"]
+    (key, model, ceiling), = proxy.call("GET", "/stats")[2]["gates"]
     text = proxy.call("GET", "/metrics")[2]
     assert (key, model) == (1, "glm-4.6")
     assert 1 <= ceiling <= 3
@@ -9512,7 +9636,7 @@ def test_where_all_are_busy_a_503_can_be_read_and_the_rest_goes_on(zai, go, log_
         assert proxy.chat()[0] == 200
         for sock in busy:
             sock.close()
-    assert len(log_lines(logging.WARNING)) == 1
+    assert len(log_lines(logging.WARNING)) == 3
     assert not log_lines(logging.ERROR)
 
 
@@ -9530,7 +9654,7 @@ def test_where_no_thread_can_be_started_there_is_a_503(monkeypatch, log_lines, p
             assert reply.status == 503
             assert int(reply.headers["Retry-After"]) > 0
     assert proxy.chat()[0] == 200
-    assert len(log_lines(logging.WARNING)) == 1
+    assert len(log_lines(logging.WARNING)) == 3
     assert not log_lines(logging.ERROR)
 
 
@@ -9968,7 +10092,6 @@ def test_the_demo_is_a_whole_answer_to_a_client():
 
 # Check ################################################################################
 
-LISTING = answer(200, {"object": "list", "data": []})
 OTHER_KEY = "fedcba9876543210.OtherOtherOther"
 
 
@@ -10001,38 +10124,36 @@ def test_the_check_passes_in_the_demo(capsys):
 
 
 def test_the_check_passes_where_one_key_of_two_is_good(zai, capsys):
-    zai.scripts.extend([LISTING, refusal(401, "1000"), stream(*HEALTHY)])
+    zai.scripts.extend([refusal(401, "1000"), stream(*HEALTHY)])
     other = {"DEFAULT_STREAM": "false", "HEARTBEAT": "0", "CORS_ORIGIN": "", "MODEL_ALIASES": "gpt-4o=glm-4.6"}
     status, out = check(capsys, ZAI_API_KEY=f"{ZAI_KEY},{OTHER_KEY}", ZAI_BASE_URL=zai.url, DEFAULT_KEY=KEY, **other)
     assert status == 0
     version = "Python %d.%d" % sys.version_info[:2]
-    for word in (version, "OpenSSL", "DNS", "TCP", "chat", "first token", "...cret", *other):
+    for word in (version, "OpenSSL", "FAIL  key: ", "ok    chat: ", "first token", "Key #1 ...cret", *other):
         assert word in out
     for secret in (ZAI_KEY, KEY, "ZaiSecret", "OtherOther", "fedcba"):
         assert secret not in out
-    paths = [request["path"].rsplit("v4", 1)[1] for request in zai.requests]
-    assert paths == ["/models", "/models", "/chat/completions"]
+    assert keys_at(zai) == [ZAI_KEY, OTHER_KEY]
 
 
 def test_the_check_names_a_short_key_by_its_position(zai, capsys):
-    zai.scripts.append(LISTING)
     status, out = check(capsys, ZAI_API_KEY="short", ZAI_BASE_URL=zai.url)
     assert status == 0
-    assert "ok    key #1 ...: accepted" in out
+    assert "Key #1 ...\n" in out
 
 
 # To add a case, add a row: a name -> what Z.ai does, a pattern of what the first FAIL
 # says, UPSTREAM_TIMEOUT, which is short where Z.ai falls silent.
 @cases("scripts,advice,patience", {
     "bad key": ([refusal(401, "1000", "Authentication failed " + ZAI_KEY)], "ZAI_API_KEY", "300"),
-    "HTML": ([answer(200, b"<html>portal</html>")], "ZAI_BASE_URL", "300"),
+    "HTML": ([answer(200, b"<html>portal</html>")] * 9, "ZAI_BASE_URL", "300"),
     "HTML 502": ([answer(502, b"<html>Bad gateway</html>")] * 3, "502", "300"),
-    "wrong path": ([answer(200, {"code": 500, "msg": "404 NOT_FOUND", "success": False})], "ZAI_BASE_URL", "300"),
-    "no money": ([LISTING] + [refusal(429, "1113", "Insufficient balance")] * 9, "Recharge|Coding Plan", "300"),
-    "no model": ([LISTING] + [refusal(400, "1211", "Unknown Model")] * 9, "model", "300"),
+    "wrong path": ([answer(200, {"code": 500, "msg": "404 NOT_FOUND", "success": False})] * 9, "ZAI_BASE_URL", "300"),
+    "no money": ([refusal(429, "1113", "Insufficient balance")] * 9, "Recharge|Coding Plan", "300"),
+    "no model": ([refusal(400, "1211", "Unknown Model")] * 9, "model", "300"),
     "silence": ([[20]] * 3, "silent", "0.1"),
-    "silence in the answer": ([LISTING] + [stream(think("x"), 20)] * 9, "silent|UPSTREAM_TIMEOUT", "0.5"),
-    "cut": ([LISTING] + [stream(think("x"), CLOSE)] * 9, "cut|ended", "300"),
+    "silence in the answer": ([stream(think("x"), 20)] * 9, "silent|UPSTREAM_TIMEOUT", "0.5"),
+    "cut": ([stream(think("x"), CLOSE)] * 9, "cut|ended", "300"),
 })
 def test_the_check_fails_with_one_sentence_on_what_to_do(zai, capsys, scripts, advice, patience):
     zai.scripts.extend(scripts)
@@ -10042,18 +10163,16 @@ def test_the_check_fails_with_one_sentence_on_what_to_do(zai, capsys, scripts, a
 
 # To add a case, add a row: a name -> what the pay-as-you-go API says of a key for the
 # Coding Plan, and what the mainland's says; the last line of the check.
-@cases("listed,mainland,told", {
-    "no balance": (LISTING, refusal(429, "1113"), "fits ZAI_BASE_URL={coding}: glm-4.7 answered there"),
-    "refused": (refusal(401, "401"), refusal(401, "401"), "fits ZAI_BASE_URL={coding}: glm-4.7 answered there"),
-    "fits nowhere": (LISTING, refusal(429, "1113"), "fits none of Z.ai's"),
+@cases("refused,mainland,told", {
+    "no balance": (refusal(429, "1113"), refusal(429, "1113"), "fits ZAI_BASE_URL={coding}."),
+    "refused": (refusal(401, "401"), refusal(401, "401"), "fits ZAI_BASE_URL={coding}."),
+    "fits nowhere": (refusal(429, "1113"), refusal(429, "1113"), "fits none of Z.ai's"),
 })
-def test_the_check_finds_the_base_url_that_a_key_fits(zai, capsys, monkeypatch, listed, mainland, told):
+def test_the_check_finds_the_base_url_that_a_key_fits(zai, capsys, monkeypatch, refused, mainland, told):
     def reply(request):
         if "coding" in request["path"] and "none" not in told:
             return stream(*HEALTHY)
-        if "mainland" in request["path"]:
-            return mainland
-        return listed if request["path"].endswith("/models") else refusal(429, "1113", "Insufficient balance")
+        return mainland if "mainland" in request["path"] else refused
 
     zai.default = reply
     bases = [zai.url, zai.url.replace("/api", "/mainland"), zai.url.replace("/paas", "/coding/paas")]
@@ -10064,21 +10183,23 @@ def test_the_check_finds_the_base_url_that_a_key_fits(zai, capsys, monkeypatch, 
     assert ZAI_KEY not in out
 
 
+def test_the_check_says_that_z_ai_has_no_room(zai, capsys):
+    zai.default = refusal(429, "1302")
+    assert re.match("FAIL  chat with .*QUEUE_TIMEOUT", failures_of(capsys, ZAI_BASE_URL=zai.url, QUEUE_TIMEOUT="0.1")[0])
+
+
 def test_the_check_shows_a_key_to_no_server_that_is_not_named(zai, capsys):
     zai.default = refusal(401, "401")
     assert len(failures_of(capsys, ZAI_BASE_URL=zai.url)) == 1
     assert len(zai.requests) == 1
 
 
-# To add a case, add a row: what Z.ai does for ever, behind a good listing of models or
-# not.
+# To add a case, add a row: what Z.ai does for ever.
 @pytest.mark.parametrize("script", (
     [HEAD, *[b"x", 0.1] * 300], [b"HTTP/1.1 103 Early Hints\r\n\r\n", 0.1] * 300, stream(*[b": ping\n\n", 0.1] * 300),
 ), ids=("a drip", "interim answers", "comments"))
-@pytest.mark.parametrize("first", ([], [LISTING]), ids=("key", "chat"))
-def test_the_check_ends_whatever_answers(zai, capsys, monkeypatch, script, first):
+def test_the_check_ends_whatever_answers(zai, capsys, monkeypatch, script):
     monkeypatch.setattr(ztoapi, "CHECK_S", 0.5)
-    zai.scripts.extend(first)
     zai.default = script
     assert failures_of(capsys, ZAI_BASE_URL=zai.url)
 
@@ -10108,11 +10229,11 @@ def test_an_address_of_a_proxy_that_is_not_valid_is_a_failure_of_the_check(capsy
 
 def test_the_check_says_that_the_file_of_certificates_is_missing(trusted, capsys, monkeypatch):
     monkeypatch.setenv("SSL_CERT_FILE", os.path.join(HERE, "no-such-file.pem"))
-    assert re.match("FAIL  TLS: .*is not there", failures_of(capsys, ZAI_BASE_URL=trusted.url)[0])
+    assert re.match("FAIL  TLS: .*SSL_CERT_FILE", failures_of(capsys, ZAI_BASE_URL=trusted.url)[0])
 
 
 def test_the_check_says_that_a_certificate_is_not_known(untrusted, capsys):
-    assert re.match("FAIL  TLS: .*Set SSL_CERT_FILE", failures_of(capsys, ZAI_BASE_URL=untrusted.url)[0])
+    assert re.match("FAIL  TLS: .*SSL_CERT_FILE", failures_of(capsys, ZAI_BASE_URL=untrusted.url)[0])
 
 
 def test_the_check_can_be_told_on_a_console_that_knows_only_ascii(zai):
@@ -10484,5 +10605,10 @@ def test_readme_names_every_code_of_an_error():
     assert [code for code in codes if f"`{code}`" not in readme()] == []
 
 
-def test_readme_has_no_blank_that_was_to_be_filled():
-    assert re.findall(r"\{[A-Z0-9_]+\}", readme()) == []
+def test_the_models_in_readme_are_those_of_the_table():
+    words = {"low, high, max": "always", "off, low, high, max": "graded", "off, on": "switch", "no switch": "no"}
+    vision = re.split("[:,.] ", re.findall("^Vision: .*", readme(), re.MULTILINE)[0])
+    told = [(name, words[thinking], bool(free), "V" in name or name in vision)
+            for thinking, names in re.findall(r"^\| ([a-z, ]+) \| (GLM-.+) \|$", readme(), re.MULTILINE)
+            for name, free in re.findall(r"([\w.-]+)(?: \((free)\))?", names)]
+    assert sorted(told) == sorted((row.name, row.thinking, row.free, row.sees) for row in ztoapi.MODELS.values())

@@ -30,6 +30,8 @@ true/false, 1/0, yes/no, on/off. A dash stands for a variable that is not set.
     MODEL_ALIASES     -                             gpt-4o=glm-4.6,o3=glm-5.2; * for all unknown ids
     VISION_MODEL      -                             answers where a picture is shown to a model
                                                     that sees none, as glm-5.3-flash could
+    MODEL_FALLBACKS   -                             glm-5.3=glm-5.2,...: answers for a model that is
+                                                    overloaded, out of quota, or does not exist
     MAX_CONCURRENCY   0                             requests in flight per key and model; 0: learned
     QUEUE_TIMEOUT     120                           longest wait for a free slot, then 429
     MAX_RETRIES       2                             further tries while nothing of the answer came
@@ -59,7 +61,6 @@ true/false, 1/0, yes/no, on/off. A dash stands for a variable that is not set.
 from __future__ import annotations
 
 import base64
-import binascii
 import bisect
 import collections
 import contextlib
@@ -135,8 +136,9 @@ class SettingsError(ValueError):
     """A variable cannot be used. One line: the variable, its value, what is allowed."""
 
 
-def parse_boolean(text):
-    return BOOLEANS[text.lower()]
+def parse_word(words):
+    """`words`: {word: its value}."""
+    return lambda text: words[text.lower()]
 
 
 def parse_number(number, low, high=10**6):
@@ -146,10 +148,6 @@ def parse_number(number, low, high=10**6):
             raise ValueError(text)
         return number(text)
     return parse
-
-
-def parse_word(*words):
-    return lambda text: words[words.index(text.lower())]
 
 
 def parse_items(text):
@@ -224,14 +222,16 @@ class Settings:
     zai_base_url: str = setting(
         "https://api.z.ai/api/paas/v4", parse_base_url,
         "an http or https URL without user, password or query")
-    default_stream: bool = setting(True, parse_boolean, FLAG)
+    default_stream: bool = setting(True, parse_word(BOOLEANS), FLAG)
     # None: the model decides.
-    enable_thinking: bool | None = setting(None, parse_boolean, FLAG, unset=NO_VALUE)
+    enable_thinking: bool | None = setting(None, parse_word(BOOLEANS), FLAG, unset=NO_VALUE)
     reasoning_format: str = setting(
-        "parsed", parse_word(*REASONING_FORMATS), "parsed, raw or hidden")
+        "parsed", parse_word({word: word for word in REASONING_FORMATS}), "parsed, raw or hidden")
     model_aliases: dict[str, str] = setting(
         {}, parse_aliases, "pairs like gpt-4o=glm-4.6", unset=NO_VALUE)
     vision_model: str = setting("", str, "the name of a model that sees", unset=NO_VALUE)
+    model_fallbacks: dict[str, str] = setting(
+        {}, parse_aliases, "pairs like glm-5.3=glm-5.2", unset=NO_VALUE)
     max_concurrency: int = setting(0, parse_number(int, 0), "a whole number")
     queue_timeout: float = setting(120.0, parse_number(float, 0), "seconds")
     max_retries: int = setting(2, parse_number(int, 0, 100), "a whole number up to 100")
@@ -247,8 +247,8 @@ class Settings:
     # An empty CORS_ORIGIN has a meaning: no web page may call.
     cors_origin: tuple[str, ...] = setting(
         ("*",), parse_items, "* or a list of origins", unset=())
-    debug_mode: bool = setting(False, parse_boolean, FLAG)
-    demo_mode: bool = setting(False, parse_boolean, FLAG)
+    debug_mode: bool = setting(False, parse_word(BOOLEANS), FLAG)
+    demo_mode: bool = setting(False, parse_word(BOOLEANS), FLAG)
 
     def __post_init__(self):
         if not self.default_key:
@@ -285,23 +285,28 @@ class Settings:
 
     @functools.cached_property
     def secrets(self):
-        """All texts to redact, the longest first, as one may begin like another."""
+        """The texts to redact: {their first eight characters: [what may follow]}, the
+        longest first, as one may begin like another."""
         keys = [key for key in self.default_key if len(key) >= 8 and key not in WELL_KNOWN_KEYS]
         keys += self.zai_api_key
         # A Z.ai key is "id.secret", and Z.ai may quote either half alone.
         keys += [half for key in keys for half in key.split(".") if len(half) >= 8]
-        # Error messages show values through ascii(), which may spell a key differently.
-        keys += list(map(escaped, keys))
-        return sorted(set(keys), key=len, reverse=True)
+        # Error messages show values through ascii(), which may spell a key differently,
+        # and names of models are told in lower case.
+        keys += [spelt(key) for key in keys for spelt in (escaped, str.lower)]
+        secrets = collections.defaultdict(list)
+        for key in sorted(keys, key=len, reverse=True):
+            secrets[key[:8]].append(key[8:])
+        return secrets
 
     def redact(self, text):
         """`text` without any key, and without what a cut has left of one. Whatever is
         logged or quoted passes through here."""
-        for secret in self.secrets:
-            text, *pieces = text.split(secret[:8])
+        for start, rests in self.secrets.items():
+            text, *pieces = text.split(start)
             for piece in pieces:
-                rest = os.path.commonprefix([piece, secret[8:]])
-                text += "[redacted]" + piece[len(rest):]
+                found = max(len(os.path.commonprefix([piece, rest])) for rest in rests)
+                text += "[redacted]" + piece[found:]
         return text
 
 
@@ -782,6 +787,19 @@ def zai_model_id(name, model_aliases, claude=False):
     return id if target is None else canonical_id(target)
 
 
+def fallbacks_of(id, settings):
+    """Z.ai's ids of the models that may answer instead of this one, each once, in the
+    order in which MODEL_FALLBACKS leads to them."""
+    aliases = settings.model_aliases
+    pairs = {
+        zai_model_id(name, aliases): zai_model_id(other, aliases)
+        for name, other in settings.model_fallbacks.items()}
+    chain = [id]
+    while pairs.get(chain[-1], id) not in chain:
+        chain.append(pairs[chain[-1]])
+    return chain[1:]
+
+
 FOREIGN_MODEL = re.compile(
     r"(^|[/.:])(gpt|chatgpt|o\d|codex|claude|gemini|gemma|deepseek|qwen|llama|mi[sx]tral|kimi|grok"
     r"|text-|phi|command|minimax|doubao|ernie|hunyuan)")
@@ -1087,9 +1105,9 @@ class RequestHead(HeadReader):
     take it for something else. What was read before the fault is there for the log.
     """
 
-    method = ""
+    method = "-"
     # Decoded, without the query, and with one slash where there were several.
-    path = ""
+    path = "-"
     # The client may send another request behind this one.
     keeps_alive = False
     # The version is not known before it is read, and 1.0 is the safe one.
@@ -2759,9 +2777,10 @@ WHOLE = (None, "stop", "tool_calls")
 LONGEST_ANSWER_BYTES = 4 << 20
 # So many characters may wait until it is clear what they are.
 LONGEST_HELD = 1 << 20
-# So many characters of arguments may come before the name of their call, and so many
-# of words before the JSON that was asked for.
+# So many characters of words may come before the JSON that was asked for.
 LONGEST_EARLY = 1 << 16
+# Names of tools have at most 64 characters; the rest is for blanks around them.
+LONGEST_NAME = 200
 # There may be as many tools, and a model calls each of them once at most.
 MOST_CALLS = 128
 # A count of tokens beyond this is garbage, and read as 0.
@@ -2833,22 +2852,8 @@ class Frame(NamedTuple):
     afresh: bool = False        # the answer begins again with it
 
 
-def inner_frame(event):
-    """The frame inside a torn one, None if there is none. Its text may hold the mark as
-    well, so the last one that can be read counts. A few tries are enough, and keep the
-    time linear."""
-    mark = "data: "
-    at = len(event)
-    for _ in range(8):
-        at = event.rfind(mark, 0, at)
-        if at < 0:
-            break
-        value = as_dict(decode_first(event[at + len(mark):]))
-        if "choices" in value or "error" in value:
-            return value
-    return None
-
-
+# A frame inside of a torn one. In texts this quote is escaped, so the last one counts.
+INNER_FRAME = re.compile(r'.*data: (\{".*)', re.DOTALL)
 # What may begin a tag, and the first half of a letter.
 SPECIAL = re.compile("<|[\ud800-\udbff]\\Z")
 
@@ -2875,31 +2880,30 @@ class Alike(NamedTuple):
 def find_alike(event, frame):
     """The Alike of an event that says this, if it was one."""
     fields = [field for field in FORMS if frame.delta.get(field)]
-    if len(fields) != 1 or frame.reason or frame.usage or frame.afresh:
+    if len(fields) != 1 or any(frame[1:]):
         return None
     # Inside of a text these quotes would be escaped.
     mark = f'"{fields[0]}":"'
     before, *behind = event.split(mark)
-    text, end = scan_string(*behind, 0, False) if len(behind) == 1 else (None, 0)
-    is_one = text == frame.delta[fields[0]]
-    return Alike(KIND_OF_FIELD[fields[0]], before + mark, behind[0][end:]) if is_one else None
-
-
+    if len(behind) != 1:
+        return None
+    _, end = scan_string(*behind, 0, False)
+    return Alike(KIND_OF_FIELD[fields[0]], before + mark, behind[0][end:])
 class Frames:
-    """Texts of events in, what they say out: feed(event) -> a Frame, or None if it says
-    nothing. An event is that of a stream, or a whole JSON answer. UpstreamError for an
-    error of Z.ai's, for what has an unknown form, and for a frame that is lost.
-    describe(value) makes the error of an event."""
+    """Texts of events in, what they say out: feed(event, finished) -> a Frame, or None
+    if it says nothing. An event is that of a stream, or a whole JSON answer; with
+    `finished`, a reason to finish came before it. UpstreamError for an error of Z.ai's,
+    for what has an unknown form, and for a frame that is lost. describe(value) makes
+    the error of an event."""
 
     def __init__(self, describe):
         self.describe = describe
         # How many events were skipped or mended.
         self.repaired = 0
-        # A reason to finish has come, or the end mark.
-        self.finished = False
+        # The end mark has come.
         self.ended = False
 
-    def feed(self, event):
+    def feed(self, event, finished=False):
         event = event.strip()
         try:
             value, end = scan_json(event, 0)
@@ -2912,14 +2916,14 @@ class Frames:
             return None
         self.repaired += 1
         # Behind a whole frame it is not known what belongs to which.
-        inner = None if end else inner_frame(event)
-        if inner:
+        inner = None if end else INNER_FRAME.match(event)
+        value = as_dict(inner and decode_first(inner.group(1)))
+        if "choices" in value or "error" in value:
             # Z.ai's gateway loses its backend in the middle of a frame, and begins
             # again with another one, in the same stream.
-            self.finished = False
-            return self._read(inner)._replace(afresh=True)
+            return self._read(value)._replace(afresh=True)
         # What it said is lost. Behind the finish that is the usage at most.
-        if event.startswith("{") and not self.finished:
+        if event.startswith("{") and not finished:
             raise UpstreamError(TORN)
         return None
 
@@ -2937,13 +2941,7 @@ class Frames:
         for field, form in FORMS.items():
             if delta.get(field) and not isinstance(delta[field], form):
                 raise UpstreamError(f"Z.ai sent {field} in an unknown form.")
-        if choices is None and "usage" not in value:
-            self.repaired += 1
-        reason = choice.get("finish_reason")
-        self.finished = self.finished or bool(reason)
-        return Frame(delta, reason, to_openai_usage(value.get("usage")))
-
-
+        return Frame(delta, choice.get("finish_reason"), to_openai_usage(value.get("usage")))
 # The second room: texts
 
 # Marks of GLM's own template that were seen in texts: thinking in the content of 4.1V,
@@ -3040,11 +3038,10 @@ def overlap(text, word):
 
 class StopCutter:
     """Ends a text that comes in pieces before the first of some words. Then `hit` is
-    that word. `sent`: those of them that Z.ai knows."""
+    that word."""
 
-    def __init__(self, words, sent):
+    def __init__(self, words):
         self.words = words
-        self.sent = sent
         self.held = ""
         self.hit = None
 
@@ -3067,14 +3064,11 @@ class StopCutter:
 
     def close(self):
         """The rest of the text. Z.ai was seen to stop at a word with all but its last
-        letters in the text: those go."""
-        for word in self.sent:
-            # Fewer than four letters may as well be meant.
+        letters in the text: those go. Fewer than four may as well be meant."""
+        for word in self.words:
             if len(self.held) >= max(4, len(word) / 2) and word.startswith(self.held):
                 return ""
         return self.held
-
-
 # GLM's own form of a call,
 # <tool_call>name<arg_key>k</arg_key><arg_value>v</arg_value>... </tool_call>, was seen
 # in texts, with tags of it missing or doubled, and in names.
@@ -3096,14 +3090,14 @@ def typed(text, types):
 
 
 def parse_leaked_call(text, tools):
-    """(name, arguments as JSON) of a call in GLM's own form; None if it names no tool
-    of `tools`, or if its keys and values cannot be told apart.
+    """A call in GLM's own form as the function of an item of `tool_calls`; None if it
+    names no tool of `tools`, or if its keys and values cannot be told apart.
 
     Any tag separates, as they were seen missing and doubled. Cut by hand, as a regular
     expression for all of it would take quadratic time.
     """
     head, *parts = ARGUMENT_TAG.split(text.partition(LEAK_END)[0])
-    name = MARKUP.sub("", head).strip()
+    name = head.replace(LEAK, "").strip()
     if name not in tools:
         return None
     arguments = {}
@@ -3119,7 +3113,7 @@ def parse_leaked_call(text, tools):
         elif word or is_empty:
             arguments[key] = typed(value, tools[name].get(key, set()))
             key = None
-    return None if key else (name, encode_text(arguments))
+    return None if key else {"name": name, "arguments": encode_text(arguments)}
 
 
 class Leak:
@@ -3127,60 +3121,50 @@ class Leak:
     come. It is held back only while it can still be a call of a tool that was sent, as
     models write about the tag as well."""
 
-    # Names have at most 64 characters; the rest is for blanks around them.
-    LONGEST_NAME = 200
-
     def __init__(self, tools):
         self.tools = tools
         self.pieces = [LEAK]
         self.held = 0  # characters in the pieces
-        self.start = ""  # the first of them, where the name is
+        # What stands before the first tag of an argument, and whether that has come.
+        self.name = ""
+        self.is_named = False
 
     def feed(self, piece):
         self.pieces.append(piece)
         self.held += len(piece)
-        # The first tag may be doubled.
-        self.start = (self.start + piece.replace(LEAK, ""))[:self.LONGEST_NAME]
-        # Blanks were seen around the name.
-        name, mark, rest = "".join(self.start.split()).partition("<")
-        may_be_call = any(tool.startswith(name) for tool in self.tools)
-        if mark or len(self.start) == self.LONGEST_NAME:
-            may_be_call = name in self.tools and (mark + rest).startswith(ARGUMENT_TAGS)
-        return may_be_call and piece != LEAK_END and self.held <= LONGEST_HELD
+        if piece in ARGUMENT_TAGS:
+            self.is_named = True
+        # The first tag may be doubled, and blanks were seen around the name.
+        elif not self.is_named and piece != LEAK:
+            self.name += piece.strip()
+        fits = self.name in self.tools if self.is_named else any(
+            tool.startswith(self.name) for tool in self.tools)
+        return fits and piece != LEAK_END and self.held <= LONGEST_HELD
 
     @property
     def is_closed(self):
         """Whether its last value has ended."""
         return "".join(self.pieces[-3:]).rstrip().endswith(VALUE_END)
-
-    def read(self, is_cut):
-        """(name, arguments) of the call, None if it is none."""
-        is_whole = self.pieces[-1] == LEAK_END or self.is_closed and not is_cut
-        return parse_leaked_call("".join(self.pieces), self.tools) if is_whole else None
-
-
 class Texts:
     """Text and thinking in, what can be told of them out: feed(kind, text) -> steps;
     flush() -> what waits until it is clear what it is; close(is_cut) -> the rest.
 
     A text passes through `filters`, one behind the other; thinking does not. Calls that
-    leak into either are collected in `leaked`, as (name, arguments).
+    leak into either are collected in `leaked`.
     """
 
     def __init__(self, asked):
         self.tools = asked.tools
-        # Who asks for a tag as a stop word gets it as one.
-        self.turns = set(TURNS) - set(asked.stop)
-        self.cutter = StopCutter(asked.stop, asked.body.get("stop", ()))
+        self.cutter = StopCutter(asked.stop)
         self.filters = []
         if asked.stop:
             self.filters.append(self.cutter)
         if asked.json:
             self.filters.append(JsonAlone())
         self.splitter = TagSplitter()
-        # What feed() has brought last. The text may be between <think> and </think>.
-        self.source = TEXT
-        self.in_think = False
+        # What feed() has brought last, and what it is: between <think> and </think> a
+        # text is thinking.
+        self.source = self.kind = TEXT
         # TEXT and THINKING, once something of it has come.
         self.opened = set()
         # The Leak that is coming, if one is.
@@ -3192,12 +3176,14 @@ class Texts:
 
     def passes(self, kind):
         """Whether a text of this kind just goes on."""
-        is_busy = self.splitter.held or self.leak or self.tail or self.in_think or self.filters
-        return kind == self.source and kind in self.opened and not is_busy
+        is_busy = self.splitter.held or self.leak or self.tail or self.filters
+        return kind == self.source == self.kind and kind in self.opened and not is_busy
 
     def feed(self, kind, text):
-        steps = [] if kind == self.source else self.flush()
-        self.source = kind
+        steps = []
+        if kind != self.source:
+            steps = self.flush()
+            self.source = self.kind = kind
         self.steps = steps
         self._sort(self.splitter.feed(text))
         return steps
@@ -3206,7 +3192,7 @@ class Texts:
         self.steps = []
         self._sort(self.splitter.close())
         if self.leak:
-            self._end_leak(is_cut)
+            self._end_leak(self.leak.is_closed and not is_cut)
         return self.steps
 
     def close(self, is_cut):
@@ -3217,46 +3203,38 @@ class Texts:
             text = text_filter.feed(text) + text_filter.close()
         return [*steps, Step(TEXT, text)] if text else steps
 
-    @property
-    def kind(self):
-        return THINKING if self.in_think else self.source
-
     def _sort(self, pieces):
         for piece in pieces:
             kind = self.kind
+            # Later in a text, somebody writes about <think>.
+            may_think = self.source == TEXT and not (kind == TEXT and TEXT in self.opened)
             if self.leak and self.leak.is_closed and piece == LEAK:
                 # The end of the one is missing before the next.
-                self._end_leak()
+                self._end_leak(True)
             if self.cutter.hit:
                 break
             elif self.leak:
                 if not self.leak.feed(piece):
-                    self._end_leak()
+                    self._end_leak(piece == LEAK_END)
             # The end of a call may be doubled.
             elif piece in BOXES or piece == LEAK_END and (self.leaked or self.tail):
                 continue
-            elif piece in (THINK, THINK_END) and self._may_think():
-                self.in_think = piece == THINK
+            elif piece in (THINK, THINK_END) and may_think:
+                self.kind = THINKING if piece == THINK else TEXT
             elif piece == LEAK and self.tools:
                 self.leak = Leak(self.tools)
-            elif piece in self.turns and kind in self.opened or self.tail and piece.isspace():
+            elif piece in TURNS and kind in self.opened or self.tail and piece.isspace():
                 # A model may go on so until its limit.
                 self.tail = [*self.tail[:MOST_CALLS], (kind, piece, None)]
-            elif piece not in self.turns:
+            elif piece not in TURNS:
                 self._show(kind, piece)
 
-    def _may_think(self):
-        """Later in a text, somebody writes about the tag."""
-        return self.in_think or self.source == TEXT and TEXT not in self.opened
-
-    def _end_leak(self, is_cut=False):
+    def _end_leak(self, is_whole):
         """A leak has ended, as a call, or as a text after all."""
-        leak = self.leak
+        text = "".join(self.leak.pieces)
         self.leak = None
-        text = "".join(leak.pieces)
-        call = leak.read(is_cut)
+        call = parse_leaked_call(text, self.tools) if is_whole else None
         if call and self.kind == THINKING:
-            self.opened.add(THINKING)
             self.tail.append((THINKING, text, call))
         elif call:
             self._show(TEXT, "")
@@ -3266,44 +3244,25 @@ class Texts:
         check_number(self.leaked + self.tail)
 
     def _show(self, kind, text):
-        tail = self.tail
+        # A stretch of thinking may have ended with a tag, too.
+        runs = [held[:2] for held in self.tail if held[2] or held[0] == kind]
         self.tail = []
-        for held_kind, held, call in tail:
-            # A stretch of thinking may have ended with a tag, too.
-            if call or held_kind == kind:
-                self._give(held_kind, held)
-        self._give(kind, text)
-
-    def _give(self, kind, text):
-        if kind not in self.opened:
-            # GLM 4.5 to 4.7 open with line ends.
-            text = text.lstrip("\r\n")
-        if text:
-            self.opened.add(kind)
-        if kind == TEXT:
-            for text_filter in self.filters:
-                text = text_filter.feed(text)
-        if text:
-            self.steps.append(Step(kind, text))
-
-
+        for lane, words in [*runs, (kind, text)]:
+            if lane not in self.opened:
+                # GLM 4.5 to 4.7 open with line ends.
+                words = words.lstrip("\r\n")
+            if words:
+                self.opened.add(lane)
+            if lane == TEXT:
+                for text_filter in self.filters:
+                    words = text_filter.feed(words)
+            if words:
+                self.steps.append(Step(lane, words))
 # The third room: calls
 
-# Empty arguments, before the end or before real ones.
+# What stands for no arguments, alone or before the real ones.
 NO_ARGUMENTS = re.compile(r'\A\s*(?:(?:\{\}|null)\s*)*(?=["{]|\Z)')
-NAMELESS = "Z.ai sent a tool call without a name."
 BROKEN_CALL = "Z.ai sent a tool call with broken arguments."
-
-
-def real_arguments(text):
-    """Arguments without what stands for none, which may come before the real ones."""
-    return NO_ARGUMENTS.sub("", text)
-
-
-def sum_up(text, before):
-    """A checksum of a text that comes in pieces, without its blanks."""
-    solid = "".join(text.split())
-    return binascii.crc32(solid.encode("utf-8", "replace"), before)
 
 
 def check_number(calls):
@@ -3312,43 +3271,90 @@ def check_number(calls):
         raise UpstreamError(f"Z.ai made more than {MOST_CALLS} tool calls.", GIVE_UP)
 
 
-class Arguments(JsonProgress):
-    """The arguments of a call, which come in pieces, as the client is told of them.
-    What was encoded twice is decoded, markup goes from names, and where no text may be,
-    the value that it says stands in its place.
+class ToolCall(JsonProgress):
+    """One tool call under way: feed(text) takes the next piece of its arguments, and
+    take() gives what the client can be told of the call by now.
 
-    `types`: argument_types() of the tool. What is held back is one name, or one value
-    of those kinds; texts go on.
+    What stands for no arguments goes if real ones follow, and so does what stands
+    behind the whole: Z.ai was seen to write them twice. What was encoded twice is
+    decoded, markup goes from names, and where no text may be, the value that it says
+    stands in its place. What is held back is one name, or one value of those kinds;
+    texts go on.
     """
 
-    def __init__(self):
+    def __init__(self, id, zai_id, zai_index):
         super().__init__()
+        self.id = id
+        self.zai_id = zai_id  # "" if Z.ai gave none
+        self.zai_index = zai_index
+        # These come with the name: our index, and argument_types() of the tool.
+        self.name = ""
+        self.index = None
         self.types = {}
+        # The kind of the next step.
+        self.kind = CALL
+        # Arguments that can be told, and those that are held back: "{}" if there were
+        # none but what stands for none.
+        self.untold = ""
+        self.waiting = ""
+        self.begun = False  # real arguments have come
         # The sign before a name or a value, and the name that a value belongs to.
         self.sign = ""
         self.key = None
-        self.waiting = ""
 
     def feed(self, text):
+        if not self.begun:
+            nothing = self.waiting or text.strip() and "{}"
+            text = NO_ARGUMENTS.sub("", self.waiting + text)
+            self.begun = bool(text)
+            self.waiting = "" if text else nothing
+        self.untold += self._read(text)
+
+    def close(self, empty):
+        """No more will come. If no arguments at all have, they are `empty`."""
+        text = self.waiting
+        self.waiting = ""
+        self.untold += text if self.begun else self._read(text or empty)
+
+    def take(self):
+        step = Step(self.kind, self.untold, self.index, self.id, self.name)
+        is_news = self.untold or self.kind == CALL
+        self.untold = ""
+        self.kind = ARGUMENTS
+        return [step] if is_news else []
+
+    @property
+    def is_whole(self):
+        """Whether no more is waited for."""
+        return self.ended or self.waiting == "{}"
+
+    def takes(self, zai_id, zai_index, name):
+        """Whether an item with these belongs to this call, as far as Z.ai tells."""
+        is_here = zai_index == self.zai_index
+        is_elsewhere = not is_here and None not in (zai_index, self.zai_index)
+        if is_elsewhere or name and self.name not in ("", name):
+            return False
+        if not name or not self.name or zai_id == self.zai_id != "":
+            return True
+        # A name again is the same call as long as its arguments are not whole. An id
+        # was seen to change from piece to piece.
+        return is_here and (self.depth > 0 or not zai_id and not self.is_whole)
+
+    def _read(self, text):
         told = []
         for piece, is_string in self.pieces(text):
             if not is_string:
                 self.sign = (self.sign + piece).rstrip()[-1:]
             elif self.sign != ":" or "string" not in self.types.get(self.key, ("string",)):
-                self.waiting += piece
-                piece = ""
+                piece = self.waiting + piece
+                self.waiting = ""
                 if not self.in_string:
-                    piece = self._mend(self.close())
-                elif len(self.waiting) > LONGEST_HELD:
-                    piece = self.close()
+                    piece = self._mend(piece)
+                elif len(piece) <= LONGEST_HELD:
+                    self.waiting = piece
+                    continue
             told.append(piece)
         return "".join(told)
-
-    def close(self):
-        """What is held back."""
-        text = self.waiting
-        self.waiting = ""
-        return text
 
     def _mend(self, text):
         value = decode_or_none(text)
@@ -3356,81 +3362,12 @@ class Arguments(JsonProgress):
             return text
         if self.depth == 0:
             is_encoded_twice = isinstance(decode_or_none(value), dict)
-            return self.feed(value) if is_encoded_twice else text
+            return self._read(value) if is_encoded_twice else text
         if self.sign == ":":
             mended = typed(value, self.types[self.key])
         else:
             mended = self.key = MARKUP.sub("", value).strip() if "<" in value else value
         return text if mended is value else encode_text(mended)
-
-
-class ToolCall:
-    """One tool call under way. Its arguments come into `waiting`; take() gives what the
-    client can be told of it by now, once it is its turn."""
-
-    def __init__(self, id, zai_id, zai_index):
-        self.id = id
-        self.zai_id = zai_id  # "" if Z.ai gave none
-        self.zai_index = zai_index
-        self.index = None  # ours, given with the name
-        self.name = ""
-        # What came before its turn, then "{}" until real arguments come.
-        self.waiting = ""
-        self.arguments = Arguments()
-        self.begun = False  # real arguments have come
-        self.is_told = False
-        # Checksums of the arguments, and of a second object behind them, 0 without one.
-        self.first_sum = 0
-        self.second_sum = 0
-
-    def take(self, empty=None):
-        """Steps. With `empty`, what no arguments at all become, no more will come."""
-        text = self.waiting if self.begun else real_arguments(self.waiting)
-        empty_so_far = "{}" if self.waiting.strip() else ""
-        self.waiting = ""
-        if text:
-            self.begun = True
-        elif not self.begun and empty is None:
-            self.waiting = empty_so_far
-        elif not self.begun:
-            text = empty_so_far or empty
-        told = self._follow(text)
-        if empty is not None:
-            told += self.arguments.close()
-        kind = ARGUMENTS if self.is_told else CALL
-        is_news = told or not self.is_told
-        self.is_told = True
-        return [Step(kind, told, self.index, self.id, self.name)] if is_news else []
-
-    def _follow(self, text):
-        """Nothing behind the whole object is told, as Z.ai was seen to write it
-        twice."""
-        told = self.arguments.feed(text)
-        behind = self.arguments.rest
-        self.first_sum = sum_up(text[:len(text) - len(behind)], self.first_sum)
-        if self.second_sum or "{" in behind:
-            self.second_sum = sum_up(behind, self.second_sum)
-        return told
-
-    @property
-    def is_broken(self):
-        """Whether the arguments were cut, or came with others behind them."""
-        return self.arguments.depth > 0 or self.second_sum not in (0, self.first_sum)
-
-    def takes(self, zai_id, zai_index, name):
-        """Whether an item with these belongs to this call, as far as Z.ai tells."""
-        if name and self.name not in ("", name):
-            return False
-        # An id was seen to change from piece to piece.
-        is_here = zai_index == self.zai_index
-        is_same = zai_id and zai_id == self.zai_id
-        if is_same or not name:
-            knows_places = None not in (zai_index, self.zai_index)
-            return is_here if knows_places else is_same or "" in (zai_id, self.zai_id)
-        # A name again is the same call as long as its arguments are not whole.
-        is_whole = self.arguments.ended or self.name and self.waiting == "{}"
-        is_open = self.arguments.depth > 0 if zai_id else not is_whole
-        return is_here and is_open
 
 
 class Calls:
@@ -3442,27 +3379,32 @@ class Calls:
     gives those of other steps that need not.
     """
 
-    def __init__(self, tools, one_call, make_id):
+    def __init__(self, tools, make_id):
         self.tools = tools
-        self.one_call = one_call  # only the first call is told
         self.make_id = make_id
         self.calls = []
-        # How many of them are told; the first that is not whole, and all that waits
-        # behind it, calls and other steps.
+        # How many of them have a name.
         self.count = 0
+        # The first that is not whole, and all that waits behind it, calls and other
+        # steps.
         self.queue = collections.deque()
         self.tally = Tally(LONGEST_ANSWER_BYTES)
-        # How many names had markup.
-        self.repaired = 0
 
     def feed(self, items):
         check_number(items)
-        seen = set()
         for item in items:
             if isinstance(item, dict):
-                call = self._take(item, seen)
+                name, arguments = self._read_function(as_dict(item.get("function")))
+                call = self._find_call(item, name)
+                if name and not call.name:
+                    call.name = name
+                    call.types = self.tools.get(name, {})
+                    call.index = self.count
+                    self.count += 1
+                    self.queue.append(call)
+                call.feed(arguments)
                 yield from self._advance()
-                if len(call.waiting) > LONGEST_HELD:
+                if len(call.untold) > LONGEST_HELD:
                     raise UpstreamError("Z.ai sent too much of a tool call too early.")
 
     def put(self, steps):
@@ -3474,40 +3416,16 @@ class Calls:
         return self._advance()
 
     def close(self, is_cut):
-        for entry in self.queue:
-            is_call = isinstance(entry, ToolCall)
-            yield from entry.take("" if is_cut else "{}") if is_call else [entry]
+        return self._advance("" if is_cut else "{}")
 
-    def check(self, finish, told):
-        """UpstreamError for what is no whole call: calls may have come without a
-        name."""
-        is_lost = any(real_arguments(call.waiting) for call in self.calls if not call.name)
-        is_nothing = self.calls and not self.count and not told
-        if is_lost or is_nothing and finish == "stop":
-            raise UpstreamError(NAMELESS)
-        if finish in WHOLE and any(call.is_broken for call in self.calls):
+    def check(self, finish):
+        """UpstreamError for what is no whole call."""
+        if finish in WHOLE and not all(call.name for call in self.calls):
+            raise UpstreamError("Z.ai sent a tool call without a name.")
+        if finish in WHOLE and any(call.depth > 0 for call in self.calls):
             raise UpstreamError(BROKEN_CALL)
         if finish == "tool_calls" and not self.count:
             raise UpstreamError("Z.ai announced a tool call and sent none.")
-
-    def _take(self, item, seen):
-        """One item: a whole call, or a piece of one. `seen`: the calls that earlier
-        items of this event belong to."""
-        name, arguments = self._read_function(as_dict(item.get("function")))
-        call = self._find_call(item, name, seen)
-        seen.add(call)
-        is_wanted = not self.one_call or not self.count
-        if name and not call.name:
-            call.name = name
-            call.arguments.types = self.tools.get(name, {})
-            if is_wanted:
-                call.index = self.count
-                self.count += 1
-                self.queue.append(call)
-        # Further calls stay in the list, so that their pieces have a home.
-        if call.index is not None or not call.name:
-            call.waiting += arguments
-        return call
 
     def _read_function(self, function):
         """(name, arguments) as texts. Names were seen with markup in them, and with all
@@ -3517,39 +3435,27 @@ class Calls:
         arguments = function.get("arguments") or ""
         if not isinstance(arguments, str):
             arguments = encode_text(arguments)
-        clean = name.partition("<")[0].strip()
+        if "<" in name:
+            leaked = parse_leaked_call(name, self.tools) or {"name": name, "arguments": ""}
+            name = leaked["name"]
+            arguments = leaked["arguments"] + arguments
         # A name that no tool has is for the client to refuse.
-        if clean == name or clean not in self.tools:
-            return name[:Leak.LONGEST_NAME], arguments
-        self.repaired += 1
-        is_blank = not real_arguments(arguments)
-        leaked = parse_leaked_call(name, self.tools)
-        if leaked and is_blank:
-            return leaked
-        if is_blank or VALUE in name:
-            raise UpstreamError("Z.ai sent a tool call that cannot be read.")
-        return clean, arguments
+        return name[:LONGEST_NAME], arguments
 
-    def _find_call(self, item, name, seen):
+    def _find_call(self, item, name):
         """The call an item belongs to. Z.ai's index may be -1, 0 for all, or missing;
         its id a number, missing, or repeated."""
         index = item.get("index")
         if type(index) is not int or index < 0:
             index = None
         zai_id = "" if item.get("id") is None else str(item["id"])[:200]
-        # The one of that id comes first, or else at that index, or else the last.
-        def is_elsewhere(call):
-            return zai_id not in ("", call.zai_id), index not in (None, call.zai_index)
+        # The one of that id, or else at that index, or else the last.
+        def nearness(call):
+            return call.zai_id == zai_id != "", call.zai_index == index
 
-        latest_first = self.calls[::-1]
-        latest_first.sort(key=is_elsewhere)
-        for call in latest_first:
-            # A piece of arguments may go on with a call of the same event.
-            if (not name or call not in seen) and call.takes(zai_id, index, name):
-                return call
-            # Whatever has neither can only go on with the last one.
-            if not zai_id and index is None:
-                break
+        nearest = max(reversed(self.calls), key=nearness, default=None)
+        if nearest and nearest.takes(zai_id, index, name):
+            return nearest
         # Clients take two calls with one id for one.
         is_taken = any(call.id == zai_id for call in self.calls)
         id = self.make_id() if is_taken or not zai_id else zai_id
@@ -3557,22 +3463,21 @@ class Calls:
         check_number(self.calls)
         return self.calls[-1]
 
-    def _advance(self):
-        """The steps of what need not wait any more."""
+    def _advance(self, empty=None):
+        """The steps of what need not wait any more: with `empty`, which no arguments at
+        all become, of all."""
         while self.queue:
             entry = self.queue[0]
             if isinstance(entry, Step):
                 yield entry
             else:
+                # No real arguments come once something else has.
+                if empty is not None or len(self.queue) > 1 and entry.is_whole:
+                    entry.close(empty)
                 yield from entry.take()
-                # No real ones come once something else has.
-                if entry.waiting == "{}" and len(self.queue) > 1:
-                    yield from entry.take("{}")
-                if not entry.arguments.ended:
+                if empty is None and not entry.ended:
                     return
             self.queue.popleft()
-
-
 EMPTY = "Z.ai sent an empty answer."
 UNFINISHED = "Z.ai's answer ended before it was finished."
 
@@ -3598,32 +3503,24 @@ class Translator:
         self.frames = Frames(describe)
         # The Alike that the next event may be.
         self.alike = None
+        # Tokens have come, which Z.ai bills.
+        self.begun = False
         # The last step has been given.
         self.complete = False
-        # Tokens have come before a new start.
-        self.has_begun = False
         self._start()
 
     def _start(self):
         """All that a new start of the answer makes void."""
-        asked = self.asked
         self.finish = None
         self.usage = None
         # Text or a call has been given. Thinking alone can be taken back.
         self.told = False
-        # With stop words, what was told, to count its tokens.
-        self.said = Fold()
+        # Tokens of what was told.
+        self.tokens = 0
         # Thinking that was turned off. If nothing else comes, it is the text.
         self.unasked = Fold()
-        self.texts = Texts(asked)
-        self.calls = Calls(asked.tools, asked.one_call, self.make_id)
-
-    @property
-    def begun(self):
-        """Whether tokens have come, which Z.ai bills."""
-        texts = self.texts
-        some = texts.opened or texts.leaked or texts.tail or self.calls.calls
-        return bool(self.has_begun or some or self.unasked.items)
+        self.texts = Texts(self.asked)
+        self.calls = Calls(self.asked.tools, self.make_id)
 
     @property
     def stop_word(self):
@@ -3633,7 +3530,7 @@ class Translator:
     @property
     def repaired(self):
         """How many events were skipped or mended."""
-        return self.frames.repaired + self.calls.repaired + len(self.texts.leaked)
+        return self.frames.repaired + len(self.texts.leaked)
 
     def feed(self, events, end=False):
         # All methods below append to it, so that nothing is lost when one of them
@@ -3655,7 +3552,7 @@ class Translator:
             self.steps.append(Step(self.alike.kind, text))
             return
         self.alike = None
-        frame = self.frames.feed(event)
+        frame = self.frames.feed(event, bool(self.finish))
         if frame:
             self._read(frame)
             alike = find_alike(event, frame)
@@ -3672,13 +3569,15 @@ class Translator:
         if frame.afresh:
             self._restart()
         for field, kind in KIND_OF_FIELD.items():
-            text = frame.delta.get(field)
+            text = frame.delta.get(field) or ""
+            self.begun = self.begun or bool(text.strip("\r\n"))
             if text and kind == THINKING and self.asked.no_thinking:
                 self.unasked.add([Step(kind, text)])
             elif text:
                 self._put(self.texts.feed(kind, text))
         items = frame.delta.get("tool_calls")
         if items and not self.stop_word:
+            self.begun = True
             # What is held back came first.
             self._put(self.texts.flush())
             self._add(self.calls.feed(items))
@@ -3696,7 +3595,6 @@ class Translator:
             raise UpstreamError(
                 "Z.ai lost its place and started the answer again after part of it had "
                 "been sent.", GIVE_UP, code="upstream_stream_restarted")
-        self.has_begun = self.begun
         self._start()
         self.steps.append(Step(RESTART))
 
@@ -3706,10 +3604,11 @@ class Translator:
 
     def _add(self, steps):
         for step in steps:
-            self.told = self.told or step.kind != THINKING
-            self.steps.append(step)
-            if self.asked.stop:
-                self.said.add([step])
+            # Further calls came unasked.
+            if not (step.index and self.asked.one_call):
+                self.told = self.told or step.kind != THINKING
+                self.tokens += estimate_tokens(step.text)
+                self.steps.append(step)
 
     def _end(self):
         if not self.finish and not self.stop_word:
@@ -3720,13 +3619,21 @@ class Translator:
         self._put(self.texts.close(is_cut))
         if self.stop_word:
             self.finish = "stop"
-        self._give_calls(is_cut)
+        # Where calls came as they should, the leaked ones are the same once more.
+        if not self.calls.calls:
+            self._add(self.calls.feed([{"function": call} for call in self.texts.leaked]))
+        self.calls.check(self.finish)
+        # A finish alone makes no answer: Z.ai at its limits was seen to send one with
+        # nothing before it.
+        has_tokens = self.usage and self.usage["completion_tokens"]
+        if self.finish == "stop" and not self.begun and not has_tokens:
+            raise UpstreamError(EMPTY)
+        self._add(self.calls.close(is_cut))
         if self.stop_word:
             # Z.ai's counts come at its own end. Programs that send stop words, such as
             # smolagents, read the usage unasked.
-            told = estimate_tokens("".join([item.text for item in self.said.items]))
             self.usage = self.usage or to_openai_usage(
-                {"prompt_tokens": self.asked.tokens, "completion_tokens": told})
+                {"prompt_tokens": self.asked.tokens, "completion_tokens": self.tokens})
         reason = self.finish
         # Clients look at the finish to learn whether there are calls to make.
         if reason in WHOLE:
@@ -3734,23 +3641,6 @@ class Translator:
         self.complete = True
         stop_word = self.stop_word if reason == "stop" else None
         self.steps.append(Step(FINISH, reason, name=stop_word, usage=self.usage))
-
-    def _give_calls(self, is_cut):
-        # Where calls came as they should, the leaked ones are the same once more.
-        if not self.calls.calls:
-            self._add(self.calls.feed([
-                {"function": {"name": name, "arguments": arguments}}
-                for name, arguments in self.texts.leaked]))
-        rest = list(self.calls.close(is_cut))
-        # A finish alone makes no answer: Z.ai at its limits was seen to send one with
-        # nothing before it.
-        self.calls.check(self.finish, self.told)
-        has_tokens = self.usage and self.usage["completion_tokens"]
-        if self.finish == "stop" and not self.begun and not has_tokens:
-            raise UpstreamError(EMPTY)
-        self._add(rest)
-
-
 class Reply:
     """One HTTP response of Z.ai: feed(data) -> bytes of its body; b"" means that the
     connection has ended.
@@ -3828,13 +3718,9 @@ class Reply:
 def only_event(data):
     """The event in these bytes, if they are one chunk with one event in it, as mostly;
     else None. It is all there is to be read then."""
-    line, _, chunk = data.partition(b"\r\n")
-    is_event = chunk.startswith(b"data: ") and chunk.endswith(b"\n\n\r\n")
-    is_one = chunk.count(b"\n") == 3 and chunk.count(b"\r") == 1
-    is_whole = line == b"%x" % max(0, len(chunk) - 2)
-    return chunk[6:-4].decode("utf-8", "replace") if is_event and is_one and is_whole else None
-
-
+    event = data.partition(b"data: ")[2][:-4]
+    is_all = data == b"%x\r\ndata: %b\n\n\r\n" % (len(event) + 8, event)
+    return event.decode("utf-8", "replace") if is_all and event.splitlines() == [event] else None
 class Answer:
     """Z.ai's answer to one chat request: feed(data) -> (steps, failure); b"" means that
     the connection has ended.
@@ -3848,8 +3734,6 @@ class Answer:
     def __init__(self, translator):
         self.translator = translator
         self.reply = Reply()
-        # One of _read_events, _read_json and _read_refusal, once the body has begun.
-        self.read_body = None
         self.decoder = SSEDecoder()
         self.refusal = bytearray()
         # All events that have come are read, and nothing of the next has come.
@@ -3880,7 +3764,7 @@ class Answer:
             steps, failure = self._feed(data)
             framing = self.reply.framing
             is_held = framing.left or framing.rest or self.decoder.held
-            self.is_between = self.read_body is Answer._read_events and not is_held
+            self.is_between = self.reply.status == 200 and not is_held
         self.complete = self.translator.complete or failure is not None
         return steps, failure
 
@@ -3895,10 +3779,7 @@ class Answer:
         if self.reply.status is None:
             return [], cut
         ended = self.reply.complete or cut is not None
-        try:
-            steps, failure = self.translator.feed(self._read(body, ended), ended)
-        except UpstreamError as error:
-            steps, failure = [], error
+        steps, failure = self.translator.feed(self._read(body, ended), ended)
         # A cut explains a missing end better; behind the finish it does no harm.
         if cut and failure and failure.message in (EMPTY, UNFINISHED, TORN):
             failure = cut
@@ -3911,56 +3792,30 @@ class Answer:
         return steps, failure
 
     def _read(self, body, ended):
-        """The events in a piece of the body."""
-        if self.read_body is None:
-            body = body.lstrip()
-            if not body and not ended:
-                return []
-            self.read_body = self._find_reader(body)
-        return self.read_body(self, body, ended)
-
-    def _find_reader(self, body):
-        """The method for a body that begins with these bytes."""
-        fields = self.reply.fields
-        coding = fields.get("content-encoding", "")
+        """The events in a piece of the body. One JSON body, on one line, is an event,
+        too."""
+        coding = self.reply.fields.get("content-encoding", "")
         if coding.lower() not in ("", "identity"):
             raise UpstreamError(
                 f"Z.ai's answer is compressed with {coding[:60]!a}, which was not asked for.",
                 GIVE_UP)
-        content_type = fields.get("content-type", "").lower()
-        if self.reply.status != 200 or "html" in content_type:
-            return Answer._read_refusal
-        # Streams were seen under the name of JSON, so the first byte counts as well.
-        is_json = "json" in content_type and body.startswith(b"{")
-        return Answer._read_json if is_json else Answer._read_events
-
-    def _read_events(self, body, ended):
-        events = self.decoder.feed(body)
-        if ended:
-            events += self.decoder.close()
-        return events
-
-    def _read_json(self, body, ended):
-        """One JSON body where a stream was asked for. On one line it is an event."""
-        line = body.replace(b"\r", b" ").replace(b"\n", b" ")
-        return self._read_events(line, ended)
+        if self.reply.status != 200:
+            self._read_refusal(body, ended)
+        elif "html" in self.reply.fields.get("content-type", "").lower():
+            raise not_the_api()
+        else:
+            yield from self.decoder.feed(body)
+            yield from self.decoder.close() if ended else ()
 
     def _read_refusal(self, body, ended):
         """No events, but an error at the end."""
         self.refusal += body[:self.LONGEST_ERROR_BYTES - len(self.refusal)]
-        if not ended:
-            return []
-        # Gateways write something before it, such as "data: ", and behind it.
-        text = self.refusal.decode("utf-8", "replace")
-        value = decode_first(text[text.find("{"):])
-        if self.reply.status == 200 and value is None:
-            raise not_the_api()
-        # JSON under the name of a page, which tells what was wrong.
-        status = 404 if self.reply.status == 200 else self.reply.status
-        retry_after = self.reply.fields.get("retry-after", "")
-        raise self.translator.describe(value, status, retry_after)
-
-
+        if ended:
+            # Gateways write something before it, such as "data: ", and behind it.
+            text = self.refusal.decode("utf-8", "replace")
+            value = decode_first(text[text.find("{"):])
+            retry_after = self.reply.fields.get("retry-after", "")
+            raise self.translator.describe(value, self.reply.status, retry_after)
 @dataclasses.dataclass
 class Item:
     """One piece of a folded answer: a text, a stretch of thinking, or a call."""
@@ -4091,8 +3946,6 @@ class Front:
     def __init__(self, model, stream):
         self.model = model  # as the client named it
         self.stream = stream
-        # The request did not say whether it wants a stream.
-        self.stream_defaulted = False
         # Whether a stream that fails ends without the last chunk of its coding, so that
         # a client that overlooks the error takes no half of an answer for the whole.
         self.cuts_failures = False
@@ -4188,8 +4041,7 @@ class Chat(Front):
         user_agent = caller.headers.get("user-agent", "")
         accept = caller.headers.get("accept", "").lower()
         expects_json = "application/json" in accept or EXPECTS_JSON.search(user_agent)
-        is_silent = "stream" not in request
-        if is_silent:
+        if "stream" not in request:
             request["stream"] = not expects_json and settings.default_stream
         front = cls(
             id=new_id("chatcmpl-"),
@@ -4199,7 +4051,6 @@ class Chat(Front):
             include_usage=bool(options.get("include_usage")),
             reasoning=request.get("reasoning_format", settings.reasoning_format))
         need_word(front.reasoning, REASONING_FORMATS, "reasoning_format")
-        front.stream_defaulted = is_silent and not expects_json
         loses_error = (
             LOSES_ERROR_OVER_CUT.search(user_agent) or LOSING_HEADERS & caller.headers.keys())
         front.cuts_failures = not loses_error
@@ -5039,6 +4890,8 @@ class Gate:
     refusing = False
     # (verdict, words) of the last refusal, until something is served again.
     refusal = None
+    # Z.ai has had no room since then, though nothing of ours was in flight.
+    overloaded_since = INFINITY
     # How many were in flight when Z.ai last began to refuse, and half of that, or less.
     refused_at = 0
     halved = 0
@@ -5107,6 +4960,8 @@ class Ticket:
     refusals = 0
     # As in a gate. Not the error, whose traceback may hold the ticket.
     refusal = None
+    # Another model may answer instead.
+    is_replaceable = False
 
     def __init__(self, model, client):
         self.model = model
@@ -5121,6 +4976,8 @@ class Gates:
     # A key that was refused rests that long, if Z.ai does not say how long.
     REST_S = 600.0
     LONGEST_REST_S = 6 * 3600.0
+    # Where another model may answer, one that is overloaded is waited for so long.
+    OVERLOAD_S = 5.0
     # For each key. Names of models come from clients.
     MOST_GATES = 100
 
@@ -5142,7 +4999,8 @@ class Gates:
 
     def enter(self, ticket):
         """Wait for a slot; then ticket.gate is it. ClientGone, or an ApiError once the
-        ticket has waited QUEUE_TIMEOUT in all, or no slot can come free before."""
+        ticket has waited QUEUE_TIMEOUT in all, or no slot can come free before, or
+        another model is to answer."""
         began = self.clock()
         deadline = began + self.queue_timeout_s - ticket.waited_s
         with self.lock:
@@ -5154,9 +5012,9 @@ class Gates:
         try:
             while not ticket.gate:
                 now = self.clock()
-                if now >= deadline or opens_at > deadline:
+                if now >= deadline or opens_at > deadline or self.gives_way(ticket, now):
                     raise self._timeout(ticket.refusal or first.refusal, opens_at - now)
-                ticket.client.wait(deadline - now)
+                ticket.client.wait(min(deadline - now, 1.0 if ticket.is_replaceable else INFINITY))
             if ticket.client.gone:
                 raise ClientGone
         except BaseException:
@@ -5164,6 +5022,14 @@ class Gates:
             raise
         finally:
             ticket.waited_s += self.clock() - began
+
+    def gives_way(self, ticket, now):
+        """Whether another model is to answer, as this one is overloaded for any key."""
+        if not ticket.is_replaceable:
+            return False
+        with self.lock:
+            since = [gate.overloaded_since for gate in self._usable(ticket, now)]
+        return now >= max(since) + self.OVERLOAD_S
 
     def leave(self, ticket, error=None, served=False):
         """Give the slot, or the place in the queue, back. `error`: the UpstreamError
@@ -5188,14 +5054,13 @@ class Gates:
                 self._admit(model, now)
 
     def state(self):
-        """For the page and the metrics: a list of (key's position, model, ceiling or
-        None, in flight) for the gates, and {model: how many queue}."""
+        """For the page and the metrics: a list of (key's position, model, ceiling), and
+        {model: how many queue}."""
         with self.lock:
-            gates = []
-            for (key, model), gate in self.gates.items():
-                ceiling = gate.ceiling if gate.ceiling < INFINITY else None
-                gates.append((key.position, model, ceiling, gate.in_flight))
-            return gates, dict(self._queued())
+            ceilings = [(key.position, model, gate.ceiling)
+                        for (key, model), gate in self.gates.items()
+                        if gate.ceiling < INFINITY]
+            return ceilings, dict(self._queued())
 
     # The methods below are called with the lock held.
 
@@ -5210,6 +5075,7 @@ class Gates:
         gate.in_flight -= 1
         if ticket.served:
             gate.refusal = None
+            gate.overloaded_since = INFINITY
             gate.key.refusal = ""
             if ticket.probes_rest:
                 gate.key.resting_until = gate.resting_until = 0.0
@@ -5230,12 +5096,14 @@ class Gates:
     def _refuse(self, gate, ticket, error, now):
         # The Coding Plan says 1305 for too many at once, too.
         too_many = error.verdict == TOO_MANY or error.zai_code == "1305" and gate.in_flight
-        if error.verdict == OVERLOAD and not too_many:
-            # A model that is overloaded was seen to be so for minutes.
-            pause_s = backoff_s(ticket.refusals, 1.0, 15.0)
-        else:
-            jitter = 1 + 0.5 * self.rand()
-            pause_s = min(8.0, backoff_s(ticket.refusals) * jitter)
+        # A model that is overloaded was seen to be so for minutes.
+        is_full = error.verdict == OVERLOAD and not too_many
+        first_s, longest_s = (1.0, 15.0) if is_full else (0.5, 8.0)
+        jitter = 1 + 0.5 * self.rand()
+        pause_s = backoff_s(ticket.refusals, first_s, longest_s) * jitter
+        goes_on = is_full and now < gate.quiet_since + gate.PROBE_S
+        since = min(gate.overloaded_since, now) if goes_on else now
+        gate.overloaded_since = since if is_full else INFINITY
         ticket.refusals += 1
         gate.close(now, max(pause_s, error.pause_s))
         if too_many:
@@ -5296,7 +5164,7 @@ class Gates:
                 del self.gates[place]
 
     def _timeout(self, refusal, opens_in_s):
-        words = f"No slot at Z.ai came free within QUEUE_TIMEOUT ({self.queue_timeout_s:g} s)."
+        words = f"No slot at Z.ai came free in time (QUEUE_TIMEOUT: {self.queue_timeout_s:g} s)."
         row = RATE
         if refusal:
             verdict, message = refusal
@@ -5304,8 +5172,9 @@ class Gates:
             row = OVERLOADED if verdict == OVERLOAD else RATE
         # Clients would queue as long again, unseen, each time they try again by
         # themselves.
-        return ApiError(words, status=row.status, type=row.type, code=row.code,
-                        retry_after=max(row.retry_after, opens_in_s), retryable=False)
+        return UpstreamError(
+            words, GIVE_UP, status=row.status, type=row.type, code=row.code,
+            retry_after=max(row.retry_after, opens_in_s), retryable=False)
 
 
 class Bodies:
@@ -5504,10 +5373,6 @@ class Client:
         if sock:
             shut(sock)
 
-    @property
-    def is_behind(self):
-        return self.outbox is not None and bool(self.outbox.unsent)
-
 
 class Relay:
     """One attempt at an answer: what comes over `connection`, section Upstream's, goes
@@ -5582,7 +5447,9 @@ class Relay:
 
     @property
     def is_behind(self):
-        return not self.woken and self.client.is_behind
+        """Whether the client has not taken all it was told."""
+        outbox = self.client.outbox
+        return bool(outbox and outbox.unsent) and not self.woken
 
     def wake(self):
         if not self.woken:
@@ -5763,13 +5630,11 @@ class Pump:
     def _look(self, client, now):
         try:
             client.outbox.look(now, self.settings)
-            return
-        except ClientGone as gone:
-            client.leave(str(gone))
-        except Exception:
-            log.exception("A heartbeat failed; this is a bug")
-            client.leave("a heartbeat failed")
-        shut(client.connection)
+        except Exception as error:
+            if not isinstance(error, ClientGone):
+                log.exception("A heartbeat failed; this is a bug")
+            client.leave(str(error))
+            shut(client.connection)
 
 
 # Upstream #############################################################################
@@ -5790,15 +5655,16 @@ STALE_WITHIN_S = 1.0
 
 
 class Pool:
-    """Idle connections, the last used first; all lead the one way that an Upstream has
-    to Z.ai. A socket is here only when its last answer was read to the end; none of
-    them blocks."""
+    """Sockets that are kept for `keep_s`, the last used first; beyond `most`, the
+    oldest is closed by being dropped. Of an Upstream it has idle ones, which lead to
+    Z.ai, do not block, and whose last answer was read to the end."""
 
-    def __init__(self, clock=time.monotonic):
+    def __init__(self, clock=time.monotonic, keep_s=KEEP_IDLE_S, most=None):
         self.clock = clock
+        self.keep_s = keep_s
         # It guards `idle`: (socket, since when), the longest idle first.
         self.lock = threading.Lock()
-        self.idle = collections.deque()
+        self.idle = collections.deque(maxlen=most)
 
     def take(self):
         """An idle socket that is still alive, or None."""
@@ -5807,7 +5673,7 @@ class Pool:
                 if not self.idle:
                     return None
                 sock, since = self.idle.pop()
-            fresh = self.clock() - since < KEEP_IDLE_S
+            fresh = self.clock() - since < self.keep_s
             # What an idle server says is that it has closed.
             if fresh and peek(sock) is None:
                 return sock
@@ -5820,7 +5686,7 @@ class Pool:
     def expire(self, now):
         """Close what has been idle for too long at `now`."""
         with self.lock:
-            while self.idle and now - self.idle[0][1] >= KEEP_IDLE_S:
+            while self.idle and now - self.idle[0][1] >= self.keep_s:
                 self.idle.popleft()[0].close()
 
 
@@ -5847,11 +5713,9 @@ class ZaiRequest(urllib.request.Request):
         """The bytes to send. No value can break out of its line: they are ours,
         urllib's, and the settings', which hold printable ASCII."""
         fields = [f"{name}: {value}" for name, value in self.header_items()]
-        body = self.data or b""
-        if body:
-            fields.append(f"Content-Length: {len(body)}")
-        lines = [f"{self.get_method()} {self.selector} HTTP/1.1", *self.HEAD, *fields, "", ""]
-        return "\r\n".join(lines).encode("latin-1") + body
+        fields.append(f"Content-Length: {len(self.data)}")
+        lines = [f"POST {self.selector} HTTP/1.1", *self.HEAD, *fields, "", ""]
+        return "\r\n".join(lines).encode("latin-1") + self.data
 
 
 class Connection:
@@ -5899,33 +5763,27 @@ class Connection:
             self.sock.close()
 
 
-def connect(address_info, client, timeout_s):
-    family, socket_type, protocol, _, address = address_info
-    # A system without IPv6 makes no socket for it.
-    sock = socket.socket(family, socket_type, protocol)
-    try:
-        client.block_on(sock)
-        sock.settimeout(timeout_s)
-        sock.connect(address)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return sock
-    except BaseException:
-        sock.close()
-        raise
-
-
 def dial(host, port, client, timeout_s):
     """socket.create_connection(), but with the time shared out among the addresses, as
     a dead IPv6 route must not use up IPv4's, and with the socket shown to the pump."""
     addresses = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
     share_s = timeout_s / len(addresses)
     while True:
+        *kind, _, address = addresses.pop(0)
+        sock = None
         try:
-            sock = connect(addresses.pop(0), client, share_s)
+            # A system without IPv6 makes no socket for it.
+            sock = socket.socket(*kind)
+            client.block_on(sock)
+            sock.settimeout(share_s)
+            sock.connect(address)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.settimeout(timeout_s)
             return sock
-        except OSError:
-            if not addresses:
+        except BaseException as error:
+            if sock:
+                sock.close()
+            if not (addresses and isinstance(error, OSError)):
                 raise
 
 
@@ -6001,11 +5859,14 @@ class KeepAliveHandler(urllib.request.BaseHandler):
             raise
 
 
+# Z.ai gives one of these, or an empty answer, for schemas that it does not take.
+SCHEMA_CODES = ("1210", "1213", "1214", "1234", "500")
+
 # What making a connection may raise, the likeliest cause of each, and what to tell. To
 # add a case, add a row above those of which it is a kind.
 CONNECTION_ERRORS = (
     (ssl.SSLCertVerificationError, "TLS", GIVE_UP,
-     "Z.ai's TLS certificate could not be verified: {reason}. {certificates}"),
+     "Z.ai's TLS certificate is not trusted: {reason}. Check the clock and SSL_CERT_FILE."),
     (ssl.SSLError, "TLS", TRY_AGAIN,
      "TLS with Z.ai failed: {reason}. SSL_CERT_FILE names the certificates to trust."),
     (socket.gaierror, "DNS", TRY_AGAIN, "Z.ai's address could not be found: {reason}."),
@@ -6017,32 +5878,30 @@ CONNECTION_ERRORS = (
 )
 
 
-def certificate_advice():
-    path = os.environ.get("SSL_CERT_FILE")
-    if path and not os.path.exists(path):
-        return "SSL_CERT_FILE names a file that is not there."
-    return "Set SSL_CERT_FILE to a file with the certificates to trust, or check the clock."
-
-
 def connection_error(error):
     """The UpstreamError for a connection that could not be made. It quotes no address:
     one of a proxy may hold a password."""
     _, stage, verdict, words = next(
         row for row in CONNECTION_ERRORS if isinstance(error, row[0]))
     text = getattr(error, "verify_message", None) or getattr(error, "strerror", None)
-    words = words.format(
-        reason=text or error, seconds=CONNECT_TIMEOUT_S, certificates=certificate_advice())
+    words = words.format(reason=text or error, seconds=CONNECT_TIMEOUT_S)
     return UpstreamError(words, verdict, stage=stage)
 
 
 @dataclasses.dataclass
 class Job:
-    """One answer to get: Z.ai's request as bytes, let go of once it is not needed any
-    more; its model's id; make_answer() gives a fresh Answer for each attempt."""
+    """One answer to get: Z.ai's request as bytes; its model's id; make_answer() gives a
+    fresh Answer for each attempt; the ids of other models that may answer, and
+    write(id), which gives the Asked for one. What holds the conversation is let go of
+    once Z.ai has begun to answer."""
 
-    data: bytes
+    data: bytes | None
     model: str
     make_answer: object
+    others: list
+    write: object
+    streamed: bool
+    is_simplified: bool = False
 
 
 class Upstream:
@@ -6074,8 +5933,8 @@ class Upstream:
         self.opener.add_handler(urllib.request.ProxyHandler(proxies))
         self.opener.add_handler(KeepAliveHandler(self.pool, settings.upstream_timeout))
 
-    def job(self, asked, streamed=True):
-        """The Job for what to_zai_request() gave."""
+    def job(self, asked, streamed=True, write=None):
+        """The Job for what to_zai_request() gave. write(model) gives it for another."""
         model = asked.body["model"]
         max_tokens = asked.body.get("max_tokens")
         data = asked.data
@@ -6092,28 +5951,59 @@ class Upstream:
         def make_answer():
             return Answer(Translator(asked, restartable=not streamed, describe=describe))
 
-        return Job(data, model, make_answer)
+        others = fallbacks_of(model, self.settings) if write else []
+        return Job(data, model, make_answer, others, write if others else None, streamed)
 
     @contextlib.contextmanager
     def turn(self, client, data):
-        """Inside, a request is read. Of large ones one at a time is, so that those who
-        serve the others get at the interpreter; client keys take turns."""
+        """Inside, a request is read or written. Of large ones one at a time is, so that
+        those who serve the others get at the interpreter; client keys take turns."""
         if is_light(data):
             yield
             return
         ticket = Ticket("", client)
-        with self.pump.minding(client):
-            self.turns.enter(ticket)
-            try:
-                yield
-            finally:
-                self.turns.leave(ticket)
+        self.turns.enter(ticket)
+        try:
+            yield
+        finally:
+            self.turns.leave(ticket)
 
     def answer(self, job, client, record, take):
         """Get one answer: take(steps) is called, in the pump's thread, with all that
         comes. ApiError or ClientGone if there is no answer, or no rest of it. `record`,
-        of section Metrics, is told what happened on the way."""
+        of section Metrics, is told what happened on the way. MODEL_FALLBACKS may have
+        another model answer; if none does, the first one's error is raised."""
+        first = None
+        try:
+            while job:
+                try:
+                    return self._answer(job, client, record, take)
+                except ApiError as error:
+                    first = first or error
+                    job = self._job_of_another(job, client, error)
+            raise first
+        finally:
+            # The error's traceback holds this frame: such a circle is freed late.
+            first = None
+
+    def _job_of_another(self, job, client, error):
+        """The Job for the next model, after an error that it may not have, or None."""
+        is_models = error.type == QUOTA.type or error.code in (NO_MODEL.code, OVERLOADED.code)
+        while is_models and job.data and job.others:
+            # One that sees no pictures is no other for a request with one.
+            with self.turn(client, job.data), contextlib.suppress(RequestError):
+                asked = job.write(job.others.pop(0))
+                another = self.job(asked, job.streamed, job.write)
+                another.others = job.others
+                return another
+        return None
+
+    def _answer(self, job, client, record, take):
+        """An answer of the job's model."""
+        self.bodies.held[client] = job.data
         ticket = Ticket(self.settings.redact(job.model), client)
+        ticket.waited_s = record.queued_s
+        ticket.is_replaceable = bool(job.others)
         tries = 0
         while True:
             try:
@@ -6126,13 +6016,29 @@ class Upstream:
             except UpstreamError as error:
                 pause_s = self._pause_s(error, ticket, tries)
                 if pause_s is None:
-                    raise
+                    if not self._simplify(job, client, record, error):
+                        raise
+                    pause_s = 0
                 tries += error.verdict in (TRY_AGAIN, TRY_ONCE)
             record.retries += 1
             deadline = self.clock() + pause_s
             while self.clock() < deadline:
                 client.wait(deadline - self.clock())
             ticket.waited_s += pause_s
+
+    def _simplify(self, job, client, record, error):
+        """Whether a further try makes sense, with plain words in the schemas of the
+        job's tools. There is one, after an error that may be theirs."""
+        is_theirs = error.zai_code in SCHEMA_CODES or error.message == EMPTY
+        if not is_theirs or error.code == TOO_LONG.code or not job.data or job.is_simplified:
+            return False
+        with self.turn(client, job.data):
+            body = simpler_schemas(decode_or_none(job.data.decode()))
+            if body:
+                job.data = self.bodies.held[client] = encode_json(body)
+                job.is_simplified = True
+                record.changed = (*record.changed, "schemas")
+        return body is not None
 
     def _attempt(self, job, ticket, record, take):
         """One attempt, which gives the slot back; `ticket` learns how it went."""
@@ -6142,9 +6048,9 @@ class Upstream:
                 answer = job.make_answer()
                 stale = self._relay(job, ticket, record, answer, take)
         except UpstreamError as error:
-            words = self.settings.redact(error.message)
+            error.message = self.settings.redact(error.message)
             key = ticket.gate.key.name
-            log.debug("%s attempt with key %s failed: %s", record.id, key, words)
+            log.debug("%s attempt with key %s failed: %s", record.id, key, error.message)
             self.gates.leave(ticket, error, answer.begun)
             # Its cause and its traceback hold frames of the pump that hold the error:
             # such a circle is freed late.
@@ -6163,14 +6069,14 @@ class Upstream:
             if record.ttft_s is None and answer.begun:
                 record.ttft_s = self.clock() - record.started
                 self._note(record, answer)
-                job.data = None
+                job.data = job.write = None
                 self.bodies.drop(ticket.client)
             if steps[-1].kind == FINISH:
                 record.usage = steps[-1].usage
             take(steps)
 
         client = ticket.client
-        connection = self.open("/chat/completions", ticket.gate.key, client, job.data)
+        connection = self.open(ticket.gate.key, client, job.data)
         sent_at = self.clock()
         try:
             self.pump.run(Relay(connection, answer, client, told))
@@ -6203,12 +6109,12 @@ class Upstream:
         pause_s = max(backoff_s(tries) * self.rand(), error.pause_s)
         return pause_s if pause_s <= left_s else None
 
-    def open(self, path, key, client, data=None):
+    def open(self, key, client, data):
         """The Connection with a request on its way to Z.ai."""
         if self.settings.demo_mode:
             # Section Demo has a stand-in for Z.ai.
             return Connection(demo_socket(data), self.pool)
-        url = self.settings.zai_base_url + path
+        url = self.settings.zai_base_url + "/chat/completions"
         if self.proxy.lower().startswith("socks"):
             raise UpstreamError("SOCKS proxies are not spoken here. Check HTTPS_PROXY "
                                 "and HTTP_PROXY.", GIVE_UP, stage="proxy")
@@ -6222,18 +6128,6 @@ class Upstream:
         finally:
             client.blocked_on = None
 
-    def check_key(self, key, client):
-        """GET {base}/models with one key: None if it was accepted, else the
-        UpstreamError."""
-        request = {"model": "glm-4.6", "messages": [{"role": "user", "content": "Hi"}]}
-        answer = self.job(to_zai_request(Request(request, {}), self.settings)).make_answer()
-        try:
-            connection = self.open("/models", key, client)
-            self.pump.run(Relay(connection, answer, client, list))
-        except UpstreamError as error:
-            # For a chat a list of models is an empty answer.
-            return None if error.message == EMPTY else error
-
     def close(self):
         self.pool.expire(INFINITY)
 
@@ -6246,16 +6140,12 @@ class Upstream:
 # Settings.redact() before they come here: here they are cut, and what the cut leaves of
 # a key could not be found any more.
 
-LONGEST_WORD = 100   # characters of a model's name, of a path and of a client's own id
+LONGEST_WORD = 100   # characters of a model's name and of a path
 LONGEST_ERROR = 300  # characters of an error's message
 
 # The page's chart: ten minutes, in buckets of ten seconds.
-HISTORY_S = 600
+BUCKETS = 60
 BUCKET_S = 10
-
-
-def milliseconds(duration_s):
-    return None if duration_s is None else round(duration_s * 1000, 1)
 
 
 @dataclasses.dataclass
@@ -6267,8 +6157,8 @@ class Record:
     began: float    # Unix time
     # The same moment on the monotonic clock.
     started: float = 0.0
-    method: str = "-"
-    path: str = "-"
+    method: str = ""
+    path: str = ""
     # "#2" is the second of DEFAULT_KEY; "" before the key is known.
     key: str = ""
     # The client's own X-Client-Request-Id or X-Request-Id.
@@ -6280,9 +6170,9 @@ class Record:
     # As the client named it, and as Z.ai does.
     model: str = ""
     model_id: str = ""
+    # The latter where it is another model.
+    by: str = ""
     stream: bool = False
-    # The request did not say, so that DEFAULT_STREAM or the API's default decided.
-    stream_default: bool = False
     # Time to first token; None while nothing has come.
     ttft_s: float | None = None
     total_s: float = 0.0
@@ -6306,28 +6196,29 @@ class Record:
     def line(self):
         """The log line: printable ASCII, and no blanks but its own, whatever came."""
         line = f"{self.id} {self.client} {self.method} {plain(self.path)} {self.status}"
-        facts = {"key": self.key, "rid": plain(self.client_request_id, LONGEST_WORD)}
+        facts = {"key": self.key, "rid": self.client_request_id}
         if self.counted:
             facts.update(self.facts())
         for name, value in facts.items():
             if value not in ("", None):
-                line += f" {name}={value}"
+                line += f" {name}={plain(str(value))}"
         if self.error:
             line += f" error={self.error[:LONGEST_ERROR]!a}"
         return line
 
     def facts(self):
-        """The log line's name=value pairs about an answer; empty ones are left out."""
+        """What the log and the page tell of an answer."""
         return {
-            "model": plain(self.model, LONGEST_WORD),
-            "stream": "default" if self.stream_default else str(self.stream).lower(),
-            "ttft": self.ttft_s and f"{self.ttft_s:.3f}",
-            "total": f"{self.total_s:.3f}",
-            "queue": f"{self.queued_s:.3f}",
+            "model": self.model[:LONGEST_WORD],
+            "by": self.by,
+            "stream": str(self.stream).lower(),
+            "ttft": self.ttft_s and round(self.ttft_s, 3),
+            "total": round(self.total_s, 3),
+            "queue": round(self.queued_s, 3),
             "in": self.tokens("prompt"),
             "out": self.tokens("completion"),
             "retries": self.retries,
-            "changed": plain(",".join(self.changed)),
+            "changed": ",".join(self.changed)[:2 * LONGEST_WORD],
             "repaired": self.repaired or None,
             "zai": self.zai_log_id,
         }
@@ -6336,16 +6227,11 @@ class Record:
         """The request in the page's list of the last ones."""
         return {
             "time": self.began,
-            "path": self.path,
+            "path": self.path[:LONGEST_WORD],
             "key": self.key,
-            "model": self.model,
             "status": self.status,
-            "stream": self.stream,
-            "ttft_ms": milliseconds(self.ttft_s),
-            "total_ms": milliseconds(self.total_s),
-            "tokens_in": self.tokens("prompt"),
-            "tokens_out": self.tokens("completion"),
-            "error": self.error or None,
+            "error": self.error[:LONGEST_ERROR],
+            **self.facts(),
         }
 
 
@@ -6365,7 +6251,7 @@ def samples(names, counts):
 
 
 class Histogram:
-    """A series of durations in seconds. The latest ones are kept for a median."""
+    """A series of durations in seconds."""
 
     # From a cached first token to the longest thinking.
     BOUNDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120, 300)
@@ -6373,16 +6259,10 @@ class Histogram:
     def __init__(self):
         self.counts = [0] * (len(self.BOUNDS) + 1)
         self.sum = 0.0
-        self.latest = collections.deque(maxlen=200)
 
     def add(self, value):
         self.counts[bisect.bisect_left(self.BOUNDS, value)] += 1
         self.sum += value
-        self.latest.append(value)
-
-    def median(self):
-        values = sorted(self.latest)
-        return values[len(values) // 2] if values else None
 
     def samples(self):
         total = 0
@@ -6401,10 +6281,9 @@ def gate_counts(gates, queued):
     for model, count in queued.items():
         waiting[(model_label(model),)] += count
     ceilings = {}
-    for key, model, ceiling, _ in gates:
-        if ceiling is not None:
-            place = (key, model_label(model))
-            ceilings[place] = min(ceiling, ceilings.get(place, ceiling))
+    for key, model, ceiling in gates:
+        place = (key, model_label(model))
+        ceilings[place] = min(ceiling, ceilings.get(place, ceiling))
     return waiting, ceilings
 
 
@@ -6416,14 +6295,16 @@ class Metrics:
         self.began = now()
         # It guards all below.
         self.lock = threading.Lock()
-        self.counts = collections.Counter()
+        self.counts = collections.Counter(
+            in_flight=0, served=0, failed=0, cancelled=0, unauthorized=0)
         # Their keys: (model, status, key) and (model, kind, key).
         self.requests = collections.Counter()
         self.tokens = collections.Counter()
         self.ttft = Histogram()
         self.duration = Histogram()
-        # bucket() replaces the first entry by ten minutes of empty ones.
-        self.history = collections.deque([{"t": 0}], maxlen=HISTORY_S // BUCKET_S)
+        # The tokens told in each bucket, and the number of the last one since 1970.
+        self.history = collections.deque([0] * BUCKETS, BUCKETS)
+        self.bucket = 0
         self.recent = collections.deque(maxlen=20)
 
     def count(self, name):
@@ -6434,10 +6315,6 @@ class Metrics:
 
     def finish(self, record):
         """A request that was counted as in flight is over."""
-        # Records are kept: nobody may fill the memory, or /stats, with long texts.
-        record.model = record.model[:LONGEST_WORD]
-        record.path = record.path[:LONGEST_WORD]
-        record.error = record.error[:LONGEST_ERROR]
         model = model_label(record.model_id)
         with self.lock:
             self.counts["in_flight"] -= 1
@@ -6450,39 +6327,33 @@ class Metrics:
             self.duration.add(record.total_s)
             if record.ttft_s is not None:
                 self.ttft.add(record.ttft_s)
-            self.bucket()["tokens"] += record.tokens("completion") or 0
-            self.recent.appendleft(record)
+            self.move_history()
+            self.history[-1] += record.tokens("completion") or 0
+            # The record itself might fill the memory with long texts.
+            self.recent.appendleft(record.row())
 
-    def bucket(self):
-        """The present bucket of the history, which is brought up to date."""
-        now = int(self.now()) // BUCKET_S * BUCKET_S
-        # No more than the history holds, however long nothing has happened.
-        start = max(now - HISTORY_S, self.history[-1]["t"] + BUCKET_S)
-        for begin in range(start, now + 1, BUCKET_S):
-            self.history.append({"t": begin, "tokens": 0})
-        return self.history[-1]
+    def move_history(self):
+        """Bring it up to date, so that its last entry is the present bucket's."""
+        bucket = int(self.now()) // BUCKET_S
+        self.history.extend([0] * min(bucket - self.bucket, BUCKETS))
+        self.bucket = bucket
 
     def stats(self, gates, queued, demo):
         """The page's JSON. `gates`, `queued`: Gates.state()."""
         tokens = collections.defaultdict(collections.Counter)
         with self.lock:
-            self.bucket()
-            history = list(self.history)
-            last_minute = history[-60 // BUCKET_S:]
+            self.move_history()
             for (model, kind, _), count in self.tokens.items():
                 tokens[model][kind] += count
-            names = ("in_flight", "served", "failed", "cancelled", "unauthorized")
             return {
                 "version": __version__,
                 "demo": demo,
-                **{name: self.counts[name] for name in names},
-                "tokens_per_s": round(sum(row["tokens"] for row in last_minute) / 60, 1),
-                "ttft_p50_ms": milliseconds(self.ttft.median()),
+                **self.counts,
                 "tokens": tokens,
                 "gates": gates,
                 "queued": queued,
-                "history": history,
-                "recent": [record.row() for record in self.recent],
+                "history": list(self.history),
+                "recent": list(self.recent),
             }
 
     def prometheus(self, gates, queued):
@@ -6656,8 +6527,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.connection.settimeout(self.settings.client_timeout)
         self.head = RequestHead()
         self.fields = self.head.fields
-        # read_head() adds `path`, find_route() adds `match`.
-        self.command = ""
+        # find_route() adds `match`.
         self.front = Chat
         self.outbox = None
         self.log_level = logging.INFO
@@ -6680,7 +6550,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.answer_request()
         except ClientGone as gone:
             # Without a whole head there was no request.
-            if not self.command:
+            if record.method == "-":
                 return
             self.close_connection = True
             record.status = 499
@@ -6735,17 +6605,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 pass
         finally:
             # A key is taken out before a cut leaves a part of it that is not found.
-            self.command = self.settings.redact(head.method)
-            self.path = self.settings.redact(head.path)
-            record.method = self.command or record.method
-            record.path = self.path or record.path
+            record.method = self.settings.redact(head.method)
+            record.path = self.settings.redact(head.path)
         self.unread = head.rest
         self.close_connection = not head.keeps_alive
         given = self.fields.get("x-client-request-id") or self.fields.get("x-request-id", "")
-        record.client_request_id = plain(self.settings.redact(given), 64)
+        record.client_request_id = self.settings.redact(given)
 
     def read_body(self, client):
-        """The bytes of the body, once it is clear that they are wanted."""
+        """Read the client's body, once it is clear that it is wanted."""
         limit = self.settings.max_body_mb << 20
         if self.fields.get("content-encoding", "identity").lower() != "identity":
             raise RequestError("Compressed bodies are not understood.",
@@ -6769,35 +6637,35 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except ValueError as error:
             raise RequestError(f"Malformed chunked body: {error}.") from None
         self.unread = framing.rest or self.unread
-        return bodies.held[client]
 
     # Finding the route
 
     def find_route(self):
         """The name of the method that answers; the key is checked on the way."""
-        found = ((row, re.fullmatch(row.pattern, self.path)) for row in ROUTES)
+        method = self.record.method
+        path = self.record.path
+        found = ((row, re.fullmatch(row.pattern, path)) for row in ROUTES)
         row, self.match = next(pair for pair in found if pair[1])
         self.front = row.front
         methods = {"GET": row.get, "HEAD": row.get, "POST": row.post}
         allowed = [method for method, name in methods.items() if name]
         # So programs look for servers of other kinds.
-        if self.command == "GET" and not allowed:
+        if method == "GET" and not allowed:
             self.log_level = logging.DEBUG
         self.check_host()
-        if self.command == "OPTIONS":
+        if method == "OPTIONS":
             return "answer_options"
         if row.needs_key:
             self.check_key()
         if not allowed:
-            raise self.not_found()
-        if self.command not in allowed:
+            raise self.not_found(path[:200])
+        if method not in allowed:
             raise RequestError(
-                f"{self.command} is not a method of {self.path[:200]!a}.",
+                f"{method} is not a method of {path[:200]!a}.",
                 status=405, code="method_not_allowed", allowed=["OPTIONS", *allowed])
-        return methods[self.command]
+        return methods[method]
 
-    def not_found(self):
-        path = self.path[:200]
+    def not_found(self, path):
         words = next(words for pattern, words in ELSEWHERE if re.match(pattern, path))
         tail = escaped(re.sub(V4, "", path, count=1))
         there = self.settings.zai_base_url + tail
@@ -6833,15 +6701,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     return
         if self.log_level == logging.INFO:
             self.server.metrics.count("unauthorized")
-        raise self.wrong_key(any(given))
-
-    def wrong_key(self, was_given):
-        problem = "Incorrect API key" if was_given else "No API key"
-        well_known = self.settings.well_known
-        hint = f" ({well_known} unless you set it)" if well_known else ""
-        words = (f"{problem}: send the proxy's DEFAULT_KEY{hint}, not the Z.ai key, as "
-                 "Authorization: Bearer KEY.")
-        return RequestError(words, status=401, code="invalid_api_key", retryable=False)
+        raise RequestError(
+            f"No API key, or an incorrect one: send the proxy's DEFAULT_KEY ({WELL_KNOWN_KEYS[0]}"
+            " unless it was set), not the Z.ai key, as Authorization: Bearer KEY.",
+            status=401, code="invalid_api_key")
 
     # Answering
 
@@ -6871,7 +6734,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.close_connection:
             fields.append(("Connection", "close"))
         head = response_head(status, fields)
-        self.send(head if self.command == "HEAD" else head + body)
+        self.send(head if self.record.method == "HEAD" else head + body)
 
     def answer_json(self, value, status=200, fields=()):
         self.answer(status, encode_json(value), fields=fields)
@@ -6905,38 +6768,34 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send(bytes(outbox.unsent) + end)
 
     def common_fields(self, content_type):
-        return [
+        """The fields of any response, and what happened to a request for an answer."""
+        record = self.record
+        fields = [
             ("Content-Type", content_type),
-            ("x-request-id", self.record.id),
-            ("request-id", self.record.id),
+            ("x-request-id", record.id),
+            ("request-id", record.id),
             ("X-Content-Type-Options", "nosniff"),
             *self.cors_fields(),
-            *self.outcome_fields(),
+            ("x-ztoapi-queue-ms", int(record.queued_s * 1000)),
+            ("x-ztoapi-changed", plain(",".join(record.changed), 1000)),
+            ("x-ztoapi-model", plain(record.model_id)),
+            ("x-zai-log-id", record.zai_log_id),
         ]
+        return [field for field in fields if field[1]]
 
     def cors_fields(self):
         """None with the well-known key: then no web page may read what we answer."""
         origins = self.settings.cors_origin
         if self.settings.well_known or not origins:
             return []
-        fields = [("Access-Control-Expose-Headers", EXPOSED)]
+        origin = self.fields.get("origin", "")
         if "*" in origins:
-            return [*fields, ("Access-Control-Allow-Origin", "*")]
-        fields.append(("Vary", "Origin"))
-        origin = self.fields.get("origin")
-        if origin in origins:
-            fields.append(("Access-Control-Allow-Origin", origin))
-        return fields
-
-    def outcome_fields(self):
-        """What happened to a request for an answer."""
-        fields = [
-            ("x-ztoapi-queue-ms", int(self.record.queued_s * 1000)),
-            ("x-ztoapi-changed", plain(",".join(self.record.changed), 1000)),
-            ("x-ztoapi-model", plain(self.record.model_id)),
-            ("x-zai-log-id", self.record.zai_log_id),
+            origin = "*"
+        return [
+            ("Access-Control-Expose-Headers", EXPOSED),
+            ("Access-Control-Allow-Origin", origin if origin in origins else ""),
+            ("Vary", "Origin" if origin != "*" else ""),
         ]
-        return [field for field in fields if field[1]]
 
     # Routes
 
@@ -6996,8 +6855,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def get_stats(self):
         gates = self.server.upstream.gates
         stats = self.server.metrics.stats(*gates.state(), self.settings.demo_mode)
-        refusals = [self.settings.redact(key.refusal) for key in gates.keys]
-        stats["trouble"] = refusals or [NO_KEY]
+        stats["trouble"] = [key.refusal for key in gates.keys] or [NO_KEY]
         self.answer_json(stats, fields=[("Cache-Control", "no-store")])
 
     def refuse_get(self):
@@ -7010,13 +6868,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.record.counted = True
         self.server.metrics.count("in_flight")
         with self.reading() as client:
-            front, asked = self.read_request(client)
+            front, job = self.read_request(client)
             if not self.server.upstream.gates.keys:
                 raise missing_key()
-            job = self.server.upstream.job(asked, front.stream)
-            self.server.upstream.bodies.held[client] = job.data
-            # The conversation may have many megabytes, and an answer take minutes.
-            del asked
             if front.stream:
                 self.outbox = client.outbox = Outbox(
                     self.connection, self.stream_head, front, chunked=not self.head.is_1_0)
@@ -7024,46 +6878,54 @@ class Handler(http.server.BaseHTTPRequestHandler):
             else:
                 fold = Fold()
                 take = fold.add
-            with self.server.pump.minding(client):
-                self.server.upstream.answer(job, client, self.record, take)
+            self.server.upstream.answer(job, client, self.record, take)
         if not front.stream:
             self.answer_json(front.whole(fold))
 
     @contextlib.contextmanager
     def reading(self):
-        """Inside, the Client holds what its body needs."""
+        """Inside, the Client has a body, and the pump looks after it."""
         client = Client(self.connection, key=self.record.key)
         try:
-            yield client
+            self.read_body(client)
+            with self.server.pump.minding(client):
+                yield client
         finally:
             self.server.upstream.bodies.drop(client)
 
     def read_request(self, client):
-        """(front, Asked). What the client sent is let go of here."""
+        """(front, Job). What the client sent is let go of here: an answer may take
+        minutes, and a conversation many megabytes."""
         record = self.record
-        data = self.read_body(client)
-        with self.server.upstream.turn(client, data):
+        upstream = self.server.upstream
+        data = upstream.bodies.held[client]
+
+        def write(model=""):
+            asked = to_zai_request(request, self.settings, model)
+            front.asked = asked._replace(body={}, data=b"")
+            record.changed = tuple(map(self.settings.redact, asked.changed))
+            id = asked.body["model"]
+            record.model_id = self.settings.redact(id)
+            record.by = "" if id == canonical_id(front.model) else record.model_id
+            if log.isEnabledFor(logging.DEBUG):
+                words = self.settings.redact(request_outline(asked.body))[:2000]
+                log.debug("%s to Z.ai: %s", record.id, words)
+            return asked
+
+        with upstream.turn(client, data):
             body = read_json_object(data)
             caller = Caller(self.fields, record.key, record.began, self.server.memory)
             record.model = self.settings.redact(str(body.get("model", "")))
             front, request = self.front.read(body, caller, self.settings)
-            asked = to_zai_request(request, self.settings)
             self.front = front
-            front.asked = asked._replace(body={}, data=b"")
-            record.changed = [self.settings.redact(name) for name in asked.changed]
-            record.model_id = asked.body["model"]
             record.stream = front.stream
-            record.stream_default = front.stream_defaulted
-            if log.isEnabledFor(logging.DEBUG):
-                words = self.settings.redact(request_outline(asked.body))[:2000]
-                log.debug("%s to Z.ai: %s", record.id, words)
-            return front, asked
+            return front, upstream.job(write(), front.stream, write)
 
     def post_count(self):
         """How many tokens a request to Messages has, without asking Z.ai."""
         with self.reading() as client:
-            _, asked = self.read_request(client)
-        self.answer_json({"input_tokens": asked.tokens})
+            front, _ = self.read_request(client)
+        self.answer_json({"input_tokens": front.asked.tokens})
 
     def tell(self, steps):
         text = self.front.tell(steps)
@@ -7079,10 +6941,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             ("Cache-Control", "no-cache"),
             ("X-Accel-Buffering", "no"),
         ]
-        if self.head.is_1_0:
-            fields.append(("Connection", "close"))
-        else:
-            fields.append(("Transfer-Encoding", "chunked"))
+        is_1_0 = self.head.is_1_0
+        fields.append(("Connection", "close") if is_1_0 else ("Transfer-Encoding", "chunked"))
         return response_head(200, fields)
 
 
@@ -7119,8 +6979,6 @@ class Server(http.server.ThreadingHTTPServer):
     # serve_forever() does not begin any more.
     stopped = False
     draining = False
-    # The log tells of refusals once, and again after a minute without any.
-    warn_from = 0.0
 
     def __init__(self, settings):
         self.settings = settings
@@ -7130,9 +6988,8 @@ class Server(http.server.ThreadingHTTPServer):
         # idled, or BUSY. Each handler moves its own, for which dicts need no lock.
         self.lock = threading.Lock()
         self.connections = {}
-        # (Until when, socket) of connections that were too many and are being told so.
-        # The oldest is closed by being dropped.
-        self.refused = collections.deque(maxlen=128)
+        # Connections that were too many and are being told so.
+        self.refused = Pool(keep_s=LINGER_S, most=128)
         host = settings.host.strip("[]")
         found = socket.getaddrinfo(
             host, settings.port, 0, socket.SOCK_STREAM, 0, socket.AI_PASSIVE)
@@ -7144,7 +7001,7 @@ class Server(http.server.ThreadingHTTPServer):
         except BaseException:
             self.pump.close()
             raise
-        self.pump.chores.append(self.close_refused)
+        self.pump.chores.append(self.refused.expire)
 
     def server_bind(self):
         if hasattr(socket, "SO_EXCLUSIVEADDRUSE"):
@@ -7230,32 +7087,24 @@ class Server(http.server.ThreadingHTTPServer):
     def refuse(self, request):
         """A 503 without a thread. The socket is kept for a moment, until it has been
         read."""
-        body = encode_json(Chat.error(ApiError(
-            "Too many connections.", code="too_many_connections")))
-        head = response_head(503, [
+        error = ApiError("Too many connections.", status=503, code="too_many_connections")
+        id = new_id("req_")
+        body = encode_json(Chat.error(error))
+        head = response_head(error.status, [
             ("Content-Type", "application/json"),
             ("Content-Length", len(body)),
             ("Retry-After", 5),
             ("Connection", "close"),
-            ("x-request-id", new_id("req_")),
+            ("x-request-id", id),
         ])
-        now = time.monotonic()
-        if now > self.warn_from:
-            log.warning("More than MAX_CONNECTIONS=%d, or no more threads: 503",
-                        self.settings.max_connections)
-        self.warn_from = now + 60
+        log.warning("%s 503: more than MAX_CONNECTIONS=%d, or no more threads",
+                    id, self.settings.max_connections)
         with contextlib.suppress(OSError):
             request.setblocking(False)
             request.send(head + body)
             request.shutdown(socket.SHUT_WR)
             # The base class closes `request`.
-            kept = socket.socket(fileno=request.detach())
-            self.refused.append((now + LINGER_S, kept))
-
-    def close_refused(self, now):
-        """The pump calls it some times a second."""
-        while self.refused and self.refused[0][0] < now:
-            self.refused.popleft()[1].close()
+            self.refused.put(socket.socket(fileno=request.detach()))
 
     def shut_idle(self):
         """Shut the connection that has idled longest; called with the lock held."""
@@ -7334,21 +7183,18 @@ def demo_call(tools, text):
     """The delta that calls the tool for which `text` asks, or None."""
     for tool in tools:
         function = tool.get("function", {})
-        name = function.get("name")
-        if name and f"call {name}" in text:
-            schema = function.get("parameters") or {}
-            arguments = encode_text(dict.fromkeys(schema.get("required", ()), "demo"))
-            call = {"id": new_id("call_"), "index": 0, "type": "function"}
-            call["function"] = {"name": name, "arguments": arguments}
-            return {"tool_calls": [call]}
+        if f"call {function.get('name')}" in text:
+            required = function.get("parameters", {}).get("required", ())
+            arguments = encode_text(dict.fromkeys(required, "demo"))
+            called = {"name": function["name"], "arguments": arguments}
+            return {"tool_calls": [{"id": new_id("call_"), "index": 0, "function": called}]}
     return None
 
 
 def demo_deltas(request):
     """The deltas that answer a request in Z.ai's dialect."""
     # Claude Code puts a system message behind the user's.
-    spoken = [message for message in request["messages"] if message["role"] != "system"]
-    last = (spoken or request["messages"])[-1]
+    last = [message for message in request["messages"] if message["role"] != "system"][-1]
     text = last.get("content") or ""
     if isinstance(text, list):
         text = " ".join(part.get("text", "") for part in text)
@@ -7356,8 +7202,7 @@ def demo_deltas(request):
         for word in DEMO_THOUGHT.split():
             yield {"reasoning_content": f"{word} "}
     # The result of a tool asks for no further call.
-    tools = request.get("tools", ()) if last["role"] == "user" else ()
-    call = demo_call(tools, text)
+    call = demo_call(request.get("tools", ()), text) if last["role"] == "user" else None
     if call:
         yield call
         return
@@ -7371,21 +7216,19 @@ def demo_deltas(request):
 
 def demo_events(request):
     """The answer's SSE events. The last but one finishes it and holds the usage."""
-    event = {"id": new_id("demo"), "created": int(time.time())}
-    event["model"] = request["model"]
-    count = 0
-    for delta in demo_deltas(request):
-        count += 1
-        choice = {"index": 0, "delta": {"role": "assistant", **delta}}
-        yield b"data: %b\n\n" % encode_json({**event, "choices": [choice]})
+    deltas = list(demo_deltas(request))
+    event = {"id": new_id("demo"), "model": request["model"]}
+    for delta in deltas:
+        yield encode_event({**event, "choices": [{"index": 0, "delta": delta}]})
         time.sleep(DEMO_PACE_S)
-    words = len(encode_json(request["messages"]).split())
-    usage = {"prompt_tokens": words, "completion_tokens": count}
-    usage["total_tokens"] = words + count
+    count = len(deltas)
+    words = len(encode_text(request["messages"]).split())
+    usage = {
+        "prompt_tokens": words, "completion_tokens": count, "total_tokens": words + count}
     reason = "tool_calls" if "tool_calls" in delta else "stop"
-    choice = {"index": 0, "finish_reason": reason, "delta": {"content": ""}}
-    yield b"data: %b\n\n" % encode_json({**event, "choices": [choice], "usage": usage})
-    yield b"data: [DONE]\n\n"
+    last = {"index": 0, "finish_reason": reason, "delta": {"content": ""}}
+    yield encode_event({**event, "choices": [last], "usage": usage})
+    yield "data: [DONE]\n\n"
 
 
 # It ends with its connection, hence the old version.
@@ -7393,17 +7236,15 @@ DEMO_HEAD = b"HTTP/1.0 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
 
 
 def demo_answer(sock, data):
-    pieces = demo_events(json.loads(data)) if data else [b'{"object":"list","data":[]}']
     # The proxy hangs up whenever its own client does.
     with sock, contextlib.suppress(OSError):
         sock.sendall(DEMO_HEAD)
-        for piece in pieces:
-            sock.sendall(piece)
+        for event in demo_events(json.loads(data)):
+            sock.sendall(event.encode("utf-8", "replace"))
 
 
 def demo_socket(data):
-    """A socket that answers as Z.ai's would. `data`: the chat request; None asks for
-    the list of models."""
+    """A socket that answers as Z.ai's would. `data`: the chat request."""
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
     threading.Thread(target=demo_answer, args=(theirs, data), daemon=True).start()
@@ -7412,10 +7253,10 @@ def demo_socket(data):
 
 # Check ################################################################################
 #
-# `--check` tries each key, and then a chat, over the same road as the proxy's requests,
-# so that what is wrong is found before any client is involved. It prints a line for
-# each step: "ok", or "FAIL", where it failed (proxy, DNS, TCP, TLS, key, chat) and what
-# to do.
+# `--check` tries a chat with each key, over the same road as the proxy's requests, so
+# that what is wrong is found before any client is involved. It prints a line for each
+# try: "ok", or "FAIL", where it failed (proxy, DNS, TCP, TLS, key, chat) and what to
+# do.
 
 # The models to try, the cheapest first. The Coding Plan (True) serves others.
 CHECK_MODELS = {True: ("glm-4.7", "glm-4.5-air"), False: ("glm-4.7-flash", "glm-4.6")}
@@ -7447,68 +7288,40 @@ def say(text, stream="stdout"):
         setattr(sys, stream, None)
 
 
-def check_keys(upstream, client):
-    """Each key against GET {base}/models. The error of the first, None if Z.ai takes at
-    least one."""
-    keys = upstream.gates.keys
-    if not keys:
-        say(f"FAIL  key: {NO_KEY}")
-    errors = []
-    # Asking without a key tells at least whether Z.ai can be reached.
-    for key in keys or [ZaiKey(0, "")]:
-        error = upstream.check_key(key, client)
-        errors.append(error)
-        if error:
-            words = upstream.settings.redact(error.message)
-            say(f"FAIL  {error.stage or 'key ' + key.name}: {words}")
-        else:
-            # The demo is reached without a network.
-            way = "" if upstream.settings.demo_mode else ", so DNS, TCP and TLS are well"
-            say(f"ok    key {key.name}: accepted{way}")
-    if not keys:
-        return missing_key()
-    return None if None in errors else errors[0]
+def try_chats(settings, pump, client, tell=say):
+    """Ask one model after the other for a tiny answer, until one gives it. None then,
+    else the last error."""
+    with contextlib.closing(Upstream(settings, pump)) as upstream:
+        for model in CHECK_MODELS["/coding/" in settings.zai_base_url]:
+            request = Request({**CHECK_REQUEST, "model": model}, {})
+            job = upstream.job(to_zai_request(request, settings))
+            record = Record("check", "", time.time(), time.monotonic())
+            try:
+                upstream.answer(job, client, record, take=list)
+                tell(f"ok    chat: {model} answered, first token after {record.ttft_s:.3f} s")
+                return None
+            except UpstreamError as failure:
+                error = failure
+            place = "key" if error.verdict == KEY_RESTS else error.stage
+            tell(f"FAIL  {place or 'chat with ' + model}: {settings.redact(error.message)}")
+            # Another model heals neither a key nor the road.
+            if place:
+                break
+    return error
 
 
-def first_chat(upstream, client, failed):
-    """(model, milliseconds to the first token) of the first model that gives a tiny
-    answer. failed(model, error) is told of the others; the last error is raised."""
-    settings = upstream.settings
-    for model in CHECK_MODELS["/coding/" in settings.zai_base_url]:
-        request = {**CHECK_REQUEST, "model": model}
-        job = upstream.job(to_zai_request(Request(request, {}), settings))
-        record = Record("check", "", time.time(), time.monotonic())
-        try:
-            upstream.answer(job, client, record, take=lambda steps: None)
-            return model, milliseconds(record.ttft_s)
-        except ApiError as error:
-            failed(model, error)
-            last = error
-    raise last
-
-
-def check_chat(upstream, client):
-    """A tiny answer. None, or the error of the last model that was tried."""
-    def failed(model, error):
-        say(f"FAIL  chat with {model}: {upstream.settings.redact(error.message)}")
-
-    try:
-        model, ttft_ms = first_chat(upstream, client, failed)
-    except ApiError as error:
-        return error
-    say(f"ok    chat: {model} answered, first token after {ttft_ms} ms")
-    return None
-
-
-def check_bases(settings, pump, client):
-    """Say which other base URL the key fits."""
-    for base in ZAI_BASE_URLS:
-        other = dataclasses.replace(settings, zai_base_url=base, queue_timeout=5.0)
-        with contextlib.suppress(ApiError), contextlib.closing(Upstream(other, pump)) as there:
-            model, _ = first_chat(there, client, failed=lambda *_: None)
-            say(f"      The key fits ZAI_BASE_URL={base}: {model} answered there.")
-            return
-    say("      The key fits none of Z.ai's base URLs.")
+def check_key(settings, pump, client):
+    """Try the one key of these settings; None if it serves."""
+    error = try_chats(settings, pump, client)
+    # Z.ai refuses the key, or has no money or plan for it here.
+    if error and error.verdict in NEXT_KEY and settings.zai_base_url in ZAI_BASE_URLS:
+        for base in ZAI_BASE_URLS:
+            other = dataclasses.replace(settings, zai_base_url=base, queue_timeout=5.0)
+            if not try_chats(other, pump, client, tell=len):
+                say(f"      The key fits ZAI_BASE_URL={base}.")
+                return error
+        say("      The key fits none of Z.ai's base URLs.")
+    return error
 
 
 def check(settings):
@@ -7524,24 +7337,26 @@ def check(settings):
     ours, theirs = socket.socketpair()
     client = Client(ours)
     pump = Pump(settings)
-    upstream = Upstream(settings, pump)
     until = time.monotonic() + CHECK_S
     pump.chores.append(lambda now: now > until and client.leave())
     pump.start()
+    keys = ("demo",) if settings.demo_mode else settings.zai_api_key
+    if not keys:
+        say(f"FAIL  key: {NO_KEY}")
+    errors = []
     try:
         with ours, theirs, pump.minding(client):
-            error = check_keys(upstream, client) or check_chat(upstream, client)
-            # Z.ai refuses the key, or has no money or plan for it here.
-            is_refused = settings.zai_api_key and error and error.verdict in NEXT_KEY
-            if is_refused and settings.zai_base_url in ZAI_BASE_URLS:
-                check_bases(settings, pump, client)
-            return error is None
+            # Asking without a key tells at least whether Z.ai can be reached.
+            for position, key in enumerate(keys or ["no-key"], 1):
+                say(f"Key #{position} {mask(key)}")
+                one = dataclasses.replace(settings, zai_api_key=(key,))
+                errors.append(check_key(one, pump, client))
+        return None in errors and bool(keys)
     except ClientGone:
         say(f"FAIL  that was not over after {CHECK_S:g} s")
         return False
     finally:
         pump.close()
-        upstream.close()
 
 
 # Main #################################################################################
@@ -7864,18 +7679,21 @@ function showStats({ history, recent, gates, queued, tokens, trouble, ...stats }
   $("numbers").hidden = !recent.length && !stats.in_flight;
   const waiting = Object.values(queued).reduce((sum, some) => sum + some, 0);
   const told = (number, words) => number && `${local(number)} ${words}`;
+  const perSecond = Math.round(history.slice(-6).reduce((sum, some) => sum + some, 0) / 6) / 10;
+  const firsts = recent.map(({ ttft }) => ttft).filter(Boolean).sort((one, other) => one - other);
   $("totals").textContent = join([told(stats.in_flight, "running"), told(waiting, "waiting"),
-    told(stats.served, "answered"), told(stats.failed, "failed"), told(stats.tokens_per_s, "tokens/s"),
-    stats.ttft_p50_ms && "first word after " + time(stats.ttft_p50_ms),
-    ...gates.filter(gate => gate[2]).map(([, model, limit]) => `${model} at most ${limit} at once`)]);
-  showChart(history.map(({ tokens }) => tokens / 10));
+    told(stats.served, "answered"), told(stats.failed, "failed"), told(perSecond, "tokens/s"),
+    firsts.length && "first word after " + time(1000 * firsts[firsts.length >> 1]),
+    ...gates.map(([, model, limit]) => `${model} at most ${limit} at once`)]);
+  showChart(history.map(tokens => tokens / 10));
   const used = Object.entries(tokens).filter(([, { prompt, completion }]) => prompt || completion);
   fillTable($("tokens"), "Tokens since the start", ["Model", "In", "Out"],
     used.map(([model, { prompt, completion }]) => [model, local(prompt), local(completion)]));
+  const answering = row => row.by ? `${row.model} (${row.by})` : row.model;
   fillTable($("recent"), "Last requests", ["Time", "Model", "Status", "First word", "Total", "Tokens in / out", "API",
-    "Key", "What went wrong"], recent.map(row => [clock(row.time), row.model, row.status, time(row.ttft_ms),
-    time(row.total_ms), `${row.tokens_in ?? NONE} / ${row.tokens_out ?? NONE}`, row.path.replace("/v1/", ""), row.key,
-    row.status === 499 ? "stopped by the client" : row.error ?? ""]));
+    "Key", "What went wrong"], recent.map(row => [clock(row.time), answering(row), row.status,
+    time(row.ttft && 1000 * row.ttft), time(1000 * row.total), `${row.in ?? NONE} / ${row.out ?? NONE}`,
+    row.path.replace("/v1/", ""), row.key, row.status === 499 ? "stopped by the client" : row.error]));
 }
 function showChart(values) {
   const most = Math.max(...values);
