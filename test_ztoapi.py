@@ -2298,8 +2298,6 @@ BAD_REQUESTS = [
     *(({"tools": [TOOL], "tool_choice": named(name)}, "tool_choice") for name in ("other", "x" * 10**6)),
     ({"tools": [TOOL], "tool_choice": {"type": "function"}}, "tool_choice.name"),
     ({"tools": [TOOL], "tool_choice": named(5)}, "tool_choice.function.name"),
-    ({"functions": [{"name": "f"}]}, "functions"),
-    ({"function_call": "auto"}, "function_call"),
     ({"extra_body": {"temperature": 5}}, "temperature"),
 ]
 
@@ -2424,7 +2422,7 @@ def test_media_that_a_model_does_not_take_are_refused_with_the_names_of_models_t
 
 
 @pytest.mark.parametrize("name", [
-    *ztoapi.READ_FIELDS, "functions", "top_k"])
+    *ztoapi.READ_FIELDS, "top_k"])
 def test_null_in_an_optional_field_counts_as_absent(name):
     if name not in ("model", "messages"):
         assert to_zai(chat_body(**{name: None})) == to_zai(chat_body())
@@ -2603,11 +2601,10 @@ def test_messages_become(messages, expected, changed):
 # as they are.
 @table("arguments, expected", [
     *((text, None) for text in ('{"path": "a"}', ' {"path": "a"}\n', "{}", '{"a": "{}{}"}')),
-    *((text, "{}") for text in ("", " \n", None, "{}{}")),
-    *((text, '{"path": "a"}') for text in (
-        '{"path": "a"}{"path": "a"}', '{"path": "a"}\n{"path": "a"}', '"{\\"path\\": \\"a\\"}"')),
+    *((text, "{}") for text in ("", " \n", None)),
+    ('"{\\"path\\": \\"a\\"}"', '{"path": "a"}'),
     *((text, json.dumps({"arguments": text}, separators=(",", ":"))) for text in (
-        '{"path": "a', '{"a": 1}{"b": 2}', "aa", "[1]", "5", '"x"', '{"a": NaN}', "[" * 100000)),
+        '{"path": "a', "{}{}", '{"a": 1}{"b": 2}', "aa", "[1]", "5", '"x"', '{"a": NaN}', "[" * 100000)),
     (5, '{"arguments":"5"}'), ([1], '{"arguments":"[1]"}'),
 ])
 def test_arguments_are_mended(arguments, expected):
@@ -5584,12 +5581,9 @@ def test_an_error_of_responses(status, code, retryable, told_status, told_code):
     error = ApiError("No.", status=status, code=code, retryable=retryable, retry_after=7.0)
     inner = {"message": "No.", "type": "server_error", "param": None, "code": code}
     assert ztoapi.Responses.status(error) == told_status
-    if code == "overloaded":
-        # Codex waits it out at this code, but gives up at it in a stream.
-        assert ztoapi.Responses.error(error, "req_1") == {"error": {**inner, "code": "server_is_overloaded"}}
-        code = inner["code"] = "server_error"
-    else:
-        assert ztoapi.Responses.error(error, "req_1") == {"error": inner}
+    # Codex waits it out at this code, but gives up at it in a stream.
+    code_outside = "server_is_overloaded" if code == "overloaded" else code
+    assert ztoapi.Responses.error(error, "req_1") == {"error": {**inner, "code": code_outside}}
     front, _ = read_responses()
     begin = front.opening() + front.tell([Step("thinking", "A"), Step("text", "B")])
     events = events_of(begin + front.failure(error))

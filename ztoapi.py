@@ -1430,7 +1430,8 @@ UNITS = {str: " characters long", list: " items long"}
 # Fields of OpenAI's and of others that Z.ai has no use for. What the last two lines
 # wish for thinking is kept.
 DROPPED = frozenset("""
-    audio extra_body frequency_penalty include_reasoning logit_bias logprobs metadata modalities
+    audio extra_body frequency_penalty function_call functions include_reasoning
+    logit_bias logprobs metadata modalities
     moderation prediction presence_penalty prompt_cache_key prompt_cache_options
     prompt_cache_retention safety_identifier service_tier store top_logprobs verbosity
     web_search_options
@@ -1784,10 +1785,6 @@ class Piece(dict):
         return self
 
 
-def is_part(value):
-    return str(as_dict(value).get("type")) in PARTS
-
-
 def text_part(text):
     return {"type": "text", "text": text}
 
@@ -1896,28 +1893,23 @@ def argument_types(schema):
 def mend_arguments(arguments):
     """The text of a JSON object, whatever a model or a cut has left as `arguments`.
 
-    What is whole stays as it is; what was encoded or written twice is taken once; any
-    other text becomes the one value of an object.
+    What is whole stays as it is; what was encoded twice is decoded once; any other text
+    becomes the one value of an object.
     """
     if not isinstance(arguments, str):
         text = encode_request(arguments).decode()
         if isinstance(arguments, dict):
             return text
         arguments = text
-    text = arguments.strip()
-    if text in ("", "null"):
+    if arguments.strip() in ("", "null"):
         return "{}"
-    # A stream that was played twice leaves the same object twice.
-    middle = len(text) // 2
-    for candidate in (arguments, text[:middle].strip()):
-        value = decode_or_none(candidate, decode_strictly)
-        if isinstance(value, str):
-            candidate = value
-            value = decode_or_none(candidate, decode_strictly)
-        if isinstance(value, dict):
-            return candidate
-        if text[:middle].strip() != text[middle:].strip():
-            break
+    text = arguments
+    value = decode_or_none(text, decode_strictly)
+    if isinstance(value, str):
+        text = value
+        value = decode_or_none(text, decode_strictly)
+    if isinstance(value, dict):
+        return text
     return encode_request({"arguments": arguments}).decode()
 
 
@@ -2301,11 +2293,14 @@ class Reader:
         """What a tool has brought: a text, parts, or another value, told as JSON."""
         piece.role = "tool"
         self.brought = piece.turn
-        content = piece.get("output", piece.get("content"))
+        field = "output" if "output" in piece else "content"
+        content = piece.get(field)
         text = "" if content in NO_CONTENT else content
         media = []
         if not isinstance(text, str):
-            parts = self.output_parts(piece, content)
+            pieces = content if isinstance(content, list) else [content]
+            has_parts = any(str(as_dict(inner).get("type")) in PARTS for inner in pieces)
+            parts = self.content(piece, field) if has_parts else [json_part(content)]
             text = lines(*[part.get("text") for part in parts])
             media = [part for part in parts if "text" not in part]
         # A field of Messages.
@@ -2314,12 +2309,6 @@ class Reader:
         if not text.strip():
             text = "(an image)" if media else NO_OUTPUT
         self.history.output(call_id(first(piece, OUTPUT_IDS)), text, media)
-
-    def output_parts(self, piece, content):
-        pieces = content if isinstance(content, list) else [content]
-        if not any(map(is_part, pieces)):
-            return [json_part(content)]
-        return self.content(piece, "output" if "output" in piece else "content")
 
     def read_reference(self, piece):
         if not self.request.recall:
@@ -2399,11 +2388,9 @@ class Reader:
 
     def insert_instructions(self, messages):
         """Put our lines behind the client's own: what Z.ai caches stays cached."""
-        place = 0
-        while messages[place]["role"] == "system":
-            place += 1
-        for text in reversed(self.instructions):
-            messages.insert(place, {"role": "system", "content": text})
+        place = [message["role"] == "system" for message in messages].index(False)
+        messages[place:place] = [
+            {"role": "system", "content": text} for text in self.instructions]
 
     # Tools
 
@@ -2608,9 +2595,6 @@ def check_fields(fields, names):
         for name, rule in table.items():
             if name in fields:
                 check(fields[name], rule, names.get(name, name))
-    for name in ("functions", "function_call"):
-        if name in fields:
-            raise wrong(name, "is no longer supported: use 'tools'")
 
 
 def to_zai_request(request, settings, model=""):
@@ -3939,7 +3923,7 @@ class Front:
         RequestError in the client's terms.
     opening(): the SSE text before all steps; it is also the first sign of life.
     heartbeat(): SSE text that is harmless to every client of this API.
-    tell(steps): the SSE text of some steps, "" if there is nothing to say yet.
+    _tell(step): the SSE text of a step, "" if there is nothing to say yet.
     whole(fold): the JSON answer, a dict.
     """
 
@@ -3960,6 +3944,10 @@ class Front:
             return owners[name]
         bare = [tool for tool in owners.values() if tool["name"] == name]
         return bare[0] if len(bare) == 1 else {"name": name}
+
+    def tell(self, steps):
+        """The SSE text of some steps."""
+        return "".join(map(self._tell, steps))
 
     def failure(self, error):
         """The SSE text that ends a stream badly."""
@@ -4032,9 +4020,9 @@ class Chat(Front):
     @classmethod
     def read(cls, body, caller, settings):
         request = without_nulls(body)
-        # A parameter of OpenAI's SDK, which users copy into JSON, where it means nothing.
+        # A parameter of OpenAI's SDK that users copy into JSON, where it means nothing.
         request = {**without_nulls(as_dict(request.get("extra_body"))), **request}
-        changed = [name for name, value in request.items() if name in DROPPED and asks(name, value)]
+        changed = [name for name in request if name in DROPPED and asks(name, request[name])]
         if "input" in request and "messages" not in request:
             raise wrong("messages", "is missing: a request with 'input' goes to /v1/responses")
         options = as_dict(request.get("stream_options"))
@@ -4063,9 +4051,6 @@ class Chat(Front):
         """An empty delta. An SSE comment would break clients that parse each line as
         JSON."""
         return self._chunk("{}")
-
-    def tell(self, steps):
-        return "".join([self._tell(step) for step in steps])
 
     def _tell(self, step):
         if step.kind == THINKING:
@@ -4210,9 +4195,6 @@ class Itemized(Front):
         self.finish = None
         self.answer = None
 
-    def tell(self, steps):
-        return "".join(map(self._tell, steps))
-
     def _tell(self, step):
         kind = step.kind
         # After a RESTART the thinking just goes on: nothing else has been told by then.
@@ -4242,10 +4224,10 @@ class Itemized(Front):
     def whole(self, fold):
         """The answer that the same steps give as a stream."""
         # The places stand for the calls' own numbers: each item is whole.
-        self.tell([
+        steps = [
             Step(item.kind, item.text, i, item.id, item.name)
-            for i, item in enumerate(fold.items)])
-        self.tell([Step(FINISH, fold.finish, name=fold.stop_word, usage=fold.usage)])
+            for i, item in enumerate(fold.items)]
+        self.tell([*steps, Step(FINISH, fold.finish, name=fold.stop_word, usage=fold.usage)])
         return self.answer
 
 
@@ -4434,26 +4416,19 @@ RESPONSES_OTHERS = frozenset("""
 """.split())
 # What would need more than a memory.
 STATEFUL = ("prompt", "conversation", "background")
-# What a response repeats of its request: the type, and the value if it was left out.
-ECHO = {
-    "frequency_penalty": (NUMBER, 0),
-    "max_output_tokens": (int, None),
-    "max_tool_calls": (int, None),
-    "metadata": (dict, {}),
-    "parallel_tool_calls": (bool, True),
-    "presence_penalty": (NUMBER, 0),
-    "previous_response_id": (str, None),
-    "prompt_cache_key": (str, None),
-    "reasoning": (dict, {"effort": None, "summary": None}),
-    "safety_identifier": (str, None),
-    "store": (bool, True),
-    "temperature": (NUMBER, 1.0),
-    "text": (dict, {"format": {"type": "text"}}),
-    "tool_choice": ((str, dict), "auto"),
-    "top_p": (NUMBER, 1.0),
-    "truncation": (str, "disabled"),
-    "user": (str, None),
-}
+# What a response repeats of its request: the type, the value if it was left out, names.
+ECHO = (
+    (NUMBER, 0, "frequency_penalty presence_penalty"),
+    (NUMBER, 1.0, "temperature top_p"),
+    (int, None, "max_output_tokens max_tool_calls"),
+    (bool, True, "parallel_tool_calls store"),
+    (str, None, "previous_response_id prompt_cache_key safety_identifier user"),
+    (str, "disabled", "truncation"),
+    ((str, dict), "auto", "tool_choice"),
+    (dict, {}, "metadata"),
+    (dict, {"effort": None, "summary": None}, "reasoning"),
+    (dict, {"format": {"type": "text"}}, "text"),
+)
 LONGEST_ECHO_BYTES = 1 << 14
 # The words for a summary that OpenAI has. VS Code says "off".
 SUMMARIES = ("auto", "concise", "detailed")
@@ -4632,12 +4607,13 @@ class Responses(Itemized):
         self.keeps_thinking = "reasoning.encrypted_content" in include
         self.base = {
             **RESPONSE, "id": self.id, "created_at": int(caller.now), "model": self.model}
-        for name, (type, default) in ECHO.items():
-            value = expect(body[name], type, name) if name in body else default
-            # It is told three times, and kept until then.
-            if len(encode_request(value)) > LONGEST_ECHO_BYTES:
-                value = default
-            self.base[name] = {**default, **value} if type is dict else value
+        for type, default, names in ECHO:
+            for name in names.split():
+                value = expect(body[name], type, name) if name in body else default
+                # It is told three times, and kept until then.
+                if len(encode_request(value)) > LONGEST_ECHO_BYTES:
+                    value = default
+                self.base[name] = {**default, **value} if type is dict else value
         reasoning = self.base["reasoning"]
         if reasoning["summary"] not in SUMMARIES:
             reasoning["summary"] = None
@@ -4649,9 +4625,7 @@ class Responses(Itemized):
             if body.get(name):
                 raise wrong(name, "is not served", code="unsupported_parameter")
         fields, changed = chat_fields(body, RESPONSES_NAMES, RESPONSES_OTHERS)
-        turns = turns_of(body)
-        if "input" in body:
-            fields["messages"] = turns
+        fields["messages"] = turns = turns_of(body)
         front = cls(body, fields, settings.reasoning_format == "hidden", caller)
         previous = front.base["previous_response_id"]
         earlier = earlier_turns(caller, previous)
@@ -4693,22 +4667,18 @@ class Responses(Itemized):
 
     def failure(self, error):
         """Two events: some clients overlook the one, some the other."""
-        told = self.error(error)["error"]
         code = error.code
         if code not in FAILURES:
             code = "invalid_prompt" if self.status(error) < 500 else "server_error"
-        if told["code"] == OVERLOAD_CODE:
-            # Within a stream it gives up at that.
-            told["code"] = code
         message = error.message
         wait_s = error.headers().get("Retry-After")
         if wait_s:
             # Codex reads the time out of the text.
             message += f" Please try again in {wait_s}s."
-        # The event has a type of its own.
-        flat = dict(told)
-        del flat["type"]
-        text = self._event("error", **flat, error=told)
+        # Codex gives up at OVERLOAD_CODE here.
+        text = self._event(
+            "error", code=error.code, message=error.message, param=error.param,
+            **Front.error(error))
         failure = {"code": code, "message": message}
         return text + self._response_event("failed", error=failure)
 
