@@ -2764,7 +2764,7 @@ LONGEST_HELD = 1 << 20
 # So many characters of words may come before the JSON that was asked for.
 LONGEST_EARLY = 1 << 16
 # Names of tools have at most 64 characters; the rest is for blanks around them.
-LONGEST_NAME = 200
+LONGEST_TOOL_NAME = 200
 # There may be as many tools, and a model calls each of them once at most.
 MOST_CALLS = 128
 # A count of tokens beyond this is garbage, and read as 0.
@@ -3424,7 +3424,7 @@ class Calls:
             name = leaked["name"]
             arguments = leaked["arguments"] + arguments
         # A name that no tool has is for the client to refuse.
-        return name[:LONGEST_NAME], arguments
+        return name[:LONGEST_TOOL_NAME], arguments
 
     def _find_call(self, item, name):
         """The call an item belongs to. Z.ai's index may be -1, 0 for all, or missing;
