@@ -981,12 +981,11 @@ class JsonProgress:
     # A backslash and what it escapes count as one mark.
     MARK = re.compile(r'\\.|["{}\[\]\0-\x1f]', re.DOTALL)
 
-    def __init__(self):
-        self.depth = 0
-        self.in_string = False
-        self.held = ""  # a backslash at the end, whose character is still to come
-        self.ended = False
-        self.rest = ""
+    depth = 0
+    in_string = False
+    held = ""  # a backslash at the end, whose character is still to come
+    ended = False
+    rest = ""
 
     def feed(self, text):
         return "".join([piece for piece, _ in self.pieces(text)])
@@ -1071,9 +1070,10 @@ class HeadReader:
     is what came behind it. OverflowError beyond LONGEST_HEAD_BYTES.
     """
 
+    rest = b""
+
     def __init__(self):
         self.data = bytearray()
-        self.rest = b""
 
     def feed(self, data):
         # The blank line may have begun in what came before, with all but its last byte.
@@ -1201,27 +1201,48 @@ def chunk_size(line):
     return int(found.group(1), 16)
 
 
-class Dechunker:
-    """HTTP's chunked coding, taken strictly.
+class Unframed:
+    """A body that ends with its connection: feed(data) -> bytes of the body. Then
+    `done` tells whether it has ended, `rest` is what came behind it, and `left` how
+    much is known to come; take() gives what was read before feed() failed."""
 
-    feed(data) -> bytes of the body; then `done` tells whether it has ended, and `rest`
-    is what came behind. ValueError for a broken coding, OverflowError as soon as the
-    body passes `limit` bytes or announces a chunk that would; take() then gives what
-    feed() had read before.
-    """
+    done = False
+    rest = b""
+    left = 0
+
+    def feed(self, data):
+        return data
+
+    def take(self):
+        return b""
+
+
+class Counted(Unframed):
+    """A body of known length."""
+
+    def __init__(self, length):
+        self.left = length
+        self.done = length == 0
+
+    def feed(self, data):
+        body = data[:self.left]
+        self.rest = data[self.left:]
+        self.left -= len(body)
+        self.done = self.left == 0
+        return body
+
+
+class Dechunker(Unframed):
+    """A body in HTTP's chunked coding, taken strictly. ValueError if it is broken."""
 
     # Nobody is known to send chunk extensions. Trailers are not taken.
     LONGEST_LINE_BYTES = 4096
 
-    def __init__(self, limit=INFINITY):
-        self.limit = limit
-        self.total = 0
-        self.rest = b""
-        self.done = False
-        # The size of the chunk that is being read, None between two; and how much of it
-        # has not come. An empty line ends a chunk, and so that of size 0, the last.
-        self.size = None
-        self.left = 0
+    # The size of the chunk that is being read, None between two; `left` of it has not
+    # come. An empty line ends a chunk, and so that of size 0, the last.
+    size = None
+
+    def __init__(self):
         self.body = []
 
     def feed(self, data):
@@ -1240,9 +1261,6 @@ class Dechunker:
             at = end + 2
             if self.size is None:
                 self.size = self.left = chunk_size(line)
-                self.total += self.size
-                if self.total > self.limit:
-                    raise OverflowError("body too large")
             elif line:
                 raise ValueError("chunk longer than announced, or trailers")
             else:
@@ -1258,35 +1276,6 @@ class Dechunker:
         body = self.body
         self.body = []
         return body[0] if len(body) == 1 else b"".join(body)
-
-
-class Unframed:
-    """The same interface for a body that ends with its connection."""
-
-    done = False
-    rest = b""
-    left = 0
-
-    def feed(self, data):
-        return data
-
-    def take(self):
-        return b""
-
-
-class Counted(Unframed):
-    """The same interface for a body of known length."""
-
-    def __init__(self, length):
-        self.left = length
-        self.done = length == 0
-
-    def feed(self, data):
-        body = data[:self.left]
-        self.rest = data[self.left:]
-        self.left -= len(body)
-        self.done = self.left == 0
-        return body
 
 
 class SSEDecoder:
@@ -3405,7 +3394,6 @@ class Arguments(JsonProgress):
     """
 
     def __init__(self):
-        super().__init__()
         self.types = {}
         # The sign before a name or a value, and the name that a value belongs to.
         self.sign = ""
@@ -5088,14 +5076,15 @@ def backoff_s(attempt, first_s=0.5, longest_s=8.0):
 
 
 class ZaiKey:
+    resting_until = 0.0
+    # Why, until something is served again; for the page.
+    refusal = ""
+
     def __init__(self, position, text):
         # Its place in ZAI_API_KEY, from 1.
         self.position = position
         self.text = text
         self.name = f"#{position} {mask(text)}"
-        self.resting_until = 0.0
-        # Why, until something is served again; for the page.
-        self.refusal = ""
 
 
 class Gate:
@@ -6666,7 +6655,7 @@ ROUTES = (
     Route(ANTHROPIC + "/messages/count_tokens", post="post_count", front=Messages),
     Route(ANTHROPIC + "/messages/.+", front=Messages),
     Route(f"(?:{V4}|{ANTHROPIC})/models", "get_models"),
-    Route(f"(?:{V4}|{ANTHROPIC})/models/(?P<id>.+)", "get_model"),
+    Route(f"(?:{V4}|{ANTHROPIC})/models/.+", "get_model"),
     Route("/metrics", "get_metrics"),
     Route("/stats", "get_stats"),
     Route("/health", "get_health", needs_key=False),
@@ -6752,7 +6741,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.connection.settimeout(self.settings.client_timeout)
         self.head = RequestHead()
         self.fields = self.head.fields
-        # find_route() adds `match`.
         self.front = Chat
         self.outbox = None
         self.log_level = logging.INFO
@@ -6844,7 +6832,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise RequestError("Compressed bodies are not understood.",
                                status=415, code="unsupported_media_type")
         framing = self.head.framing
-        framing.limit = limit
         bodies = self.server.upstream.bodies
         self.late_at = time.monotonic() + PATIENCE * self.settings.client_timeout
         try:
@@ -6856,6 +6843,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             bodies.add(client, b"")
             while not framing.done:
                 bodies.add(client, framing.feed(self.receive()))
+                if len(bodies.held[client]) + framing.left > limit:
+                    raise OverflowError
         except OverflowError:
             words = f"The body is larger than MAX_BODY_MB ({self.settings.max_body_mb})."
             raise RequestError(words, status=413, code="request_too_large") from None
@@ -6869,8 +6858,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """The name of the method that answers; the key is checked on the way."""
         method = self.record.method
         path = self.record.path
-        found = ((row, re.fullmatch(row.pattern, path)) for row in ROUTES)
-        row, self.match = next(pair for pair in found if pair[1])
+        row = next(row for row in ROUTES if re.fullmatch(row.pattern, path))
         self.front = row.front
         methods = {"GET": row.get, "HEAD": row.get, "POST": row.post}
         allowed = [method for method, name in methods.items() if name]
@@ -6953,9 +6941,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.record.status = status
         if not self.head.framing.done or self.server.draining:
             self.close_connection = True
-        fields = [*self.common_fields(content_type), *fields]
-        if status != 204:
-            fields.append(("Content-Length", len(body)))
+        length = ("Content-Length", len(body))
+        fields = [*self.common_fields(content_type), *fields, length]
         if self.close_connection:
             fields.append(("Connection", "close"))
         head = response_head(status, fields)
@@ -7036,7 +7023,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 ("Access-Control-Max-Age", "86400"),
                 ("Vary", "Access-Control-Request-Headers"),
             ]
-        self.answer(204, b"", fields=fields)
+        self.answer(200, b"", fields=fields)
 
     def get_page(self):
         model = CHECK_MODELS["/coding/" in self.settings.zai_base_url][0]
@@ -7064,7 +7051,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         })
 
     def get_model(self):
-        name = self.match["id"]
+        name = self.record.path.split("/models/", 1)[1]
         aliases = self.settings.model_aliases
         id = zai_model_id(name, aliases)
         model = find_model(id)
