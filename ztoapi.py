@@ -6088,7 +6088,7 @@ CONNECTION_ERRORS = (
     (ValueError, "proxy", GIVE_UP,
      "The address of the proxy is not a valid one. Check HTTPS_PROXY and HTTP_PROXY."),
     (OSError, "TCP", TRY_AGAIN,
-     "The connection to Z.ai failed: {reason}. HTTPS_PROXY names a proxy to go through."),
+     "The connection to Z.ai failed: {reason}. HTTPS_PROXY names a proxy for it, not a SOCKS one."),
 )
 
 
@@ -6102,20 +6102,21 @@ def connection_error(error):
     return UpstreamError(words, verdict, stage=stage)
 
 
-@dataclasses.dataclass
 class Job:
-    """One answer to get: Z.ai's request as bytes; its model's id; make_answer() gives a
-    fresh Answer for each attempt; the ids of other models that may answer, and
-    write(id), which gives the Asked for one. What holds the conversation is let go of
-    once Z.ai has begun to answer."""
+    """One answer to get: the Asked and, in `data`, its bytes for Z.ai. write(model)
+    gives the Asked for another model. What holds the conversation is let go of once
+    Z.ai has begun to answer."""
 
-    data: bytes | None
-    model: str
-    make_answer: object
-    others: list
-    write: object
-    streamed: bool
-    is_simplified: bool = False
+    is_simplified = False
+
+    def __init__(self, asked, streamed=True, write=None):
+        self.data = asked.data
+        kept = ("model", "stop", "max_tokens")
+        body = {name: asked.body[name] for name in kept if name in asked.body}
+        self.asked = asked._replace(body=body, data=b"")
+        self.model = body["model"]
+        self.streamed = streamed
+        self.write = write
 
 
 class Upstream:
@@ -6140,33 +6141,10 @@ class Upstream:
         pump.chores += [self.gates.tick, self.pool.expire]
         if proxies is None:
             proxies = urllib.request.getproxies()
-        scheme = settings.zai_base_url.partition(":")[0]
-        self.proxy = proxies.get(scheme, "")
         # The usual opener follows redirects, with the key, and opens files.
         self.opener = urllib.request.OpenerDirector()
         self.opener.add_handler(urllib.request.ProxyHandler(proxies))
         self.opener.add_handler(KeepAliveHandler(self.pool, settings.upstream_timeout))
-
-    def job(self, asked, streamed=True, write=None):
-        """The Job for what to_zai_request() gave. write(model) gives it for another."""
-        model = asked.body["model"]
-        max_tokens = asked.body.get("max_tokens")
-        data = asked.data
-        # The functions below live as long as the answer; the conversation must not.
-        asked = asked._replace(body={"stop": asked.body.get("stop", ())}, data=b"")
-
-        def describe(value, status=200, retry_after=""):
-            now = self.now()
-            return zai_error(
-                value, status, now=now, model=model, max_tokens=max_tokens,
-                patience_s=self.settings.queue_timeout,
-                retry_after=seconds_to_wait(retry_after, now))
-
-        def make_answer():
-            return Answer(Translator(asked, restartable=not streamed, describe=describe))
-
-        others = fallbacks_of(model, self.settings) if write else []
-        return Job(data, model, make_answer, others, write if others else None, streamed)
 
     @contextlib.contextmanager
     def turn(self, client, data):
@@ -6188,36 +6166,49 @@ class Upstream:
         of section Metrics, is told what happened on the way. MODEL_FALLBACKS may have
         another model answer; if none does, the first one's error is raised."""
         first = None
+        others = fallbacks_of(job.model, self.settings) if job.write else []
         try:
             while job:
                 try:
-                    return self._answer(job, client, record, take)
+                    return self._answer(job, client, record, take, bool(others))
                 except ApiError as error:
                     first = first or error
-                    job = self._job_of_another(job, client, error)
+                    job = self._job_of_another(job, others, client, error)
             raise first
         finally:
             # The error's traceback holds this frame: such a circle is freed late.
             first = None
 
-    def _job_of_another(self, job, client, error):
-        """The Job for the next model, after an error that it may not have, or None."""
+    def _job_of_another(self, job, others, client, error):
+        """The Job for the next of the models, after an error that it may not have, or
+        None."""
         is_models = error.type == QUOTA.type or error.code in (NO_MODEL.code, OVERLOADED.code)
-        while is_models and job.data and job.others:
+        while is_models and job.data and others:
             # One that sees no pictures is no other for a request with one.
             with self.turn(client, job.data), contextlib.suppress(RequestError):
-                asked = job.write(job.others.pop(0))
-                another = self.job(asked, job.streamed, job.write)
-                another.others = job.others
-                return another
+                return Job(job.write(others.pop(0)), job.streamed, job.write)
         return None
 
-    def _answer(self, job, client, record, take):
+    def _make_answer(self, job):
+        """A fresh Answer, for one attempt."""
+        def describe(value, status=200, retry_after=""):
+            now = self.now()
+            return zai_error(
+                value, status, now=now, model=job.model,
+                max_tokens=job.asked.body.get("max_tokens"),
+                patience_s=self.settings.queue_timeout,
+                retry_after=seconds_to_wait(retry_after, now))
+
+        return Answer(Translator(job.asked, restartable=not job.streamed, describe=describe))
+
+    def _answer(self, job, client, record, take, is_replaceable):
         """An answer of the job's model."""
         self.bodies.held[client] = job.data
+        if not is_replaceable:
+            job.write = None
         ticket = Ticket(self.settings.redact(job.model), client)
         ticket.waited_s = record.queued_s
-        ticket.is_replaceable = bool(job.others)
+        ticket.is_replaceable = is_replaceable
         tries = 0
         while True:
             try:
@@ -6259,7 +6250,7 @@ class Upstream:
         stale = True
         try:
             while stale:
-                answer = job.make_answer()
+                answer = self._make_answer(job)
                 stale = self._relay(job, ticket, record, answer, take)
         except UpstreamError as error:
             error.message = self.settings.redact(error.message)
@@ -6329,9 +6320,6 @@ class Upstream:
             # Section Demo has a stand-in for Z.ai.
             return Connection(demo_socket(data), self.pool)
         url = self.settings.zai_base_url + "/chat/completions"
-        if self.proxy.lower().startswith("socks"):
-            raise UpstreamError("SOCKS proxies are not spoken here. Check HTTPS_PROXY "
-                                "and HTTP_PROXY.", GIVE_UP, stage="proxy")
         try:
             request = ZaiRequest(url, key.text, client, data)
             return self.opener.open(request, timeout=CONNECT_TIMEOUT_S)
@@ -7131,7 +7119,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             front, request = self.front.read(body, caller, self.settings)
             self.front = front
             record.stream = front.stream
-            return front, upstream.job(write(), front.stream, write)
+            return front, Job(write(), front.stream, write)
 
     def post_count(self):
         """How many tokens a request to Messages has, without asking Z.ai."""
@@ -7506,7 +7494,7 @@ def try_chats(settings, pump, client, tell=say):
     with contextlib.closing(Upstream(settings, pump)) as upstream:
         for model in CHECK_MODELS["/coding/" in settings.zai_base_url]:
             request = Request({**CHECK_REQUEST, "model": model}, {})
-            job = upstream.job(to_zai_request(request, settings))
+            job = Job(to_zai_request(request, settings))
             record = Record("check", "", time.time(), time.monotonic())
             try:
                 upstream.answer(job, client, record, take=list)
