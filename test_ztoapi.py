@@ -8864,7 +8864,7 @@ def test_secrets_are_redacted_wherever_they_could_surface(zai, log_lines, caplog
         zai.scripts.append(refusal(401, "1000", "bad key " + ZAI_KEY))
         quoted.append(proxy.chat())
         shown = [proxy.call("GET", path) for path in ("/stats", "/metrics", "/v1/models", "/")]
-        for fields in ({"model": KEY}, {KEY: 1}, {"tool_choice": KEY}, {"stop": [KEY]}):
+        for fields in ({"model": KEY}, {KEY: 1}, {"tool_choice": KEY}, {"stop": [KEY]}, {"stream": KEY}):
             proxy.chat(**fields)
         zai.scripts.append(refusal(429, "1302"))
         answer = proxy.chat(model=KEY)

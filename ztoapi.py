@@ -488,7 +488,8 @@ HTTP_ERRORS = {
     435: TOO_LARGE,
 }
 # Answers with neither a code nor words were written by a CDN or a proxy on the road.
-BARE_HTTP_ERRORS = {200: BROKEN, 401: OUR_KEY, 408: BROKEN, 413: TOO_LARGE, 429: RATE}
+# With these statuses they mean the same as Z.ai's.
+BARE_STATUSES = (200, 401, 408, 413, 429)
 
 
 # Z.ai's words #########################################################################
@@ -613,9 +614,9 @@ def duration(seconds):
 
 def error_row(code, message, status):
     """The ErrorRow of an error: by its code, else by its status; then by its words."""
-    by_status = HTTP_ERRORS if code or message else BARE_HTTP_ERRORS
-    unknown = BROKEN if status >= 500 else WRONG_PATH
-    row = ZAI_ERRORS.get(code) or by_status.get(status, unknown)
+    row = BROKEN if status >= 500 else WRONG_PATH
+    if code or message or status in BARE_STATUSES:
+        row = ZAI_ERRORS.get(code) or HTTP_ERRORS.get(status, row)
     for vague, words, precise in ZAI_WORDS:
         if row in vague and re.search(words, f"{code} {message}", re.IGNORECASE):
             return precise
@@ -7118,7 +7119,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             record.model = self.settings.redact(str(body.get("model", "")))
             front, request = self.front.read(body, caller, self.settings)
             self.front = front
-            record.stream = front.stream
+            # Whatever was sent as such: it is checked later.
+            record.stream = bool(front.stream)
             return front, Job(write(), front.stream, write)
 
     def post_count(self):
