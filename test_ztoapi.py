@@ -3274,13 +3274,13 @@ GLM_46_JSON = r"""{"choices":[{"finish_reason":"stop","index":0,"message":{"cont
 "reasoning_content":"\n用户","role":"assistant"}}],"created":1770631146,"id":"2026020917585695a7e8be40254c7c",
 "model":"glm-4.6","object":"chat.completion","request_id":"2026020917585695a7e8be40254c7c",
 "usage":{"completion_tokens":329,"completion_tokens_details":{"reasoning_tokens":253},"prompt_tokens":9,
-"prompt_tokens_details":{"cached_tokens":4},"total_tokens":338}}""".encode()
+"prompt_tokens_details":{"cached_tokens":4},"total_tokens":338}}""".replace("\n", "").encode()
 GLM_52_JSON = r"""{"choices":[{"finish_reason":"tool_calls","index":0,"message":{"content":"好的",
 "reasoning_content":"The user wants","role":"assistant","tool_calls":[
 {"function":{"arguments":"{\"city\":\"北京\"}","name":"get_weather"},"id":"call_-7391102189101383143","index":0,
 "type":"function"},
 {"function":{"arguments":"{\"city\":\"上海\"}","name":"get_time"},"id":"call_-7391102189101383142","index":1,
-"type":"function"}]}}],"id":"1"}""".encode()
+"type":"function"}]}}],"id":"1"}""".replace("\n", "").encode()
 MINIMAL = {"id": "", "object": "", "created": 0, "model": "", "system_fingerprint": None}
 
 # Good answers. To add a case, add a row: what is special, what Z.ai sends, what it
@@ -3396,7 +3396,7 @@ MINIMAL = {"id": "", "object": "", "created": 0, "model": "", "system_fingerprin
        call("get_time", "{}") + calls_in(item(None, behind, index=0)) + TOOLS_END,
        asks(TIME)) for behind in ("}", "</tool_call>", "{}")),
     *((f"behind the arguments {behind!r}", call("get_weather", PARIS + behind) + TOOLS_END,
-       asks(RAIN)) for behind in (PARIS, "\n" + PARIS, "}", "\n</tool_call>")),
+       asks(RAIN)) for behind in (PARIS, "\n" + PARIS, '{"b":1}', "}", "\n</tool_call>")),
     *((f"arguments twice, {where}",
        call("get_weather", '{"city":', "c") + calls_in(item(None, '"Paris"}', index=0))
        + calls_in(item(name, PARIS, **where)) + TOOLS_END, asks(RAIN))
@@ -3438,17 +3438,12 @@ MINIMAL = {"id": "", "object": "", "created": 0, "model": "", "system_fingerprin
     ("empty arguments before the name",
      calls_in(item(None, "{}", id="a", index=0)) + calls_in(item("get_time", index=0)) + finished("length"),
      asks(TIME, finish="length")),
-    ("a call without name and arguments",
-     calls_in(item(None, "{}", id="a", index=0)) + calls_in(item(*RAIN, id="b", index=1)) + TOOLS_END, asks(RAIN)),
-    ("names that are no strings",
-     calls_in(item(True, "{}", id="a", index=0), item(["f"], "{}", id="b", index=1), item(*RAIN, id="c", index=2))
-     + TOOLS_END, asks(RAIN)),
     # Markup in names and keys
     *((f"the name {name!r}", call(name, PARIS) + TOOLS_END, asks(RAIN)) for name in (
         " get_weather", "get_weather\n", "get_weather</arg_value>", "get_weather</tool_call>",
         "get_weather <arg_key>")),
-    ("a name with markup that is no tool's", call("x</arg_value>", PARIS) + TOOLS_END,
-     asks(("x</arg_value>", PARIS))),
+    *((f"the name {name!r} is no tool's", call(name, PARIS) + TOOLS_END, asks((name, PARIS)))
+      for name in ("x</arg_value>", "get_weather<arg_key>city</arg_key>")),
     *((f"the key {key!r}", call("get_weather", {key: "Paris"}) + TOOLS_END, asks(RAIN))
       for key in (
         "city</arg_key>", "city<arg_key>", "city</arg_value>", "city </arg_key>\n<arg_value>", "city</tool_call>",
@@ -3463,7 +3458,7 @@ MINIMAL = {"id": "", "object": "", "created": 0, "model": "", "system_fingerprin
      asks(("get_time", '{"a":"x</arg_key>"}'))),
     *((f"arguments in the name, {arguments}",
        calls_in(item("get_weather" + CITY, arguments, id="c", index=0)) + TOOLS_END, asks(RAIN))
-      for arguments in ("", "{}", " {} ", None, {})),
+      for arguments in ("", "{}", " {} ", None, {}, '{"b":1}')),
     # Leaks into the wrong field
     ("thinking in the content", say("<think>Got it\n") + say("</think>\n\nYes") + ENDED, says("Yes", "Got it\n")),
     ("thinking in the content, never closed", say("<think>Got it") + finished("length"),
@@ -3773,13 +3768,11 @@ BARE_LINE = '{"error":{"code":"500","message":"内部错误"}}'.encode()
         *((f"arguments cut in the middle, {finish}",
            call("get_weather", text) + finished(finish))
           for finish in ("stop", "tool_calls") for text in ('{"ci', '{"city":"Par', '{"a":[1')),
+        *((f"a call with the name {name}", calls_in(item(name, "{}", id="a", index=0), item(*RAIN, id="b", index=1))
+           + TOOLS_END) for name in (None, True, ["f"])),
         ("a call without a name", calls_in(item(None, PARIS, id="a", index=0)) + TOOLS_END),
         ("a call without a name beside a good one", call() + calls_in(item(None, PARIS, id="a", index=1)) + TOOLS_END),
         ("a fragment without a home", call() + calls_in(item(None, "x", index=7)) + TOOLS_END),
-        *((f"the name {name} with the arguments {text!r:.20}",
-           calls_in(item(name, text, id="c", index=0)) + TOOLS_END) for name, text in (
-            ("get_weather<arg_key>city</arg_key>", "{}"), ("get_weather" + CITY, '{"b":1}'),
-            ("get_weather", PARIS + '{"b":1}'), (None, "x" * 70000))),
         ("an error in mid-stream", say("a") + error_event("1234") + ENDED),
         *((f"{field} {str(value):.20}", sse({"choices": [{"delta": {field: value}}]}) + ENDED) for field, value in (
             ("content", 5), ("content", ["b"]), ("content", [{"type": "text", "text": "b"}]), ("content", {"b": 1}),
@@ -3887,7 +3880,7 @@ JSON_ANSWER = json.dumps({"choices": [{"message": {"content": "Hello"}, "finish_
         b"application/json", b"application/json;charset=UTF-8", b"application/x-ndjson", b"text/plain", b"")),
     ("a stream called JSON that begins late", with_kind(b"application/json") + chunked(b"\n\n ") + BODY),
     ("a JSON body", answer(200, JSON_ANSWER)[0]),
-    ("a JSON body, blanks around it", answer(200, b"\n " + JSON_ANSWER + b"\n")[0]),
+    ("a JSON body between line ends", answer(200, b"\r\n" + JSON_ANSWER + b"\n")[0]),
     ("a JSON body, chunked", with_kind(b"application/json") + chunked(JSON_ANSWER) + END),
     ("a JSON body called a stream", HEAD + chunked(JSON_ANSWER) + END),
     ("a JSON body without length", OK + b"Content-Type: application/json\r\n\r\n" + JSON_ANSWER),
@@ -3907,12 +3900,6 @@ def test_a_response_is_understood_however_it_arrives(data):
         assert failure is None, pieces[:3]
         assert "".join(step.text for step in steps if step.kind == ztoapi.TEXT) == "Hello"
         assert steps[-1].kind == ztoapi.FINISH
-
-
-def test_a_line_end_inside_a_json_body_is_a_blank_however_it_arrives():
-    for pieces in pieces_of(answer(200, JSON_ANSWER.replace(b"Hello", b"Hel\nlo"))[0]):
-        steps, _ = receive(pieces)
-        assert steps[0].text == "Hel lo", pieces[:3]
 
 
 def status_line(status, *lines):
@@ -4234,7 +4221,7 @@ def test_a_leaking_call_is_found_wherever_the_text_is_cut(text):
 @pytest.mark.parametrize("text, held", [
     *((text, "") for text in (
         "GLM writes calls as <tool_call> followed by a name", "<tool_call>get_weather<b>", "<tool_call>get_weathers",
-        "<tool_call>get_weather is a tool", "<tool_call>" + " " * 300, "a <b")),
+        "<tool_call>get_weather is a tool", "a <b")),
     *((text, text) for text in (
         "<tool_call>", "<tool_call>get_weather", "<tool_call>\n get_w", "<tool_call>get_weather ",
         "<tool_call>get_weather<arg_k")),
@@ -4278,11 +4265,11 @@ def test_a_json_answer_comes_without_its_fence_wherever_it_is_cut(text, left):
     *((("Observation",), text, left, met) for text, left, met in (
         ("a = 1\nObservation: 5", "a = 1\n", True), ("Observation", "", True), ("Obser", "Obser", False),
         ("Obs", "Obs", False), ("Obser, Observatio", "Obser, ", False))),  # Z.ai stops with most of it in the text
-    (("x", "Observation"), "Observatio", "Observatio", False),  # which is why only the first, which it gets, goes
+    (("x", "Observation"), "Observatio", "", False),
     *((("</code>",), text, left, met) for text, left, met in (
         ("if a < b: print(1)\n", "if a < b: print(1)\n", False), ("a</code", "a", False), ("a</co<", "a</co<", False),
         ("a<</code>b", "a<", True), ("a</c", "a</c", False))),  # three letters are too few
-    (("<|user|>",), "a<|user|>", "a", True), (("\U0001f600",), "a\U0001f600b", "a", True),
+    (("<|user|>",), "a<|user|>b", "a", True), (("\U0001f600",), "a\U0001f600b", "a", True),
     (tuple("abcdefgh"), "xyzh", "xyz", True),
     # The first to end counts, as it would letter by letter
     (("b", "a"), "xaby", "x", True), (("cd", "abc"), "xabcd", "x", True), (("abc", "b"), "xab", "xa", True),
@@ -4325,19 +4312,19 @@ def estimated(count):
 # row: what is special, the bytes, what they say, the options.
 @cases("data, expected, options", [
     ("in thinking it is none", think("a stop b") + say("c stop d") + ENDED,
-     says("c ", "a stop b", usage=estimated(3)), {}),
+     says("c ", "a stop b", usage=estimated(4)), {}),
     ("in thinking in the content it is none", say("<think>a stop b</think>c") + ENDED, says("c", "a stop b"), {}),
     ("in arguments it is none", say("a") + call("f", '{"a":"stop"}') + TOOLS_END,
      asks(("f", '{"a":"stop"}'), content="a"), {}),
     ("a call behind it is none", calls_in(item(*RAIN, id="c"), content="a stop") + TOOLS_END,
      says("a ", usage=estimated(1)), {}),
-    ("a call before it stays one", call() + say("a stop") + ENDED, asks(RAIN, content="a ", usage=estimated(5)), {}),
+    ("a call before it stays one", call() + say("a stop") + ENDED, asks(RAIN, content="a ", usage=estimated(6)), {}),
     ("a call without arguments before it has some",
      call("get_time", "") + say("a stop") + ENDED,
      asks(TIME, content="a ", usage=estimated(2)), {}),
     ("a leaked call before it is made and one behind it is not",
      say(leak("get_weather" + CITY) + "a stop" + leak("get_time")) + ENDED,
-     asks(RAIN, content="a ", usage=estimated(5)), {"tools": WEATHER}),
+     asks(RAIN, content="a ", usage=estimated(6)), {"tools": WEATHER}),
     ("at the very end it leaves nothing of itself", say("a sto<") + ENDED, says("a "), {"stop": ("sto<",)}),
     ("usage that came with it counts", event({"content": "a stop"}, "stop", USAGE), says("a "), {}),
     ("it works behind a fence", say('```json\n{"a":1,') + say('"stop":2}\n```') + ENDED,
@@ -4598,14 +4585,14 @@ def test_texts_say_the_same_wherever_they_are_cut():
                 for at in range(0, len(text), size):
                     steps += room.feed(kind, text[at:at + size])
             steps = ztoapi.joined(steps + room.close(is_cut=False))
-            told.add((tuple(words_in(steps)), tuple(room.leaked)))
+            told.add(str((words_in(steps), room.leaked)))
         assert len(told) == 1, lanes
 
 
 def test_calls_come_one_after_the_other_whatever_order_their_pieces_have():
     rng = random.Random(5)
     for _ in range(300):
-        room = ztoapi.Calls({}, False, lambda: "call_new")
+        room = ztoapi.Calls({}, lambda: "call_new")
         texts = [json.dumps({"a": "}{" * rng.randrange(4), "b": i}) for i in range(3)]
         pieces = {i: [text[at:at + 3] for at in range(0, len(text), 3)] for i, text in enumerate(texts)}
         steps = [step for i in range(3) for step in room.feed([item("f", "", id=f"c{i}", index=i)])]
@@ -10618,5 +10605,10 @@ def test_readme_names_every_code_of_an_error():
     assert [code for code in codes if f"`{code}`" not in readme()] == []
 
 
-def test_readme_has_no_blank_that_was_to_be_filled():
-    assert re.findall(r"\{[A-Z0-9_]+\}", readme()) == []
+def test_the_models_in_readme_are_those_of_the_table():
+    words = {"low, high, max": "always", "off, low, high, max": "graded", "off, on": "switch", "no switch": "no"}
+    vision = re.split("[:,.] ", re.findall("^Vision: .*", readme(), re.MULTILINE)[0])
+    told = [(name, words[thinking], bool(free), "V" in name or name in vision)
+            for thinking, names in re.findall(r"^\| ([a-z, ]+) \| (GLM-.+) \|$", readme(), re.MULTILINE)
+            for name, free in re.findall(r"([\w.-]+)(?: \((free)\))?", names)]
+    assert sorted(told) == sorted((row.name, row.thinking, row.free, row.sees) for row in ztoapi.MODELS.values())

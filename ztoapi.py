@@ -61,7 +61,6 @@ true/false, 1/0, yes/no, on/off. A dash stands for a variable that is not set.
 from __future__ import annotations
 
 import base64
-import binascii
 import bisect
 import collections
 import contextlib
@@ -2832,9 +2831,10 @@ WHOLE = (None, "stop", "tool_calls")
 LONGEST_ANSWER_BYTES = 4 << 20
 # So many characters may wait until it is clear what they are.
 LONGEST_HELD = 1 << 20
-# So many characters of arguments may come before the name of their call, and so many
-# of words before the JSON that was asked for.
+# So many characters of words may come before the JSON that was asked for.
 LONGEST_EARLY = 1 << 16
+# Names of tools have at most 64 characters; the rest is for blanks around them.
+LONGEST_TOOL_NAME = 200
 # There may be as many tools, and a model calls each of them once at most.
 MOST_CALLS = 128
 # A count of tokens beyond this is garbage, and read as 0.
@@ -2906,22 +2906,8 @@ class Frame(NamedTuple):
     afresh: bool = False        # the answer begins again with it
 
 
-def inner_frame(event):
-    """The frame inside a torn one, None if there is none. Its text may hold the mark as
-    well, so the last one that can be read counts. A few tries are enough, and keep the
-    time linear."""
-    mark = "data: "
-    at = len(event)
-    for _ in range(8):
-        at = event.rfind(mark, 0, at)
-        if at < 0:
-            break
-        value = as_dict(decode_first(event[at + len(mark):]))
-        if "choices" in value or "error" in value:
-            return value
-    return None
-
-
+# A frame inside of a torn one. In texts this quote is escaped, so the last one counts.
+INNER_FRAME = re.compile(r'.*data: (\{".*)', re.DOTALL)
 # What may begin a tag, and the first half of a letter.
 SPECIAL = re.compile("<|[\ud800-\udbff]\\Z")
 
@@ -2948,31 +2934,30 @@ class Alike(NamedTuple):
 def find_alike(event, frame):
     """The Alike of an event that says this, if it was one."""
     fields = [field for field in FORMS if frame.delta.get(field)]
-    if len(fields) != 1 or frame.reason or frame.usage or frame.afresh:
+    if len(fields) != 1 or any(frame[1:]):
         return None
     # Inside of a text these quotes would be escaped.
     mark = f'"{fields[0]}":"'
     before, *behind = event.split(mark)
-    text, end = scan_string(*behind, 0, False) if len(behind) == 1 else (None, 0)
-    is_one = text == frame.delta[fields[0]]
-    return Alike(KIND_OF_FIELD[fields[0]], before + mark, behind[0][end:]) if is_one else None
-
-
+    if len(behind) != 1:
+        return None
+    _, end = scan_string(*behind, 0, False)
+    return Alike(KIND_OF_FIELD[fields[0]], before + mark, behind[0][end:])
 class Frames:
-    """Texts of events in, what they say out: feed(event) -> a Frame, or None if it says
-    nothing. An event is that of a stream, or a whole JSON answer. UpstreamError for an
-    error of Z.ai's, for what has an unknown form, and for a frame that is lost.
-    describe(value) makes the error of an event."""
+    """Texts of events in, what they say out: feed(event, finished) -> a Frame, or None
+    if it says nothing. An event is that of a stream, or a whole JSON answer; with
+    `finished`, a reason to finish came before it. UpstreamError for an error of Z.ai's,
+    for what has an unknown form, and for a frame that is lost. describe(value) makes
+    the error of an event."""
 
     def __init__(self, describe):
         self.describe = describe
         # How many events were skipped or mended.
         self.repaired = 0
-        # A reason to finish has come, or the end mark.
-        self.finished = False
+        # The end mark has come.
         self.ended = False
 
-    def feed(self, event):
+    def feed(self, event, finished=False):
         event = event.strip()
         try:
             value, end = scan_json(event, 0)
@@ -2985,14 +2970,14 @@ class Frames:
             return None
         self.repaired += 1
         # Behind a whole frame it is not known what belongs to which.
-        inner = None if end else inner_frame(event)
-        if inner:
+        inner = None if end else INNER_FRAME.match(event)
+        value = as_dict(inner and decode_first(inner.group(1)))
+        if "choices" in value or "error" in value:
             # Z.ai's gateway loses its backend in the middle of a frame, and begins
             # again with another one, in the same stream.
-            self.finished = False
-            return self._read(inner)._replace(afresh=True)
+            return self._read(value)._replace(afresh=True)
         # What it said is lost. Behind the finish that is the usage at most.
-        if event.startswith("{") and not self.finished:
+        if event.startswith("{") and not finished:
             raise UpstreamError(TORN)
         return None
 
@@ -3010,13 +2995,7 @@ class Frames:
         for field, form in FORMS.items():
             if delta.get(field) and not isinstance(delta[field], form):
                 raise UpstreamError(f"Z.ai sent {field} in an unknown form.")
-        if choices is None and "usage" not in value:
-            self.repaired += 1
-        reason = choice.get("finish_reason")
-        self.finished = self.finished or bool(reason)
-        return Frame(delta, reason, to_openai_usage(value.get("usage")))
-
-
+        return Frame(delta, choice.get("finish_reason"), to_openai_usage(value.get("usage")))
 # The second room: texts
 
 # Marks of GLM's own template that were seen in texts: thinking in the content of 4.1V,
@@ -3113,11 +3092,10 @@ def overlap(text, word):
 
 class StopCutter:
     """Ends a text that comes in pieces before the first of some words. Then `hit` is
-    that word. `sent`: those of them that Z.ai knows."""
+    that word."""
 
-    def __init__(self, words, sent):
+    def __init__(self, words):
         self.words = words
-        self.sent = sent
         self.held = ""
         self.hit = None
 
@@ -3140,14 +3118,11 @@ class StopCutter:
 
     def close(self):
         """The rest of the text. Z.ai was seen to stop at a word with all but its last
-        letters in the text: those go."""
-        for word in self.sent:
-            # Fewer than four letters may as well be meant.
+        letters in the text: those go. Fewer than four may as well be meant."""
+        for word in self.words:
             if len(self.held) >= max(4, len(word) / 2) and word.startswith(self.held):
                 return ""
         return self.held
-
-
 # GLM's own form of a call,
 # <tool_call>name<arg_key>k</arg_key><arg_value>v</arg_value>... </tool_call>, was seen
 # in texts, with tags of it missing or doubled, and in names.
@@ -3169,14 +3144,14 @@ def typed(text, types):
 
 
 def parse_leaked_call(text, tools):
-    """(name, arguments as JSON) of a call in GLM's own form; None if it names no tool
-    of `tools`, or if its keys and values cannot be told apart.
+    """A call in GLM's own form as the function of an item of `tool_calls`; None if it
+    names no tool of `tools`, or if its keys and values cannot be told apart.
 
     Any tag separates, as they were seen missing and doubled. Cut by hand, as a regular
     expression for all of it would take quadratic time.
     """
     head, *parts = ARGUMENT_TAG.split(text.partition(LEAK_END)[0])
-    name = MARKUP.sub("", head).strip()
+    name = head.replace(LEAK, "").strip()
     if name not in tools:
         return None
     arguments = {}
@@ -3192,7 +3167,7 @@ def parse_leaked_call(text, tools):
         elif word or is_empty:
             arguments[key] = typed(value, tools[name].get(key, set()))
             key = None
-    return None if key else (name, encode_text(arguments))
+    return None if key else {"name": name, "arguments": encode_text(arguments)}
 
 
 class Leak:
@@ -3200,60 +3175,50 @@ class Leak:
     come. It is held back only while it can still be a call of a tool that was sent, as
     models write about the tag as well."""
 
-    # Names have at most 64 characters; the rest is for blanks around them.
-    LONGEST_NAME = 200
-
     def __init__(self, tools):
         self.tools = tools
         self.pieces = [LEAK]
         self.held = 0  # characters in the pieces
-        self.start = ""  # the first of them, where the name is
+        # What stands before the first tag of an argument, and whether that has come.
+        self.name = ""
+        self.is_named = False
 
     def feed(self, piece):
         self.pieces.append(piece)
         self.held += len(piece)
-        # The first tag may be doubled.
-        self.start = (self.start + piece.replace(LEAK, ""))[:self.LONGEST_NAME]
-        # Blanks were seen around the name.
-        name, mark, rest = "".join(self.start.split()).partition("<")
-        may_be_call = any(tool.startswith(name) for tool in self.tools)
-        if mark or len(self.start) == self.LONGEST_NAME:
-            may_be_call = name in self.tools and (mark + rest).startswith(ARGUMENT_TAGS)
-        return may_be_call and piece != LEAK_END and self.held <= LONGEST_HELD
+        if piece in ARGUMENT_TAGS:
+            self.is_named = True
+        # The first tag may be doubled, and blanks were seen around the name.
+        elif not self.is_named and piece != LEAK:
+            self.name += piece.strip()
+        fits = self.name in self.tools if self.is_named else any(
+            tool.startswith(self.name) for tool in self.tools)
+        return fits and piece != LEAK_END and self.held <= LONGEST_HELD
 
     @property
     def is_closed(self):
         """Whether its last value has ended."""
         return "".join(self.pieces[-3:]).rstrip().endswith(VALUE_END)
-
-    def read(self, is_cut):
-        """(name, arguments) of the call, None if it is none."""
-        is_whole = self.pieces[-1] == LEAK_END or self.is_closed and not is_cut
-        return parse_leaked_call("".join(self.pieces), self.tools) if is_whole else None
-
-
 class Texts:
     """Text and thinking in, what can be told of them out: feed(kind, text) -> steps;
     flush() -> what waits until it is clear what it is; close(is_cut) -> the rest.
 
     A text passes through `filters`, one behind the other; thinking does not. Calls that
-    leak into either are collected in `leaked`, as (name, arguments).
+    leak into either are collected in `leaked`.
     """
 
     def __init__(self, asked):
         self.tools = asked.tools
-        # Who asks for a tag as a stop word gets it as one.
-        self.turns = set(TURNS) - set(asked.stop)
-        self.cutter = StopCutter(asked.stop, asked.body.get("stop", ()))
+        self.cutter = StopCutter(asked.stop)
         self.filters = []
         if asked.stop:
             self.filters.append(self.cutter)
         if asked.json:
             self.filters.append(JsonAlone())
         self.splitter = TagSplitter()
-        # What feed() has brought last. The text may be between <think> and </think>.
-        self.source = TEXT
-        self.in_think = False
+        # What feed() has brought last, and what it is: between <think> and </think> a
+        # text is thinking.
+        self.source = self.kind = TEXT
         # TEXT and THINKING, once something of it has come.
         self.opened = set()
         # The Leak that is coming, if one is.
@@ -3265,12 +3230,14 @@ class Texts:
 
     def passes(self, kind):
         """Whether a text of this kind just goes on."""
-        is_busy = self.splitter.held or self.leak or self.tail or self.in_think or self.filters
-        return kind == self.source and kind in self.opened and not is_busy
+        is_busy = self.splitter.held or self.leak or self.tail or self.filters
+        return kind == self.source == self.kind and kind in self.opened and not is_busy
 
     def feed(self, kind, text):
-        steps = [] if kind == self.source else self.flush()
-        self.source = kind
+        steps = []
+        if kind != self.source:
+            steps = self.flush()
+            self.source = self.kind = kind
         self.steps = steps
         self._sort(self.splitter.feed(text))
         return steps
@@ -3279,7 +3246,7 @@ class Texts:
         self.steps = []
         self._sort(self.splitter.close())
         if self.leak:
-            self._end_leak(is_cut)
+            self._end_leak(self.leak.is_closed and not is_cut)
         return self.steps
 
     def close(self, is_cut):
@@ -3290,46 +3257,38 @@ class Texts:
             text = text_filter.feed(text) + text_filter.close()
         return [*steps, Step(TEXT, text)] if text else steps
 
-    @property
-    def kind(self):
-        return THINKING if self.in_think else self.source
-
     def _sort(self, pieces):
         for piece in pieces:
             kind = self.kind
+            # Later in a text, somebody writes about <think>.
+            may_think = self.source == TEXT and not (kind == TEXT and TEXT in self.opened)
             if self.leak and self.leak.is_closed and piece == LEAK:
                 # The end of the one is missing before the next.
-                self._end_leak()
+                self._end_leak(True)
             if self.cutter.hit:
                 break
             elif self.leak:
                 if not self.leak.feed(piece):
-                    self._end_leak()
+                    self._end_leak(piece == LEAK_END)
             # The end of a call may be doubled.
             elif piece in BOXES or piece == LEAK_END and (self.leaked or self.tail):
                 continue
-            elif piece in (THINK, THINK_END) and self._may_think():
-                self.in_think = piece == THINK
+            elif piece in (THINK, THINK_END) and may_think:
+                self.kind = THINKING if piece == THINK else TEXT
             elif piece == LEAK and self.tools:
                 self.leak = Leak(self.tools)
-            elif piece in self.turns and kind in self.opened or self.tail and piece.isspace():
+            elif piece in TURNS and kind in self.opened or self.tail and piece.isspace():
                 # A model may go on so until its limit.
                 self.tail = [*self.tail[:MOST_CALLS], (kind, piece, None)]
-            elif piece not in self.turns:
+            elif piece not in TURNS:
                 self._show(kind, piece)
 
-    def _may_think(self):
-        """Later in a text, somebody writes about the tag."""
-        return self.in_think or self.source == TEXT and TEXT not in self.opened
-
-    def _end_leak(self, is_cut=False):
+    def _end_leak(self, is_whole):
         """A leak has ended, as a call, or as a text after all."""
-        leak = self.leak
+        text = "".join(self.leak.pieces)
         self.leak = None
-        text = "".join(leak.pieces)
-        call = leak.read(is_cut)
+        call = parse_leaked_call(text, self.tools) if is_whole else None
         if call and self.kind == THINKING:
-            self.opened.add(THINKING)
             self.tail.append((THINKING, text, call))
         elif call:
             self._show(TEXT, "")
@@ -3339,44 +3298,25 @@ class Texts:
         check_number(self.leaked + self.tail)
 
     def _show(self, kind, text):
-        tail = self.tail
+        # A stretch of thinking may have ended with a tag, too.
+        runs = [held[:2] for held in self.tail if held[2] or held[0] == kind]
         self.tail = []
-        for held_kind, held, call in tail:
-            # A stretch of thinking may have ended with a tag, too.
-            if call or held_kind == kind:
-                self._give(held_kind, held)
-        self._give(kind, text)
-
-    def _give(self, kind, text):
-        if kind not in self.opened:
-            # GLM 4.5 to 4.7 open with line ends.
-            text = text.lstrip("\r\n")
-        if text:
-            self.opened.add(kind)
-        if kind == TEXT:
-            for text_filter in self.filters:
-                text = text_filter.feed(text)
-        if text:
-            self.steps.append(Step(kind, text))
-
-
+        for lane, words in [*runs, (kind, text)]:
+            if lane not in self.opened:
+                # GLM 4.5 to 4.7 open with line ends.
+                words = words.lstrip("\r\n")
+            if words:
+                self.opened.add(lane)
+            if lane == TEXT:
+                for text_filter in self.filters:
+                    words = text_filter.feed(words)
+            if words:
+                self.steps.append(Step(lane, words))
 # The third room: calls
 
-# Empty arguments, before the end or before real ones.
+# What stands for no arguments, alone or before the real ones.
 NO_ARGUMENTS = re.compile(r'\A\s*(?:(?:\{\}|null)\s*)*(?=["{]|\Z)')
-NAMELESS = "Z.ai sent a tool call without a name."
 BROKEN_CALL = "Z.ai sent a tool call with broken arguments."
-
-
-def real_arguments(text):
-    """Arguments without what stands for none, which may come before the real ones."""
-    return NO_ARGUMENTS.sub("", text)
-
-
-def sum_up(text, before):
-    """A checksum of a text that comes in pieces, without its blanks."""
-    solid = "".join(text.split())
-    return binascii.crc32(solid.encode("utf-8", "replace"), before)
 
 
 def check_number(calls):
@@ -3385,42 +3325,89 @@ def check_number(calls):
         raise UpstreamError(f"Z.ai made more than {MOST_CALLS} tool calls.", GIVE_UP)
 
 
-class Arguments(JsonProgress):
-    """The arguments of a call, which come in pieces, as the client is told of them.
-    What was encoded twice is decoded, markup goes from names, and where no text may be,
-    the value that it says stands in its place.
+class ToolCall(JsonProgress):
+    """One tool call under way: feed(text) takes the next piece of its arguments, and
+    take() gives what the client can be told of the call by now.
 
-    `types`: argument_types() of the tool. What is held back is one name, or one value
-    of those kinds; texts go on.
+    What stands for no arguments goes if real ones follow, and so does what stands
+    behind the whole: Z.ai was seen to write them twice. What was encoded twice is
+    decoded, markup goes from names, and where no text may be, the value that it says
+    stands in its place. What is held back is one name, or one value of those kinds;
+    texts go on.
     """
 
-    def __init__(self):
+    def __init__(self, id, zai_id, zai_index):
+        self.id = id
+        self.zai_id = zai_id  # "" if Z.ai gave none
+        self.zai_index = zai_index
+        # These come with the name: our index, and argument_types() of the tool.
+        self.name = ""
+        self.index = None
         self.types = {}
+        # The kind of the next step.
+        self.kind = CALL
+        # Arguments that can be told, and those that are held back: "{}" if there were
+        # none but what stands for none.
+        self.untold = ""
+        self.waiting = ""
+        self.begun = False  # real arguments have come
         # The sign before a name or a value, and the name that a value belongs to.
         self.sign = ""
         self.key = None
-        self.waiting = ""
 
     def feed(self, text):
+        if not self.begun:
+            nothing = self.waiting or text.strip() and "{}"
+            text = NO_ARGUMENTS.sub("", self.waiting + text)
+            self.begun = bool(text)
+            self.waiting = "" if text else nothing
+        self.untold += self._read(text)
+
+    def close(self, empty):
+        """No more will come. If no arguments at all have, they are `empty`."""
+        text = self.waiting
+        self.waiting = ""
+        self.untold += text if self.begun else self._read(text or empty)
+
+    def take(self):
+        step = Step(self.kind, self.untold, self.index, self.id, self.name)
+        is_news = self.untold or self.kind == CALL
+        self.untold = ""
+        self.kind = ARGUMENTS
+        return [step] if is_news else []
+
+    @property
+    def is_whole(self):
+        """Whether no more is waited for."""
+        return self.ended or self.waiting == "{}"
+
+    def takes(self, zai_id, zai_index, name):
+        """Whether an item with these belongs to this call, as far as Z.ai tells."""
+        is_here = zai_index == self.zai_index
+        is_elsewhere = not is_here and None not in (zai_index, self.zai_index)
+        if is_elsewhere or name and self.name not in ("", name):
+            return False
+        if not name or not self.name or zai_id == self.zai_id != "":
+            return True
+        # A name again is the same call as long as its arguments are not whole. An id
+        # was seen to change from piece to piece.
+        return is_here and (self.depth > 0 or not zai_id and not self.is_whole)
+
+    def _read(self, text):
         told = []
         for piece, is_string in self.pieces(text):
             if not is_string:
                 self.sign = (self.sign + piece).rstrip()[-1:]
             elif self.sign != ":" or "string" not in self.types.get(self.key, ("string",)):
-                self.waiting += piece
-                piece = ""
+                piece = self.waiting + piece
+                self.waiting = ""
                 if not self.in_string:
-                    piece = self._mend(self.close())
-                elif len(self.waiting) > LONGEST_HELD:
-                    piece = self.close()
+                    piece = self._mend(piece)
+                elif len(piece) <= LONGEST_HELD:
+                    self.waiting = piece
+                    continue
             told.append(piece)
         return "".join(told)
-
-    def close(self):
-        """What is held back."""
-        text = self.waiting
-        self.waiting = ""
-        return text
 
     def _mend(self, text):
         value = decode_or_none(text)
@@ -3428,81 +3415,12 @@ class Arguments(JsonProgress):
             return text
         if self.depth == 0:
             is_encoded_twice = isinstance(decode_or_none(value), dict)
-            return self.feed(value) if is_encoded_twice else text
+            return self._read(value) if is_encoded_twice else text
         if self.sign == ":":
             mended = typed(value, self.types[self.key])
         else:
             mended = self.key = MARKUP.sub("", value).strip() if "<" in value else value
         return text if mended is value else encode_text(mended)
-
-
-class ToolCall:
-    """One tool call under way. Its arguments come into `waiting`; take() gives what the
-    client can be told of it by now, once it is its turn."""
-
-    def __init__(self, id, zai_id, zai_index):
-        self.id = id
-        self.zai_id = zai_id  # "" if Z.ai gave none
-        self.zai_index = zai_index
-        self.index = None  # ours, given with the name
-        self.name = ""
-        # What came before its turn, then "{}" until real arguments come.
-        self.waiting = ""
-        self.arguments = Arguments()
-        self.begun = False  # real arguments have come
-        self.is_told = False
-        # Checksums of the arguments, and of a second object behind them, 0 without one.
-        self.first_sum = 0
-        self.second_sum = 0
-
-    def take(self, empty=None):
-        """Steps. With `empty`, what no arguments at all become, no more will come."""
-        text = self.waiting if self.begun else real_arguments(self.waiting)
-        empty_so_far = "{}" if self.waiting.strip() else ""
-        self.waiting = ""
-        if text:
-            self.begun = True
-        elif not self.begun and empty is None:
-            self.waiting = empty_so_far
-        elif not self.begun:
-            text = empty_so_far or empty
-        told = self._follow(text)
-        if empty is not None:
-            told += self.arguments.close()
-        kind = ARGUMENTS if self.is_told else CALL
-        is_news = told or not self.is_told
-        self.is_told = True
-        return [Step(kind, told, self.index, self.id, self.name)] if is_news else []
-
-    def _follow(self, text):
-        """Nothing behind the whole object is told, as Z.ai was seen to write it
-        twice."""
-        told = self.arguments.feed(text)
-        behind = self.arguments.rest
-        self.first_sum = sum_up(text[:len(text) - len(behind)], self.first_sum)
-        if self.second_sum or "{" in behind:
-            self.second_sum = sum_up(behind, self.second_sum)
-        return told
-
-    @property
-    def is_broken(self):
-        """Whether the arguments were cut, or came with others behind them."""
-        return self.arguments.depth > 0 or self.second_sum not in (0, self.first_sum)
-
-    def takes(self, zai_id, zai_index, name):
-        """Whether an item with these belongs to this call, as far as Z.ai tells."""
-        if name and self.name not in ("", name):
-            return False
-        # An id was seen to change from piece to piece.
-        is_here = zai_index == self.zai_index
-        is_same = zai_id and zai_id == self.zai_id
-        if is_same or not name:
-            knows_places = None not in (zai_index, self.zai_index)
-            return is_here if knows_places else is_same or "" in (zai_id, self.zai_id)
-        # A name again is the same call as long as its arguments are not whole.
-        is_whole = self.arguments.ended or self.name and self.waiting == "{}"
-        is_open = self.arguments.depth > 0 if zai_id else not is_whole
-        return is_here and is_open
 
 
 class Calls:
@@ -3514,27 +3432,32 @@ class Calls:
     gives those of other steps that need not.
     """
 
-    def __init__(self, tools, one_call, make_id):
+    def __init__(self, tools, make_id):
         self.tools = tools
-        self.one_call = one_call  # only the first call is told
         self.make_id = make_id
         self.calls = []
-        # How many of them are told; the first that is not whole, and all that waits
-        # behind it, calls and other steps.
+        # How many of them have a name.
         self.count = 0
+        # The first that is not whole, and all that waits behind it, calls and other
+        # steps.
         self.queue = collections.deque()
         self.tally = Tally(LONGEST_ANSWER_BYTES)
-        # How many names had markup.
-        self.repaired = 0
 
     def feed(self, items):
         check_number(items)
-        seen = set()
         for item in items:
             if isinstance(item, dict):
-                call = self._take(item, seen)
+                name, arguments = self._read_function(as_dict(item.get("function")))
+                call = self._find_call(item, name)
+                if name and not call.name:
+                    call.name = name
+                    call.types = self.tools.get(name, {})
+                    call.index = self.count
+                    self.count += 1
+                    self.queue.append(call)
+                call.feed(arguments)
                 yield from self._advance()
-                if len(call.waiting) > LONGEST_HELD:
+                if len(call.untold) > LONGEST_HELD:
                     raise UpstreamError("Z.ai sent too much of a tool call too early.")
 
     def put(self, steps):
@@ -3546,40 +3469,16 @@ class Calls:
         return self._advance()
 
     def close(self, is_cut):
-        for entry in self.queue:
-            is_call = isinstance(entry, ToolCall)
-            yield from entry.take("" if is_cut else "{}") if is_call else [entry]
+        return self._advance("" if is_cut else "{}")
 
-    def check(self, finish, told):
-        """UpstreamError for what is no whole call: calls may have come without a
-        name."""
-        is_lost = any(real_arguments(call.waiting) for call in self.calls if not call.name)
-        is_nothing = self.calls and not self.count and not told
-        if is_lost or is_nothing and finish == "stop":
-            raise UpstreamError(NAMELESS)
-        if finish in WHOLE and any(call.is_broken for call in self.calls):
+    def check(self, finish):
+        """UpstreamError for what is no whole call."""
+        if finish in WHOLE and not all(call.name for call in self.calls):
+            raise UpstreamError("Z.ai sent a tool call without a name.")
+        if finish in WHOLE and any(call.depth > 0 for call in self.calls):
             raise UpstreamError(BROKEN_CALL)
         if finish == "tool_calls" and not self.count:
             raise UpstreamError("Z.ai announced a tool call and sent none.")
-
-    def _take(self, item, seen):
-        """One item: a whole call, or a piece of one. `seen`: the calls that earlier
-        items of this event belong to."""
-        name, arguments = self._read_function(as_dict(item.get("function")))
-        call = self._find_call(item, name, seen)
-        seen.add(call)
-        is_wanted = not self.one_call or not self.count
-        if name and not call.name:
-            call.name = name
-            call.arguments.types = self.tools.get(name, {})
-            if is_wanted:
-                call.index = self.count
-                self.count += 1
-                self.queue.append(call)
-        # Further calls stay in the list, so that their pieces have a home.
-        if call.index is not None or not call.name:
-            call.waiting += arguments
-        return call
 
     def _read_function(self, function):
         """(name, arguments) as texts. Names were seen with markup in them, and with all
@@ -3589,39 +3488,27 @@ class Calls:
         arguments = function.get("arguments") or ""
         if not isinstance(arguments, str):
             arguments = encode_text(arguments)
-        clean = name.partition("<")[0].strip()
+        if "<" in name:
+            leaked = parse_leaked_call(name, self.tools) or {"name": name, "arguments": ""}
+            name = leaked["name"]
+            arguments = leaked["arguments"] + arguments
         # A name that no tool has is for the client to refuse.
-        if clean == name or clean not in self.tools:
-            return name[:Leak.LONGEST_NAME], arguments
-        self.repaired += 1
-        is_blank = not real_arguments(arguments)
-        leaked = parse_leaked_call(name, self.tools)
-        if leaked and is_blank:
-            return leaked
-        if is_blank or VALUE in name:
-            raise UpstreamError("Z.ai sent a tool call that cannot be read.")
-        return clean, arguments
+        return name[:LONGEST_TOOL_NAME], arguments
 
-    def _find_call(self, item, name, seen):
+    def _find_call(self, item, name):
         """The call an item belongs to. Z.ai's index may be -1, 0 for all, or missing;
         its id a number, missing, or repeated."""
         index = item.get("index")
         if type(index) is not int or index < 0:
             index = None
         zai_id = "" if item.get("id") is None else str(item["id"])[:200]
-        # The one of that id comes first, or else at that index, or else the last.
-        def is_elsewhere(call):
-            return zai_id not in ("", call.zai_id), index not in (None, call.zai_index)
+        # The one of that id, or else at that index, or else the last.
+        def nearness(call):
+            return call.zai_id == zai_id != "", call.zai_index == index
 
-        latest_first = self.calls[::-1]
-        latest_first.sort(key=is_elsewhere)
-        for call in latest_first:
-            # A piece of arguments may go on with a call of the same event.
-            if (not name or call not in seen) and call.takes(zai_id, index, name):
-                return call
-            # Whatever has neither can only go on with the last one.
-            if not zai_id and index is None:
-                break
+        nearest = max(reversed(self.calls), key=nearness, default=None)
+        if nearest and nearest.takes(zai_id, index, name):
+            return nearest
         # Clients take two calls with one id for one.
         is_taken = any(call.id == zai_id for call in self.calls)
         id = self.make_id() if is_taken or not zai_id else zai_id
@@ -3629,22 +3516,21 @@ class Calls:
         check_number(self.calls)
         return self.calls[-1]
 
-    def _advance(self):
-        """The steps of what need not wait any more."""
+    def _advance(self, empty=None):
+        """The steps of what need not wait any more: with `empty`, which no arguments at
+        all become, of all."""
         while self.queue:
             entry = self.queue[0]
             if isinstance(entry, Step):
                 yield entry
             else:
+                # No real arguments come once something else has.
+                if empty is not None or len(self.queue) > 1 and entry.is_whole:
+                    entry.close(empty)
                 yield from entry.take()
-                # No real ones come once something else has.
-                if entry.waiting == "{}" and len(self.queue) > 1:
-                    yield from entry.take("{}")
-                if not entry.arguments.ended:
+                if empty is None and not entry.ended:
                     return
             self.queue.popleft()
-
-
 EMPTY = "Z.ai sent an empty answer."
 UNFINISHED = "Z.ai's answer ended before it was finished."
 
@@ -3670,32 +3556,24 @@ class Translator:
         self.frames = Frames(describe)
         # The Alike that the next event may be.
         self.alike = None
+        # Tokens have come, which Z.ai bills.
+        self.begun = False
         # The last step has been given.
         self.complete = False
-        # Tokens have come before a new start.
-        self.has_begun = False
         self._start()
 
     def _start(self):
         """All that a new start of the answer makes void."""
-        asked = self.asked
         self.finish = None
         self.usage = None
         # Text or a call has been given. Thinking alone can be taken back.
         self.told = False
-        # With stop words, what was told, to count its tokens.
-        self.said = Fold()
+        # Tokens of what was told.
+        self.tokens = 0
         # Thinking that was turned off. If nothing else comes, it is the text.
         self.unasked = Fold()
-        self.texts = Texts(asked)
-        self.calls = Calls(asked.tools, asked.one_call, self.make_id)
-
-    @property
-    def begun(self):
-        """Whether tokens have come, which Z.ai bills."""
-        texts = self.texts
-        some = texts.opened or texts.leaked or texts.tail or self.calls.calls
-        return bool(self.has_begun or some or self.unasked.items)
+        self.texts = Texts(self.asked)
+        self.calls = Calls(self.asked.tools, self.make_id)
 
     @property
     def stop_word(self):
@@ -3705,7 +3583,7 @@ class Translator:
     @property
     def repaired(self):
         """How many events were skipped or mended."""
-        return self.frames.repaired + self.calls.repaired + len(self.texts.leaked)
+        return self.frames.repaired + len(self.texts.leaked)
 
     def feed(self, events, end=False):
         # All methods below append to it, so that nothing is lost when one of them
@@ -3727,7 +3605,7 @@ class Translator:
             self.steps.append(Step(self.alike.kind, text))
             return
         self.alike = None
-        frame = self.frames.feed(event)
+        frame = self.frames.feed(event, bool(self.finish))
         if frame:
             self._read(frame)
             alike = find_alike(event, frame)
@@ -3744,13 +3622,15 @@ class Translator:
         if frame.afresh:
             self._restart()
         for field, kind in KIND_OF_FIELD.items():
-            text = frame.delta.get(field)
+            text = frame.delta.get(field) or ""
+            self.begun = self.begun or bool(text.strip("\r\n"))
             if text and kind == THINKING and self.asked.no_thinking:
                 self.unasked.add([Step(kind, text)])
             elif text:
                 self._put(self.texts.feed(kind, text))
         items = frame.delta.get("tool_calls")
         if items and not self.stop_word:
+            self.begun = True
             # What is held back came first.
             self._put(self.texts.flush())
             self._add(self.calls.feed(items))
@@ -3768,7 +3648,6 @@ class Translator:
             raise UpstreamError(
                 "Z.ai lost its place and started the answer again after part of it had "
                 "been sent.", GIVE_UP, code="upstream_stream_restarted")
-        self.has_begun = self.begun
         self._start()
         self.steps.append(Step(RESTART))
 
@@ -3778,10 +3657,11 @@ class Translator:
 
     def _add(self, steps):
         for step in steps:
-            self.told = self.told or step.kind != THINKING
-            self.steps.append(step)
-            if self.asked.stop:
-                self.said.add([step])
+            # Further calls came unasked.
+            if not (step.index and self.asked.one_call):
+                self.told = self.told or step.kind != THINKING
+                self.tokens += estimate_tokens(step.text)
+                self.steps.append(step)
 
     def _end(self):
         if not self.finish and not self.stop_word:
@@ -3792,13 +3672,21 @@ class Translator:
         self._put(self.texts.close(is_cut))
         if self.stop_word:
             self.finish = "stop"
-        self._give_calls(is_cut)
+        # Where calls came as they should, the leaked ones are the same once more.
+        if not self.calls.calls:
+            self._add(self.calls.feed([{"function": call} for call in self.texts.leaked]))
+        self.calls.check(self.finish)
+        # A finish alone makes no answer: Z.ai at its limits was seen to send one with
+        # nothing before it.
+        has_tokens = self.usage and self.usage["completion_tokens"]
+        if self.finish == "stop" and not self.begun and not has_tokens:
+            raise UpstreamError(EMPTY)
+        self._add(self.calls.close(is_cut))
         if self.stop_word:
             # Z.ai's counts come at its own end. Programs that send stop words, such as
             # smolagents, read the usage unasked.
-            told = estimate_tokens("".join([item.text for item in self.said.items]))
             self.usage = self.usage or to_openai_usage(
-                {"prompt_tokens": self.asked.tokens, "completion_tokens": told})
+                {"prompt_tokens": self.asked.tokens, "completion_tokens": self.tokens})
         reason = self.finish
         # Clients look at the finish to learn whether there are calls to make.
         if reason in WHOLE:
@@ -3806,23 +3694,6 @@ class Translator:
         self.complete = True
         stop_word = self.stop_word if reason == "stop" else None
         self.steps.append(Step(FINISH, reason, name=stop_word, usage=self.usage))
-
-    def _give_calls(self, is_cut):
-        # Where calls came as they should, the leaked ones are the same once more.
-        if not self.calls.calls:
-            self._add(self.calls.feed([
-                {"function": {"name": name, "arguments": arguments}}
-                for name, arguments in self.texts.leaked]))
-        rest = list(self.calls.close(is_cut))
-        # A finish alone makes no answer: Z.ai at its limits was seen to send one with
-        # nothing before it.
-        self.calls.check(self.finish, self.told)
-        has_tokens = self.usage and self.usage["completion_tokens"]
-        if self.finish == "stop" and not self.begun and not has_tokens:
-            raise UpstreamError(EMPTY)
-        self._add(rest)
-
-
 class Reply:
     """One HTTP response of Z.ai: feed(data) -> bytes of its body; b"" means that the
     connection has ended.
@@ -3900,13 +3771,9 @@ class Reply:
 def only_event(data):
     """The event in these bytes, if they are one chunk with one event in it, as mostly;
     else None. It is all there is to be read then."""
-    line, _, chunk = data.partition(b"\r\n")
-    is_event = chunk.startswith(b"data: ") and chunk.endswith(b"\n\n\r\n")
-    is_one = chunk.count(b"\n") == 3 and chunk.count(b"\r") == 1
-    is_whole = line == b"%x" % max(0, len(chunk) - 2)
-    return chunk[6:-4].decode("utf-8", "replace") if is_event and is_one and is_whole else None
-
-
+    event = data.partition(b"data: ")[2][:-4]
+    is_all = data == b"%x\r\ndata: %b\n\n\r\n" % (len(event) + 8, event)
+    return event.decode("utf-8", "replace") if is_all and event.splitlines() == [event] else None
 class Answer:
     """Z.ai's answer to one chat request: feed(data) -> (steps, failure); b"" means that
     the connection has ended.
@@ -3920,8 +3787,6 @@ class Answer:
     def __init__(self, translator):
         self.translator = translator
         self.reply = Reply()
-        # One of _read_events, _read_json and _read_refusal, once the body has begun.
-        self.read_body = None
         self.decoder = SSEDecoder()
         self.refusal = bytearray()
         # All events that have come are read, and nothing of the next has come.
@@ -3952,7 +3817,7 @@ class Answer:
             steps, failure = self._feed(data)
             framing = self.reply.framing
             is_held = framing.left or framing.rest or self.decoder.held
-            self.is_between = self.read_body is Answer._read_events and not is_held
+            self.is_between = self.reply.status == 200 and not is_held
         self.complete = self.translator.complete or failure is not None
         return steps, failure
 
@@ -3967,10 +3832,7 @@ class Answer:
         if self.reply.status is None:
             return [], cut
         ended = self.reply.complete or cut is not None
-        try:
-            steps, failure = self.translator.feed(self._read(body, ended), ended)
-        except UpstreamError as error:
-            steps, failure = [], error
+        steps, failure = self.translator.feed(self._read(body, ended), ended)
         # A cut explains a missing end better; behind the finish it does no harm.
         if cut and failure and failure.message in (EMPTY, UNFINISHED, TORN):
             failure = cut
@@ -3983,56 +3845,30 @@ class Answer:
         return steps, failure
 
     def _read(self, body, ended):
-        """The events in a piece of the body."""
-        if self.read_body is None:
-            body = body.lstrip()
-            if not body and not ended:
-                return []
-            self.read_body = self._find_reader(body)
-        return self.read_body(self, body, ended)
-
-    def _find_reader(self, body):
-        """The method for a body that begins with these bytes."""
-        fields = self.reply.fields
-        coding = fields.get("content-encoding", "")
+        """The events in a piece of the body. One JSON body, on one line, is an event,
+        too."""
+        coding = self.reply.fields.get("content-encoding", "")
         if coding.lower() not in ("", "identity"):
             raise UpstreamError(
                 f"Z.ai's answer is compressed with {coding[:60]!a}, which was not asked for.",
                 GIVE_UP)
-        content_type = fields.get("content-type", "").lower()
-        if self.reply.status != 200 or "html" in content_type:
-            return Answer._read_refusal
-        # Streams were seen under the name of JSON, so the first byte counts as well.
-        is_json = "json" in content_type and body.startswith(b"{")
-        return Answer._read_json if is_json else Answer._read_events
-
-    def _read_events(self, body, ended):
-        events = self.decoder.feed(body)
-        if ended:
-            events += self.decoder.close()
-        return events
-
-    def _read_json(self, body, ended):
-        """One JSON body where a stream was asked for. On one line it is an event."""
-        line = body.replace(b"\r", b" ").replace(b"\n", b" ")
-        return self._read_events(line, ended)
+        if self.reply.status != 200:
+            self._read_refusal(body, ended)
+        elif "html" in self.reply.fields.get("content-type", "").lower():
+            raise not_the_api()
+        else:
+            yield from self.decoder.feed(body)
+            yield from self.decoder.close() if ended else ()
 
     def _read_refusal(self, body, ended):
         """No events, but an error at the end."""
         self.refusal += body[:self.LONGEST_ERROR_BYTES - len(self.refusal)]
-        if not ended:
-            return []
-        # Gateways write something before it, such as "data: ", and behind it.
-        text = self.refusal.decode("utf-8", "replace")
-        value = decode_first(text[text.find("{"):])
-        if self.reply.status == 200 and value is None:
-            raise not_the_api()
-        # JSON under the name of a page, which tells what was wrong.
-        status = 404 if self.reply.status == 200 else self.reply.status
-        retry_after = self.reply.fields.get("retry-after", "")
-        raise self.translator.describe(value, status, retry_after)
-
-
+        if ended:
+            # Gateways write something before it, such as "data: ", and behind it.
+            text = self.refusal.decode("utf-8", "replace")
+            value = decode_first(text[text.find("{"):])
+            retry_after = self.reply.fields.get("retry-after", "")
+            raise self.translator.describe(value, self.reply.status, retry_after)
 @dataclasses.dataclass
 class Item:
     """One piece of a folded answer: a text, a stretch of thinking, or a call."""

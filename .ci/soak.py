@@ -27,10 +27,13 @@ import test_ztoapi as t
 CLIENTS = 32
 WARM_UP_S = 30
 SEED = 1
+KEYS = (t.KEY, "sk-of-another-client", "sk-of-a-third-client")
 ZAI_KEYS = ("0123456789abcdef.SecretSecret1", "1123456789abcdef.SecretSecret2")
 ENVIRON = {
     "PORT": "0",
-    "DEFAULT_KEY": t.KEY,
+    "DEFAULT_KEY": ",".join(KEYS),
+    "MODEL_FALLBACKS": "glm-5.3=glm-5.2,glm-5.2=glm-4.6",
+    "VISION_MODEL": "glm-4.6v",
     "ZAI_API_KEY": ",".join(ZAI_KEYS),
     "UPSTREAM_TIMEOUT": "1",
     "HEARTBEAT": "0.3",
@@ -50,6 +53,8 @@ PROGRAM = "import os, sys, ztoapi; ztoapi.KEEP_IDLE_S = 1.0; sys.exit(ztoapi.mai
 
 # The fake takes two requests at a time for this model.
 LIMITED = "glm-4.5-flash"
+# It refuses these for most of the time, for what another model may not have.
+REFUSED = {"glm-5.3": ("1211", "1311", "1113", "1305"), "glm-5.2": ("1311", "1113")}
 
 WHOLE = t.stream(*t.HEALTHY)
 START = [t.HEAD, t.chunked(t.say("Hel"))]
@@ -120,6 +125,9 @@ class SoakZai(t.FakeZai):
     def any_script(self, request):
         if request["body"] is None or request["body"]["model"] == LIMITED:
             return self.limited_script()
+        codes = REFUSED.get(request["body"]["model"])
+        if codes and self.chance.random() < 0.8:
+            return t.refusal(429, self.chance.choice(codes))
         dice = self.chance.random()
         if dice < 0.003:
             return self.huge_script()
@@ -216,6 +224,22 @@ def inherited(name):
 RESPONSES_BODY = {"model": "glm-4.6", "input": "Hi"}
 MESSAGES_BODY = {"model": "glm-4.6", "max_tokens": 99, "messages": [{"role": "user", "content": "Hi"}]}
 
+# What a few requests hold, seldom many megabytes.
+PICTURE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}}
+LONG_WORDS = ("Hi " * 1000, "Hi " * 100_000, "Hi \u4f60" * 1_000_000)
+
+
+def messages(chance):
+    """A user's message, with a picture or a long text now and then."""
+    dice = chance.random()
+    content = "Hi"
+    if dice < 0.05:
+        content = [PICTURE, {"type": "text", "text": "Hi"}]
+    elif dice < 0.1:
+        content = chance.choices(LONG_WORDS, (70, 25, 5))[0]
+    return [{"role": "user", "content": content}]
+
+
 # The other two APIs: a path, a request, and with what its streams end, well or badly.
 OTHER_APIS = [
     ("/v1/responses", RESPONSES_BODY, (b"response.completed", b"response.failed")),
@@ -243,8 +267,9 @@ def request(port, chance):
         streamed = chance.random() < 0.7
         if dice < 0.2:
             return other_api(sock, chance, streamed)
-        model = LIMITED if chance.random() < 0.1 else "glm-4.6"
-        data = t.raw_chat(t.chat_body(stream=streamed, model=model))
+        model = chance.choices(("glm-4.6", LIMITED, "glm-5.3"), (80, 10, 10))[0]
+        body = t.chat_body(stream=streamed, model=model, messages=messages(chance))
+        data = t.raw_chat(body, auth=chance.choice(KEYS))
         if dice < 0.21:
             data = t.raw_chat({"model": "glm-4.6"})
         elif dice < 0.22:
@@ -276,20 +301,22 @@ def chat_outcome(streamed, status, headers, events, clean):
         kind = "in-stream error" if status == 200 else f"HTTP {status}"
         return f"{kind} {error['code']}"
     assert status == 200
+    by = "" if headers["x-ztoapi-model"] in ("glm-4.6", LIMITED, "glm-5.3") else " of another model"
     if not streamed:
         assert set(events[0]["choices"][0]["message"]["content"]) <= set("HeloQ")
-        return "JSON answer"
+        return "JSON answer" + by
     assert clean
     assert events[-1] == "[DONE]"
     assert len(t.finish_of(events)) == 1
     assert t.said(events) == "Hello" or set(t.said(events)) == {"Q"}
-    return "streamed answer"
+    return "streamed answer" + by
 
 
 def other_api(sock, chance, streamed):
     path, body, ends = chance.choice(OTHER_APIS)
-    data = json.dumps(dict(body, stream=streamed)).encode()
-    sock.sendall(t.raw_request("POST", path, body=data))
+    body = dict(body, stream=streamed, model=chance.choice(("glm-4.6", "glm-5.3")))
+    data = json.dumps(body).encode()
+    sock.sendall(t.raw_request("POST", path, body=data, auth=chance.choice(KEYS)))
     with sock.makefile("rb") as file:
         reply = t.read_reply(file)
     assert reply.status != 500
