@@ -2022,12 +2022,12 @@ def dechunk(decoder, pieces):
             body += decoder.feed(piece)
             if decoder.done:
                 return body, True, decoder.rest + b"".join(pieces[i + 1:])
-    except (ValueError, OverflowError) as error:
+    except ValueError as error:
         return type(error)
     return body, decoder.done, decoder.rest if decoder.done else None
 
 
-# Chunked bodies, here of at most 20 bytes. To add a case, add a row: the bytes; (body,
+# Chunked bodies. To add a case, add a row: the bytes; (body,
 # whether it ended, what is behind), or the error.
 @table("data, expected", [
     (b"0\r\n\r\n", (b"", True, b"")),
@@ -2039,9 +2039,6 @@ def dechunk(decoder, pieces):
     (b"5\r\nhello\r\n", (b"hello", False, None)),
     (b"5\r\nhello\r\n0\r\n", (b"hello", False, None)),
     (b"14\r\n01234567890123456789\r\n0\r\n\r\n", (b"01234567890123456789", True, b"")),
-    (b"15\r\n012345678901234567890\r\n0\r\n\r\n", OverflowError),
-    (b"a\r\n0123456789\r\nb\r\n", OverflowError),
-    (b"fffffffffffffff\r\n", OverflowError),
     *((data, ValueError) for data in (
         b"\r\n", b"x\r\n", b"-5\r\n", b"+5\r\n", b"0x5\r\n", b"5_0\r\n", b" 5\r\n", b"5 5\r\n", b"\xd9\xa5\r\n",
         b"5\n", b"5\nhello\r\n", b"5\r\nhelloX\r\n", b"5\r\nhello0\r\n\r\n", b"5\r\nhello\n0\r\n\r\n",
@@ -2052,7 +2049,7 @@ def dechunk(decoder, pieces):
 ])
 def test_chunked_coding_is_taken_strictly_however_it_arrives(data, expected):
     for pieces in pieces_of(data):
-        assert dechunk(ztoapi.Dechunker(limit=20), pieces) == expected, pieces[:3]
+        assert dechunk(ztoapi.Dechunker(), pieces) == expected, pieces[:3]
 
 
 def test_what_stands_before_a_broken_chunk_is_not_lost():
@@ -6316,7 +6313,7 @@ class Timed:
         def write(model=""):
             return ztoapi.to_zai_request(request, self.settings, model)
         request = ztoapi.Request(chat_body(model=model, stream=True), {})
-        return self.upstream.job(write(), write=write)
+        return ztoapi.Job(write(), write=write)
 
     def ask(self, model="glm-4.6"):
         """(text, error, record)"""
@@ -7878,15 +7875,14 @@ def test_retries_and_queueing_again_are_counted_apart(make_timed):
     assert (text, error, record.retries) == ("Hello", None, 4)
 
 
-def test_a_job_keeps_nothing_of_the_conversation(make_timed):
+def test_a_job_keeps_nothing_of_the_conversation():
     class Conversation(list):
         """A list that can be watched."""
 
-    road = make_timed()
     result = ztoapi.to_zai_request(ztoapi.Request(chat_body(tools=[TOOL]), {}), Settings())
     result.body["messages"] = Conversation(result.body["messages"])
     alive = weakref.ref(result.body["messages"])
-    job = road.upstream.job(result)
+    job = ztoapi.Job(result)
     del result
     assert alive() is None
     assert b"messages" in job.data
@@ -8504,7 +8500,7 @@ def test_the_body_limit_holds_before_the_body_is_there(shared, line, body, statu
     ("PUT", "/v1/models", [], True, 405),
     ("GET", "/v1/models", [], True, 200),
     ("GET", "/", [], False, 200),
-    ("OPTIONS", CHAT, [], False, 204),
+    ("OPTIONS", CHAT, [], False, 200),
     ("DELETE", "/health", [], True, 405),
     ("POST", CHAT, ["Content-Encoding: br"], True, 415),
     ("BREW", "/health", [], True, 405),
@@ -8769,7 +8765,7 @@ def test_no_spelling_of_a_path_opens_a_locked_door(shared, path):
 
 # To add a case, add a row: method, path and status of what is open to all.
 @table("method,path,status", [("GET", "/health", 200), ("GET", "/", 200), ("GET", "/docs", 200),
-                              ("GET", "/dashboard/", 200), ("OPTIONS", "/v1/models", 204), ("OPTIONS", "*", 204)])
+                              ("GET", "/dashboard/", 200), ("OPTIONS", "/v1/models", 200), ("OPTIONS", "*", 200)])
 def test_what_needs_no_key(shared, method, path, status):
     assert shared.call(method, path, key=None)[0] == status
 
@@ -8861,7 +8857,7 @@ def test_cors_follows_cors_origin(zai, setting, origin, allowed):
             proxy.call("POST", CHAT, chat_body(stream=True), lines),
             proxy.call("OPTIONS", CHAT, None, lines + PREFLIGHT, key=None),
         ]
-    assert [status for status, _, _ in answers] == [200, 404, 401, 200, 204]
+    assert [status for status, _, _ in answers] == [200, 404, 401, 200, 200]
     for _, got, _ in answers:
         assert got["Access-Control-Allow-Origin"] == allowed
         assert "Access-Control-Allow-Credentials" not in got
@@ -8886,7 +8882,7 @@ def test_secrets_are_redacted_wherever_they_could_surface(zai, log_lines, caplog
         zai.scripts.append(refusal(401, "1000", "bad key " + ZAI_KEY))
         quoted.append(proxy.chat())
         shown = [proxy.call("GET", path) for path in ("/stats", "/metrics", "/v1/models", "/")]
-        for fields in ({"model": KEY}, {KEY: 1}, {"tool_choice": KEY}, {"stop": [KEY]}):
+        for fields in ({"model": KEY}, {KEY: 1}, {"tool_choice": KEY}, {"stop": [KEY]}, {"stream": KEY}):
             proxy.chat(**fields)
         zai.scripts.append(refusal(429, "1302"))
         answer = proxy.chat(model=KEY)
@@ -9219,7 +9215,7 @@ def test_an_item_is_remembered_for_the_key_that_got_it_and_for_no_other(zai):
     (raw_request("GET", "/v1/models", LAST), "127.0.0.1 GET /v1/models 200"),
     (raw_request("POST", "/nope?secret", LAST), "127.0.0.1 POST /nope 404"),
     (raw_request("PUT", "/health", LAST), "127.0.0.1 PUT /health 405"),
-    (raw_request("OPTIONS", "/", LAST), "127.0.0.1 OPTIONS / 204"),
+    (raw_request("OPTIONS", "/", LAST), "127.0.0.1 OPTIONS / 200"),
     (raw_chat({}, LAST), f"127.0.0.1 POST {CHAT} 400"),
     (raw_chat(JSON_CHAT, LAST), f"127.0.0.1 POST {CHAT} 200"),
     (raw_chat(chat_body(stream=True), LAST), f"127.0.0.1 POST {CHAT} 200"),
@@ -9952,7 +9948,7 @@ EVIL = "x\r\nX-Evil: 1\r\n\r\nHTTP/1.1 200 OK\r\n"
     (raw_chat(json_chat(messages=[{"role": "user", "content": "Hi", EVIL: 1, "\u6f22\ud800": 1}])), 200),
     (raw_request("GET", "/v1/models/%0d%0aX-Evil:%201"), 404),
     (raw_request("GET", "/v1/models", "x-request-id: mine", "Origin: https://x\xff\x1b", "X-Evil: 1"), 200),
-    (raw_request("OPTIONS", "/", "Access-Control-Request-Headers: a\xff\x1b, X-Evil"), 204),
+    (raw_request("OPTIONS", "/", "Access-Control-Request-Headers: a\xff\x1b, X-Evil"), 200),
 ])
 def test_attack_a_client_cannot_write_our_headers(shared, data, status):
     evil_head = HEAD.replace(b"X-Log-Id: 2026", b"X-Log-Id: \x1b\xff<evil>\x85 2026")
@@ -10266,7 +10262,6 @@ def test_a_missing_key_is_the_first_failure_of_the_check(capsys, closed_port):
 
 @pytest.mark.parametrize("text", [
     "http://127.0.0.1:abc", "127.0.0.1:99999", "http://[::1", "http:/me:hidden@host", "http://:80",
-    "socks5://127.0.0.1:1080",
 ])
 def test_an_address_of_a_proxy_that_is_not_valid_is_a_failure_of_the_check(capsys, monkeypatch, text):
     through(monkeypatch, "https", text)
