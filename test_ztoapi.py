@@ -4801,7 +4801,8 @@ def read_chat(body, headers, **environ):
     (None, "application/json", "x", "true", False), (None, "*/*", "curl/8", "false", False),
     *((UNSAID, "*/*", agent, "true", False) for agent in (
         "node", "undici", "Go-http-client/1.1", "langchaingo/0.1", "Java/17", "Java-http-client/21.0.2", "okhttp/4.9",
-        "Apache-HttpClient/5", "lm15", "ai-sdk/openai/2.0 runtime/node.js", "litellm/1.110.0")),
+        "Apache-HttpClient/5", "lm15", "ai-sdk/openai/2.0 runtime/node.js", "litellm/1.110.0",
+        "ai/7.0.173 ai-sdk-provider-utils/5.0.81 node.js/v20")),
     *((UNSAID, "*/*", agent, "true", True) for agent in ("node-fetch/1.0", "python-requests/2.31")),
 ])
 def test_who_gets_a_stream(asked, accept, agent, default, expected):
@@ -4816,8 +4817,8 @@ def test_who_gets_a_stream(asked, accept, agent, default, expected):
 # fields, whether a failed stream is cut.
 @pytest.mark.parametrize("headers, expected", [
     ({}, True), ({"user-agent": "OpenAI/Python 3.57"}, True), ({"origin": "https://app.example"}, False),
-    ({"user-agent": "ai/6.0 ai-sdk/openai/3.0"}, False), ({"user-agent": "Python/3.11 aiohttp/3.9"}, False),
-    ({"sec-fetch-mode": "cors"}, False),
+    ({"user-agent": "ai/6.0 ai-sdk/openai/3.0"}, False), ({"user-agent": "ai/7.0 ai-sdk-provider-utils/5.0"}, False),
+    ({"user-agent": "Python/3.11 aiohttp/3.9"}, False), ({"sec-fetch-mode": "cors"}, False),
 ])
 def test_a_failed_stream_is_cut_unless_the_error_would_be_lost_over_it(headers, expected):
     assert read_chat({}, headers)[0].cuts_failures is expected

@@ -3965,7 +3965,7 @@ class Front:
 # User-Agents of programs that read one JSON answer unless they ask for a stream
 # themselves, as OpenAI's API does. To add one, add a row.
 EXPECTS_JSON = re.compile(r"""
-    ai-sdk/
+    ai-sdk[/-]  # ai-sdk-provider-utils/5, too
     | async-openai  # Rust
     | lm15  # dspy
     | ^(?:node|undici)$  # fetch in Node, promptfoo
@@ -3976,7 +3976,7 @@ EXPECTS_JSON = re.compile(r"""
 
 # Programs that lose what they have not yet read over a cut, and with it the error
 # itself. So do browsers and Node, which send the headers.
-LOSES_ERROR_OVER_CUT = re.compile("ai-sdk/|aiohttp", re.IGNORECASE)
+LOSES_ERROR_OVER_CUT = re.compile("ai-sdk[/-]|aiohttp", re.IGNORECASE)
 LOSING_HEADERS = {"origin", "sec-fetch-mode"}
 
 
