@@ -2552,7 +2552,8 @@ MESSAGES = [
     ([{"role": "assistant", "tool_calls": [
         {"id": "c1", "type": "custom", "custom": {"name": "get_weather", "input": "x"}}]}, RESULT, U],
      [calling('{"input":"x"}'), RESULT, U], set()),
-    ([assistant([{"type": "refusal", "refusal": "No."}]), U], [assistant("No."), U], set()),
+    ([assistant([{"type": "refusal", "refusal": "No."}, {**TEXT, "refusal": None}]), U],
+     [assistant("No.\nWhat is it?"), U], set()),
     ([{**U, "name": "bob"}], [U], {"name"}),
     *(([{**A, name: value}, U], [A, U], {name}) for name, value in (
         ("refusal", "No."), ("audio", {"id": "a"}), ("function_call", {"name": "f"}))),
@@ -5685,14 +5686,14 @@ def test_an_earlier_response_stands_in_front():
     memory = ztoapi.Memory()
     first = answered(memory, "two calls", input="a", instructions="Only now.", tools=ANY_TOOLS)
     assert (first["store"], first["previous_response_id"]) == (True, None)
-    more = {"input": [gave("call_0", "one"), gave("call_1", "two")], "tools": ANY_TOOLS}
+    more = {"input": [user("a"), gave("call_0", "one"), gave("call_1", "two")], "tools": ANY_TOOLS}
     second = answered(memory, previous_response_id=first["id"], **more)
     assert second["previous_response_id"] == first["id"]
     _, result = read_responses(
-        caller(memory=memory), previous_response_id=second["id"], input="b", instructions="Be brief.")
+        caller(memory=memory), previous_response_id=second["id"], input="a", instructions="Be brief.")
     assert result.body["messages"] == [
         system("Be brief."), user("a"), assistant("B", [("call_0", "f", '{"a":1}'), ("call_1", "f", "{}")], "A"),
-        output("call_0", "one"), output("call_1", "two"), assistant("Hello"), user("b")]
+        output("call_0", "one"), output("call_1", "two"), assistant("Hello"), user("a")]
 
 
 # To add a case, add a row: the key that asks, fields of the earlier request, whether it

@@ -2326,7 +2326,7 @@ class Reader:
     # Parts
 
     def read_text(self, piece):
-        return text_part(piece.need("refusal" if "refusal" in piece else "text", str))
+        return text_part(piece.need("refusal" if piece.kind == "refusal" else "text", str))
 
     def read_shown(self, piece):
         """A picture, a video or a file; of anything else, the words."""
@@ -4559,6 +4559,9 @@ def to_responses_usage(usage):
     }
 
 
+OUTPUT_TYPES = ("function_call_output", "custom_tool_call_output")
+
+
 def turns_of(body):
     """What the client says; a text is the user's."""
     turns = expect(body.get("input", []), (str, list), "input")
@@ -4580,6 +4583,15 @@ def earlier_turns(caller, id):
         chain.append([*asked["turns"], *items])
         id = asked["previous"]
     return tuple(itertools.chain(*reversed(chain)))
+
+
+def turns_after(earlier, turns):
+    """The turns that are new. With the outputs of tools Semantic Kernel sends all again
+    that led to them."""
+    if not earlier or not any(dig(turn, "type") in OUTPUT_TYPES for turn in turns):
+        return turns
+    said = set(map(encode_json, earlier))
+    return [turn for turn in turns if encode_json(turn) not in said]
 
 
 class Responses(Itemized):
@@ -4614,10 +4626,10 @@ class Responses(Itemized):
             if body.get(name):
                 raise wrong(name, "is not served", code="unsupported_parameter")
         fields, changed = chat_fields(body, RESPONSES_NAMES, RESPONSES_OTHERS)
-        fields["messages"] = turns = turns_of(body)
         front = cls(body, fields, settings.reasoning_format == "hidden", caller)
         previous = front.base["previous_response_id"]
         earlier = earlier_turns(caller, previous)
+        fields["messages"] = turns = turns_after(earlier, turns_of(body))
         if front.base["store"]:
             caller.keep(front.id, {"previous": previous, "turns": turns})
         if turns[-1:] == [COMPACTION_TRIGGER]:
