@@ -2811,17 +2811,20 @@ class Step(NamedTuple):
     usage: dict | None = None
 
 
-def joined(steps):
-    """The same steps. Pieces of one kind that came together are one: each becomes an
-    event for the client, with ten times its bytes."""
-    runs = []
-    for step in steps:
-        first = runs[-1][0] if runs else Step("")
-        if step.index == first.index and step.kind in (first.kind, ARGUMENTS):
-            runs[-1].append(step)
-        else:
-            runs.append([step])
-    return [run[0]._replace(text="".join([step.text for step in run])) for run in runs]
+def extend(runs, step):
+    """Put a step behind others, which are a list of (first step, texts): pieces of one
+    kind that came together are one. Each would become an event for the client, with ten
+    times its bytes."""
+    first = runs[-1][0] if runs else Step("")
+    if step.index == first.index and step.kind in (first.kind, ARGUMENTS):
+        runs[-1][1].append(step.text)
+    else:
+        runs.append((step, [step.text]))
+
+
+def joined(runs):
+    """The steps of such a list."""
+    return [first._replace(text="".join(texts)) for first, texts in runs]
 
 
 # The ends that Z.ai documents, and two that gateways in front of it use. Any other
@@ -2901,7 +2904,7 @@ def to_openai_usage(usage):
     if not isinstance(usage, dict):
         return None
     result = {name: token_count(usage, name) for name in ("prompt_tokens", "completion_tokens")}
-    result["total_tokens"] = token_count(usage, "total_tokens") or sum(result.values())
+    result["total_tokens"] = sum(result.values())
     for name, detail in USAGE_DETAILS.items():
         if isinstance(usage.get(name), dict):
             result[name] = {detail: token_count(usage[name], detail)}
@@ -2964,8 +2967,6 @@ class Frames:
         self.describe = describe
         # How many events were skipped or mended.
         self.repaired = 0
-        # The end mark has come.
-        self.ended = False
 
     def feed(self, event, finished=False):
         event = event.strip()
@@ -2975,10 +2976,7 @@ class Frames:
             value, end = None, 0
         if isinstance(value, dict) and end == len(event):
             return self._read(value)
-        if event.startswith("[DONE]"):
-            self.ended = True
-            return None
-        self.repaired += 1
+        self.repaired += not event.startswith("[DONE]")
         # Behind a whole frame it is not known what belongs to which.
         inner = None if end else INNER_FRAME.match(event)
         value = as_dict(inner and decode_first(inner.group(1)))
@@ -2994,14 +2992,11 @@ class Frames:
     def _read(self, value):
         choices = value.get("choices")
         # Errors come in a response of status 200 as well.
-        if choices is None and ERROR_FIELDS & value.keys():
+        if value.get("error") or choices is None and ERROR_FIELDS & value.keys():
             raise self.describe(value)
         has_choice = isinstance(choices, list) and choices
         choice = as_dict(choices[0]) if has_choice else {}
         delta = as_dict(choice.get("delta") or choice.get("message"))
-        for place in (value, choice, delta):
-            if place.get("error"):
-                raise self.describe(place)
         for field, form in FORMS.items():
             if delta.get(field) and not isinstance(delta[field], form):
                 raise UpstreamError(f"Z.ai sent {field} in an unknown form.")
@@ -3018,6 +3013,7 @@ KEY, KEY_END, VALUE, VALUE_END = "<arg_key>", "</arg_key>", "<arg_value>", "</ar
 TURNS = ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
 ARGUMENT_TAGS = (KEY, KEY_END, VALUE, VALUE_END)
 TAGS = (THINK, THINK_END, *BOXES, LEAK, LEAK_END, *ARGUMENT_TAGS, *TURNS)
+LONGEST_TAG = max(map(len, TAGS))
 
 
 class TagSplitter:
@@ -3026,6 +3022,7 @@ class TagSplitter:
     in two (surrogates), and Z.ai was seen to cut there."""
 
     PATTERN = re.compile(f"({'|'.join(map(re.escape, TAGS))})")
+    BEGINNING = re.compile("(?:<[a-z_/|]*|[\ud800-\udbff])?\\Z")
 
     def __init__(self):
         self.held = ""
@@ -3036,12 +3033,9 @@ class TagSplitter:
             # Two halves become one letter.
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
         *pieces, last = self.PATTERN.split(text)
-        # No tag has a second "<".
-        at = last.rfind("<")
-        if at < 0 or not any(tag.startswith(last[at:]) for tag in TAGS):
-            at = len(last) - ("\ud800" <= last[-1:] <= "\udbff")
-        self.held = last[at:]
-        return [piece for piece in (*pieces, last[:at]) if piece]
+        self.held = self.BEGINNING.search(last[-LONGEST_TAG:]).group()
+        pieces.append(last[:len(last) - len(self.held)])
+        return list(filter(None, pieces))
 
     def close(self):
         held = self.held
@@ -3066,25 +3060,25 @@ class JsonAlone:
 
     def __init__(self):
         self.held = ""
-        self.progress = JsonProgress()
-        # progress.feed once the JSON has begun, str if there will be none.
+        # What becomes of the text once that is clear: all of it goes on if there will
+        # be no JSON.
         self.follow = None
 
     def feed(self, text):
-        if self.follow:
-            return self.follow(text)
-        searched = max(0, len(self.held) - self.LONGEST_START)
-        text = self.held + text
-        self.held = ""
-        start = self.START.search(text, searched)
-        if start and start.start() <= LONGEST_EARLY:
-            self.follow = self.progress.feed
-            return self.follow(text[start.start():])
-        if len(text) > LONGEST_EARLY + self.LONGEST_START:
-            self.follow = str
-            return text
-        self.held = text
-        return ""
+        if not self.follow:
+            searched = max(0, len(self.held) - self.LONGEST_START)
+            text = self.held + text
+            self.held = ""
+            start = self.START.search(text, searched)
+            if start and start.start() <= LONGEST_EARLY:
+                self.follow = JsonProgress().feed
+                text = text[start.start():]
+            elif len(text) > LONGEST_EARLY + self.LONGEST_START:
+                self.follow = str
+            else:
+                self.held = text
+                return ""
+        return self.follow(text)
 
     def close(self):
         return self.held
@@ -3093,11 +3087,8 @@ class JsonAlone:
 def overlap(text, word):
     """How many characters at the end of `text` begin `word`, without being all of
     it."""
-    longest = min(len(text), len(word) - 1)
-    for size in range(longest, 0, -1):
-        if text.endswith(word[:size]):
-            return size
-    return 0
+    sizes = range(min(len(text), len(word) - 1), 0, -1)
+    return next((size for size in sizes if text.endswith(word[:size])), 0)
 
 
 class StopCutter:
@@ -3113,17 +3104,16 @@ class StopCutter:
         if self.hit:
             return ""
         text = self.held + text
+        self.held = ""
         # A pattern of all words would compare each of them at each place. The first to
         # end counts, as more of the text might not have come yet.
-        places = zip(map(text.find, self.words), self.words)
-        found = [(at + len(word), at, word) for at, word in places if at >= 0]
+        found = [(text.find(word) + len(word), word) for word in self.words if word in text]
         if found:
-            _, end, self.hit = min(found)
-            self.held = ""
-        else:
-            # The end of the text may be the beginning of a word.
-            end = len(text) - max([overlap(text, word) for word in self.words], default=0)
-            self.held = text[end:]
+            end, self.hit = min(found)
+            return text[:end - len(self.hit)]
+        # The end of the text may be the beginning of a word.
+        end = len(text) - max([overlap(text, word) for word in self.words])
+        self.held = text[end:]
         return text[:end]
 
     def close(self):
@@ -3168,13 +3158,12 @@ def parse_leaked_call(text, tools):
     key = None
     for tag, value, next_tag in zip(parts[::2], parts[1::2], [*parts[2::2], LEAK_END]):
         word = value.strip()
-        is_empty = tag == VALUE != next_tag or next_tag == VALUE_END
         if key is None:
-            is_key = tag == KEY or next_tag == KEY_END
-            if word and not is_key or word in arguments:
+            if word and tag != KEY and next_tag != KEY_END or word in arguments:
                 return None
             key = word or None
-        elif word or is_empty:
+        # An empty value is one, too.
+        elif word or tag == VALUE != next_tag or next_tag == VALUE_END:
             arguments[key] = typed(value, tools[name].get(key, set()))
             key = None
     return None if key else {"name": name, "arguments": encode_text(arguments)}
@@ -3220,9 +3209,7 @@ class Texts:
     def __init__(self, asked):
         self.tools = asked.tools
         self.cutter = StopCutter(asked.stop)
-        self.filters = []
-        if asked.stop:
-            self.filters.append(self.cutter)
+        self.filters = [self.cutter] if asked.stop else []
         if asked.json:
             self.filters.append(JsonAlone())
         self.splitter = TagSplitter()
@@ -3346,17 +3333,12 @@ class ToolCall(JsonProgress):
     texts go on.
     """
 
-    def __init__(self, id, zai_id, zai_index):
+    def __init__(self, step, zai_index, types):
         super().__init__()
-        self.id = id
-        self.zai_id = zai_id  # "" if Z.ai gave none
+        # The next one, without its text.
+        self.step = step
         self.zai_index = zai_index
-        # These come with the name: our index, and argument_types() of the tool.
-        self.name = ""
-        self.index = None
-        self.types = {}
-        # The kind of the next step.
-        self.kind = CALL
+        self.types = types  # argument_types() of the tool
         # Arguments that can be told, and those that are held back: "{}" if there were
         # none but what stands for none.
         self.untold = ""
@@ -3381,28 +3363,22 @@ class ToolCall(JsonProgress):
         self.untold += text if self.begun else self._read(text or empty)
 
     def take(self):
-        step = Step(self.kind, self.untold, self.index, self.id, self.name)
-        is_news = self.untold or self.kind == CALL
+        step = self.step._replace(text=self.untold)
         self.untold = ""
-        self.kind = ARGUMENTS
-        return [step] if is_news else []
+        self.step = step._replace(kind=ARGUMENTS)
+        return [step] if step.text or step.kind == CALL else []
 
     @property
     def is_whole(self):
         """Whether no more is waited for."""
         return self.ended or self.waiting == "{}"
 
-    def takes(self, zai_id, zai_index, name):
-        """Whether an item with these belongs to this call, as far as Z.ai tells."""
-        is_here = zai_index == self.zai_index
-        is_elsewhere = not is_here and None not in (zai_index, self.zai_index)
-        if is_elsewhere or name and self.name not in ("", name):
-            return False
-        if not name or not self.name or zai_id == self.zai_id != "":
-            return True
+    def takes(self, zai_id, name):
+        """Whether an item with these goes on with this call."""
         # A name again is the same call as long as its arguments are not whole. An id
         # was seen to change from piece to piece.
-        return is_here and (self.depth > 0 or not zai_id and not self.is_whole)
+        is_open = self.depth > 0 or not zai_id and not self.is_whole
+        return not name or name == self.step.name and (is_open or zai_id == self.step.id)
 
     def _read(self, text):
         told = []
@@ -3447,8 +3423,6 @@ class Calls:
         self.tools = tools
         self.make_id = make_id
         self.calls = []
-        # How many of them have a name.
-        self.count = 0
         # The first that is not whole, and all that waits behind it, calls and other
         # steps.
         self.queue = collections.deque()
@@ -3460,12 +3434,6 @@ class Calls:
             if isinstance(item, dict):
                 name, arguments = self._read_function(as_dict(item.get("function")))
                 call = self._find_call(item, name)
-                if name and not call.name:
-                    call.name = name
-                    call.types = self.tools.get(name, {})
-                    call.index = self.count
-                    self.count += 1
-                    self.queue.append(call)
                 call.feed(arguments)
                 yield from self._advance()
                 if len(call.untold) > LONGEST_HELD:
@@ -3484,11 +3452,9 @@ class Calls:
 
     def check(self, finish):
         """UpstreamError for what is no whole call."""
-        if finish in WHOLE and not all(call.name for call in self.calls):
-            raise UpstreamError("Z.ai sent a tool call without a name.")
-        if finish in WHOLE and any(call.depth > 0 for call in self.calls):
+        if finish in WHOLE and any(call.depth > 0 or call.in_string for call in self.calls):
             raise UpstreamError(BROKEN_CALL)
-        if finish == "tool_calls" and not self.count:
+        if finish == "tool_calls" and not self.calls:
             raise UpstreamError("Z.ai announced a tool call and sent none.")
 
     def _read_function(self, function):
@@ -3499,10 +3465,10 @@ class Calls:
         arguments = function.get("arguments") or ""
         if not isinstance(arguments, str):
             arguments = encode_text(arguments)
-        if "<" in name:
-            leaked = parse_leaked_call(name, self.tools) or {"name": name, "arguments": ""}
-            name = leaked["name"]
-            arguments = leaked["arguments"] + arguments
+        leaked = parse_leaked_call(name, self.tools) if "<" in name else None
+        if leaked:
+            name, behind = leaked.values()
+            arguments = behind + arguments
         # A name that no tool has is for the client to refuse.
         return name[:LONGEST_NAME], arguments
 
@@ -3512,20 +3478,24 @@ class Calls:
         index = item.get("index")
         if type(index) is not int or index < 0:
             index = None
-        zai_id = "" if item.get("id") is None else str(item["id"])[:200]
-        # The one of that id, or else at that index, or else the last.
-        def nearness(call):
-            return call.zai_id == zai_id != "", call.zai_index == index
-
-        nearest = max(reversed(self.calls), key=nearness, default=None)
-        if nearest and nearest.takes(zai_id, index, name):
-            return nearest
+        zai_id = str(item.get("id") or "")[:200]
+        here = [call for call in self.calls if index in (None, call.zai_index)]
+        # The one of that id comes first, or else the last.
+        same = [call for call in here if call.step.id == zai_id]
+        for call in (same or here)[-1:]:
+            if call.takes(zai_id, name):
+                return call
+        if not name:
+            raise UpstreamError("Z.ai sent a piece of a tool call that belongs to none.")
         # Clients take two calls with one id for one.
-        is_taken = any(call.id == zai_id for call in self.calls)
-        id = self.make_id() if is_taken or not zai_id else zai_id
-        self.calls.append(ToolCall(id, zai_id, index))
+        taken = ["", *[call.step.id for call in self.calls]]
+        id = self.make_id() if zai_id in taken else zai_id
+        step = Step(CALL, "", len(self.calls), id, name)
+        call = ToolCall(step, index, self.tools.get(name, {}))
+        self.calls.append(call)
+        self.queue.append(call)
         check_number(self.calls)
-        return self.calls[-1]
+        return call
 
     def _advance(self, empty=None):
         """The steps of what need not wait any more: with `empty`, which no arguments at
@@ -3591,42 +3561,37 @@ class Translator:
         """The stop word that has ended the text, if one has."""
         return self.texts.cutter.hit
 
-    @property
-    def repaired(self):
-        """How many events were skipped or mended."""
-        return self.frames.repaired + len(self.texts.leaked)
-
     def feed(self, events, end=False):
-        # All methods below append to it, so that nothing is lost when one of them
+        # All methods below put steps there, so that nothing is lost when one of them
         # raises.
-        self.steps = []
+        self.runs = []
+        failure = None
         try:
             for event in events:
                 if not self.complete:
                     self._feed(event)
             if end and not self.complete:
                 self._end()
-        except UpstreamError as failure:
-            return joined(self.steps), failure
-        return joined(self.steps), None
+        except UpstreamError as error:
+            failure = error
+        return joined(self.runs), failure
 
     def _feed(self, event):
         text = self.alike and self.alike.read(event)
         if text:
-            self.steps.append(Step(self.alike.kind, text))
+            extend(self.runs, Step(self.alike.kind, text))
             return
         self.alike = None
         frame = self.frames.feed(event, bool(self.finish))
         if frame:
             self._read(frame)
             alike = find_alike(event, frame)
-            passes = alike and self.texts.passes(alike.kind) and not self.calls.queue
-            self.alike = alike if passes else None
+            if alike and self.texts.passes(alike.kind) and not self.calls.queue:
+                self.alike = alike
         # Nothing comes behind finish and usage but the end mark, late or never. Without
         # a finish the answer is not whole, whatever the mark says. And Z.ai would go on
         # behind a stop word.
-        is_last = self.usage or self.frames.ended
-        if self.finish and is_last or self.stop_word:
+        if self.finish and self.usage or self.stop_word:
             self._end()
 
     def _read(self, frame):
@@ -3660,7 +3625,7 @@ class Translator:
                 "Z.ai lost its place and started the answer again after part of it had "
                 "been sent.", GIVE_UP, code="upstream_stream_restarted")
         self._start()
-        self.steps.append(Step(RESTART))
+        extend(self.runs, Step(RESTART))
 
     def _put(self, steps):
         """What comes behind a call that is not whole has to wait."""
@@ -3672,7 +3637,7 @@ class Translator:
             if not (step.index and self.asked.one_call):
                 self.told = self.told or step.kind != THINKING
                 self.tokens += estimate_tokens(step.text)
-                self.steps.append(step)
+                extend(self.runs, step)
 
     def _end(self):
         if not self.finish and not self.stop_word:
@@ -3681,11 +3646,15 @@ class Translator:
         if not self.texts.opened and not self.calls.calls:
             self._put(self.texts.feed(TEXT, self.unasked.text(THINKING)))
         self._put(self.texts.close(is_cut))
-        if self.stop_word:
-            self.finish = "stop"
         # Where calls came as they should, the leaked ones are the same once more.
         if not self.calls.calls:
             self._add(self.calls.feed([{"function": call} for call in self.texts.leaked]))
+        if self.stop_word:
+            self.finish = "stop"
+            # Z.ai's counts come at its own end. Programs that send stop words, such as
+            # smolagents, read the usage unasked.
+            self.usage = self.usage or to_openai_usage(
+                {"prompt_tokens": self.asked.tokens, "completion_tokens": self.tokens})
         self.calls.check(self.finish)
         # A finish alone makes no answer: Z.ai at its limits was seen to send one with
         # nothing before it.
@@ -3693,18 +3662,13 @@ class Translator:
         if self.finish == "stop" and not self.begun and not has_tokens:
             raise UpstreamError(EMPTY)
         self._add(self.calls.close(is_cut))
-        if self.stop_word:
-            # Z.ai's counts come at its own end. Programs that send stop words, such as
-            # smolagents, read the usage unasked.
-            self.usage = self.usage or to_openai_usage(
-                {"prompt_tokens": self.asked.tokens, "completion_tokens": self.tokens})
         reason = self.finish
         # Clients look at the finish to learn whether there are calls to make.
         if reason in WHOLE:
-            reason = "tool_calls" if self.calls.count else "stop"
+            reason = "tool_calls" if self.calls.calls else "stop"
         self.complete = True
         stop_word = self.stop_word if reason == "stop" else None
-        self.steps.append(Step(FINISH, reason, name=stop_word, usage=self.usage))
+        extend(self.runs, Step(FINISH, reason, name=stop_word, usage=self.usage))
 class Reply:
     """One HTTP response of Z.ai: feed(data) -> bytes of its body; b"" means that the
     connection has ended.
@@ -3732,7 +3696,8 @@ class Reply:
         while self.status is None:
             head = self.head.feed(data)
             if head is None:
-                self._check_beginning(ended)
+                if ended:
+                    raise UpstreamError("The connection to Z.ai was closed before its answer.")
                 return b""
             data = self.head.rest
             self._read_head(head)
@@ -3742,15 +3707,6 @@ class Reply:
         if ended and not self.complete:
             raise UpstreamError("The connection to Z.ai was cut in the middle of an answer.")
         return body
-
-    def _check_beginning(self, ended):
-        if ended:
-            raise UpstreamError("The connection to Z.ai was closed before its answer.")
-        # Another service than HTTP may greet and wait. It is known by its first bytes,
-        # and not only by its silence.
-        beginning = bytes(self.head.data[:5])
-        if not b"HTTP/".startswith(beginning):
-            raise ValueError(f"{bytes(self.head.data[:60])!a} is no HTTP")
 
     def _read_head(self, head):
         version, status, fields = parse_response_head(head)
@@ -3800,8 +3756,6 @@ class Answer:
         self.reply = Reply()
         self.decoder = SSEDecoder()
         self.refusal = bytearray()
-        # All events that have come are read, and nothing of the next has come.
-        self.is_between = False
         self.complete = False
 
     @property
@@ -3812,7 +3766,7 @@ class Answer:
     def is_cut_short(self):
         """Whether a stop word has ended it: Z.ai may still be generating what is not
         wanted."""
-        return self.translator.complete and bool(self.translator.stop_word)
+        return bool(self.translator.stop_word)
 
     @property
     def is_ending(self):
@@ -3821,14 +3775,14 @@ class Answer:
         return self.complete or bool(self.translator.finish)
 
     def feed(self, data):
-        event = self.is_between and only_event(data)
+        framing = self.reply.framing
+        # Nothing of the next event has come.
+        is_between = not (framing.left or framing.rest or self.decoder.held)
+        event = only_event(data) if is_between and self.reply.status == 200 else None
         if event:
             steps, failure = self.translator.feed([event])
         else:
             steps, failure = self._feed(data)
-            framing = self.reply.framing
-            is_held = framing.left or framing.rest or self.decoder.held
-            self.is_between = self.reply.status == 200 and not is_held
         self.complete = self.translator.complete or failure is not None
         return steps, failure
 
@@ -3847,12 +3801,6 @@ class Answer:
         # A cut explains a missing end better; behind the finish it does no harm.
         if cut and failure and failure.message in (EMPTY, UNFINISHED, TORN):
             failure = cut
-        return steps, failure
-
-    def close(self):
-        """The same as the end of the connection: what has come is all there will be."""
-        steps, failure = self.translator.feed((), end=True)
-        self.complete = True
         return steps, failure
 
     def _read(self, body, ended):
@@ -3880,35 +3828,17 @@ class Answer:
             value = decode_first(text[text.find("{"):])
             retry_after = self.reply.fields.get("retry-after", "")
             raise self.translator.describe(value, self.reply.status, retry_after)
-@dataclasses.dataclass
-class Item:
-    """One piece of a folded answer: a text, a stretch of thinking, or a call."""
-
-    # TEXT, THINKING or CALL.
-    kind: str
-    id: str | None = None
-    name: str | None = None
-    pieces: list = dataclasses.field(default_factory=list)
-
-    @property
-    def text(self):
-        """The text; of a call, its arguments."""
-        return "".join(self.pieces)
-
-
 class Fold:
-    """What a JSON answer is made of: all steps of an answer, as `items` in their order,
-    with `finish`, `stop_word` and `usage`. UpstreamError beyond `limit` bytes."""
+    """What a JSON answer is made of: all steps of an answer, but the last as `items`,
+    and that as `end`. UpstreamError beyond `limit` bytes."""
 
     def __init__(self, limit=LONGEST_ANSWER_BYTES):
         self.limit = limit
+        self.end = Step(FINISH)
         self._start()
 
     def _start(self):
-        self.items = []
-        self.finish = None
-        self.stop_word = None
-        self.usage = None
+        self.runs = []
         self.tally = Tally(self.limit)
 
     def add(self, steps):
@@ -3916,16 +3846,15 @@ class Fold:
             if step.kind == RESTART:
                 self._start()
             elif step.kind == FINISH:
-                self.finish = step.text
-                self.stop_word = step.name
-                self.usage = step.usage
+                self.end = step
             else:
-                # What stands behind the last item belongs to it, but for a new call.
-                goes_on = self.items and self.items[-1].kind == step.kind != CALL
-                if step.kind != ARGUMENTS and not goes_on:
-                    self.items.append(Item(step.kind, step.id, step.name))
-                self.items[-1].pieces.append(step.text)
+                extend(self.runs, step)
                 self.tally.add(step)
+
+    @property
+    def items(self):
+        """A step for each text, stretch of thinking and call."""
+        return joined(self.runs)
 
     @property
     def calls(self):
@@ -4188,11 +4117,11 @@ class Chat(Front):
                 "index": 0,
                 "message": self._message(fold),
                 "logprobs": None,
-                "finish_reason": CHAT_FINISHES.get(fold.finish, fold.finish),
+                "finish_reason": CHAT_FINISHES.get(fold.end.text, fold.end.text),
             }],
         }
-        if fold.usage:
-            answer["usage"] = fold.usage
+        if fold.end.usage:
+            answer["usage"] = fold.end.usage
         return answer
 
     def _message(self, fold):
@@ -4266,7 +4195,8 @@ class Itemized(Front):
         self.id = new_id(id_prefix)
         self.hidden = hidden  # thinking is not told
         self.tally = Tally(LONGEST_ANSWER_BYTES)
-        self.open = None  # an Item
+        self.open = None  # the step that began it
+        self.pieces = []  # its text so far
         self.items = []  # the finished ones, in the client's terms
         self.finish = None
         self.answer = None
@@ -4287,26 +4217,23 @@ class Itemized(Front):
         goes_on = kind != CALL and self.open and self.open.kind == kind
         if kind != ARGUMENTS and not goes_on:
             text = self._close()
-            self.open = Item(kind, step.id, step.name)
+            self.open = step
+            self.pieces = []
             text += self._begin(self.open)
         if step.text:
             self.tally.add(step)
-            self.open.pieces.append(step.text)
+            self.pieces.append(step.text)
             text += self._piece(self.open, step.text)
         return text
 
     def _close(self):
         item = self.open
         self.open = None
-        return self._end(item) if item else ""
+        return self._end(item._replace(text="".join(self.pieces))) if item else ""
 
     def whole(self, fold):
         """The answer that the same steps give as a stream."""
-        # The places stand for the calls' own numbers: each item is whole.
-        self.tell([
-            Step(item.kind, item.text, i, item.id, item.name)
-            for i, item in enumerate(fold.items)])
-        self.tell([Step(FINISH, fold.finish, name=fold.stop_word, usage=fold.usage)])
+        self.tell([*fold.items, fold.end])
         return self.answer
 
 
@@ -5503,7 +5430,7 @@ class Relay:
     def end(self):
         """What has come is all there will be."""
         if not self.answer.complete:
-            self.tell(*self.answer.close())
+            self.tell(*self.answer.feed(b""))
         self.is_read = True
 
     @property
@@ -6119,7 +6046,7 @@ class Upstream:
             raise error.with_traceback(None)
         finally:
             self._note(record, answer)
-            record.repaired += answer.translator.repaired
+            record.repaired += answer.translator.frames.repaired
             # Whoever has left already does not leave again.
             self.gates.leave(ticket, None, answer.begun)
 
