@@ -3330,7 +3330,7 @@ MINIMAL = {"id": "", "object": "", "created": 0, "model": "", "system_fingerprin
      event({"content": "a"}, model="glm-5.3") + event({"content": "b"}, id="x", created=1) + ENDED, says("ab")),
     ("fields of the wrong kind",
      sse({"choices": [{"delta": {"content": [], "reasoning_content": {}, "tool_calls": ""}}]},
-               {"choices": [{"delta": {"tool_calls": [5, None]}}]}) + say("a") + ENDED, says("a")),
+               {"choices": [{"delta": {"tool_calls": []}}]}) + say("a") + ENDED, says("a")),
     ("text after the finish", say("a") + FINISH + say("b") + ENDED, says("a")),
     ("an error after the finish", say("a") + FINISH + sse({"error": {"code": "500", "message": "x"}}), says("a")),
     ("content and reasoning in one event",
@@ -3358,8 +3358,6 @@ MINIMAL = {"id": "", "object": "", "created": 0, "model": "", "system_fingerprin
     ("stop after a call", call() + ENDED, asks(RAIN)),
     *((f"length within a call, behind {cut!r}", call("get_weather", cut) + finished("length"),
        asks(("get_weather", cut), finish="length")) for cut in ("", '{"ci', "{}")),
-    ("length before a call's name", say("a") + calls_in(item(None, "", id="c", index=0)) + finished("length"),
-     says("a", finish="length")),
     # Usage
     *((f"usage of {usage}", say("a") + finished("stop", usage), says("a", usage=usage)) for usage in (
         counts(1, 2, 3), counts(1, 2, 3, 4), counts(1, 10**12 - 1, 10**12))),
@@ -3443,12 +3441,6 @@ MINIMAL = {"id": "", "object": "", "created": 0, "model": "", "system_fingerprin
     ("fragments that begin with nothing",
      call("get_weather", "") + calls_in(item(index=0))
      + calls_in(item(None, PARIS, index=0)) + TOOLS_END, asks(RAIN)),
-    ("arguments before the name",
-     calls_in(item(None, '{"city":', id="a", index=0)) + calls_in(item("get_weather", '"Paris"}', index=0)) + TOOLS_END,
-     asks(RAIN)),
-    ("empty arguments before the name",
-     calls_in(item(None, "{}", id="a", index=0)) + calls_in(item("get_time", index=0)) + finished("length"),
-     asks(TIME, finish="length")),
     # Markup in names and keys
     *((f"the name {name!r}", call(name, PARIS) + TOOLS_END, asks(RAIN)) for name in (
         " get_weather", "get_weather\n", "get_weather</arg_value>", "get_weather</tool_call>",
@@ -3782,13 +3774,15 @@ BARE_LINE = '{"error":{"code":"500","message":"内部错误"}}'.encode()
         *((f"a call with the name {name}", calls_in(item(name, "{}", id="a", index=0), item(*RAIN, id="b", index=1))
            + TOOLS_END) for name in (None, True, ["f"])),
         ("a call without a name", calls_in(item(None, PARIS, id="a", index=0)) + TOOLS_END),
+        ("arguments before the name", calls_in(item(None, '{"city":', index=0))
+         + calls_in(item("get_weather", '"Paris"}', index=0)) + TOOLS_END),
         ("a call without a name beside a good one", call() + calls_in(item(None, PARIS, id="a", index=1)) + TOOLS_END),
         ("a fragment without a home", call() + calls_in(item(None, "x", index=7)) + TOOLS_END),
         ("an error in mid-stream", say("a") + error_event("1234") + ENDED),
         *((f"{field} {str(value):.20}", sse({"choices": [{"delta": {field: value}}]}) + ENDED) for field, value in (
             ("content", 5), ("content", ["b"]), ("content", [{"type": "text", "text": "b"}]), ("content", {"b": 1}),
             ("reasoning_content", ["b"]), ("tool_calls", "x"), ("tool_calls", item(*TIME)))),
-        ("a call in fields of its own", calls_in({"id": "c", "name": "get_time"}) + ENDED),
+        *((f"the call {odd}", calls_in(odd) + ENDED) for odd in (5, None, {"id": "c", "name": "get_time"})),
         *((f"events in one, {between!r}", say("a")[:-2] + between + say("b")[6:] + ENDED)
           for between in (b"", b"\ndata: ", b"data: ")),
         *((f"the event {torn!r}", say("a") + b"data: " + torn + b"\n\n" + say("b") + ENDED) for torn in (
@@ -3938,15 +3932,11 @@ def status_line(status, *lines):
         ("1234 as 400", refusal(400, "1234")[0]))),
     *((what, data, BROKEN, GIVE_UP) for what, data in (
         ("a page with braces", answer(403, b"<style>body {margin: 0}</style>")[0]),
-        *((f"status {status}, {line.decode()}", status_line(status, line)) for status in (204, 304)
-          for line in (b"Content-Length: 5", b"Transfer-Encoding: chunked", b"X: y")),
         *((f"status {status}", status_line(status, b"Location: http://x/", b"Content-Length: 0"))
           for status in (301, 302, 303, 307, 308)),
         ("HTML 404", answer(404, b"<html>404</html>")[0]),
         ("HTML 200", answer(200, b"<html>hello</html>")[0]),
-        ("Spring 404", answer(404, {"status": 404, "error": "Not Found", "path": "/v4/v1"})[0]),
-        *((f"{status}, coding {coding}", answer(status, b"\x8b\x00\x80hello\x03", f"Content-Encoding: {coding}")[0])
-          for coding in ("gzip", "GZIP", "br", "zstd") for status in (200, 400)))),
+        ("Spring 404", answer(404, {"status": 404, "error": "Not Found", "path": "/v4/v1"})[0]))),
     ("a refusal as an event", answer(429, error_event("1113") + DONE)[0], NO_MONEY, MODEL_RESTS),
     ("429 without a word", answer(429, b"")[0], NO_ROOM, TOO_FAST),
     ("1305", refusal(429, "1305")[0], FULL, OVERLOAD),
@@ -3972,12 +3962,6 @@ def test_a_response_that_is_none_is_an_error_however_it_arrives(data, expected, 
         assert steps == []
         assert (error.status, error.code) == expected, pieces[:3]
         assert error.verdict == verdict
-
-
-@pytest.mark.parametrize("status", (200, 400, 401))
-def test_a_coding_that_was_not_asked_for_is_named(status):
-    _, error = receive(answer(status, b"\x8b", "Content-Encoding: br"))
-    assert "br" in error.message
 
 
 def test_a_head_without_end_is_refused():
@@ -4025,7 +4009,6 @@ def test_a_fault_behind_the_first_step_leaves_it_told(first, rest):
     ("a stream read to its end", HEAD + BODY, True),
     ("an answer of known length", answer(200, JSON_ANSWER)[0], True),
     ("a refusal", refusal(400, "1210")[0], True),
-    ("an answer without a body", status_line(204), True),
     ("Connection: keep-alive", with_fields(b"Connection: keep-alive") + BODY, True),
     ("no last chunk", HEAD + BODY[:-len(END)], False),
     ("bytes behind the end", HEAD + BODY + b"HTTP/1.1 200 OK\r\n", False),
@@ -4067,7 +4050,6 @@ def test_nobody_waits_for_the_end_mark():
     assert this.feed(chunked(DONE)) == ([], None)
     assert this.feed(END) == ([], None)
     assert this.reply.reusable
-    assert not this.is_cut_short
 
 
 def test_after_a_finish_without_usage_silence_may_end_the_answer():
@@ -4225,11 +4207,11 @@ def test_a_leaking_call_is_found_wherever_the_text_is_cut(text):
 @pytest.mark.parametrize("text, held", [
     *((text, "") for text in (
         "GLM writes calls as <tool_call> followed by a name", "<tool_call>get_weather<b>", "<tool_call>get_weathers",
-        "<tool_call>get_weather is a tool", "a <b")),
+        "<tool_call>get_weather is a tool")),
     *((text, text) for text in (
         "<tool_call>", "<tool_call>get_weather", "<tool_call>\n get_w", "<tool_call>get_weather ",
         "<tool_call>get_weather<arg_k")),
-    ("Well <tool_c", "<tool_c"), ("a <", "<"),
+    ("Well <tool_c", "<tool_c"), ("a <", "<"), ("a <b", "<b"), ("a < b", ""),
 ])
 def test_a_text_is_held_back_only_while_it_can_still_be_a_call(text, held):
     for parts in pieces_of(text):
@@ -4252,7 +4234,6 @@ def test_a_text_is_held_back_only_while_it_can_still_be_a_call(text, held):
     ('{"a":1} and {"b":2}', '{"a":1}'),
     ('Of {a, b} [1] I make\n[{"a": 1}]', '[{"a": 1}]'), ("The list: [1, 2]", "[1, 2]"), ("It is [true]", "[true]"),
     ("No JSON [1] {a}", "No JSON [1] {a}"), ("[5]", "[5]"), ('"a"', '"a"'), ("So: {\n}", "{\n}"),
-    ("x" * 70000 + "{}", "x" * 70000 + "{}"),
     # What can be parsed
     ('{"a": "b\nc\t\0",\n"d": 1}', '{"a": "b\\nc\\t\\u0000",\n"d": 1}'),
 ])
@@ -4267,7 +4248,7 @@ def test_a_json_answer_comes_without_its_fence_wherever_it_is_cut(text, left):
 # one was met (in which case nothing more is waited for).
 @pytest.mark.parametrize("words, text, left, met", [
     *((("Observation",), text, left, met) for text, left, met in (
-        ("a = 1\nObservation: 5", "a = 1\n", True), ("Observation", "", True), ("Obser", "Obser", False),
+        ("a = 1\nObservation: 5", "a = 1\n", True), ("Observation", "", True), ("Obser", "", False),
         ("Obs", "Obs", False), ("Obser, Observatio", "Obser, ", False))),  # Z.ai stops with most of it in the text
     (("x", "Observation"), "Observatio", "", False),
     *((("</code>",), text, left, met) for text, left, met in (
@@ -4282,7 +4263,7 @@ def test_a_json_answer_comes_without_its_fence_wherever_it_is_cut(text, left):
     # Any letters
     (("\n\n",), "a\nb\n\nc", "a\nb", True), (("\n",), "a", "a", False), ((".*",), "a.b.*c", "a.b", True),
     (("好了",), "你好好了吗", "你好", True),
-    (("<think>",), "a<think>b", "a", True), (("Human<",), "aHuman<b", "a", True),
+    (("<think>",), "a<think>b", "a", True), (("Human<",), "aHuman< b", "a", True),
 ])
 def test_the_text_ends_before_the_first_stop_word_wherever_it_is_cut(words, text, left, met):
     for parts in pieces_of(text):
@@ -4303,7 +4284,7 @@ def test_a_stop_word_ends_the_answer_before_zai_does():
     steps, failure = feed_answer(this, [HEAD, chunked(say("abc"))])
     assert words_in(steps) == [("text", "a"), ("finish", "stop")]
     assert this.complete
-    assert this.is_cut_short  # Z.ai goes on talking: the connection is closed
+    assert this.translator.stop_word == "b"  # Z.ai goes on talking: the connection is closed
     assert not this.reply.reusable
 
 
@@ -4325,7 +4306,7 @@ def estimated(count):
     ("a call before it stays one", call() + say("a stop") + ENDED, asks(RAIN, content="a ", usage=estimated(6)), {}),
     ("a call without arguments before it has some",
      call("get_time", "") + say("a stop") + ENDED,
-     asks(TIME, content="a ", usage=estimated(1)), {}),
+     asks(TIME, content="a ", usage=estimated(2)), {}),
     ("a leaked call before it is made and one behind it is not",
      say(leak("get_weather" + CITY) + "a stop" + leak("get_time")) + ENDED,
      asks(RAIN, content="a ", usage=estimated(6)), {"tools": WEATHER}),
@@ -4364,24 +4345,21 @@ def test_what_is_held_back_is_not_overtaken():
 
 # Bounds
 
-# To add a case, add a row: what is counted, the steps, a limit that they are above.
-@cases("steps, limit", [
-    ("bytes, not letters",
-     [ztoapi.Step(ztoapi.TEXT, "x" * 2000), ztoapi.Step(ztoapi.THINKING, "\u597d" * 200)], 5000),
-    ("the names of calls", [ztoapi.Step(ztoapi.CALL, "", 0, "c", "f" * 2000)], 1000),
-    ("tiny steps, more than their text", [ztoapi.Step(ztoapi.TEXT, "x")] * 1000, 10000),
+# To add a case, add a row: what is counted, steps that are too much.
+@cases("steps", [
+    ("bytes, not letters", [ztoapi.Step(ztoapi.THINKING, "\u597d" * (1 << 21))]),
+    ("tiny steps, more than their text", [ztoapi.Step(ztoapi.TEXT, "x")] * 200000),
+    ("items, more than their text", [ztoapi.Step(ztoapi.TEXT, "x"), ztoapi.Step(ztoapi.THINKING, "y")] * 1100),
 ])
-def test_a_json_answer_has_a_bound(steps, limit):
+def test_a_json_answer_has_a_bound(steps):
+    fold = ztoapi.Fold()
+    # What stood before a fresh start does not count.
+    for _ in range(3):
+        fold.add([*steps[:len(steps) // 2], ztoapi.Step(ztoapi.RESTART)])
+    assert fold.items == []
     with pytest.raises(UpstreamError) as caught:
-        ztoapi.Fold(limit=limit).add(steps)
+        fold.add(steps)
     assert caught.value.verdict == GIVE_UP
-
-
-def test_what_stood_before_a_fresh_start_does_not_count_towards_the_bound():
-    text, thinking = ztoapi.Step(ztoapi.TEXT, "x" * 2000), ztoapi.Step(ztoapi.THINKING, "\u597d" * 200)
-    fold = ztoapi.Fold(limit=5000)
-    fold.add([text, ztoapi.Step(ztoapi.RESTART), thinking])
-    assert fold.text(ztoapi.TEXT) == ""
 
 
 def test_an_event_of_almost_16_mib_passes():
@@ -4604,7 +4582,7 @@ def test_calls_come_one_after_the_other_whatever_order_their_pieces_have():
             i = rng.choice([i for i in pieces if pieces[i]])
             steps += room.feed([item(None, pieces[i].pop(0), index=i, id=rng.choice(("", "odd", f"c{i}")))])
             steps += room.put([Step("text", "x")])
-        steps += room.close(is_cut=False)
+        steps += room.close("{}")
         calls = joined([step for step in steps if step.kind != "text"])
         assert [(call.index, call.id, call.text) for call in calls] == [(i, f"c{i}", texts[i]) for i in range(3)]
         assert sum(step.kind == "text" for step in steps) == sum(-(-len(text) // 3) for text in texts)
@@ -4699,7 +4677,6 @@ def test_the_tags_of_raw_thinking_have_chunks_of_their_own():
     calls_in(item("get_weather", '{"city":', id="a", index=0)) + calls_in(item("get_time", "{", id="b", index=1))
     + calls_in(item(None, '"Paris"}', index=0), item(None, "}", index=1)),
     say(leak("get_weather" + CITY) + leak("get_time")),
-    call() + calls_in(item(None, '{"a":', id="b", index=1)) + calls_in(item("get_time", "1}", index=1)),
 ])
 def test_without_parallel_calls_only_the_first_goes_out(data):
     check_answer(data + TOOLS_END, asks(RAIN), one_call=True, tools=WEATHER)

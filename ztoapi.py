@@ -2844,8 +2844,6 @@ WHOLE = (None, "stop", "tool_calls")
 LONGEST_ANSWER_BYTES = 4 << 20
 # So many characters may wait until it is clear what they are.
 LONGEST_HELD = 1 << 20
-# So many characters of words may come before the JSON that was asked for.
-LONGEST_EARLY = 1 << 16
 # Names of tools have at most 64 characters; the rest is for blanks around them.
 LONGEST_NAME = 200
 # There may be as many tools, and a model calls each of them once at most.
@@ -2855,15 +2853,15 @@ MOST_TOKENS = 10 ** 12
 
 
 class Tally:
-    """Counts the memory of steps that are kept. UpstreamError beyond `limit` bytes."""
+    """Counts the memory of steps that are kept. UpstreamError beyond
+    LONGEST_ANSWER_BYTES."""
 
     # A Python object stands behind each piece, and several behind an item, which begins
     # where the kind changes.
     STEP_BYTES = 20
     ITEM_BYTES = 2000
 
-    def __init__(self, limit):
-        self.limit = limit
+    def __init__(self):
         self.size_bytes = 0
         self.kind = None
 
@@ -2871,10 +2869,10 @@ class Tally:
         if step.kind != self.kind:
             self.size_bytes += self.ITEM_BYTES
         self.kind = step.kind
-        text = step.text + (step.name or "")
-        self.size_bytes += len(text.encode("utf-8", "replace")) + self.STEP_BYTES
-        if self.size_bytes > self.limit:
-            raise UpstreamError(f"The answer is longer than {self.limit} bytes.", GIVE_UP)
+        self.size_bytes += len(step.text.encode("utf-8", "replace")) + self.STEP_BYTES
+        if self.size_bytes > LONGEST_ANSWER_BYTES:
+            raise UpstreamError(
+                f"The answer is longer than {LONGEST_ANSWER_BYTES} bytes.", GIVE_UP)
 
 
 # The first room: events
@@ -2884,7 +2882,7 @@ KIND_OF_FIELD = {"reasoning_content": THINKING, "content": TEXT}
 # What they hold. In another form they cannot be told.
 FORMS = {"reasoning_content": str, "content": str, "tool_calls": list}
 # The fields of an error that is not under "error".
-ERROR_FIELDS = {"code", "msg", "message", "detail", "errors"}
+ERROR_FIELDS = {"code", "msg", "message", "detail"}
 TORN = "Z.ai sent an event that cannot be read."
 
 USAGE_DETAILS = {
@@ -3070,10 +3068,10 @@ class JsonAlone:
             text = self.held + text
             self.held = ""
             start = self.START.search(text, searched)
-            if start and start.start() <= LONGEST_EARLY:
+            if start:
                 self.follow = JsonProgress().feed
                 text = text[start.start():]
-            elif len(text) > LONGEST_EARLY + self.LONGEST_START:
+            elif len(text) > LONGEST_HELD:
                 self.follow = str
             else:
                 self.held = text
@@ -3119,10 +3117,7 @@ class StopCutter:
     def close(self):
         """The rest of the text. Z.ai was seen to stop at a word with all but its last
         letters in the text: those go. Fewer than four may as well be meant."""
-        for word in self.words:
-            if len(self.held) >= max(4, len(word) / 2) and word.startswith(self.held):
-                return ""
-        return self.held
+        return self.held if len(self.held) < 4 else ""
 # GLM's own form of a call,
 # <tool_call>name<arg_key>k</arg_key><arg_value>v</arg_value>... </tool_call>, was seen
 # in texts, with tags of it missing or doubled, and in names.
@@ -3136,8 +3131,7 @@ def typed(text, types):
     value = decode_or_none(text)
     if value is None:
         # What is no JSON is None, and so is JSON's null.
-        is_null = "null" in types and text.strip() == "null"
-        return None if is_null else text
+        return None if "null" in types and text.strip() == "null" else text
     name = TYPE_NAMES[type(value)]
     fits = not types or name in types or name == "integer" and "number" in types
     return value if fits and "string" not in types else text
@@ -3228,16 +3222,15 @@ class Texts:
     def passes(self, kind):
         """Whether a text of this kind just goes on."""
         is_busy = self.splitter.held or self.leak or self.tail or self.filters
-        return kind == self.source == self.kind and kind in self.opened and not is_busy
+        return kind == self.kind and kind in self.opened and not is_busy
 
     def feed(self, kind, text):
-        steps = []
+        self.steps = []
         if kind != self.source:
-            steps = self.flush()
+            self.flush()
             self.source = self.kind = kind
-        self.steps = steps
         self._sort(self.splitter.feed(text))
-        return steps
+        return self.steps
 
     def flush(self, is_cut=False):
         self.steps = []
@@ -3258,7 +3251,7 @@ class Texts:
         for piece in pieces:
             kind = self.kind
             # Later in a text, somebody writes about <think>.
-            may_think = self.source == TEXT and not (kind == TEXT and TEXT in self.opened)
+            may_think = kind != self.source or kind not in self.opened
             if self.leak and self.leak.is_closed and piece == LEAK:
                 # The end of the one is missing before the next.
                 self._end_leak(True)
@@ -3271,7 +3264,7 @@ class Texts:
             elif piece in BOXES or piece == LEAK_END and (self.leaked or self.tail):
                 continue
             elif piece in (THINK, THINK_END) and may_think:
-                self.kind = THINKING if piece == THINK else TEXT
+                self.kind = THINKING if piece == THINK else self.source
             elif piece == LEAK and self.tools:
                 self.leak = Leak(self.tools)
             elif piece in TURNS and kind in self.opened or self.tail and piece.isspace():
@@ -3368,17 +3361,12 @@ class ToolCall(JsonProgress):
         self.step = step._replace(kind=ARGUMENTS)
         return [step] if step.text or step.kind == CALL else []
 
-    @property
-    def is_whole(self):
-        """Whether no more is waited for."""
-        return self.ended or self.waiting == "{}"
-
-    def takes(self, zai_id, name):
-        """Whether an item with these goes on with this call."""
-        # A name again is the same call as long as its arguments are not whole. An id
-        # was seen to change from piece to piece.
-        is_open = self.depth > 0 or not zai_id and not self.is_whole
-        return not name or name == self.step.name and (is_open or zai_id == self.step.id)
+    def takes(self, id, name):
+        """Whether an item with these, at its place, goes on with this call."""
+        is_whole = self.ended or self.waiting == "{}"
+        # A name again is the same call as long as its arguments are not whole.
+        is_same = name == self.step.name and (id == self.step.id or not is_whole)
+        return not name or is_same
 
     def _read(self, text):
         told = []
@@ -3412,7 +3400,7 @@ class ToolCall(JsonProgress):
 
 class Calls:
     """Items of `tool_calls` in, whole calls or pieces of them, and steps of calls out:
-    feed(items), and close(is_cut) for the rest.
+    feed(items), and close(empty) for the rest, where no arguments at all are `empty`.
 
     Clients join the pieces of calls by their order, so one call comes after the other:
     while the arguments of one are not whole, what comes behind it waits. put(steps)
@@ -3426,18 +3414,17 @@ class Calls:
         # The first that is not whole, and all that waits behind it, calls and other
         # steps.
         self.queue = collections.deque()
-        self.tally = Tally(LONGEST_ANSWER_BYTES)
+        self.tally = Tally()
 
     def feed(self, items):
         check_number(items)
-        for item in items:
-            if isinstance(item, dict):
-                name, arguments = self._read_function(as_dict(item.get("function")))
-                call = self._find_call(item, name)
-                call.feed(arguments)
-                yield from self._advance()
-                if len(call.untold) > LONGEST_HELD:
-                    raise UpstreamError("Z.ai sent too much of a tool call too early.")
+        for item in map(as_dict, items):
+            name, arguments = self._read_function(as_dict(item.get("function")))
+            call = self._find_call(item, name)
+            call.feed(arguments)
+            yield from self.close()
+            if len(call.untold) > LONGEST_HELD:
+                raise UpstreamError("Z.ai sent too much of a tool call too early.")
 
     def put(self, steps):
         if not self.queue:
@@ -3445,10 +3432,7 @@ class Calls:
         for step in steps:
             self.tally.add(step)
         self.queue += steps
-        return self._advance()
-
-    def close(self, is_cut):
-        return self._advance("" if is_cut else "{}")
+        return self.close()
 
     def check(self, finish):
         """UpstreamError for what is no whole call."""
@@ -3473,23 +3457,19 @@ class Calls:
         return name[:LONGEST_NAME], arguments
 
     def _find_call(self, item, name):
-        """The call an item belongs to. Z.ai's index may be -1, 0 for all, or missing;
-        its id a number, missing, or repeated."""
+        """The call an item belongs to: the last one at its index, which Z.ai may leave
+        out, or have -1 or 0 for all. Its id may be a number, missing, repeated, or
+        another for each piece."""
         index = item.get("index")
-        if type(index) is not int or index < 0:
-            index = None
-        zai_id = str(item.get("id") or "")[:200]
-        here = [call for call in self.calls if index in (None, call.zai_index)]
-        # The one of that id comes first, or else the last.
-        same = [call for call in here if call.step.id == zai_id]
-        for call in (same or here)[-1:]:
-            if call.takes(zai_id, name):
-                return call
+        id = str(item.get("id") or "")[:200]
+        here = [call for call in self.calls if call.zai_index == index]
+        if here and here[-1].takes(id, name):
+            return here[-1]
         if not name:
             raise UpstreamError("Z.ai sent a piece of a tool call that belongs to none.")
         # Clients take two calls with one id for one.
         taken = ["", *[call.step.id for call in self.calls]]
-        id = self.make_id() if zai_id in taken else zai_id
+        id = self.make_id() if id in taken else id
         step = Step(CALL, "", len(self.calls), id, name)
         call = ToolCall(step, index, self.tools.get(name, {}))
         self.calls.append(call)
@@ -3497,16 +3477,15 @@ class Calls:
         check_number(self.calls)
         return call
 
-    def _advance(self, empty=None):
-        """The steps of what need not wait any more: with `empty`, which no arguments at
-        all become, of all."""
+    def close(self, empty=None):
+        """Without `empty`, the steps of what need not wait any more."""
         while self.queue:
             entry = self.queue[0]
             if isinstance(entry, Step):
                 yield entry
             else:
                 # No real arguments come once something else has.
-                if empty is not None or len(self.queue) > 1 and entry.is_whole:
+                if empty is not None or len(self.queue) > 1 and entry.waiting == "{}":
                     entry.close(empty)
                 yield from entry.take()
                 if empty is None and not entry.ended:
@@ -3599,7 +3578,8 @@ class Translator:
             self._restart()
         for field, kind in KIND_OF_FIELD.items():
             text = frame.delta.get(field) or ""
-            self.begun = self.begun or bool(text.strip("\r\n"))
+            if text.strip("\r\n"):
+                self.begun = True
             if text and kind == THINKING and self.asked.no_thinking:
                 self.unasked.add([Step(kind, text)])
             elif text:
@@ -3640,8 +3620,13 @@ class Translator:
                 extend(self.runs, step)
 
     def _end(self):
+        # A finish alone makes no answer: Z.ai at its limits was seen to send one with
+        # nothing before it.
+        is_empty = not self.begun and not (self.usage and self.usage["completion_tokens"])
+        if is_empty and self.finish in (None, "stop"):
+            raise UpstreamError(EMPTY)
         if not self.finish and not self.stop_word:
-            raise UpstreamError(UNFINISHED if self.begun else EMPTY)
+            raise UpstreamError(UNFINISHED)
         is_cut = self.finish not in WHOLE
         if not self.texts.opened and not self.calls.calls:
             self._put(self.texts.feed(TEXT, self.unasked.text(THINKING)))
@@ -3651,17 +3636,13 @@ class Translator:
             self._add(self.calls.feed([{"function": call} for call in self.texts.leaked]))
         if self.stop_word:
             self.finish = "stop"
+        self.calls.check(self.finish)
+        self._add(self.calls.close("" if is_cut else "{}"))
+        if self.stop_word and not self.usage:
             # Z.ai's counts come at its own end. Programs that send stop words, such as
             # smolagents, read the usage unasked.
-            self.usage = self.usage or to_openai_usage(
+            self.usage = to_openai_usage(
                 {"prompt_tokens": self.asked.tokens, "completion_tokens": self.tokens})
-        self.calls.check(self.finish)
-        # A finish alone makes no answer: Z.ai at its limits was seen to send one with
-        # nothing before it.
-        has_tokens = self.usage and self.usage["completion_tokens"]
-        if self.finish == "stop" and not self.begun and not has_tokens:
-            raise UpstreamError(EMPTY)
-        self._add(self.calls.close(is_cut))
         reason = self.finish
         # Clients look at the finish to learn whether there are calls to make.
         if reason in WHOLE:
@@ -3720,10 +3701,7 @@ class Reply:
         self.keeps_alive = version != "HTTP/1.0" and "close" not in options
         # A length that was sent twice has been joined by a comma.
         length = LENGTH.match(fields.get("content-length", ""))
-        # Some answers have no body, whatever their fields say (RFC 9112, 6.3).
-        if status in (204, 304):
-            self.framing = Counted(0)
-        elif "chunked" in fields.get("transfer-encoding", "").lower():
+        if "chunked" in fields.get("transfer-encoding", "").lower():
             self.framing = Dechunker()
         elif length:
             self.framing = Counted(int(length.group()))
@@ -3763,12 +3741,6 @@ class Answer:
         return self.translator.begun or self.translator.complete
 
     @property
-    def is_cut_short(self):
-        """Whether a stop word has ended it: Z.ai may still be generating what is not
-        wanted."""
-        return bool(self.translator.stop_word)
-
-    @property
     def is_ending(self):
         """Whether the finish has come, and only the usage, the end mark or the end of
         the body is waited for."""
@@ -3806,11 +3778,6 @@ class Answer:
     def _read(self, body, ended):
         """The events in a piece of the body. One JSON body, on one line, is an event,
         too."""
-        coding = self.reply.fields.get("content-encoding", "")
-        if coding.lower() not in ("", "identity"):
-            raise UpstreamError(
-                f"Z.ai's answer is compressed with {coding[:60]!a}, which was not asked for.",
-                GIVE_UP)
         if self.reply.status != 200:
             self._read_refusal(body, ended)
         elif "html" in self.reply.fields.get("content-type", "").lower():
@@ -3830,16 +3797,15 @@ class Answer:
             raise self.translator.describe(value, self.reply.status, retry_after)
 class Fold:
     """What a JSON answer is made of: all steps of an answer, but the last as `items`,
-    and that as `end`. UpstreamError beyond `limit` bytes."""
+    and that as `end`. UpstreamError beyond LONGEST_ANSWER_BYTES."""
 
-    def __init__(self, limit=LONGEST_ANSWER_BYTES):
-        self.limit = limit
+    def __init__(self):
         self.end = Step(FINISH)
         self._start()
 
     def _start(self):
         self.runs = []
-        self.tally = Tally(self.limit)
+        self.tally = Tally()
 
     def add(self, steps):
         for step in steps:
@@ -4194,7 +4160,7 @@ class Itemized(Front):
         super().__init__(fields.get("model", ""), fields["stream"])
         self.id = new_id(id_prefix)
         self.hidden = hidden  # thinking is not told
-        self.tally = Tally(LONGEST_ANSWER_BYTES)
+        self.tally = Tally()
         self.open = None  # the step that began it
         self.pieces = []  # its text so far
         self.items = []  # the finished ones, in the client's terms
@@ -5407,9 +5373,11 @@ class Relay:
             # Interim answers are no words.
             if answer.reply.status:
                 self.heard_at = now
-            # Only at the end of its body a connection can serve again.
+            # Only at the end of its body a connection can serve again. Behind a stop
+            # word, Z.ai may still be generating what is not wanted.
             if answer.complete:
-                self.is_read = answer.reply.complete or answer.is_cut_short or not data
+                is_cut = answer.translator.stop_word
+                self.is_read = bool(answer.reply.complete or is_cut or not data)
             if self.surplus_bytes > self.END_BYTES:
                 self.end()
             # TLS may hold more than its socket shows.
