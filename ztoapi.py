@@ -2771,9 +2771,8 @@ class Tally:
     STEP_BYTES = 20
     ITEM_BYTES = 2000
 
-    def __init__(self):
-        self.size_bytes = 0
-        self.kind = None
+    size_bytes = 0
+    kind = None
 
     def add(self, step):
         if step.kind != self.kind:
@@ -2871,10 +2870,11 @@ class Frames:
     for what has an unknown form, and for a frame that is lost. describe(value) makes
     the error of an event."""
 
+    # How many events were skipped or mended.
+    repaired = 0
+
     def __init__(self, describe):
         self.describe = describe
-        # How many events were skipped or mended.
-        self.repaired = 0
 
     def feed(self, event, finished=False):
         event = event.strip()
@@ -2921,7 +2921,7 @@ KEY, KEY_END, VALUE, VALUE_END = "<arg_key>", "</arg_key>", "<arg_value>", "</ar
 TURNS = ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
 ARGUMENT_TAGS = (KEY, KEY_END, VALUE, VALUE_END)
 TAGS = (THINK, THINK_END, *BOXES, LEAK, LEAK_END, *ARGUMENT_TAGS, *TURNS)
-LONGEST_TAG = max(map(len, TAGS))
+LONGEST_TAG = 16
 
 
 class TagSplitter:
@@ -2932,8 +2932,7 @@ class TagSplitter:
     PATTERN = re.compile(f"({'|'.join(map(re.escape, TAGS))})")
     BEGINNING = re.compile("(?:<[a-z_/|]*|[\ud800-\udbff])?\\Z")
 
-    def __init__(self):
-        self.held = ""
+    held = ""
 
     def feed(self, text):
         if self.held:
@@ -2966,11 +2965,10 @@ class JsonAlone:
         ''', re.VERBOSE)
     LONGEST_START = 200
 
-    def __init__(self):
-        self.held = ""
-        # What becomes of the text once that is clear: all of it goes on if there will
-        # be no JSON.
-        self.follow = None
+    held = ""
+    # What becomes of the text once that is clear: all of it goes on if there will be no
+    # JSON.
+    follow = None
 
     def feed(self, text):
         if not self.follow:
@@ -2992,21 +2990,15 @@ class JsonAlone:
         return self.held
 
 
-def overlap(text, word):
-    """How many characters at the end of `text` begin `word`, without being all of
-    it."""
-    sizes = range(min(len(text), len(word) - 1), 0, -1)
-    return next((size for size in sizes if text.endswith(word[:size])), 0)
-
-
 class StopCutter:
     """Ends a text that comes in pieces before the first of some words. Then `hit` is
     that word."""
 
+    held = ""
+    hit = None
+
     def __init__(self, words):
         self.words = words
-        self.held = ""
-        self.hit = None
 
     def feed(self, text):
         if self.hit:
@@ -3020,9 +3012,11 @@ class StopCutter:
             end, self.hit = min(found)
             return text[:end - len(self.hit)]
         # The end of the text may be the beginning of a word.
-        end = len(text) - max([overlap(text, word) for word in self.words])
-        self.held = text[end:]
-        return text[:end]
+        for size in range(max(map(len, self.words)) - 1, 0, -1):
+            if text.endswith(tuple([word[:size] for word in self.words])):
+                self.held = text[-size:]
+                break
+        return text[:len(text) - len(self.held)]
 
     def close(self):
         """The rest of the text. Z.ai was seen to stop at a word with all but its last
@@ -3078,13 +3072,14 @@ class Leak:
     come. It is held back only while it can still be a call of a tool that was sent, as
     models write about the tag as well."""
 
+    held = 0  # characters in the pieces
+    # What stands before the first tag of an argument, and whether that has come.
+    name = ""
+    is_named = False
+
     def __init__(self, tools):
         self.tools = tools
         self.pieces = [LEAK]
-        self.held = 0  # characters in the pieces
-        # What stands before the first tag of an argument, and whether that has come.
-        self.name = ""
-        self.is_named = False
 
     def feed(self, piece):
         self.pieces.append(piece)
@@ -3110,6 +3105,12 @@ class Texts:
     leak into either are collected in `leaked`.
     """
 
+    # What feed() has brought last, and what it is: between <think> and </think> a text
+    # is thinking.
+    source = kind = TEXT
+    # The Leak that is coming, if one is.
+    leak = None
+
     def __init__(self, asked):
         self.tools = asked.tools
         self.cutter = StopCutter(asked.stop)
@@ -3117,13 +3118,8 @@ class Texts:
         if asked.json:
             self.filters.append(JsonAlone())
         self.splitter = TagSplitter()
-        # What feed() has brought last, and what it is: between <think> and </think> a
-        # text is thinking.
-        self.source = self.kind = TEXT
         # TEXT and THINKING, once something of it has come.
         self.opened = set()
-        # The Leak that is coming, if one is.
-        self.leak = None
         self.leaked = []
         # (kind, text, call) of what goes if nothing follows: tags of the template, and
         # calls in thinking. If something does, those were only thought of.
@@ -3160,8 +3156,6 @@ class Texts:
     def _sort(self, pieces):
         for piece in pieces:
             kind = self.kind
-            # Later in a text, somebody writes about <think>.
-            may_think = kind != self.source or kind not in self.opened
             if self.leak and self.leak.is_closed and piece == LEAK:
                 # The end of the one is missing before the next.
                 self._end_leak(True)
@@ -3173,7 +3167,9 @@ class Texts:
             # The end of a call may be doubled.
             elif piece in BOXES or piece == LEAK_END and (self.leaked or self.tail):
                 continue
-            elif piece in (THINK, THINK_END) and may_think:
+            # Later in a text, somebody writes about <think>.
+            elif piece in (THINK, THINK_END) and (
+                    kind != self.source or kind not in self.opened):
                 self.kind = THINKING if piece == THINK else self.source
             elif piece == LEAK and self.tools:
                 self.leak = Leak(self.tools)
@@ -3236,19 +3232,19 @@ class ToolCall(JsonProgress):
     texts go on.
     """
 
+    # Arguments that can be told, and those that are held back: "{}" if there were none
+    # but what stands for none.
+    untold = ""
+    waiting = ""
+    begun = False  # real arguments have come
+    # The sign before a name or a value, and the name that a value belongs to.
+    sign = ""
+    key = None
+
     def __init__(self, step, zai_index, types):
-        # The next one, without its text.
-        self.step = step
+        self.step = step  # the next one, without its text
         self.zai_index = zai_index
         self.types = types  # argument_types() of the tool
-        # Arguments that can be told, and those that are held back: "{}" if there were
-        # none but what stands for none.
-        self.untold = ""
-        self.waiting = ""
-        self.begun = False  # real arguments have come
-        # The sign before a name or a value, and the name that a value belongs to.
-        self.sign = ""
-        self.key = None
 
     def feed(self, text):
         if not self.begun:
@@ -3417,18 +3413,18 @@ class Translator:
     make_id() names calls without an id.
     """
 
+    # The Alike that the next event may be.
+    alike = None
+    # Tokens have come, which Z.ai bills.
+    begun = False
+    # The last step has been given.
+    complete = False
+
     def __init__(self, asked, restartable=False, describe=zai_error, make_id=new_call_id):
         self.asked = asked
         self.restartable = restartable
-        self.describe = describe
         self.make_id = make_id
         self.frames = Frames(describe)
-        # The Alike that the next event may be.
-        self.alike = None
-        # Tokens have come, which Z.ai bills.
-        self.begun = False
-        # The last step has been given.
-        self.complete = False
         self._start()
 
     def _start(self):
@@ -3566,13 +3562,14 @@ class Reply:
     UpstreamError if that is not HTTP, if the coding is broken, and for a cut.
     """
 
+    status = None
+    keeps_alive = False
+    complete = False
+
     def __init__(self):
         self.head = HeadReader()
-        self.status = None
         self.fields = {}
         self.framing = Unframed()
-        self.keeps_alive = False
-        self.complete = False
 
     def feed(self, data):
         try:
@@ -3637,12 +3634,13 @@ class Answer:
 
     LONGEST_ERROR_BYTES = 1 << 18
 
+    complete = False
+
     def __init__(self, translator):
         self.translator = translator
         self.reply = Reply()
         self.decoder = SSEDecoder()
         self.refusal = bytearray()
-        self.complete = False
 
     @property
     def begun(self):
@@ -3702,7 +3700,7 @@ class Answer:
             text = self.refusal.decode("utf-8", "replace")
             value = decode_first(text[text.find("{"):])
             retry_after = self.reply.fields.get("retry-after", "")
-            raise self.translator.describe(value, self.reply.status, retry_after)
+            raise self.translator.frames.describe(value, self.reply.status, retry_after)
 class Fold:
     """What a JSON answer is made of: all steps of an answer, but the last as `items`,
     and that as `end`. UpstreamError beyond LONGEST_ANSWER_BYTES."""
