@@ -2754,7 +2754,9 @@ WHOLE = (None, "stop", "tool_calls")
 LONGEST_ANSWER_BYTES = 4 << 20
 # So many characters may wait until it is clear what they are.
 LONGEST_HELD = 1 << 20
-# Names of tools have at most 64 characters; the rest is for blanks around them.
+# So many characters of words may come before the JSON that was asked for.
+LONGEST_EARLY = 1 << 16
+# No tool has a longer name.
 LONGEST_TOOL_NAME = 200
 # There may be as many tools, and a model calls each of them once at most.
 MOST_CALLS = 128
@@ -2826,9 +2828,10 @@ class Frame(NamedTuple):
     afresh: bool = False        # the answer begins again with it
 
 
-# A frame inside of a torn one. In texts this quote is escaped, so the last one counts.
+# A frame inside of a torn one: the last that begins so, as the quote would be escaped
+# in a text.
 INNER_FRAME = re.compile(r'.*data: (\{".*)', re.DOTALL)
-# What may begin a tag, and the first half of a letter.
+# What begins a tag, and the first half of a letter.
 SPECIAL = re.compile("<|[\ud800-\udbff]\\Z")
 
 
@@ -2863,6 +2866,8 @@ def find_alike(event, frame):
         return None
     _, end = scan_string(*behind, 0, False)
     return Alike(KIND_OF_FIELD[fields[0]], before + mark, behind[0][end:])
+
+
 class Frames:
     """Texts of events in, what they say out: feed(event, finished) -> a Frame, or None
     if it says nothing. An event is that of a stream, or a whole JSON answer; with
@@ -2909,6 +2914,8 @@ class Frames:
             if delta.get(field) and not isinstance(delta[field], form):
                 raise UpstreamError(f"Z.ai sent {field} in an unknown form.")
         return Frame(delta, choice.get("finish_reason"), to_openai_usage(value.get("usage")))
+
+
 # The second room: texts
 
 # Marks of GLM's own template that were seen in texts: thinking in the content of 4.1V,
@@ -2930,6 +2937,7 @@ class TagSplitter:
     in two (surrogates), and Z.ai was seen to cut there."""
 
     PATTERN = re.compile(f"({'|'.join(map(re.escape, TAGS))})")
+    # What is held back at the end of a text.
     BEGINNING = re.compile("(?:<[a-z_/|]*|[\ud800-\udbff])?\\Z")
 
     held = ""
@@ -2966,8 +2974,7 @@ class JsonAlone:
     LONGEST_START = 200
 
     held = ""
-    # What becomes of the text once that is clear: all of it goes on if there will be no
-    # JSON.
+    # What the rest goes through, once the JSON has begun; str if there will be none.
     follow = None
 
     def feed(self, text):
@@ -2979,7 +2986,7 @@ class JsonAlone:
             if start:
                 self.follow = JsonProgress().feed
                 text = text[start.start():]
-            elif len(text) > LONGEST_HELD:
+            elif len(text) > LONGEST_EARLY:
                 self.follow = str
             else:
                 self.held = text
@@ -3022,6 +3029,8 @@ class StopCutter:
         """The rest of the text. Z.ai was seen to stop at a word with all but its last
         letters in the text: those go. Fewer than four may as well be meant."""
         return self.held if len(self.held) < 4 else ""
+
+
 # GLM's own form of a call,
 # <tool_call>name<arg_key>k</arg_key><arg_value>v</arg_value>... </tool_call>, was seen
 # in texts, with tags of it missing or doubled, and in names.
@@ -3097,6 +3106,8 @@ class Leak:
     def is_closed(self):
         """Whether its last value has ended."""
         return "".join(self.pieces[-3:]).rstrip().endswith(VALUE_END)
+
+
 class Texts:
     """Text and thinking in, what can be told of them out: feed(kind, text) -> steps;
     flush() -> what waits until it is clear what it is; close(is_cut) -> the rest.
@@ -3180,7 +3191,7 @@ class Texts:
                 self._show(kind, piece)
 
     def _end_leak(self, is_whole):
-        """A leak has ended, as a call, or as a text after all."""
+        """A leak has ended, as a call if it is whole and can be read, or as a text."""
         text = "".join(self.leak.pieces)
         self.leak = None
         call = parse_leaked_call(text, self.tools) if is_whole else None
@@ -3194,7 +3205,7 @@ class Texts:
         check_number(self.leaked + self.tail)
 
     def _show(self, kind, text):
-        # A stretch of thinking may have ended with a tag, too.
+        # A tag that ended a stretch of thinking goes, though a text follows.
         runs = [held[:2] for held in self.tail if held[2] or held[0] == kind]
         self.tail = []
         for lane, words in [*runs, (kind, text)]:
@@ -3208,6 +3219,8 @@ class Texts:
                     words = text_filter.feed(words)
             if words:
                 self.steps.append(Step(lane, words))
+
+
 # The third room: calls
 
 # What stands for no arguments, alone or before the real ones.
@@ -3383,7 +3396,7 @@ class Calls:
         return call
 
     def close(self, empty=None):
-        """Without `empty`, the steps of what need not wait any more."""
+        """The steps of all that waits; without `empty`, of what need not any more."""
         while self.queue:
             entry = self.queue[0]
             if isinstance(entry, Step):
@@ -3396,6 +3409,8 @@ class Calls:
                 if empty is None and not entry.ended:
                     return
             self.queue.popleft()
+
+
 EMPTY = "Z.ai sent an empty answer."
 UNFINISHED = "Z.ai's answer ended before it was finished."
 
@@ -3403,10 +3418,10 @@ UNFINISHED = "Z.ai's answer ended before it was finished."
 class Translator:
     """Z.ai's events in, steps out: feed(events) -> (steps, failure).
 
-    An event is a text for Frames; with `end`, no more will come. `failure`
-    is the UpstreamError that ended the answer, or None. An answer fails if Z.ai sends
-    an error, or what cannot be told in steps, or ends without a finish. What came
-    before the failure is told all the same. `asked`: what Z.ai was asked;
+    An event is a text for Frames; with `end`, no more will come. `failure` is the
+    UpstreamError that ended the answer, or None. An answer fails if Z.ai sends an
+    error, or what cannot be told in steps, or ends without a finish. What came before
+    the failure is told all the same. `asked`: what Z.ai was asked;
     `restartable`: the client sees nothing before the end, so that a new start does no
     harm; describe(value, status, retry_after) makes the error of an error event, which
     has a `value` alone, or of a body, whose value is None if it cannot be read;
@@ -3446,8 +3461,8 @@ class Translator:
         return self.texts.cutter.hit
 
     def feed(self, events, end=False):
-        # All methods below put steps there, so that nothing is lost when one of them
-        # raises.
+        # All methods below put their steps there, so that nothing is lost when one of
+        # them raises.
         self.runs = []
         try:
             for event in events:
@@ -3554,6 +3569,8 @@ class Translator:
         self.complete = True
         stop_word = self.stop_word if reason == "stop" else None
         extend(self.runs, Step(FINISH, reason, name=stop_word, usage=self.usage))
+
+
 class Reply:
     """One HTTP response of Z.ai: feed(data) -> bytes of its body; b"" means that the
     connection has ended.
@@ -3624,6 +3641,8 @@ def only_event(data):
     event = data.partition(b"data: ")[2][:-4]
     is_all = data == b"%x\r\ndata: %b\n\n\r\n" % (len(event) + 8, event)
     return event.decode("utf-8", "replace") if is_all and event.splitlines() == [event] else None
+
+
 class Answer:
     """Z.ai's answer to one chat request: feed(data) -> (steps, failure); b"" means that
     the connection has ended.
@@ -3701,6 +3720,8 @@ class Answer:
             value = decode_first(text[text.find("{"):])
             retry_after = self.reply.fields.get("retry-after", "")
             raise self.translator.frames.describe(value, self.reply.status, retry_after)
+
+
 class Fold:
     """What a JSON answer is made of: all steps of an answer, but the last as `items`,
     and that as `end`. UpstreamError beyond LONGEST_ANSWER_BYTES."""
