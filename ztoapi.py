@@ -3448,7 +3448,7 @@ class Translator:
         self.usage = None
         # Text or a call has been given. Thinking alone can be taken back.
         self.told = False
-        # Tokens of what was told.
+        # With stop words, the tokens of what was told.
         self.tokens = 0
         # Thinking that was turned off. If nothing else comes, it is the text.
         self.unasked = Fold()
@@ -3535,8 +3535,9 @@ class Translator:
             # Further calls came unasked.
             if not (step.index and self.asked.one_call):
                 self.told = self.told or step.kind != THINKING
-                self.tokens += estimate_tokens(step.text)
                 extend(self.runs, step)
+                if self.asked.stop:
+                    self.tokens += estimate_tokens(step.text)
 
     def _end(self):
         # A finish alone makes no answer: Z.ai at its limits was seen to send one with
