@@ -3386,8 +3386,8 @@ class Calls:
         if not name:
             raise UpstreamError("Z.ai sent a piece of a tool call that belongs to none.")
         # Clients take two calls with one id for one.
-        taken = ["", *[call.step.id for call in self.calls]]
-        id = self.make_id() if id in taken else id
+        if not id or any(call.step.id == id for call in self.calls):
+            id = self.make_id()
         step = Step(CALL, "", len(self.calls), id, name)
         call = ToolCall(step, index, self.tools.get(name, {}))
         self.calls.append(call)
@@ -3676,7 +3676,7 @@ class Answer:
         framing = self.reply.framing
         # Nothing of the next event has come.
         is_between = not (framing.left or framing.rest or self.decoder.held)
-        event = only_event(data) if is_between and self.reply.status == 200 else None
+        event = is_between and self.reply.status == 200 and only_event(data)
         if event:
             steps, failure = self.translator.feed([event])
         else:
@@ -3749,10 +3749,6 @@ class Fold:
     def items(self):
         """A step for each text, stretch of thinking and call."""
         return joined(self.runs)
-
-    @property
-    def calls(self):
-        return [item for item in self.items if item.kind == CALL]
 
     def text(self, kind):
         """All texts of one kind, joined."""
@@ -4025,13 +4021,14 @@ class Chat(Front):
     def _message(self, fold):
         kinds = (TEXT, THINKING) if self.reasoning == "raw" else (TEXT,)
         texts = [self._item_text(item) for item in fold.items if item.kind in kinds]
-        content = "".join(texts) if texts or not fold.calls else None
+        calls = [self._whole_call(item) for item in fold.items if item.kind == CALL]
+        content = "".join(texts) if texts or not calls else None
         message = {"role": "assistant", "content": content, "refusal": None}
         thinking = fold.text(THINKING)
         if thinking and self.reasoning == "parsed":
             message["reasoning_content"] = thinking
-        if fold.calls:
-            message["tool_calls"] = [self._whole_call(item) for item in fold.calls]
+        if calls:
+            message["tool_calls"] = calls
         return message
 
     @staticmethod
@@ -4039,7 +4036,7 @@ class Chat(Front):
         return THINK + item.text + THINK_END if item.kind == THINKING else item.text
 
     def _whole_call(self, item):
-        """The object of a tool call, from an Item or a Step."""
+        """The object of a tool call, from a Step."""
         name = self.find_tool(item.name)["name"]
         return {"id": item.id, **function_object(name=name, arguments=item.text)}
 
@@ -5771,7 +5768,7 @@ class Job:
 
     def __init__(self, asked, streamed=True, write=None):
         self.data = asked.data
-        kept = ("model", "stop", "max_tokens")
+        kept = ("model", "max_tokens")
         body = {name: asked.body[name] for name in kept if name in asked.body}
         self.asked = asked._replace(body=body, data=b"")
         self.model = body["model"]
