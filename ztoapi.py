@@ -3014,7 +3014,9 @@ class StopCutter:
         self.held = ""
         # A pattern of all words would compare each of them at each place. The first to
         # end counts, as more of the text might not have come yet.
-        found = [(text.find(word) + len(word), word) for word in self.words if word in text]
+        found = [
+            (text.find(word) + len(word), word)
+            for word in self.words if word in text]
         if found:
             end, self.hit = min(found)
             return text[:end - len(self.hit)]
@@ -3063,7 +3065,8 @@ def parse_leaked_call(text, tools):
         return None
     arguments = {}
     key = None
-    for tag, value, next_tag in zip(parts[::2], parts[1::2], [*parts[2::2], LEAK_END]):
+    next_tags = [*parts[2::2], LEAK_END]
+    for tag, value, next_tag in zip(parts[::2], parts[1::2], next_tags):
         word = value.strip()
         if key is None:
             if word and tag != KEY and next_tag != KEY_END or word in arguments:
@@ -3206,7 +3209,9 @@ class Texts:
 
     def _show(self, kind, text):
         # A tag that ended a stretch of thinking goes, though a text follows.
-        runs = [held[:2] for held in self.tail if held[2] or held[0] == kind]
+        runs = [
+            (lane, words) for lane, words, call in self.tail
+            if call or lane == kind]
         self.tail = []
         for lane, words in [*runs, (kind, text)]:
             if lane not in self.opened:
@@ -3289,9 +3294,10 @@ class ToolCall(JsonProgress):
     def _read(self, text):
         told = []
         for piece, is_string in self.pieces(text):
+            types = self.types.get(self.key, ("string",))
             if not is_string:
                 self.sign = (self.sign + piece).rstrip()[-1:]
-            elif self.sign != ":" or "string" not in self.types.get(self.key, ("string",)):
+            elif self.sign != ":" or "string" not in types:
                 piece = self.waiting + piece
                 self.waiting = ""
                 if not self.in_string:
@@ -3553,7 +3559,8 @@ class Translator:
         self._put(self.texts.close(is_cut))
         # Where calls came as they should, the leaked ones are the same once more.
         if not self.calls.calls:
-            self._add(self.calls.feed([{"function": call} for call in self.texts.leaked]))
+            items = [{"function": call} for call in self.texts.leaked]
+            self._add(self.calls.feed(items))
         if self.stop_word:
             self.finish = "stop"
         self.calls.check(self.finish)
