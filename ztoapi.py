@@ -6714,13 +6714,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def check_host(self):
         """With the well-known key only pages of this computer may reach us: the name in
         Host tells DNS rebinding."""
-        if not self.settings.well_known or "host" not in self.fields:
-            return
-        try:
-            host = urllib.parse.urlsplit("//" + self.fields["host"]).hostname or ""
-        except ValueError:
-            host = ""
-        if not is_loopback(host):
+        name = re.sub(r":\d*$", "", self.fields.get("host", "localhost")).strip("[]")
+        if self.settings.well_known and not is_loopback(name):
             raise RequestError(
                 "With the well-known DEFAULT_KEY only this computer is served; set a key of "
                 "your own.", status=403, code="host_not_allowed")
