@@ -883,12 +883,12 @@ def finite_or_null(text):
 
 
 # While JSON's scanner in C is at work, Python lets no other thread run, and each value
-# takes it up to a microsecond. Before each but the keys and the first there is a mark:
-# a bracket or a comma.
+# takes it up to a microsecond. Values are counted by the mark before them: a bracket or
+# a comma.
 LIGHT_BYTES = 1 << 17
 LIGHT_MARKS = 20_000
 LARGE_BYTES = 1 << 20
-# A request of a million tokens has fewer. Each may become a Python object.
+# A request of a million tokens has fewer. Each may stand for a Python object.
 MOST_MARKS = 1_000_000
 
 
@@ -903,8 +903,8 @@ def is_light(text):
     return len(text) <= LARGE_BYTES and count_marks(text) <= LIGHT_MARKS
 
 
-# What takes one step even in Python is bounded: a dict, and a text that is not ASCII,
-# as images are.
+# To make a dict, or a text, is one step of Python's, so these have bounds of their own.
+# A text of ASCII alone, as an image in base64 is, is made fast.
 def small_object(pairs):
     if len(pairs) > 100_000:
         raise ValueError("an object has more than 100,000 keys")
@@ -4904,8 +4904,8 @@ class Compaction(Responses):
 # then. Who finds no room queues: one queue a model, in which the client keys take
 # turns, each in the order its requests came. All of it stands under one lock; nobody
 # waits while holding it. Who leaves wakes who may go next. The pump, in the next
-# section, calls tick(), for gates that open without anybody leaving. Before, there must
-# be room for its body: that is the second queue.
+# section, calls tick(), for gates that open without anybody leaving. What the waiting
+# hold is counted by Bodies, at the end of this section.
 
 def backoff_s(attempt, first_s=0.5, longest_s=8.0):
     """Seconds that double from attempt to attempt; `attempt` counts from 0."""
@@ -5706,14 +5706,14 @@ STALE_WITHIN_S = 1.0
 
 
 class Pool:
-    """Sockets that are kept for `keep_s`, the last used first; beyond `most`, the
-    oldest is closed by being dropped. Of an Upstream it has idle ones, which lead to
-    Z.ai, do not block, and whose last answer was read to the end."""
+    """Sockets that are kept for `keep_s` seconds; of more than `most` the oldest is
+    dropped, which closes it. An Upstream's holds the idle connections to Z.ai: their
+    last answer was read to its end, and none of them blocks."""
 
     def __init__(self, clock=time.monotonic, keep_s=KEEP_IDLE_S, most=None):
         self.clock = clock
         self.keep_s = keep_s
-        # It guards `idle`: (socket, since when), the longest idle first.
+        # It guards `idle`: (socket, since when), the oldest first.
         self.lock = threading.Lock()
         self.idle = collections.deque(maxlen=most)
 
@@ -5735,7 +5735,7 @@ class Pool:
             self.idle.append((sock, self.clock()))
 
     def expire(self, now):
-        """Close what has been idle for too long at `now`."""
+        """Close what has been kept for long enough."""
         with self.lock:
             while self.idle and now - self.idle[0][1] >= self.keep_s:
                 self.idle.popleft()[0].close()
