@@ -894,7 +894,7 @@ def figures(proxy):
     """What the metrics count: (retries, failed, cancelled)."""
     proxy.idle()
     metrics = proxy.server.metrics
-    stats = metrics.stats([], {}, False)
+    stats = metrics.stats()
     return metrics.counts["retries"], stats["failed"], stats["cancelled"]
 
 
@@ -8237,7 +8237,7 @@ def metrics_of(*records, now=lambda: 1000.0):
 
 def test_stats_tell_served_failed_and_cancelled_apart():
     records = [counted(status=status) for status in (200, 429, 499, 502)]
-    stats = metrics_of(*records).stats([], {}, False)
+    stats = metrics_of(*records).stats()
     assert (stats["served"], stats["failed"], stats["cancelled"]) == (1, 2, 1)
     assert stats["in_flight"] == 0
 
@@ -8271,7 +8271,7 @@ def test_a_histogram_counts_up_to_its_bounds():
 def test_long_texts_do_not_stay():
     record = counted(model="m" * 10**6, error="e" * 10**6, path="/" * 10**5)
     metrics = metrics_of(*[record] * 30)
-    assert len(json.dumps(metrics.stats([], {}, False))) < 30000
+    assert len(json.dumps(metrics.stats())) < 30000
 
 
 def test_the_history_is_ten_minutes_without_gaps():
@@ -8282,16 +8282,15 @@ def test_the_history_is_ten_minutes_without_gaps():
         clock[0] = now
         metrics.count("in_flight")
         metrics.finish(counted())
-        assert metrics.stats([], {}, False)["history"] == history
+        assert metrics.stats()["history"] == history
 
 
 def test_stats_tell_tokens_gates_and_queues_by_model():
     metrics = metrics_of(*[counted()] * 3)
-    stats = metrics.stats([(1, "glm-4.6", 2)], {"glm-4.6": 4}, True)
+    stats = metrics.stats(queued={"glm-4.6": 4})
     assert stats["history"][-1] == 21
     assert stats["tokens"] == {"glm-4.6": {"prompt": 9, "completion": 21}}
-    assert (stats["gates"], stats["queued"]) == ([(1, "glm-4.6", 2)], {"glm-4.6": 4})
-    assert stats["demo"] is True
+    assert stats["queued"] == {"glm-4.6": 4}
 
 
 # Handler ##############################################################################

@@ -6377,8 +6377,8 @@ class Metrics:
         self.history.extend([0] * min(bucket - self.bucket, BUCKETS))
         self.bucket = bucket
 
-    def stats(self, gates, queued, demo):
-        """The page's JSON. `gates`, `queued`: Gates.state()."""
+    def stats(self, **facts):
+        """The page's JSON, with what others know: `facts`."""
         tokens = collections.defaultdict(collections.Counter)
         with self.lock:
             self.move_history()
@@ -6386,11 +6386,9 @@ class Metrics:
                 tokens[model][kind] += count
             return {
                 "version": __version__,
-                "demo": demo,
+                **facts,
                 **self.counts,
                 "tokens": tokens,
-                "gates": gates,
-                "queued": queued,
                 "history": list(self.history),
                 "recent": list(self.recent),
             }
@@ -6886,8 +6884,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def get_stats(self):
         gates = self.server.upstream.gates
-        stats = self.server.metrics.stats(*gates.state(), self.settings.demo_mode)
-        stats["trouble"] = [key.refusal for key in gates.keys] or [NO_KEY]
+        ceilings, queued = gates.state()
+        trouble = [key.refusal for key in gates.keys] or [NO_KEY]
+        stats = self.server.metrics.stats(
+            demo=self.settings.demo_mode, gates=ceilings, queued=queued, trouble=trouble)
         self.answer_json(stats, fields=[("Cache-Control", "no-store")])
 
     def refuse_get(self):
@@ -7162,7 +7162,10 @@ class Server(http.server.ThreadingHTTPServer):
     def drain(self, grace_s=GRACE_S):
         """What stop() does once serve_forever() has ended."""
         if not self.draining:
-            self.take_backlog()
+            # Accept what has connected: each call takes one, or finds none at once.
+            self.timeout = 0
+            for _ in range(self.request_queue_size):
+                self.handle_request()
             # At once, as closing resets all that have connected since.
             self.socket.close()
             time.sleep(self.SETTLE_S)
@@ -7187,17 +7190,6 @@ class Server(http.server.ThreadingHTTPServer):
         self.pump.close()
         self.upstream.close()
         return whole
-
-    def take_backlog(self):
-        """Accept what has connected."""
-        self.timeout = 0
-        with contextlib.suppress(TimeoutError):
-            for _ in range(self.request_queue_size):
-                self.handle_request()
-
-    def handle_timeout(self):
-        """The base class calls it when nobody else has connected."""
-        raise TimeoutError
 
 
 # Demo #################################################################################
