@@ -338,7 +338,8 @@ class ApiError(Exception):
     """An answer that is an error.
 
     `retry_after`: seconds until a further try makes sense, or None. `retryable`: False
-    tells OpenAI's and Anthropic's SDKs not to try again by themselves.
+    tells OpenAI's and Anthropic's SDKs not to try again by themselves. `allowed`: of a
+    405, the methods that are.
     """
 
     status = 500
@@ -346,9 +347,10 @@ class ApiError(Exception):
     code = "internal_error"
     retry_after = None
     retryable = None
+    allowed = ()
 
     def __init__(self, message, param=None, **facts):
-        """`facts`: attributes such as the five above, where this error differs."""
+        """`facts`: attributes such as the six above, where this error differs."""
         super().__init__(message)
         self.message = message
         self.param = param
@@ -362,6 +364,8 @@ class ApiError(Exception):
         if self.retryable is False:
             # Without this header the SDKs repeat every 429 and 5xx twice.
             headers["x-should-retry"] = "false"
+        if self.allowed:
+            headers["Allow"] = ", ".join(self.allowed)
         return headers
 
 
@@ -5976,8 +5980,6 @@ class Upstream:
         # For what is read at one time: see turn().
         self.turns = Gates(("",), 1, settings.queue_timeout, self.clock)
         pump.chores += [self.gates.tick, self.pool.expire]
-        if proxies is None:
-            proxies = urllib.request.getproxies()
         # The usual opener follows redirects, with the key, and opens files.
         self.opener = urllib.request.OpenerDirector()
         self.opener.add_handler(urllib.request.ProxyHandler(proxies))
@@ -6721,10 +6723,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def check_key(self):
         """Find the key that the client sent. Each comparison takes the same time, as
         the time of an early end would tell how much of a guess is right."""
-        scheme, _, bearer = self.fields.get("authorization", "").partition(" ")
-        given = [self.fields.get(name, "") for name in ("x-api-key", "api-key")]
-        if scheme.lower() == "bearer":
-            given.append(bearer.strip(" \t"))
+        names = ("authorization", "x-api-key", "api-key")
+        # A word such as Bearer may stand before it.
+        given = [self.fields.get(name, "").rpartition(" ")[2] for name in names]
         for position, key in enumerate(self.settings.default_key, 1):
             for text in given:
                 if hmac.compare_digest(key.encode(), text.encode("utf-8", "replace")):
@@ -6777,12 +6778,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.outbox and self.outbox.started:
             self.end_stream(error)
             return
-        status = self.front.status(error)
         value = self.front.error(error, self.record.id)
-        fields = [*error.headers().items()]
-        if status == 405:
-            fields.append(("Allow", ", ".join(error.allowed)))
-        self.answer_json(value, status, fields)
+        self.answer_json(value, self.front.status(error), error.headers().items())
 
     def end_stream(self, error):
         """A stream that fails ends without its last chunk, which shows as the cut it
