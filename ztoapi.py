@@ -1424,7 +1424,8 @@ UNITS = {str: " characters long", list: " items long"}
 # Fields of OpenAI's and of others that Z.ai has no use for. What the last two lines
 # wish for thinking is kept.
 DROPPED = frozenset("""
-    audio frequency_penalty include_reasoning logit_bias logprobs metadata modalities
+    audio extra_body frequency_penalty function_call functions include_reasoning
+    logit_bias logprobs metadata modalities
     moderation prediction presence_penalty prompt_cache_key prompt_cache_options
     prompt_cache_retention safety_identifier service_tier store top_logprobs verbosity
     web_search_options
@@ -1442,13 +1443,13 @@ DEFAULTS = {
 # OpenAI, Anthropic, OpenRouter, vLLM, Ollama, Qwen and Google. Of two that say the same
 # thing the first counts.
 WISHES = """
-    thinking.type thinking enable_thinking reasoning_effort output_config.effort
-    thinking.budget_tokens thinking_budget reasoning.effort reasoning.enabled
-    reasoning.max_tokens chat_template_kwargs.enable_thinking
-    chat_template_kwargs.thinking chat_template_kwargs.reasoning_effort think
+    thinking.type thinking enable_thinking reasoning.enabled
+    chat_template_kwargs.enable_thinking chat_template_kwargs.thinking think
+    reasoning_effort output_config.effort thinking.budget_tokens thinking_budget
+    reasoning.effort reasoning.max_tokens chat_template_kwargs.reasoning_effort
     thinking_config.thinking_level thinking_config.thinking_budget
 """.split()
-OWN_WISHES = ("thinking", "enable_thinking")
+READ_FIELDS = DROPPED.union(FIELDS, ("thinking", "enable_thinking"))
 # The words for on, off, no wish and the efforts.
 WISH_WORDS = {
     "enabled": True,
@@ -1471,15 +1472,18 @@ BUDGETS = {
 }
 # What OpenAI's efforts become where Z.ai grades thinking.
 GRADES = dict(zip(EFFORTS, "low low low high high max max".split()))
-# A family of models: thinking.type for the wishes off and on, and its words of effort.
-# Where thinking cannot be turned off, "disabled" is a 400.
+# thinking.type for the wishes off and on. Where thinking cannot be turned off,
+# "disabled" is a 400.
+SWITCHED = {False: "disabled", True: "enabled"}
+NEVER_OFF = {False: "enabled", True: "enabled"}
+# A family of models: its types, and its words of effort.
 FAMILIES = {
-    NO_THINKING: (None, None, {}),
-    SWITCH: ("disabled", "enabled", {}),
-    GRADED: ("disabled", "enabled", GRADES),
-    ALWAYS: ("enabled", "enabled", GRADES),
+    NO_THINKING: ({}, {}),
+    SWITCH: (SWITCHED, {}),
+    GRADED: (SWITCHED, GRADES),
+    ALWAYS: (NEVER_OFF, GRADES),
     # A model that the table does not know gets the words that were sent.
-    None: ("disabled", "enabled", dict(zip(EFFORTS, EFFORTS))),
+    None: (SWITCHED, dict(zip(EFFORTS, EFFORTS))),
 }
 
 
@@ -1684,6 +1688,7 @@ ITEMS = by_type(
 CUSTOM_TYPES = ("custom", "custom_tool_call")
 # Names of one meaning: the first that holds something counts.
 THOUGHT_FIELDS = ("thinking", "reasoning", "content", "summary")
+CHAT_THOUGHT_FIELDS = ("reasoning_content", "reasoning")
 ARGUMENT_FIELDS = ("arguments", "input", "args")
 OUTPUT_IDS = ("call_id", "tool_use_id", "tool_call_id")
 WORD_FIELDS = ("text", "refusal", "content")
@@ -1705,8 +1710,9 @@ BILLING = re.compile("^x-anthropic-billing-header:.*\n?", re.MULTILINE)
 FILE_MODELS = ("glm-5.3-flash", "glm-5.3-flashx")
 FILE_URL_MODELS = (
     *FILE_MODELS, "glm-4.6v", "glm-4.6v-flash", "glm-4.6v-flashx", "glm-4.5v")
-# Z.ai refuses empty messages. Where one must be, this stands for nothing.
-FILLERS = {"user": ".", "tool": "(no output)"}
+# Z.ai refuses empty messages. Where a user's must be, or a tool's, these stand there.
+NO_WORDS = "."
+NO_OUTPUT = "(no output)"
 ZAI_TOOLS = ("web_search", "retrieval")
 NO_PARAMETERS = {"type": "object", "properties": {}}
 CUSTOM_SCHEMA = {
@@ -1773,10 +1779,6 @@ class Piece(dict):
         return self
 
 
-def is_part(value):
-    return str(as_dict(value).get("type")) in PARTS
-
-
 def text_part(text):
     return {"type": "text", "text": text}
 
@@ -1800,15 +1802,14 @@ def words_in(value, depth=0):
     if isinstance(value, list):
         return lines(*[words_in(inner, depth + 1) for inner in value])
     source = as_dict(value.get("source"))
-    if source.get("type") == "text":
-        source = {"text": source.get("data")}
-    value = {**source, **value}
-    kind = str(value.get("type"))
-    if isinstance(value.get(kind), dict):
-        value.update(value.pop(kind))
+    inner = as_dict(value.get(str(value.get("type"))))
+    value = {**source, **value, **inner}
     heads = [value.get(field) for field in HEAD_FIELDS]
-    text = lines(*[words_in(value.get(field), depth + 1) for field in WORD_FIELDS])
-    return lines(*heads, text or first(value, URL_FIELDS))
+    texts = [words_in(value.get(field), depth + 1) for field in WORD_FIELDS]
+    # Elsewhere data is a picture's, say.
+    if source.get("type") == "text":
+        texts.append(source.get("data"))
+    return lines(*heads, lines(*texts) or first(value, URL_FIELDS))
 
 
 def media_part(value, noun):
@@ -1833,6 +1834,7 @@ def media_part(value, noun):
     return {"type": form, form: given or {"url": url}} if isinstance(url, str) else None
 
 
+UNIONS = ("anyOf", "oneOf", "allOf")
 # JSON's words for the types of Python.
 TYPE_NAMES = {
     str: "string", bool: "boolean", int: "integer", float: "number", list: "array",
@@ -1867,8 +1869,7 @@ def allowed_types(schema, root):
         elif "$ref" in branch:
             branches.append(schema_at(branch["$ref"], root))
         else:
-            unions = [branch.get(word) for word in ("anyOf", "oneOf", "allOf")]
-            inner = next(filter(None, unions), None)
+            inner = first(branch, UNIONS)
             if not isinstance(inner, list):
                 return set()
             branches += inner
@@ -1886,28 +1887,23 @@ def argument_types(schema):
 def mend_arguments(arguments):
     """The text of a JSON object, whatever a model or a cut has left as `arguments`.
 
-    What is whole stays as it is; what was encoded or written twice is taken once; any
-    other text becomes the one value of an object.
+    What is whole stays as it is; what was encoded twice is decoded once; any other text
+    becomes the one value of an object.
     """
     if not isinstance(arguments, str):
         text = encode_request(arguments).decode()
         if isinstance(arguments, dict):
             return text
         arguments = text
-    text = arguments.strip()
-    if text in ("", "null"):
+    if arguments.strip() in ("", "null"):
         return "{}"
-    # A stream that was played twice leaves the same object twice.
-    middle = len(text) // 2
-    for candidate in (arguments, text[:middle].strip()):
-        value = decode_or_none(candidate, decode_strictly)
-        if isinstance(value, str):
-            candidate = value
-            value = decode_or_none(candidate, decode_strictly)
-        if isinstance(value, dict):
-            return candidate
-        if text[:middle].strip() != text[middle:].strip():
-            break
+    text = arguments
+    value = decode_or_none(text, decode_strictly)
+    if isinstance(value, str):
+        text = value
+        value = decode_or_none(text, decode_strictly)
+    if isinstance(value, dict):
+        return text
     return encode_request({"arguments": arguments}).decode()
 
 
@@ -1950,32 +1946,26 @@ class History:
     def __init__(self, changed):
         self.changed = changed
         self.messages = []
-        # The Turn that goes on, if one does.
-        self.turn = None
+        # What the assistant's next words belong to.
+        self.turn = Turn([], [], [])
         # Images of tool results, which come behind the last of these.
         self.images = []
-        # The tool messages that wait for their text: all, by id; those of the last
-        # turn; and of these the ones whose call came without an id of its own.
+        # The tool messages whose output may come yet: by the ids of their calls, and
+        # those of the last turn's calls that had no id of their own.
         self.waiting = {}
-        self.unanswered = self.nameless = iter(())
-
-    def open_turn(self):
-        """The Turn to which the assistant's next words belong."""
-        if not self.turn:
-            self.place_images()
-            self.turn = Turn([], [], [])
-        return self.turn
+        self.nameless = iter(())
 
     def end_turn(self):
-        if not self.turn:
+        texts, thoughts, calls = turn = self.turn
+        if not any(turn):
             return
-        texts, thoughts, calls = self.turn
-        self.turn = None
+        self.turn = Turn([], [], [])
         content = "\n\n".join(filter(None, texts))
         if not calls and not content.strip():
-            # Of thinking alone nothing is left.
-            self.changed.append("empty_message")
+            # Z.ai takes no thinking alone.
+            self.changed += ["reasoning_content"] if thoughts else []
             return
+        self.place_images()
         message = {"role": "assistant", "content": content}
         if thoughts:
             message["reasoning_content"] = "\n\n".join(thoughts)
@@ -1985,50 +1975,43 @@ class History:
             self.expect_outputs(calls)
 
     def expect_outputs(self, calls):
-        """A tool message for each call, as Z.ai wants. They wait for their text.
+        """A tool message for each call, as Z.ai wants, which output() fills.
 
         A call without an id, or with that of another one, gets one by its place: what
         is sent again must stay the same, or Z.ai's cache is lost.
         """
-        turn = {}
+        place = len(self.messages)
+        ids = set()
         nameless = []
         for i, call in enumerate(calls):
-            waiting = {"role": "tool", "content": None}
-            if call["id"] is None or call["id"] in turn:
-                call["id"] = f"call_{len(self.messages)}_{i}"
-                nameless.append(waiting)
+            output = {"role": "tool", "content": NO_OUTPUT}
+            if call["id"] is None or call["id"] in ids:
+                call["id"] = f"call_{place}_{i}"
+                nameless.append(output)
                 self.changed.append("tool_call_id")
-            waiting["tool_call_id"] = call["id"]
-            turn[call["id"]] = waiting
-        self.messages += turn.values()
-        self.waiting.update(turn)
-        self.unanswered = iter(turn.values())
+            else:
+                self.waiting[call["id"]] = output
+            ids.add(call["id"])
+            output["tool_call_id"] = call["id"]
+            self.messages.append(output)
         self.nameless = iter(nameless)
 
     def add(self, role, content):
         """A message that is not the assistant's."""
-        if self.turn:
-            self.end_turn()
-        if self.images:
-            self.place_images()
+        self.end_turn()
+        self.place_images()
         self.messages.append({"role": role, "content": content})
 
     def output(self, id, text, images):
         """Give a tool's output to its call, however late it comes. Without a call it
         can only be told as a user's words."""
         self.end_turn()
-        found = self.waiting.pop(id, None)
-        if found is None or found["content"] is not None:
-            # Both are iterators: what was passed over is not gone through again.
-            rest = self.nameless if id else self.unanswered
-            found = next((other for other in rest if other["content"] is None), None)
-            self.changed.append("tool_call_id")
-        if found is None:
-            self.add("user", f"Output of the tool call {id}:\n{text}")
-        else:
-            if self.messages[-1]["role"] != "tool":
-                self.changed.append("message_order")
+        found = self.waiting.pop(id, None) or next(self.nameless, None)
+        if found:
             found["content"] = text
+        else:
+            self.changed.append("tool_call_id")
+            self.add("user", f"Output of the tool call {id}:\n{text}")
         self.images += images
 
     def place_images(self):
@@ -2042,14 +2025,9 @@ class History:
     def close(self):
         self.end_turn()
         self.place_images()
-        for message in self.messages:
-            if message["content"] is None:
-                self.changed.append("empty_message")
-                message["content"] = FILLERS["tool"]
         # Z.ai refuses a request without a user.
         if not any(message["role"] == "user" for message in self.messages):
-            self.add("user", FILLERS["user"])
-            self.changed.append("user_message")
+            self.add("user", NO_WORDS)
         return self.messages
 
 
@@ -2074,9 +2052,8 @@ class Reader:
         # What Z.ai has no field for, as system lines.
         self.instructions = []
         self.history = History(self.changed)
-        self.tools = []
+        self.tools = {}  # Z.ai's, by their names; its own by their types and a blank
         self.some_left_out = False
-        self.functions = {}  # name -> argument_types(), of the function tools
         self.names = {}  # (namespace, name) of a tool -> its name at Z.ai
         self.owners = {}  # and back
         self.referred = set()  # the ids of items that were put in for a reference
@@ -2095,14 +2072,7 @@ class Reader:
 
     def result(self):
         fields = self.fields
-        body = {}
-        for name, value in fields.items():
-            if name in DROPPED:
-                # Agents' fields come here only if they are read.
-                if asks(name, value) and not self.request.agents:
-                    self.changed.append(name)
-            elif name not in FIELDS and name not in OWN_WISHES:
-                body[name] = value
+        body = {name: value for name, value in fields.items() if name not in READ_FIELDS}
         # First, as calls in the history are named after the tools.
         self.read_tools(Piece(fields, "", "request"))
         messages = self.conversation()
@@ -2110,8 +2080,9 @@ class Reader:
             model=self.id, stream=True, messages=messages, **self.sampling(),
             **self.choose(), **self.thinking(), **self.format())
         self.insert_instructions(messages)
+        functions = [tool["function"] for tool in self.tools.values() if "function" in tool]
         streams_calls = self.model and self.model.tool_stream
-        if self.functions and fields.get("stream") and streams_calls:
+        if functions and fields.get("stream") and streams_calls:
             body.setdefault("tool_stream", True)
         data = encode_request(body)
         one_call = dig(fields, "tool_choice.disable_parallel_tool_use")
@@ -2119,7 +2090,7 @@ class Reader:
             body,
             data,
             changed=some_of(self.changed),
-            tools=self.functions,
+            tools={tool["name"]: argument_types(tool["parameters"]) for tool in functions},
             owners=self.owners,
             one_call=bool(one_call) or fields.get("parallel_tool_calls") is False,
             json="response_format" in body,
@@ -2243,28 +2214,23 @@ class Reader:
             if len(texts) < len(said):
                 content = [part for part in said if part.get("text") != ""]
                 # "cannot be empty": Z.ai wants a text beside an image.
-                self.history.add(role, content if text else [*content, text_part(".")])
+                self.history.add(role, content if text else [*content, text_part(NO_WORDS)])
                 return
-        if role == "system" and BILLING.search(text):
+        if role == "system":
             text = BILLING.sub("", text)
-        elif not text.strip():
-            self.changed.append("empty_message")
-            text = FILLERS.get(role)
-        if text:
+        if text.strip():
             self.history.add(role, text)
+        elif role == "user":
+            self.history.add(role, NO_WORDS)
 
     def turn(self, piece):
         """The Turn that the assistant's piece belongs to."""
         self.spoke = piece.turn
-        return self.history.open_turn()
+        return self.history.turn
 
     def read_assistant(self, piece):
-        thought = piece.get("reasoning")
-        if piece.get("reasoning_content") is not None:
-            thought = piece.need("reasoning_content", str)
+        self.think(piece, words_in(first(piece, CHAT_THOUGHT_FIELDS)))
         turn = self.turn(piece)
-        if thought and isinstance(thought, str):
-            turn.thoughts.append(thought)
         before = after = len(turn.calls)
         if piece.get("content"):
             self.say(piece, "content")
@@ -2294,10 +2260,11 @@ class Reader:
     def read_thinking(self, piece):
         text = str(piece.get("encrypted_content"))
         if text.startswith(MARK):
-            text = text[len(MARK):]
+            self.think(piece, text[len(MARK):])
         else:
-            said = (words_in(piece.get(field)) for field in THOUGHT_FIELDS)
-            text = next(filter(None, said), None)
+            self.think(piece, words_in(first(piece, THOUGHT_FIELDS)))
+
+    def think(self, piece, text):
         if text:
             self.turn(piece).thoughts.append(text)
 
@@ -2306,48 +2273,36 @@ class Reader:
         # An item has an id of its own beside that of its call.
         id = piece.get("call_id", piece.get("id"))
         call = piece.unfold()
-        said = call.need("name", str)
-        # What stands behind is another model's markup.
-        name = said.partition("<")[0].strip() or "unknown"
-        if name != said:
-            self.changed.append("tool_name")
+        name = self.name_at_zai(call, call.need("name", str))
         arguments = first(call, ARGUMENT_FIELDS)
         if call.kind in CUSTOM_TYPES:
             arguments = {"input": call.get("input")}
         mended = mend_arguments(arguments)
         if mended != arguments and not isinstance(arguments, dict):
             self.changed.append("arguments")
-        function = function_object(name=self.name_at_zai(call, name), arguments=mended)
+        function = function_object(name=name, arguments=mended)
         self.turn(piece).calls.append({"id": call_id(id), **function})
 
     def read_output(self, piece):
         """What a tool has brought: a text, parts, or another value, told as JSON."""
         piece.role = "tool"
         self.brought = piece.turn
-        content = piece.get("output", piece.get("content"))
+        field = "output" if "output" in piece else "content"
+        content = piece.get(field)
         text = "" if content in NO_CONTENT else content
         media = []
         if not isinstance(text, str):
-            parts = self.output_parts(piece, content)
+            pieces = content if isinstance(content, list) else [content]
+            has_parts = any(str(as_dict(inner).get("type")) in PARTS for inner in pieces)
+            parts = self.content(piece, field) if has_parts else [json_part(content)]
             text = lines(*[part.get("text") for part in parts])
             media = [part for part in parts if "text" not in part]
-        for part in media:
-            self.changed.append(part["type"].partition("_")[0])
         # A field of Messages.
         if piece.get("is_error") and "error" not in text.lower():
             text = lines("Error:", text)
-        if media and not text:
-            text = "(an image)"
         if not text.strip():
-            text = FILLERS["tool"]
-            self.changed.append("empty_message")
+            text = "(an image)" if media else NO_OUTPUT
         self.history.output(call_id(first(piece, OUTPUT_IDS)), text, media)
-
-    def output_parts(self, piece, content):
-        pieces = content if isinstance(content, list) else [content]
-        if not any(map(is_part, pieces)):
-            return [json_part(content)]
-        return self.content(piece, "output" if "output" in piece else "content")
 
     def read_reference(self, piece):
         if not self.request.recall:
@@ -2427,11 +2382,9 @@ class Reader:
 
     def insert_instructions(self, messages):
         """Put our lines behind the client's own: what Z.ai caches stays cached."""
-        place = 0
-        while messages[place]["role"] == "system":
-            place += 1
-        for text in reversed(self.instructions):
-            messages.insert(place, {"role": "system", "content": text})
+        place = [message["role"] == "system" for message in messages].index(False)
+        messages[place:place] = [
+            {"role": "system", "content": text} for text in self.instructions]
 
     # Tools
 
@@ -2469,7 +2422,7 @@ class Reader:
             elif tool.kind in CHOICES:
                 self.read_function(tool.unfold())
             elif tool.kind in ZAI_TOOLS and isinstance(tool.get(tool.kind), dict):
-                self.tools.append(dict(tool))
+                self.tools[tool.kind + " "] = dict(tool)
             else:
                 # For one unknown tool Z.ai refuses the whole request.
                 self.changed.append(name_of(tool.kind))
@@ -2490,9 +2443,8 @@ class Reader:
         # Codex says of each tool that it is not.
         if tool.get("strict"):
             self.changed.append("strict")
-        self.functions[name] = argument_types(schema)
-        self.tools.append(
-            function_object(name=name, description=text or name, parameters=schema))
+        self.tools[name] = function_object(
+            name=name, description=text or name, parameters=schema)
 
     def choose(self):
         """The tools that tool_choice leaves. Z.ai knows "auto" only; a system line
@@ -2506,44 +2458,38 @@ class Reader:
         if choice.kind != "auto":
             self.changed.append("tool_choice")
             self.keep_tools(choice)
-        need_within(self.tools, (0, MOST_TOOLS), self.path("tools"))
-        return {"tools": self.tools, "tool_choice": "auto"} if self.tools else {}
+        tools = list(self.tools.values())
+        need_within(tools, (0, MOST_TOOLS), self.path("tools"))
+        return {"tools": tools, "tool_choice": "auto"} if tools else {}
 
     def keep_tools(self, choice):
-        everything = {*self.functions, ""}
         must = choice.kind in ("required", "any") or choice.get("mode") == "required"
-        wanted = everything
-        if choice.kind == "none":
-            wanted = set()
-        elif choice.kind in CHOICES:
+        wanted = set() if choice.kind == "none" else set(self.tools)
+        if choice.kind in CHOICES:
             wanted = {self.chosen(choice)}
             must = True
         elif choice.kind == "allowed_tools":
             wanted = set(map(self.chosen, choice.pieces("tools", "function")))
-        unknown = wanted - everything
+        unknown = wanted - set(self.tools)
         if unknown and not self.some_left_out:
             raise wrong(
                 self.path("tool_choice"),
                 f"names the tool {min(unknown)[:200]!a}, which is not in 'tools'")
+        kept = {name: tool for name, tool in self.tools.items() if name in wanted}
+        functions = [name for name in kept if name in self.owners]
         # What was left out, and Z.ai's own tools, cannot be demanded.
-        if must and wanted.isdisjoint(self.functions):
+        if must and not functions:
             return
-        self.functions = {
-            name: types for name, types in self.functions.items() if name in wanted}
-        self.tools = [
-            tool for tool in self.tools
-            if tool.get("function", {}).get("name", "") in wanted]
+        self.tools = kept
         if must:
-            wish = "one or more of the tools"
-            if len(self.functions) == 1:
-                wish = "the tool " + "".join(self.functions)
+            wish = "the tool " + functions[0] if len(functions) == 1 else "one or more of the tools"
             self.instructions.append(
                 f"You must answer by calling {wish}. Do not answer in text.")
 
     def chosen(self, tool):
-        """The name at Z.ai of a tool that is chosen, "" for one of Z.ai's own."""
+        """The name of a tool that is chosen, as in self.tools."""
         if tool.kind not in CHOICES:
-            return ""
+            return tool.kind + " "
         name = tool.unfold().need("name", str)
         return self.names.get((tool.need("namespace", str, NO_NAMESPACE), name), name)
 
@@ -2568,14 +2514,11 @@ class Reader:
             if fields["max_tokens"] != limit:
                 self.changed.append("max_tokens")
         fields.update(self.stop_words())
-        # Z.ai's name of it, and Z.ai's bounds. Claude Code's has 150 characters.
-        user = request.get("user", "")
-        if len(user) > 128:
-            user = digest(user)
-        if len(user) >= 6:
+        user = request.get("user")
+        if user:
+            # Z.ai's name of it, and Z.ai's bounds. Claude Code's has 150 characters.
+            user = user if 6 <= len(user) <= 128 else digest(user)
             fields["user_id"] = request.get("user_id", user)
-        elif user:
-            self.changed.append("user")
         return fields
 
     def stop_words(self):
@@ -2592,38 +2535,26 @@ class Reader:
 
     def thinking(self):
         """thinking and reasoning_effort as the model's family takes them."""
-        on = effort = None
-        names = []
-        for path in WISHES:
-            wish = read_wish(dig(self.fields, path), path)
-            if wish is None:
-                continue
-            names.append(path.partition(".")[0])
-            if not isinstance(wish, bool):
-                effort = effort or wish
-            elif on is None:
-                on = wish
-        off, always, grades = FAMILIES[self.model and self.model.thinking]
+        wishes = [read_wish(dig(self.fields, path), path) for path in WISHES]
+        on = next((wish for wish in wishes if isinstance(wish, bool)), None)
+        effort = next((wish for wish in wishes if isinstance(wish, str)), None)
         if on is None and effort:
             on = effort not in ("none", "minimal")
         if on is None:
             on = self.settings.enable_thinking
-        thinking = {}
-        if on is not None:
-            thinking["type"] = always if on else off
-        clear = dig(self.fields, "thinking.clear_thinking")
-        if clear is None:
-            clear = dig(self.fields, "chat_template_kwargs.clear_thinking")
-        if clear is not None:
-            thinking["clear_thinking"] = clear
-        is_on = thinking.get("type") == "enabled"
+        types, grades = FAMILIES[self.model and self.model.thinking]
+        is_on = types.get(on) == "enabled"
         # What cannot stop thinks as little as it can.
-        grade = grades.get(effort) if on else grades.get("low")
-        if on is not None and on != is_on or effort and effort != grade:
-            self.changed += names or ["thinking"]
-        if always is None or not thinking:
+        grade = grades.get(effort if on else "low")
+        if on is not None and on != is_on:
+            self.changed.append("thinking")
+        if effort and effort != grade:
+            self.changed.append("reasoning_effort")
+        clear = dig(self.fields, "thinking.clear_thinking")
+        thinking = without_nulls({"type": types.get(on), "clear_thinking": clear})
+        if not types or not thinking:
             return {}
-        return {"thinking": thinking, **({"reasoning_effort": grade} if is_on and grade else {})}
+        return without_nulls({"thinking": thinking, "reasoning_effort": grade if is_on else None})
 
     def format(self):
         """Z.ai ignores a json_schema, so the schema goes into a system line."""
@@ -2658,9 +2589,6 @@ def check_fields(fields, names):
         for name, rule in table.items():
             if name in fields:
                 check(fields[name], rule, names.get(name, name))
-    for name in ("functions", "function_call"):
-        if name in fields:
-            raise wrong(name, "is no longer supported: use 'tools'")
 
 
 def to_zai_request(request, settings, model=""):
@@ -2671,13 +2599,7 @@ def to_zai_request(request, settings, model=""):
     in the last message to a model that sees none. Sources: Z.ai's OpenAPI file, and
     what its servers were seen to take and to refuse.
     """
-    fields = without_nulls(request.fields)
-    # A parameter of OpenAI's SDK, which users copy into JSON, where it means nothing.
-    if "extra_body" in fields:
-        request = request._replace(changed=(*request.changed, "extra_body"))
-        fields = {**without_nulls(as_dict(fields["extra_body"])), **fields}
-        del fields["extra_body"]
-    request = request._replace(fields=fields)
+    fields = request.fields
     check_fields(fields, request.names)
     aliases = settings.model_aliases
     id = model or zai_model_id(fields["model"], aliases, request.claude)
@@ -2697,8 +2619,6 @@ def to_zai_request(request, settings, model=""):
 # Z.ai takes most JSON Schemas of tools, and refuses whole requests for a few. So they
 # go as they are, and simpler_schemas() is for a further try.
 
-# Words for which Z.ai has refused requests.
-UNIONS = ("anyOf", "oneOf", "allOf")
 DEFINITIONS = ("$defs", "definitions")
 # Types, from the one that says least. One that is not named may be any.
 WIDTHS = ("null", None, "boolean", "integer", "number", "string", "array", "object")
@@ -3996,7 +3916,7 @@ class Front:
         RequestError in the client's terms.
     opening(): the SSE text before all steps; it is also the first sign of life.
     heartbeat(): SSE text that is harmless to every client of this API.
-    tell(steps): the SSE text of some steps, "" if there is nothing to say yet.
+    _tell(step): the SSE text of a step, "" if there is nothing to say yet.
     whole(fold): the JSON answer, a dict.
     """
 
@@ -4017,6 +3937,10 @@ class Front:
             return owners[name]
         bare = [tool for tool in owners.values() if tool["name"] == name]
         return bare[0] if len(bare) == 1 else {"name": name}
+
+    def tell(self, steps):
+        """The SSE text of some steps."""
+        return "".join(map(self._tell, steps))
 
     def failure(self, error):
         """The SSE text that ends a stream badly."""
@@ -4089,6 +4013,9 @@ class Chat(Front):
     @classmethod
     def read(cls, body, caller, settings):
         request = without_nulls(body)
+        # A parameter of OpenAI's SDK that users copy into JSON, where it means nothing.
+        request = {**without_nulls(as_dict(request.get("extra_body"))), **request}
+        changed = [name for name in request if name in DROPPED and asks(name, request[name])]
         if "input" in request and "messages" not in request:
             raise wrong("messages", "is missing: a request with 'input' goes to /v1/responses")
         options = as_dict(request.get("stream_options"))
@@ -4108,7 +4035,7 @@ class Chat(Front):
         loses_error = (
             LOSES_ERROR_OVER_CUT.search(user_agent) or LOSING_HEADERS & caller.headers.keys())
         front.cuts_failures = not loses_error
-        return front, Request(request, {})
+        return front, Request(request, {}, changed)
 
     def opening(self):
         return self._chunk('{"role":"assistant","content":""}')
@@ -4117,9 +4044,6 @@ class Chat(Front):
         """An empty delta. An SSE comment would break clients that parse each line as
         JSON."""
         return self._chunk("{}")
-
-    def tell(self, steps):
-        return "".join([self._tell(step) for step in steps])
 
     def _tell(self, step):
         if step.kind == THINKING:
@@ -4264,9 +4188,6 @@ class Itemized(Front):
         self.finish = None
         self.answer = None
 
-    def tell(self, steps):
-        return "".join(map(self._tell, steps))
-
     def _tell(self, step):
         kind = step.kind
         # After a RESTART the thinking just goes on: nothing else has been told by then.
@@ -4296,10 +4217,10 @@ class Itemized(Front):
     def whole(self, fold):
         """The answer that the same steps give as a stream."""
         # The places stand for the calls' own numbers: each item is whole.
-        self.tell([
+        steps = [
             Step(item.kind, item.text, i, item.id, item.name)
-            for i, item in enumerate(fold.items)])
-        self.tell([Step(FINISH, fold.finish, name=fold.stop_word, usage=fold.usage)])
+            for i, item in enumerate(fold.items)]
+        self.tell([*steps, Step(FINISH, fold.finish, name=fold.stop_word, usage=fold.usage)])
         return self.answer
 
 
@@ -4488,26 +4409,19 @@ RESPONSES_OTHERS = frozenset("""
 """.split())
 # What would need more than a memory.
 STATEFUL = ("prompt", "conversation", "background")
-# What a response repeats of its request: the type, and the value if it was left out.
-ECHO = {
-    "frequency_penalty": (NUMBER, 0),
-    "max_output_tokens": (int, None),
-    "max_tool_calls": (int, None),
-    "metadata": (dict, {}),
-    "parallel_tool_calls": (bool, True),
-    "presence_penalty": (NUMBER, 0),
-    "previous_response_id": (str, None),
-    "prompt_cache_key": (str, None),
-    "reasoning": (dict, {"effort": None, "summary": None}),
-    "safety_identifier": (str, None),
-    "store": (bool, True),
-    "temperature": (NUMBER, 1.0),
-    "text": (dict, {"format": {"type": "text"}}),
-    "tool_choice": ((str, dict), "auto"),
-    "top_p": (NUMBER, 1.0),
-    "truncation": (str, "disabled"),
-    "user": (str, None),
-}
+# What a response repeats of its request: the type, the value if it was left out, names.
+ECHO = (
+    (NUMBER, 0, "frequency_penalty presence_penalty"),
+    (NUMBER, 1.0, "temperature top_p"),
+    (int, None, "max_output_tokens max_tool_calls"),
+    (bool, True, "parallel_tool_calls store"),
+    (str, None, "previous_response_id prompt_cache_key safety_identifier user"),
+    (str, "disabled", "truncation"),
+    ((str, dict), "auto", "tool_choice"),
+    (dict, {}, "metadata"),
+    (dict, {"effort": None, "summary": None}, "reasoning"),
+    (dict, {"format": {"type": "text"}}, "text"),
+)
 LONGEST_ECHO_BYTES = 1 << 14
 # The words for a summary that OpenAI has. VS Code says "off".
 SUMMARIES = ("auto", "concise", "detailed")
@@ -4686,12 +4600,13 @@ class Responses(Itemized):
         self.keeps_thinking = "reasoning.encrypted_content" in include
         self.base = {
             **RESPONSE, "id": self.id, "created_at": int(caller.now), "model": self.model}
-        for name, (type, default) in ECHO.items():
-            value = expect(body[name], type, name) if name in body else default
-            # It is told three times, and kept until then.
-            if len(encode_request(value)) > LONGEST_ECHO_BYTES:
-                value = default
-            self.base[name] = {**default, **value} if type is dict else value
+        for type, default, names in ECHO:
+            for name in names.split():
+                value = expect(body[name], type, name) if name in body else default
+                # It is told three times, and kept until then.
+                if len(encode_request(value)) > LONGEST_ECHO_BYTES:
+                    value = default
+                self.base[name] = {**default, **value} if type is dict else value
         reasoning = self.base["reasoning"]
         if reasoning["summary"] not in SUMMARIES:
             reasoning["summary"] = None
@@ -4703,9 +4618,7 @@ class Responses(Itemized):
             if body.get(name):
                 raise wrong(name, "is not served", code="unsupported_parameter")
         fields, changed = chat_fields(body, RESPONSES_NAMES, RESPONSES_OTHERS)
-        turns = turns_of(body)
-        if "input" in body:
-            fields["messages"] = turns
+        fields["messages"] = turns = turns_of(body)
         front = cls(body, fields, settings.reasoning_format == "hidden", caller)
         previous = front.base["previous_response_id"]
         earlier = earlier_turns(caller, previous)
@@ -4747,22 +4660,18 @@ class Responses(Itemized):
 
     def failure(self, error):
         """Two events: some clients overlook the one, some the other."""
-        told = self.error(error)["error"]
         code = error.code
         if code not in FAILURES:
             code = "invalid_prompt" if self.status(error) < 500 else "server_error"
-        if told["code"] == OVERLOAD_CODE:
-            # Within a stream it gives up at that.
-            told["code"] = code
         message = error.message
         wait_s = error.headers().get("Retry-After")
         if wait_s:
             # Codex reads the time out of the text.
             message += f" Please try again in {wait_s}s."
-        # The event has a type of its own.
-        flat = dict(told)
-        del flat["type"]
-        text = self._event("error", **flat, error=told)
+        # Codex gives up at OVERLOAD_CODE here.
+        text = self._event(
+            "error", code=error.code, message=error.message, param=error.param,
+            **Front.error(error))
         failure = {"code": code, "message": message}
         return text + self._response_event("failed", error=failure)
 
