@@ -8718,8 +8718,8 @@ def test_a_model_is_found_by_any_name_that_chat_takes(zai, name, like):
     (["Authorization: Bearer wrong", "api-key: key-one"], True),
     ([], False),
     *(([line], False) for line in (
-        "Authorization: Bearer", "Authorization: Bearer ", "Authorization:", "x-api-key:", "Authorization: Bearer key-on",
-        "Authorization: Bearer key-onee", "Authorization: Bearer KEY-ONE",
+        "Authorization: Bearer", "Authorization: Bearer ", "Authorization:", "x-api-key:",
+        "Authorization: Bearer key-on", "Authorization: Bearer key-onee", "Authorization: Bearer KEY-ONE",
         "Authorization: Bearer key-one,key-two", "Authorization: Bearer key-one key-tw",
         "Authorization: Bearer k\xe4y-one", "Authorization: Bearer " + "x" * 60000, "Cookie: key=key-one",
     )),
