@@ -6666,14 +6666,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def answer(self, status, body, content_type="application/json", fields=()):
         """Send a whole answer. One given before the body was read ends the connection,
         as the body must not become the next request."""
-        self.record.status = status
         if not self.head.framing.done or self.server.draining:
             self.close_connection = True
-        length = ("Content-Length", len(body))
-        fields = [*self.common_fields(content_type), *fields, length]
-        if self.close_connection:
-            fields.append(("Connection", "close"))
-        head = response_head(status, fields)
+        head = self.make_head(
+            status, content_type, *fields, ("Content-Length", str(len(body))),
+            ("Connection", "close" if self.close_connection else ""))
         self.send(head if self.record.method == "HEAD" else head + body)
 
     def answer_json(self, value, status=200, fields=()):
@@ -6703,9 +6700,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         end = outbox.frame(outbox.front.failure(error), last)
         self.send(bytes(outbox.unsent) + end)
 
-    def common_fields(self, content_type):
-        """The fields of any response, and what happened to a request for an answer."""
+    def make_head(self, status, content_type, *more):
+        """The bytes of a response's head, without those fields that are empty. It tells
+        what happened to a request for an answer, too."""
         record = self.record
+        record.status = status
         fields = [
             ("Content-Type", content_type),
             ("x-request-id", record.id),
@@ -6716,8 +6715,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             ("x-ztoapi-changed", plain(",".join(record.changed), 1000)),
             ("x-ztoapi-model", plain(record.model_id)),
             ("x-zai-log-id", record.zai_log_id),
+            *more,
         ]
-        return [field for field in fields if field[1]]
+        return response_head(status, [field for field in fields if field[1]])
 
     def cors_fields(self):
         """None with the well-known key: then no web page may read what we answer."""
@@ -6874,15 +6874,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def stream_head(self):
         """The head of a streamed answer. It is made when the first bytes go out, so
         that it can tell how they came about."""
-        self.record.status = 200
-        fields = [
-            *self.common_fields("text/event-stream; charset=utf-8"),
+        is_1_0 = self.head.is_1_0
+        return self.make_head(
+            200, "text/event-stream; charset=utf-8",
             ("Cache-Control", "no-cache"),
             ("X-Accel-Buffering", "no"),
-        ]
-        is_1_0 = self.head.is_1_0
-        fields.append(("Connection", "close") if is_1_0 else ("Transfer-Encoding", "chunked"))
-        return response_head(200, fields)
+            ("Connection", "close" if is_1_0 else ""),
+            ("Transfer-Encoding", "" if is_1_0 else "chunked"))
 
 
 # Server ###############################################################################
