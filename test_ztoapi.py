@@ -1951,9 +1951,9 @@ def test_the_fields_of_a_request_are_taken_to_the_letter(lines, expected):
     ("1.1", "Host: a\r\nTransfer-Encoding: Chunked", (None, True)), ("1.0", "X: y", (0, False)),
     ("1.0", "Connection: keep-alive\r\nContent-Length: 007", (7, False)), ("1.1", "X: y", 400),
     *(("1.1", "Host: a\r\nConnection: " + line, (0, False)) for line in (
-        "close", "Close", "close, TE\r\nTE: trailers", "TE\r\nConnection: close")),
+        "close", "Close", "close, TE\r\nTE: trailers", "TE\r\nConnection: close", "closed")),
     *(("1.1", "Host: a\r\nConnection: " + line, (0, True)) for line in (
-        "keep-alive", "closed", "Upgrade, HTTP2-Settings\r\nUpgrade: h2c", "Upgrade\r\nUpgrade: websocket")),
+        "keep-alive", "Upgrade, HTTP2-Settings\r\nUpgrade: h2c", "Upgrade\r\nUpgrade: websocket")),
     *(("1.1", "Host: a\r\nContent-Length: " + size, 400) for size in (
         "5, 5", "5,6", "+5", "-5", "-0", "1_0", "0x5", "5 5", "5.0", "5;", "1e1", "\xb2", "\xd9\xa5", "5\x0b", "\xa05",
         "five", "9" * 40, "0" * 400 + "5", "")),

@@ -1150,7 +1150,7 @@ class RequestHead(HeadReader):
         self.is_1_0 = version == "HTTP/1.0"
         self._parse_fields(head[line.end():])
         self.framing = self._find_framing()
-        options = re.split("[ \t,]+", self.fields.get("connection", "").lower())
+        options = self.fields.get("connection", "").lower()
         self.keeps_alive = not self.is_1_0 and "close" not in options
 
     def _parse_fields(self, lines):
