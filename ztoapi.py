@@ -5044,16 +5044,14 @@ class Gates:
             if ticket.probes_rest:
                 gate.key.resting_until = gate.resting_until = 0.0
             return self._cleared(gate, ticket.model, now)
-        if error is None:
-            return None
-        if error.verdict in NEXT_KEY:
+        elif error and error.verdict in NEXT_KEY:
             rest_s = min(error.retry_after or self.REST_S, self.LONGEST_REST_S)
             resting = gate.key if error.verdict == KEY_RESTS else gate
             resting.resting_until = now + rest_s
             if error.verdict == KEY_RESTS:
                 gate.key.refusal = f"Key #{gate.key.position}: {error.message}"
             ticket.refused_by.add(gate.key)
-        elif error.verdict in QUEUE_AGAIN:
+        elif error and error.verdict in QUEUE_AGAIN:
             return self._refuse(gate, ticket, error, now)
         return None
 
@@ -6402,15 +6400,15 @@ ROUTES = (
 ELSEWHERE = (
     (".+/v1/messages|.*/anthropic", "Set the client's base URL to {root}, without /v1."),
     ("/v1/v1(?:/|$)|.*/(?:completions|responses|messages)/.*completions$",
-     "The path is doubled: set the client's base URL to {base}."),
+     "The path is doubled: set the client's base URL to {root}/v1."),
     (V4 + "/completions$",
-     "The legacy completions API is not served: use {base}/chat/completions."),
+     "The legacy completions API is not served: use {root}/v1/chat/completions."),
     ((V4 + "/(?:embeddings|images|audio|rerank|files|videos|moderations|batches|realtime"
       "|fine_tuning|uploads|web_search|tokenizer|assistants|threads|vector_stores)(?:/|$)"),
      "ZtoApi serves chat only. What Z.ai has of this is at {there}, billed to the balance."),
     (V1 + "/responses/.",
      "Responses are kept for previous_response_id alone: there is nothing to get or to cancel."),
-    ("", "There is nothing at {path!a}. Set the client's base URL to {base}."),
+    ("", "There is nothing at {path!a}. Set the client's base URL to {root}/v1."),
 )
 
 
@@ -6616,8 +6614,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         words = next(words for pattern, words in ELSEWHERE if re.match(pattern, path))
         tail = escaped(re.sub(V4, "", path, count=1))
         there = self.settings.zai_base_url + tail
-        root = self.server.url
-        words = words.format(root=root, base=root + "/v1", path=path, there=there)
+        words = words.format(root=self.server.url, path=path, there=there)
         return RequestError(words, status=404, code="not_found")
 
     def check_host(self):
