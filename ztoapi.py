@@ -5154,8 +5154,9 @@ class Bodies:
         """Put what has come to the client's body. ApiError if that finds no room."""
         with self.lock:
             self.held[client] += data
-            mine = sum(len(body) for other, body in self.held.items() if other.key == client.key)
-            if mine > self.total_bytes - sum(map(len, self.held.values())):
+            mine = [body for other, body in self.held.items() if other.key == client.key]
+            free_bytes = self.total_bytes - sum(map(len, self.held.values()))
+            if sum(map(len, mine)) > free_bytes:
                 raise ApiError("Too many large requests at once.",
                                status=503, code="overloaded", retry_after=5)
 
@@ -6620,7 +6621,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def check_host(self):
         """With the well-known key only pages of this computer may reach us: the name in
         Host tells DNS rebinding."""
-        name = re.sub(r":\d*$", "", self.fields.get("host", "localhost")).strip("[]")
+        host = self.fields.get("host", "localhost")
+        name = re.sub(r":\d*$", "", host).strip("[]")
         if self.settings.well_known and not is_loopback(name):
             raise RequestError(
                 "With the well-known DEFAULT_KEY only this computer is served; set a key of "
@@ -6630,10 +6632,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Find the key that the client sent. Each comparison takes the same time, as
         the time of an early end would tell how much of a guess is right."""
         names = ("authorization", "x-api-key", "api-key")
+        given = [self.fields.get(name, "") for name in names]
         # A word such as Bearer may stand before it.
-        given = [self.fields.get(name, "").rpartition(" ")[2] for name in names]
+        words = [text.rpartition(" ")[2] for text in given]
         for position, key in enumerate(self.settings.default_key, 1):
-            for text in given:
+            for text in words:
                 if hmac.compare_digest(key.encode(), text.encode("utf-8", "replace")):
                     self.record.key = f"#{position}"
                     return
