@@ -338,7 +338,8 @@ class ApiError(Exception):
     """An answer that is an error.
 
     `retry_after`: seconds until a further try makes sense, or None. `retryable`: False
-    tells OpenAI's and Anthropic's SDKs not to try again by themselves.
+    tells OpenAI's and Anthropic's SDKs not to try again by themselves. `allowed`: of a
+    405, the methods that are.
     """
 
     status = 500
@@ -346,9 +347,10 @@ class ApiError(Exception):
     code = "internal_error"
     retry_after = None
     retryable = None
+    allowed = ()
 
     def __init__(self, message, param=None, **facts):
-        """`facts`: attributes such as the five above, where this error differs."""
+        """`facts`: attributes such as the six above, where this error differs."""
         super().__init__(message)
         self.message = message
         self.param = param
@@ -362,6 +364,8 @@ class ApiError(Exception):
         if self.retryable is False:
             # Without this header the SDKs repeat every 429 and 5xx twice.
             headers["x-should-retry"] = "false"
+        if self.allowed:
+            headers["Allow"] = ", ".join(self.allowed)
         return headers
 
 
@@ -883,12 +887,12 @@ def finite_or_null(text):
 
 
 # While JSON's scanner in C is at work, Python lets no other thread run, and each value
-# takes it up to a microsecond. Before each but the keys and the first there is a mark:
-# a bracket or a comma.
+# takes it up to a microsecond. Values are counted by the mark before them: a bracket or
+# a comma.
 LIGHT_BYTES = 1 << 17
 LIGHT_MARKS = 20_000
 LARGE_BYTES = 1 << 20
-# A request of a million tokens has fewer. Each may become a Python object.
+# A request of a million tokens has fewer. Each may stand for a Python object.
 MOST_MARKS = 1_000_000
 
 
@@ -903,8 +907,8 @@ def is_light(text):
     return len(text) <= LARGE_BYTES and count_marks(text) <= LIGHT_MARKS
 
 
-# What takes one step even in Python is bounded: a dict, and a text that is not ASCII,
-# as images are.
+# To make a dict, or a text, is one step of Python's, so these have bounds of their own.
+# A text of ASCII alone, as an image in base64 is, is made fast.
 def small_object(pairs):
     if len(pairs) > 100_000:
         raise ValueError("an object has more than 100,000 keys")
@@ -1146,7 +1150,7 @@ class RequestHead(HeadReader):
         self.is_1_0 = version == "HTTP/1.0"
         self._parse_fields(head[line.end():])
         self.framing = self._find_framing()
-        options = re.split("[ \t,]+", self.fields.get("connection", "").lower())
+        options = self.fields.get("connection", "").lower()
         self.keeps_alive = not self.is_1_0 and "close" not in options
 
     def _parse_fields(self, lines):
@@ -4729,8 +4733,8 @@ class Compaction(Responses):
 # then. Who finds no room queues: one queue a model, in which the client keys take
 # turns, each in the order its requests came. All of it stands under one lock; nobody
 # waits while holding it. Who leaves wakes who may go next. The pump, in the next
-# section, calls tick(), for gates that open without anybody leaving. Before, there must
-# be room for its body: that is the second queue.
+# section, calls tick(), for gates that open without anybody leaving. What the waiting
+# hold is counted by Bodies, at the end of this section.
 
 def backoff_s(attempt, first_s=0.5, longest_s=8.0):
     """Seconds that double from attempt to attempt; `attempt` counts from 0."""
@@ -4956,16 +4960,14 @@ class Gates:
             if ticket.probes_rest:
                 gate.key.resting_until = gate.resting_until = 0.0
             return self._cleared(gate, ticket.model, now)
-        if error is None:
-            return None
-        if error.verdict in NEXT_KEY:
+        elif error and error.verdict in NEXT_KEY:
             rest_s = min(error.retry_after or self.REST_S, self.LONGEST_REST_S)
             resting = gate.key if error.verdict == KEY_RESTS else gate
             resting.resting_until = now + rest_s
             if error.verdict == KEY_RESTS:
                 gate.key.refusal = f"Key #{gate.key.position}: {error.message}"
             ticket.refused_by.add(gate.key)
-        elif error.verdict in QUEUE_AGAIN:
+        elif error and error.verdict in QUEUE_AGAIN:
             return self._refuse(gate, ticket, error, now)
         return None
 
@@ -5068,8 +5070,9 @@ class Bodies:
         """Put what has come to the client's body. ApiError if that finds no room."""
         with self.lock:
             self.held[client] += data
-            mine = sum(len(body) for other, body in self.held.items() if other.key == client.key)
-            if mine > self.total_bytes - sum(map(len, self.held.values())):
+            mine = [body for other, body in self.held.items() if other.key == client.key]
+            free_bytes = self.total_bytes - sum(map(len, self.held.values()))
+            if sum(map(len, mine)) > free_bytes:
                 raise ApiError("Too many large requests at once.",
                                status=503, code="overloaded", retry_after=5)
 
@@ -5533,14 +5536,14 @@ STALE_WITHIN_S = 1.0
 
 
 class Pool:
-    """Sockets that are kept for `keep_s`, the last used first; beyond `most`, the
-    oldest is closed by being dropped. Of an Upstream it has idle ones, which lead to
-    Z.ai, do not block, and whose last answer was read to the end."""
+    """Sockets that are kept for `keep_s` seconds; of more than `most` the oldest is
+    dropped, which closes it. An Upstream's holds the idle connections to Z.ai: their
+    last answer was read to its end, and none of them blocks."""
 
     def __init__(self, clock=time.monotonic, keep_s=KEEP_IDLE_S, most=None):
         self.clock = clock
         self.keep_s = keep_s
-        # It guards `idle`: (socket, since when), the longest idle first.
+        # It guards `idle`: (socket, since when), the oldest first.
         self.lock = threading.Lock()
         self.idle = collections.deque(maxlen=most)
 
@@ -5562,7 +5565,7 @@ class Pool:
             self.idle.append((sock, self.clock()))
 
     def expire(self, now):
-        """Close what has been idle for too long at `now`."""
+        """Close what has been kept for long enough."""
         with self.lock:
             while self.idle and now - self.idle[0][1] >= self.keep_s:
                 self.idle.popleft()[0].close()
@@ -5803,8 +5806,6 @@ class Upstream:
         # For what is read at one time: see turn().
         self.turns = Gates(("",), 1, settings.queue_timeout, self.clock)
         pump.chores += [self.gates.tick, self.pool.expire]
-        if proxies is None:
-            proxies = urllib.request.getproxies()
         # The usual opener follows redirects, with the key, and opens files.
         self.opener = urllib.request.OpenerDirector()
         self.opener.add_handler(urllib.request.ProxyHandler(proxies))
@@ -6204,8 +6205,8 @@ class Metrics:
         self.history.extend([0] * min(bucket - self.bucket, BUCKETS))
         self.bucket = bucket
 
-    def stats(self, gates, queued, demo):
-        """The page's JSON. `gates`, `queued`: Gates.state()."""
+    def stats(self, **facts):
+        """The page's JSON, with what others know: `facts`."""
         tokens = collections.defaultdict(collections.Counter)
         with self.lock:
             self.move_history()
@@ -6213,11 +6214,9 @@ class Metrics:
                 tokens[model][kind] += count
             return {
                 "version": __version__,
-                "demo": demo,
+                **facts,
                 **self.counts,
                 "tokens": tokens,
-                "gates": gates,
-                "queued": queued,
                 "history": list(self.history),
                 "recent": list(self.recent),
             }
@@ -6320,15 +6319,15 @@ ROUTES = (
 ELSEWHERE = (
     (".+/v1/messages|.*/anthropic", "Set the client's base URL to {root}, without /v1."),
     ("/v1/v1(?:/|$)|.*/(?:completions|responses|messages)/.*completions$",
-     "The path is doubled: set the client's base URL to {base}."),
+     "The path is doubled: set the client's base URL to {root}/v1."),
     (V4 + "/completions$",
-     "The legacy completions API is not served: use {base}/chat/completions."),
+     "The legacy completions API is not served: use {root}/v1/chat/completions."),
     ((V4 + "/(?:embeddings|images|audio|rerank|files|videos|moderations|batches|realtime"
       "|fine_tuning|uploads|web_search|tokenizer|assistants|threads|vector_stores)(?:/|$)"),
      "ZtoApi serves chat only. What Z.ai has of this is at {there}, billed to the balance."),
     (V1 + "/responses/.",
      "Responses are kept for previous_response_id alone: there is nothing to get or to cancel."),
-    ("", "There is nothing at {path!a}. Set the client's base URL to {base}."),
+    ("", "There is nothing at {path!a}. Set the client's base URL to {root}/v1."),
 )
 
 
@@ -6534,20 +6533,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         words = next(words for pattern, words in ELSEWHERE if re.match(pattern, path))
         tail = escaped(re.sub(V4, "", path, count=1))
         there = self.settings.zai_base_url + tail
-        root = self.server.url
-        words = words.format(root=root, base=root + "/v1", path=path, there=there)
+        words = words.format(root=self.server.url, path=path, there=there)
         return RequestError(words, status=404, code="not_found")
 
     def check_host(self):
         """With the well-known key only pages of this computer may reach us: the name in
         Host tells DNS rebinding."""
-        if not self.settings.well_known or "host" not in self.fields:
-            return
-        try:
-            host = urllib.parse.urlsplit("//" + self.fields["host"]).hostname or ""
-        except ValueError:
-            host = ""
-        if not is_loopback(host):
+        host = self.fields.get("host", "localhost")
+        name = re.sub(r":\d*$", "", host).strip("[]")
+        if self.settings.well_known and not is_loopback(name):
             raise RequestError(
                 "With the well-known DEFAULT_KEY only this computer is served; set a key of "
                 "your own.", status=403, code="host_not_allowed")
@@ -6555,12 +6549,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def check_key(self):
         """Find the key that the client sent. Each comparison takes the same time, as
         the time of an early end would tell how much of a guess is right."""
-        scheme, _, bearer = self.fields.get("authorization", "").partition(" ")
-        given = [self.fields.get(name, "") for name in ("x-api-key", "api-key")]
-        if scheme.lower() == "bearer":
-            given.append(bearer.strip(" \t"))
+        names = ("authorization", "x-api-key", "api-key")
+        given = [self.fields.get(name, "") for name in names]
+        # A word such as Bearer may stand before it.
+        words = [text.rpartition(" ")[2] for text in given]
         for position, key in enumerate(self.settings.default_key, 1):
-            for text in given:
+            for text in words:
                 if hmac.compare_digest(key.encode(), text.encode("utf-8", "replace")):
                     self.record.key = f"#{position}"
                     return
@@ -6590,14 +6584,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def answer(self, status, body, content_type="application/json", fields=()):
         """Send a whole answer. One given before the body was read ends the connection,
         as the body must not become the next request."""
-        self.record.status = status
         if not self.head.framing.done or self.server.draining:
             self.close_connection = True
-        length = ("Content-Length", len(body))
-        fields = [*self.common_fields(content_type), *fields, length]
-        if self.close_connection:
-            fields.append(("Connection", "close"))
-        head = response_head(status, fields)
+        head = self.make_head(
+            status, content_type, *fields, ("Content-Length", str(len(body))),
+            ("Connection", "close" if self.close_connection else ""))
         self.send(head if self.record.method == "HEAD" else head + body)
 
     def answer_json(self, value, status=200, fields=()):
@@ -6611,12 +6602,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.outbox and self.outbox.started:
             self.end_stream(error)
             return
-        status = self.front.status(error)
         value = self.front.error(error, self.record.id)
-        fields = [*error.headers().items()]
-        if status == 405:
-            fields.append(("Allow", ", ".join(error.allowed)))
-        self.answer_json(value, status, fields)
+        self.answer_json(value, self.front.status(error), error.headers().items())
 
     def end_stream(self, error):
         """A stream that fails ends without its last chunk, which shows as the cut it
@@ -6631,9 +6618,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         end = outbox.frame(outbox.front.failure(error), last)
         self.send(bytes(outbox.unsent) + end)
 
-    def common_fields(self, content_type):
-        """The fields of any response, and what happened to a request for an answer."""
+    def make_head(self, status, content_type, *more):
+        """The bytes of a response's head, without those fields that are empty. It tells
+        what happened to a request for an answer, too."""
         record = self.record
+        record.status = status
         fields = [
             ("Content-Type", content_type),
             ("x-request-id", record.id),
@@ -6644,8 +6633,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             ("x-ztoapi-changed", plain(",".join(record.changed), 1000)),
             ("x-ztoapi-model", plain(record.model_id)),
             ("x-zai-log-id", record.zai_log_id),
+            *more,
         ]
-        return [field for field in fields if field[1]]
+        return response_head(status, [field for field in fields if field[1]])
 
     def cors_fields(self):
         """None with the well-known key: then no web page may read what we answer."""
@@ -6718,8 +6708,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def get_stats(self):
         gates = self.server.upstream.gates
-        stats = self.server.metrics.stats(*gates.state(), self.settings.demo_mode)
-        stats["trouble"] = [key.refusal for key in gates.keys] or [NO_KEY]
+        ceilings, queued = gates.state()
+        trouble = [key.refusal for key in gates.keys] or [NO_KEY]
+        stats = self.server.metrics.stats(
+            demo=self.settings.demo_mode, gates=ceilings, queued=queued, trouble=trouble)
         self.answer_json(stats, fields=[("Cache-Control", "no-store")])
 
     def refuse_get(self):
@@ -6800,15 +6792,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def stream_head(self):
         """The head of a streamed answer. It is made when the first bytes go out, so
         that it can tell how they came about."""
-        self.record.status = 200
-        fields = [
-            *self.common_fields("text/event-stream; charset=utf-8"),
+        is_1_0 = self.head.is_1_0
+        return self.make_head(
+            200, "text/event-stream; charset=utf-8",
             ("Cache-Control", "no-cache"),
             ("X-Accel-Buffering", "no"),
-        ]
-        is_1_0 = self.head.is_1_0
-        fields.append(("Connection", "close") if is_1_0 else ("Transfer-Encoding", "chunked"))
-        return response_head(200, fields)
+            ("Connection", "close" if is_1_0 else ""),
+            ("Transfer-Encoding", "" if is_1_0 else "chunked"))
 
 
 # Server ###############################################################################
@@ -6994,7 +6984,10 @@ class Server(http.server.ThreadingHTTPServer):
     def drain(self, grace_s=GRACE_S):
         """What stop() does once serve_forever() has ended."""
         if not self.draining:
-            self.take_backlog()
+            # Accept what has connected: each call takes one, or finds none at once.
+            self.timeout = 0
+            for _ in range(self.request_queue_size):
+                self.handle_request()
             # At once, as closing resets all that have connected since.
             self.socket.close()
             time.sleep(self.SETTLE_S)
@@ -7019,17 +7012,6 @@ class Server(http.server.ThreadingHTTPServer):
         self.pump.close()
         self.upstream.close()
         return whole
-
-    def take_backlog(self):
-        """Accept what has connected."""
-        self.timeout = 0
-        with contextlib.suppress(TimeoutError):
-            for _ in range(self.request_queue_size):
-                self.handle_request()
-
-    def handle_timeout(self):
-        """The base class calls it when nobody else has connected."""
-        raise TimeoutError
 
 
 # Demo #################################################################################
