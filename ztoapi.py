@@ -1730,8 +1730,6 @@ CUSTOM_SCHEMA = {
 CHOICES = ("function", "custom", "tool")
 # Where Codex's own tools may be said to be, or not.
 NO_NAMESPACE = "functions"
-# The numbers of turns that are none of the messages.
-PROMPT, EARLIER = -1, -2
 
 
 def first(value, names):
@@ -1750,7 +1748,7 @@ class Piece(dict):
 
     __slots__ = ("kind", "path", "role", "turn")
 
-    def __init__(self, value, path, kind=None, role="", turn=EARLIER):
+    def __init__(self, value, path, kind=None, role="", turn=0):
         if not isinstance(value, dict):
             expect(value, dict, path)
         dict.__init__(self, value)
@@ -2065,12 +2063,11 @@ class Reader:
         self.referred = set()  # the ids of items that were put in for a reference
         self.pictures = []  # their lengths
         # The numbers of the user's, the assistant's and the tools' last turns.
-        self.heard = self.spoke = self.brought = EARLIER
-        # The turns whose pictures the model does not see; and (turn, error) of all that
-        # the model does not take, and of what cannot be read.
+        self.heard = self.spoke = self.brought = -INFINITY
+        # The turns whose pictures the model does not see.
         self.unseen = []
-        self.untaken = []
-        self.unreadable = []
+        # (turn, error) of what cannot be read, and of what a user shows in vain.
+        self.errors = []
 
     def path(self, name):
         """What the client calls a field of chat."""
@@ -2110,42 +2107,38 @@ class Reader:
     def conversation(self):
         """Z.ai's messages."""
         request = self.request
+        messages = self.fields["messages"]
+        last = len(messages) - 1
         name = self.path("prompt")
-        prompt = Piece({name: request.prompt}, "", "message", "system", PROMPT)
+        prompt = Piece({name: request.prompt}, "", "message", "system", last)
         for part in self.content(prompt, name):
             self.show("system", [part])
-        for turn in request.earlier:
-            self.read_turn(turn, "", EARLIER)
-        turns = self.fields["messages"]
-        for i, turn in enumerate(turns):
-            self.read_turn(turn, (self.path("messages"), i), i)
-        self.refuse(len(turns) - 1)
+        path = self.path("messages")
+        for i, turn in enumerate([*request.earlier, *messages], -len(request.earlier)):
+            place = (path, i) if i >= 0 else "previous_response_id"
+            part = self.read(turn, place, "", i, "message")
+            # What stands in no message is the user's.
+            if part:
+                self.show("user", [part])
+        self.refuse(last)
         return self.history.close()
 
     def refuse(self, last):
-        """Raise what is wrong with the last turn, or with this one's pictures.
+        """Raise what is wrong with the last turn or with the prompt, and with what this
+        turn shows.
 
-        In chat the user's last message may be refused for what it shows, and behind it
-        there may be one of the system. Agents would send theirs again for ever; and
-        what stands behind a tool's output was brought by the tool, though the user
-        sends it.
+        In chat it is the user's last message that may be refused, though one of the
+        system stands behind it. Agents would send it again for ever.
         """
         fresh = [turn for turn in self.unseen if turn == self.heard or turn > self.spoke]
         if fresh and self.vision:
             raise Unseen
-        refusable = [PROMPT, last]
-        if self.heard > self.spoke >= self.brought and not self.request.agents:
+        refusable = [last]
+        if self.heard > max(self.spoke, self.brought) and not self.request.agents:
             refusable.append(self.heard)
-            self.unreadable += [pair for pair in self.untaken if pair[0] == self.heard]
-        for turn, error in self.unreadable:
+        for turn, error in self.errors:
             if turn in refusable:
                 raise error
-
-    def read_turn(self, turn, path, number):
-        part = self.read(turn, path, "", number, "message")
-        # What stands in no message is the user's.
-        if part:
-            self.show("user", [part])
 
     def read(self, value, path, role, turn, kind=None):
         """A piece of any kind. What cannot be read is told as JSON, but not by the
@@ -2161,7 +2154,7 @@ class Reader:
             if error.status != 400:
                 raise
             if role != "tool":
-                self.unreadable.append((turn, error))
+                self.errors.append((turn, error))
         self.changed.append("unreadable")
         return None if role == "assistant" else json_part(value)
 
@@ -2185,8 +2178,7 @@ class Reader:
         role = piece.get("role")
         if self.request.recall and "id" in piece and piece.keys() <= {"id", "type"}:
             return self.read_reference(piece)
-        if role not in ROLES:
-            need_word(role, ROLES, (piece.path, "role"))
+        need_word(role, ROLES, (piece.path, "role"))
         if piece.role:
             return self.read_shown(piece)
         if not (self.request.agents or piece.keys() <= MESSAGE_KEYS):
@@ -2378,9 +2370,12 @@ class Reader:
         return self.leave_out(piece, noun, reason, advice)
 
     def leave_out(self, piece, noun, reason, advice=""):
-        """A text in the place of what is shown, for which the user may be refused."""
-        error = RequestError(f"{reason}{advice}.", spelled(piece.path))
-        self.untaken.append((piece.turn, error))
+        """A text in the place of what is shown."""
+        # What stands behind a tool's output was brought by the tool, though the user
+        # sends it. Agents' pictures would come again with each turn.
+        if piece.role == "user" and self.spoke >= self.brought and not self.request.agents:
+            error = RequestError(f"{reason}{advice}.", spelled(piece.path))
+            self.errors.append((piece.turn, error))
         self.changed.append(noun)
         if piece.role in ("", "assistant"):
             return None
@@ -2503,22 +2498,21 @@ class Reader:
 
     def sampling(self):
         request = self.fields
-        fields = {}
+        limit = request.get("max_completion_tokens", request.get("max_tokens"))
+        wishes = {**request, "max_tokens": limit}
+        most = self.model and self.model.max_tokens or INFINITY
         # Z.ai takes two decimals, in ranges narrower than OpenAI's.
-        if "temperature" in request:
-            fields["temperature"] = round(min(request["temperature"], 1), 2)
-        if "top_p" in request:
-            fields["top_p"] = round(max(request["top_p"], 0.01), 2)
-        self.changed += [name for name, value in fields.items() if value != request[name]]
+        ranges = {"temperature": (0, 1), "top_p": (0.01, 1), "max_tokens": (1, most)}
+        fields = {}
+        for name, (low, high) in ranges.items():
+            wish = wishes.get(name)
+            if wish is not None:
+                fields[name] = round(min(max(wish, low), high), 2)
+                if fields[name] != wish:
+                    self.changed.append(name)
         # Z.ai refused a top_p of 1 for years. It means the same as no top_p.
         if fields.get("top_p") == 1:
             del fields["top_p"]
-        limit = request.get("max_completion_tokens", request.get("max_tokens"))
-        if limit is not None:
-            most = self.model and self.model.max_tokens or limit
-            fields["max_tokens"] = min(limit, most)
-            if fields["max_tokens"] != limit:
-                self.changed.append("max_tokens")
         fields.update(self.stop_words())
         user = request.get("user")
         if user:
