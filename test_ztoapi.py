@@ -2557,8 +2557,11 @@ TOLD = user("Output of the tool call c1:\n20")
      [calls_of("call_3_0", "call_3_1"), output("call_3_0"), output("call_3_1", "30")], {"tool_call_id"}),
     ([calls_of("c1", None), {**NAMELESS, "content": "30"}, output("c1")],
      [calls_of("c1", "call_3_1"), output("c1"), output("call_3_1", "30")], {"tool_call_id"}),
-    ([calls_of("c1", "c1"), output("c1"), output("c1", "30")],
-     [calls_of("c1", "call_3_1"), output("c1"), output("call_3_1", "30")], {"tool_call_id"}),
+    ([assistant("A", [("c1", "f", "{}"), ("c1", "g", "{}")]), output("c1"), output("c1", "30")],
+     [assistant("A", [("c1", "f", "{}"), ("call_3_1", "g", "{}")]), output("c1"), output("call_3_1", "30")],
+     {"tool_call_id"}),
+    ([calls_of("c1", "c1"), output("c1"), output("c1", "30")], [calls_of("c1"), output("c1"), user(
+        "Output of the tool call c1:\n30")], {"tool_call_id"}),
     ([calls_of("c1"), output("c1"), calls_of("c1"), output("c1", "30")],
      [calls_of("c1"), output("c1"), calls_of("c1"), output("c1", "30")], set()),
     ([calls_of("c1"), U, calls_of("c1"), output("c1")],

@@ -1975,30 +1975,39 @@ class History:
             message["reasoning_content"] = "\n\n".join(thoughts)
         self.messages.append(message)
         if calls:
-            message["tool_calls"] = calls
-            self.expect_outputs(calls)
+            message["tool_calls"] = self.add_calls(calls)
 
-    def expect_outputs(self, calls):
-        """A tool message for each call, as Z.ai wants, which output() fills.
+    def add_calls(self, calls):
+        """The calls of a turn, each of them once. Behind it stands a tool message for
+        each, as Z.ai wants, which output() fills.
 
         A call without an id, or with that of another one, gets one by its place: what
         is sent again must stay the same, or Z.ai's cache is lost.
         """
         place = len(self.messages)
-        ids = set()
+        calls_by_id = {}
+        kept = []
         nameless = []
         for i, call in enumerate(calls):
+            id = call["id"]
+            twin = calls_by_id.get(id)
+            # LangChain sends each call as a part, too. Each is parsed for the next one
+            # of its id alone.
+            if twin and meaning_of(twin) == meaning_of(call):
+                continue
+            calls_by_id[id] = id and call
             output = {"role": "tool", "content": NO_OUTPUT}
-            if call["id"] is None or call["id"] in ids:
+            if id and not twin:
+                self.waiting[id] = output
+            else:
                 call["id"] = f"call_{place}_{i}"
                 nameless.append(output)
                 self.changed.append("tool_call_id")
-            else:
-                self.waiting[call["id"]] = output
-            ids.add(call["id"])
             output["tool_call_id"] = call["id"]
+            kept.append(call)
             self.messages.append(output)
         self.nameless = iter(nameless)
+        return kept
 
     def add(self, role, content):
         """A message that is not the assistant's."""
@@ -2227,21 +2236,10 @@ class Reader:
         return self.history.turn
 
     def read_assistant(self, piece):
+        self.spoke = piece.turn
         self.think(piece, words_in(first(piece, CHAT_THOUGHT_FIELDS)))
-        turn = self.turn(piece)
-        before = after = len(turn.calls)
-        if piece.get("content"):
-            self.say(piece, "content")
-            # An output in there has ended the turn.
-            turn = self.turn(piece)
-            after = len(turn.calls)
+        self.say(piece, "content")
         self.say(piece, "tool_calls", "function")
-        # LangChain sends each call as a part, too.
-        if before < after < len(turn.calls) and turn is self.history.turn:
-            told = {call["id"]: meaning_of(call) for call in turn.calls[before:after]}
-            turn.calls[after:] = [
-                call for call in turn.calls[after:]
-                if told.get(call["id"]) != meaning_of(call)]
 
     def say(self, piece, field, kind=None):
         """What the assistant says in a field, of which the calls are told by then."""
@@ -4019,7 +4017,6 @@ class Chat(Front):
         changed = [name for name in request if name in DROPPED and asks(name, request[name])]
         if "input" in request and "messages" not in request:
             raise wrong("messages", "is missing: a request with 'input' goes to /v1/responses")
-        options = as_dict(request.get("stream_options"))
         user_agent = caller.headers.get("user-agent", "")
         accept = caller.headers.get("accept", "").lower()
         expects_json = "application/json" in accept or EXPECTS_JSON.search(user_agent)
@@ -4030,7 +4027,7 @@ class Chat(Front):
             created=int(caller.now),
             model=str(request.get("model")),
             stream=request["stream"],
-            include_usage=bool(options.get("include_usage")),
+            include_usage=bool(dig(request, "stream_options.include_usage")),
             reasoning=request.get("reasoning_format", settings.reasoning_format))
         need_word(front.reasoning, REASONING_FORMATS, "reasoning_format")
         loses_error = (
