@@ -487,7 +487,8 @@ HTTP_ERRORS = {
     435: TOO_LARGE,
 }
 # Answers with neither a code nor words were written by a CDN or a proxy on the road.
-BARE_HTTP_ERRORS = {200: BROKEN, 401: OUR_KEY, 408: BROKEN, 413: TOO_LARGE, 429: RATE}
+# With these statuses they mean the same as Z.ai's.
+BARE_STATUSES = (200, 401, 408, 413, 429)
 
 
 # Z.ai's words #########################################################################
@@ -612,9 +613,9 @@ def duration(seconds):
 
 def error_row(code, message, status):
     """The ErrorRow of an error: by its code, else by its status; then by its words."""
-    by_status = HTTP_ERRORS if code or message else BARE_HTTP_ERRORS
-    unknown = BROKEN if status >= 500 else WRONG_PATH
-    row = ZAI_ERRORS.get(code) or by_status.get(status, unknown)
+    row = BROKEN if status >= 500 else WRONG_PATH
+    if code or message or status in BARE_STATUSES:
+        row = ZAI_ERRORS.get(code) or HTTP_ERRORS.get(status, row)
     for vague, words, precise in ZAI_WORDS:
         if row in vague and re.search(words, f"{code} {message}", re.IGNORECASE):
             return precise
@@ -980,12 +981,11 @@ class JsonProgress:
     # A backslash and what it escapes count as one mark.
     MARK = re.compile(r'\\.|["{}\[\]\0-\x1f]', re.DOTALL)
 
-    def __init__(self):
-        self.depth = 0
-        self.in_string = False
-        self.held = ""  # a backslash at the end, whose character is still to come
-        self.ended = False
-        self.rest = ""
+    depth = 0
+    in_string = False
+    held = ""  # a backslash at the end, whose character is still to come
+    ended = False
+    rest = ""
 
     def feed(self, text):
         return "".join([piece for piece, _ in self.pieces(text)])
@@ -1070,9 +1070,10 @@ class HeadReader:
     is what came behind it. OverflowError beyond LONGEST_HEAD_BYTES.
     """
 
+    rest = b""
+
     def __init__(self):
         self.data = bytearray()
-        self.rest = b""
 
     def feed(self, data):
         # The blank line may have begun in what came before, with all but its last byte.
@@ -1200,27 +1201,48 @@ def chunk_size(line):
     return int(found.group(1), 16)
 
 
-class Dechunker:
-    """HTTP's chunked coding, taken strictly.
+class Unframed:
+    """A body that ends with its connection: feed(data) -> bytes of the body. Then
+    `done` tells whether it has ended, `rest` is what came behind it, and `left` how
+    much is known to come; take() gives what was read before feed() failed."""
 
-    feed(data) -> bytes of the body; then `done` tells whether it has ended, and `rest`
-    is what came behind. ValueError for a broken coding, OverflowError as soon as the
-    body passes `limit` bytes or announces a chunk that would; take() then gives what
-    feed() had read before.
-    """
+    done = False
+    rest = b""
+    left = 0
+
+    def feed(self, data):
+        return data
+
+    def take(self):
+        return b""
+
+
+class Counted(Unframed):
+    """A body of known length."""
+
+    def __init__(self, length):
+        self.left = length
+        self.done = length == 0
+
+    def feed(self, data):
+        body = data[:self.left]
+        self.rest = data[self.left:]
+        self.left -= len(body)
+        self.done = self.left == 0
+        return body
+
+
+class Dechunker(Unframed):
+    """A body in HTTP's chunked coding, taken strictly. ValueError if it is broken."""
 
     # Nobody is known to send chunk extensions. Trailers are not taken.
     LONGEST_LINE_BYTES = 4096
 
-    def __init__(self, limit=INFINITY):
-        self.limit = limit
-        self.total = 0
-        self.rest = b""
-        self.done = False
-        # The size of the chunk that is being read, None between two; and how much of it
-        # has not come. An empty line ends a chunk, and so that of size 0, the last.
-        self.size = None
-        self.left = 0
+    # The size of the chunk that is being read, None between two; `left` of it has not
+    # come. An empty line ends a chunk, and so that of size 0, the last.
+    size = None
+
+    def __init__(self):
         self.body = []
 
     def feed(self, data):
@@ -1239,9 +1261,6 @@ class Dechunker:
             at = end + 2
             if self.size is None:
                 self.size = self.left = chunk_size(line)
-                self.total += self.size
-                if self.total > self.limit:
-                    raise OverflowError("body too large")
             elif line:
                 raise ValueError("chunk longer than announced, or trailers")
             else:
@@ -1257,35 +1276,6 @@ class Dechunker:
         body = self.body
         self.body = []
         return body[0] if len(body) == 1 else b"".join(body)
-
-
-class Unframed:
-    """The same interface for a body that ends with its connection."""
-
-    done = False
-    rest = b""
-    left = 0
-
-    def feed(self, data):
-        return data
-
-    def take(self):
-        return b""
-
-
-class Counted(Unframed):
-    """The same interface for a body of known length."""
-
-    def __init__(self, length):
-        self.left = length
-        self.done = length == 0
-
-    def feed(self, data):
-        body = data[:self.left]
-        self.rest = data[self.left:]
-        self.left -= len(body)
-        self.done = self.left == 0
-        return body
 
 
 class SSEDecoder:
@@ -3259,7 +3249,6 @@ class ToolCall(JsonProgress):
     """
 
     def __init__(self, id, zai_id, zai_index):
-        super().__init__()
         self.id = id
         self.zai_id = zai_id  # "" if Z.ai gave none
         self.zai_index = zai_index
@@ -4824,14 +4813,15 @@ def backoff_s(attempt, first_s=0.5, longest_s=8.0):
 
 
 class ZaiKey:
+    resting_until = 0.0
+    # Why, until something is served again; for the page.
+    refusal = ""
+
     def __init__(self, position, text):
         # Its place in ZAI_API_KEY, from 1.
         self.position = position
         self.text = text
         self.name = f"#{position} {mask(text)}"
-        self.resting_until = 0.0
-        # Why, until something is served again; for the page.
-        self.refusal = ""
 
 
 class Gate:
@@ -5835,7 +5825,7 @@ CONNECTION_ERRORS = (
     (ValueError, "proxy", GIVE_UP,
      "The address of the proxy is not a valid one. Check HTTPS_PROXY and HTTP_PROXY."),
     (OSError, "TCP", TRY_AGAIN,
-     "The connection to Z.ai failed: {reason}. HTTPS_PROXY names a proxy to go through."),
+     "The connection to Z.ai failed: {reason}. HTTPS_PROXY names a proxy for it, not a SOCKS one."),
 )
 
 
@@ -5849,20 +5839,21 @@ def connection_error(error):
     return UpstreamError(words, verdict, stage=stage)
 
 
-@dataclasses.dataclass
 class Job:
-    """One answer to get: Z.ai's request as bytes; its model's id; make_answer() gives a
-    fresh Answer for each attempt; the ids of other models that may answer, and
-    write(id), which gives the Asked for one. What holds the conversation is let go of
-    once Z.ai has begun to answer."""
+    """One answer to get: the Asked and, in `data`, its bytes for Z.ai. write(model)
+    gives the Asked for another model. What holds the conversation is let go of once
+    Z.ai has begun to answer."""
 
-    data: bytes | None
-    model: str
-    make_answer: object
-    others: list
-    write: object
-    streamed: bool
-    is_simplified: bool = False
+    is_simplified = False
+
+    def __init__(self, asked, streamed=True, write=None):
+        self.data = asked.data
+        kept = ("model", "stop", "max_tokens")
+        body = {name: asked.body[name] for name in kept if name in asked.body}
+        self.asked = asked._replace(body=body, data=b"")
+        self.model = body["model"]
+        self.streamed = streamed
+        self.write = write
 
 
 class Upstream:
@@ -5887,33 +5878,10 @@ class Upstream:
         pump.chores += [self.gates.tick, self.pool.expire]
         if proxies is None:
             proxies = urllib.request.getproxies()
-        scheme = settings.zai_base_url.partition(":")[0]
-        self.proxy = proxies.get(scheme, "")
         # The usual opener follows redirects, with the key, and opens files.
         self.opener = urllib.request.OpenerDirector()
         self.opener.add_handler(urllib.request.ProxyHandler(proxies))
         self.opener.add_handler(KeepAliveHandler(self.pool, settings.upstream_timeout))
-
-    def job(self, asked, streamed=True, write=None):
-        """The Job for what to_zai_request() gave. write(model) gives it for another."""
-        model = asked.body["model"]
-        max_tokens = asked.body.get("max_tokens")
-        data = asked.data
-        # The functions below live as long as the answer; the conversation must not.
-        asked = asked._replace(body={"stop": asked.body.get("stop", ())}, data=b"")
-
-        def describe(value, status=200, retry_after=""):
-            now = self.now()
-            return zai_error(
-                value, status, now=now, model=model, max_tokens=max_tokens,
-                patience_s=self.settings.queue_timeout,
-                retry_after=seconds_to_wait(retry_after, now))
-
-        def make_answer():
-            return Answer(Translator(asked, restartable=not streamed, describe=describe))
-
-        others = fallbacks_of(model, self.settings) if write else []
-        return Job(data, model, make_answer, others, write if others else None, streamed)
 
     @contextlib.contextmanager
     def turn(self, client, data):
@@ -5935,36 +5903,49 @@ class Upstream:
         of section Metrics, is told what happened on the way. MODEL_FALLBACKS may have
         another model answer; if none does, the first one's error is raised."""
         first = None
+        others = fallbacks_of(job.model, self.settings) if job.write else []
         try:
             while job:
                 try:
-                    return self._answer(job, client, record, take)
+                    return self._answer(job, client, record, take, bool(others))
                 except ApiError as error:
                     first = first or error
-                    job = self._job_of_another(job, client, error)
+                    job = self._job_of_another(job, others, client, error)
             raise first
         finally:
             # The error's traceback holds this frame: such a circle is freed late.
             first = None
 
-    def _job_of_another(self, job, client, error):
-        """The Job for the next model, after an error that it may not have, or None."""
+    def _job_of_another(self, job, others, client, error):
+        """The Job for the next of the models, after an error that it may not have, or
+        None."""
         is_models = error.type == QUOTA.type or error.code in (NO_MODEL.code, OVERLOADED.code)
-        while is_models and job.data and job.others:
+        while is_models and job.data and others:
             # One that sees no pictures is no other for a request with one.
             with self.turn(client, job.data), contextlib.suppress(RequestError):
-                asked = job.write(job.others.pop(0))
-                another = self.job(asked, job.streamed, job.write)
-                another.others = job.others
-                return another
+                return Job(job.write(others.pop(0)), job.streamed, job.write)
         return None
 
-    def _answer(self, job, client, record, take):
+    def _make_answer(self, job):
+        """A fresh Answer, for one attempt."""
+        def describe(value, status=200, retry_after=""):
+            now = self.now()
+            return zai_error(
+                value, status, now=now, model=job.model,
+                max_tokens=job.asked.body.get("max_tokens"),
+                patience_s=self.settings.queue_timeout,
+                retry_after=seconds_to_wait(retry_after, now))
+
+        return Answer(Translator(job.asked, restartable=not job.streamed, describe=describe))
+
+    def _answer(self, job, client, record, take, is_replaceable):
         """An answer of the job's model."""
         self.bodies.held[client] = job.data
+        if not is_replaceable:
+            job.write = None
         ticket = Ticket(self.settings.redact(job.model), client)
         ticket.waited_s = record.queued_s
-        ticket.is_replaceable = bool(job.others)
+        ticket.is_replaceable = is_replaceable
         tries = 0
         while True:
             try:
@@ -6006,7 +5987,7 @@ class Upstream:
         stale = True
         try:
             while stale:
-                answer = job.make_answer()
+                answer = self._make_answer(job)
                 stale = self._relay(job, ticket, record, answer, take)
         except UpstreamError as error:
             error.message = self.settings.redact(error.message)
@@ -6076,9 +6057,6 @@ class Upstream:
             # Section Demo has a stand-in for Z.ai.
             return Connection(demo_socket(data), self.pool)
         url = self.settings.zai_base_url + "/chat/completions"
-        if self.proxy.lower().startswith("socks"):
-            raise UpstreamError("SOCKS proxies are not spoken here. Check HTTPS_PROXY "
-                                "and HTTP_PROXY.", GIVE_UP, stage="proxy")
         try:
             request = ZaiRequest(url, key.text, client, data)
             return self.opener.open(request, timeout=CONNECT_TIMEOUT_S)
@@ -6402,7 +6380,7 @@ ROUTES = (
     Route(ANTHROPIC + "/messages/count_tokens", post="post_count", front=Messages),
     Route(ANTHROPIC + "/messages/.+", front=Messages),
     Route(f"(?:{V4}|{ANTHROPIC})/models", "get_models"),
-    Route(f"(?:{V4}|{ANTHROPIC})/models/(?P<id>.+)", "get_model"),
+    Route(f"(?:{V4}|{ANTHROPIC})/models/.+", "get_model"),
     Route("/metrics", "get_metrics"),
     Route("/stats", "get_stats"),
     Route("/health", "get_health", needs_key=False),
@@ -6488,7 +6466,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.connection.settimeout(self.settings.client_timeout)
         self.head = RequestHead()
         self.fields = self.head.fields
-        # find_route() adds `match`.
         self.front = Chat
         self.outbox = None
         self.log_level = logging.INFO
@@ -6580,7 +6557,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise RequestError("Compressed bodies are not understood.",
                                status=415, code="unsupported_media_type")
         framing = self.head.framing
-        framing.limit = limit
         bodies = self.server.upstream.bodies
         self.late_at = time.monotonic() + PATIENCE * self.settings.client_timeout
         try:
@@ -6592,6 +6568,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             bodies.add(client, b"")
             while not framing.done:
                 bodies.add(client, framing.feed(self.receive()))
+                if len(bodies.held[client]) + framing.left > limit:
+                    raise OverflowError
         except OverflowError:
             words = f"The body is larger than MAX_BODY_MB ({self.settings.max_body_mb})."
             raise RequestError(words, status=413, code="request_too_large") from None
@@ -6605,8 +6583,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """The name of the method that answers; the key is checked on the way."""
         method = self.record.method
         path = self.record.path
-        found = ((row, re.fullmatch(row.pattern, path)) for row in ROUTES)
-        row, self.match = next(pair for pair in found if pair[1])
+        row = next(row for row in ROUTES if re.fullmatch(row.pattern, path))
         self.front = row.front
         methods = {"GET": row.get, "HEAD": row.get, "POST": row.post}
         allowed = [method for method, name in methods.items() if name]
@@ -6689,9 +6666,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.record.status = status
         if not self.head.framing.done or self.server.draining:
             self.close_connection = True
-        fields = [*self.common_fields(content_type), *fields]
-        if status != 204:
-            fields.append(("Content-Length", len(body)))
+        length = ("Content-Length", len(body))
+        fields = [*self.common_fields(content_type), *fields, length]
         if self.close_connection:
             fields.append(("Connection", "close"))
         head = response_head(status, fields)
@@ -6772,7 +6748,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 ("Access-Control-Max-Age", "86400"),
                 ("Vary", "Access-Control-Request-Headers"),
             ]
-        self.answer(204, b"", fields=fields)
+        self.answer(200, b"", fields=fields)
 
     def get_page(self):
         model = CHECK_MODELS["/coding/" in self.settings.zai_base_url][0]
@@ -6800,7 +6776,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         })
 
     def get_model(self):
-        name = self.match["id"]
+        name = self.record.path.split("/models/", 1)[1]
         aliases = self.settings.model_aliases
         id = zai_model_id(name, aliases)
         model = find_model(id)
@@ -6879,8 +6855,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             record.model = self.settings.redact(str(body.get("model", "")))
             front, request = self.front.read(body, caller, self.settings)
             self.front = front
-            record.stream = front.stream
-            return front, upstream.job(write(), front.stream, write)
+            # Whatever was sent as such: it is checked later.
+            record.stream = bool(front.stream)
+            return front, Job(write(), front.stream, write)
 
     def post_count(self):
         """How many tokens a request to Messages has, without asking Z.ai."""
@@ -7255,7 +7232,7 @@ def try_chats(settings, pump, client, tell=say):
     with contextlib.closing(Upstream(settings, pump)) as upstream:
         for model in CHECK_MODELS["/coding/" in settings.zai_base_url]:
             request = Request({**CHECK_REQUEST, "model": model}, {})
-            job = upstream.job(to_zai_request(request, settings))
+            job = Job(to_zai_request(request, settings))
             record = Record("check", "", time.time(), time.monotonic())
             try:
                 upstream.answer(job, client, record, take=list)
