@@ -5275,7 +5275,7 @@ def test_messages_refuses_threads_so_that_the_sdk_sends_everything():
     *(({"reasoning": wish}, {"thinking": thinking, "reasoning_effort": effort}) for wish, thinking, effort in (
         ({"effort": "xhigh", "summary": "auto"}, ON, "xhigh"), ({"effort": "ultra"}, ON, "max"),
         ({"effort": "none", "summary": "auto"}, OFF, ABSENT), ({"effort": None, "summary": "auto"}, ON, ABSENT),
-        ({"generate_summary": "concise"}, ON, ABSENT), ({"summary": "off"}, ABSENT, ABSENT),
+        ({"summary": "off"}, ABSENT, ABSENT),
         ({"summary": "none"}, ABSENT, ABSENT))),
     ({"reasoning": {"summary": "auto"}, "enable_thinking": False}, {"thinking": OFF}),
 ])

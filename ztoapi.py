@@ -1647,7 +1647,6 @@ MEDIA = {
     "input_image": "image",
     "image": "image",
     "video_url": "video",
-    "input_video": "video",
     "video": "video",
     "file_url": "file",
     "input_file": "file",
@@ -1954,7 +1953,7 @@ class History:
         if not any(turn):
             return
         self.turn = Turn([], [], [])
-        content = "\n\n".join(filter(None, texts))
+        content = "\n\n".join(texts)
         if not calls and not content.strip():
             # Z.ai takes no thinking alone.
             self.changed += ["reasoning_content"] if thoughts else []
@@ -2234,12 +2233,10 @@ class Reader:
     def say(self, piece, field, kind=None):
         """What the assistant says in a field, of which the calls are told by then."""
         texts = [part["text"] for part in self.content(piece, field, kind)]
-        if not texts:
-            return
         # A message of chat is one text.
         if not self.request.agents:
             texts = [lines(*texts)]
-        self.turn(piece).texts.extend(texts)
+        self.turn(piece).texts.extend(filter(None, texts))
 
     # Items
 
@@ -2569,14 +2566,12 @@ def check_fields(fields, names):
     for name in ("model", "messages"):
         if name not in fields:
             raise missing(names.get(name, name))
-    checks = (
-        (expect, FIELDS),
-        (need_within, RANGES),
-    )
-    for check, table in checks:
-        for name, rule in table.items():
-            if name in fields:
-                check(fields[name], rule, names.get(name, name))
+    for name, type in FIELDS.items():
+        if name in fields:
+            path = names.get(name, name)
+            expect(fields[name], type, path)
+            if name in RANGES:
+                need_within(fields[name], RANGES[name], path)
 
 
 def to_zai_request(request, settings, model=""):
@@ -4160,14 +4155,15 @@ def chat_fields(body, names, others):
 class Itemized(Front):
     """A front that tells an answer as a row of items, one of them open at any time.
 
-    A class has _begin(item), _piece(item, text) and _end(item), which give the SSE text
-    of an item's stages, and _finish(step), which sets `answer`, the JSON answer. _end()
-    puts the item into `items`.
+    A class has `id_prefix`, with which an answer's id begins; _begin(item),
+    _piece(item, text) and _end(item), which give the SSE text of an item's stages;
+    and _finish(step), which sets `answer`, the JSON answer. _end() puts the item into
+    `items`.
     """
 
-    def __init__(self, id_prefix, fields, hidden):
+    def __init__(self, fields, hidden):
         super().__init__(fields.get("model", ""), fields["stream"])
-        self.id = new_id(id_prefix)
+        self.id = new_id(self.id_prefix)
         self.hidden = hidden  # thinking is not told
         self.tally = Tally(LONGEST_ANSWER_BYTES)
         self.open = None  # an Item
@@ -4265,8 +4261,7 @@ NO_THREADS = "thread_unsupported_request"
 class Messages(Itemized):
     """Anthropic's Messages API: POST /v1/messages."""
 
-    def __init__(self, fields, hidden):
-        super().__init__("msg_", fields, hidden)
+    id_prefix = "msg_"
 
     @classmethod
     def read(cls, body, caller, settings):
@@ -4576,11 +4571,12 @@ def earlier_turns(caller, id):
 class Responses(Itemized):
     """OpenAI's Responses API: POST /v1/responses."""
 
+    id_prefix = "resp_"
+
     def __init__(self, body, fields, hidden, caller):
-        super().__init__("resp_", fields, hidden)
+        super().__init__(fields, hidden)
         # opening() has the numbers 0 and 1; it may be made behind the first steps.
         self.number = 2
-        self.item = {}  # the open one, in the client's terms
         self.caller = caller
         self.compacts = False
         include = expect(body.get("include", []), list, "include")
@@ -4613,11 +4609,10 @@ class Responses(Itemized):
             caller.keep(front.id, {"previous": previous, "turns": turns})
         if turns[-1:] == [COMPACTION_TRIGGER]:
             front.compact(fields)
-        reasoning = fields.get("reasoning", {})
-        summary = reasoning.get("summary") or reasoning.get("generate_summary")
+        reasoning = front.base["reasoning"]
         # That is how Codex asks for thinking if it does not know the model.
-        asks = summary not in (None, "none", "off") and settings.enable_thinking is None
-        if asks and not reasoning.get("effort"):
+        asks = reasoning["summary"] and not reasoning["effort"]
+        if asks and settings.enable_thinking is None:
             fields.setdefault("enable_thinking", True)
         if dig(body, "text.verbosity"):
             changed.append("verbosity")
