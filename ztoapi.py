@@ -1638,9 +1638,6 @@ def estimate_tokens(text, pictures=()):
 # or blocks of a message, and calls. Each is a dict with a type, or with a role.
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-MESSAGE_KEYS = frozenset("""
-    type id status role content tool_calls tool_call_id reasoning_content reasoning
-""".split())
 # The media that Z.ai takes, as the text in their place calls them.
 MEDIA = {
     "image_url": "image",
@@ -1745,13 +1742,13 @@ class Piece(dict):
         self.role = role
         self.turn = turn
         self.kind = self.get("type") or kind
+        # The usual case needs no path.
         if not isinstance(self.kind, str):
             expect(self.kind, str, (path, "type"))
 
     def need(self, key, type, default=None):
         """self[key], or else the default, if it is of that type."""
         value = self.get(key)
-        # The usual case needs no path.
         if isinstance(value, type):
             return value
         return expect(default if value is None else value, type, (self.path, key))
@@ -2179,10 +2176,6 @@ class Reader:
         need_word(role, ROLES, (piece.path, "role"))
         if piece.role:
             return self.read_shown(piece)
-        if not (self.request.agents or piece.keys() <= MESSAGE_KEYS):
-            self.changed += [
-                name_of(name) for name, value in piece.items()
-                if name not in MESSAGE_KEYS and asks(name, value)]
         if role == "tool":
             return self.read_output(piece)
         piece.role = role = "system" if role == "developer" else role
@@ -2227,12 +2220,14 @@ class Reader:
     def read_assistant(self, piece):
         self.spoke = piece.turn
         self.think(piece, words_in(first(piece, CHAT_THOUGHT_FIELDS)))
-        self.say(piece, "content")
-        self.say(piece, "tool_calls", "function")
+        for field in ("content", "refusal", "tool_calls"):
+            if piece.get(field):
+                self.say(piece, field)
 
-    def say(self, piece, field, kind=None):
+    def say(self, piece, field):
         """What the assistant says in a field, of which the calls are told by then."""
-        texts = [part["text"] for part in self.content(piece, field, kind)]
+        # The entries of tool_calls may have no type.
+        texts = [part["text"] for part in self.content(piece, field, "function")]
         # A message of chat is one text.
         if not self.request.agents:
             texts = [lines(*texts)]
