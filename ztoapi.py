@@ -1871,7 +1871,7 @@ def argument_types(schema):
     where they are known. The whole would stay as long as the answer lasts."""
     properties = as_dict(schema.get("properties"))
     types = {name: allowed_types(inner, schema) for name, inner in properties.items()}
-    return {name: types[name] for name in types if types[name]}
+    return {name: allowed for name, allowed in types.items() if allowed}
 
 
 def mend_arguments(arguments):
@@ -1953,7 +1953,8 @@ class History:
         content = "\n\n".join(texts)
         if not calls and not content.strip():
             # Z.ai takes no thinking alone.
-            self.changed += ["reasoning_content"] if thoughts else []
+            if thoughts:
+                self.changed.append("reasoning_content")
             return
         self.place_images()
         message = {"role": "assistant", "content": content}
@@ -2051,7 +2052,7 @@ class Reader:
         # What Z.ai has no field for, as system lines.
         self.instructions = []
         self.history = History(self.changed)
-        self.tools = {}  # Z.ai's, by their names; its own by their types and a blank
+        self.tools = []  # Z.ai's
         self.some_left_out = False
         self.names = {}  # (namespace, name) of a tool -> its name at Z.ai
         self.owners = {}  # and back
@@ -2078,7 +2079,7 @@ class Reader:
             model=self.id, stream=True, messages=messages, **self.sampling(),
             **self.choose(), **self.thinking(), **self.format())
         self.insert_instructions(messages)
-        functions = [tool["function"] for tool in self.tools.values() if "function" in tool]
+        functions = [tool["function"] for tool in self.tools if "function" in tool]
         streams_calls = self.model and self.model.tool_stream
         if functions and fields.get("stream") and streams_calls:
             body.setdefault("tool_stream", True)
@@ -2403,7 +2404,7 @@ class Reader:
             elif tool.kind in CHOICES:
                 self.read_function(tool.unfold())
             elif tool.kind in ZAI_TOOLS and isinstance(tool.get(tool.kind), dict):
-                self.tools[tool.kind + " "] = dict(tool)
+                self.tools.append(dict(tool))
             else:
                 # For one unknown tool Z.ai refuses the whole request.
                 self.changed.append(name_of(tool.kind))
@@ -2424,8 +2425,8 @@ class Reader:
         # Codex says of each tool that it is not.
         if tool.get("strict"):
             self.changed.append("strict")
-        self.tools[name] = function_object(
-            name=name, description=text or name, parameters=schema)
+        self.tools.append(
+            function_object(name=name, description=text or name, parameters=schema))
 
     def choose(self):
         """The tools that tool_choice leaves. Z.ai knows "auto" only; a system line
@@ -2439,38 +2440,40 @@ class Reader:
         if choice.kind != "auto":
             self.changed.append("tool_choice")
             self.keep_tools(choice)
-        tools = list(self.tools.values())
-        need_within(tools, (0, MOST_TOOLS), self.path("tools"))
-        return {"tools": tools, "tool_choice": "auto"} if tools else {}
+        need_within(self.tools, (0, MOST_TOOLS), self.path("tools"))
+        return {"tools": self.tools, "tool_choice": "auto"} if self.tools else {}
 
     def keep_tools(self, choice):
+        # Z.ai's own tools have no name.
+        names = [tool.get("function", {}).get("name", "") for tool in self.tools]
         must = choice.kind in ("required", "any") or choice.get("mode") == "required"
-        wanted = set() if choice.kind == "none" else set(self.tools)
+        wanted = {*names, ""} if choice.kind != "none" else set()
         if choice.kind in CHOICES:
             wanted = {self.chosen(choice)}
             must = True
         elif choice.kind == "allowed_tools":
             wanted = set(map(self.chosen, choice.pieces("tools", "function")))
-        unknown = wanted - set(self.tools)
+        unknown = wanted.difference(names, [""])
         if unknown and not self.some_left_out:
             raise wrong(
                 self.path("tool_choice"),
                 f"names the tool {min(unknown)[:200]!a}, which is not in 'tools'")
-        kept = {name: tool for name, tool in self.tools.items() if name in wanted}
-        functions = [name for name in kept if name in self.owners]
+        functions = wanted.intersection(names) - {""}
         # What was left out, and Z.ai's own tools, cannot be demanded.
         if must and not functions:
             return
-        self.tools = kept
+        self.tools = [tool for name, tool in zip(names, self.tools) if name in wanted]
         if must:
-            wish = "the tool " + functions[0] if len(functions) == 1 else "one or more of the tools"
+            wish = "one or more of the tools"
+            if len(functions) == 1:
+                wish = "the tool " + min(functions)
             self.instructions.append(
                 f"You must answer by calling {wish}. Do not answer in text.")
 
     def chosen(self, tool):
-        """The name of a tool that is chosen, as in self.tools."""
+        """The name at Z.ai of a tool that is chosen, "" for one of Z.ai's own."""
         if tool.kind not in CHOICES:
-            return tool.kind + " "
+            return ""
         name = tool.unfold().need("name", str)
         return self.names.get((tool.need("namespace", str, NO_NAMESPACE), name), name)
 
