@@ -1642,16 +1642,12 @@ def estimate_tokens(text, pictures=()):
 # or blocks of a message, and calls. Each is a dict with a type, or with a role.
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-MESSAGE_KEYS = frozenset("""
-    type id status role content tool_calls tool_call_id reasoning_content reasoning
-""".split())
 # The media that Z.ai takes, as the text in their place calls them.
 MEDIA = {
     "image_url": "image",
     "input_image": "image",
     "image": "image",
     "video_url": "video",
-    "input_video": "video",
     "video": "video",
     "file_url": "file",
     "input_file": "file",
@@ -1724,8 +1720,6 @@ CUSTOM_SCHEMA = {
 CHOICES = ("function", "custom", "tool")
 # Where Codex's own tools may be said to be, or not.
 NO_NAMESPACE = "functions"
-# The numbers of turns that are none of the messages.
-PROMPT, EARLIER = -1, -2
 
 
 def first(value, names):
@@ -1744,7 +1738,7 @@ class Piece(dict):
 
     __slots__ = ("kind", "path", "role", "turn")
 
-    def __init__(self, value, path, kind=None, role="", turn=EARLIER):
+    def __init__(self, value, path, kind=None, role="", turn=0):
         if not isinstance(value, dict):
             expect(value, dict, path)
         dict.__init__(self, value)
@@ -1752,13 +1746,13 @@ class Piece(dict):
         self.role = role
         self.turn = turn
         self.kind = self.get("type") or kind
+        # The usual case needs no path.
         if not isinstance(self.kind, str):
             expect(self.kind, str, (path, "type"))
 
     def need(self, key, type, default=None):
         """self[key], or else the default, if it is of that type."""
         value = self.get(key)
-        # The usual case needs no path.
         if isinstance(value, type):
             return value
         return expect(default if value is None else value, type, (self.path, key))
@@ -1881,7 +1875,7 @@ def argument_types(schema):
     where they are known. The whole would stay as long as the answer lasts."""
     properties = as_dict(schema.get("properties"))
     types = {name: allowed_types(inner, schema) for name, inner in properties.items()}
-    return {name: types[name] for name in types if types[name]}
+    return {name: allowed for name, allowed in types.items() if allowed}
 
 
 def mend_arguments(arguments):
@@ -1960,10 +1954,11 @@ class History:
         if not any(turn):
             return
         self.turn = Turn([], [], [])
-        content = "\n\n".join(filter(None, texts))
+        content = "\n\n".join(texts)
         if not calls and not content.strip():
             # Z.ai takes no thinking alone.
-            self.changed += ["reasoning_content"] if thoughts else []
+            if thoughts:
+                self.changed.append("reasoning_content")
             return
         self.place_images()
         message = {"role": "assistant", "content": content}
@@ -1971,30 +1966,39 @@ class History:
             message["reasoning_content"] = "\n\n".join(thoughts)
         self.messages.append(message)
         if calls:
-            message["tool_calls"] = calls
-            self.expect_outputs(calls)
+            message["tool_calls"] = self.add_calls(calls)
 
-    def expect_outputs(self, calls):
-        """A tool message for each call, as Z.ai wants, which output() fills.
+    def add_calls(self, calls):
+        """The calls of a turn, each of them once. Behind it stands a tool message for
+        each, as Z.ai wants, which output() fills.
 
         A call without an id, or with that of another one, gets one by its place: what
         is sent again must stay the same, or Z.ai's cache is lost.
         """
         place = len(self.messages)
-        ids = set()
+        calls_by_id = {}
+        kept = []
         nameless = []
         for i, call in enumerate(calls):
+            id = call["id"]
+            twin = calls_by_id.get(id)
+            # LangChain sends each call as a part, too. Each is parsed for the next one
+            # of its id alone.
+            if twin and meaning_of(twin) == meaning_of(call):
+                continue
+            calls_by_id[id] = id and call
             output = {"role": "tool", "content": NO_OUTPUT}
-            if call["id"] is None or call["id"] in ids:
+            if id and not twin:
+                self.waiting[id] = output
+            else:
                 call["id"] = f"call_{place}_{i}"
                 nameless.append(output)
                 self.changed.append("tool_call_id")
-            else:
-                self.waiting[call["id"]] = output
-            ids.add(call["id"])
             output["tool_call_id"] = call["id"]
+            kept.append(call)
             self.messages.append(output)
         self.nameless = iter(nameless)
+        return kept
 
     def add(self, role, content):
         """A message that is not the assistant's."""
@@ -2052,19 +2056,18 @@ class Reader:
         # What Z.ai has no field for, as system lines.
         self.instructions = []
         self.history = History(self.changed)
-        self.tools = {}  # Z.ai's, by their names; its own by their types and a blank
+        self.tools = []  # Z.ai's
         self.some_left_out = False
         self.names = {}  # (namespace, name) of a tool -> its name at Z.ai
         self.owners = {}  # and back
         self.referred = set()  # the ids of items that were put in for a reference
         self.pictures = []  # their lengths
         # The numbers of the user's, the assistant's and the tools' last turns.
-        self.heard = self.spoke = self.brought = EARLIER
-        # The turns whose pictures the model does not see; and (turn, error) of all that
-        # the model does not take, and of what cannot be read.
+        self.heard = self.spoke = self.brought = -INFINITY
+        # The turns whose pictures the model does not see.
         self.unseen = []
-        self.untaken = []
-        self.unreadable = []
+        # (turn, error) of what cannot be read, and of what a user shows in vain.
+        self.errors = []
 
     def path(self, name):
         """What the client calls a field of chat."""
@@ -2080,7 +2083,7 @@ class Reader:
             model=self.id, stream=True, messages=messages, **self.sampling(),
             **self.choose(), **self.thinking(), **self.format())
         self.insert_instructions(messages)
-        functions = [tool["function"] for tool in self.tools.values() if "function" in tool]
+        functions = [tool["function"] for tool in self.tools if "function" in tool]
         streams_calls = self.model and self.model.tool_stream
         if functions and fields.get("stream") and streams_calls:
             body.setdefault("tool_stream", True)
@@ -2104,42 +2107,38 @@ class Reader:
     def conversation(self):
         """Z.ai's messages."""
         request = self.request
+        messages = self.fields["messages"]
+        last = len(messages) - 1
         name = self.path("prompt")
-        prompt = Piece({name: request.prompt}, "", "message", "system", PROMPT)
+        prompt = Piece({name: request.prompt}, "", "message", "system", last)
         for part in self.content(prompt, name):
             self.show("system", [part])
-        for turn in request.earlier:
-            self.read_turn(turn, "", EARLIER)
-        turns = self.fields["messages"]
-        for i, turn in enumerate(turns):
-            self.read_turn(turn, (self.path("messages"), i), i)
-        self.refuse(len(turns) - 1)
+        path = self.path("messages")
+        for i, turn in enumerate([*request.earlier, *messages], -len(request.earlier)):
+            place = (path, i) if i >= 0 else "previous_response_id"
+            part = self.read(turn, place, "", i, "message")
+            # What stands in no message is the user's.
+            if part:
+                self.show("user", [part])
+        self.refuse(last)
         return self.history.close()
 
     def refuse(self, last):
-        """Raise what is wrong with the last turn, or with this one's pictures.
+        """Raise what is wrong with the last turn or with the prompt, and with what this
+        turn shows.
 
-        In chat the user's last message may be refused for what it shows, and behind it
-        there may be one of the system. Agents would send theirs again for ever; and
-        what stands behind a tool's output was brought by the tool, though the user
-        sends it.
+        In chat it is the user's last message that may be refused, though one of the
+        system stands behind it. Agents would send it again for ever.
         """
         fresh = [turn for turn in self.unseen if turn == self.heard or turn > self.spoke]
         if fresh and self.vision:
             raise Unseen
-        refusable = [PROMPT, last]
-        if self.heard > self.spoke >= self.brought and not self.request.agents:
+        refusable = [last]
+        if self.heard > max(self.spoke, self.brought) and not self.request.agents:
             refusable.append(self.heard)
-            self.unreadable += [pair for pair in self.untaken if pair[0] == self.heard]
-        for turn, error in self.unreadable:
+        for turn, error in self.errors:
             if turn in refusable:
                 raise error
-
-    def read_turn(self, turn, path, number):
-        part = self.read(turn, path, "", number, "message")
-        # What stands in no message is the user's.
-        if part:
-            self.show("user", [part])
 
     def read(self, value, path, role, turn, kind=None):
         """A piece of any kind. What cannot be read is told as JSON, but not by the
@@ -2155,7 +2154,7 @@ class Reader:
             if error.status != 400:
                 raise
             if role != "tool":
-                self.unreadable.append((turn, error))
+                self.errors.append((turn, error))
         self.changed.append("unreadable")
         return None if role == "assistant" else json_part(value)
 
@@ -2179,14 +2178,9 @@ class Reader:
         role = piece.get("role")
         if self.request.recall and "id" in piece and piece.keys() <= {"id", "type"}:
             return self.read_reference(piece)
-        if role not in ROLES:
-            need_word(role, ROLES, (piece.path, "role"))
+        need_word(role, ROLES, (piece.path, "role"))
         if piece.role:
             return self.read_shown(piece)
-        if not (self.request.agents or piece.keys() <= MESSAGE_KEYS):
-            self.changed += [
-                name_of(name) for name, value in piece.items()
-                if name not in MESSAGE_KEYS and asks(name, value)]
         if role == "tool":
             return self.read_output(piece)
         piece.role = role = "system" if role == "developer" else role
@@ -2229,31 +2223,20 @@ class Reader:
         return self.history.turn
 
     def read_assistant(self, piece):
+        self.spoke = piece.turn
         self.think(piece, words_in(first(piece, CHAT_THOUGHT_FIELDS)))
-        turn = self.turn(piece)
-        before = after = len(turn.calls)
-        if piece.get("content"):
-            self.say(piece, "content")
-            # An output in there has ended the turn.
-            turn = self.turn(piece)
-            after = len(turn.calls)
-        self.say(piece, "tool_calls", "function")
-        # LangChain sends each call as a part, too.
-        if before < after < len(turn.calls) and turn is self.history.turn:
-            told = {call["id"]: meaning_of(call) for call in turn.calls[before:after]}
-            turn.calls[after:] = [
-                call for call in turn.calls[after:]
-                if told.get(call["id"]) != meaning_of(call)]
+        for field in ("content", "refusal", "tool_calls"):
+            if piece.get(field):
+                self.say(piece, field)
 
-    def say(self, piece, field, kind=None):
+    def say(self, piece, field):
         """What the assistant says in a field, of which the calls are told by then."""
-        texts = [part["text"] for part in self.content(piece, field, kind)]
-        if not texts:
-            return
+        # The entries of tool_calls may have no type.
+        texts = [part["text"] for part in self.content(piece, field, "function")]
         # A message of chat is one text.
         if not self.request.agents:
             texts = [lines(*texts)]
-        self.turn(piece).texts.extend(texts)
+        self.turn(piece).texts.extend(filter(None, texts))
 
     # Items
 
@@ -2372,9 +2355,12 @@ class Reader:
         return self.leave_out(piece, noun, reason, advice)
 
     def leave_out(self, piece, noun, reason, advice=""):
-        """A text in the place of what is shown, for which the user may be refused."""
-        error = RequestError(f"{reason}{advice}.", spelled(piece.path))
-        self.untaken.append((piece.turn, error))
+        """A text in the place of what is shown."""
+        # What stands behind a tool's output was brought by the tool, though the user
+        # sends it. Agents' pictures would come again with each turn.
+        if piece.role == "user" and self.spoke >= self.brought and not self.request.agents:
+            error = RequestError(f"{reason}{advice}.", spelled(piece.path))
+            self.errors.append((piece.turn, error))
         self.changed.append(noun)
         if piece.role in ("", "assistant"):
             return None
@@ -2422,7 +2408,7 @@ class Reader:
             elif tool.kind in CHOICES:
                 self.read_function(tool.unfold())
             elif tool.kind in ZAI_TOOLS and isinstance(tool.get(tool.kind), dict):
-                self.tools[tool.kind + " "] = dict(tool)
+                self.tools.append(dict(tool))
             else:
                 # For one unknown tool Z.ai refuses the whole request.
                 self.changed.append(name_of(tool.kind))
@@ -2443,8 +2429,8 @@ class Reader:
         # Codex says of each tool that it is not.
         if tool.get("strict"):
             self.changed.append("strict")
-        self.tools[name] = function_object(
-            name=name, description=text or name, parameters=schema)
+        self.tools.append(
+            function_object(name=name, description=text or name, parameters=schema))
 
     def choose(self):
         """The tools that tool_choice leaves. Z.ai knows "auto" only; a system line
@@ -2458,38 +2444,40 @@ class Reader:
         if choice.kind != "auto":
             self.changed.append("tool_choice")
             self.keep_tools(choice)
-        tools = list(self.tools.values())
-        need_within(tools, (0, MOST_TOOLS), self.path("tools"))
-        return {"tools": tools, "tool_choice": "auto"} if tools else {}
+        need_within(self.tools, (0, MOST_TOOLS), self.path("tools"))
+        return {"tools": self.tools, "tool_choice": "auto"} if self.tools else {}
 
     def keep_tools(self, choice):
+        # Z.ai's own tools have no name.
+        names = [tool.get("function", {}).get("name", "") for tool in self.tools]
         must = choice.kind in ("required", "any") or choice.get("mode") == "required"
-        wanted = set() if choice.kind == "none" else set(self.tools)
+        wanted = {*names, ""} if choice.kind != "none" else set()
         if choice.kind in CHOICES:
             wanted = {self.chosen(choice)}
             must = True
         elif choice.kind == "allowed_tools":
             wanted = set(map(self.chosen, choice.pieces("tools", "function")))
-        unknown = wanted - set(self.tools)
+        unknown = wanted.difference(names, [""])
         if unknown and not self.some_left_out:
             raise wrong(
                 self.path("tool_choice"),
                 f"names the tool {min(unknown)[:200]!a}, which is not in 'tools'")
-        kept = {name: tool for name, tool in self.tools.items() if name in wanted}
-        functions = [name for name in kept if name in self.owners]
+        functions = wanted.intersection(names) - {""}
         # What was left out, and Z.ai's own tools, cannot be demanded.
         if must and not functions:
             return
-        self.tools = kept
+        self.tools = [tool for name, tool in zip(names, self.tools) if name in wanted]
         if must:
-            wish = "the tool " + functions[0] if len(functions) == 1 else "one or more of the tools"
+            wish = "one or more of the tools"
+            if len(functions) == 1:
+                wish = "the tool " + min(functions)
             self.instructions.append(
                 f"You must answer by calling {wish}. Do not answer in text.")
 
     def chosen(self, tool):
-        """The name of a tool that is chosen, as in self.tools."""
+        """The name at Z.ai of a tool that is chosen, "" for one of Z.ai's own."""
         if tool.kind not in CHOICES:
-            return tool.kind + " "
+            return ""
         name = tool.unfold().need("name", str)
         return self.names.get((tool.need("namespace", str, NO_NAMESPACE), name), name)
 
@@ -2497,22 +2485,21 @@ class Reader:
 
     def sampling(self):
         request = self.fields
-        fields = {}
+        limit = request.get("max_completion_tokens", request.get("max_tokens"))
+        wishes = {**request, "max_tokens": limit}
+        most = self.model and self.model.max_tokens or INFINITY
         # Z.ai takes two decimals, in ranges narrower than OpenAI's.
-        if "temperature" in request:
-            fields["temperature"] = round(min(request["temperature"], 1), 2)
-        if "top_p" in request:
-            fields["top_p"] = round(max(request["top_p"], 0.01), 2)
-        self.changed += [name for name, value in fields.items() if value != request[name]]
+        ranges = {"temperature": (0, 1), "top_p": (0.01, 1), "max_tokens": (1, most)}
+        fields = {}
+        for name, (low, high) in ranges.items():
+            wish = wishes.get(name)
+            if wish is not None:
+                fields[name] = round(min(max(wish, low), high), 2)
+                if fields[name] != wish:
+                    self.changed.append(name)
         # Z.ai refused a top_p of 1 for years. It means the same as no top_p.
         if fields.get("top_p") == 1:
             del fields["top_p"]
-        limit = request.get("max_completion_tokens", request.get("max_tokens"))
-        if limit is not None:
-            most = self.model and self.model.max_tokens or limit
-            fields["max_tokens"] = min(limit, most)
-            if fields["max_tokens"] != limit:
-                self.changed.append("max_tokens")
         fields.update(self.stop_words())
         user = request.get("user")
         if user:
@@ -2581,14 +2568,12 @@ def check_fields(fields, names):
     for name in ("model", "messages"):
         if name not in fields:
             raise missing(names.get(name, name))
-    checks = (
-        (expect, FIELDS),
-        (need_within, RANGES),
-    )
-    for check, table in checks:
-        for name, rule in table.items():
-            if name in fields:
-                check(fields[name], rule, names.get(name, name))
+    for name, type in FIELDS.items():
+        if name in fields:
+            path = names.get(name, name)
+            expect(fields[name], type, path)
+            if name in RANGES:
+                need_within(fields[name], RANGES[name], path)
 
 
 def to_zai_request(request, settings, model=""):
@@ -3935,7 +3920,6 @@ class Chat(Front):
         changed = [name for name in request if name in DROPPED and asks(name, request[name])]
         if "input" in request and "messages" not in request:
             raise wrong("messages", "is missing: a request with 'input' goes to /v1/responses")
-        options = as_dict(request.get("stream_options"))
         user_agent = caller.headers.get("user-agent", "")
         accept = caller.headers.get("accept", "").lower()
         expects_json = "application/json" in accept or EXPECTS_JSON.search(user_agent)
@@ -3946,7 +3930,7 @@ class Chat(Front):
             created=int(caller.now),
             model=str(request.get("model")),
             stream=request["stream"],
-            include_usage=bool(options.get("include_usage")),
+            include_usage=bool(dig(request, "stream_options.include_usage")),
             reasoning=request.get("reasoning_format", settings.reasoning_format))
         need_word(front.reasoning, REASONING_FORMATS, "reasoning_format")
         loses_error = (
@@ -4091,14 +4075,15 @@ def chat_fields(body, names, others):
 class Itemized(Front):
     """A front that tells an answer as a row of items, one of them open at any time.
 
-    A class has _begin(item), _piece(item, text) and _end(item), which give the SSE text
-    of an item's stages, and _finish(step), which sets `answer`, the JSON answer. _end()
-    puts the item into `items`.
+    A class has `id_prefix`, with which an answer's id begins; _begin(item),
+    _piece(item, text) and _end(item), which give the SSE text of an item's stages;
+    and _finish(step), which sets `answer`, the JSON answer. _end() puts the item into
+    `items`.
     """
 
-    def __init__(self, id_prefix, fields, hidden):
+    def __init__(self, fields, hidden):
         super().__init__(fields.get("model", ""), fields["stream"])
-        self.id = new_id(id_prefix)
+        self.id = new_id(self.id_prefix)
         self.hidden = hidden  # thinking is not told
         self.tally = Tally()
         self.open = None  # the step that began it
@@ -4194,8 +4179,7 @@ NO_THREADS = "thread_unsupported_request"
 class Messages(Itemized):
     """Anthropic's Messages API: POST /v1/messages."""
 
-    def __init__(self, fields, hidden):
-        super().__init__("msg_", fields, hidden)
+    id_prefix = "msg_"
 
     @classmethod
     def read(cls, body, caller, settings):
@@ -4505,11 +4489,12 @@ def earlier_turns(caller, id):
 class Responses(Itemized):
     """OpenAI's Responses API: POST /v1/responses."""
 
+    id_prefix = "resp_"
+
     def __init__(self, body, fields, hidden, caller):
-        super().__init__("resp_", fields, hidden)
+        super().__init__(fields, hidden)
         # opening() has the numbers 0 and 1; it may be made behind the first steps.
         self.number = 2
-        self.item = {}  # the open one, in the client's terms
         self.caller = caller
         self.compacts = False
         include = expect(body.get("include", []), list, "include")
@@ -4542,11 +4527,10 @@ class Responses(Itemized):
             caller.keep(front.id, {"previous": previous, "turns": turns})
         if turns[-1:] == [COMPACTION_TRIGGER]:
             front.compact(fields)
-        reasoning = fields.get("reasoning", {})
-        summary = reasoning.get("summary") or reasoning.get("generate_summary")
+        reasoning = front.base["reasoning"]
         # That is how Codex asks for thinking if it does not know the model.
-        asks = summary not in (None, "none", "off") and settings.enable_thinking is None
-        if asks and not reasoning.get("effort"):
+        asks = reasoning["summary"] and not reasoning["effort"]
+        if asks and settings.enable_thinking is None:
             fields.setdefault("enable_thinking", True)
         if dig(body, "text.verbosity"):
             changed.append("verbosity")
