@@ -719,7 +719,7 @@ class Proxy:
 
     def chat(self, lines=(), **fields):
         """A JSON answer: (status, headers, body)."""
-        return self.call("POST", CHAT, chat_body(stream=False, **fields), lines)
+        return self.call("POST", CHAT, chat_body(**{"stream": False, **fields}), lines)
 
     def open_stream(self, lines=(), **fields):
         """A raw socket with a streamed request sent; read it with read_stream() or recv()."""
@@ -7223,7 +7223,7 @@ class Torrent:
     def stand_still(self, proxy):
         """Wait until it is held up, as the client is behind; how much was sent by then."""
         sent = None
-        while sent != self.sent or not any(client.is_behind for client in list(proxy.server.pump.clients)):
+        while sent != self.sent or not any(client.outbox.unsent for client in list(proxy.server.pump.clients)):
             sent = self.sent
             time.sleep(0.15)
         return sent
