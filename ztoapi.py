@@ -7260,17 +7260,23 @@ def serve(settings):
         say(f"Cannot listen on HOST={host} PORT={settings.port}: {reason};"
             " set PORT= or HOST= to another", "stderr")
         return 1
+    # In a thread of its own: a signal comes to the main thread, and while that starts a
+    # thread for a connection, it would be lost.
+    accepting = threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True)
+    accepting.start()
     # Outside of the main thread, ValueError: then somebody else minds the signals.
     with contextlib.suppress(ValueError):
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.default_int_handler)
     with contextlib.suppress(KeyboardInterrupt):
         announce(server)
-        server.serve_forever()
+        # On Windows no signal wakes who waits for a thread.
+        while accepting.is_alive():
+            time.sleep(0.5)
     # A second signal ends the draining at once.
     whole = False
     with contextlib.suppress(KeyboardInterrupt):
-        whole = server.drain()
+        whole = server.stop()
     say("Stopped.")
     return 0 if whole else 1
 
