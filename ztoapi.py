@@ -338,7 +338,8 @@ class ApiError(Exception):
     """An answer that is an error.
 
     `retry_after`: seconds until a further try makes sense, or None. `retryable`: False
-    tells OpenAI's and Anthropic's SDKs not to try again by themselves.
+    tells OpenAI's and Anthropic's SDKs not to try again by themselves. `allowed`: of a
+    405, the methods that are.
     """
 
     status = 500
@@ -346,9 +347,10 @@ class ApiError(Exception):
     code = "internal_error"
     retry_after = None
     retryable = None
+    allowed = ()
 
     def __init__(self, message, param=None, **facts):
-        """`facts`: attributes such as the five above, where this error differs."""
+        """`facts`: attributes such as the six above, where this error differs."""
         super().__init__(message)
         self.message = message
         self.param = param
@@ -362,6 +364,8 @@ class ApiError(Exception):
         if self.retryable is False:
             # Without this header the SDKs repeat every 429 and 5xx twice.
             headers["x-should-retry"] = "false"
+        if self.allowed:
+            headers["Allow"] = ", ".join(self.allowed)
         return headers
 
 
@@ -883,12 +887,12 @@ def finite_or_null(text):
 
 
 # While JSON's scanner in C is at work, Python lets no other thread run, and each value
-# takes it up to a microsecond. Before each but the keys and the first there is a mark:
-# a bracket or a comma.
+# takes it up to a microsecond. Values are counted by the mark before them: a bracket or
+# a comma.
 LIGHT_BYTES = 1 << 17
 LIGHT_MARKS = 20_000
 LARGE_BYTES = 1 << 20
-# A request of a million tokens has fewer. Each may become a Python object.
+# A request of a million tokens has fewer. Each may stand for a Python object.
 MOST_MARKS = 1_000_000
 
 
@@ -903,8 +907,8 @@ def is_light(text):
     return len(text) <= LARGE_BYTES and count_marks(text) <= LIGHT_MARKS
 
 
-# What takes one step even in Python is bounded: a dict, and a text that is not ASCII,
-# as images are.
+# To make a dict, or a text, is one step of Python's, so these have bounds of their own.
+# A text of ASCII alone, as an image in base64 is, is made fast.
 def small_object(pairs):
     if len(pairs) > 100_000:
         raise ValueError("an object has more than 100,000 keys")
@@ -1146,7 +1150,7 @@ class RequestHead(HeadReader):
         self.is_1_0 = version == "HTTP/1.0"
         self._parse_fields(head[line.end():])
         self.framing = self._find_framing()
-        options = re.split("[ \t,]+", self.fields.get("connection", "").lower())
+        options = self.fields.get("connection", "").lower()
         self.keeps_alive = not self.is_1_0 and "close" not in options
 
     def _parse_fields(self, lines):
@@ -1638,16 +1642,12 @@ def estimate_tokens(text, pictures=()):
 # or blocks of a message, and calls. Each is a dict with a type, or with a role.
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-MESSAGE_KEYS = frozenset("""
-    type id status role content tool_calls tool_call_id reasoning_content reasoning
-""".split())
 # The media that Z.ai takes, as the text in their place calls them.
 MEDIA = {
     "image_url": "image",
     "input_image": "image",
     "image": "image",
     "video_url": "video",
-    "input_video": "video",
     "video": "video",
     "file_url": "file",
     "input_file": "file",
@@ -1720,8 +1720,6 @@ CUSTOM_SCHEMA = {
 CHOICES = ("function", "custom", "tool")
 # Where Codex's own tools may be said to be, or not.
 NO_NAMESPACE = "functions"
-# The numbers of turns that are none of the messages.
-PROMPT, EARLIER = -1, -2
 
 
 def first(value, names):
@@ -1740,7 +1738,7 @@ class Piece(dict):
 
     __slots__ = ("kind", "path", "role", "turn")
 
-    def __init__(self, value, path, kind=None, role="", turn=EARLIER):
+    def __init__(self, value, path, kind=None, role="", turn=0):
         if not isinstance(value, dict):
             expect(value, dict, path)
         dict.__init__(self, value)
@@ -1748,13 +1746,13 @@ class Piece(dict):
         self.role = role
         self.turn = turn
         self.kind = self.get("type") or kind
+        # The usual case needs no path.
         if not isinstance(self.kind, str):
             expect(self.kind, str, (path, "type"))
 
     def need(self, key, type, default=None):
         """self[key], or else the default, if it is of that type."""
         value = self.get(key)
-        # The usual case needs no path.
         if isinstance(value, type):
             return value
         return expect(default if value is None else value, type, (self.path, key))
@@ -1877,7 +1875,7 @@ def argument_types(schema):
     where they are known. The whole would stay as long as the answer lasts."""
     properties = as_dict(schema.get("properties"))
     types = {name: allowed_types(inner, schema) for name, inner in properties.items()}
-    return {name: types[name] for name in types if types[name]}
+    return {name: allowed for name, allowed in types.items() if allowed}
 
 
 def mend_arguments(arguments):
@@ -1956,10 +1954,11 @@ class History:
         if not any(turn):
             return
         self.turn = Turn([], [], [])
-        content = "\n\n".join(filter(None, texts))
+        content = "\n\n".join(texts)
         if not calls and not content.strip():
             # Z.ai takes no thinking alone.
-            self.changed += ["reasoning_content"] if thoughts else []
+            if thoughts:
+                self.changed.append("reasoning_content")
             return
         self.place_images()
         message = {"role": "assistant", "content": content}
@@ -1967,30 +1966,39 @@ class History:
             message["reasoning_content"] = "\n\n".join(thoughts)
         self.messages.append(message)
         if calls:
-            message["tool_calls"] = calls
-            self.expect_outputs(calls)
+            message["tool_calls"] = self.add_calls(calls)
 
-    def expect_outputs(self, calls):
-        """A tool message for each call, as Z.ai wants, which output() fills.
+    def add_calls(self, calls):
+        """The calls of a turn, each of them once. Behind it stands a tool message for
+        each, as Z.ai wants, which output() fills.
 
         A call without an id, or with that of another one, gets one by its place: what
         is sent again must stay the same, or Z.ai's cache is lost.
         """
         place = len(self.messages)
-        ids = set()
+        calls_by_id = {}
+        kept = []
         nameless = []
         for i, call in enumerate(calls):
+            id = call["id"]
+            twin = calls_by_id.get(id)
+            # LangChain sends each call as a part, too. Each is parsed for the next one
+            # of its id alone.
+            if twin and meaning_of(twin) == meaning_of(call):
+                continue
+            calls_by_id[id] = id and call
             output = {"role": "tool", "content": NO_OUTPUT}
-            if call["id"] is None or call["id"] in ids:
+            if id and not twin:
+                self.waiting[id] = output
+            else:
                 call["id"] = f"call_{place}_{i}"
                 nameless.append(output)
                 self.changed.append("tool_call_id")
-            else:
-                self.waiting[call["id"]] = output
-            ids.add(call["id"])
             output["tool_call_id"] = call["id"]
+            kept.append(call)
             self.messages.append(output)
         self.nameless = iter(nameless)
+        return kept
 
     def add(self, role, content):
         """A message that is not the assistant's."""
@@ -2048,19 +2056,18 @@ class Reader:
         # What Z.ai has no field for, as system lines.
         self.instructions = []
         self.history = History(self.changed)
-        self.tools = {}  # Z.ai's, by their names; its own by their types and a blank
+        self.tools = []  # Z.ai's
         self.some_left_out = False
         self.names = {}  # (namespace, name) of a tool -> its name at Z.ai
         self.owners = {}  # and back
         self.referred = set()  # the ids of items that were put in for a reference
         self.pictures = []  # their lengths
         # The numbers of the user's, the assistant's and the tools' last turns.
-        self.heard = self.spoke = self.brought = EARLIER
-        # The turns whose pictures the model does not see; and (turn, error) of all that
-        # the model does not take, and of what cannot be read.
+        self.heard = self.spoke = self.brought = -INFINITY
+        # The turns whose pictures the model does not see.
         self.unseen = []
-        self.untaken = []
-        self.unreadable = []
+        # (turn, error) of what cannot be read, and of what a user shows in vain.
+        self.errors = []
 
     def path(self, name):
         """What the client calls a field of chat."""
@@ -2076,7 +2083,7 @@ class Reader:
             model=self.id, stream=True, messages=messages, **self.sampling(),
             **self.choose(), **self.thinking(), **self.format())
         self.insert_instructions(messages)
-        functions = [tool["function"] for tool in self.tools.values() if "function" in tool]
+        functions = [tool["function"] for tool in self.tools if "function" in tool]
         streams_calls = self.model and self.model.tool_stream
         if functions and fields.get("stream") and streams_calls:
             body.setdefault("tool_stream", True)
@@ -2100,42 +2107,38 @@ class Reader:
     def conversation(self):
         """Z.ai's messages."""
         request = self.request
+        messages = self.fields["messages"]
+        last = len(messages) - 1
         name = self.path("prompt")
-        prompt = Piece({name: request.prompt}, "", "message", "system", PROMPT)
+        prompt = Piece({name: request.prompt}, "", "message", "system", last)
         for part in self.content(prompt, name):
             self.show("system", [part])
-        for turn in request.earlier:
-            self.read_turn(turn, "", EARLIER)
-        turns = self.fields["messages"]
-        for i, turn in enumerate(turns):
-            self.read_turn(turn, (self.path("messages"), i), i)
-        self.refuse(len(turns) - 1)
+        path = self.path("messages")
+        for i, turn in enumerate([*request.earlier, *messages], -len(request.earlier)):
+            place = (path, i) if i >= 0 else "previous_response_id"
+            part = self.read(turn, place, "", i, "message")
+            # What stands in no message is the user's.
+            if part:
+                self.show("user", [part])
+        self.refuse(last)
         return self.history.close()
 
     def refuse(self, last):
-        """Raise what is wrong with the last turn, or with this one's pictures.
+        """Raise what is wrong with the last turn or with the prompt, and with what this
+        turn shows.
 
-        In chat the user's last message may be refused for what it shows, and behind it
-        there may be one of the system. Agents would send theirs again for ever; and
-        what stands behind a tool's output was brought by the tool, though the user
-        sends it.
+        In chat it is the user's last message that may be refused, though one of the
+        system stands behind it. Agents would send it again for ever.
         """
         fresh = [turn for turn in self.unseen if turn == self.heard or turn > self.spoke]
         if fresh and self.vision:
             raise Unseen
-        refusable = [PROMPT, last]
-        if self.heard > self.spoke >= self.brought and not self.request.agents:
+        refusable = [last]
+        if self.heard > max(self.spoke, self.brought) and not self.request.agents:
             refusable.append(self.heard)
-            self.unreadable += [pair for pair in self.untaken if pair[0] == self.heard]
-        for turn, error in self.unreadable:
+        for turn, error in self.errors:
             if turn in refusable:
                 raise error
-
-    def read_turn(self, turn, path, number):
-        part = self.read(turn, path, "", number, "message")
-        # What stands in no message is the user's.
-        if part:
-            self.show("user", [part])
 
     def read(self, value, path, role, turn, kind=None):
         """A piece of any kind. What cannot be read is told as JSON, but not by the
@@ -2151,7 +2154,7 @@ class Reader:
             if error.status != 400:
                 raise
             if role != "tool":
-                self.unreadable.append((turn, error))
+                self.errors.append((turn, error))
         self.changed.append("unreadable")
         return None if role == "assistant" else json_part(value)
 
@@ -2175,14 +2178,9 @@ class Reader:
         role = piece.get("role")
         if self.request.recall and "id" in piece and piece.keys() <= {"id", "type"}:
             return self.read_reference(piece)
-        if role not in ROLES:
-            need_word(role, ROLES, (piece.path, "role"))
+        need_word(role, ROLES, (piece.path, "role"))
         if piece.role:
             return self.read_shown(piece)
-        if not (self.request.agents or piece.keys() <= MESSAGE_KEYS):
-            self.changed += [
-                name_of(name) for name, value in piece.items()
-                if name not in MESSAGE_KEYS and asks(name, value)]
         if role == "tool":
             return self.read_output(piece)
         piece.role = role = "system" if role == "developer" else role
@@ -2225,31 +2223,20 @@ class Reader:
         return self.history.turn
 
     def read_assistant(self, piece):
+        self.spoke = piece.turn
         self.think(piece, words_in(first(piece, CHAT_THOUGHT_FIELDS)))
-        turn = self.turn(piece)
-        before = after = len(turn.calls)
-        if piece.get("content"):
-            self.say(piece, "content")
-            # An output in there has ended the turn.
-            turn = self.turn(piece)
-            after = len(turn.calls)
-        self.say(piece, "tool_calls", "function")
-        # LangChain sends each call as a part, too.
-        if before < after < len(turn.calls) and turn is self.history.turn:
-            told = {call["id"]: meaning_of(call) for call in turn.calls[before:after]}
-            turn.calls[after:] = [
-                call for call in turn.calls[after:]
-                if told.get(call["id"]) != meaning_of(call)]
+        for field in ("content", "refusal", "tool_calls"):
+            if piece.get(field):
+                self.say(piece, field)
 
-    def say(self, piece, field, kind=None):
+    def say(self, piece, field):
         """What the assistant says in a field, of which the calls are told by then."""
-        texts = [part["text"] for part in self.content(piece, field, kind)]
-        if not texts:
-            return
+        # The entries of tool_calls may have no type.
+        texts = [part["text"] for part in self.content(piece, field, "function")]
         # A message of chat is one text.
         if not self.request.agents:
             texts = [lines(*texts)]
-        self.turn(piece).texts.extend(texts)
+        self.turn(piece).texts.extend(filter(None, texts))
 
     # Items
 
@@ -2368,9 +2355,12 @@ class Reader:
         return self.leave_out(piece, noun, reason, advice)
 
     def leave_out(self, piece, noun, reason, advice=""):
-        """A text in the place of what is shown, for which the user may be refused."""
-        error = RequestError(f"{reason}{advice}.", spelled(piece.path))
-        self.untaken.append((piece.turn, error))
+        """A text in the place of what is shown."""
+        # What stands behind a tool's output was brought by the tool, though the user
+        # sends it. Agents' pictures would come again with each turn.
+        if piece.role == "user" and self.spoke >= self.brought and not self.request.agents:
+            error = RequestError(f"{reason}{advice}.", spelled(piece.path))
+            self.errors.append((piece.turn, error))
         self.changed.append(noun)
         if piece.role in ("", "assistant"):
             return None
@@ -2418,7 +2408,7 @@ class Reader:
             elif tool.kind in CHOICES:
                 self.read_function(tool.unfold())
             elif tool.kind in ZAI_TOOLS and isinstance(tool.get(tool.kind), dict):
-                self.tools[tool.kind + " "] = dict(tool)
+                self.tools.append(dict(tool))
             else:
                 # For one unknown tool Z.ai refuses the whole request.
                 self.changed.append(name_of(tool.kind))
@@ -2439,8 +2429,8 @@ class Reader:
         # Codex says of each tool that it is not.
         if tool.get("strict"):
             self.changed.append("strict")
-        self.tools[name] = function_object(
-            name=name, description=text or name, parameters=schema)
+        self.tools.append(
+            function_object(name=name, description=text or name, parameters=schema))
 
     def choose(self):
         """The tools that tool_choice leaves. Z.ai knows "auto" only; a system line
@@ -2454,38 +2444,40 @@ class Reader:
         if choice.kind != "auto":
             self.changed.append("tool_choice")
             self.keep_tools(choice)
-        tools = list(self.tools.values())
-        need_within(tools, (0, MOST_TOOLS), self.path("tools"))
-        return {"tools": tools, "tool_choice": "auto"} if tools else {}
+        need_within(self.tools, (0, MOST_TOOLS), self.path("tools"))
+        return {"tools": self.tools, "tool_choice": "auto"} if self.tools else {}
 
     def keep_tools(self, choice):
+        # Z.ai's own tools have no name.
+        names = [tool.get("function", {}).get("name", "") for tool in self.tools]
         must = choice.kind in ("required", "any") or choice.get("mode") == "required"
-        wanted = set() if choice.kind == "none" else set(self.tools)
+        wanted = {*names, ""} if choice.kind != "none" else set()
         if choice.kind in CHOICES:
             wanted = {self.chosen(choice)}
             must = True
         elif choice.kind == "allowed_tools":
             wanted = set(map(self.chosen, choice.pieces("tools", "function")))
-        unknown = wanted - set(self.tools)
+        unknown = wanted.difference(names, [""])
         if unknown and not self.some_left_out:
             raise wrong(
                 self.path("tool_choice"),
                 f"names the tool {min(unknown)[:200]!a}, which is not in 'tools'")
-        kept = {name: tool for name, tool in self.tools.items() if name in wanted}
-        functions = [name for name in kept if name in self.owners]
+        functions = wanted.intersection(names) - {""}
         # What was left out, and Z.ai's own tools, cannot be demanded.
         if must and not functions:
             return
-        self.tools = kept
+        self.tools = [tool for name, tool in zip(names, self.tools) if name in wanted]
         if must:
-            wish = "the tool " + functions[0] if len(functions) == 1 else "one or more of the tools"
+            wish = "one or more of the tools"
+            if len(functions) == 1:
+                wish = "the tool " + min(functions)
             self.instructions.append(
                 f"You must answer by calling {wish}. Do not answer in text.")
 
     def chosen(self, tool):
-        """The name of a tool that is chosen, as in self.tools."""
+        """The name at Z.ai of a tool that is chosen, "" for one of Z.ai's own."""
         if tool.kind not in CHOICES:
-            return tool.kind + " "
+            return ""
         name = tool.unfold().need("name", str)
         return self.names.get((tool.need("namespace", str, NO_NAMESPACE), name), name)
 
@@ -2493,22 +2485,21 @@ class Reader:
 
     def sampling(self):
         request = self.fields
-        fields = {}
+        limit = request.get("max_completion_tokens", request.get("max_tokens"))
+        wishes = {**request, "max_tokens": limit}
+        most = self.model and self.model.max_tokens or INFINITY
         # Z.ai takes two decimals, in ranges narrower than OpenAI's.
-        if "temperature" in request:
-            fields["temperature"] = round(min(request["temperature"], 1), 2)
-        if "top_p" in request:
-            fields["top_p"] = round(max(request["top_p"], 0.01), 2)
-        self.changed += [name for name, value in fields.items() if value != request[name]]
+        ranges = {"temperature": (0, 1), "top_p": (0.01, 1), "max_tokens": (1, most)}
+        fields = {}
+        for name, (low, high) in ranges.items():
+            wish = wishes.get(name)
+            if wish is not None:
+                fields[name] = round(min(max(wish, low), high), 2)
+                if fields[name] != wish:
+                    self.changed.append(name)
         # Z.ai refused a top_p of 1 for years. It means the same as no top_p.
         if fields.get("top_p") == 1:
             del fields["top_p"]
-        limit = request.get("max_completion_tokens", request.get("max_tokens"))
-        if limit is not None:
-            most = self.model and self.model.max_tokens or limit
-            fields["max_tokens"] = min(limit, most)
-            if fields["max_tokens"] != limit:
-                self.changed.append("max_tokens")
         fields.update(self.stop_words())
         user = request.get("user")
         if user:
@@ -2577,14 +2568,12 @@ def check_fields(fields, names):
     for name in ("model", "messages"):
         if name not in fields:
             raise missing(names.get(name, name))
-    checks = (
-        (expect, FIELDS),
-        (need_within, RANGES),
-    )
-    for check, table in checks:
-        for name, rule in table.items():
-            if name in fields:
-                check(fields[name], rule, names.get(name, name))
+    for name, type in FIELDS.items():
+        if name in fields:
+            path = names.get(name, name)
+            expect(fields[name], type, path)
+            if name in RANGES:
+                need_within(fields[name], RANGES[name], path)
 
 
 def to_zai_request(request, settings, model=""):
@@ -2721,17 +2710,20 @@ class Step(NamedTuple):
     usage: dict | None = None
 
 
-def joined(steps):
-    """The same steps. Pieces of one kind that came together are one: each becomes an
-    event for the client, with ten times its bytes."""
-    runs = []
-    for step in steps:
-        first = runs[-1][0] if runs else Step("")
-        if step.index == first.index and step.kind in (first.kind, ARGUMENTS):
-            runs[-1].append(step)
-        else:
-            runs.append([step])
-    return [run[0]._replace(text="".join([step.text for step in run])) for run in runs]
+def extend(runs, step):
+    """Put a step behind others, which are a list of (first step, texts): pieces of one
+    kind that came together are one. Each would become an event for the client, with ten
+    times its bytes."""
+    first = runs[-1][0] if runs else Step("")
+    if step.index == first.index and step.kind in (first.kind, ARGUMENTS):
+        runs[-1][1].append(step.text)
+    else:
+        runs.append((step, [step.text]))
+
+
+def joined(runs):
+    """The steps of such a list."""
+    return [first._replace(text="".join(texts)) for first, texts in runs]
 
 
 # The ends that Z.ai documents, and two that gateways in front of it use. Any other
@@ -2753,7 +2745,7 @@ LONGEST_ANSWER_BYTES = 4 << 20
 LONGEST_HELD = 1 << 20
 # So many characters of words may come before the JSON that was asked for.
 LONGEST_EARLY = 1 << 16
-# Names of tools have at most 64 characters; the rest is for blanks around them.
+# No tool has a longer name.
 LONGEST_TOOL_NAME = 200
 # There may be as many tools, and a model calls each of them once at most.
 MOST_CALLS = 128
@@ -2762,26 +2754,25 @@ MOST_TOKENS = 10 ** 12
 
 
 class Tally:
-    """Counts the memory of steps that are kept. UpstreamError beyond `limit` bytes."""
+    """Counts the memory of steps that are kept. UpstreamError beyond
+    LONGEST_ANSWER_BYTES."""
 
     # A Python object stands behind each piece, and several behind an item, which begins
     # where the kind changes.
     STEP_BYTES = 20
     ITEM_BYTES = 2000
 
-    def __init__(self, limit):
-        self.limit = limit
-        self.size_bytes = 0
-        self.kind = None
+    size_bytes = 0
+    kind = None
 
     def add(self, step):
         if step.kind != self.kind:
             self.size_bytes += self.ITEM_BYTES
         self.kind = step.kind
-        text = step.text + (step.name or "")
-        self.size_bytes += len(text.encode("utf-8", "replace")) + self.STEP_BYTES
-        if self.size_bytes > self.limit:
-            raise UpstreamError(f"The answer is longer than {self.limit} bytes.", GIVE_UP)
+        self.size_bytes += len(step.text.encode("utf-8", "replace")) + self.STEP_BYTES
+        if self.size_bytes > LONGEST_ANSWER_BYTES:
+            raise UpstreamError(
+                f"The answer is longer than {LONGEST_ANSWER_BYTES} bytes.", GIVE_UP)
 
 
 # The first room: events
@@ -2791,7 +2782,7 @@ KIND_OF_FIELD = {"reasoning_content": THINKING, "content": TEXT}
 # What they hold. In another form they cannot be told.
 FORMS = {"reasoning_content": str, "content": str, "tool_calls": list}
 # The fields of an error that is not under "error".
-ERROR_FIELDS = {"code", "msg", "message", "detail", "errors"}
+ERROR_FIELDS = {"code", "msg", "message", "detail"}
 TORN = "Z.ai sent an event that cannot be read."
 
 USAGE_DETAILS = {
@@ -2811,7 +2802,7 @@ def to_openai_usage(usage):
     if not isinstance(usage, dict):
         return None
     result = {name: token_count(usage, name) for name in ("prompt_tokens", "completion_tokens")}
-    result["total_tokens"] = token_count(usage, "total_tokens") or sum(result.values())
+    result["total_tokens"] = sum(result.values())
     for name, detail in USAGE_DETAILS.items():
         if isinstance(usage.get(name), dict):
             result[name] = {detail: token_count(usage[name], detail)}
@@ -2826,9 +2817,10 @@ class Frame(NamedTuple):
     afresh: bool = False        # the answer begins again with it
 
 
-# A frame inside of a torn one. In texts this quote is escaped, so the last one counts.
+# A frame inside of a torn one: the last that begins so, as the quote would be escaped
+# in a text.
 INNER_FRAME = re.compile(r'.*data: (\{".*)', re.DOTALL)
-# What may begin a tag, and the first half of a letter.
+# What begins a tag, and the first half of a letter.
 SPECIAL = re.compile("<|[\ud800-\udbff]\\Z")
 
 
@@ -2863,6 +2855,8 @@ def find_alike(event, frame):
         return None
     _, end = scan_string(*behind, 0, False)
     return Alike(KIND_OF_FIELD[fields[0]], before + mark, behind[0][end:])
+
+
 class Frames:
     """Texts of events in, what they say out: feed(event, finished) -> a Frame, or None
     if it says nothing. An event is that of a stream, or a whole JSON answer; with
@@ -2870,12 +2864,11 @@ class Frames:
     for what has an unknown form, and for a frame that is lost. describe(value) makes
     the error of an event."""
 
+    # How many events were skipped or mended.
+    repaired = 0
+
     def __init__(self, describe):
         self.describe = describe
-        # How many events were skipped or mended.
-        self.repaired = 0
-        # The end mark has come.
-        self.ended = False
 
     def feed(self, event, finished=False):
         event = event.strip()
@@ -2885,10 +2878,7 @@ class Frames:
             value, end = None, 0
         if isinstance(value, dict) and end == len(event):
             return self._read(value)
-        if event.startswith("[DONE]"):
-            self.ended = True
-            return None
-        self.repaired += 1
+        self.repaired += not event.startswith("[DONE]")
         # Behind a whole frame it is not known what belongs to which.
         inner = None if end else INNER_FRAME.match(event)
         value = as_dict(inner and decode_first(inner.group(1)))
@@ -2904,18 +2894,17 @@ class Frames:
     def _read(self, value):
         choices = value.get("choices")
         # Errors come in a response of status 200 as well.
-        if choices is None and ERROR_FIELDS & value.keys():
+        if value.get("error") or choices is None and ERROR_FIELDS & value.keys():
             raise self.describe(value)
         has_choice = isinstance(choices, list) and choices
         choice = as_dict(choices[0]) if has_choice else {}
         delta = as_dict(choice.get("delta") or choice.get("message"))
-        for place in (value, choice, delta):
-            if place.get("error"):
-                raise self.describe(place)
         for field, form in FORMS.items():
             if delta.get(field) and not isinstance(delta[field], form):
                 raise UpstreamError(f"Z.ai sent {field} in an unknown form.")
         return Frame(delta, choice.get("finish_reason"), to_openai_usage(value.get("usage")))
+
+
 # The second room: texts
 
 # Marks of GLM's own template that were seen in texts: thinking in the content of 4.1V,
@@ -2928,6 +2917,7 @@ KEY, KEY_END, VALUE, VALUE_END = "<arg_key>", "</arg_key>", "<arg_value>", "</ar
 TURNS = ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
 ARGUMENT_TAGS = (KEY, KEY_END, VALUE, VALUE_END)
 TAGS = (THINK, THINK_END, *BOXES, LEAK, LEAK_END, *ARGUMENT_TAGS, *TURNS)
+LONGEST_TAG = 16
 
 
 class TagSplitter:
@@ -2936,9 +2926,10 @@ class TagSplitter:
     in two (surrogates), and Z.ai was seen to cut there."""
 
     PATTERN = re.compile(f"({'|'.join(map(re.escape, TAGS))})")
+    # What is held back at the end of a text.
+    BEGINNING = re.compile("(?:<[a-z_/|]*|[\ud800-\udbff])?\\Z")
 
-    def __init__(self):
-        self.held = ""
+    held = ""
 
     def feed(self, text):
         if self.held:
@@ -2946,12 +2937,9 @@ class TagSplitter:
             # Two halves become one letter.
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
         *pieces, last = self.PATTERN.split(text)
-        # No tag has a second "<".
-        at = last.rfind("<")
-        if at < 0 or not any(tag.startswith(last[at:]) for tag in TAGS):
-            at = len(last) - ("\ud800" <= last[-1:] <= "\udbff")
-        self.held = last[at:]
-        return [piece for piece in (*pieces, last[:at]) if piece]
+        self.held = self.BEGINNING.search(last[-LONGEST_TAG:]).group()
+        pieces.append(last[:len(last) - len(self.held)])
+        return list(filter(None, pieces))
 
     def close(self):
         held = self.held
@@ -2974,75 +2962,66 @@ class JsonAlone:
         ''', re.VERBOSE)
     LONGEST_START = 200
 
-    def __init__(self):
-        self.held = ""
-        self.progress = JsonProgress()
-        # progress.feed once the JSON has begun, str if there will be none.
-        self.follow = None
+    held = ""
+    # What the rest goes through, once the JSON has begun; str if there will be none.
+    follow = None
 
     def feed(self, text):
-        if self.follow:
-            return self.follow(text)
-        searched = max(0, len(self.held) - self.LONGEST_START)
-        text = self.held + text
-        self.held = ""
-        start = self.START.search(text, searched)
-        if start and start.start() <= LONGEST_EARLY:
-            self.follow = self.progress.feed
-            return self.follow(text[start.start():])
-        if len(text) > LONGEST_EARLY + self.LONGEST_START:
-            self.follow = str
-            return text
-        self.held = text
-        return ""
+        if not self.follow:
+            searched = max(0, len(self.held) - self.LONGEST_START)
+            text = self.held + text
+            self.held = ""
+            start = self.START.search(text, searched)
+            if start:
+                self.follow = JsonProgress().feed
+                text = text[start.start():]
+            elif len(text) > LONGEST_EARLY:
+                self.follow = str
+            else:
+                self.held = text
+                return ""
+        return self.follow(text)
 
     def close(self):
         return self.held
-
-
-def overlap(text, word):
-    """How many characters at the end of `text` begin `word`, without being all of
-    it."""
-    longest = min(len(text), len(word) - 1)
-    for size in range(longest, 0, -1):
-        if text.endswith(word[:size]):
-            return size
-    return 0
 
 
 class StopCutter:
     """Ends a text that comes in pieces before the first of some words. Then `hit` is
     that word."""
 
+    held = ""
+    hit = None
+
     def __init__(self, words):
         self.words = words
-        self.held = ""
-        self.hit = None
 
     def feed(self, text):
         if self.hit:
             return ""
         text = self.held + text
+        self.held = ""
         # A pattern of all words would compare each of them at each place. The first to
         # end counts, as more of the text might not have come yet.
-        places = zip(map(text.find, self.words), self.words)
-        found = [(at + len(word), at, word) for at, word in places if at >= 0]
+        found = [
+            (text.find(word) + len(word), word)
+            for word in self.words if word in text]
         if found:
-            _, end, self.hit = min(found)
-            self.held = ""
-        else:
-            # The end of the text may be the beginning of a word.
-            end = len(text) - max([overlap(text, word) for word in self.words], default=0)
-            self.held = text[end:]
-        return text[:end]
+            end, self.hit = min(found)
+            return text[:end - len(self.hit)]
+        # The end of the text may be the beginning of a word.
+        for size in range(max(map(len, self.words)) - 1, 0, -1):
+            if text.endswith(tuple([word[:size] for word in self.words])):
+                self.held = text[-size:]
+                break
+        return text[:len(text) - len(self.held)]
 
     def close(self):
         """The rest of the text. Z.ai was seen to stop at a word with all but its last
         letters in the text: those go. Fewer than four may as well be meant."""
-        for word in self.words:
-            if len(self.held) >= max(4, len(word) / 2) and word.startswith(self.held):
-                return ""
-        return self.held
+        return self.held if len(self.held) < 4 else ""
+
+
 # GLM's own form of a call,
 # <tool_call>name<arg_key>k</arg_key><arg_value>v</arg_value>... </tool_call>, was seen
 # in texts, with tags of it missing or doubled, and in names.
@@ -3056,8 +3035,7 @@ def typed(text, types):
     value = decode_or_none(text)
     if value is None:
         # What is no JSON is None, and so is JSON's null.
-        is_null = "null" in types and text.strip() == "null"
-        return None if is_null else text
+        return None if "null" in types and text.strip() == "null" else text
     name = TYPE_NAMES[type(value)]
     fits = not types or name in types or name == "integer" and "number" in types
     return value if fits and "string" not in types else text
@@ -3076,15 +3054,15 @@ def parse_leaked_call(text, tools):
         return None
     arguments = {}
     key = None
-    for tag, value, next_tag in zip(parts[::2], parts[1::2], [*parts[2::2], LEAK_END]):
+    next_tags = [*parts[2::2], LEAK_END]
+    for tag, value, next_tag in zip(parts[::2], parts[1::2], next_tags):
         word = value.strip()
-        is_empty = tag == VALUE != next_tag or next_tag == VALUE_END
         if key is None:
-            is_key = tag == KEY or next_tag == KEY_END
-            if word and not is_key or word in arguments:
+            if word and tag != KEY and next_tag != KEY_END or word in arguments:
                 return None
             key = word or None
-        elif word or is_empty:
+        # An empty value is one, too.
+        elif word or tag == VALUE != next_tag or next_tag == VALUE_END:
             arguments[key] = typed(value, tools[name].get(key, set()))
             key = None
     return None if key else {"name": name, "arguments": encode_text(arguments)}
@@ -3095,13 +3073,14 @@ class Leak:
     come. It is held back only while it can still be a call of a tool that was sent, as
     models write about the tag as well."""
 
+    held = 0  # characters in the pieces
+    # What stands before the first tag of an argument, and whether that has come.
+    name = ""
+    is_named = False
+
     def __init__(self, tools):
         self.tools = tools
         self.pieces = [LEAK]
-        self.held = 0  # characters in the pieces
-        # What stands before the first tag of an argument, and whether that has come.
-        self.name = ""
-        self.is_named = False
 
     def feed(self, piece):
         self.pieces.append(piece)
@@ -3119,6 +3098,8 @@ class Leak:
     def is_closed(self):
         """Whether its last value has ended."""
         return "".join(self.pieces[-3:]).rstrip().endswith(VALUE_END)
+
+
 class Texts:
     """Text and thinking in, what can be told of them out: feed(kind, text) -> steps;
     flush() -> what waits until it is clear what it is; close(is_cut) -> the rest.
@@ -3127,22 +3108,21 @@ class Texts:
     leak into either are collected in `leaked`.
     """
 
+    # What feed() has brought last, and what it is: between <think> and </think> a text
+    # is thinking.
+    source = kind = TEXT
+    # The Leak that is coming, if one is.
+    leak = None
+
     def __init__(self, asked):
         self.tools = asked.tools
         self.cutter = StopCutter(asked.stop)
-        self.filters = []
-        if asked.stop:
-            self.filters.append(self.cutter)
+        self.filters = [self.cutter] if asked.stop else []
         if asked.json:
             self.filters.append(JsonAlone())
         self.splitter = TagSplitter()
-        # What feed() has brought last, and what it is: between <think> and </think> a
-        # text is thinking.
-        self.source = self.kind = TEXT
         # TEXT and THINKING, once something of it has come.
         self.opened = set()
-        # The Leak that is coming, if one is.
-        self.leak = None
         self.leaked = []
         # (kind, text, call) of what goes if nothing follows: tags of the template, and
         # calls in thinking. If something does, those were only thought of.
@@ -3151,16 +3131,15 @@ class Texts:
     def passes(self, kind):
         """Whether a text of this kind just goes on."""
         is_busy = self.splitter.held or self.leak or self.tail or self.filters
-        return kind == self.source == self.kind and kind in self.opened and not is_busy
+        return kind == self.kind and kind in self.opened and not is_busy
 
     def feed(self, kind, text):
-        steps = []
+        self.steps = []
         if kind != self.source:
-            steps = self.flush()
+            self.flush()
             self.source = self.kind = kind
-        self.steps = steps
         self._sort(self.splitter.feed(text))
-        return steps
+        return self.steps
 
     def flush(self, is_cut=False):
         self.steps = []
@@ -3180,8 +3159,6 @@ class Texts:
     def _sort(self, pieces):
         for piece in pieces:
             kind = self.kind
-            # Later in a text, somebody writes about <think>.
-            may_think = self.source == TEXT and not (kind == TEXT and TEXT in self.opened)
             if self.leak and self.leak.is_closed and piece == LEAK:
                 # The end of the one is missing before the next.
                 self._end_leak(True)
@@ -3193,8 +3170,10 @@ class Texts:
             # The end of a call may be doubled.
             elif piece in BOXES or piece == LEAK_END and (self.leaked or self.tail):
                 continue
-            elif piece in (THINK, THINK_END) and may_think:
-                self.kind = THINKING if piece == THINK else TEXT
+            # Later in a text, somebody writes about <think>.
+            elif piece in (THINK, THINK_END) and (
+                    kind != self.source or kind not in self.opened):
+                self.kind = THINKING if piece == THINK else self.source
             elif piece == LEAK and self.tools:
                 self.leak = Leak(self.tools)
             elif piece in TURNS and kind in self.opened or self.tail and piece.isspace():
@@ -3204,7 +3183,7 @@ class Texts:
                 self._show(kind, piece)
 
     def _end_leak(self, is_whole):
-        """A leak has ended, as a call, or as a text after all."""
+        """A leak has ended, as a call if it is whole and can be read, or as a text."""
         text = "".join(self.leak.pieces)
         self.leak = None
         call = parse_leaked_call(text, self.tools) if is_whole else None
@@ -3218,8 +3197,10 @@ class Texts:
         check_number(self.leaked + self.tail)
 
     def _show(self, kind, text):
-        # A stretch of thinking may have ended with a tag, too.
-        runs = [held[:2] for held in self.tail if held[2] or held[0] == kind]
+        # A tag that ended a stretch of thinking goes, though a text follows.
+        runs = [
+            (lane, words) for lane, words, call in self.tail
+            if call or lane == kind]
         self.tail = []
         for lane, words in [*runs, (kind, text)]:
             if lane not in self.opened:
@@ -3232,6 +3213,8 @@ class Texts:
                     words = text_filter.feed(words)
             if words:
                 self.steps.append(Step(lane, words))
+
+
 # The third room: calls
 
 # What stands for no arguments, alone or before the real ones.
@@ -3256,24 +3239,19 @@ class ToolCall(JsonProgress):
     texts go on.
     """
 
-    def __init__(self, id, zai_id, zai_index):
-        self.id = id
-        self.zai_id = zai_id  # "" if Z.ai gave none
+    # Arguments that can be told, and those that are held back: "{}" if there were none
+    # but what stands for none.
+    untold = ""
+    waiting = ""
+    begun = False  # real arguments have come
+    # The sign before a name or a value, and the name that a value belongs to.
+    sign = ""
+    key = None
+
+    def __init__(self, step, zai_index, types):
+        self.step = step  # the next one, without its text
         self.zai_index = zai_index
-        # These come with the name: our index, and argument_types() of the tool.
-        self.name = ""
-        self.index = None
-        self.types = {}
-        # The kind of the next step.
-        self.kind = CALL
-        # Arguments that can be told, and those that are held back: "{}" if there were
-        # none but what stands for none.
-        self.untold = ""
-        self.waiting = ""
-        self.begun = False  # real arguments have come
-        # The sign before a name or a value, and the name that a value belongs to.
-        self.sign = ""
-        self.key = None
+        self.types = types  # argument_types() of the tool
 
     def feed(self, text):
         if not self.begun:
@@ -3290,35 +3268,25 @@ class ToolCall(JsonProgress):
         self.untold += text if self.begun else self._read(text or empty)
 
     def take(self):
-        step = Step(self.kind, self.untold, self.index, self.id, self.name)
-        is_news = self.untold or self.kind == CALL
+        step = self.step._replace(text=self.untold)
         self.untold = ""
-        self.kind = ARGUMENTS
-        return [step] if is_news else []
+        self.step = step._replace(kind=ARGUMENTS)
+        return [step] if step.text or step.kind == CALL else []
 
-    @property
-    def is_whole(self):
-        """Whether no more is waited for."""
-        return self.ended or self.waiting == "{}"
-
-    def takes(self, zai_id, zai_index, name):
-        """Whether an item with these belongs to this call, as far as Z.ai tells."""
-        is_here = zai_index == self.zai_index
-        is_elsewhere = not is_here and None not in (zai_index, self.zai_index)
-        if is_elsewhere or name and self.name not in ("", name):
-            return False
-        if not name or not self.name or zai_id == self.zai_id != "":
-            return True
-        # A name again is the same call as long as its arguments are not whole. An id
-        # was seen to change from piece to piece.
-        return is_here and (self.depth > 0 or not zai_id and not self.is_whole)
+    def takes(self, id, name):
+        """Whether an item with these, at its place, goes on with this call."""
+        is_whole = self.ended or self.waiting == "{}"
+        # A name again is the same call as long as its arguments are not whole.
+        is_same = name == self.step.name and (id == self.step.id or not is_whole)
+        return not name or is_same
 
     def _read(self, text):
         told = []
         for piece, is_string in self.pieces(text):
+            types = self.types.get(self.key, ("string",))
             if not is_string:
                 self.sign = (self.sign + piece).rstrip()[-1:]
-            elif self.sign != ":" or "string" not in self.types.get(self.key, ("string",)):
+            elif self.sign != ":" or "string" not in types:
                 piece = self.waiting + piece
                 self.waiting = ""
                 if not self.in_string:
@@ -3345,7 +3313,7 @@ class ToolCall(JsonProgress):
 
 class Calls:
     """Items of `tool_calls` in, whole calls or pieces of them, and steps of calls out:
-    feed(items), and close(is_cut) for the rest.
+    feed(items), and close(empty) for the rest, where no arguments at all are `empty`.
 
     Clients join the pieces of calls by their order, so one call comes after the other:
     while the arguments of one are not whole, what comes behind it waits. put(steps)
@@ -3356,29 +3324,20 @@ class Calls:
         self.tools = tools
         self.make_id = make_id
         self.calls = []
-        # How many of them have a name.
-        self.count = 0
         # The first that is not whole, and all that waits behind it, calls and other
         # steps.
         self.queue = collections.deque()
-        self.tally = Tally(LONGEST_ANSWER_BYTES)
+        self.tally = Tally()
 
     def feed(self, items):
         check_number(items)
-        for item in items:
-            if isinstance(item, dict):
-                name, arguments = self._read_function(as_dict(item.get("function")))
-                call = self._find_call(item, name)
-                if name and not call.name:
-                    call.name = name
-                    call.types = self.tools.get(name, {})
-                    call.index = self.count
-                    self.count += 1
-                    self.queue.append(call)
-                call.feed(arguments)
-                yield from self._advance()
-                if len(call.untold) > LONGEST_HELD:
-                    raise UpstreamError("Z.ai sent too much of a tool call too early.")
+        for item in map(as_dict, items):
+            name, arguments = self._read_function(as_dict(item.get("function")))
+            call = self._find_call(item, name)
+            call.feed(arguments)
+            yield from self.close()
+            if len(call.untold) > LONGEST_HELD:
+                raise UpstreamError("Z.ai sent too much of a tool call too early.")
 
     def put(self, steps):
         if not self.queue:
@@ -3386,18 +3345,13 @@ class Calls:
         for step in steps:
             self.tally.add(step)
         self.queue += steps
-        return self._advance()
-
-    def close(self, is_cut):
-        return self._advance("" if is_cut else "{}")
+        return self.close()
 
     def check(self, finish):
         """UpstreamError for what is no whole call."""
-        if finish in WHOLE and not all(call.name for call in self.calls):
-            raise UpstreamError("Z.ai sent a tool call without a name.")
-        if finish in WHOLE and any(call.depth > 0 for call in self.calls):
+        if finish in WHOLE and any(call.depth > 0 or call.in_string for call in self.calls):
             raise UpstreamError(BROKEN_CALL)
-        if finish == "tool_calls" and not self.count:
+        if finish == "tool_calls" and not self.calls:
             raise UpstreamError("Z.ai announced a tool call and sent none.")
 
     def _read_function(self, function):
@@ -3408,49 +3362,50 @@ class Calls:
         arguments = function.get("arguments") or ""
         if not isinstance(arguments, str):
             arguments = encode_text(arguments)
-        if "<" in name:
-            leaked = parse_leaked_call(name, self.tools) or {"name": name, "arguments": ""}
-            name = leaked["name"]
-            arguments = leaked["arguments"] + arguments
+        leaked = parse_leaked_call(name, self.tools) if "<" in name else None
+        if leaked:
+            name, behind = leaked.values()
+            arguments = behind + arguments
         # A name that no tool has is for the client to refuse.
         return name[:LONGEST_TOOL_NAME], arguments
 
     def _find_call(self, item, name):
-        """The call an item belongs to. Z.ai's index may be -1, 0 for all, or missing;
-        its id a number, missing, or repeated."""
+        """The call an item belongs to: the last one at its index, which Z.ai may leave
+        out, or have -1 or 0 for all. Its id may be a number, missing, repeated, or
+        another for each piece."""
         index = item.get("index")
-        if type(index) is not int or index < 0:
-            index = None
-        zai_id = "" if item.get("id") is None else str(item["id"])[:200]
-        # The one of that id, or else at that index, or else the last.
-        def nearness(call):
-            return call.zai_id == zai_id != "", call.zai_index == index
-
-        nearest = max(reversed(self.calls), key=nearness, default=None)
-        if nearest and nearest.takes(zai_id, index, name):
-            return nearest
+        id = str(item.get("id") or "")[:200]
+        here = [call for call in self.calls if call.zai_index == index]
+        if here and here[-1].takes(id, name):
+            return here[-1]
+        if not name:
+            raise UpstreamError("Z.ai sent a piece of a tool call that belongs to none.")
         # Clients take two calls with one id for one.
-        is_taken = any(call.id == zai_id for call in self.calls)
-        id = self.make_id() if is_taken or not zai_id else zai_id
-        self.calls.append(ToolCall(id, zai_id, index))
+        if not id or any(call.step.id == id for call in self.calls):
+            id = self.make_id()
+        step = Step(CALL, "", len(self.calls), id, name)
+        call = ToolCall(step, index, self.tools.get(name, {}))
+        self.calls.append(call)
+        self.queue.append(call)
         check_number(self.calls)
-        return self.calls[-1]
+        return call
 
-    def _advance(self, empty=None):
-        """The steps of what need not wait any more: with `empty`, which no arguments at
-        all become, of all."""
+    def close(self, empty=None):
+        """The steps of all that waits; without `empty`, of what need not any more."""
         while self.queue:
             entry = self.queue[0]
             if isinstance(entry, Step):
                 yield entry
             else:
                 # No real arguments come once something else has.
-                if empty is not None or len(self.queue) > 1 and entry.is_whole:
+                if empty is not None or len(self.queue) > 1 and entry.waiting == "{}":
                     entry.close(empty)
                 yield from entry.take()
                 if empty is None and not entry.ended:
                     return
             self.queue.popleft()
+
+
 EMPTY = "Z.ai sent an empty answer."
 UNFINISHED = "Z.ai's answer ended before it was finished."
 
@@ -3458,28 +3413,28 @@ UNFINISHED = "Z.ai's answer ended before it was finished."
 class Translator:
     """Z.ai's events in, steps out: feed(events) -> (steps, failure).
 
-    An event is a text for Frames; with `end`, no more will come. `failure`
-    is the UpstreamError that ended the answer, or None. An answer fails if Z.ai sends
-    an error, or what cannot be told in steps, or ends without a finish. What came
-    before the failure is told all the same. `asked`: what Z.ai was asked;
+    An event is a text for Frames; with `end`, no more will come. `failure` is the
+    UpstreamError that ended the answer, or None. An answer fails if Z.ai sends an
+    error, or what cannot be told in steps, or ends without a finish. What came before
+    the failure is told all the same. `asked`: what Z.ai was asked;
     `restartable`: the client sees nothing before the end, so that a new start does no
     harm; describe(value, status, retry_after) makes the error of an error event, which
     has a `value` alone, or of a body, whose value is None if it cannot be read;
     make_id() names calls without an id.
     """
 
+    # The Alike that the next event may be.
+    alike = None
+    # Tokens have come, which Z.ai bills.
+    begun = False
+    # The last step has been given.
+    complete = False
+
     def __init__(self, asked, restartable=False, describe=zai_error, make_id=new_call_id):
         self.asked = asked
         self.restartable = restartable
-        self.describe = describe
         self.make_id = make_id
         self.frames = Frames(describe)
-        # The Alike that the next event may be.
-        self.alike = None
-        # Tokens have come, which Z.ai bills.
-        self.begun = False
-        # The last step has been given.
-        self.complete = False
         self._start()
 
     def _start(self):
@@ -3488,7 +3443,7 @@ class Translator:
         self.usage = None
         # Text or a call has been given. Thinking alone can be taken back.
         self.told = False
-        # Tokens of what was told.
+        # With stop words, the tokens of what was told.
         self.tokens = 0
         # Thinking that was turned off. If nothing else comes, it is the text.
         self.unasked = Fold()
@@ -3500,15 +3455,10 @@ class Translator:
         """The stop word that has ended the text, if one has."""
         return self.texts.cutter.hit
 
-    @property
-    def repaired(self):
-        """How many events were skipped or mended."""
-        return self.frames.repaired + len(self.texts.leaked)
-
     def feed(self, events, end=False):
-        # All methods below append to it, so that nothing is lost when one of them
-        # raises.
-        self.steps = []
+        # All methods below put their steps there, so that nothing is lost when one of
+        # them raises.
+        self.runs = []
         try:
             for event in events:
                 if not self.complete:
@@ -3516,26 +3466,25 @@ class Translator:
             if end and not self.complete:
                 self._end()
         except UpstreamError as failure:
-            return joined(self.steps), failure
-        return joined(self.steps), None
+            return joined(self.runs), failure
+        return joined(self.runs), None
 
     def _feed(self, event):
         text = self.alike and self.alike.read(event)
         if text:
-            self.steps.append(Step(self.alike.kind, text))
+            extend(self.runs, Step(self.alike.kind, text))
             return
         self.alike = None
         frame = self.frames.feed(event, bool(self.finish))
         if frame:
             self._read(frame)
             alike = find_alike(event, frame)
-            passes = alike and self.texts.passes(alike.kind) and not self.calls.queue
-            self.alike = alike if passes else None
+            if alike and self.texts.passes(alike.kind) and not self.calls.queue:
+                self.alike = alike
         # Nothing comes behind finish and usage but the end mark, late or never. Without
         # a finish the answer is not whole, whatever the mark says. And Z.ai would go on
         # behind a stop word.
-        is_last = self.usage or self.frames.ended
-        if self.finish and is_last or self.stop_word:
+        if self.finish and self.usage or self.stop_word:
             self._end()
 
     def _read(self, frame):
@@ -3543,7 +3492,8 @@ class Translator:
             self._restart()
         for field, kind in KIND_OF_FIELD.items():
             text = frame.delta.get(field) or ""
-            self.begun = self.begun or bool(text.strip("\r\n"))
+            if text.strip("\r\n"):
+                self.begun = True
             if text and kind == THINKING and self.asked.no_thinking:
                 self.unasked.add([Step(kind, text)])
             elif text:
@@ -3569,7 +3519,7 @@ class Translator:
                 "Z.ai lost its place and started the answer again after part of it had "
                 "been sent.", GIVE_UP, code="upstream_stream_restarted")
         self._start()
-        self.steps.append(Step(RESTART))
+        extend(self.runs, Step(RESTART))
 
     def _put(self, steps):
         """What comes behind a call that is not whole has to wait."""
@@ -3580,40 +3530,44 @@ class Translator:
             # Further calls came unasked.
             if not (step.index and self.asked.one_call):
                 self.told = self.told or step.kind != THINKING
-                self.tokens += estimate_tokens(step.text)
-                self.steps.append(step)
+                extend(self.runs, step)
+                if self.asked.stop:
+                    self.tokens += estimate_tokens(step.text)
 
     def _end(self):
+        # A finish alone makes no answer: Z.ai at its limits was seen to send one with
+        # nothing before it.
+        is_empty = not self.begun and not (self.usage and self.usage["completion_tokens"])
+        if is_empty and self.finish in (None, "stop"):
+            raise UpstreamError(EMPTY)
         if not self.finish and not self.stop_word:
-            raise UpstreamError(UNFINISHED if self.begun else EMPTY)
+            raise UpstreamError(UNFINISHED)
         is_cut = self.finish not in WHOLE
         if not self.texts.opened and not self.calls.calls:
             self._put(self.texts.feed(TEXT, self.unasked.text(THINKING)))
         self._put(self.texts.close(is_cut))
-        if self.stop_word:
-            self.finish = "stop"
         # Where calls came as they should, the leaked ones are the same once more.
         if not self.calls.calls:
-            self._add(self.calls.feed([{"function": call} for call in self.texts.leaked]))
-        self.calls.check(self.finish)
-        # A finish alone makes no answer: Z.ai at its limits was seen to send one with
-        # nothing before it.
-        has_tokens = self.usage and self.usage["completion_tokens"]
-        if self.finish == "stop" and not self.begun and not has_tokens:
-            raise UpstreamError(EMPTY)
-        self._add(self.calls.close(is_cut))
+            items = [{"function": call} for call in self.texts.leaked]
+            self._add(self.calls.feed(items))
         if self.stop_word:
+            self.finish = "stop"
+        self.calls.check(self.finish)
+        self._add(self.calls.close("" if is_cut else "{}"))
+        if self.stop_word and not self.usage:
             # Z.ai's counts come at its own end. Programs that send stop words, such as
             # smolagents, read the usage unasked.
-            self.usage = self.usage or to_openai_usage(
+            self.usage = to_openai_usage(
                 {"prompt_tokens": self.asked.tokens, "completion_tokens": self.tokens})
         reason = self.finish
         # Clients look at the finish to learn whether there are calls to make.
         if reason in WHOLE:
-            reason = "tool_calls" if self.calls.count else "stop"
+            reason = "tool_calls" if self.calls.calls else "stop"
         self.complete = True
         stop_word = self.stop_word if reason == "stop" else None
-        self.steps.append(Step(FINISH, reason, name=stop_word, usage=self.usage))
+        extend(self.runs, Step(FINISH, reason, name=stop_word, usage=self.usage))
+
+
 class Reply:
     """One HTTP response of Z.ai: feed(data) -> bytes of its body; b"" means that the
     connection has ended.
@@ -3622,13 +3576,14 @@ class Reply:
     UpstreamError if that is not HTTP, if the coding is broken, and for a cut.
     """
 
+    status = None
+    keeps_alive = False
+    complete = False
+
     def __init__(self):
         self.head = HeadReader()
-        self.status = None
         self.fields = {}
         self.framing = Unframed()
-        self.keeps_alive = False
-        self.complete = False
 
     def feed(self, data):
         try:
@@ -3641,7 +3596,8 @@ class Reply:
         while self.status is None:
             head = self.head.feed(data)
             if head is None:
-                self._check_beginning(ended)
+                if ended:
+                    raise UpstreamError("The connection to Z.ai was closed before its answer.")
                 return b""
             data = self.head.rest
             self._read_head(head)
@@ -3651,15 +3607,6 @@ class Reply:
         if ended and not self.complete:
             raise UpstreamError("The connection to Z.ai was cut in the middle of an answer.")
         return body
-
-    def _check_beginning(self, ended):
-        if ended:
-            raise UpstreamError("The connection to Z.ai was closed before its answer.")
-        # Another service than HTTP may greet and wait. It is known by its first bytes,
-        # and not only by its silence.
-        beginning = bytes(self.head.data[:5])
-        if not b"HTTP/".startswith(beginning):
-            raise ValueError(f"{bytes(self.head.data[:60])!a} is no HTTP")
 
     def _read_head(self, head):
         version, status, fields = parse_response_head(head)
@@ -3673,10 +3620,7 @@ class Reply:
         self.keeps_alive = version != "HTTP/1.0" and "close" not in options
         # A length that was sent twice has been joined by a comma.
         length = LENGTH.match(fields.get("content-length", ""))
-        # Some answers have no body, whatever their fields say (RFC 9112, 6.3).
-        if status in (204, 304):
-            self.framing = Counted(0)
-        elif "chunked" in fields.get("transfer-encoding", "").lower():
+        if "chunked" in fields.get("transfer-encoding", "").lower():
             self.framing = Dechunker()
         elif length:
             self.framing = Counted(int(length.group()))
@@ -3694,6 +3638,8 @@ def only_event(data):
     event = data.partition(b"data: ")[2][:-4]
     is_all = data == b"%x\r\ndata: %b\n\n\r\n" % (len(event) + 8, event)
     return event.decode("utf-8", "replace") if is_all and event.splitlines() == [event] else None
+
+
 class Answer:
     """Z.ai's answer to one chat request: feed(data) -> (steps, failure); b"" means that
     the connection has ended.
@@ -3704,24 +3650,17 @@ class Answer:
 
     LONGEST_ERROR_BYTES = 1 << 18
 
+    complete = False
+
     def __init__(self, translator):
         self.translator = translator
         self.reply = Reply()
         self.decoder = SSEDecoder()
         self.refusal = bytearray()
-        # All events that have come are read, and nothing of the next has come.
-        self.is_between = False
-        self.complete = False
 
     @property
     def begun(self):
         return self.translator.begun or self.translator.complete
-
-    @property
-    def is_cut_short(self):
-        """Whether a stop word has ended it: Z.ai may still be generating what is not
-        wanted."""
-        return self.translator.complete and bool(self.translator.stop_word)
 
     @property
     def is_ending(self):
@@ -3730,14 +3669,14 @@ class Answer:
         return self.complete or bool(self.translator.finish)
 
     def feed(self, data):
-        event = self.is_between and only_event(data)
+        framing = self.reply.framing
+        # Nothing of the next event has come.
+        is_between = not (framing.left or framing.rest or self.decoder.held)
+        event = is_between and self.reply.status == 200 and only_event(data)
         if event:
             steps, failure = self.translator.feed([event])
         else:
             steps, failure = self._feed(data)
-            framing = self.reply.framing
-            is_held = framing.left or framing.rest or self.decoder.held
-            self.is_between = self.reply.status == 200 and not is_held
         self.complete = self.translator.complete or failure is not None
         return steps, failure
 
@@ -3758,20 +3697,9 @@ class Answer:
             failure = cut
         return steps, failure
 
-    def close(self):
-        """The same as the end of the connection: what has come is all there will be."""
-        steps, failure = self.translator.feed((), end=True)
-        self.complete = True
-        return steps, failure
-
     def _read(self, body, ended):
         """The events in a piece of the body. One JSON body, on one line, is an event,
         too."""
-        coding = self.reply.fields.get("content-encoding", "")
-        if coding.lower() not in ("", "identity"):
-            raise UpstreamError(
-                f"Z.ai's answer is compressed with {coding[:60]!a}, which was not asked for.",
-                GIVE_UP)
         if self.reply.status != 200:
             self._read_refusal(body, ended)
         elif "html" in self.reply.fields.get("content-type", "").lower():
@@ -3788,57 +3716,35 @@ class Answer:
             text = self.refusal.decode("utf-8", "replace")
             value = decode_first(text[text.find("{"):])
             retry_after = self.reply.fields.get("retry-after", "")
-            raise self.translator.describe(value, self.reply.status, retry_after)
-@dataclasses.dataclass
-class Item:
-    """One piece of a folded answer: a text, a stretch of thinking, or a call."""
-
-    # TEXT, THINKING or CALL.
-    kind: str
-    id: str | None = None
-    name: str | None = None
-    pieces: list = dataclasses.field(default_factory=list)
-
-    @property
-    def text(self):
-        """The text; of a call, its arguments."""
-        return "".join(self.pieces)
+            raise self.translator.frames.describe(value, self.reply.status, retry_after)
 
 
 class Fold:
-    """What a JSON answer is made of: all steps of an answer, as `items` in their order,
-    with `finish`, `stop_word` and `usage`. UpstreamError beyond `limit` bytes."""
+    """What a JSON answer is made of: all steps of an answer, but the last as `items`,
+    and that as `end`. UpstreamError beyond LONGEST_ANSWER_BYTES."""
 
-    def __init__(self, limit=LONGEST_ANSWER_BYTES):
-        self.limit = limit
+    def __init__(self):
+        self.end = Step(FINISH)
         self._start()
 
     def _start(self):
-        self.items = []
-        self.finish = None
-        self.stop_word = None
-        self.usage = None
-        self.tally = Tally(self.limit)
+        self.runs = []
+        self.tally = Tally()
 
     def add(self, steps):
         for step in steps:
             if step.kind == RESTART:
                 self._start()
             elif step.kind == FINISH:
-                self.finish = step.text
-                self.stop_word = step.name
-                self.usage = step.usage
+                self.end = step
             else:
-                # What stands behind the last item belongs to it, but for a new call.
-                goes_on = self.items and self.items[-1].kind == step.kind != CALL
-                if step.kind != ARGUMENTS and not goes_on:
-                    self.items.append(Item(step.kind, step.id, step.name))
-                self.items[-1].pieces.append(step.text)
+                extend(self.runs, step)
                 self.tally.add(step)
 
     @property
-    def calls(self):
-        return [item for item in self.items if item.kind == CALL]
+    def items(self):
+        """A step for each text, stretch of thinking and call."""
+        return joined(self.runs)
 
     def text(self, kind):
         """All texts of one kind, joined."""
@@ -4014,7 +3920,6 @@ class Chat(Front):
         changed = [name for name in request if name in DROPPED and asks(name, request[name])]
         if "input" in request and "messages" not in request:
             raise wrong("messages", "is missing: a request with 'input' goes to /v1/responses")
-        options = as_dict(request.get("stream_options"))
         user_agent = caller.headers.get("user-agent", "")
         accept = caller.headers.get("accept", "").lower()
         expects_json = "application/json" in accept or EXPECTS_JSON.search(user_agent)
@@ -4025,7 +3930,7 @@ class Chat(Front):
             created=int(caller.now),
             model=str(request.get("model")),
             stream=request["stream"],
-            include_usage=bool(options.get("include_usage")),
+            include_usage=bool(dig(request, "stream_options.include_usage")),
             reasoning=request.get("reasoning_format", settings.reasoning_format))
         need_word(front.reasoning, REASONING_FORMATS, "reasoning_format")
         loses_error = (
@@ -4101,23 +4006,24 @@ class Chat(Front):
                 "index": 0,
                 "message": self._message(fold),
                 "logprobs": None,
-                "finish_reason": CHAT_FINISHES.get(fold.finish, fold.finish),
+                "finish_reason": CHAT_FINISHES.get(fold.end.text, fold.end.text),
             }],
         }
-        if fold.usage:
-            answer["usage"] = fold.usage
+        if fold.end.usage:
+            answer["usage"] = fold.end.usage
         return answer
 
     def _message(self, fold):
         kinds = (TEXT, THINKING) if self.reasoning == "raw" else (TEXT,)
         texts = [self._item_text(item) for item in fold.items if item.kind in kinds]
-        content = "".join(texts) if texts or not fold.calls else None
+        calls = [self._whole_call(item) for item in fold.items if item.kind == CALL]
+        content = "".join(texts) if texts or not calls else None
         message = {"role": "assistant", "content": content, "refusal": None}
         thinking = fold.text(THINKING)
         if thinking and self.reasoning == "parsed":
             message["reasoning_content"] = thinking
-        if fold.calls:
-            message["tool_calls"] = [self._whole_call(item) for item in fold.calls]
+        if calls:
+            message["tool_calls"] = calls
         return message
 
     @staticmethod
@@ -4125,7 +4031,7 @@ class Chat(Front):
         return THINK + item.text + THINK_END if item.kind == THINKING else item.text
 
     def _whole_call(self, item):
-        """The object of a tool call, from an Item or a Step."""
+        """The object of a tool call, from a Step."""
         name = self.find_tool(item.name)["name"]
         return {"id": item.id, **function_object(name=name, arguments=item.text)}
 
@@ -4169,17 +4075,19 @@ def chat_fields(body, names, others):
 class Itemized(Front):
     """A front that tells an answer as a row of items, one of them open at any time.
 
-    A class has _begin(item), _piece(item, text) and _end(item), which give the SSE text
-    of an item's stages, and _finish(step), which sets `answer`, the JSON answer. _end()
-    puts the item into `items`.
+    A class has `id_prefix`, with which an answer's id begins; _begin(item),
+    _piece(item, text) and _end(item), which give the SSE text of an item's stages;
+    and _finish(step), which sets `answer`, the JSON answer. _end() puts the item into
+    `items`.
     """
 
-    def __init__(self, id_prefix, fields, hidden):
+    def __init__(self, fields, hidden):
         super().__init__(fields.get("model", ""), fields["stream"])
-        self.id = new_id(id_prefix)
+        self.id = new_id(self.id_prefix)
         self.hidden = hidden  # thinking is not told
-        self.tally = Tally(LONGEST_ANSWER_BYTES)
-        self.open = None  # an Item
+        self.tally = Tally()
+        self.open = None  # the step that began it
+        self.pieces = []  # its text so far
         self.items = []  # the finished ones, in the client's terms
         self.finish = None
         self.answer = None
@@ -4197,26 +4105,23 @@ class Itemized(Front):
         goes_on = kind != CALL and self.open and self.open.kind == kind
         if kind != ARGUMENTS and not goes_on:
             text = self._close()
-            self.open = Item(kind, step.id, step.name)
+            self.open = step
+            self.pieces = []
             text += self._begin(self.open)
         if step.text:
             self.tally.add(step)
-            self.open.pieces.append(step.text)
+            self.pieces.append(step.text)
             text += self._piece(self.open, step.text)
         return text
 
     def _close(self):
         item = self.open
         self.open = None
-        return self._end(item) if item else ""
+        return self._end(item._replace(text="".join(self.pieces))) if item else ""
 
     def whole(self, fold):
         """The answer that the same steps give as a stream."""
-        # The places stand for the calls' own numbers: each item is whole.
-        steps = [
-            Step(item.kind, item.text, i, item.id, item.name)
-            for i, item in enumerate(fold.items)]
-        self.tell([*steps, Step(FINISH, fold.finish, name=fold.stop_word, usage=fold.usage)])
+        self.tell([*fold.items, fold.end])
         return self.answer
 
 
@@ -4274,8 +4179,7 @@ NO_THREADS = "thread_unsupported_request"
 class Messages(Itemized):
     """Anthropic's Messages API: POST /v1/messages."""
 
-    def __init__(self, fields, hidden):
-        super().__init__("msg_", fields, hidden)
+    id_prefix = "msg_"
 
     @classmethod
     def read(cls, body, caller, settings):
@@ -4585,11 +4489,12 @@ def earlier_turns(caller, id):
 class Responses(Itemized):
     """OpenAI's Responses API: POST /v1/responses."""
 
+    id_prefix = "resp_"
+
     def __init__(self, body, fields, hidden, caller):
-        super().__init__("resp_", fields, hidden)
+        super().__init__(fields, hidden)
         # opening() has the numbers 0 and 1; it may be made behind the first steps.
         self.number = 2
-        self.item = {}  # the open one, in the client's terms
         self.caller = caller
         self.compacts = False
         include = expect(body.get("include", []), list, "include")
@@ -4622,11 +4527,10 @@ class Responses(Itemized):
             caller.keep(front.id, {"previous": previous, "turns": turns})
         if turns[-1:] == [COMPACTION_TRIGGER]:
             front.compact(fields)
-        reasoning = fields.get("reasoning", {})
-        summary = reasoning.get("summary") or reasoning.get("generate_summary")
+        reasoning = front.base["reasoning"]
         # That is how Codex asks for thinking if it does not know the model.
-        asks = summary not in (None, "none", "off") and settings.enable_thinking is None
-        if asks and not reasoning.get("effort"):
+        asks = reasoning["summary"] and not reasoning["effort"]
+        if asks and settings.enable_thinking is None:
             fields.setdefault("enable_thinking", True)
         if dig(body, "text.verbosity"):
             changed.append("verbosity")
@@ -4813,8 +4717,8 @@ class Compaction(Responses):
 # then. Who finds no room queues: one queue a model, in which the client keys take
 # turns, each in the order its requests came. All of it stands under one lock; nobody
 # waits while holding it. Who leaves wakes who may go next. The pump, in the next
-# section, calls tick(), for gates that open without anybody leaving. Before, there must
-# be room for its body: that is the second queue.
+# section, calls tick(), for gates that open without anybody leaving. What the waiting
+# hold is counted by Bodies, at the end of this section.
 
 def backoff_s(attempt, first_s=0.5, longest_s=8.0):
     """Seconds that double from attempt to attempt; `attempt` counts from 0."""
@@ -5040,16 +4944,14 @@ class Gates:
             if ticket.probes_rest:
                 gate.key.resting_until = gate.resting_until = 0.0
             return self._cleared(gate, ticket.model, now)
-        if error is None:
-            return None
-        if error.verdict in NEXT_KEY:
+        elif error and error.verdict in NEXT_KEY:
             rest_s = min(error.retry_after or self.REST_S, self.LONGEST_REST_S)
             resting = gate.key if error.verdict == KEY_RESTS else gate
             resting.resting_until = now + rest_s
             if error.verdict == KEY_RESTS:
                 gate.key.refusal = f"Key #{gate.key.position}: {error.message}"
             ticket.refused_by.add(gate.key)
-        elif error.verdict in QUEUE_AGAIN:
+        elif error and error.verdict in QUEUE_AGAIN:
             return self._refuse(gate, ticket, error, now)
         return None
 
@@ -5152,8 +5054,9 @@ class Bodies:
         """Put what has come to the client's body. ApiError if that finds no room."""
         with self.lock:
             self.held[client] += data
-            mine = sum(len(body) for other, body in self.held.items() if other.key == client.key)
-            if mine > self.total_bytes - sum(map(len, self.held.values())):
+            mine = [body for other, body in self.held.items() if other.key == client.key]
+            free_bytes = self.total_bytes - sum(map(len, self.held.values()))
+            if sum(map(len, mine)) > free_bytes:
                 raise ApiError("Too many large requests at once.",
                                status=503, code="overloaded", retry_after=5)
 
@@ -5379,9 +5282,11 @@ class Relay:
             # Interim answers are no words.
             if answer.reply.status:
                 self.heard_at = now
-            # Only at the end of its body a connection can serve again.
+            # Only at the end of its body a connection can serve again. Behind a stop
+            # word, Z.ai may still be generating what is not wanted.
             if answer.complete:
-                self.is_read = answer.reply.complete or answer.is_cut_short or not data
+                is_cut = answer.translator.stop_word
+                self.is_read = bool(answer.reply.complete or is_cut or not data)
             if self.surplus_bytes > self.END_BYTES:
                 self.end()
             # TLS may hold more than its socket shows.
@@ -5402,7 +5307,7 @@ class Relay:
     def end(self):
         """What has come is all there will be."""
         if not self.answer.complete:
-            self.tell(*self.answer.close())
+            self.tell(*self.answer.feed(b""))
         self.is_read = True
 
     @property
@@ -5615,14 +5520,14 @@ STALE_WITHIN_S = 1.0
 
 
 class Pool:
-    """Sockets that are kept for `keep_s`, the last used first; beyond `most`, the
-    oldest is closed by being dropped. Of an Upstream it has idle ones, which lead to
-    Z.ai, do not block, and whose last answer was read to the end."""
+    """Sockets that are kept for `keep_s` seconds; of more than `most` the oldest is
+    dropped, which closes it. An Upstream's holds the idle connections to Z.ai: their
+    last answer was read to its end, and none of them blocks."""
 
     def __init__(self, clock=time.monotonic, keep_s=KEEP_IDLE_S, most=None):
         self.clock = clock
         self.keep_s = keep_s
-        # It guards `idle`: (socket, since when), the longest idle first.
+        # It guards `idle`: (socket, since when), the oldest first.
         self.lock = threading.Lock()
         self.idle = collections.deque(maxlen=most)
 
@@ -5644,7 +5549,7 @@ class Pool:
             self.idle.append((sock, self.clock()))
 
     def expire(self, now):
-        """Close what has been idle for too long at `now`."""
+        """Close what has been kept for long enough."""
         with self.lock:
             while self.idle and now - self.idle[0][1] >= self.keep_s:
                 self.idle.popleft()[0].close()
@@ -5857,7 +5762,7 @@ class Job:
 
     def __init__(self, asked, streamed=True, write=None):
         self.data = asked.data
-        kept = ("model", "stop", "max_tokens")
+        kept = ("model", "max_tokens")
         body = {name: asked.body[name] for name in kept if name in asked.body}
         self.asked = asked._replace(body=body, data=b"")
         self.model = body["model"]
@@ -5885,8 +5790,6 @@ class Upstream:
         # For what is read at one time: see turn().
         self.turns = Gates(("",), 1, settings.queue_timeout, self.clock)
         pump.chores += [self.gates.tick, self.pool.expire]
-        if proxies is None:
-            proxies = urllib.request.getproxies()
         # The usual opener follows redirects, with the key, and opens files.
         self.opener = urllib.request.OpenerDirector()
         self.opener.add_handler(urllib.request.ProxyHandler(proxies))
@@ -6009,7 +5912,7 @@ class Upstream:
             raise error.with_traceback(None)
         finally:
             self._note(record, answer)
-            record.repaired += answer.translator.repaired
+            record.repaired += answer.translator.frames.repaired
             # Whoever has left already does not leave again.
             self.gates.leave(ticket, None, answer.begun)
 
@@ -6286,8 +6189,8 @@ class Metrics:
         self.history.extend([0] * min(bucket - self.bucket, BUCKETS))
         self.bucket = bucket
 
-    def stats(self, gates, queued, demo):
-        """The page's JSON. `gates`, `queued`: Gates.state()."""
+    def stats(self, **facts):
+        """The page's JSON, with what others know: `facts`."""
         tokens = collections.defaultdict(collections.Counter)
         with self.lock:
             self.move_history()
@@ -6295,11 +6198,9 @@ class Metrics:
                 tokens[model][kind] += count
             return {
                 "version": __version__,
-                "demo": demo,
+                **facts,
                 **self.counts,
                 "tokens": tokens,
-                "gates": gates,
-                "queued": queued,
                 "history": list(self.history),
                 "recent": list(self.recent),
             }
@@ -6402,15 +6303,15 @@ ROUTES = (
 ELSEWHERE = (
     (".+/v1/messages|.*/anthropic", "Set the client's base URL to {root}, without /v1."),
     ("/v1/v1(?:/|$)|.*/(?:completions|responses|messages)/.*completions$",
-     "The path is doubled: set the client's base URL to {base}."),
+     "The path is doubled: set the client's base URL to {root}/v1."),
     (V4 + "/completions$",
-     "The legacy completions API is not served: use {base}/chat/completions."),
+     "The legacy completions API is not served: use {root}/v1/chat/completions."),
     ((V4 + "/(?:embeddings|images|audio|rerank|files|videos|moderations|batches|realtime"
       "|fine_tuning|uploads|web_search|tokenizer|assistants|threads|vector_stores)(?:/|$)"),
      "ZtoApi serves chat only. What Z.ai has of this is at {there}, billed to the balance."),
     (V1 + "/responses/.",
      "Responses are kept for previous_response_id alone: there is nothing to get or to cancel."),
-    ("", "There is nothing at {path!a}. Set the client's base URL to {base}."),
+    ("", "There is nothing at {path!a}. Set the client's base URL to {root}/v1."),
 )
 
 
@@ -6616,20 +6517,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         words = next(words for pattern, words in ELSEWHERE if re.match(pattern, path))
         tail = escaped(re.sub(V4, "", path, count=1))
         there = self.settings.zai_base_url + tail
-        root = self.server.url
-        words = words.format(root=root, base=root + "/v1", path=path, there=there)
+        words = words.format(root=self.server.url, path=path, there=there)
         return RequestError(words, status=404, code="not_found")
 
     def check_host(self):
         """With the well-known key only pages of this computer may reach us: the name in
         Host tells DNS rebinding."""
-        if not self.settings.well_known or "host" not in self.fields:
-            return
-        try:
-            host = urllib.parse.urlsplit("//" + self.fields["host"]).hostname or ""
-        except ValueError:
-            host = ""
-        if not is_loopback(host):
+        host = self.fields.get("host", "localhost")
+        name = re.sub(r":\d*$", "", host).strip("[]")
+        if self.settings.well_known and not is_loopback(name):
             raise RequestError(
                 "With the well-known DEFAULT_KEY only this computer is served; set a key of "
                 "your own.", status=403, code="host_not_allowed")
@@ -6637,12 +6533,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def check_key(self):
         """Find the key that the client sent. Each comparison takes the same time, as
         the time of an early end would tell how much of a guess is right."""
-        scheme, _, bearer = self.fields.get("authorization", "").partition(" ")
-        given = [self.fields.get(name, "") for name in ("x-api-key", "api-key")]
-        if scheme.lower() == "bearer":
-            given.append(bearer.strip(" \t"))
+        names = ("authorization", "x-api-key", "api-key")
+        given = [self.fields.get(name, "") for name in names]
+        # A word such as Bearer may stand before it.
+        words = [text.rpartition(" ")[2] for text in given]
         for position, key in enumerate(self.settings.default_key, 1):
-            for text in given:
+            for text in words:
                 if hmac.compare_digest(key.encode(), text.encode("utf-8", "replace")):
                     self.record.key = f"#{position}"
                     return
@@ -6672,14 +6568,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def answer(self, status, body, content_type="application/json", fields=()):
         """Send a whole answer. One given before the body was read ends the connection,
         as the body must not become the next request."""
-        self.record.status = status
         if not self.head.framing.done or self.server.draining:
             self.close_connection = True
-        length = ("Content-Length", len(body))
-        fields = [*self.common_fields(content_type), *fields, length]
-        if self.close_connection:
-            fields.append(("Connection", "close"))
-        head = response_head(status, fields)
+        head = self.make_head(
+            status, content_type, *fields, ("Content-Length", str(len(body))),
+            ("Connection", "close" if self.close_connection else ""))
         self.send(head if self.record.method == "HEAD" else head + body)
 
     def answer_json(self, value, status=200, fields=()):
@@ -6693,12 +6586,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.outbox and self.outbox.started:
             self.end_stream(error)
             return
-        status = self.front.status(error)
         value = self.front.error(error, self.record.id)
-        fields = [*error.headers().items()]
-        if status == 405:
-            fields.append(("Allow", ", ".join(error.allowed)))
-        self.answer_json(value, status, fields)
+        self.answer_json(value, self.front.status(error), error.headers().items())
 
     def end_stream(self, error):
         """A stream that fails ends without its last chunk, which shows as the cut it
@@ -6713,9 +6602,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         end = outbox.frame(outbox.front.failure(error), last)
         self.send(bytes(outbox.unsent) + end)
 
-    def common_fields(self, content_type):
-        """The fields of any response, and what happened to a request for an answer."""
+    def make_head(self, status, content_type, *more):
+        """The bytes of a response's head, without those fields that are empty. It tells
+        what happened to a request for an answer, too."""
         record = self.record
+        record.status = status
         fields = [
             ("Content-Type", content_type),
             ("x-request-id", record.id),
@@ -6726,8 +6617,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             ("x-ztoapi-changed", plain(",".join(record.changed), 1000)),
             ("x-ztoapi-model", plain(record.model_id)),
             ("x-zai-log-id", record.zai_log_id),
+            *more,
         ]
-        return [field for field in fields if field[1]]
+        return response_head(status, [field for field in fields if field[1]])
 
     def cors_fields(self):
         """None with the well-known key: then no web page may read what we answer."""
@@ -6800,8 +6692,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def get_stats(self):
         gates = self.server.upstream.gates
-        stats = self.server.metrics.stats(*gates.state(), self.settings.demo_mode)
-        stats["trouble"] = [key.refusal for key in gates.keys] or [NO_KEY]
+        ceilings, queued = gates.state()
+        trouble = [key.refusal for key in gates.keys] or [NO_KEY]
+        stats = self.server.metrics.stats(
+            demo=self.settings.demo_mode, gates=ceilings, queued=queued, trouble=trouble)
         self.answer_json(stats, fields=[("Cache-Control", "no-store")])
 
     def refuse_get(self):
@@ -6882,15 +6776,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def stream_head(self):
         """The head of a streamed answer. It is made when the first bytes go out, so
         that it can tell how they came about."""
-        self.record.status = 200
-        fields = [
-            *self.common_fields("text/event-stream; charset=utf-8"),
+        is_1_0 = self.head.is_1_0
+        return self.make_head(
+            200, "text/event-stream; charset=utf-8",
             ("Cache-Control", "no-cache"),
             ("X-Accel-Buffering", "no"),
-        ]
-        is_1_0 = self.head.is_1_0
-        fields.append(("Connection", "close") if is_1_0 else ("Transfer-Encoding", "chunked"))
-        return response_head(200, fields)
+            ("Connection", "close" if is_1_0 else ""),
+            ("Transfer-Encoding", "" if is_1_0 else "chunked"))
 
 
 # Server ###############################################################################
@@ -7076,7 +6968,10 @@ class Server(http.server.ThreadingHTTPServer):
     def drain(self, grace_s=GRACE_S):
         """What stop() does once serve_forever() has ended."""
         if not self.draining:
-            self.take_backlog()
+            # Accept what has connected: each call takes one, or finds none at once.
+            self.timeout = 0
+            for _ in range(self.request_queue_size):
+                self.handle_request()
             # At once, as closing resets all that have connected since.
             self.socket.close()
             time.sleep(self.SETTLE_S)
@@ -7101,17 +6996,6 @@ class Server(http.server.ThreadingHTTPServer):
         self.pump.close()
         self.upstream.close()
         return whole
-
-    def take_backlog(self):
-        """Accept what has connected."""
-        self.timeout = 0
-        with contextlib.suppress(TimeoutError):
-            for _ in range(self.request_queue_size):
-                self.handle_request()
-
-    def handle_timeout(self):
-        """The base class calls it when nobody else has connected."""
-        raise TimeoutError
 
 
 # Demo #################################################################################
