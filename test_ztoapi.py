@@ -2411,10 +2411,12 @@ def test_an_error_names_the_field_in_the_clients_words(door, body, param):
     assert DOORS[door].status(error) == 400
 
 
-def test_chat_tells_who_sends_input_where_to_go():
-    with pytest.raises(ztoapi.RequestError, match="/v1/responses") as caught:
-        by_door("chat", {"model": "glm-4.6", "input": "Hi"})
-    assert caught.value.param == "messages"
+@pytest.mark.parametrize("fields, param, words", [
+    ({"input": "Hi"}, "messages", "/v1/responses"), ({"messages": [U], "functions": []}, "functions", "use 'tools'")])
+def test_chat_tells_where_to_go_instead(fields, param, words):
+    with pytest.raises(ztoapi.RequestError, match=words) as caught:
+        by_door("chat", {"model": "glm-4.6", **fields})
+    assert caught.value.param == param
 
 
 @pytest.mark.parametrize("model", ["glm-4.6", "glm-4.5v"])

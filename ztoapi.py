@@ -1424,7 +1424,7 @@ UNITS = {str: " characters long", list: " items long"}
 # Fields of OpenAI's and of others that Z.ai has no use for. What the last line wishes
 # for thinking is kept.
 DROPPED = frozenset("""
-    audio extra_body frequency_penalty function_call functions include_reasoning
+    audio extra_body frequency_penalty function_call include_reasoning
     logit_bias logprobs metadata modalities moderation prediction presence_penalty
     prompt_cache_key prompt_cache_options prompt_cache_retention safety_identifier
     service_tier store top_logprobs verbosity web_search_options
@@ -3920,6 +3920,8 @@ class Chat(Front):
         changed = [name for name in request if name in DROPPED and asks(name, request[name])]
         if "input" in request and "messages" not in request:
             raise wrong("messages", "is missing: a request with 'input' goes to /v1/responses")
+        if "functions" in request:
+            raise wrong("functions", "is no longer supported: use 'tools'")
         user_agent = caller.headers.get("user-agent", "")
         accept = caller.headers.get("accept", "").lower()
         expects_json = "application/json" in accept or EXPECTS_JSON.search(user_agent)
