@@ -2523,7 +2523,8 @@ class Reader:
 
     def thinking(self):
         """thinking and reasoning_effort as the model's family takes them."""
-        wishes = [read_wish(dig(self.fields, path), path) for path in WISHES]
+        wishes = [read_wish(dig(self.fields, path), path) for path in WISHES
+                  if path.partition(".")[0] in self.fields]
         on = next((wish for wish in wishes if isinstance(wish, bool)), None)
         effort = next((wish for wish in wishes if isinstance(wish, str)), None)
         if on is None and effort:
