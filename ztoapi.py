@@ -1421,14 +1421,13 @@ RANGES = {
     "max_completion_tokens": (1, INFINITY),
 }
 UNITS = {str: " characters long", list: " items long"}
-# Fields of OpenAI's and of others that Z.ai has no use for. What the last two lines
-# wish for thinking is kept.
+# Fields of OpenAI's and of others that Z.ai has no use for. What the last line wishes
+# for thinking is kept.
 DROPPED = frozenset("""
-    audio extra_body frequency_penalty function_call functions include_reasoning
-    logit_bias logprobs metadata modalities
-    moderation prediction presence_penalty prompt_cache_key prompt_cache_options
-    prompt_cache_retention safety_identifier service_tier store top_logprobs verbosity
-    web_search_options
+    audio extra_body frequency_penalty function_call include_reasoning
+    logit_bias logprobs metadata modalities moderation prediction presence_penalty
+    prompt_cache_key prompt_cache_options prompt_cache_retention safety_identifier
+    service_tier store top_logprobs verbosity web_search_options
     chat_template_kwargs output_config reasoning think thinking_budget thinking_config
 """.split())
 # What asks for nothing, so that nothing is lost with it.
@@ -1449,6 +1448,7 @@ WISHES = """
     reasoning.effort reasoning.max_tokens chat_template_kwargs.reasoning_effort
     thinking_config.thinking_level thinking_config.thinking_budget
 """.split()
+# All that does not go to Z.ai as the client has sent it.
 READ_FIELDS = DROPPED.union(FIELDS, ("thinking", "enable_thinking"))
 # The words for on, off, no wish and the efforts.
 WISH_WORDS = {
@@ -1706,7 +1706,8 @@ BILLING = re.compile("^x-anthropic-billing-header:.*\n?", re.MULTILINE)
 FILE_MODELS = ("glm-5.3-flash", "glm-5.3-flashx")
 FILE_URL_MODELS = (
     *FILE_MODELS, "glm-4.6v", "glm-4.6v-flash", "glm-4.6v-flashx", "glm-4.5v")
-# Z.ai refuses empty messages. Where a user's must be, or a tool's, these stand there.
+# Z.ai refuses empty messages. The first stands for a user who says nothing, the other
+# for a tool that has brought nothing.
 NO_WORDS = "."
 NO_OUTPUT = "(no output)"
 ZAI_TOOLS = ("web_search", "retrieval")
@@ -1800,7 +1801,7 @@ def words_in(value, depth=0):
     value = {**source, **value, **inner}
     heads = [value.get(field) for field in HEAD_FIELDS]
     texts = [words_in(value.get(field), depth + 1) for field in WORD_FIELDS]
-    # Elsewhere data is a picture's, say.
+    # The data of another type is a picture's, say, and no words.
     if source.get("type") == "text":
         texts.append(source.get("data"))
     return lines(*heads, lines(*texts) or first(value, URL_FIELDS))
@@ -1982,8 +1983,8 @@ class History:
         for i, call in enumerate(calls):
             id = call["id"]
             twin = calls_by_id.get(id)
-            # LangChain sends each call as a part, too. Each is parsed for the next one
-            # of its id alone.
+            # LangChain sends each call as a part, too. As parsing takes time, only
+            # neighbours of one id are compared.
             if twin and meaning_of(twin) == meaning_of(call):
                 continue
             calls_by_id[id] = id and call
@@ -2056,7 +2057,7 @@ class Reader:
         # What Z.ai has no field for, as system lines.
         self.instructions = []
         self.history = History(self.changed)
-        self.tools = []  # Z.ai's
+        self.tools = []  # in Z.ai's form
         self.some_left_out = False
         self.names = {}  # (namespace, name) of a tool -> its name at Z.ai
         self.owners = {}  # and back
@@ -2522,7 +2523,8 @@ class Reader:
 
     def thinking(self):
         """thinking and reasoning_effort as the model's family takes them."""
-        wishes = [read_wish(dig(self.fields, path), path) for path in WISHES]
+        wishes = [read_wish(dig(self.fields, path), path) for path in WISHES
+                  if path.partition(".")[0] in self.fields]
         on = next((wish for wish in wishes if isinstance(wish, bool)), None)
         effort = next((wish for wish in wishes if isinstance(wish, str)), None)
         if on is None and effort:
@@ -2798,14 +2800,13 @@ def token_count(usage, name):
 
 def to_openai_usage(usage):
     """OpenAI's usage object; None if `usage` is not an object. A count that is missing
-    or garbage is 0. The details differ by model and may be missing."""
+    or garbage is 0: the details differ by model, and VS Code reads them unasked."""
     if not isinstance(usage, dict):
         return None
     result = {name: token_count(usage, name) for name in ("prompt_tokens", "completion_tokens")}
     result["total_tokens"] = sum(result.values())
     for name, detail in USAGE_DETAILS.items():
-        if isinstance(usage.get(name), dict):
-            result[name] = {detail: token_count(usage[name], detail)}
+        result[name] = {detail: token_count(as_dict(usage.get(name)), detail)}
     return result
 
 
@@ -3920,6 +3921,8 @@ class Chat(Front):
         changed = [name for name in request if name in DROPPED and asks(name, request[name])]
         if "input" in request and "messages" not in request:
             raise wrong("messages", "is missing: a request with 'input' goes to /v1/responses")
+        if "functions" in request:
+            raise wrong("functions", "is no longer supported: use 'tools'")
         user_agent = caller.headers.get("user-agent", "")
         accept = caller.headers.get("accept", "").lower()
         expects_json = "application/json" in accept or EXPECTS_JSON.search(user_agent)
@@ -4125,13 +4128,8 @@ class Itemized(Front):
         return self.answer
 
 
-# For the details that Z.ai leaves out, and for an answer without usage.
-NO_USAGE = {
-    "prompt_tokens": 0,
-    "prompt_tokens_details": {"cached_tokens": 0},
-    "completion_tokens": 0,
-    "completion_tokens_details": {"reasoning_tokens": 0},
-}
+# For an answer without usage.
+NO_USAGE = to_openai_usage({})
 
 
 # Messages #############################################################################
@@ -4207,7 +4205,7 @@ class Messages(Itemized):
 
     def opening(self):
         return typed_event("message_start", message=self._message(
-            {"prompt_tokens": self.asked.tokens}, [], None))
+            {**NO_USAGE, "prompt_tokens": self.asked.tokens}, [], None))
 
     def heartbeat(self):
         return typed_event("ping")
@@ -4252,7 +4250,7 @@ class Messages(Itemized):
         return typed_event(f"content_block_{name}", index=len(self.items), **fields)
 
     def _message(self, usage, content, stop_reason, stop_word=None):
-        usage = {**NO_USAGE, **(usage or {})}
+        usage = usage or NO_USAGE
         cached = usage["prompt_tokens_details"]["cached_tokens"]
         # Anthropic counts the cached tokens apart.
         counts = {
@@ -4451,15 +4449,13 @@ def unwrap_input(arguments, name):
 
 
 def to_responses_usage(usage):
-    """The details are always there, as VS Code reads them unasked."""
-    whole = {**NO_USAGE, **usage}
-    cached = whole["prompt_tokens_details"]["cached_tokens"]
+    cached = usage["prompt_tokens_details"]["cached_tokens"]
     return {
-        "input_tokens": whole["prompt_tokens"],
+        "input_tokens": usage["prompt_tokens"],
         "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
-        "output_tokens": whole["completion_tokens"],
-        "output_tokens_details": whole["completion_tokens_details"],
-        "total_tokens": whole["total_tokens"],
+        "output_tokens": usage["completion_tokens"],
+        "output_tokens_details": usage["completion_tokens_details"],
+        "total_tokens": usage["total_tokens"],
     }
 
 
@@ -4716,7 +4712,7 @@ class Compaction(Responses):
             "object": "response.compaction",
             "created_at": answer["created_at"],
             "output": answer["output"],
-            "usage": answer["usage"] or to_responses_usage({"total_tokens": 0}),
+            "usage": answer["usage"] or to_responses_usage(NO_USAGE),
         }
 
 
