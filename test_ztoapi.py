@@ -2456,6 +2456,10 @@ def test_null_in_an_optional_field_counts_as_absent(name):
     (schema({"name": "a", "schema": None}), schema({"name": "a"})),
     (said_by("assistant", content="x", tool_calls=None, reasoning_content=None, name=None, audio=None),
      said_by("assistant", content="x")),
+    (function(name="f", parameters={"a": 1}, input_schema=None), function(name="f", parameters={"a": 1})),
+    (said_by("assistant", content=[{**TEXT, "refusal": None}]), said_by("assistant", content=[TEXT])),
+    (said_by("assistant", tool_calls=[{**CALL, "call_id": None}]), said_by("assistant", tool_calls=[CALL])),
+    (said_by("tool", content="x", output=None), said_by("tool", content="x")),
     ({"temperature": None, "extra_body": {"temperature": 0.5}}, {"extra_body": {"temperature": 0.5}}),
 ])
 def test_null_inside_a_field_counts_as_absent(fields, same):
@@ -2528,8 +2532,7 @@ MESSAGES = [
     ([{"role": "assistant", "tool_calls": [
         {"id": "c1", "type": "custom", "custom": {"name": "get_weather", "input": "x"}}]}, RESULT, U],
      [calling('{"input":"x"}'), RESULT, U], set()),
-    ([assistant([{"type": "refusal", "refusal": "No."}, {**TEXT, "refusal": None}]), U],
-     [assistant("No.\nWhat is it?"), U], set()),
+    ([assistant([{"type": "refusal", "refusal": "No."}]), U], [assistant("No."), U], set()),
     ([{**U, "name": "bob", "cache_control": {"a": 1}}], [U], set()),
     ([{"role": "assistant", "content": None, "refusal": "No."}, U], [assistant("No."), U], set()),
     ([U, A, A, U], [U, assistant("A\n\nA"), U], set()),
@@ -3238,7 +3241,8 @@ def counts(prompt, completion, total, cached=0, reasoning=0):
     """A usage object."""
     return {
         "prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": total,
-        "prompt_tokens_details": {"cached_tokens": cached}, "completion_tokens_details": {"reasoning_tokens": reasoning}}
+        "prompt_tokens_details": {"cached_tokens": cached},
+        "completion_tokens_details": {"reasoning_tokens": reasoning}}
 
 
 ENDED = finished("stop")

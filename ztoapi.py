@@ -2255,7 +2255,7 @@ class Reader:
     def read_call(self, piece):
         """A call of an earlier answer, sent back."""
         # An item has an id of its own beside that of its call.
-        id = piece.get("call_id", piece.get("id"))
+        id = piece.get("id" if piece.get("call_id") is None else "call_id")
         call = piece.unfold()
         name = self.name_at_zai(call, call.need("name", str))
         arguments = first(call, ARGUMENT_FIELDS)
@@ -2271,7 +2271,7 @@ class Reader:
         """What a tool has brought: a text, parts, or another value, told as JSON."""
         piece.role = "tool"
         self.brought = piece.turn
-        field = "output" if "output" in piece else "content"
+        field = "content" if piece.get("output") is None else "output"
         content = piece.get(field)
         text = "" if content in NO_CONTENT else content
         media = []
@@ -2399,7 +2399,7 @@ class Reader:
     def read_tools(self, holder, namespace=None):
         for tool in holder.pieces("tools", "function"):
             # Anthropic's have no type, or "custom", which elsewhere is another thing.
-            if "input_schema" in tool:
+            if tool.get("input_schema") is not None:
                 tool.kind = "function"
             if namespace is not None:
                 tool["namespace"] = namespace
@@ -2420,7 +2420,7 @@ class Reader:
         name = self.name_at_zai(tool, tool.need("name", str))
         self.owners[name]["type"] = tool.kind
         text = tool.need("description", str, "")
-        field = "input_schema" if "input_schema" in tool else "parameters"
+        field = "parameters" if tool.get("input_schema") is None else "input_schema"
         schema = tool.need(field, dict, {}) or NO_PARAMETERS
         if tool.kind == "custom":
             schema = CUSTOM_SCHEMA
