@@ -7672,6 +7672,17 @@ def test_an_overload_is_waited_out_within_queue_timeout(make_timed):
     assert timed.ask()[0] == "Hello"
 
 
+def test_an_overload_is_waited_out_if_no_other_model_answers(make_timed, zai):
+    timed = make_timed(MODEL_FALLBACKS="glm-5.3=glm-5.2")
+
+    def answered(request):
+        if request["body"]["model"] == "glm-5.2":
+            return refusal(429, "1113")
+        return refusal(429, "1305") if timed.clock.now < 1024 + 20 else stream(*HEALTHY)
+    zai.default = answered
+    assert timed.ask("glm-5.3")[:2] == ("Hello", None)
+
+
 def test_an_overload_is_waited_out_for_5_seconds_if_another_model_may_answer(make_timed, zai):
     timed = make_timed(MODEL_FALLBACKS="glm-5.3=glm-5.2")
 

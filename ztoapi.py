@@ -5829,6 +5829,9 @@ class Upstream:
                 try:
                     return self._answer(job, client, record, take, bool(others))
                 except ApiError as error:
+                    # An overload passes: if no other model answers, it is waited out.
+                    if not first and error.code == OVERLOADED.code and others:
+                        others.append(job.model)
                     first = first or error
                     job = self._job_of_another(job, others, client, error)
             raise first
