@@ -9239,7 +9239,8 @@ def test_stats_tell_the_page_what_is_going_on(zai):
 
 
 def test_a_learned_ceiling_shows(zai, soon_again, proxy):
-    zai.limit, zai.default = 2, stream(say("a"), lambda *_: eventually(lambda: zai.refused), FINISH, DONE)
+    learned = proxy.server.upstream.gates.state
+    zai.limit, zai.default = 2, stream(say("a"), lambda *_: eventually(lambda: learned()[0]), FINISH, DONE)
     together(*[proxy.chat] * 4)
     (key, model, ceiling), = proxy.call("GET", "/stats")[2]["gates"]
     text = proxy.call("GET", "/metrics")[2]

@@ -6918,12 +6918,12 @@ class Server(http.server.ThreadingHTTPServer):
         with contextlib.suppress(OSError):
             request.shutdown(socket.SHUT_WR)
             request.settimeout(LINGER_S)
-            while time.monotonic() < until and request.recv(65536):
-                pass
-            if time.monotonic() >= until:
-                # The closing resets it.
-                request.setsockopt(
-                    socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            while request.recv(65536):
+                if time.monotonic() >= until:
+                    # The closing resets it.
+                    request.setsockopt(
+                        socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                    break
         with self.lock:
             self.connections.pop(request, None)
         self.close_request(request)
