@@ -370,8 +370,10 @@ def soak(seconds):
         tunnel = t.HttpProxy()
         for part in (zai, tls_zai, tunnel):
             closing.callback(part.close)
-        with socket.create_server(("127.0.0.1", 0)) as closed:
-            nobody = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        # Nobody listens there, nor can anybody else.
+        closed = closing.enter_context(socket.socket())
+        closed.bind(("127.0.0.1", 0))
+        nobody = f"http://127.0.0.1:{closed.getsockname()[1]}"
         tls = {"ZAI_BASE_URL": tls_zai.url}
         proxies = [
             SoakProxy("plain", ZAI_BASE_URL=zai.url),
