@@ -240,7 +240,10 @@ class FakeZai(Listener):
         if not line:
             return False
         headers = http.client.parse_headers(file)
-        body = file.read(int(headers.get("Content-Length", 0)))
+        size = int(headers.get("Content-Length", 0))
+        body = file.read(size)
+        if len(body) < size:
+            return False
         method, path, _ = line.decode().split()
         value = json.loads(body) if body else None
         request = {"method": method, "path": path, "headers": headers, "body": value}
