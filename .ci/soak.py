@@ -25,7 +25,7 @@ sys.path.insert(0, ROOT)
 import test_ztoapi as t
 
 CLIENTS = 32
-WARM_UP_S = 30
+WARM_UP_S = 60
 SEED = 1
 KEYS = (t.KEY, "sk-of-another-client", "sk-of-a-third-client")
 ZAI_KEYS = ("0123456789abcdef.SecretSecret1", "1123456789abcdef.SecretSecret2")
@@ -229,6 +229,14 @@ PICTURE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBO
 LONG_WORDS = ("Hi " * 1000, "Hi " * 100_000, "Hi \u4f60" * 1_000_000)
 
 
+def fill(proxy):
+    """Some of the largest bodies, so that memory has been as high as it gets."""
+    data = t.raw_chat(t.chat_body(stream=True, messages=[t.user(LONG_WORDS[-1])]))
+    for _ in range(4):
+        with t.connect(proxy, data) as sock:
+            t.read_stream(sock)
+
+
 def messages(chance):
     """A user's message, with a picture or a long text now and then."""
     dice = chance.random()
@@ -382,6 +390,8 @@ def soak(seconds):
             SoakProxy("refused", ZAI_BASE_URL=nobody),
         ]
         # The first figures count once every buffer has been as large as it gets.
+        for proxy in proxies:
+            fill(proxy)
         before = soak_for(WARM_UP_S, proxies, outcomes)
         outcomes.clear()
         after = soak_for(seconds, proxies, outcomes)
