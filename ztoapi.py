@@ -5532,7 +5532,7 @@ class Pool:
     dropped, which closes it. An Upstream's holds the idle connections to Z.ai: their
     last answer was read to its end, and none of them blocks."""
 
-    def __init__(self, clock=time.monotonic, keep_s=KEEP_IDLE_S, most=None):
+    def __init__(self, clock=time.monotonic, keep_s=60.0, most=None):
         self.clock = clock
         self.keep_s = keep_s
         # It guards `idle`: (socket, since when), the oldest first.
@@ -5789,7 +5789,7 @@ class Upstream:
         self.clock = pump.clock
         self.now = now
         self.rand = rand
-        self.pool = Pool(self.clock)
+        self.pool = Pool(self.clock, KEEP_IDLE_S)
         keys = ("demo",) if settings.demo_mode else settings.zai_api_key
         self.gates = Gates(keys, settings.max_concurrency,
                            settings.queue_timeout, self.clock, rand)
