@@ -5532,7 +5532,7 @@ class Pool:
     dropped, which closes it. An Upstream's holds the idle connections to Z.ai: their
     last answer was read to its end, and none of them blocks."""
 
-    def __init__(self, clock=time.monotonic, keep_s=60.0, most=None):
+    def __init__(self, clock=time.monotonic, keep_s=KEEP_IDLE_S, most=None):
         self.clock = clock
         self.keep_s = keep_s
         # It guards `idle`: (socket, since when), the oldest first.
