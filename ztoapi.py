@@ -4886,7 +4886,9 @@ class Gates:
                 now = self.clock()
                 if now >= deadline or opens_at > deadline or self.gives_way(ticket, now):
                     raise self._timeout(ticket.refusal or first.refusal, opens_at - now)
-                ticket.client.wait(min(deadline - now, 1.0 if ticket.is_replaceable else INFINITY))
+                # An overload wakes nobody, so that it is looked for.
+                look_s = 1.0 if ticket.is_replaceable else INFINITY
+                ticket.client.wait(min(deadline - now, look_s))
             if ticket.client.gone:
                 raise ClientGone
         except BaseException:
@@ -4971,6 +4973,7 @@ class Gates:
         first_s, longest_s = (1.0, 15.0) if is_full else (0.5, 8.0)
         jitter = 1 + 0.5 * self.rand()
         pause_s = backoff_s(ticket.refusals, first_s, longest_s) * jitter
+        # A refusal long after the last one begins another overload.
         goes_on = is_full and now < gate.quiet_since + gate.PROBE_S
         since = min(gate.overloaded_since, now) if goes_on else now
         gate.overloaded_since = since if is_full else INFINITY
@@ -5732,9 +5735,6 @@ class KeepAliveHandler(urllib.request.BaseHandler):
             raise
 
 
-# Z.ai gives one of these, or an empty answer, for schemas that it does not take.
-SCHEMA_CODES = ("1210", "1213", "1214", "1234", "500")
-
 # What making a connection may raise, the likeliest cause of each, and what to tell. To
 # add a case, add a row above those of which it is a kind.
 CONNECTION_ERRORS = (
@@ -5759,6 +5759,10 @@ def connection_error(error):
     text = getattr(error, "verify_message", None) or getattr(error, "strerror", None)
     words = words.format(reason=text or error, seconds=CONNECT_TIMEOUT_S)
     return UpstreamError(words, verdict, stage=stage)
+
+
+# Z.ai gives one of these, or an empty answer, for schemas that it does not take.
+SCHEMA_CODES = ("1210", "1213", "1214", "1234", "500")
 
 
 class Job:
@@ -7139,7 +7143,7 @@ def try_chats(settings, pump, client, tell=say):
             job = Job(to_zai_request(request, settings))
             record = Record("check", "", time.time(), time.monotonic())
             try:
-                upstream.answer(job, client, record, take=list)
+                upstream.answer(job, client, record, take=lambda steps: None)
                 tell(f"ok    chat: {model} answered, first token after {record.ttft_s:.3f} s")
                 return None
             except UpstreamError as failure:
@@ -7159,7 +7163,7 @@ def check_key(settings, pump, client):
     if error and error.verdict in NEXT_KEY and settings.zai_base_url in ZAI_BASE_URLS:
         for base in ZAI_BASE_URLS:
             other = dataclasses.replace(settings, zai_base_url=base, queue_timeout=5.0)
-            if not try_chats(other, pump, client, tell=len):
+            if not try_chats(other, pump, client, tell=lambda line: None):
                 say(f"      The key fits ZAI_BASE_URL={base}.")
                 return error
         say("      The key fits none of Z.ai's base URLs.")
@@ -7190,7 +7194,8 @@ def check(settings):
         with ours, theirs, pump.minding(client):
             # Asking without a key tells at least whether Z.ai can be reached.
             for position, key in enumerate(keys or ["no-key"], 1):
-                say(f"Key #{position} {mask(key)}")
+                if settings.zai_api_key:
+                    say(f"Key #{position} {mask(key)}")
                 one = dataclasses.replace(settings, zai_api_key=(key,))
                 errors.append(check_key(one, pump, client))
         return None in errors and bool(keys)
