@@ -2715,17 +2715,18 @@ class Step(NamedTuple):
 def extend(runs, step):
     """Put a step behind others, which are a list of (first step, texts): pieces of one
     kind that came together are one. Each would become an event for the client, with ten
-    times its bytes."""
+    times its bytes. True if it begins another."""
     first = runs[-1][0] if runs else Step("")
-    if step.index == first.index and step.kind in (first.kind, ARGUMENTS):
-        runs[-1][1].append(step.text)
-    else:
-        runs.append((step, [step.text]))
+    begins = step.index != first.index or step.kind not in (first.kind, ARGUMENTS)
+    if begins:
+        runs.append((step, []))
+    runs[-1][1].append(step.text)
+    return begins
 
 
 def joined(runs):
     """The steps of such a list."""
-    return [first._replace(text="".join(texts)) for first, texts in runs]
+    return [Step(first.kind, "".join(texts), *first[2:]) for first, texts in runs]
 
 
 # The ends that Z.ai documents, and two that gateways in front of it use. Any other
@@ -3950,44 +3951,34 @@ class Chat(Front):
         return self._chunk("{}")
 
     def _tell(self, step):
-        if step.kind == THINKING:
-            return self._think(step.text)
-        text = self._end_think()
-        if step.kind == TEXT:
-            text += self._content(step.text)
-        elif step.kind == CALL:
-            call = self._whole_call(step)
-            text += self._call({"index": step.index, **call})
+        # A string alone is quoted much faster than an object is encoded.
+        text = "".join([
+            self._chunk(f'{{"{field}":{quote(words)}}}') for field, words in self._words(step)])
+        if step.kind == CALL:
+            text += self._call({"index": step.index, **self._whole_call(step)})
         elif step.kind == ARGUMENTS:
-            piece = {"index": step.index, "function": {"arguments": step.text}}
-            text += self._call(piece)
+            text += self._call({"index": step.index, "function": {"arguments": step.text}})
         elif step.kind == FINISH:
             text += self._finish(step)
         return text
 
+    def _words(self, step):
+        """(field, text) of what a step says in words."""
+        words = []
+        is_thinking = step.kind == THINKING
+        # NextChat knows thinking by chunks that begin and end with the tags.
+        if self.reasoning == "raw" and is_thinking != self.in_think:
+            self.in_think = is_thinking
+            words.append(("content", THINK if is_thinking else THINK_END))
+        if step.kind == TEXT or is_thinking and self.reasoning == "raw":
+            words.append(("content", step.text))
+        elif is_thinking and self.reasoning == "parsed":
+            words.append(("reasoning_content", step.text))
+        return words
+
     def _chunk(self, delta, finish_reason="null"):
         choice = f'{{"index":0,"delta":{delta},"logprobs":null,"finish_reason":{finish_reason}}}'
         return self.head + choice + self.tail
-
-    def _content(self, text):
-        # A string alone is quoted much faster than an object is encoded.
-        return self._chunk('{"content":' + quote(text) + "}")
-
-    def _think(self, text):
-        if self.reasoning == "parsed":
-            return self._chunk('{"reasoning_content":' + quote(text) + "}")
-        if self.reasoning == "hidden":
-            return ""
-        # NextChat knows thinking by chunks that begin and end with the tags.
-        opening = "" if self.in_think else self._content(THINK)
-        self.in_think = True
-        return opening + self._content(text)
-
-    def _end_think(self):
-        if not self.in_think:
-            return ""
-        self.in_think = False
-        return self._content(THINK_END)
 
     def _call(self, call):
         return self._chunk('{"tool_calls":[' + encode_text(call) + "]}")
@@ -4017,21 +4008,18 @@ class Chat(Front):
         return answer
 
     def _message(self, fold):
-        kinds = (TEXT, THINKING) if self.reasoning == "raw" else (TEXT,)
-        texts = [self._item_text(item) for item in fold.items if item.kind in kinds]
+        words = [pair for item in [*fold.items, fold.end] for pair in self._words(item)]
+        content, thinking = [
+            "".join(text for field, text in words if field == name)
+            for name in ("content", "reasoning_content")]
         calls = [self._whole_call(item) for item in fold.items if item.kind == CALL]
-        content = "".join(texts) if texts or not calls else None
         message = {"role": "assistant", "content": content, "refusal": None}
-        thinking = fold.text(THINKING)
-        if thinking and self.reasoning == "parsed":
+        if thinking:
             message["reasoning_content"] = thinking
         if calls:
             message["tool_calls"] = calls
+            message["content"] = content or None
         return message
-
-    @staticmethod
-    def _item_text(item):
-        return THINK + item.text + THINK_END if item.kind == THINKING else item.text
 
     def _whole_call(self, item):
         """The object of a tool call, from a Step."""
@@ -4079,7 +4067,7 @@ class Itemized(Front):
     """A front that tells an answer as a row of items, one of them open at any time.
 
     A class has `id_prefix`, with which an answer's id begins; _begin(item),
-    _piece(item, text) and _end(item), which give the SSE text of an item's stages;
+    _piece(text) and _end(item), which give the SSE text of an item's stages;
     and _finish(step), which sets `answer`, the JSON answer. _end() puts the item into
     `items`.
     """
@@ -4089,8 +4077,7 @@ class Itemized(Front):
         self.id = new_id(self.id_prefix)
         self.hidden = hidden  # thinking is not told
         self.tally = Tally()
-        self.open = None  # the step that began it
-        self.pieces = []  # its text so far
+        self.open = []  # the open item, as extend() makes it
         self.items = []  # the finished ones, in the client's terms
         self.finish = None
         self.answer = None
@@ -4103,24 +4090,18 @@ class Itemized(Front):
         if kind == FINISH:
             self.finish = step.text
             return self._close() + self._finish(step)
+        self.tally.add(step)
         text = ""
-        # Arguments belong to the call that is open, and another call never does.
-        goes_on = kind != CALL and self.open and self.open.kind == kind
-        if kind != ARGUMENTS and not goes_on:
-            text = self._close()
-            self.open = step
-            self.pieces = []
-            text += self._begin(self.open)
-        if step.text:
-            self.tally.add(step)
-            self.pieces.append(step.text)
-            text += self._piece(self.open, step.text)
-        return text
+        if extend(self.open, step):
+            began = self.open.pop()
+            text = self._close() + self._begin(step)
+            self.open.append(began)
+        return text + self._piece(step.text) if step.text else text
 
     def _close(self):
-        item = self.open
-        self.open = None
-        return self._end(item._replace(text="".join(self.pieces))) if item else ""
+        ended = joined(self.open)
+        self.open.clear()
+        return "".join(map(self._end, ended))
 
     def whole(self, fold):
         """The answer that the same steps give as a stream."""
@@ -4214,15 +4195,15 @@ class Messages(Itemized):
         return typed_event(**self.error(error))
 
     def _begin(self, item):
-        self.block = dict(BLOCKS[item.kind][0])
+        block, self.delta_type, self.field = BLOCKS[item.kind]
+        self.block = dict(block)
         if item.kind == CALL:
             self.block["id"] = item.id
             self.block["name"] = self.find_tool(item.name)["name"]
         return self._event("start", content_block=self.block)
 
-    def _piece(self, item, text):
-        _, delta_type, field = BLOCKS[item.kind]
-        return self._event("delta", delta={"type": delta_type, field: text})
+    def _piece(self, text):
+        return self._event("delta", delta={"type": self.delta_type, self.field: text})
 
     def _end(self, item):
         text = self._event("stop")
@@ -4359,20 +4340,17 @@ KEPT_STATUSES = (401, 404, 405, 408, 426, 429, 503)
 OVERLOAD_CODE = "server_is_overloaded"
 
 
-# The fields whose text is told as a whole, in the end.
-HELD_FIELDS = ("input", "encrypted_content")
-
-
 class Shape(NamedTuple):
     """How an item of one kind is told."""
-    id: str      # what its id begins with
-    item: dict   # its beginning
-    field: str   # the one of its fields where its text is in the end
-    events: str  # what the events are called that bring the text, if any do
-    place: dict  # what these events have beside
-    # The part that stands around some texts, and its events.
+    id: str           # what its id begins with
+    item: dict        # its beginning
+    field: str        # the one of its fields where its text is in the end
+    events: str = ""  # what the events are called that bring the text, if any do
+    # The part that stands around some texts, its events, and what those and the others
+    # have beside.
     part: dict | None = None
     part_events: str = ""
+    place: dict = {}
 
 
 SHAPES = {
@@ -4381,34 +4359,24 @@ SHAPES = {
         {"type": "reasoning", "summary": []},
         "summary",
         "reasoning_summary_text",
-        {"summary_index": 0},
         {"type": "summary_text"},
         "reasoning_summary_part",
+        {"summary_index": 0},
     ),
     TEXT: Shape(
         "msg_",
         {"type": "message", "role": "assistant", "content": []},
         "content",
         "output_text",
-        {"content_index": 0, "logprobs": []},
         {"type": "output_text", "annotations": [], "logprobs": []},
         "content_part",
+        {"content_index": 0, "logprobs": []},
     ),
     CALL: Shape(
-        "fc_",
-        {"type": "function_call", "arguments": ""},
-        "arguments",
-        "function_call_arguments",
-        {},
-    ),
+        "fc_", {"type": "function_call", "arguments": ""}, "arguments", "function_call_arguments"),
     "custom": Shape(
-        "ctc_",
-        {"type": "custom_tool_call", "input": ""},
-        "input",
-        "custom_tool_call_input",
-        {},
-    ),
-    "compaction": Shape("cmp_", {"type": "compaction"}, "encrypted_content", "", {}),
+        "ctc_", {"type": "custom_tool_call", "input": ""}, "input", "custom_tool_call_input"),
+    "compaction": Shape("cmp_", {"type": "compaction"}, "encrypted_content"),
 }
 
 
@@ -4418,34 +4386,29 @@ PATCH_LINE = re.compile(
     re.MULTILINE)
 
 
-def bare_patch(value):
-    """The patch for Codex's apply_patch in what a model has written, which may be a
-    command, with a fence or a script around it; None if there is none."""
-    inner = [value]
+def unwrap_input(arguments, name):
+    """The text for the custom tool of that name. Models give its field other names, or
+    leave out the JSON. Codex's apply_patch takes a bare patch, and they write a command,
+    or a fence or a script around it."""
+    value = decode_or_none(arguments)
+    inner = [arguments if value is None else value]
     # They become more while they are gone through.
     for part in inner:
         if isinstance(part, dict):
             inner += part.values()
         elif isinstance(part, list):
             inner += part
-        elif isinstance(part, str) and "*** Begin Patch" in part:
-            begin = part.index("*** Begin Patch")
-            end = part.rfind("*** End Patch")
-            if end > begin:
-                return PATCH_LINE.sub(r"\1", part[begin:end] + "*** End Patch")
-    return None
-
-
-def unwrap_input(arguments, name):
-    """The text for the custom tool of that name. Models give its field other names, or
-    leave out the JSON."""
-    value = decode_or_none(arguments)
-    patch = bare_patch(value or arguments) if name == "apply_patch" else None
-    if isinstance(value, dict):
-        texts = [text for text in value.values() if isinstance(text, str)]
-        only = texts[0] if len(texts) == 1 else None
-        value = value.get("input", only)
-    return patch or (value if isinstance(value, str) else arguments)
+    texts = [part for part in inner if isinstance(part, str)]
+    if name == "apply_patch":
+        for text in texts:
+            _, begin, rest = text.partition("*** Begin Patch")
+            patch, end, _ = rest.rpartition("*** End Patch")
+            if end:
+                return PATCH_LINE.sub(r"\1", begin + patch + end)
+    text = dig(value, "input")
+    if isinstance(text, str):
+        return text
+    return texts[0] if len(texts) == 1 else arguments
 
 
 def to_responses_usage(usage):
@@ -4502,7 +4465,7 @@ class Responses(Itemized):
     def __init__(self, body, fields, hidden, caller):
         super().__init__(fields, hidden)
         # opening() has the numbers 0 and 1; it may be made behind the first steps.
-        self.number = 2
+        self.numbers = itertools.count(2)
         self.caller = caller
         self.compacts = False
         include = expect(body.get("include", []), list, "include")
@@ -4534,7 +4497,11 @@ class Responses(Itemized):
         if front.base["store"]:
             caller.keep(front.id, {"previous": previous, "turns": turns})
         if turns[-1:] == [COMPACTION_TRIGGER]:
-            front.compact(fields)
+            # GLM sums the conversation up, in one item.
+            front.compacts = front.hidden = True
+            turns = [*turns[:-1], {"role": "user", "content": COMPACT}]
+            fields.update(messages=turns, tool_choice="none", thinking={"type": "disabled"})
+            fields.pop("response_format", None)
         reasoning = front.base["reasoning"]
         # That is how Codex asks for thinking if it does not know the model.
         asks = reasoning["summary"] and not reasoning["effort"]
@@ -4546,13 +4513,6 @@ class Responses(Itemized):
             fields, RESPONSES_NAMES, changed, agents=True, prompt=fields.pop("prompt", None),
             earlier=earlier, recall=caller.recall)
 
-    def compact(self, fields):
-        """Have GLM sum the conversation up, in one item."""
-        self.compacts = self.hidden = True
-        turns = [*fields["messages"][:-1], {"role": "user", "content": COMPACT}]
-        fields.update(messages=turns, tool_choice="none", thinking={"type": "disabled"})
-        fields.pop("response_format", None)
-
     def opening(self):
         response = self._response("in_progress", output=[])
         return "".join(
@@ -4562,9 +4522,7 @@ class Responses(Itemized):
     def heartbeat(self):
         """Behind the first item some clients take response.in_progress for a new
         start."""
-        if self.open and self.shape.events:
-            return self._delta("")
-        return self._response_event("in_progress")
+        return self.open and self._delta("") or self._response_event("in_progress")
 
     def failure(self, error):
         """Two events: some clients overlook the one, some the other."""
@@ -4601,26 +4559,20 @@ class Responses(Itemized):
             "item_id": self.item["id"], "output_index": len(self.items), **self.shape.place}
         return self._item_event("added") + self._part_event("added", "")
 
-    def _piece(self, item, text):
-        return "" if self.shape.field in HELD_FIELDS else self._delta(text)
+    def _piece(self, text):
+        # A custom tool gets what stands inside the JSON, in the end.
+        return "" if self.shape.field == "input" else self._delta(text)
 
     def _end(self, item):
         text = item.text
         events = ""
         shape = self.shape
         if shape.field == "input":
-            # A custom tool gets what stands inside the JSON.
             text = unwrap_input(text, self.item["name"])
             events = self._delta(text)
-        told = {"text": text}
-        if shape.part:
-            self.item[shape.field] = [{**shape.part, **told}]
-        else:
-            self.item[shape.field] = text
-            told = {shape.field: text, "name": self.item.get("name")}
-        if shape.events:
-            events += self._inner_event(f"{shape.events}.done", **told)
-        events += self._part_event("done", text)
+        self.item[shape.field] = [{**shape.part, "text": text}] if shape.part else text
+        told = {"text": text} if shape.part else {shape.field: text, "name": self.item.get("name")}
+        events += self._text_event("done", **told) + self._part_event("done", text)
         if item.kind == THINKING and self.keeps_thinking:
             self.item["encrypted_content"] = MARK + text
         self.item["status"] = self._end_status()
@@ -4651,26 +4603,27 @@ class Responses(Itemized):
         return {**self.base, "status": status, "output": self.items, **fields}
 
     def _event(self, event_type, **fields):
-        number = self.number
-        self.number += 1
-        return typed_event(event_type, sequence_number=number, **fields)
+        return typed_event(event_type, sequence_number=next(self.numbers), **fields)
 
     def _item_event(self, stage):
         return self._event(
             f"response.output_item.{stage}", output_index=len(self.items), item=self.item)
 
     def _part_event(self, stage, text):
-        shape = self.shape
-        if not shape.part:
-            return ""
-        return self._inner_event(
-            f"{shape.part_events}.{stage}", part={**shape.part, "text": text})
+        part = self.shape.part
+        events = self.shape.part_events
+        return self._inner_event(events, stage, part=part and {**part, "text": text})
+
+    def _text_event(self, stage, **fields):
+        return self._inner_event(self.shape.events, stage, **fields)
 
     def _delta(self, text):
-        return self._inner_event(f"{self.shape.events}.delta", delta=text)
+        return self._text_event("delta", delta=text)
 
-    def _inner_event(self, event_type, **fields):
-        return self._event(f"response.{event_type}", **self.place, **fields)
+    def _inner_event(self, events, stage, **fields):
+        if not events:
+            return ""
+        return self._event(f"response.{events}.{stage}", **self.place, **fields)
 
     @staticmethod
     def get_error():
