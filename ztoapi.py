@@ -3044,8 +3044,8 @@ def typed(text, types):
 
 
 def parse_leaked_call(text, tools):
-    """A call in GLM's own form as the function of an item of `tool_calls`; None if it
-    names no tool of `tools`, or if its keys and values cannot be told apart.
+    """A call in GLM's own form as an item of `tool_calls`; None if it names no tool of
+    `tools`, or if its keys and values cannot be told apart.
 
     Any tag separates, as they were seen missing and doubled. Cut by hand, as a regular
     expression for all of it would take quadratic time.
@@ -3067,7 +3067,7 @@ def parse_leaked_call(text, tools):
         elif word or tag == VALUE != next_tag or next_tag == VALUE_END:
             arguments[key] = typed(value, tools[name].get(key, set()))
             key = None
-    return None if key else {"name": name, "arguments": encode_text(arguments)}
+    return None if key else function_object(name=name, arguments=encode_text(arguments))
 
 
 class Leak:
@@ -3079,6 +3079,7 @@ class Leak:
     # What stands before the first tag of an argument, and whether that has come.
     name = ""
     is_named = False
+    is_closed = False  # the call, or its last value, has ended
 
     def __init__(self, tools):
         self.tools = tools
@@ -3087,6 +3088,7 @@ class Leak:
     def feed(self, piece):
         self.pieces.append(piece)
         self.held += len(piece)
+        self.is_closed = piece in (VALUE_END, LEAK_END) or self.is_closed and piece.isspace()
         if piece in ARGUMENT_TAGS:
             self.is_named = True
         # The first tag may be doubled, and blanks were seen around the name.
@@ -3095,11 +3097,6 @@ class Leak:
         fits = self.name in self.tools if self.is_named else any(
             tool.startswith(self.name) for tool in self.tools)
         return fits and piece != LEAK_END and self.held <= LONGEST_HELD
-
-    @property
-    def is_closed(self):
-        """Whether its last value has ended."""
-        return "".join(self.pieces[-3:]).rstrip().endswith(VALUE_END)
 
 
 class Texts:
@@ -3147,7 +3144,7 @@ class Texts:
         self.steps = []
         self._sort(self.splitter.close())
         if self.leak:
-            self._end_leak(self.leak.is_closed and not is_cut)
+            self._end_leak(is_cut)
         return self.steps
 
     def close(self, is_cut):
@@ -3163,12 +3160,12 @@ class Texts:
             kind = self.kind
             if self.leak and self.leak.is_closed and piece == LEAK:
                 # The end of the one is missing before the next.
-                self._end_leak(True)
+                self._end_leak()
             if self.cutter.hit:
                 break
             elif self.leak:
                 if not self.leak.feed(piece):
-                    self._end_leak(piece == LEAK_END)
+                    self._end_leak()
             # The end of a call may be doubled.
             elif piece in BOXES or piece == LEAK_END and (self.leaked or self.tail):
                 continue
@@ -3184,10 +3181,12 @@ class Texts:
             elif piece not in TURNS:
                 self._show(kind, piece)
 
-    def _end_leak(self, is_whole):
+    def _end_leak(self, is_cut=False):
         """A leak has ended, as a call if it is whole and can be read, or as a text."""
-        text = "".join(self.leak.pieces)
+        leak = self.leak
         self.leak = None
+        text = "".join(leak.pieces)
+        is_whole = leak.is_closed and not is_cut
         call = parse_leaked_call(text, self.tools) if is_whole else None
         if call and self.kind == THINKING:
             self.tail.append((THINKING, text, call))
@@ -3219,8 +3218,6 @@ class Texts:
 
 # The third room: calls
 
-# What stands for no arguments, alone or before the real ones.
-NO_ARGUMENTS = re.compile(r'\A\s*(?:(?:\{\}|null)\s*)*(?=["{]|\Z)')
 BROKEN_CALL = "Z.ai sent a tool call with broken arguments."
 
 
@@ -3234,53 +3231,39 @@ class ToolCall(JsonProgress):
     """One tool call under way: feed(text) takes the next piece of its arguments, and
     take() gives what the client can be told of the call by now.
 
-    What stands for no arguments goes if real ones follow, and so does what stands
-    behind the whole: Z.ai was seen to write them twice. What was encoded twice is
-    decoded, markup goes from names, and where no text may be, the value that it says
+    What stands behind the whole goes: Z.ai was seen to write arguments twice. What was
+    encoded twice is decoded, markup goes from names, and where no text may be, the value that it says
     stands in its place. What is held back is one name, or one value of those kinds;
     texts go on.
     """
 
-    # Arguments that can be told, and those that are held back: "{}" if there were none
-    # but what stands for none.
-    untold = ""
-    waiting = ""
-    begun = False  # real arguments have come
+    untold = ""  # arguments that can be told
+    waiting = ""  # those that are held back
+    begun = False  # some have come
     # The sign before a name or a value, and the name that a value belongs to.
     sign = ""
     key = None
 
-    def __init__(self, step, zai_index, types):
+    def __init__(self, step, types):
         self.step = step  # the next one, without its text
-        self.zai_index = zai_index
         self.types = types  # argument_types() of the tool
 
     def feed(self, text):
         if not self.begun:
-            nothing = self.waiting or text.strip() and "{}"
-            text = NO_ARGUMENTS.sub("", self.waiting + text)
+            text = text.lstrip()
             self.begun = bool(text)
-            self.waiting = "" if text else nothing
         self.untold += self._read(text)
 
     def close(self, empty):
         """No more will come. If no arguments at all have, they are `empty`."""
-        text = self.waiting
+        self.untold += self.waiting if self.begun else self._read(empty)
         self.waiting = ""
-        self.untold += text if self.begun else self._read(text or empty)
 
     def take(self):
         step = self.step._replace(text=self.untold)
         self.untold = ""
         self.step = step._replace(kind=ARGUMENTS)
         return [step] if step.text or step.kind == CALL else []
-
-    def takes(self, id, name):
-        """Whether an item with these, at its place, goes on with this call."""
-        is_whole = self.ended or self.waiting == "{}"
-        # A name again is the same call as long as its arguments are not whole.
-        is_same = name == self.step.name and (id == self.step.id or not is_whole)
-        return not name or is_same
 
     def _read(self, text):
         told = []
@@ -3326,6 +3309,7 @@ class Calls:
         self.tools = tools
         self.make_id = make_id
         self.calls = []
+        self.latest = {}  # the last one at each index of Z.ai's
         # The first that is not whole, and all that waits behind it, calls and other
         # steps.
         self.queue = collections.deque()
@@ -3361,13 +3345,15 @@ class Calls:
         the arguments behind."""
         name = function.get("name")
         name = name.strip() if isinstance(name, str) else ""
-        arguments = function.get("arguments") or ""
-        if not isinstance(arguments, str):
+        arguments = function.get("arguments")
+        if arguments in (None, "null"):
+            arguments = ""
+        elif not isinstance(arguments, str):
             arguments = encode_text(arguments)
         leaked = parse_leaked_call(name, self.tools) if "<" in name else None
         if leaked:
-            name, behind = leaked.values()
-            arguments = behind + arguments
+            name, behind = leaked["function"].values()
+            arguments = behind if behind != "{}" else arguments
         # A name that no tool has is for the client to refuse.
         return name[:LONGEST_TOOL_NAME], arguments
 
@@ -3375,18 +3361,20 @@ class Calls:
         """The call an item belongs to: the last one at its index, which Z.ai may leave
         out, or have -1 or 0 for all. Its id may be a number, missing, repeated, or
         another for each piece."""
-        index = item.get("index")
+        index = str(item.get("index"))
         id = str(item.get("id") or "")[:200]
-        here = [call for call in self.calls if call.zai_index == index]
-        if here and here[-1].takes(id, name):
-            return here[-1]
+        call = self.latest.get(index)
+        # A name again is the same call as long as its arguments are not whole.
+        if call and name in ("", call.step.name):
+            if not name or id == call.step.id or not call.ended:
+                return call
         if not name:
             raise UpstreamError("Z.ai sent a piece of a tool call that belongs to none.")
         # Clients take two calls with one id for one.
         if not id or any(call.step.id == id for call in self.calls):
             id = self.make_id()
         step = Step(CALL, "", len(self.calls), id, name)
-        call = ToolCall(step, index, self.tools.get(name, {}))
+        call = self.latest[index] = ToolCall(step, self.tools.get(name, {}))
         self.calls.append(call)
         self.queue.append(call)
         check_number(self.calls)
@@ -3399,8 +3387,7 @@ class Calls:
             if isinstance(entry, Step):
                 yield entry
             else:
-                # No real arguments come once something else has.
-                if empty is not None or len(self.queue) > 1 and entry.waiting == "{}":
+                if empty is not None:
                     entry.close(empty)
                 yield from entry.take()
                 if empty is None and not entry.ended:
@@ -3546,12 +3533,12 @@ class Translator:
             raise UpstreamError(UNFINISHED)
         is_cut = self.finish not in WHOLE
         if not self.texts.opened and not self.calls.calls:
-            self._put(self.texts.feed(TEXT, self.unasked.text(THINKING)))
+            for item in self.unasked.items:
+                self._put(self.texts.feed(TEXT, item.text))
         self._put(self.texts.close(is_cut))
         # Where calls came as they should, the leaked ones are the same once more.
         if not self.calls.calls:
-            items = [{"function": call} for call in self.texts.leaked]
-            self._add(self.calls.feed(items))
+            self._add(self.calls.feed(self.texts.leaked))
         if self.stop_word:
             self.finish = "stop"
         self.calls.check(self.finish)
@@ -3747,10 +3734,6 @@ class Fold:
     def items(self):
         """A step for each text, stretch of thinking and call."""
         return joined(self.runs)
-
-    def text(self, kind):
-        """All texts of one kind, joined."""
-        return "".join(item.text for item in self.items if item.kind == kind)
 
 
 # Fronts ###############################################################################
