@@ -3547,7 +3547,7 @@ MINIMAL = {"id": "", "object": "", "created": 0, "model": "", "system_fingerprin
     *((f"tags around {text!r}", say(f"<|assistant|>{first}{text}<|user|>{last}<|endoftext|>\n") + ENDED, says(text))
       for first, text, last in (("", "a", ""), ("\n", "a <|user|> b", "\n"), ("</think>\n", "a", "<|observation|>"))),
     ("tags of the template in thinking", think("<|assistant|>a<|user|>") + think(" b<|user|>") + say("c") + ENDED,
-     says("c", "a<|user|> b")),
+     says("c", "a<|user|> b<|user|>")),
     ("a tag of the template that is cut", say("a<|use") + ENDED, says("a<|use")),
     ("nothing but tags of the template", say("<|user|>") + ENDED, says()),
     # One call at a time
@@ -4521,11 +4521,11 @@ def test_the_name_of_a_call_has_a_bound():
 
 # To add a case, add a row: the text of an event, what it says, an error's code, or None.
 @pytest.mark.parametrize("text, said", [
-    ('{"choices":[{"delta":{"content":"a"},"finish_reason":"stop"}]}', ztoapi.Frame({"content": "a"}, "stop")),
-    (' {"choices":[{"message":{"content":"a"}}]} ', ztoapi.Frame({"content": "a"})),
-    ('{"choices":[]}', ztoapi.Frame({})),
-    ('{"iddata: {"choices":[{"delta":{"content":"a"}}]}', ztoapi.Frame({"content": "a"}, afresh=True)),
-    ('{"usage":{}}', ztoapi.Frame({}, usage=counts(0, 0, 0))),
+    ('{"choices":[{"delta":{"content":"a"},"finish_reason":"stop"}]}', ztoapi.Frame([("text", "a")], None, "stop")),
+    (' {"choices":[{"message":{"content":"a"}}]} ', ztoapi.Frame([("text", "a")])),
+    ('{"choices":[]}', ztoapi.Frame([])),
+    ('{"iddata: {"choices":[{"delta":{"content":"a"}}]}', ztoapi.Frame([("text", "a")], afresh=True)),
+    ('{"usage":{}}', ztoapi.Frame([], usage=counts(0, 0, 0))),
     ("[DONE]", None), ("junk", None), ("5", None), ("", None), ('{"id', "upstream_error"),
     ('{"a":1}{"a":1}', "upstream_error"), ('{"error":{"code":"1305"}}', "overloaded"),
 ])

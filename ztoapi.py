@@ -2813,7 +2813,8 @@ def to_openai_usage(usage):
 
 class Frame(NamedTuple):
     """What one event says."""
-    delta: dict
+    texts: list                 # (kind of step, text)
+    items: list | None = None   # of `tool_calls`
     reason: object = None       # Z.ai's finish reason
     usage: dict | None = None   # OpenAI's object
     afresh: bool = False        # the answer begins again with it
@@ -2847,16 +2848,11 @@ class Alike(NamedTuple):
 
 def find_alike(event, frame):
     """The Alike of an event that says this, if it was one."""
-    fields = [field for field in FORMS if frame.delta.get(field)]
-    if len(fields) != 1 or any(frame[1:]):
+    if len(frame.texts) != 1 or any(frame[1:]):
         return None
-    # Inside of a text these quotes would be escaped.
-    mark = f'"{fields[0]}":"'
-    before, *behind = event.split(mark)
-    if len(behind) != 1:
-        return None
-    _, end = scan_string(*behind, 0, False)
-    return Alike(KIND_OF_FIELD[fields[0]], before + mark, behind[0][end:])
+    kind, text = frame.texts[0]
+    before, *behind = event.split(quote(text))
+    return Alike(kind, before + '"', *behind) if len(behind) == 1 else None
 
 
 class Frames:
@@ -2904,7 +2900,11 @@ class Frames:
         for field, form in FORMS.items():
             if delta.get(field) and not isinstance(delta[field], form):
                 raise UpstreamError(f"Z.ai sent {field} in an unknown form.")
-        return Frame(delta, choice.get("finish_reason"), to_openai_usage(value.get("usage")))
+        texts = [
+            (kind, delta[field]) for field, kind in KIND_OF_FIELD.items() if delta.get(field)]
+        return Frame(
+            texts, delta.get("tool_calls"), choice.get("finish_reason"),
+            to_openai_usage(value.get("usage")))
 
 
 # The second room: texts
@@ -3198,12 +3198,9 @@ class Texts:
         check_number(self.leaked + self.tail)
 
     def _show(self, kind, text):
-        # A tag that ended a stretch of thinking goes, though a text follows.
-        runs = [
-            (lane, words) for lane, words, call in self.tail
-            if call or lane == kind]
+        shown = [*self.tail, (kind, text, None)]
         self.tail = []
-        for lane, words in [*runs, (kind, text)]:
+        for lane, words, _ in shown:
             if lane not in self.opened:
                 # GLM 4.5 to 4.7 open with line ends.
                 words = words.lstrip("\r\n")
@@ -3232,9 +3229,9 @@ class ToolCall(JsonProgress):
     take() gives what the client can be told of the call by now.
 
     What stands behind the whole goes: Z.ai was seen to write arguments twice. What was
-    encoded twice is decoded, markup goes from names, and where no text may be, the value that it says
-    stands in its place. What is held back is one name, or one value of those kinds;
-    texts go on.
+    encoded twice is decoded, markup goes from names, and where no text may be, the
+    value that it says stands in its place. What is held back is one name, or one value
+    of those kinds; texts go on.
     """
 
     untold = ""  # arguments that can be told
@@ -3253,6 +3250,9 @@ class ToolCall(JsonProgress):
             text = text.lstrip()
             self.begun = bool(text)
         self.untold += self._read(text)
+        # Real arguments behind empty ones would be lost.
+        if self.key is None and '"' in self.rest:
+            raise UpstreamError(BROKEN_CALL)
 
     def close(self, empty):
         """No more will come. If no arguments at all have, they are `empty`."""
@@ -3365,9 +3365,9 @@ class Calls:
         id = str(item.get("id") or "")[:200]
         call = self.latest.get(index)
         # A name again is the same call as long as its arguments are not whole.
-        if call and name in ("", call.step.name):
-            if not name or id == call.step.id or not call.ended:
-                return call
+        is_same = call and name == call.step.name and (id == call.step.id or not call.ended)
+        if is_same or call and not name:
+            return call
         if not name:
             raise UpstreamError("Z.ai sent a piece of a tool call that belongs to none.")
         # Clients take two calls with one id for one.
@@ -3448,15 +3448,16 @@ class Translator:
         # All methods below put their steps there, so that nothing is lost when one of
         # them raises.
         self.runs = []
+        failure = None
         try:
             for event in events:
                 if not self.complete:
                     self._feed(event)
             if end and not self.complete:
                 self._end()
-        except UpstreamError as failure:
-            return joined(self.runs), failure
-        return joined(self.runs), None
+        except UpstreamError as error:
+            failure = error
+        return joined(self.runs), failure
 
     def _feed(self, event):
         text = self.alike and self.alike.read(event)
@@ -3479,20 +3480,18 @@ class Translator:
     def _read(self, frame):
         if frame.afresh:
             self._restart()
-        for field, kind in KIND_OF_FIELD.items():
-            text = frame.delta.get(field) or ""
+        for kind, text in frame.texts:
             if text.strip("\r\n"):
                 self.begun = True
-            if text and kind == THINKING and self.asked.no_thinking:
+            if kind == THINKING and self.asked.no_thinking:
                 self.unasked.add([Step(kind, text)])
-            elif text:
+            else:
                 self._put(self.texts.feed(kind, text))
-        items = frame.delta.get("tool_calls")
-        if items and not self.stop_word:
+        if frame.items and not self.stop_word:
             self.begun = True
             # What is held back came first.
             self._put(self.texts.flush())
-            self._add(self.calls.feed(items))
+            self._add(self.calls.feed(frame.items))
         self.usage = frame.usage or self.usage
         if frame.reason:
             finish = FINISHES.get(str(frame.reason))
@@ -3689,23 +3688,21 @@ class Answer:
     def _read(self, body, ended):
         """The events in a piece of the body. One JSON body, on one line, is an event,
         too."""
-        if self.reply.status != 200:
-            self._read_refusal(body, ended)
-        elif "html" in self.reply.fields.get("content-type", "").lower():
+        reply = self.reply
+        if reply.status != 200:
+            # No events, but an error at the end. Gateways write something before it,
+            # such as "data: ", and behind it.
+            self.refusal += body[:self.LONGEST_ERROR_BYTES - len(self.refusal)]
+            if ended:
+                text = self.refusal.decode("utf-8", "replace")
+                value = decode_first(text[text.find("{"):])
+                retry_after = reply.fields.get("retry-after", "")
+                raise self.translator.frames.describe(value, reply.status, retry_after)
+        elif "html" in reply.fields.get("content-type", "").lower():
             raise not_the_api()
         else:
             yield from self.decoder.feed(body)
             yield from self.decoder.close() if ended else ()
-
-    def _read_refusal(self, body, ended):
-        """No events, but an error at the end."""
-        self.refusal += body[:self.LONGEST_ERROR_BYTES - len(self.refusal)]
-        if ended:
-            # Gateways write something before it, such as "data: ", and behind it.
-            text = self.refusal.decode("utf-8", "replace")
-            value = decode_first(text[text.find("{"):])
-            retry_after = self.reply.fields.get("retry-after", "")
-            raise self.translator.frames.describe(value, self.reply.status, retry_after)
 
 
 class Fold:
@@ -3853,8 +3850,9 @@ class Front:
 #
 # Every chunk is built anew: nothing of Z.ai's own bytes reaches a client.
 
-# User-Agents of programs that read one JSON answer unless they ask for a stream
-# themselves, as OpenAI's API does. To add one, add a row.
+# What tells of programs that read one JSON answer unless they ask for a stream
+# themselves, as OpenAI's API does: their User-Agents, or what they accept. To add one,
+# add a row.
 EXPECTS_JSON = re.compile(r"""
     ai-sdk[/-]  # ai-sdk-provider-utils/5, too
     | async-openai  # Rust
@@ -3863,7 +3861,8 @@ EXPECTS_JSON = re.compile(r"""
     | go-http-client | langchaingo
     | litellm/
     | ^java | okhttp | apache-httpclient
-    """, re.IGNORECASE | re.VERBOSE)
+    | application/json  # as what is accepted
+    """, re.IGNORECASE | re.VERBOSE | re.MULTILINE)
 
 # Programs that lose what they have not yet read over a cut, and with it the error
 # itself. So do browsers and Node, which send the headers.
@@ -3907,11 +3906,9 @@ class Chat(Front):
             raise wrong("messages", "is missing: a request with 'input' goes to /v1/responses")
         if "functions" in request:
             raise wrong("functions", "is no longer supported: use 'tools'")
-        user_agent = caller.headers.get("user-agent", "")
-        accept = caller.headers.get("accept", "").lower()
-        expects_json = "application/json" in accept or EXPECTS_JSON.search(user_agent)
+        client = lines(caller.headers.get("user-agent"), caller.headers.get("accept"))
         if "stream" not in request:
-            request["stream"] = not expects_json and settings.default_stream
+            request["stream"] = settings.default_stream and not EXPECTS_JSON.search(client)
         front = cls(
             id=new_id("chatcmpl-"),
             created=int(caller.now),
@@ -3921,7 +3918,7 @@ class Chat(Front):
             reasoning=request.get("reasoning_format", settings.reasoning_format))
         need_word(front.reasoning, REASONING_FORMATS, "reasoning_format")
         loses_error = (
-            LOSES_ERROR_OVER_CUT.search(user_agent) or LOSING_HEADERS & caller.headers.keys())
+            LOSES_ERROR_OVER_CUT.search(client) or LOSING_HEADERS & caller.headers.keys())
         front.cuts_failures = not loses_error
         return front, Request(request, {}, changed)
 
@@ -4168,8 +4165,8 @@ class Messages(Itemized):
             fields, names, changed, agents=True, claude=True, prompt=prompt)
 
     def opening(self):
-        return typed_event("message_start", message=self._message(
-            {**NO_USAGE, "prompt_tokens": self.asked.tokens}, [], None))
+        usage = {**NO_USAGE, "prompt_tokens": self.asked.tokens}
+        return typed_event("message_start", message=self._message(usage))
 
     def heartbeat(self):
         return typed_event("ping")
@@ -4203,18 +4200,16 @@ class Messages(Itemized):
         return text
 
     def _finish(self, step):
-        stop_reason = "stop_sequence" if step.name else STOP_REASONS[step.text]
-        answer = self._message(step.usage, self.items, stop_reason, step.name)
-        self.answer = answer
-        delta = {name: answer[name] for name in ("stop_reason", "stop_sequence")}
-        end = typed_event("message_delta", delta=delta, usage=answer["usage"])
+        reason = "stop_sequence" if step.name else STOP_REASONS[step.text]
+        delta = {"stop_reason": reason, "stop_sequence": step.name}
+        self.answer = self._message(step.usage or NO_USAGE, content=self.items, **delta)
+        end = typed_event("message_delta", delta=delta, usage=self.answer["usage"])
         return end + typed_event("message_stop")
 
     def _event(self, name, **fields):
         return typed_event(f"content_block_{name}", index=len(self.items), **fields)
 
-    def _message(self, usage, content, stop_reason, stop_word=None):
-        usage = usage or NO_USAGE
+    def _message(self, usage, **end):
         cached = usage["prompt_tokens_details"]["cached_tokens"]
         # Anthropic counts the cached tokens apart.
         counts = {
@@ -4228,10 +4223,11 @@ class Messages(Itemized):
             "type": "message",
             "role": "assistant",
             "model": self.model,
-            "content": content,
-            "stop_reason": stop_reason,
-            "stop_sequence": stop_word,
+            "content": [],
+            "stop_reason": None,
+            "stop_sequence": None,
             "usage": counts,
+            **end,
         }
 
     @staticmethod
@@ -4333,7 +4329,7 @@ class Shape(NamedTuple):
     # have beside.
     part: dict | None = None
     part_events: str = ""
-    place: dict = {}
+    place: dict | None = None
 
 
 SHAPES = {
@@ -4371,8 +4367,8 @@ PATCH_LINE = re.compile(
 
 def unwrap_input(arguments, name):
     """The text for the custom tool of that name. Models give its field other names, or
-    leave out the JSON. Codex's apply_patch takes a bare patch, and they write a command,
-    or a fence or a script around it."""
+    leave out the JSON. Codex's apply_patch takes a bare patch, and they write it into a
+    command, or a fence or a script around it."""
     value = decode_or_none(arguments)
     inner = [arguments if value is None else value]
     # They become more while they are gone through.
@@ -4539,7 +4535,8 @@ class Responses(Itemized):
         }
         # What each event of this item has.
         self.place = {
-            "item_id": self.item["id"], "output_index": len(self.items), **self.shape.place}
+            "item_id": self.item["id"], "output_index": len(self.items),
+            **(self.shape.place or {})}
         return self._item_event("added") + self._part_event("added", "")
 
     def _piece(self, text):
@@ -4644,10 +4641,8 @@ class Compaction(Responses):
     def whole(self, fold):
         answer = super().whole(fold)
         return {
-            "id": self.id,
+            **{name: answer[name] for name in ("id", "created_at", "output")},
             "object": "response.compaction",
-            "created_at": answer["created_at"],
-            "output": answer["output"],
             "usage": answer["usage"] or to_responses_usage(NO_USAGE),
         }
 
