@@ -2756,28 +2756,6 @@ MOST_CALLS = 128
 MOST_TOKENS = 10 ** 12
 
 
-class Tally:
-    """Counts the memory of steps that are kept. UpstreamError beyond
-    LONGEST_ANSWER_BYTES."""
-
-    # A Python object stands behind each piece, and several behind an item, which begins
-    # where the kind changes.
-    STEP_BYTES = 20
-    ITEM_BYTES = 2000
-
-    size_bytes = 0
-    kind = None
-
-    def add(self, step):
-        if step.kind != self.kind:
-            self.size_bytes += self.ITEM_BYTES
-        self.kind = step.kind
-        self.size_bytes += len(step.text.encode("utf-8", "replace")) + self.STEP_BYTES
-        if self.size_bytes > LONGEST_ANSWER_BYTES:
-            raise UpstreamError(
-                f"The answer is longer than {LONGEST_ANSWER_BYTES} bytes.", GIVE_UP)
-
-
 # The first room: events
 
 # The fields of a delta with the kind of step they are.
@@ -3310,10 +3288,9 @@ class Calls:
         self.make_id = make_id
         self.calls = []
         self.latest = {}  # the last one at each index of Z.ai's
-        # The first that is not whole, and all that waits behind it, calls and other
-        # steps.
+        # The first that is not whole and those behind it; behind them, other steps.
         self.queue = collections.deque()
-        self.tally = Tally()
+        self.held = Fold()
 
     def feed(self, items):
         check_number(items)
@@ -3328,10 +3305,8 @@ class Calls:
     def put(self, steps):
         if not self.queue:
             return steps
-        for step in steps:
-            self.tally.add(step)
-        self.queue += steps
-        return self.close()
+        self.held.add(steps)
+        return ()
 
     def check(self, finish):
         """UpstreamError for what is no whole call."""
@@ -3383,16 +3358,15 @@ class Calls:
     def close(self, empty=None):
         """The steps of all that waits; without `empty`, of what need not any more."""
         while self.queue:
-            entry = self.queue[0]
-            if isinstance(entry, Step):
-                yield entry
-            else:
-                if empty is not None:
-                    entry.close(empty)
-                yield from entry.take()
-                if empty is None and not entry.ended:
-                    return
+            call = self.queue[0]
+            if empty is not None:
+                call.close(empty)
+            yield from call.take()
+            if empty is None and not call.ended:
+                return
             self.queue.popleft()
+        yield from self.held.items
+        self.held = Fold()
 
 
 EMPTY = "Z.ai sent an empty answer."
@@ -3479,7 +3453,12 @@ class Translator:
 
     def _read(self, frame):
         if frame.afresh:
-            self._restart()
+            if self.told and not self.restartable:
+                raise UpstreamError(
+                    "Z.ai lost its place and started the answer again after part of it"
+                    " had been sent.", GIVE_UP, code="upstream_stream_restarted")
+            self._start()
+            extend(self.runs, Step(RESTART))
         for kind, text in frame.texts:
             if text.strip("\r\n"):
                 self.begun = True
@@ -3500,14 +3479,6 @@ class Translator:
             # It may come twice. What was cut does not get whole again.
             if self.finish in WHOLE:
                 self.finish = finish
-
-    def _restart(self):
-        if self.told and not self.restartable:
-            raise UpstreamError(
-                "Z.ai lost its place and started the answer again after part of it had "
-                "been sent.", GIVE_UP, code="upstream_stream_restarted")
-        self._start()
-        extend(self.runs, Step(RESTART))
 
     def _put(self, steps):
         """What comes behind a call that is not whole has to wait."""
@@ -3574,22 +3545,19 @@ class Reply:
         self.framing = Unframed()
 
     def feed(self, data):
+        ended = not data
         try:
-            return self._feed(data)
+            while self.status is None:
+                head = self.head.feed(data)
+                if head is None and ended:
+                    raise UpstreamError("The connection to Z.ai was closed before its answer.")
+                if head is None:
+                    return b""
+                data = self.head.rest
+                self._read_head(head)
+            body = self.framing.feed(data)
         except (ValueError, OverflowError) as error:
             raise UpstreamError(f"Z.ai's answer is broken: {error}.") from None
-
-    def _feed(self, data):
-        ended = not data
-        while self.status is None:
-            head = self.head.feed(data)
-            if head is None:
-                if ended:
-                    raise UpstreamError("The connection to Z.ai was closed before its answer.")
-                return b""
-            data = self.head.rest
-            self._read_head(head)
-        body = self.framing.feed(data)
         self.complete = self.framing.done or ended and type(self.framing) is Unframed
         self.keeps_alive = self.keeps_alive and not ended
         if ended and not self.complete:
@@ -3709,13 +3677,17 @@ class Fold:
     """What a JSON answer is made of: all steps of an answer, but the last as `items`,
     and that as `end`. UpstreamError beyond LONGEST_ANSWER_BYTES."""
 
+    # A Python object stands behind each piece, and several behind an item.
+    STEP_BYTES = 20
+    ITEM_BYTES = 2000
+
     def __init__(self):
         self.end = Step(FINISH)
         self._start()
 
     def _start(self):
         self.runs = []
-        self.tally = Tally()
+        self.size_bytes = 0
 
     def add(self, steps):
         for step in steps:
@@ -3724,8 +3696,17 @@ class Fold:
             elif step.kind == FINISH:
                 self.end = step
             else:
-                extend(self.runs, step)
-                self.tally.add(step)
+                self.put(step)
+
+    def put(self, step):
+        """The same of one step; True if it begins an item."""
+        begins = extend(self.runs, step)
+        text_bytes = len(step.text.encode("utf-8", "replace"))
+        self.size_bytes += text_bytes + self.STEP_BYTES + begins * self.ITEM_BYTES
+        if self.size_bytes > LONGEST_ANSWER_BYTES:
+            raise UpstreamError(
+                f"The answer is longer than {LONGEST_ANSWER_BYTES} bytes.", GIVE_UP)
+        return begins
 
     @property
     def items(self):
@@ -3917,9 +3898,8 @@ class Chat(Front):
             include_usage=bool(dig(request, "stream_options.include_usage")),
             reasoning=request.get("reasoning_format", settings.reasoning_format))
         need_word(front.reasoning, REASONING_FORMATS, "reasoning_format")
-        loses_error = (
+        front.cuts_failures = not (
             LOSES_ERROR_OVER_CUT.search(client) or LOSING_HEADERS & caller.headers.keys())
-        front.cuts_failures = not loses_error
         return front, Request(request, {}, changed)
 
     def opening(self):
@@ -3934,13 +3914,14 @@ class Chat(Front):
         # A string alone is quoted much faster than an object is encoded.
         text = "".join([
             self._chunk(f'{{"{field}":{quote(words)}}}') for field, words in self._words(step)])
-        if step.kind == CALL:
-            text += self._call({"index": step.index, **self._whole_call(step)})
-        elif step.kind == ARGUMENTS:
-            text += self._call({"index": step.index, "function": {"arguments": step.text}})
-        elif step.kind == FINISH:
-            text += self._finish(step)
-        return text
+        # Of a call, or of its arguments.
+        if step.index is not None:
+            call = {"function": {"arguments": step.text}}
+            if step.kind == CALL:
+                call = self._whole_call(step)
+            call = encode_text({"index": step.index, **call})
+            text += self._chunk('{"tool_calls":[' + call + "]}")
+        return text + self._finish(step) if step.kind == FINISH else text
 
     def _words(self, step):
         """(field, text) of what a step says in words."""
@@ -3960,9 +3941,6 @@ class Chat(Front):
         choice = f'{{"index":0,"delta":{delta},"logprobs":null,"finish_reason":{finish_reason}}}'
         return self.head + choice + self.tail
 
-    def _call(self, call):
-        return self._chunk('{"tool_calls":[' + encode_text(call) + "]}")
-
     def _finish(self, step):
         reason = CHAT_FINISHES.get(step.text, step.text)
         text = self._chunk("{}", quote(reason))
@@ -3971,6 +3949,16 @@ class Chat(Front):
         return text + "data: [DONE]\n\n"
 
     def whole(self, fold):
+        words = [pair for item in [*fold.items, fold.end] for pair in self._words(item)]
+        content, thinking = [
+            "".join([text for field, text in words if field == name])
+            for name in ("content", "reasoning_content")]
+        calls = [self._whole_call(item) for item in fold.items if item.kind == CALL]
+        message = {"role": "assistant", "content": content, "refusal": None}
+        if thinking:
+            message["reasoning_content"] = thinking
+        if calls:
+            message.update(content=content or None, tool_calls=calls)
         answer = {
             "id": self.id,
             "object": "chat.completion",
@@ -3978,7 +3966,7 @@ class Chat(Front):
             "model": self.model,
             "choices": [{
                 "index": 0,
-                "message": self._message(fold),
+                "message": message,
                 "logprobs": None,
                 "finish_reason": CHAT_FINISHES.get(fold.end.text, fold.end.text),
             }],
@@ -3986,20 +3974,6 @@ class Chat(Front):
         if fold.end.usage:
             answer["usage"] = fold.end.usage
         return answer
-
-    def _message(self, fold):
-        words = [pair for item in [*fold.items, fold.end] for pair in self._words(item)]
-        content, thinking = [
-            "".join(text for field, text in words if field == name)
-            for name in ("content", "reasoning_content")]
-        calls = [self._whole_call(item) for item in fold.items if item.kind == CALL]
-        message = {"role": "assistant", "content": content, "refusal": None}
-        if thinking:
-            message["reasoning_content"] = thinking
-        if calls:
-            message["tool_calls"] = calls
-            message["content"] = content or None
-        return message
 
     def _whole_call(self, item):
         """The object of a tool call, from a Step."""
@@ -4029,24 +4003,20 @@ def chat_fields(body, names, others):
     """(fields, changed) of a Request. `others`: fields that are read one by one, and
     those that ask for nothing. What is not known is dropped by name: there are new ones
     each month."""
-    # These APIs take an absent "stream" for false, whatever DEFAULT_STREAM says.
-    fields = {"stream": False}
-    for name, path in names.items():
-        value = dig(body, path)
-        if value is not None:
-            fields[name] = value
-    heads = [path.partition(".")[0] for path in names.values()]
-    known = {*others, *heads}
+    fields = without_nulls({name: dig(body, path) for name, path in names.items()})
+    known = {*others, *[path.partition(".")[0] for path in names.values()]}
     changed = [
         name_of(name) for name, value in body.items()
         if name not in known and asks(name, value)]
-    return fields, changed
+    # These APIs take an absent "stream" for false, whatever DEFAULT_STREAM says.
+    return {"stream": False, **fields}, changed
 
 
 class Itemized(Front):
     """A front that tells an answer as a row of items, one of them open at any time.
 
-    A class has `id_prefix`, with which an answer's id begins; _begin(item),
+    A class has `id_prefix`, with which an answer's id begins; `kept_statuses`, those of
+    errors that go out as they are, though they cannot heal; _begin(item),
     _piece(text) and _end(item), which give the SSE text of an item's stages;
     and _finish(step), which sets `answer`, the JSON answer. _end() puts the item into
     `items`.
@@ -4056,8 +4026,7 @@ class Itemized(Front):
         super().__init__(fields.get("model", ""), fields["stream"])
         self.id = new_id(self.id_prefix)
         self.hidden = hidden  # thinking is not told
-        self.tally = Tally()
-        self.open = []  # the open item, as extend() makes it
+        self.open = Fold()  # the item that is open, if one is
         self.items = []  # the finished ones, in the client's terms
         self.finish = None
         self.answer = None
@@ -4070,23 +4039,31 @@ class Itemized(Front):
         if kind == FINISH:
             self.finish = step.text
             return self._close() + self._finish(step)
-        self.tally.add(step)
         text = ""
-        if extend(self.open, step):
-            began = self.open.pop()
+        if self.open.put(step):
+            began = self.open.runs.pop()
             text = self._close() + self._begin(step)
-            self.open.append(began)
+            self.open.runs.append(began)
         return text + self._piece(step.text) if step.text else text
 
     def _close(self):
-        ended = joined(self.open)
-        self.open.clear()
+        ended = self.open.items
+        self.open.runs.clear()
         return "".join(map(self._end, ended))
 
     def whole(self, fold):
         """The answer that the same steps give as a stream."""
         self.tell([*fold.items, fold.end])
         return self.answer
+
+    @classmethod
+    def status(cls, error):
+        """What cannot heal is a 400 where nothing else is meant: agents show that at
+        once, with our words alone, and repeat a 5xx up to 30 times."""
+        if error.status in cls.kept_statuses and error.code != NO_MODEL.code:
+            return error.status
+        hopeless = error.retryable is False or error.status < 500
+        return INVALID.status if hopeless else error.status
 
 
 # For an answer without usage.
@@ -4129,9 +4106,6 @@ ANTHROPIC_ERRORS = {
     503: "overloaded_error",
     504: "timeout_error",
 }
-# What cannot heal has a status that Claude Code shows at once, with our words alone: it
-# repeats a 5xx, and puts "Please run /login" in front of a 403.
-HOPELESS_STATUSES = {403: 400, 500: 400, 502: 400}
 NO_THREADS = "thread_unsupported_request"
 
 
@@ -4139,6 +4113,9 @@ class Messages(Itemized):
     """Anthropic's Messages API: POST /v1/messages."""
 
     id_prefix = "msg_"
+    # In front of a 403 Claude Code puts "Please run /login". At a 404 for a model it
+    # tells of its own settings, and our words are lost.
+    kept_statuses = (401, 402, 404, 405, 408, 413, 426, 429, 503)
 
     @classmethod
     def read(cls, body, caller, settings):
@@ -4241,15 +4218,9 @@ class Messages(Itemized):
             told["details"] = {"error_code": error.code}
         return {"type": "error", "error": told, "request_id": request_id or None}
 
-    @staticmethod
-    def status(error):
-        if error.type == QUOTA.type:
-            return QUOTA.status
-        # At a 404 Claude Code tells of its own settings, and our words are lost.
-        if error.code == NO_MODEL.code:
-            return INVALID.status
-        hopeless = HOPELESS_STATUSES if error.retryable is False else {}
-        return hopeless.get(error.status, error.status)
+    @classmethod
+    def status(cls, error):
+        return QUOTA.status if error.type == QUOTA.type else super().status(error)
 
 
 # Responses ############################################################################
@@ -4313,9 +4284,7 @@ INCOMPLETE = {
 }
 # The codes of a failure that mean something to Codex.
 FAILURES = ("insufficient_quota", "context_length_exceeded", "rate_limit_exceeded")
-# Statuses that go out as they are: a 401 makes clients ask for a key, and the others
-# Codex takes as they are meant. A 503 with this code it waits out.
-KEPT_STATUSES = (401, 404, 405, 408, 426, 429, 503)
+# A 503 with this code Codex waits out.
 OVERLOAD_CODE = "server_is_overloaded"
 
 
@@ -4324,12 +4293,11 @@ class Shape(NamedTuple):
     id: str           # what its id begins with
     item: dict        # its beginning
     field: str        # the one of its fields where its text is in the end
-    events: str = ""  # what the events are called that bring the text, if any do
-    # The part that stands around some texts, its events, and what those and the others
-    # have beside.
+    place: dict       # what the events that bring it have beside
+    events: str = ""  # what they are called, if there are any
+    # The part that stands around some texts, and its events.
     part: dict | None = None
     part_events: str = ""
-    place: dict | None = None
 
 
 SHAPES = {
@@ -4337,25 +4305,35 @@ SHAPES = {
         "rs_",
         {"type": "reasoning", "summary": []},
         "summary",
+        {"summary_index": 0},
         "reasoning_summary_text",
         {"type": "summary_text"},
         "reasoning_summary_part",
-        {"summary_index": 0},
     ),
     TEXT: Shape(
         "msg_",
         {"type": "message", "role": "assistant", "content": []},
         "content",
+        {"content_index": 0, "logprobs": []},
         "output_text",
         {"type": "output_text", "annotations": [], "logprobs": []},
         "content_part",
-        {"content_index": 0, "logprobs": []},
     ),
     CALL: Shape(
-        "fc_", {"type": "function_call", "arguments": ""}, "arguments", "function_call_arguments"),
+        "fc_",
+        {"type": "function_call", "arguments": ""},
+        "arguments",
+        {},
+        "function_call_arguments",
+    ),
     "custom": Shape(
-        "ctc_", {"type": "custom_tool_call", "input": ""}, "input", "custom_tool_call_input"),
-    "compaction": Shape("cmp_", {"type": "compaction"}, "encrypted_content"),
+        "ctc_",
+        {"type": "custom_tool_call", "input": ""},
+        "input",
+        {},
+        "custom_tool_call_input",
+    ),
+    "compaction": Shape("cmp_", {"type": "compaction"}, "encrypted_content", {}),
 }
 
 
@@ -4440,6 +4418,8 @@ class Responses(Itemized):
     """OpenAI's Responses API: POST /v1/responses."""
 
     id_prefix = "resp_"
+    # A 401 makes clients ask for a key, and the others Codex takes as they are meant.
+    kept_statuses = (401, 404, 405, 408, 426, 429, 503)
 
     def __init__(self, body, fields, hidden, caller):
         super().__init__(fields, hidden)
@@ -4501,7 +4481,7 @@ class Responses(Itemized):
     def heartbeat(self):
         """Behind the first item some clients take response.in_progress for a new
         start."""
-        return self.open and self._delta("") or self._response_event("in_progress")
+        return self.open.runs and self._delta("") or self._response_event("in_progress")
 
     def failure(self, error):
         """Two events: some clients overlook the one, some the other."""
@@ -4521,9 +4501,8 @@ class Responses(Itemized):
         return text + self._response_event("failed", error=failure)
 
     def _begin(self, item):
-        tool = {}
-        if item.kind == CALL:
-            tool = {**self.find_tool(item.name), "call_id": item.id}
+        is_call = item.kind == CALL
+        tool = {**self.find_tool(item.name), "call_id": item.id} if is_call else {}
         # Custom tools alone have a shape by their type.
         kind = "compaction" if self.compacts else tool.get("type")
         self.shape = SHAPES.get(kind, SHAPES[item.kind])
@@ -4535,8 +4514,7 @@ class Responses(Itemized):
         }
         # What each event of this item has.
         self.place = {
-            "item_id": self.item["id"], "output_index": len(self.items),
-            **(self.shape.place or {})}
+            "item_id": self.item["id"], "output_index": len(self.items), **self.shape.place}
         return self._item_event("added") + self._part_event("added", "")
 
     def _piece(self, text):
@@ -4618,15 +4596,6 @@ class Responses(Itemized):
         if error.code == OVERLOADED.code:
             value["error"]["code"] = OVERLOAD_CODE
         return value
-
-    @staticmethod
-    def status(error):
-        """Codex sends everything 30 times at a 5xx and six times at most others; a 400
-        it shows at once."""
-        if error.status in KEPT_STATUSES and error.code != NO_MODEL.code:
-            return error.status
-        hopeless = error.retryable is False or error.status < 500
-        return 400 if hopeless else error.status
 
 
 class Compaction(Responses):
