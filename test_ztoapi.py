@@ -4566,7 +4566,7 @@ def test_calls_come_one_after_the_other_whatever_order_their_pieces_have():
             i = rng.choice([i for i in pieces if pieces[i]])
             steps += room.feed([item(None, pieces[i].pop(0), index=i, id=rng.choice(("", "odd", f"c{i}")))])
             steps += room.put([Step("text", "x")])
-        steps += room.close("{}")
+        steps += room.close(is_cut=False)
         calls = joined([step for step in steps if step.kind != "text"])
         assert [(call.index, call.id, call.text) for call in calls] == [(i, f"c{i}", texts[i]) for i in range(3)]
         held = "".join(step.text for step in steps if step.kind == "text")

@@ -2834,11 +2834,10 @@ def find_alike(event, frame):
 
 
 class Frames:
-    """Texts of events in, what they say out: feed(event, finished) -> a Frame, or None
-    if it says nothing. An event is that of a stream, or a whole JSON answer; with
-    `finished`, a reason to finish came before it. UpstreamError for an error of Z.ai's,
-    for what has an unknown form, and for a frame that is lost. describe(value) makes
-    the error of an event."""
+    """Texts of events in, what they say out: feed(event) -> a Frame, or None if it says
+    nothing. An event is that of a stream, or a whole JSON answer. UpstreamError for an
+    error of Z.ai's, for what has an unknown form, and for a frame that is lost.
+    describe(value) makes the error of an event."""
 
     # How many events were skipped or mended.
     repaired = 0
@@ -2846,7 +2845,7 @@ class Frames:
     def __init__(self, describe):
         self.describe = describe
 
-    def feed(self, event, finished=False):
+    def feed(self, event):
         event = event.strip()
         try:
             value, end = scan_json(event, 0)
@@ -2862,8 +2861,8 @@ class Frames:
             # Z.ai's gateway loses its backend in the middle of a frame, and begins
             # again with another one, in the same stream.
             return self._read(value)._replace(afresh=True)
-        # What it said is lost. Behind the finish that is the usage at most.
-        if event.startswith("{") and not finished:
+        # What it said is lost.
+        if event.startswith("{"):
             raise UpstreamError(TORN)
         return None
 
@@ -3232,9 +3231,11 @@ class ToolCall(JsonProgress):
         if self.key is None and '"' in self.rest:
             raise UpstreamError(BROKEN_CALL)
 
-    def close(self, empty):
-        """No more will come. If no arguments at all have, they are `empty`."""
-        self.untold += self.waiting if self.begun else self._read(empty)
+    def close(self, is_cut):
+        """No more will come."""
+        if not is_cut and (self.depth > 0 or self.in_string):
+            raise UpstreamError(BROKEN_CALL)
+        self.untold += self.waiting if self.begun or is_cut else "{}"
         self.waiting = ""
 
     def take(self):
@@ -3276,7 +3277,8 @@ class ToolCall(JsonProgress):
 
 class Calls:
     """Items of `tool_calls` in, whole calls or pieces of them, and steps of calls out:
-    feed(items), and close(empty) for the rest, where no arguments at all are `empty`.
+    feed(items), and close(is_cut) for the rest. If no arguments at all have come, that
+    was meant, unless the answer was cut.
 
     Clients join the pieces of calls by their order, so one call comes after the other:
     while the arguments of one are not whole, what comes behind it waits. put(steps)
@@ -3307,13 +3309,6 @@ class Calls:
             return steps
         self.held.add(steps)
         return ()
-
-    def check(self, finish):
-        """UpstreamError for what is no whole call."""
-        if finish in WHOLE and any(call.depth > 0 or call.in_string for call in self.calls):
-            raise UpstreamError(BROKEN_CALL)
-        if finish == "tool_calls" and not self.calls:
-            raise UpstreamError("Z.ai announced a tool call and sent none.")
 
     def _read_function(self, function):
         """(name, arguments) as texts. Names were seen with markup in them, and with all
@@ -3355,14 +3350,14 @@ class Calls:
         check_number(self.calls)
         return call
 
-    def close(self, empty=None):
-        """The steps of all that waits; without `empty`, of what need not any more."""
+    def close(self, is_cut=None):
+        """The steps of all that waits; without `is_cut`, of what need not any more."""
         while self.queue:
             call = self.queue[0]
-            if empty is not None:
-                call.close(empty)
+            if is_cut is not None:
+                call.close(is_cut)
             yield from call.take()
-            if empty is None and not call.ended:
+            if is_cut is None and not call.ended:
                 return
             self.queue.popleft()
         yield from self.held.items
@@ -3439,7 +3434,7 @@ class Translator:
             extend(self.runs, Step(self.alike.kind, text))
             return
         self.alike = None
-        frame = self.frames.feed(event, bool(self.finish))
+        frame = self.frames.feed(event)
         if frame:
             self._read(frame)
             alike = find_alike(event, frame)
@@ -3509,10 +3504,9 @@ class Translator:
         # Where calls came as they should, the leaked ones are the same once more.
         if not self.calls.calls:
             self._add(self.calls.feed(self.texts.leaked))
-        if self.stop_word:
-            self.finish = "stop"
-        self.calls.check(self.finish)
-        self._add(self.calls.close("" if is_cut else "{}"))
+        if self.finish == "tool_calls" and not self.calls.calls and not self.stop_word:
+            raise UpstreamError("Z.ai announced a tool call and sent none.")
+        self._add(self.calls.close(is_cut))
         if self.stop_word and not self.usage:
             # Z.ai's counts come at its own end. Programs that send stop words, such as
             # smolagents, read the usage unasked.
@@ -4259,15 +4253,10 @@ SUMMARIES = ("auto", "concise", "detailed")
 RESPONSE = {
     "object": "response",
     "background": False,
-    "completed_at": None,
-    "error": None,
-    "incomplete_details": None,
-    "instructions": None,
-    "output": [],
     "service_tier": "default",
     "tools": [],
     "top_logprobs": 0,
-    "usage": None,
+    **dict.fromkeys(("completed_at", "error", "incomplete_details", "instructions", "usage")),
 }
 # What Codex sends last to have a conversation summed up that has become too long, and
 # what the model is told then.
@@ -4438,9 +4427,6 @@ class Responses(Itemized):
                 if len(encode_request(value)) > LONGEST_ECHO_BYTES:
                     value = default
                 self.base[name] = {**default, **value} if type is dict else value
-        reasoning = self.base["reasoning"]
-        if reasoning["summary"] not in SUMMARIES:
-            reasoning["summary"] = None
 
     @classmethod
     def read(cls, body, caller, settings):
@@ -4462,6 +4448,8 @@ class Responses(Itemized):
             fields.update(messages=turns, tool_choice="none", thinking={"type": "disabled"})
             fields.pop("response_format", None)
         reasoning = front.base["reasoning"]
+        if reasoning["summary"] not in SUMMARIES:
+            reasoning["summary"] = None
         # That is how Codex asks for thinking if it does not know the model.
         asks = reasoning["summary"] and not reasoning["effort"]
         if asks and settings.enable_thinking is None:
@@ -4474,9 +4462,9 @@ class Responses(Itemized):
 
     def opening(self):
         response = self._response("in_progress", output=[])
-        return "".join(
-            typed_event(f"response.{name}", sequence_number=number, response=response)
-            for number, name in enumerate(("created", "in_progress")))
+        return (
+            typed_event("response.created", sequence_number=0, response=response)
+            + typed_event("response.in_progress", sequence_number=1, response=response))
 
     def heartbeat(self):
         """Behind the first item some clients take response.in_progress for a new
@@ -4530,7 +4518,8 @@ class Responses(Itemized):
             events = self._delta(text)
         self.item[shape.field] = [{**shape.part, "text": text}] if shape.part else text
         told = {"text": text} if shape.part else {shape.field: text, "name": self.item.get("name")}
-        events += self._text_event("done", **told) + self._part_event("done", text)
+        events += self._inner_event(shape.events, "done", **told)
+        events += self._part_event("done", text)
         if item.kind == THINKING and self.keeps_thinking:
             self.item["encrypted_content"] = MARK + text
         self.item["status"] = self._end_status()
@@ -4572,11 +4561,8 @@ class Responses(Itemized):
         events = self.shape.part_events
         return self._inner_event(events, stage, part=part and {**part, "text": text})
 
-    def _text_event(self, stage, **fields):
-        return self._inner_event(self.shape.events, stage, **fields)
-
     def _delta(self, text):
-        return self._text_event("delta", delta=text)
+        return self._inner_event(self.shape.events, "delta", delta=text)
 
     def _inner_event(self, events, stage, **fields):
         if not events:
