@@ -2871,8 +2871,7 @@ class Frames:
         # Errors come in a response of status 200 as well.
         if value.get("error") or choices is None and ERROR_FIELDS & value.keys():
             raise self.describe(value)
-        has_choice = isinstance(choices, list) and choices
-        choice = as_dict(choices[0]) if has_choice else {}
+        choice = as_dict(choices[0] if choices and isinstance(choices, list) else None)
         delta = as_dict(choice.get("delta") or choice.get("message"))
         for field, form in FORMS.items():
             if delta.get(field) and not isinstance(delta[field], form):
@@ -3458,7 +3457,7 @@ class Translator:
             if text.strip("\r\n"):
                 self.begun = True
             if kind == THINKING and self.asked.no_thinking:
-                self.unasked.add([Step(kind, text)])
+                self.unasked.put(Step(kind, text))
             else:
                 self._put(self.texts.feed(kind, text))
         if frame.items and not self.stop_word:
@@ -3640,7 +3639,7 @@ class Answer:
             body = self.reply.framing.take()
         if self.reply.status is None:
             return [], cut
-        ended = self.reply.complete or cut is not None
+        ended = self.reply.complete or cut
         steps, failure = self.translator.feed(self._read(body, ended), ended)
         # A cut explains a missing end better; behind the finish it does no harm.
         if cut and failure and failure.message in (EMPTY, UNFINISHED, TORN):
@@ -3779,12 +3778,13 @@ class Front:
     whole(fold): the JSON answer, a dict.
     """
 
+    # Whether a stream that fails ends without the last chunk of its coding, so that a
+    # client that overlooks the error takes no half of an answer for the whole.
+    cuts_failures = False
+
     def __init__(self, model, stream):
         self.model = model  # as the client named it
         self.stream = stream
-        # Whether a stream that fails ends without the last chunk of its coding, so that
-        # a client that overlooks the error takes no half of an answer for the whole.
-        self.cuts_failures = False
         # What became of the request, without its body.
         self.asked = Asked({}, b"", (), {}, {})
 
@@ -3856,6 +3856,9 @@ class Chat(Front):
     the text), or hidden.
     """
 
+    # A <think> of ours is open.
+    in_think = False
+
     def __init__(
         self, id, created, model, stream=True, include_usage=False, reasoning="parsed",
     ):
@@ -3864,8 +3867,6 @@ class Chat(Front):
         self.created = created
         self.include_usage = include_usage
         self.reasoning = reasoning
-        # A <think> of ours is open.
-        self.in_think = False
         # Encoding the constant part anew would double the cost of a chunk.
         self.head = (f'data: {{"id":{encode_text(id)},"object":"chat.completion.chunk",'
                      f'"created":{created},"model":{encode_text(model)},"choices":[')
@@ -4016,14 +4017,16 @@ class Itemized(Front):
     `items`.
     """
 
+    # Why the answer ended, and its JSON.
+    finish = None
+    answer = None
+
     def __init__(self, fields, hidden):
         super().__init__(fields.get("model", ""), fields["stream"])
         self.id = new_id(self.id_prefix)
         self.hidden = hidden  # thinking is not told
         self.open = Fold()  # the item that is open, if one is
         self.items = []  # the finished ones, in the client's terms
-        self.finish = None
-        self.answer = None
 
     def _tell(self, step):
         kind = step.kind
@@ -4149,8 +4152,7 @@ class Messages(Itemized):
         block, self.delta_type, self.field = BLOCKS[item.kind]
         self.block = dict(block)
         if item.kind == CALL:
-            self.block["id"] = item.id
-            self.block["name"] = self.find_tool(item.name)["name"]
+            self.block.update(id=item.id, name=self.find_tool(item.name)["name"])
         return self._event("start", content_block=self.block)
 
     def _piece(self, text):
@@ -4227,9 +4229,9 @@ RESPONSES_NAMES = parse_names("""
     enable_thinking reasoning tools tool_choice messages=input prompt=instructions
     max_completion_tokens=max_output_tokens response_format=text.format
 """)
-RESPONSES_OTHERS = frozenset("""
+RESPONSES_OTHERS = """
     include store stream_options client_metadata background previous_response_id
-""".split())
+""".split()
 # What would need more than a memory.
 STATEFUL = ("prompt", "conversation", "background")
 # What a response repeats of its request: the type, the value if it was left out, names.
@@ -4409,13 +4411,14 @@ class Responses(Itemized):
     id_prefix = "resp_"
     # A 401 makes clients ask for a key, and the others Codex takes as they are meant.
     kept_statuses = (401, 404, 405, 408, 426, 429, 503)
+    # The conversation is summed up.
+    compacts = False
 
     def __init__(self, body, fields, hidden, caller):
         super().__init__(fields, hidden)
         # opening() has the numbers 0 and 1; it may be made behind the first steps.
         self.numbers = itertools.count(2)
         self.caller = caller
-        self.compacts = False
         include = expect(body.get("include", []), list, "include")
         self.keeps_thinking = "reasoning.encrypted_content" in include
         self.base = {
