@@ -3162,8 +3162,7 @@ class Texts:
         leak = self.leak
         self.leak = None
         text = "".join(leak.pieces)
-        is_whole = leak.is_closed and not is_cut
-        call = parse_leaked_call(text, self.tools) if is_whole else None
+        call = parse_leaked_call(text, self.tools) if leak.is_closed and not is_cut else None
         if call and self.kind == THINKING:
             self.tail.append((THINKING, text, call))
         elif call:
@@ -3542,9 +3541,10 @@ class Reply:
         try:
             while self.status is None:
                 head = self.head.feed(data)
-                if head is None and ended:
-                    raise UpstreamError("The connection to Z.ai was closed before its answer.")
                 if head is None:
+                    if ended:
+                        raise UpstreamError(
+                            "The connection to Z.ai was closed before its answer.")
                     return b""
                 data = self.head.rest
                 self._read_head(head)
@@ -3808,12 +3808,8 @@ class Front:
     @staticmethod
     def error(error, request_id=""):
         """The JSON of an error, a dict: OpenAI's shape."""
-        return {"error": {
-            "message": error.message,
-            "type": error.type,
-            "param": error.param,
-            "code": error.code,
-        }}
+        names = ("message", "type", "param", "code")
+        return {"error": {name: getattr(error, name) for name in names}}
 
     @staticmethod
     def status(error):
@@ -3990,8 +3986,9 @@ def typed_event(type, **fields):
 def parse_names(text):
     """The client's paths to fields by chat's names of them: a word is "name=path", or
     one for both."""
-    pairs = [word.partition("=") for word in text.split()]
-    return {name: path or name for name, _, path in pairs}
+    return {
+        name: path or name
+        for name, _, path in [word.partition("=") for word in text.split()]}
 
 
 def chat_fields(body, names, others):
@@ -4360,10 +4357,9 @@ def unwrap_input(arguments, name):
 
 
 def to_responses_usage(usage):
-    cached = usage["prompt_tokens_details"]["cached_tokens"]
     return {
         "input_tokens": usage["prompt_tokens"],
-        "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
+        "input_tokens_details": {**usage["prompt_tokens_details"], "cache_write_tokens": 0},
         "output_tokens": usage["completion_tokens"],
         "output_tokens_details": usage["completion_tokens_details"],
         "total_tokens": usage["total_tokens"],
@@ -4453,9 +4449,8 @@ class Responses(Itemized):
         reasoning = front.base["reasoning"]
         if reasoning["summary"] not in SUMMARIES:
             reasoning["summary"] = None
-        # That is how Codex asks for thinking if it does not know the model.
-        asks = reasoning["summary"] and not reasoning["effort"]
-        if asks and settings.enable_thinking is None:
+        elif not reasoning["effort"] and settings.enable_thinking is None:
+            # That is how Codex asks for thinking if it does not know the model.
             fields.setdefault("enable_thinking", True)
         if dig(body, "text.verbosity"):
             changed.append("verbosity")
@@ -4492,20 +4487,19 @@ class Responses(Itemized):
         return text + self._response_event("failed", error=failure)
 
     def _begin(self, item):
-        is_call = item.kind == CALL
-        tool = {**self.find_tool(item.name), "call_id": item.id} if is_call else {}
+        tool = {**self.find_tool(item.name), "call_id": item.id} if item.kind == CALL else {}
         # Custom tools alone have a shape by their type.
         kind = "compaction" if self.compacts else tool.get("type")
-        self.shape = SHAPES.get(kind, SHAPES[item.kind])
+        shape = self.shape = SHAPES.get(kind, SHAPES[item.kind])
         self.item = {
             **tool,
-            **self.shape.item,
-            "id": new_id(self.shape.id),
+            **shape.item,
+            "id": new_id(shape.id),
             "status": "in_progress",
         }
         # What each event of this item has.
         self.place = {
-            "item_id": self.item["id"], "output_index": len(self.items), **self.shape.place}
+            "item_id": self.item["id"], "output_index": len(self.items), **shape.place}
         return self._item_event("added") + self._part_event("added", "")
 
     def _piece(self, text):
@@ -4560,9 +4554,9 @@ class Responses(Itemized):
             f"response.output_item.{stage}", output_index=len(self.items), item=self.item)
 
     def _part_event(self, stage, text):
-        part = self.shape.part
-        events = self.shape.part_events
-        return self._inner_event(events, stage, part=part and {**part, "text": text})
+        shape = self.shape
+        part = shape.part and {**shape.part, "text": text}
+        return self._inner_event(shape.part_events, stage, part=part)
 
     def _delta(self, text):
         return self._inner_event(self.shape.events, "delta", delta=text)
