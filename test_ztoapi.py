@@ -3,7 +3,8 @@
 First come the fakes, the raw client and the proxy under test, then a section for each of
 ztoapi.py's. The pure parts are tested by tables; the rest through real sockets, against a
 fake Z.ai whose every answer is a script: a list of what it sends, sleeps and does. Z.ai's
-bytes are as they were captured (see each case).
+bytes are as they were captured (see each case). The comment above a table says what its rows
+hold: to add a case, add a row.
 """
 
 import ast
@@ -38,6 +39,7 @@ import time
 import types
 import urllib.parse
 import weakref
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -55,11 +57,14 @@ from ztoapi import (
     RequestError,
     Settings,
     SSEDecoder,
+    Step,
     UpstreamError,
     zai_error,
 )
 
-HERE = os.path.dirname(os.path.abspath(__file__))
+HERE = Path(__file__).resolve().parent
+PROGRAM = Path(ztoapi.__file__).read_text("utf-8")
+README = (HERE / "README.md").read_text("utf-8")
 KEY = "sk-Test-9876543210"
 ZAI_KEY = "0123456789abcdef0123.ZaiSecretZaiSecret"
 CHAT = "/v1/chat/completions"
@@ -90,9 +95,8 @@ def event(delta=None, finish=None, usage=None, id="202607311536357f405a2f5c6b495
     """One SSE event in Z.ai's dialect: no finish_reason until the end, no object key order of OpenAI's."""
     choice = {"index": 0, "delta": delta}
     if finish:
-        choice = {"index": 0, "finish_reason": finish, "delta": delta}
-        if delta is None:
-            choice["delta"] = {"role": "assistant", "content": ""}
+        last = {"role": "assistant", "content": ""} if delta is None else delta
+        choice = {"index": 0, "finish_reason": finish, "delta": last}
     value = {"id": id, "created": 1785483395, "object": "chat.completion.chunk", "model": "glm-5.2"}
     value.update({"choices": [choice]}, **more)
     if usage:
@@ -135,11 +139,8 @@ def answer(status, value, *headers):
     """A script: a whole answer."""
     body = value if isinstance(value, bytes) else json.dumps(value, ensure_ascii=False).encode()
     kind = "text/html" if body.startswith(b"<") else "application/json; charset=UTF-8"
-    lines = [
-        f"HTTP/1.1 {status} X", f"Content-Type: {kind}", f"Content-Length: {len(body)}", f"X-Log-Id: {LOG_ID}",
-        *headers,
-    ]
-    return [("\r\n".join(lines) + "\r\n\r\n").encode() + body]
+    lines = (f"HTTP/1.1 {status} X", f"Content-Type: {kind}", f"Content-Length: {len(body)}", f"X-Log-Id: {LOG_ID}")
+    return [("\r\n".join([*lines, *headers]) + "\r\n\r\n").encode() + body]
 
 
 def complaint(code, message="no", **more):
@@ -212,11 +213,7 @@ class FakeZai(Listener):
         self.limit = None
         self.lock = threading.Lock()
         self.requests = []
-        self.connections = 0
-        self.cut_by_client = 0
-        self.in_flight = 0
-        self.most_in_flight = 0
-        self.refused = 0
+        self.connections = self.cut_by_client = self.in_flight = 0
         self.open = set()
         super().__init__()
         origin = f"https://localhost:{self.port}" if tls else f"http://127.0.0.1:{self.port}"
@@ -259,9 +256,7 @@ class FakeZai(Listener):
             self.requests.append(request)
             self.in_flight += 1
             if self.limit is not None and self.in_flight > self.limit:
-                self.refused += 1
                 return refusal(429, "1302", "Rate limit reached for requests")
-            self.most_in_flight = max(self.most_in_flight, self.in_flight)
             return self.scripts.popleft() if self.scripts else self.default
 
     def play(self, sock, script, request):
@@ -574,13 +569,10 @@ def read_to_end(sock):
 
 def replies_in(data, *heads):
     """All responses in `data`; `heads`: the positions of those that answer HEAD requests."""
-    file = io.BytesIO(data)
-    found = []
-    while True:
-        reply = read_reply(file, len(found) in heads)
-        if reply is None:
-            return found
+    file, found = io.BytesIO(data), []
+    for reply in iter(lambda: read_reply(file, len(found) in heads), None):
         found.append(reply)
+    return found
 
 
 def connect(server, data=b""):
@@ -609,9 +601,8 @@ def statuses(proxy, data, *heads):
 def read_stream(sock):
     """(status, headers, events, clean) of the answer on a raw socket, which may be an error with a JSON body."""
     reply = next_reply(sock)
-    if "event-stream" not in reply.headers["Content-Type"]:
-        return reply.status, reply.headers, [reply.json()], reply.clean
-    return reply.status, reply.headers, events_in(reply.body), reply.clean
+    events = events_in(reply.body) if "event-stream" in reply.headers["Content-Type"] else [reply.json()]
+    return reply.status, reply.headers, events, reply.clean
 
 
 def events_in(body):
@@ -763,13 +754,9 @@ class Proxy:
 @contextlib.contextmanager
 def proxying(zai=None, **environ):
     """A proxy in front of `zai`; afterwards it must be idle. Environment variables as keywords."""
-    base = {
-        "PORT": "0",
-        "DEFAULT_KEY": KEY,
-        "ZAI_API_KEY": ZAI_KEY,
-        "ZAI_BASE_URL": zai.url if zai else "http://127.0.0.1:9/api/paas/v4",
-    }
-    proxy = Proxy(dict(base, **environ))
+    url = zai.url if zai else "http://127.0.0.1:9/api/paas/v4"
+    base = {"PORT": "0", "DEFAULT_KEY": KEY, "ZAI_API_KEY": ZAI_KEY, "ZAI_BASE_URL": url}
+    proxy = Proxy({**base, **environ})
     try:
         yield proxy
         proxy.idle()
@@ -894,18 +881,14 @@ def failed_stream(proxy, **fields):
 
 def check_whole(status, headers, events, clean):
     """The events of a stream that ended as it should."""
-    assert status == 200
-    assert clean
+    assert (status, clean, events[-1]) == (200, True, "[DONE]")
     assert finish_of(events) != []
-    assert events[-1] == "[DONE]"
     return events
 
 
 def check_failed(status, headers, events, clean):
-    assert status == 200
-    assert not clean
+    assert (status, clean, finish_of(events), list(events[-1])) == (200, False, [], ["error"])
     assert "[DONE]" not in events
-    assert (finish_of(events), list(events[-1])) == ([], ["error"])
     assert isinstance(events[-1]["error"]["code"], str)
     assert [event for event in events[:-1] if "error" in event] == []
     return events
@@ -977,9 +960,7 @@ def check_error(reply):
     """OpenAI's four fields, and an id to find it by."""
     error = reply.error()
     assert list(error) == ["message", "type", "param", "code"]
-    assert error["message"]
-    assert error["type"]
-    assert isinstance(error["code"], str)
+    assert error["message"] and error["type"] and isinstance(error["code"], str)
     assert reply.headers["Content-Type"] == "application/json"
     assert reply.headers["x-request-id"].startswith("req_")
 
@@ -1075,30 +1056,19 @@ def blocks_of(data, size=65536):
     return [data[i:i + size] for i in range(0, len(data), size)]
 
 
-def names_bound_in(path):
-    """The names that the top level of a file binds, each as often as it does."""
-    with open(path, encoding="utf-8") as file:
-        parts = ast.parse(file.read()).body
-    for part in parts:
-        if isinstance(part, (ast.FunctionDef, ast.ClassDef)):
-            yield part.name
-        elif isinstance(part, ast.Assign):
-            names = [node for target in part.targets for node in ast.walk(target) if isinstance(node, ast.Name)]
-            yield from (name.id for name in names)
-
-
 @pytest.mark.parametrize("path", [ztoapi.__file__, __file__])
 def test_no_name_is_bound_twice(path):
     """In files of this length a second table, or test, of the same name would quietly replace the first."""
-    counts = collections.Counter(names_bound_in(path))
-    assert [name for name, count in counts.items() if count > 1] == []
+    parts = ast.parse(Path(path).read_text("utf-8")).body
+    names = [part.name for part in parts if isinstance(part, (ast.FunctionDef, ast.ClassDef))]
+    targets = [target for part in parts if isinstance(part, ast.Assign) for target in part.targets]
+    names += [node.id for target in targets for node in ast.walk(target) if isinstance(node, ast.Name)]
+    assert [name for name, count in collections.Counter(names).items() if count > 1] == []
 
 
 def test_what_stands_above_the_line_is_pure():
     """No socket, no clock, no environment, no logging before "I/O starts here"."""
-    with open(ztoapi.__file__, encoding="utf-8") as file:
-        source = file.read()
-    parts = ast.parse(source.split("I/O starts here")[0]).body
+    parts = ast.parse(PROGRAM.split("I/O starts here")[0]).body
     pure = [part for part in parts if isinstance(part, (ast.FunctionDef, ast.ClassDef))]
     nodes = [node for part in pure for node in ast.walk(part)]
     names = {node.id for node in nodes if isinstance(node, ast.Name)}
@@ -1112,8 +1082,7 @@ def test_what_stands_above_the_line_is_pure():
 
 
 def test_the_standard_library_is_all_that_is_imported():
-    with open(ztoapi.__file__, encoding="utf-8") as file:
-        nodes = list(ast.walk(ast.parse(file.read())))
+    nodes = list(ast.walk(ast.parse(PROGRAM)))
     names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
     packages = {name.split(".")[0] for name in names}
@@ -1275,9 +1244,8 @@ def test_an_empty_default_key_is_refused(text):
         Settings.from_environ({"DEFAULT_KEY": text})
 
 
-with open(os.path.join(HERE, "README.md"), encoding="utf-8") as readme:
-    # What somebody may copy; a shell's variable or command is none.
-    README_KEYS = re.findall(r"DEFAULT_KEY=([\w.-]+)", readme.read())
+# What somebody may copy; a shell's variable or command is none.
+README_KEYS = re.findall(r"DEFAULT_KEY=([\w.-]+)", README)
 
 # To add a case, add a row: a host that is not this computer.
 FAR_HOSTS = ("0.0.0.0", "::", "192.168.1.2", "example.org", "127.0.0.1.example.org", "localhost.example.org",
@@ -1701,9 +1669,8 @@ def test_the_model_table_says_what_the_catalogue_says(id):
     model = ztoapi.MODELS[id]
     context, max_tokens, abilities = CATALOGUE[id]
     assert (model.id, model.context, model.max_tokens) == (id, context, max_tokens)
-    assert model.sees == ("sees" in abilities)
-    assert model.tool_stream == ("tools" in abilities)
-    assert model.free == ("free" in abilities)
+    assert (model.id, model.context, model.max_tokens) == (id, context, max_tokens)
+    assert [model.sees, model.tool_stream, model.free] == [word in abilities for word in ("sees", "tools", "free")]
     assert model.thinking in ztoapi.FAMILIES
     assert model.created > 1.7e9
 
@@ -2205,6 +2172,12 @@ def to_zai(request, **environ):
     return result.body, set(result.changed)
 
 
+def messages_to_zai(**fields):
+    """(Z.ai's messages, the set of what was changed) of a chat."""
+    body, changed = to_zai(chat_body(**fields))
+    return body["messages"], changed
+
+
 def asking(content):
     return {"messages": [user(content)]}
 
@@ -2215,10 +2188,6 @@ def said_by(role, **fields):
 
 def said_last_by(role, **fields):
     return {"messages": [{"role": role, **fields}]}
-
-
-def image_of(value):
-    return {"model": "glm-4.5v", **asking([TEXT, {"type": "image_url", "image_url": value}])}
 
 
 def function(**fields):
@@ -2275,7 +2244,8 @@ BAD_REQUESTS = [
     *((asking([TEXT, part]), "messages[0].content[1]") for part in (AUDIO, {"type": "x"})),
     *((asking([{"type": "text", "text": value}]), "messages[0].content[0].text") for value in (None, 5, [])),
     (asking([{"type": "text"}]), "messages[0].content[0].text"),
-    *((image_of(value), "messages[0].content[1]") for value in (None, 5, [], {}, {"url": 5})),
+    *(({"model": "glm-4.5v", **asking([TEXT, {"type": "image_url", "image_url": value}])}, "messages[0].content[1]")
+      for value in (None, 5, [], {}, {"url": 5})),
     (asking([TEXT, PICTURE]), "messages[0].content[1]"),
     ({**asking([PICTURE]), "model": "glm-5.2"}, "messages[0].content[0]"),
     ({"messages": [user([PICTURE]), {"role": "system", "content": "S"}]}, "messages[0].content[0]"),
@@ -2321,17 +2291,6 @@ BAD_REQUESTS = [
     ({"tools": [TOOL], "tool_choice": named(5)}, "tool_choice.function.name"),
     ({"extra_body": {"temperature": 5}}, "temperature"),
 ]
-
-
-@pytest.mark.parametrize("fields, param", BAD_REQUESTS)
-def test_a_bad_request_is_a_400_that_names_the_parameter(fields, param):
-    with pytest.raises(ztoapi.RequestError) as caught:
-        to_zai(chat_body(**fields))
-    error = caught.value
-    assert (error.status, error.type) == (400, "invalid_request_error")
-    assert error.param == param, error.message
-    assert isinstance(error.code, str)
-    assert 0 < len(error.message) < 500
 
 
 # The same in the other APIs' words. To add a request that is refused, add a row.
@@ -2403,14 +2362,17 @@ BAD_MESSAGES = [
 
 
 @pytest.mark.parametrize("door, body, param", [
+    *(("chat", chat_body(**fields), param) for fields, param in BAD_REQUESTS),
     *(("responses", {"model": "glm-4.6", "input": "Hi", **fields}, param) for fields, param in BAD_RESPONSES),
     *(("messages", {"model": "glm-4.6", "messages": [U], **fields}, param) for fields, param in BAD_MESSAGES)])
-def test_an_error_names_the_field_in_the_clients_words(door, body, param):
+def test_a_bad_request_is_a_400_that_names_the_field_in_the_clients_words(door, body, param):
     with pytest.raises(ztoapi.RequestError) as caught:
         by_door(door, body)
     error = caught.value
-    assert (error.status, error.param) == (400, param), error.message
-    assert param in error.message or param in ("thread", "previous_response_id")
+    assert (error.status, error.type, error.param) == (400, "invalid_request_error", param), error.message
+    assert isinstance(error.code, str)
+    assert 0 < len(error.message) < 500
+    assert param in error.message or door == "chat" or param in ("thread", "previous_response_id")
     assert DOORS[door].status(error) == 400
 
 
@@ -2444,11 +2406,9 @@ def test_media_that_a_model_does_not_take_are_refused_with_the_names_of_models_t
         to_zai(chat_body(model=model, **asking([TEXT, part])))
 
 
-@pytest.mark.parametrize("name", [
-    *ztoapi.READ_FIELDS, "top_k"])
+@pytest.mark.parametrize("name", sorted({*ztoapi.READ_FIELDS, "top_k"} - {"model", "messages"}))
 def test_null_in_an_optional_field_counts_as_absent(name):
-    if name not in ("model", "messages"):
-        assert to_zai(chat_body(**{name: None})) == to_zai(chat_body())
+    assert to_zai(chat_body(**{name: None})) == to_zai(chat_body())
 
 
 # To add a case, add a row: fields with a null in them, the same without it.
@@ -2482,9 +2442,8 @@ def test_a_body_is_a_json_object(data, expected):
 # To add a body that is refused, add a row.
 @table("data", [
     b"", b" ", b"null", b"[]", b"5", b'"x"', b"true", b"{", b"{'a': 1}", b'{"a": 1} x', b'{"a": 1}{"a": 1}',
-    b'{"a": 01}',
-    b"\xff\xfe{\0}\0", '{"a": "é"}'.encode("latin-1"), b'{"a": "\xed\xa0\x80"}', b"\x1f\x8b\x08\0", b"model=glm-4.6",
-    b'{"a": NaN}', b'{"a": Infinity}', b'{"a": -Infinity}',
+    b'{"a": 01}', b"\xff\xfe{\0}\0", '{"a": "é"}'.encode("latin-1"), b'{"a": "\xed\xa0\x80"}', b"\x1f\x8b\x08\0",
+    b"model=glm-4.6", b'{"a": NaN}', b'{"a": Infinity}', b'{"a": -Infinity}',
     b'{"a": ' + b"1" * 5000 + b"}", b'{"a": -' + b"1" * 5000 + b"}", b'{"a": ' + b"9" * 1000000 + b"}",
     b'{"a": ' + b"[" * 200000 + b"]" * 200000 + b"}", b'{"a":' * 200000 + b"1" + b"}" * 200000, b"[" * 200000,
     b'{"a": [' + b"[]," * 1000001 + b"[]]}", b'{"a": [' + b"{}," * 1000001 + b"{}]}",
@@ -2608,21 +2567,14 @@ TOLD = user("Output of the tool call c1:\n20")
     ([calls_of("c1", function="f"), output("c1")], [TOLD], {"unreadable", "tool_call_id"}),
 ])
 def test_each_call_has_its_output_behind_it(messages, expected, changed):
-    body, really = to_zai(chat_body(messages=[S, U, *messages]))
-    check_history(body["messages"])
-    assert body["messages"] == [S, U, *expected]
-    assert really == changed
+    assert messages_to_zai(messages=[S, U, *messages]) == ([S, U, *expected], changed)
     # What follows changes nothing, or Z.ai's cache would be lost.
-    again, _ = to_zai(chat_body(messages=[S, U, *messages, U]))
-    assert again["messages"] == [S, U, *expected, U]
+    assert messages_to_zai(messages=[S, U, *messages, U])[0] == [S, U, *expected, U]
 
 
 @pytest.mark.parametrize("messages, expected, changed", MESSAGES)
 def test_messages_become(messages, expected, changed):
-    body, really = to_zai(chat_body(messages=messages))
-    check_history(body["messages"])
-    assert body["messages"] == expected
-    assert really == changed
+    assert messages_to_zai(messages=messages) == (expected, changed)
 
 
 # To add a case, add a row: the arguments of an earlier call, the text Z.ai gets; None:
@@ -2663,9 +2615,7 @@ TWO_CALLS = calls_of("c1", "c2")
       calling(), output("c1", "(an image)"), user([FROM_TOOLS, PICTURE]), U]),
 ])
 def test_a_model_that_sees_gets_the_pictures(model, messages, expected):
-    body, changed = to_zai(chat_body(model=model, messages=messages))
-    assert body["messages"] == expected
-    assert not changed
+    assert messages_to_zai(model=model, messages=messages) == (expected, set())
 
 
 # To add a case, add a row: OpenAI's messages, Z.ai's, for GLM-4.6, which sees nothing.
@@ -2675,20 +2625,17 @@ def test_a_model_that_sees_gets_the_pictures(model, messages, expected):
     ([U, calling(), output("c1", [TEXT, PICTURE])], [U, calling(), output("c1", "What is it?\n" + NO_PICTURE)]),
 ])
 def test_a_model_that_sees_nothing_gets_a_word_for_pictures_of_the_past(messages, expected):
-    body, changed = to_zai(chat_body(messages=messages))
-    assert body["messages"] == expected
-    assert changed == {"image"}
+    assert messages_to_zai(messages=messages) == (expected, {"image"})
 
 
 @pytest.mark.parametrize("model", ["glm-4.6", "glm-4.5v", "glm-unheard-of"])
 @pytest.mark.parametrize("role", ["system", "developer", "assistant"])
 @pytest.mark.parametrize("part", [PICTURE, FILE, AUDIO])
 def test_who_is_no_user_shows_nothing(model, role, part):
-    body, changed = to_zai(chat_body(model=model, **said_by(role, content=[TEXT, part])))
-    words = body["messages"][0]["content"]
+    (shown, _), changed = messages_to_zai(model=model, **said_by(role, content=[TEXT, part]))
     # Nothing is put into the assistant's mouth.
     pattern = r"What is it\?" if role == "assistant" else r"What is it\?\n\[\w+ left out: .*\]"
-    assert re.fullmatch(pattern, words)
+    assert re.fullmatch(pattern, shown["content"])
     assert len(changed) == 1
 
 
@@ -2697,8 +2644,7 @@ def test_who_is_no_user_shows_nothing(model, role, part):
 @pytest.mark.parametrize("before", [
     lambda part: [user([TEXT, part]), A], lambda part: [calling(), output("c1", [TEXT, part])]])
 def test_what_stands_in_the_past_is_never_refused(model, part, before):
-    body, _ = to_zai(chat_body(model=model, messages=[*before(part), U]))
-    said = json.dumps(body)
+    said = json.dumps(messages_to_zai(model=model, messages=[*before(part), U])[0])
     assert "left out" in said or json.dumps(json.dumps(part, separators=(",", ":")))[1:-1] in said
 
 
@@ -2708,8 +2654,7 @@ def test_what_stands_in_the_past_is_never_refused(model, part, before):
     *((model, FILE_URL) for model in ("glm-4.6v", "glm-4.5v")),
 ])
 def test_a_file_goes_to_models_that_take_files(model, part):
-    body, _ = to_zai(chat_body(model=model, **asking([TEXT, part])))
-    assert body["messages"] == [user([TEXT, part])]
+    assert messages_to_zai(model=model, **asking([TEXT, part]))[0] == [user([TEXT, part])]
 
 
 ABSENT = "absent"
@@ -2792,14 +2737,7 @@ CHANGES = [
 @pytest.mark.parametrize("fields, expected, changed", CHANGES)
 def test_fields_become(fields, expected, changed):
     body, really = to_zai(chat_body(**fields))
-    assert {name: body.get(name, ABSENT) for name in expected} == expected
-    assert really == changed
-
-
-ZAI_FIELDS = {
-    "model", "messages", "stream", "thinking", "reasoning_effort", "do_sample", "temperature", "top_p", "max_tokens",
-    "tool_stream", "tools", "tool_choice", "stop", "response_format", "request_id", "user_id", "seed",
-}
+    assert ({name: body.get(name, ABSENT) for name in expected}, really) == (expected, changed)
 
 
 def test_nothing_of_openais_that_zai_does_not_know_goes_out():
@@ -2808,7 +2746,9 @@ def test_nothing_of_openais_that_zai_does_not_know_goes_out():
         everything.update(fields)
     everything.update(tools=[TOOL], tool_choice="auto", extra_body={})
     del everything["a_field_of_tomorrow"]
-    assert set(to_zai(everything)[0]) <= ZAI_FIELDS
+    assert set(to_zai(everything)[0]) <= {
+        "model", "messages", "stream", "thinking", "reasoning_effort", "do_sample", "temperature", "top_p",
+        "max_tokens", "tool_stream", "tools", "tool_choice", "stop", "response_format", "request_id", "user_id", "seed"}
 
 
 # To add a case, add a row: fields, what reading the answer needs to know of them.
@@ -2853,9 +2793,7 @@ def test_a_forced_tool_choice_becomes_auto_with_fewer_tools_and_a_system_line(ch
     messages = [S, U, {"role": "system", "content": "late"}]
     body, changed = to_zai(chat_body(messages=messages, tools=[TOOL, TOOL2], tool_choice=choice))
     added = [message for message in body["messages"] if message not in messages]
-    assert body["tools"] == left
-    assert body["tool_choice"] == "auto"
-    assert changed == {"tool_choice"}
+    assert (body["tools"], body["tool_choice"], changed) == (left, "auto", {"tool_choice"})
     assert [message["role"] for message in added] == ["system"] * told
     assert [message for message in body["messages"] if message in messages] == messages
     if told and len(left) == 1:
@@ -2883,28 +2821,24 @@ def test_zais_own_tools_stay_where_a_choice_allows_them():
 def test_a_choice_of_a_tool_that_was_left_out_fails_nothing(choice, left):
     tools = [TOOL, {"type": "mcp", "name": "gone"}]
     body, changed = to_zai(chat_body(tools=tools, tool_choice=choice))
-    assert body.get("tools", ABSENT) == left
-    assert changed == {"mcp", "tool_choice"}
+    assert (body.get("tools", ABSENT), changed) == (left, {"mcp", "tool_choice"})
 
 
 def test_a_json_schema_becomes_json_object_with_the_schema_in_a_system_line():
     wanted = {"type": "object", "properties": {"größe": {"type": "number"}}, "required": ["größe"]}
     body, changed = to_zai(chat_body(**schema({"name": "a", "strict": True, "schema": wanted})))
-    line = body["messages"][0]
-    assert body["response_format"] == {"type": "json_object"}
-    assert changed == {"response_format"}
-    assert line["role"] == "system"
+    line, *rest = body["messages"]
+    assert (body["response_format"], changed) == ({"type": "json_object"}, {"response_format"})
+    assert (line["role"], rest) == ("system", [user("Hi")])
     assert json.loads(line["content"][line["content"].index("{"):]) == wanted
     assert "größe" in line["content"]
-    assert body["messages"][1:] == [user("Hi")]
 
 
 ALL_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 GRADES = dict(zip(ALL_EFFORTS, ("low", "low", "low", "high", "high", "max", "max")))
 SWITCHED = (
     "glm-5.1", "glm-5", "glm-5-turbo", "glm-4.7-flash", "glm-4.6", "glm-4.5", "glm-4.5-air", "glm-4.5v", "glm-4.6v",
-    "glm-5v-turbo",
-    "glm-5.1-highspeed")
+    "glm-5v-turbo", "glm-5.1-highspeed")
 # To add a family, add a row: its models, and what (on or off, effort) becomes:
 # thinking, reasoning_effort.
 FAMILIES = {
@@ -3116,8 +3050,7 @@ def folded_stream(steps, reasoning="parsed"):
     """What a client makes of a stream; on the way every rule of the wire is checked."""
     chat = ztoapi.Chat(**NEW_CHAT, include_usage=True, reasoning=reasoning)
     blocks = (chat.opening() + chat.heartbeat() + chat.tell(steps)).split("\n\n")
-    assert blocks.pop() == ""
-    assert blocks.pop() == "data: [DONE]"
+    assert [blocks.pop(), blocks.pop()] == ["", "data: [DONE]"]
     values = [parse_chunk(block) for block in blocks]
     usage = values.pop()["usage"] if values[-1]["choices"] == [] else None
     assert [value["usage"] for value in values] == [None] * len(values)
@@ -3128,8 +3061,7 @@ def folded_stream(steps, reasoning="parsed"):
     assert finish in ("stop", "length", "tool_calls", "content_filter")
     assert before == [None] * len(before)
     first, *deltas, last = [choice["delta"] for choice in choices]
-    assert first == {"role": "assistant", "content": ""}
-    assert last == {}
+    assert (first, last) == ({"role": "assistant", "content": ""}, {})
     return *fold_deltas(deltas), finish, usage
 
 
@@ -3160,16 +3092,11 @@ def fold_call(calls, piece):
     function = piece["function"]
     assert isinstance(function["arguments"], str)
     if piece["index"] == len(calls):
-        assert list(piece) == ["index", "id", "type", "function"]
-        assert piece["type"] == "function"
-        assert isinstance(piece["id"], str)
-        assert piece["id"]
-        assert isinstance(function["name"], str)
-        assert function["name"]
+        assert (list(piece), piece["type"]) == (["index", "id", "type", "function"], "function")
+        assert all(text and isinstance(text, str) for text in (piece["id"], function["name"]))
         calls.append({"id": piece["id"], "name": function["name"], "arguments": ""})
     else:
-        assert list(piece) == ["index", "function"]
-        assert list(function) == ["arguments"]
+        assert (list(piece), list(function)) == (["index", "function"], ["arguments"])
         assert 0 <= piece["index"] < len(calls)
     calls[piece["index"]]["arguments"] += function["arguments"]
 
@@ -3217,8 +3144,7 @@ def check_answer(data, expected, reasoning="parsed", **options):
     """The answer is as expected, and the streamed and the JSON one agree; gives its calls."""
     folded = folded_stream(translated(data, **options), reasoning)
     steps, failure = receive([wire(data)], restartable=True, **options)
-    assert failure is None
-    assert list(folded_json(steps, reasoning)) == without_surrogates(folded)
+    assert (failure, list(folded_json(steps, reasoning))) == (None, without_surrogates(folded))
     content, thinking, calls, finish, usage = folded
     assert len({call["id"] for call in calls}) == len(calls)
     pairs = [(call["name"], call["arguments"]) for call in calls]
@@ -3630,12 +3556,10 @@ def test_an_argument_has_the_type_that_its_schema_says(name, text, value):
 
 def test_a_text_goes_on_beside_a_value_that_is_held_back():
     this = new_answer(tools=TASK)
-    steps, _ = feed_answer(this, [HEAD, chunked(call("edit", '{"rows": "[1,', index=0))])
-    assert steps[0].text == '{"rows": '
-    steps, _ = this.feed(chunked(calls_in(item(None, '2]", "te', index=0))))
-    assert steps[0].text == '[1,2], '
-    steps, _ = this.feed(chunked(calls_in(item(None, 'xt": "a long te', index=0))))
-    assert steps[0].text == '"text": "a long te'
+    this.feed(HEAD + chunked(calls_in(item("edit", "", index=0))))
+    for piece, text in (('{"rows": "[1,', '{"rows": '), ('2]", "te', "[1,2], "), ('xt": "long', '"text": "long')):
+        steps, _ = this.feed(chunked(calls_in(item(None, piece, index=0))))
+        assert [step.text for step in steps] == [text]
 
 
 def test_what_is_held_back_of_arguments_has_a_bound():
@@ -3676,8 +3600,7 @@ def test_arguments_can_be_parsed(arguments, told):
 def test_a_leaked_argument_has_the_type_that_its_schema_says(name, text, value):
     data = say(leak(f"edit<arg_key>{name}</arg_key><arg_value>{text}</arg_value>")) + ENDED
     (step, _), failure = receive([wire(data)], tools=TASK)
-    assert failure is None
-    assert json.loads(step.text) == {name: value}
+    assert (failure, json.loads(step.text)) == (None, {name: value})
 
 
 # Letters that come in two halves, each in an event of its own. To add a case, add a row:
@@ -3832,8 +3755,7 @@ def test_a_failure_is_an_error_and_never_an_answer(data, code, verdict):
 def test_what_is_no_event_is_counted():
     translator = new_translator()
     odd = ("42", "[]", "null", '"x"', "garbage", '"id', 'iddata: ["choices"]', "iddata: 5")
-    assert translator.feed(odd) == ([], None)
-    assert translator.frames.repaired == 8
+    assert (translator.feed(odd), translator.frames.repaired) == (([], None), 8)
     assert translator.feed(decode_events([say("a") + DONE + error_event("1305")]))[1].zai_code == "1305"
     assert translator.frames.repaired == 8
 
@@ -3896,16 +3818,11 @@ def test_a_response_is_understood_however_it_arrives(data):
         assert steps[-1].kind == ztoapi.FINISH
 
 
-def status_line(status, *lines):
-    return b"".join(line + b"\r\n" for line in (b"HTTP/1.1 %d X" % status, *lines, b""))
-
-
 # Responses that fail before a word. To add a case, add a row: what is wrong, the bytes,
 # the status and code of the error, what is to be done.
 @cases("data, expected, verdict", [
     *((what, data, BROKEN, TRY_AGAIN) for what, data in (
-        ("nothing", b""),
-        ("SSH for a head", b"SSH-2.0-OpenSSH_9.2\r\n\r\n"),
+        ("nothing", b""), ("SSH for a head", b"SSH-2.0-OpenSSH_9.2\r\n\r\n"),
         ("SMTP for a head", b"220 mail.example.com ESMTP\r\n"),
         ("TLS for a head", b"\x15\x03\x01\x00\x02\x02\x46"),
         ("HTTP/2 for a head", b"HTTP/2 200 OK\r\n\r\n"),
@@ -3923,7 +3840,7 @@ def status_line(status, *lines):
         ("1234 as 400", refusal(400, "1234")[0]))),
     *((what, data, BROKEN, GIVE_UP) for what, data in (
         ("a page with braces", answer(403, b"<style>body {margin: 0}</style>")[0]),
-        *((f"status {status}", status_line(status, b"Location: http://x/", b"Content-Length: 0"))
+        *((f"status {status}", b"HTTP/1.1 %d X\r\nLocation: http://x/\r\nContent-Length: 0\r\n\r\n" % status)
           for status in (301, 302, 303, 307, 308)),
         ("HTML 404", answer(404, b"<html>404</html>")[0]),
         ("HTML 200", answer(200, b"<html>hello</html>")[0]),
@@ -3974,15 +3891,12 @@ def test_retry_after_reaches_who_describes_an_error():
 @cases("rest", [
     ("the connection ends", b""), ("the body ends", END), ("the end mark", chunked(DONE) + END),
     ("the connection ends in an event", chunked(say("lo")[:40])),
-    ("the connection ends in a chunk", b"ff\r\ndata: {"),
+    ("the connection ends in a chunk", b"ff\r\ndata: {"), ("a broken chunk", b"zz\r\n"),
     ("the body ends in an event", chunked(say("lo")[:40]) + END),
-    ("a broken chunk", b"zz\r\n"),
     ("an error event", chunked(error_event("1234")) + chunked(DONE) + END),
-    ("1302", chunked(error_event("1302")) + END),
-    ("an error as a bare line", chunked(BARE_LINE + b"\n") + END),
+    ("1302", chunked(error_event("1302")) + END), ("an error as a bare line", chunked(BARE_LINE + b"\n") + END),
     ("an error as a bare line without an end", chunked(BARE_LINE)),
-    ("network_error", chunked(NETWORK_ERROR) + END),
-    ("abort", chunked(ABORT) + END),
+    ("network_error", chunked(NETWORK_ERROR) + END), ("abort", chunked(ABORT) + END),
     ("garbage", chunked(b"data: oops\n\n") + END),
 ])
 def test_a_fault_behind_the_first_step_leaves_it_told(first, rest):
@@ -4031,10 +3945,8 @@ def test_nobody_waits_for_the_end_mark():
     """The finish with its usage completes an answer."""
     this = new_answer()
     steps, failure = feed_answer(this, [HEAD, chunked(say("a")), chunked(FINISH)])
-    assert (this.complete, failure) == (True, None)
-    assert steps[-1].kind == ztoapi.FINISH
-    assert this.feed(chunked(DONE)) == ([], None)
-    assert this.feed(END) == ([], None)
+    assert (this.complete, failure, steps[-1].kind) == (True, None, ztoapi.FINISH)
+    assert [this.feed(chunked(DONE)), this.feed(END)] == [([], None)] * 2
     assert this.reply.reusable
 
 
@@ -4042,13 +3954,10 @@ def test_after_a_finish_without_usage_silence_may_end_the_answer():
     this = new_answer()
     assert not this.is_ending
     feed_answer(this, [HEAD, chunked(say("a <")), chunked(event(finish="stop")), chunked(b": hi\n\n")])
-    assert this.is_ending
-    assert not this.complete
+    assert (this.is_ending, this.complete) == (True, False)
     steps, failure = this.feed(b"")
-    assert failure is None
-    assert words_in(steps) == [("text", "<"), ("finish", "stop")]
-    assert this.complete
-    assert not this.reply.reusable
+    assert (failure, words_in(steps)) == (None, [("text", "<"), ("finish", "stop")])
+    assert (this.complete, this.reply.reusable) == (True, False)
 
 
 def test_silence_after_a_finish_that_is_none_is_a_failure():
@@ -4056,8 +3965,7 @@ def test_silence_after_a_finish_that_is_none_is_a_failure():
     feed_answer(this, [HEAD, chunked(event(finish="stop"))])
     assert this.is_ending
     steps, failure = this.feed(b"")
-    assert steps == []
-    assert failure.verdict == TRY_AGAIN
+    assert (steps, failure.verdict) == ([], TRY_AGAIN)
 
 
 def test_an_answer_has_begun_once_tokens_have_come():
@@ -4269,9 +4177,8 @@ def test_a_stop_word_ends_the_answer_before_zai_does():
     this = new_answer(stop=("b",))
     steps, failure = feed_answer(this, [HEAD, chunked(say("abc"))])
     assert words_in(steps) == [("text", "a"), ("finish", "stop")]
-    assert this.complete
-    assert this.translator.stop_word == "b"  # Z.ai goes on talking: the connection is closed
-    assert not this.reply.reusable
+    # Z.ai goes on talking: the connection is closed.
+    assert (this.complete, this.translator.stop_word, this.reply.reusable) == (True, "b", False)
 
 
 # Behind a stop word Z.ai's counts are not waited for, so that they are estimated.
@@ -4314,10 +4221,9 @@ def test_half_a_call_before_a_stop_word_is_a_failure(name):
 
 def test_what_only_begins_a_stop_word_waits_and_comes():
     this = new_answer(stop=("stop",))
-    steps, _ = feed_answer(this, [HEAD, chunked(say("a st"))])
-    assert [step.text for step in steps] == ["a "]
-    steps, _ = feed_answer(this, [chunked(say("ill"))])
-    assert [step.text for step in steps] == ["still"]
+    this.feed(HEAD)
+    assert [step.text for step in this.feed(chunked(say("a st")))[0]] == ["a "]
+    assert [step.text for step in this.feed(chunked(say("ill")))[0]] == ["still"]
 
 
 def test_what_is_held_back_is_not_overtaken():
@@ -4333,9 +4239,9 @@ def test_what_is_held_back_is_not_overtaken():
 
 # To add a case, add a row: what is counted, steps that are too much.
 @cases("steps", [
-    ("bytes, not letters", [ztoapi.Step(ztoapi.THINKING, "\u597d" * (1 << 21))]),
-    ("tiny steps, more than their text", [ztoapi.Step(ztoapi.TEXT, "x")] * 200000),
-    ("items, more than their text", [ztoapi.Step(ztoapi.TEXT, "x"), ztoapi.Step(ztoapi.THINKING, "y")] * 1100),
+    ("bytes, not letters", [Step(ztoapi.THINKING, "\u597d" * (1 << 21))]),
+    ("tiny steps, more than their text", [Step(ztoapi.TEXT, "x")] * 200000),
+    ("items, more than their text", [Step(ztoapi.TEXT, "x"), Step(ztoapi.THINKING, "y")] * 1100),
 ])
 def test_a_json_answer_has_a_bound(steps):
     fold = ztoapi.Fold()
@@ -4351,8 +4257,7 @@ def test_a_json_answer_has_a_bound(steps):
 def test_an_event_of_almost_16_mib_passes():
     text = "x" * (15 << 20)
     steps, failure = receive([HEAD + chunked(say(text)) + chunked(FINISH) + END])
-    assert failure is None
-    assert steps[0].text == text
+    assert (failure, steps[0].text) == (None, text)
 
 
 @pytest.mark.parametrize("body", (chunked(say("x" * (17 << 20))) + END, chunked(b"x" * (17 << 20)) + END),
@@ -4386,47 +4291,32 @@ def test_an_error_body_has_a_bound_and_its_status_counts():
 KEYS = "<arg_key>" * 50000
 
 
-# What a model may be told to write, and a gateway may send. To add a case, add a row:
-# what is special, the Translator's options, the events.
+# What a model may be told to write, and a gateway may send.
 @cases("options, events", [
-    ("<arg_key> without end in a leak", {}, [say("<tool_call>get_time" + KEYS), ENDED]),
-    ("<arg_key> without end in a leak, in pieces", {},
-     [say("<tool_call>get_time")] + [say("<arg_key>" * 100)] * 500 + [ENDED]),
-    ("pairs without end", {},
-     [say("<tool_call>get_time" + "<arg_key>a</arg_key><arg_value>b</arg_value>" * 10000), ENDED]),
+    *((f"text, {ascii(text):.40}", {}, [say(text), ENDED]) for text in (
+        "<tool_call>get_time" + KEYS, "<tool_call>get_time" + "<arg_key>a</arg_key><arg_value>b</arg_value>" * 10000,
+        "<tool_call>" * 50000, "<tool_call></tool_call>" * 20000, "<tool_call>get_time</tool_call>" * 20000,
+        "<tool_call>" + " " * 200000, "<" * 500000, "<tool_cal" * 50000, "<think>" * 50000,
+        "<|begin_of_box|>" * 50000, leak("get_time<arg_key>a</arg_key><arg_value>" + "9" * 100000 + "</arg_value>"),
+        leak("get_time<arg_key>a</arg_key><arg_value>" + "[" * 100000 + "</arg_value>"))),
+    *((f"text in pieces, {ascii(head + piece):.40}", {}, [say(head)] + [say(piece)] * count + [ENDED])
+      for head, piece, count in (
+        ("<tool_call>get_time", "<arg_key>" * 100, 500), ("", "<tool_call>", 10000), ("", "<", 10000),
+        ("", "<tool_call>get_time", 10000), ("<tool_call>", " ", 10000), ("<tool_call>get_time", " ", 10000),
+        ("", "\n", 10000))),
+    *((f"JSON, {ascii(text):.40}", {"json": True}, [say(text), ENDED]) for text in (
+        "```json" + " " * 500000, "```json\n{" * 50000, "```" + "[" * 500000)),
+    *((f"JSON in pieces, {ascii(head + piece)}", {"json": True}, [say(head)] + [say(piece)] * 10000 + [ENDED])
+      for head, piece in (("```", " "), ("", " "), ("```", "["))),
+    *((f"arguments, {ascii(text):.40}", {}, [call("get_time", text), TOOLS_END]) for text in (
+        KEYS, '{"a</arg_key>":' * 50000, "</arg_key" * 50000, '{"a":"' + "<" * 200000 + '"}', "{} " * 200000 + "x",
+        " " * 500000 + "x", ("</arg_key>" + " " * 20) * 20000, '{"a":"' + "x\\" * 300000 + '"}')),
+    *((f"arguments in pieces, {ascii(head + piece)}", {},
+       [call("get_time", head)] + [calls_in(item(None, piece, index=0))] * 10000 + [TOOLS_END])
+      for head, piece in (('{"a":"', "<"), ("{}", "{}"), ("{", "["))),
     ("<arg_key> without end in a name", {}, [call("get_time" + KEYS, ""), TOOLS_END]),
-    ("<arg_key> without end in arguments", {}, [call("get_time", KEYS), TOOLS_END]),
-    ("markup in keys without end", {}, [call("get_time", '{"a</arg_key>":' * 50000), TOOLS_END]),
-    ("half tags in arguments", {}, [call("get_time", "</arg_key" * 50000), TOOLS_END]),
-    ("< in arguments", {}, [call("get_time", '{"a":"' + "<" * 200000 + '"}'), TOOLS_END]),
-    ("< in arguments, one by one", {},
-     [call("get_time", '{"a":"')] + [calls_in(item(None, "<", index=0))] * 10000 + [TOOLS_END]),
-    ("{} for arguments", {}, [call("get_time", "{} " * 200000 + "x"), TOOLS_END]),
-    ("{} for arguments, one by one", {},
-     [call("get_time", "{}")] + [calls_in(item(None, "{}", index=0))] * 10000 + [TOOLS_END]),
-    ("blanks for arguments", {}, [call("get_time", " " * 500000 + "x"), TOOLS_END]),
-    ("markup and blanks in arguments", {}, [call("get_time", ("</arg_key>" + " " * 20) * 20000), TOOLS_END]),
     ("a name of a megabyte", {}, [call("x" * (1 << 20), "{}"), TOOLS_END]),
     ("ids of a megabyte", {}, [call("f", "{}", "x" * (1 << 20) + str(i)) for i in range(20)] + [TOOLS_END]),
-    ("leaks without end", {}, [say("<tool_call>" * 50000), ENDED]),
-    ("leaks without end, in pieces", {}, [say("<tool_call>")] * 10000 + [ENDED]),
-    ("leaks of a tool without end", {}, [say("<tool_call>get_time")] * 10000 + [ENDED]),
-    ("empty leaks", {}, [say("<tool_call></tool_call>" * 20000), ENDED]),
-    ("calls leaked without end", {}, [say("<tool_call>get_time</tool_call>" * 20000), ENDED]),
-    ("blanks behind a leak", {}, [say("<tool_call>" + " " * 200000), ENDED]),
-    ("blanks behind a leak, one by one", {}, [say("<tool_call>")] + [say(" ")] * 10000 + [ENDED]),
-    ("blanks behind a leaked name", {}, [say("<tool_call>get_time")] + [say(" ")] * 10000 + [ENDED]),
-    ("<", {}, [say("<" * 500000), ENDED]),
-    ("<, one by one", {}, [say("<")] * 10000 + [ENDED]),
-    ("half tags", {}, [say("<tool_cal" * 50000), ENDED]),
-    ("<think>", {}, [say("<think>" * 50000), ENDED]),
-    ("boxes", {}, [say("<|begin_of_box|>" * 50000), ENDED]),
-    ("a fence and blanks", {"json": True}, [say("```json" + " " * 500000), ENDED]),
-    ("a fence and blanks, one by one", {"json": True}, [say("```")] + [say(" ")] * 10000 + [ENDED]),
-    ("blanks before a fence, one by one", {"json": True}, [say(" ")] * 10000 + [ENDED]),
-    ("fences", {"json": True}, [say("```json\n{" * 50000), ENDED]),
-    ("brackets behind a fence", {"json": True}, [say("```" + "[" * 500000), ENDED]),
-    ("brackets behind a fence, one by one", {"json": True}, [say("```")] + [say("[")] * 10000 + [ENDED]),
     ("beginnings of a stop word", {"stop": ("a" * 1000 + "b",)}, [say("a" * 200000), ENDED]),
     ("beginnings of a stop word, one by one", {"stop": ("a" * 1000 + "b",)}, [say("a")] * 5000 + [ENDED]),
     ("beginnings of many stop words", {"stop": tuple("ab" * 200 + c for c in "cdef")}, [say("ab" * 50000), ENDED]),
@@ -4435,11 +4325,8 @@ KEYS = "<arg_key>" * 50000
      [call("get_time", "{")] + [calls_in(*[item(None, " ", index=0)] * 20000), TOOLS_END]),
     ("50,000 fragments of the last of many calls", {},
      [calls_in(*[item("get_time", "{", index=i) for i in range(128)]),
-              calls_in(*[item(None, " ", index=0)] * 50000), TOOLS_END]),
+      calls_in(*[item(None, " ", index=0)] * 50000), TOOLS_END]),
     ("20,000 calls without a name", {}, [calls_in(*[item(None, "", id=f"c{i}") for i in range(20000)]), TOOLS_END]),
-    ("arguments byte by byte", {},
-     [call("get_time", "{")] + [calls_in(item(None, "[", index=0))] * 10000 + [TOOLS_END]),
-    ("arguments of 600 KB", {}, [call("get_time", '{"a":"' + "x\\" * 300000 + '"}'), TOOLS_END]),
     ("data: in a torn frame", {}, [b"data: {" + b"data: " * 100000 + b"\n\n", ENDED]),
     ("frames in a torn frame", {}, [b"data: {" + b'data: {"a":' * 50000 + b"\n\n", ENDED]),
     ("torn frames", {}, [b'data: {"id":data: {"a":1}\n\n'] * 10000 + [ENDED]),
@@ -4452,15 +4339,10 @@ KEYS = "<arg_key>" * 50000
                             + b"[" * 900 + b"]" * 900 + b"}}]}}]}\n\n", TOOLS_END]),
     ("numbers of 100,000 digits", {},
      [say("a"), b'data: {"choices":[],"usage":{"prompt_tokens":' + b"9" * 100000 + b"}}\n\n", ENDED]),
-    ("a leaked number of 100,000 digits", {},
-     [say(leak("get_time<arg_key>a</arg_key><arg_value>" + "9" * 100000 + "</arg_value>")), ENDED]),
     ("bare lines", {}, [b"{\n" * 2000000 + b"\n", ENDED]),
     ("a stop word and almost another", {"stop": ("a" * 255 + "b", "c")}, [say("a" * 8000000), ENDED]),
-    ("a leaked depth", {},
-     [say(leak("get_time<arg_key>a</arg_key><arg_value>" + "[" * 100000 + "</arg_value>")), ENDED]),
     ("a finish of a megabyte", {}, [say("a"), finished("x" * (1 << 20))]),
     ("a finish of many digits", {}, [say("a"), event({}, 10**90)]),
-    ("line ends first", {}, [say("\n")] * 10000 + [ENDED]),
 ])
 def test_no_answer_takes_more_than_linear_time(options, events):
     blocks = blocks_of(b"".join(stream(*events)))
@@ -4490,8 +4372,7 @@ def test_nesting_around_the_recursion_limit_is_an_answer_or_an_error(value):
 def test_a_page_with_status_200_is_not_told_as_a_404():
     steps, failure = receive([answer(200, b"<html>portal</html>")[0]])
     assert (steps, failure.verdict) == ([], GIVE_UP)
-    assert "ZAI_BASE_URL" in failure.message
-    assert "404" not in failure.message
+    assert "ZAI_BASE_URL" in failure.message and "404" not in failure.message
 
 
 def test_a_leak_that_is_never_closed_is_held_within_a_bound():
@@ -4730,8 +4611,7 @@ def read_chat(body, headers, **environ):
 def test_who_gets_a_stream(asked, accept, agent, default, expected):
     body = {} if asked == UNSAID else {"stream": asked}
     front, request = read_chat(body, {"accept": accept, "user-agent": agent}, DEFAULT_STREAM=default)
-    assert front.stream is expected
-    assert request.fields["stream"] is expected
+    assert (front.stream, request.fields["stream"]) == (expected, expected)
     assert body == ({} if asked == UNSAID else {"stream": asked})  # the client's own stays as it is
 
 
@@ -4750,16 +4630,13 @@ def test_a_chat_request_is_read():
     body = {"model": "GLM-4.6", "reasoning_format": "raw", "stream_options": {"include_usage": 1}}
     front, request = read_chat(body, {})
     assert request.fields["model"] == front.model == "GLM-4.6"
-    assert front.created == 1790000000
-    assert front.reasoning == "raw"
-    assert front.include_usage is True
+    assert (front.created, front.reasoning, front.include_usage) == (1790000000, "raw", True)
     assert front.id.startswith("chatcmpl-")
     assert read_chat({"model": 5}, {}, REASONING_FORMAT="hidden")[0].reasoning == "hidden"
 
 
 # Messages and Responses
 
-Step = ztoapi.Step
 TOLD_USAGE = {"prompt_tokens": 50, "completion_tokens": 4, "total_tokens": 54,
               "prompt_tokens_details": {"cached_tokens": 20}, "completion_tokens_details": {"reasoning_tokens": 2}}
 PNG_URL = "data:image/png;base64,AAAA"
@@ -5003,14 +4880,11 @@ BLOCKS = {
 def check_messages_stream(events):
     """The rules of Anthropic's wire; gives the content that the events add up to."""
     kinds = [event["type"] for event in events]
-    assert kinds[0] == "message_start"
-    assert kinds[-2:] == ["message_delta", "message_stop"]
+    assert (kinds[0], kinds[-2:]) == ("message_start", ["message_delta", "message_stop"])
     start = events[0]["message"]
-    assert start["content"] == []
-    assert start["stop_reason"] is None
+    assert (start["content"], start["stop_reason"]) == ([], None)
     assert 20 < start["usage"]["input_tokens"] < 200, "an estimate"
-    content = []
-    rest = collections.deque(events[1:-2])
+    content, rest = [], collections.deque(events[1:-2])
     while rest:
         content.append(check_block(rest, len(content)))
     return content
@@ -5019,15 +4893,14 @@ def check_messages_stream(events):
 def check_block(rest, index):
     """Take the events of one block, first to last, off the rest of a stream; gives the block."""
     first = rest.popleft()
-    assert first["type"] == "content_block_start"
-    assert first["index"] == index
+    assert (first["type"], first["index"]) == ("content_block_start", index)
     block = first["content_block"]
     empty, kind, field = BLOCKS[block["type"]]
     assert {name: block[name] for name in empty} == empty
     text = ""
     for event in iter(rest.popleft, {"type": "content_block_stop", "index": index}):
-        assert (event["type"], event["index"]) == ("content_block_delta", index)
-        assert event["delta"]["type"] == kind
+        told = (event["type"], event["index"], event["delta"]["type"])
+        assert told == ("content_block_delta", index, kind)
         assert event["delta"][field] != ""
         text += event["delta"][field]
     return dict(block, **{"input" if block["type"] == "tool_use" else field: text})
@@ -5072,8 +4945,7 @@ ENDS = [
 @pytest.mark.parametrize("name, kinds, reason", [row[:3] for row in ENDS])
 def test_messages_has_a_block_for_each_thing_said(name, kinds, reason):
     whole = folded(read_thinker, ANSWERS[name])
-    assert [block["type"] for block in whole["content"]] == kinds
-    assert whole["stop_reason"] == reason
+    assert ([block["type"] for block in whole["content"]], whole["stop_reason"]) == (kinds, reason)
 
 
 def test_a_json_answer_of_messages():
@@ -5399,12 +5271,10 @@ def check_item(events, index):
     """The rules for the events of one item, first to last; gives the item."""
     first, last = events[0], events[-1]
     item = last["item"]
-    assert first["type"] == "response.output_item.added"
-    assert last["type"] == "response.output_item.done"
+    assert (first["type"], last["type"]) == ("response.output_item.added", "response.output_item.done")
     assert all(event["output_index"] == index for event in events)
     assert item["id"] == ANY_ID(ID_PREFIXES[item["type"]])
-    assert first["item"]["id"] == item["id"]
-    assert first["item"]["status"] == "in_progress"
+    assert (first["item"]["id"], first["item"]["status"]) == (item["id"], "in_progress")
     assert item["status"] in ("completed", "incomplete")
     fields = ("summary", "content", "arguments", "input")
     assert [first["item"][field] for field in fields if field in first["item"]] in ([[]], [""])
@@ -5420,9 +5290,8 @@ def check_item(events, index):
     if begin:
         place = "summary_index" if item["type"] == "reasoning" else "content_index"
         assert all(event[place] == 0 for event in inner)
-        assert inner[0]["part"]["text"] == ""
         parts = item.get("summary") or item["content"]
-        assert inner[-1]["part"] == parts[0]
+        assert (inner[0]["part"]["text"], inner[-1]["part"]) == ("", parts[0])
     if item["type"] == "message":
         assert all(event["logprobs"] == [] for event in inner if "text" in event or "delta" in event)
     if item["type"] == "function_call":
@@ -5435,10 +5304,8 @@ def check_responses_stream(events):
     assert [event["sequence_number"] for event in events] == list(range(len(events)))
     assert [event["type"] for event in events[:2]] == ["response.created", "response.in_progress"]
     for event in events[:2]:
-        assert event["response"]["output"] == []
-        assert event["response"]["status"] == "in_progress"
-    items = []
-    started = None
+        assert (event["response"]["output"], event["response"]["status"]) == ([], "in_progress")
+    items, started = [], None
     for place, event in enumerate(events[2:-1], 2):
         if event["type"] == "response.output_item.added":
             assert started is None
@@ -5449,10 +5316,8 @@ def check_responses_stream(events):
             started = None
     assert started is None
     response = events[-1]["response"]
-    assert events[-1]["type"] == "response." + response["status"]
-    assert response["output"] == items
-    assert response["id"] == ANY_ID("resp_")
-    assert events[0]["response"]["id"] == response["id"]
+    assert (events[-1]["type"], response["output"]) == ("response." + response["status"], items)
+    assert events[0]["response"]["id"] == response["id"] == ANY_ID("resp_")
     return response
 
 
@@ -5476,14 +5341,11 @@ def test_responses_streams_by_the_rules_what_the_json_answer_says(name, at_once)
 @pytest.mark.parametrize("name, kinds, status, reason", [(row[0], *row[3:]) for row in ENDS])
 def test_responses_has_an_item_for_each_thing_said(name, kinds, status, reason):
     whole = folded(read_user_of_tools, ANSWERS[name])
-    assert [item["type"] for item in whole["output"]] == kinds
-    assert whole["status"] == status
-    assert whole["error"] is None
-    assert whole["incomplete_details"] == (reason and {"reason": reason})
+    assert ([item["type"] for item in whole["output"]], whole["status"]) == (kinds, status)
+    assert (whole["error"], whole["incomplete_details"]) == (None, reason and {"reason": reason})
     # Only what was open at the end is incomplete.
     statuses = [item["status"] for item in whole["output"]]
-    assert statuses[:-1] == ["completed"] * (len(statuses) - 1 if statuses else 0)
-    assert statuses[-1:] == [status] * bool(statuses)
+    assert statuses == ["completed"] * (len(statuses) - 1) + [status] * bool(statuses)
 
 
 def test_a_json_answer_of_responses():
@@ -5556,11 +5418,8 @@ def test_an_error_of_responses(status, code, retryable, told_status, told_code):
     events = events_of(begin + front.failure(error))
     assert [event["sequence_number"] for event in events] == list(range(len(events)))
     flat, failed = events[-2:]
-    assert flat["type"] == "error"
-    assert flat["error"] == inner
-    assert (flat["code"], flat["message"], flat["param"]) == (code, "No.", None)
-    assert failed["type"] == "response.failed"
-    assert failed["response"]["status"] == "failed"
+    assert [flat[name] for name in ("type", "error", "code", "message", "param")] == ["error", inner, code, "No.", None]
+    assert (failed["type"], failed["response"]["status"]) == ("response.failed", "failed")
     assert failed["response"]["error"] == {"code": told_code, "message": "No. Please try again in 7s."}
     # What was whole, and no more.
     assert [item["type"] for item in failed["response"]["output"]] == ["reasoning"]
@@ -5650,8 +5509,7 @@ def test_the_memory_is_bounded_by_bytes_and_the_largest_holder_loses_its_oldest(
         memory.get("large", "0")
     held = sum(len(data) for values in memory.values.values() for data in values.values())
     assert held <= sum(memory.sizes.values()) <= memory.LIMIT_BYTES
-    assert memory.get("small", "0") == "kept"
-    assert memory.get("large", "1") is None
+    assert (memory.get("small", "0"), memory.get("large", "1")) == ("kept", None)
     assert memory.get("large", "0") == memory.get("large", "1999") == "\u20ac" + "x" * 20000
 
 
@@ -5708,6 +5566,7 @@ def become(door, *turns, model="glm-4.5v", **fields):
 
 A_CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a":1}'}}
 A_USE = use("1", input={"a": 1})
+MADE = assistant("", [("1", "f", '{"a":1}')])
 # To add a form of a call, or of its output, add a row.
 CALLS = {
     "chat": {"role": "assistant", "tool_calls": [A_CALL]},
@@ -5735,9 +5594,8 @@ OUTPUTS = {
 @each_door
 @pytest.mark.parametrize("call", CALLS)
 def test_a_call_and_its_output_in_any_form(door, call):
-    expected = ([assistant("", [("1", "f", '{"a":1}')]), output("1", "one")], set())
     found = {name: become(door, CALLS[call], turn) for name, turn in OUTPUTS.items()}
-    assert found == dict.fromkeys(OUTPUTS, expected)
+    assert found == dict.fromkeys(OUTPUTS, ([MADE, output("1", "one")], set()))
 
 
 @each_door
@@ -5755,7 +5613,7 @@ def test_calls_that_differ_are_two_though_they_have_one_id(door):
 def test_an_output_that_is_no_text_is_told_as_json(door, value):
     told = json.dumps(value, separators=(",", ":"))
     for turn in (output("1", value), gave("1", value), user([tool_result("1", value)])):
-        assert become(door, CALLS["chat"], turn) == ([assistant("", [("1", "f", '{"a":1}')]), output("1", told)], set())
+        assert become(door, CALLS["chat"], turn) == ([MADE, output("1", told)], set())
 
 
 SOURCE = {"type": "base64", "media_type": "image/png", "data": "AAAA"}
@@ -5782,7 +5640,7 @@ def test_a_picture_in_any_form(door, part):
     seen = image() if part.get("type") != "image_url" or isinstance(part["image_url"], str) else part
     assert become(door, user([text("a"), part])) == ([user([text("a"), seen])], set())
     for turn in (output("1", [part]), gave("1", [part]), user([tool_result("1", [part])]), tool_result("1", part)):
-        expected = [assistant("", [("1", "f", '{"a":1}')]), output("1", "(an image)"), user([FROM_TOOLS, seen])]
+        expected = [MADE, output("1", "(an image)"), user([FROM_TOOLS, seen])]
         assert become(door, CALLS["chat"], turn) == (expected, set())
 
 
@@ -5792,8 +5650,7 @@ def test_words_in_any_form(door, part, words):
     assert become(door, user([part])) == ([user(words)], set())
     assert become(door, system([part])) == ([system(words)], set())
     for turn in (output("1", [part]), gave("1", [part]), user([tool_result("1", [part])])):
-        expected = [assistant("", [("1", "f", '{"a":1}')]), output("1", words)]
-        assert become(door, CALLS["chat"], turn) == (expected, set())
+        assert become(door, CALLS["chat"], turn) == ([MADE, output("1", words)], set())
 
 
 @each_door
@@ -5821,8 +5678,8 @@ def test_what_is_of_no_known_type_is_said_in_words_but_not_by_the_assistant(door
     assert become(door, using(text("a"), piece)) == ([assistant("a")], {"x"})
     assert become(door, piece) == ([], {"x"})
     told = json.dumps(piece, separators=(",", ":"))
-    expected = [assistant("", [("1", "f", '{"a":1}')]), output("1", "a\n" + told)]
-    assert become(door, CALLS["chat"], output("1", [text("a"), piece])) == (expected, set())
+    turns = (CALLS["chat"], output("1", [text("a"), piece]))
+    assert become(door, *turns) == ([MADE, output("1", "a\n" + told)], set())
 
 
 @each_door
@@ -5888,8 +5745,7 @@ def test_no_two_tools_have_one_name(door):
     calls = [function_call(str(i), name, namespace=space) for i, (name, space) in enumerate(owners)]
     front, result = by_door(door, {"model": "glm-4.6", FIELD_OF_TURNS[door]: [U, *calls, U], "tools": tools})
     names = [tool["function"]["name"] for tool in result.body["tools"]]
-    assert names[0] == "a__b__c"
-    assert names[4] == "a_b"
+    assert (names[0], names[4]) == ("a__b__c", "a_b")
     assert all(re.fullmatch("[a-zA-Z0-9_-]{1,64}", name) for name in names)
     assert len(set(names)) == len(names)
     found = [front.find_tool(name) for name in names]
@@ -6026,8 +5882,7 @@ def test_schemas_that_zai_may_have_refused_are_said_in_plain_words_once(zai, ans
 
 def test_a_refusal_without_hard_schemas_is_told_at_once(zai, proxy):
     zai.default = refusal(400, "1210")
-    assert proxy.chat(tools=[TOOL])[0] == 400
-    assert len(zai.requests) == 1
+    assert (proxy.chat(tools=[TOOL])[0], len(zai.requests)) == (400, 1)
 
 
 def test_a_schema_that_refers_to_itself_has_an_end():
@@ -10061,7 +9916,7 @@ def test_an_address_of_a_proxy_that_is_not_valid_is_a_failure_of_the_check(capsy
 
 def test_the_check_says_where_certificates_come_from(untrusted, capsys, monkeypatch):
     assert re.match("FAIL  TLS: .*SSL_CERT_FILE", failures_of(capsys, ZAI_BASE_URL=untrusted.url)[0])
-    monkeypatch.setenv("SSL_CERT_FILE", os.path.join(HERE, "no-such-file.pem"))
+    monkeypatch.setenv("SSL_CERT_FILE", str(HERE / "no-such-file.pem"))
     assert re.match("FAIL  TLS: .*SSL_CERT_FILE", failures_of(capsys, ZAI_BASE_URL=untrusted.url)[0])
 
 
@@ -10306,8 +10161,7 @@ def test_a_port_that_is_taken_says_what_to_set(capsys):
 
 
 def test_an_older_python_gets_one_line():
-    with open(ztoapi.__file__, encoding="utf-8") as file:
-        ast.parse(file.read(), feature_version=(3, 7))
+    ast.parse(PROGRAM, feature_version=(3, 7))
     _, *told = run("-c", "import sys; sys.version_info = (3, 7, 17)" + RUN, ztoapi.__file__)
     assert told == ["", "ztoapi: Python 3.8 or later is needed; this is 3.7\n"]
 
@@ -10401,31 +10255,26 @@ ROW_OF_A_VARIABLE = re.compile(r"^\| `([A-Z_]+)` \| `([^`]*)` \|", re.MULTILINE)
 ROW_OF_THE_DOCSTRING = re.compile(r"^ {4}([A-Z_]+) +(\S+)", re.MULTILINE)
 
 
-def readme():
-    with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
-        return file.read()
-
-
 def test_the_table_of_variables_in_readme_is_that_of_the_docstring():
     documented = dict(ROW_OF_THE_DOCSTRING.findall(ztoapi.__doc__))
-    assert dict(ROW_OF_A_VARIABLE.findall(readme())) == documented
+    assert dict(ROW_OF_A_VARIABLE.findall(README)) == documented
     assert set(documented) == {field.name.upper() for field in dataclasses.fields(Settings)}
 
 
 def test_the_defaults_that_are_documented_are_the_defaults():
-    written = {name: text for name, text in ROW_OF_A_VARIABLE.findall(readme()) if text != "-"}
+    written = {name: text for name, text in ROW_OF_A_VARIABLE.findall(README) if text != "-"}
     assert Settings.from_environ(written) == Settings()
 
 
 def test_readme_names_every_code_of_an_error():
     codes = {row.code for row in (*ztoapi.ZAI_ERRORS.values(), *ztoapi.HTTP_ERRORS.values())}
-    assert [code for code in codes if f"`{code}`" not in readme()] == []
+    assert [code for code in codes if f"`{code}`" not in README] == []
 
 
 def test_the_models_in_readme_are_those_of_the_table():
     words = {"low, high, max": "always", "off, low, high, max": "graded", "off, on": "switch", "no switch": "no"}
-    vision = re.split("[:,.] ", re.findall("^Vision: .*", readme(), re.MULTILINE)[0])
+    vision = re.split("[:,.] ", re.findall("^Vision: .*", README, re.MULTILINE)[0])
     told = [(name, words[thinking], bool(free), "V" in name or name in vision)
-            for thinking, names in re.findall(r"^\| ([a-z, ]+) \| (GLM-.+) \|$", readme(), re.MULTILINE)
+            for thinking, names in re.findall(r"^\| ([a-z, ]+) \| (GLM-.+) \|$", README, re.MULTILINE)
             for name, free in re.findall(r"([\w.-]+)(?: \((free)\))?", names)]
     assert sorted(told) == sorted((row.name, row.thinking, row.free, row.sees) for row in ztoapi.MODELS.values())
