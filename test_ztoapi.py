@@ -6022,6 +6022,7 @@ class Timed:
         self.upstream = ztoapi.Upstream(self.settings, self.pump, self.unix_now, lambda: rand, proxies={})
         self.gates = self.upstream.gates
         self.clock.chores.append(self.gates.tick)
+        self.pump.start()
         zai.default = self.arrived
 
     def unix_now(self):
@@ -6111,15 +6112,8 @@ class Timed:
 @pytest.fixture
 def make_timed(zai):
     """Makes such Upstreams to the fake Z.ai."""
-    made = []
-
-    def make(*args, **more):
-        made.append(Timed(zai, *args, **more))
-        made[-1].pump.start()
-        return made[-1]
-    yield make
-    for each in made:
-        each.close()
+    with contextlib.ExitStack() as closing:
+        yield lambda *args, **more: closing.enter_context(contextlib.closing(Timed(zai, *args, **more)))
 
 
 def error_of(code, **more):
@@ -6135,8 +6129,7 @@ def test_client_keys_take_turns_and_first_come_is_first_served(make_timed, keys,
     timed = make_timed(limit=1)
     first = timed.enter()
     tickets = [timed.queue(key) for key in keys]
-    assert timed.serve_all(first) == [tickets[i] for i in order]
-    assert timed.gates.state()[1] == {}
+    assert (timed.serve_all(first), timed.gates.state()[1]) == ([tickets[i] for i in order], {})
 
 
 def test_models_have_queues_of_their_own(make_timed):
@@ -6174,8 +6167,7 @@ def test_what_a_refusal_teaches(make_timed, code, others, ceiling, seconds):
         timed.enter()
     refused = timed.enter()
     timed.gates.leave(refused, error_of(code))
-    assert timed.ceilings() == [ceiling]
-    assert timed.seconds_to_enter(refused) == seconds
+    assert (timed.ceilings(), timed.seconds_to_enter(refused)) == ([ceiling], seconds)
 
 
 # To add a case, add a row: MAX_CONCURRENCY, how many are in flight, how many of them are refused, the ceiling then and
@@ -6198,8 +6190,7 @@ def test_a_ceiling_is_lowered_at_once_and_raised_by_the_minute(make_timed, limit
             while True:
                 timed.gates.queue_timeout_s = 1
                 tickets.append(timed.enter())
-        assert timed.ceilings() == [ceiling]
-        assert len(tickets) == ceiling
+        assert (timed.ceilings(), len(tickets)) == ([ceiling], ceiling)
 
 
 def test_a_ceiling_is_halved_again_until_something_is_served(make_timed):
@@ -6269,8 +6260,7 @@ def test_gates_of_models_that_taught_nothing_are_forgotten(make_timed):
     timed = make_timed()
     for i in range(100):
         timed.gates.leave(timed.enter(model=f"model-{i}"), served=True)
-    assert timed.gates.state() == ([], {})
-    assert timed.gates.queue == []
+    assert (timed.gates.state(), timed.gates.queue) == (([], {}), [])
 
 
 def test_names_that_clients_make_up_fill_no_gates(zai, monkeypatch):
@@ -6300,11 +6290,9 @@ def test_the_log_tells_once_when_a_gate_begins_to_refuse_and_once_when_it_clears
     assert caplog.messages[1:] == ["glm-4.6: nobody queues any more"]
 
 
-# To add a case, add a row: how Z.ai refuses -> what too many requests get.
+# How Z.ai refuses -> what too many requests get.
 @cases("refused", {
-    "1302": refusal(429, "1302"),
-    "1305": refusal(429, "1305"),
-    "1302 as first event": stream(sse(LIMITED), DONE),
+    "1302": refusal(429, "1302"), "1305": refusal(429, "1305"), "1302 as first event": stream(sse(LIMITED), DONE),
 })
 def test_a_burst_of_10_against_a_limit_of_3_succeeds_and_teaches(zai, soon_again, proxy, refused):
     running = threading.BoundedSemaphore(3)
@@ -6346,8 +6334,8 @@ def test_queue_timeout_is_a_429_that_sdks_do_not_repeat(zai, go):
     with strict_proxy(zai, MAX_CONCURRENCY="1", QUEUE_TIMEOUT="0.1") as proxy, proxy.open_stream() as occupant:
         assert eventually(lambda: zai.in_flight == 1)
         status, headers, body = proxy.chat()
-        assert (status, body["error"]["code"]) == (429, "rate_limit_exceeded")
-        assert headers["x-should-retry"] == "false"
+        told = (status, body["error"]["code"], headers["x-should-retry"])
+        assert told == (429, "rate_limit_exceeded", "false")
         assert int(headers["Retry-After"]) >= 1
         assert int(headers["x-ztoapi-queue-ms"]) >= 100
         go.set()
@@ -6479,15 +6467,12 @@ def test_a_refused_key_rests_and_the_next_one_serves(zai, make_timed, code, stat
     words = timed.reset_words(ends_after) if ends_after else "no"
     timed.answers.append(refusal(status, code, words))
     text, error, record = timed.ask()
-    assert (text, error, record.retries) == ("Hello", None, 1)
-    assert timed.gaps() == [0]
-    assert timed.ask()[0] == "Hello"
-    assert timed.ask("glm-4.5")[0] == "Hello"
+    assert (text, error, record.retries, timed.gaps()) == ("Hello", None, 1, [0])
+    assert [timed.ask(model)[0] for model in ("glm-4.6", "glm-4.5")] == ["Hello"] * 2
     assert keys_at(zai) == [first, second, second, second if whole_key else first]
-    timed.clock.now += rest_s - 1
-    assert timed.ask()[0] == "Hello"
-    timed.clock.now += 2
-    assert timed.ask()[0] == "Hello"
+    for seconds in (rest_s - 1, 2):
+        timed.clock.now += seconds
+        assert timed.ask()[0] == "Hello"
     assert keys_at(zai)[4:] == [second, first]
 
 
@@ -6507,8 +6492,7 @@ def test_with_all_keys_resting_the_one_whose_turn_comes_first_is_tried(zai, make
     assert (error.status, error.code, record.retries) == (402, "insufficient_quota", 2)
     assert error.headers() == {"Retry-After": "6000", "x-should-retry": "false"}
     timed.clock.now += 10
-    assert timed.ask()[0] == "Hello"
-    assert keys_at(zai) == [*ZAI_KEYS, ZAI_KEYS[1]]
+    assert (timed.ask()[0], keys_at(zai)) == ("Hello", [*ZAI_KEYS, ZAI_KEYS[1]])
 
 
 def test_an_answer_ends_the_rest_of_the_key_that_was_tried_all_the_same(make_timed):
@@ -6545,8 +6529,7 @@ def test_the_head_of_the_queue_goes_when_a_key_comes_back(make_timed):
 def test_the_client_sees_nothing_of_a_key_that_fails(zai, streamed):
     zai.scripts.extend([refusal(401, "401"), stream(error_event("1311"))])
     with strict_proxy(zai, ZAI_API_KEY=",".join(ZAI_KEYS), MAX_RETRIES="0") as proxy:
-        assert ask(proxy, streamed) == WELL
-        assert keys_at(zai) == list(ZAI_KEYS)
+        assert (ask(proxy, streamed), keys_at(zai)) == (WELL, list(ZAI_KEYS))
 
 
 def test_an_empty_purse_at_every_key_is_told_with_no_second_try(zai):
@@ -6589,10 +6572,7 @@ def test_two_hundred_streams_at_once_are_relayed_whole(zai, proxy):
         return stream(*pieces, FINISH, DONE)
     zai.default = script
     with contextlib.ExitStack() as closing:
-        socks = []
-        for i in range(200):
-            messages = [user(f"n{i}")]
-            socks.append(closing.enter_context(proxy.open_stream(messages=messages)))
+        socks = [closing.enter_context(proxy.open_stream(messages=[user(f"n{i}")])) for i in range(200)]
         for i, sock in enumerate(socks):
             events = check_whole(*read_stream(sock))
             assert said(events).split() == [f"n{i}.{j}" for j in range(10)]
@@ -6639,28 +6619,22 @@ def is_connecting(proxy):
     return any(client.blocked_on for client in list(proxy.server.pump.clients))
 
 
-def is_pausing(proxy, zai):
-    return len(zai.requests) == 1 and not zai.in_flight and not slots(proxy)
-
-
 PAUSE = "Retry-After: 60"
-# To add a case, add a row: a phase -> what Z.ai does; when it is reached; how many connections to Z.ai are then open.
+# A phase -> what Z.ai does, how many requests are in flight and connections to Z.ai open in it.
 PHASES = {
-    "before the head": ([LONG_S], lambda proxy, zai: zai.in_flight == 1, 1),
-    "before the first token": ([HEAD, LONG_S], lambda proxy, zai: zai.in_flight == 1, 1),
-    "behind the first token": (stream(say("Hel"), LONG_S), lambda proxy, zai: zai.in_flight == 1, 1),
-    "in a backoff": (answer(500, NETWORK, PAUSE), is_pausing, 0),
-    "refused, in the queue": (answer(429, LIMITED, PAUSE), is_pausing, 0),
+    "before the head": ([LONG_S], 1), "before the first token": ([HEAD, LONG_S], 1),
+    "behind the first token": (stream(say("Hel"), LONG_S), 1),
+    "in a backoff": (answer(500, NETWORK, PAUSE), 0), "refused, in the queue": (answer(429, LIMITED, PAUSE), 0),
 }
 
 
 @pytest.mark.parametrize("phase", PHASES)
 @both
 def test_the_clients_leaving_is_noticed(zai, brisk, caplog, proxy, phase, streamed):
-    zai.default, is_reached, connected = PHASES[phase]
+    zai.default, open_ones = PHASES[phase]
     with leaving(proxy, caplog, raw_chat(chat_body(stream=streamed))):
-        assert eventually(lambda: is_reached(proxy, zai))
-    assert eventually(lambda: zai.cut_by_client == connected)
+        assert eventually(lambda: len(zai.requests) == 1 and zai.in_flight == slots(proxy) == open_ones)
+    assert eventually(lambda: zai.cut_by_client == open_ones)
     assert len(zai.requests) == 1
 
 
@@ -6724,8 +6698,7 @@ def test_the_clients_leaving_in_a_handshake_is_noticed(brisk, caplog, monkeypatc
             assert mute.ended.wait(LONG_S)
 
 
-@pytest.mark.skipif(
-    not hasattr(select, "POLLRDHUP"), reason="bytes that were sent ahead hide the end")
+@pytest.mark.skipif(not hasattr(select, "POLLRDHUP"), reason="bytes that were sent ahead hide the end")
 def test_the_leaving_of_a_client_that_had_sent_more_is_noticed(zai, brisk, proxy):
     zai.default = stream(say("Hel"), LONG_S)
     with connect(proxy, raw_chat(chat_body(stream=True))) as sock:
@@ -6778,8 +6751,7 @@ def test_before_its_time_or_at_0_or_in_json_no_heartbeat_comes(zai, brisk, heart
     zai.scripts.append([0.1, *refusal(400, "1210")])
     zai.default = [0.1, *stream(*HEALTHY)]
     with strict_proxy(zai, HEARTBEAT=heartbeat) as proxy:
-        assert ask(proxy, streamed)[0] == 400
-        assert ask(proxy, streamed) == WELL
+        assert (ask(proxy, streamed)[0], ask(proxy, streamed)) == (400, WELL)
         assert not streamed or not any(map(is_beat, proxy.stream()[2]))
 
 
@@ -6937,8 +6909,7 @@ def test_nothing_is_read_from_zai_while_its_client_is_behind(fake_stream):
 
 def count_text(sock, letter):
     """How often `letter`, which is nowhere else, comes in a streamed answer; and whether that ends as it should."""
-    count = 0
-    tail = b""
+    count, tail = 0, b""
     while not tail.endswith(b"data: [DONE]\n\n\r\n" + END):
         data = sock.recv(1 << 20)
         if not data:
@@ -7076,15 +7047,11 @@ PER_REQUEST = (
 
 # To add a case, add a row: what happens -> what Z.ai does (None: it is not there), streamed or not.
 @cases("script,streamed", {
-    "well": (stream(*HEALTHY), True),
-    "well, json": (stream(*HEALTHY), False),
-    "reset": ([RESET], True),
-    "first event, json": (stream(sse(NETWORK), DONE), False),
+    "well": (stream(*HEALTHY), True), "well, json": (stream(*HEALTHY), False), "reset": ([RESET], True),
+    "first event, json": (stream(sse(NETWORK), DONE), False), "not there": (None, True),
     "HTML 502": (answer(502, b"<html><h1>502 Bad Gateway</h1></html>"), True),
-    "cut": ([HEAD, chunked(say("Hel")), CLOSE], True),
-    "silence": ([HEAD, LONG_S], True),
+    "cut": ([HEAD, chunked(say("Hel")), CLOSE], True), "silence": ([HEAD, LONG_S], True),
     "a limit that lasts": (answer(429, LIMITED, "Retry-After: 86400"), True),
-    "not there": (None, True),
 })
 def test_a_request_leaves_nothing_for_the_garbage_collector(zai, brisk, script, streamed):
     """What it leaves, it leaves with its body and its buffers, for as long as the collector likes."""
@@ -7116,8 +7083,7 @@ def test_a_client_that_leaves_while_connecting_leaves_nothing_either(brisk):
 def test_a_json_answer_of_more_than_4_mib_is_an_error(zai, proxy):
     one = chunked(say("\u4e2d" * ((1 << 20) // 3)))  # a mebibyte, whatever the count of characters
     zai.default = [HEAD, *[one] * 5, chunked(FINISH), END]
-    assert ask(proxy, False)[0] == 502
-    assert len(zai.requests) == 1
+    assert (ask(proxy, False)[0], len(zai.requests)) == (502, 1)
 
 
 @pytest.mark.parametrize("script", (stream(*HEALTHY), refusal(400, "1210")), ids=("answer", "refusal"))
@@ -7143,35 +7109,24 @@ def raw_head(*lines):
 # One of each kind; which answers are faults at all is told by the tables of From Z.ai. To add a case, add a row: a
 # fault -> what Z.ai does.
 EARLY = {
-    "reset before the head": [RESET],
-    "closed before the head": [CLOSE],
-    "reset behind the head": [HEAD, 0.02, RESET],
-    "closed behind the head": [HEAD, CLOSE],
-    "reset in an event": [HEAD, chunked(say("Hel")[:40]), 0.02, RESET],
-    "broken chunk size": [HEAD, b"zz\r\n", CLOSE],
+    "reset before the head": [RESET], "closed before the head": [CLOSE], "reset behind the head": [HEAD, 0.02, RESET],
+    "closed behind the head": [HEAD, CLOSE], "reset in an event": [HEAD, chunked(say("Hel")[:40]), 0.02, RESET],
+    "broken chunk size": [HEAD, b"zz\r\n", CLOSE], "empty 200": stream(),
     "cut behind an empty delta": stream(event({"role": "assistant", "content": ""}), CLOSE, end=False),
-    "empty 200": stream(),
-    "an error as first event": stream(sse(NETWORK), DONE),
-    "an error as JSON in a 200": answer(200, NETWORK),
+    "an error as first event": stream(sse(NETWORK), DONE), "an error as JSON in a 200": answer(200, NETWORK),
     "network_error": stream(event(finish="network_error"), DONE),
     "HTML 502": answer(502, b"<html><h1>502 Bad Gateway</h1></html>"),
-    "1120": refusal(429, "1120"),
-    "1234": refusal(500, "1234"),
+    "1120": refusal(429, "1120"), "1234": refusal(500, "1234"),
 }
 
 # To add a case, add a row: a fault -> what Z.ai does behind the first delta.
 LATE = {
-    "reset": [0.02, RESET],
-    "clean end between chunks": [CLOSE],
-    "clean end of the body without a finish": [END],
-    "end mark without a finish": [chunked(DONE), END],
-    "reset in an event": [chunked(say("lo")[:40]), 0.02, RESET],
-    "reset in a chunk": [b"ff\r\ndata: {", 0.02, RESET],
-    "broken chunk size": [0.02, b"zz\r\n", CLOSE],
+    "reset": [0.02, RESET], "clean end between chunks": [CLOSE], "clean end of the body without a finish": [END],
+    "end mark without a finish": [chunked(DONE), END], "reset in an event": [chunked(say("lo")[:40]), 0.02, RESET],
+    "reset in a chunk": [b"ff\r\ndata: {", 0.02, RESET], "broken chunk size": [0.02, b"zz\r\n", CLOSE],
     "an error as an event": [chunked(sse(NETWORK)), chunked(DONE), END],
-    "1302 as an event": [chunked(sse(LIMITED)), END],
+    "1302 as an event": [chunked(sse(LIMITED)), END], "garbage to the end": [chunked(b"data: oops\n\n"), END],
     "network_error": [chunked(event(finish="network_error")), chunked(DONE), END],
-    "garbage to the end": [chunked(b"data: oops\n\n"), END],
 }
 
 
@@ -7192,8 +7147,7 @@ def test_a_fault_that_does_not_heal_is_an_error_after_max_retries(zai, fault):
     with strict_proxy(zai, MAX_RETRIES="1") as proxy:
         for streamed in (True, False):
             status, text, error, _ = ask(proxy, streamed)
-            assert status == (503 if fault == "1120" else 502)
-            assert text == ""
+            assert (status, text) == (503 if fault == "1120" else 502, "")
             assert error["type"] in ("upstream_error", "server_error")
         assert (len(zai.requests), figures(proxy)) == (4, (2, 2, 0))
 
@@ -7234,8 +7188,7 @@ def test_thinking_that_was_void_is_not_paid_for_twice(zai, proxy):
     """Z.ai starts its answer afresh, which takes the thinking back, and then ends it."""
     zai.default = stream(think("Hm"), TORN, 0.02, CLOSE, end=False)
     failed_stream(proxy)
-    assert ask(proxy, False)[0] == 502
-    assert len(zai.requests) == 2
+    assert (ask(proxy, False)[0], len(zai.requests)) == (502, 2)
 
 
 @both
@@ -7281,8 +7234,7 @@ def test_a_wrong_path_is_never_tried_again_and_names_the_base_url(zai, proxy):
 def test_redirects_are_not_followed(zai, status):
     with FakeZai() as elsewhere, strict_proxy(zai) as proxy:
         zai.default = answer(status, b"", f"Location: {elsewhere.url}/chat/completions")
-        assert ask(proxy, True)[0] == 502
-        assert (len(zai.requests), elsewhere.connections) == (1, 0)
+        assert (ask(proxy, True)[0], len(zai.requests), elsewhere.connections) == (502, 1, 0)
 
 
 @both
@@ -7302,8 +7254,7 @@ def test_bytes_that_come_one_at_a_time_are_an_answer_like_any_other(zai, unhurri
 @both
 def test_an_answer_may_end_with_its_connection(zai, proxy, script, streamed):
     zai.default = script
-    assert ask(proxy, streamed) == WELL
-    assert len(zai.requests) == 1
+    assert (ask(proxy, streamed), len(zai.requests)) == (WELL, 1)
 
 
 def test_an_answer_that_comes_before_all_was_sent_is_read():
@@ -7329,8 +7280,7 @@ def test_a_request_that_zai_does_not_take_is_tried_once_more():
         url = f"http://127.0.0.1:{deaf.getsockname()[1]}/api"
         with strict_proxy(ZAI_BASE_URL=url, UPSTREAM_TIMEOUT="0.1", MAX_RETRIES="5") as proxy:
             status, _, error, _ = ask(proxy, True, messages=[user("x" * (16 << 20))])
-            assert status == 502
-            assert "took no data for 0.1 s" in error["message"]
+            assert (status, "took no data for 0.1 s" in error["message"]) == (502, True)
             assert figures(proxy) == (1, 1, 0)
 
 
@@ -7421,8 +7371,7 @@ def test_what_has_ended_has_ended(zai, brisk, monkeypatch, proxy, steps, end, st
 def test_a_finish_without_an_answer_is_tried_again(zai, brisk, monkeypatch, proxy, streamed):
     monkeypatch.setattr(ztoapi.Relay, "END_S", 0.1)
     zai.scripts.append([HEAD, chunked(event(finish="stop")), LONG_S])
-    assert ask(proxy, streamed) == WELL
-    assert len(zai.requests) == 2
+    assert (ask(proxy, streamed), len(zai.requests)) == (WELL, 2)
 
 
 @pytest.mark.parametrize("late", (FINISH, DONE), ids=("usage", "end mark"))
@@ -7449,8 +7398,7 @@ def test_backoff_between_retries_doubles_with_full_jitter(make_timed, rand, gaps
     timed = make_timed(rand, MAX_RETRIES="6")
     timed.script = refusal(500, "1234")
     _, error, record = timed.ask()
-    assert timed.gaps() == gaps
-    assert (error.status, record.retries) == (502, 6)
+    assert (timed.gaps(), error.status, record.retries) == (gaps, 502, 6)
     assert record.queued_s == sum(gaps)
 
 
@@ -7484,10 +7432,8 @@ def test_an_absurd_retry_after_closes_the_gate_for_a_minute_at_most(make_timed):
     timed = make_timed()
     timed.answers.append(answer(429, LIMITED, "Retry-After: 86400"))
     _, error, _ = timed.ask()
-    assert (error.status, error.headers()["Retry-After"]) == (429, "86400")
-    assert timed.clock.now == 1024
-    assert timed.ask()[0] == "Hello"
-    assert timed.gaps() == [60]
+    assert (error.status, error.headers()["Retry-After"], timed.clock.now) == (429, "86400", 1024)
+    assert (timed.ask()[0], timed.gaps()) == ("Hello", [60])
 
 
 @pytest.mark.parametrize("code, expected", [("1305", FULL), ("1302", NO_ROOM)])
@@ -7523,9 +7469,8 @@ def test_an_overload_is_waited_out_within_queue_timeout(make_timed):
     _, error, _ = timed.ask()
     assert timed.gaps() == [1, 2, 4, 8, 15, 15]
     assert timed.clock.now == 1024 + 45, "the next pause would be too long"
-    assert (error.status, error.code) == (503, "overloaded")
+    assert (error.status, error.code, error.retryable) == (503, "overloaded", False)
     assert "temporarily overloaded" in error.message
-    assert error.headers()["x-should-retry"] == "false"
     timed.script = stream(*HEALTHY)
     assert timed.ask()[0] == "Hello"
 
@@ -7659,8 +7604,7 @@ def test_connect_refused_then_a_listener_is_an_answer(zai, free_port):
     shut_down(zai.socket)
     with proxying(zai, ZAI_BASE_URL=f"http://127.0.0.1:{free_port}/api") as proxy:
         proxy.server.upstream.rand = open_up
-        assert ask(proxy, True) == WELL
-        assert figures(proxy)[0] == 1
+        assert (ask(proxy, True), figures(proxy)[0]) == (WELL, 1)
 
 
 def test_a_name_that_is_not_found_is_told(monkeypatch):
@@ -7753,8 +7697,7 @@ def test_the_pool_closes_what_was_idle_for_60_seconds():
 
 # To add a case, add a row: an answer -> its script, and whether its connection serves again.
 @cases("script,again", {
-    "a stream read to its end": (stream(*HEALTHY), True),
-    "a refusal": (refusal(400, "1210"), True),
+    "a stream read to its end": (stream(*HEALTHY), True), "a refusal": (refusal(400, "1210"), True),
     "no last chunk": (stream(*HEALTHY, end=False) + [LONG_S], False),
     "Connection: close": ([HEAD[:-2] + b"Connection: close\r\n\r\n", *stream(*HEALTHY)[1:]], False),
     "a cut": (stream(say("Hel"), CLOSE, end=False), False),
@@ -7765,8 +7708,7 @@ def test_a_connection_serves_again_once_its_answer_was_read(zai, brisk, monkeypa
     zai.scripts.append(script)
     ask(proxy, streamed)
     proxy.idle()
-    assert ask(proxy, streamed) == WELL
-    assert zai.connections == (1 if again else 2)
+    assert (ask(proxy, streamed), zai.connections) == (WELL, 1 if again else 2)
 
 
 def test_a_pooled_connection_found_dead_is_replaced_unseen(zai):
@@ -7775,8 +7717,7 @@ def test_a_pooled_connection_found_dead_is_replaced_unseen(zai):
         assert ask(proxy, True) == WELL
         proxy.idle()
         assert eventually(lambda: not zai.open)
-        assert ask(proxy, True) == WELL
-        assert (len(zai.requests), figures(proxy)[0]) == (2, 0)
+        assert (ask(proxy, True), len(zai.requests), figures(proxy)[0]) == (WELL, 2, 0)
 
 
 @contextlib.contextmanager
@@ -7806,8 +7747,7 @@ def test_a_pooled_connection_that_ends_after_a_while_was_not_dead(zai, unhurried
     monkeypatch.setattr(ztoapi, "STALE_WITHIN_S", 0.05)
     with three_pooled(zai) as proxy:
         zai.default = [0.2, CLOSE]
-        assert ask(proxy, True)[0] == 502
-        assert len(zai.requests) == 4
+        assert (ask(proxy, True)[0], len(zai.requests)) == (502, 4)
 
 
 # Through proxies, and over TLS
@@ -7835,8 +7775,7 @@ def test_tls_goes_through_https_proxy_over_one_connection(trusted, unhurried, ht
 def test_no_proxy_goes_around_the_proxy(trusted, http_proxy, monkeypatch, no_proxy):
     through(monkeypatch, "https", http_proxy.url, no_proxy)
     with strict_proxy(trusted) as proxy:
-        assert ask(proxy, True) == WELL
-        assert http_proxy.heads == []
+        assert (ask(proxy, True), http_proxy.heads) == (WELL, [])
 
 
 def test_a_proxys_password_reaches_the_proxy_alone(trusted, unhurried, http_proxy, monkeypatch):
@@ -7852,27 +7791,23 @@ def test_a_proxy_that_refuses_is_a_502(trusted, monkeypatch, reply):
     with HttpProxy(reply) as refusing:
         through(monkeypatch, "https", refusing.url)
         with strict_proxy(trusted, MAX_RETRIES="1") as proxy:
-            assert ask(proxy, True)[0] == 502
-            assert (trusted.connections, len(refusing.heads)) == (0, 2)
+            assert (ask(proxy, True)[0], trusted.connections, len(refusing.heads)) == (502, 0, 2)
 
 
 # To add a case, add a row: HTTPS_PROXY, words of the error.
 @pytest.mark.parametrize("url,words", [
-    ("http://a..b:80", "proxy"),
-    ("http://" + "a" * 64 + ".example:80", "proxy"),
-    ("http://user:secretpassword", "proxy"),
-    ("http://user:secretpassword@", "proxy"),
+    *((url, "proxy") for url in (
+        "http://a..b:80", "http://" + "a" * 64 + ".example:80", "http://user:secretpassword",
+        "http://user:secretpassword@")),
     ("http://user:secretpassword@127.0.0.1:99999999", ""),
-    ("socks5://user:secretpassword@127.0.0.1:1080", "SOCKS"),
-    ("socks5h://127.0.0.1:1080", "SOCKS"),
-    ("SOCKS4://127.0.0.1:1080", "SOCKS"),
+    *((url, "SOCKS") for url in (
+        "socks5://user:secretpassword@127.0.0.1:1080", "socks5h://127.0.0.1:1080", "SOCKS4://127.0.0.1:1080")),
 ])
 def test_a_proxy_that_cannot_be_used_is_refused_in_words_without_its_password(monkeypatch, caplog, url, words):
     through(monkeypatch, "https", url)
     with strict_proxy(ZAI_BASE_URL="https://localhost/api") as proxy:
         status, _, error, _ = ask(proxy, True)
-        assert (status, error["code"]) == (502, "upstream_error")
-        assert words in error["message"]
+        assert (status, error["code"], words in error["message"]) == (502, "upstream_error", True)
         assert "secretpassword" not in error["message"] + caplog.text
 
 
@@ -7913,8 +7848,7 @@ def test_faults_heal_over_tls_too(trusted, fault):
 def test_cuts_over_tls_are_cuts(trusted, fault):
     trusted.default = [HEAD, chunked(say("Hel")), *LATE[fault]]
     with strict_proxy(trusted) as proxy:
-        assert said(failed_stream(proxy)) == "Hel"
-        assert ask(proxy, False)[0] == 502
+        assert (said(failed_stream(proxy)), ask(proxy, False)[0]) == ("Hel", 502)
         assert len(trusted.requests) == 2
 
 
@@ -7969,11 +7903,10 @@ def counted(**fields):
 # To add a case, add a row: fields of a Record, words its line holds, words it does not hold.
 @pytest.mark.parametrize("fields,present,absent", [
     ({"method": "GET", "path": "/health", "status": 200}, ["req_1 127.0.0.1 GET /health 200"], ["model=", "key="]),
-    ({"key": "#2"}, ["key=#2"], []),
-    ({"client_request_id": "run-17"}, ["rid=run-17"], []),
+    ({"key": "#2"}, ["key=#2"], []), ({"client_request_id": "run-17"}, ["rid=run-17"], []),
     ({"client_request_id": "a b\r\n" + "x" * 500}, ["rid=a?b??xxx"], ["x" * 201]),
-    ({"counted": True, "stream": True}, ["stream=true"], []),
-    ({"counted": True, "stream": False}, ["stream=false"], []),
+    *(({"counted": True, "stream": stream}, [words], []) for stream, words in (
+        (True, "stream=true"), (False, "stream=false"))),
     ({"counted": True, "model": "m out=7\u202e"}, ["model=m?out=7?"], []),
     ({"counted": True, "model": "m" * 5000}, ["model=mmm"], ["m" * 101]),
     ({"counted": True, "ttft_s": 0.1234, "total_s": 2.0}, ["ttft=0.123 total=2.0 queue=0.0"], ["in=", "out="]),
@@ -7985,10 +7918,7 @@ def counted(**fields):
 def test_a_record_is_one_line_of_printable_ascii(fields, present, absent):
     line = record(**fields).line()
     assert re.fullmatch("[ -~]+", line)
-    for words in present:
-        assert words in line
-    for words in absent:
-        assert words not in line
+    assert [words for words in present if words not in line] + [words for words in absent if words in line] == []
 
 
 # The counters
@@ -8069,13 +7999,10 @@ def test_stats_tell_tokens_gates_and_queues_by_model():
 # One of each kind; the tables of RequestHead have them all. To add a case, add a row: a head that is refused, the
 # status.
 @table("data,status", [
-    (raw_request("POST", CHAT, "Content-Length: 5, 5") + END, 400),
-    (raw_request("POST", CHAT, "Transfer-Encoding: gzip") + END, 501),
-    (raw_request("GET", "/health", "X : y"), 400),
-    (raw_request("GET", "/health", "X: " + "y" * 70000), 431),
-    (raw_request("GET", "/" + "a" * 70000), 431),
+    (raw_request("POST", CHAT, "Content-Length: 5, 5") + END, 400), (raw_request("GET", "/health", "X : y"), 400),
+    (raw_request("POST", CHAT, "Transfer-Encoding: gzip") + END, 501), (raw_request("GET", "/" + "a" * 70000), 431),
+    (raw_request("GET", "/health", "X: " + "y" * 70000), 431), (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", 400),
     (raw_request("GET", "/health", version="HTTP/2.0"), 505),
-    (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", 400),
 ])
 def test_a_head_that_is_refused_is_the_last_of_its_connection(shared, data, status):
     check_refused(exchange(shared, data), status)
@@ -8143,10 +8070,8 @@ def test_http_1_0_gets_closing_unchunked_answers(shared, lines):
         assert (reply.status, reply.headers["Connection"]) == (200, "close")
         assert int(reply.headers["Content-Length"]) == len(reply.body)
     reply, = exchange(shared, raw_chat(json_chat(stream=True), *lines, **old))
-    assert "Transfer-Encoding" not in reply.headers
-    assert reply.headers["Connection"] == "close"
-    assert reply.body.startswith(b"data: {")
-    assert reply.body.endswith(b"}\n\ndata: [DONE]\n\n")
+    assert (reply.headers["Transfer-Encoding"], reply.headers["Connection"]) == (None, "close")
+    assert re.fullmatch(b"data: {.*}\n\ndata: \\[DONE\\]\n\n", reply.body, re.DOTALL)
 
 
 @table("path", ["/", "/docs", "/dashboard", "/health", "/v1/models", "/models/glm-4.6", "/v1/models/nope", "/metrics",
@@ -8194,21 +8119,17 @@ def test_a_client_need_not_wait_for_100_continue(shared):
 # To add a case, add a row: the header line of a POST, what comes of its body, the status. 413 does not wait for a body
 # beyond MAX_BODY_MB=1.
 @table("line,body,status", [
-    (f"Content-Length: {MIB + 1}", b"", 413),
-    ("Content-Length: 999999999999", b"", 413),
-    ("Transfer-Encoding: chunked", b"100001\r\n", 413),
-    ("Transfer-Encoding: chunked", b"fffffffffff\r\n", 413),
-    ("Transfer-Encoding: chunked", chunked(b" " * 600000) + b"70000\r\n", 413),
-    (f"Content-Length: {MIB}", b" " * MIB, 400),
+    *((f"Content-Length: {size}", b"", 413) for size in (MIB + 1, 999999999999)),
+    *(("Transfer-Encoding: chunked", body, 413) for body in (
+        b"100001\r\n", b"fffffffffff\r\n", chunked(b" " * 600000) + b"70000\r\n")),
+    (f"Content-Length: {MIB}", b" " * MIB, 400), (f"Content-Length: {MIB}", JSON_CHAT.ljust(MIB), 200),
     ("Transfer-Encoding: chunked", chunked(b" " * (MIB - 2)) + chunked(b"{}") + END, 400),
-    (f"Content-Length: {MIB}", JSON_CHAT.ljust(MIB), 200),
     ("Transfer-Encoding: chunked", chunked(JSON_CHAT.ljust(MIB)) + END, 200),
 ])
 def test_the_body_limit_holds_before_the_body_is_there(shared, line, body, status):
     with connect(shared, raw_request("POST", CHAT, line) + body) as sock:
         reply = next_reply(sock)
-    assert reply.status == status
-    assert reply.headers["Connection"] == ("close" if status == 413 else None)
+    assert (reply.status, reply.headers["Connection"]) == (status, "close" if status == 413 else None)
 
 
 # To add a case, add a row: a request whose body nobody reads (method, path, further header lines, whether its key is
@@ -8224,9 +8145,8 @@ def test_a_body_nobody_read_never_becomes_the_next_request(shared, method, path,
     for data in (raw_request(method, path, *lines, body=body, auth=key_is_right),
                  raw_request(method, path, "Transfer-Encoding: chunked", *lines, auth=key_is_right)
                  + chunked(body) + END):
-        replies = exchange(shared, data)
-        assert [reply.status for reply in replies] == [status]
-        assert replies[0].headers["Connection"] == "close"
+        (reply,) = exchange(shared, data)
+        assert (reply.status, reply.headers["Connection"]) == (status, "close")
 
 
 # To add a case, add a row: what is answered before all of it was read, the status. The server must not close on the
@@ -8337,19 +8257,15 @@ def test_the_models_are_found_where_a_program_looks(shared, path):
 # To add a case, add a row: a path, patterns of what its 404 says; {base} is the proxy's base URL, {root} the same
 # without /v1, and {zai} that of Z.ai.
 @table("path,words", [
-    ("/nowhere", ["/nowhere", "base URL to {base}"]),
-    ("/api/tags", ["base URL to {base}"]),
-    ("/v1/embeddings", ["{zai}/embeddings", "balance"]),
-    ("/v1/images/generations", ["{zai}/images/generations"]),
-    ("/v1/audio/transcriptions", ["{zai}/audio/transcriptions"]),
-    ("/embeddings", ["{zai}/embeddings"]), ("/api/coding/paas/v4/embeddings", ["{zai}/embeddings"]),
-    ("/api/paas/v4/completions", ["{base}/chat/completions"]), ("/api/paas/v4/responses", ["base URL to {base}"]),
-    ("/api/v1/chat/completions", ["base URL to {base}"]), ("/api/v1/models", ["base URL to {base}"]),
-    ("/v1/completions", ["{base}/chat/completions"]),
-    ("/v1/v1/chat/completions", ["doubled", "base URL to {base}"]),
-    ("/v1/v1/embeddings", ["doubled", "base URL to {base}"]),
-    (CHAT + "/chat/completions", ["doubled", "base URL to {base}"]),
-    (CHAT + CHAT, ["doubled", "base URL to {base}"]),
+    ("/nowhere", ["/nowhere", "base URL to {base}"]), ("/v1/embeddings", ["{zai}/embeddings", "balance"]),
+    *((path, ["base URL to {base}"]) for path in (
+        "/api/tags", "/api/paas/v4/responses", "/api/v1/chat/completions", "/api/v1/models")),
+    *((f"{path}{name}", [f"{{zai}}/{name}"]) for path, name in (
+        ("/v1/", "images/generations"), ("/v1/", "audio/transcriptions"), ("/", "embeddings"),
+        ("/api/coding/paas/v4/", "embeddings"))),
+    *((path, ["{base}/chat/completions"]) for path in ("/api/paas/v4/completions", "/v1/completions")),
+    *((path, ["doubled", "base URL to {base}"]) for path in (
+        "/v1/v1/chat/completions", "/v1/v1/embeddings", CHAT + "/chat/completions", CHAT + CHAT)),
     ("/v1/embeddings/%7Bzai%7D%0a", ["{zai}/embeddings"]),
     *((f"/v1/{name}", ["chat only", f"{{zai}}/{name}"]) for name in (
         "moderations", "batches", "fine_tuning/jobs", "assistants", "threads", "vector_stores/x", "realtime")),
@@ -8366,8 +8282,8 @@ def test_a_404_says_where_to_go(shared, path, words):
 
 # To add a case, add a row: a path, the method it takes.
 @table("path,right", [
-    ("/v1/models", "GET"), ("/models/GLM-4.6", "GET"), (CHAT, "POST"), ("/chat/completions", "POST"),
-    ("/metrics", "GET"), ("/stats", "GET"), ("/health", "GET"), ("/", "GET"),
+    *((path, "GET") for path in ("/v1/models", "/models/GLM-4.6", "/metrics", "/stats", "/health", "/")),
+    (CHAT, "POST"), ("/chat/completions", "POST"),
 ])
 @table("method", ["GET", "POST", "PUT", "PATCH", "DELETE"])
 def test_every_route_takes_its_methods_and_names_them(shared, path, right, method):
@@ -8375,11 +8291,9 @@ def test_every_route_takes_its_methods_and_names_them(shared, path, right, metho
     status, headers, body = shared.call(method, path, question)
     if method == right:
         assert status == 200
-    else:
-        assert status == 405
-        assert set(headers["Allow"].split(", ")) - {"HEAD"} == {"OPTIONS", right}
-        assert ("HEAD" in headers["Allow"]) == (right == "GET")
-        assert body["error"]["code"] == "method_not_allowed"
+        return
+    assert (status, body["error"]["code"]) == (405, "method_not_allowed")
+    assert set(headers["Allow"].split(", ")) == {"OPTIONS", right} | ({"HEAD"} if right == "GET" else set())
 
 
 def test_models_are_listed_as_openai_lists_them(zai):
@@ -8390,8 +8304,7 @@ def test_models_are_listed_as_openai_lists_them(zai):
         assert {"GLM-4.6", "GLM-4.5", "GLM-4.5-Air", "GLM-4.5V", "GLM-5.3", "gpt-4o"} <= set(entries)
         assert "*" not in entries
         for id, model in entries.items():
-            assert (model["object"], model["owned_by"]) == ("model", "z.ai")
-            assert type(model["created"]) is int
+            assert (model["object"], model["owned_by"], type(model["created"])) == ("model", "z.ai", int)
             assert proxy.call("GET", "/v1/models/" + id)[2] == model
 
 
@@ -8419,24 +8332,21 @@ def test_a_model_is_found_by_any_name_that_chat_takes(zai, name, like):
 @table("lines,right", [
     *(([line], True) for line in (
         "Authorization: Bearer key-one", "authorization: BEARER key-two", "Authorization: bearer  key-one ",
-        "x-api-key: key-two", "X-Api-Key: key-one", "api-key: key-one", "Authorization: key-one",
-    )),
+        "x-api-key: key-two", "X-Api-Key: key-one", "api-key: key-one", "Authorization: key-one")),
     (["Authorization: Bearer wrong", "api-key: key-one"], True),
     ([], False),
     *(([line], False) for line in (
         "Authorization: Bearer", "Authorization: Bearer ", "Authorization:", "x-api-key:",
         "Authorization: Bearer key-on", "Authorization: Bearer key-onee", "Authorization: Bearer KEY-ONE",
         "Authorization: Bearer key-one,key-two", "Authorization: Bearer key-one key-tw",
-        "Authorization: Bearer k\xe4y-one", "Authorization: Bearer " + "x" * 60000, "Cookie: key=key-one",
-    )),
+        "Authorization: Bearer k\xe4y-one", "Authorization: Bearer " + "x" * 60000, "Cookie: key=key-one")),
 ])
 def test_a_key_is_taken_in_three_headers_and_nowhere_else(shared, lines, right):
     reply, _ = exchange(shared, raw_request("GET", "/v1/models?key=key-one", *lines, auth=False))
     assert reply.status == (200 if right else 401)
     if not right:
         check_error(reply)
-        assert reply.error()["code"] == "invalid_api_key"
-        assert reply.headers["x-should-retry"] == "false"
+        assert (reply.error()["code"], reply.headers["x-should-retry"]) == ("invalid_api_key", "false")
         assert b"key-one" not in reply.body
 
 
@@ -8444,8 +8354,8 @@ def test_a_key_is_taken_in_three_headers_and_nowhere_else(shared, lines, right):
 def test_a_401_says_which_key_to_send(shared, well_known, auth):
     for proxy in (shared, well_known):
         reply, _ = exchange(proxy, raw_request("GET", "/v1/models", auth=auth))
-        assert reply.status == 401
         assert "DEFAULT_KEY (sk-your-key unless it was set), not the Z.ai key" in reply.error()["message"]
+        assert reply.status == 401
 
 
 # To add a case, add a row: a path that needs the key. It is tried in spellings that a careless router could take for
@@ -8477,8 +8387,7 @@ def test_without_a_key_for_zai_models_are_served_and_chat_says_what_to_do(zai):
         assert proxy.call("GET", "/v1/models")[0] == 200
         status, headers, body = proxy.chat()
     assert (status, body["error"]["code"], headers["x-should-retry"]) == (403, "upstream_auth_error", "false")
-    assert "ZAI_API_KEY" in body["error"]["message"]
-    assert "https://z.ai/" in body["error"]["message"]
+    assert re.search("ZAI_API_KEY.*https://z.ai/", body["error"]["message"])
 
 
 # To add a case, add a row: what Z.ai refuses for good, the status that makes agents show it rather than try again and
@@ -8499,13 +8408,11 @@ def test_what_cannot_heal_is_no_429_and_no_502(zai, proxy, script, status, code)
 # To add a case, add a value: what Host says, by whether it names this computer.
 @table("host,ours", [
     *((host, True) for host in (
-        "localhost", "LocalHost:9090", "127.0.0.1", "127.0.0.1:9090", "127.8.9.10:1", "[::1]:9090", "[::1]",
-    )),
+        "localhost", "LocalHost:9090", "127.0.0.1", "127.0.0.1:9090", "127.8.9.10:1", "[::1]:9090", "[::1]")),
     *((host, False) for host in (
         "evil.example", "evil.example:9090", "localhost.evil.example", "127.0.0.1.nip.io", "", "0.0.0.0", "[",
         "[::1", "localhost@evil.example", "localhost:80@evil.example", "127.0.0.1evil", "192.168.1.7",
-        "::ffff:1", "[::ffff:192.168.1.7]", "1270.0.1", "evil.example/127.0.0.1", "evil.example#localhost",
-    )),
+        "::ffff:1", "[::ffff:192.168.1.7]", "1270.0.1", "evil.example/127.0.0.1", "evil.example#localhost")),
 ])
 def test_with_the_well_known_key_only_this_computer_is_served(well_known, host, ours):
     for method, path in (("GET", "/v1/models"), ("GET", "/"), ("GET", "/health"), ("OPTIONS", "/v1/models"),
@@ -8520,12 +8427,7 @@ def test_with_the_well_known_key_only_this_computer_is_served(well_known, host, 
 
 PAGE, OTHER = "https://app.example", "https://evil.example"
 
-# To add a case, add a row: CORS_ORIGIN, the Origin of a page, what Access-Control-Allow-Origin says.
-ORIGINS = [
-    ("*", PAGE, "*"), ("*", None, "*"), (PAGE, PAGE, PAGE), ("https://a.example, " + PAGE, PAGE, PAGE),
-    (PAGE, OTHER, None), (PAGE, None, None), (PAGE, PAGE + ".evil.example", None), (PAGE, "null", None),
-    (PAGE, PAGE.upper(), None), ("", PAGE, None),
-]
+# CORS_ORIGIN, the Origin of a page, what Access-Control-Allow-Origin says.
 ASKED_HEADERS = "authorization,x-stainless-os, content-type"
 PREFLIGHT = ["Access-Control-Request-Method: POST", f"Access-Control-Request-Headers: {ASKED_HEADERS}"]
 
@@ -8534,15 +8436,17 @@ def words_of(headers, name):
     return [word.strip() for line in headers.get_all(name, []) for word in line.split(",")]
 
 
-@table("setting,origin,allowed", ORIGINS)
+@table("setting,origin,allowed", [
+    ("*", PAGE, "*"), ("*", None, "*"), (PAGE, PAGE, PAGE), ("https://a.example, " + PAGE, PAGE, PAGE),
+    (PAGE, OTHER, None), (PAGE, None, None), (PAGE, PAGE + ".evil.example", None), (PAGE, "null", None),
+    (PAGE, PAGE.upper(), None), ("", PAGE, None),
+])
 def test_cors_follows_cors_origin(zai, setting, origin, allowed):
     lines = [f"Origin: {origin}"] if origin else []
     with proxying(zai, CORS_ORIGIN=setting) as proxy:
         answers = [
-            proxy.call("GET", "/v1/models", None, lines),
-            proxy.call("GET", "/v1/nope", None, lines),
-            proxy.call("POST", CHAT, {}, lines, key=None),
-            proxy.call("POST", CHAT, chat_body(stream=True), lines),
+            proxy.call("GET", "/v1/models", None, lines), proxy.call("GET", "/v1/nope", None, lines),
+            proxy.call("POST", CHAT, {}, lines, key=None), proxy.call("POST", CHAT, chat_body(stream=True), lines),
             proxy.call("OPTIONS", CHAT, None, lines + PREFLIGHT, key=None),
         ]
     assert [status for status, _, _ in answers] == [200, 404, 401, 200, 200]
@@ -8631,51 +8535,38 @@ def whole_of(api, events):
 
 
 def text_of(api, answer):
-    if api == "messages":
-        parts = answer["content"]
-    else:
-        parts = [part for item in answer["output"] for part in item.get("content", [])]
+    parts = answer["content"] if api == "messages" else [
+        part for item in answer["output"] for part in item.get("content", [])]
     return "".join(part.get("text", "") for part in parts)
 
 
-# To add a case, add a row: method, path, whether the key is right, the status, the type (Messages) or the code
-# (Responses) of the error.
-API_REFUSALS = [
+# Whether the key is right, the status, the type (Messages) or the code (Responses) of the error.
+@table("method,path,key_is_right,status,kind", [
     ("POST", "/v1/messages/count_tokens", True, 400, "invalid_request_error"),
     ("GET", "/messages/count_tokens", True, 405, "invalid_request_error"),
     ("GET", "/v1/messages/batches/abc", True, 404, "not_found_error"),
     ("GET", "/v1/messages", True, 405, "invalid_request_error"),
-    ("POST", "/v1/messages", True, 400, "invalid_request_error"),
     *(("POST", path, True, 400, "invalid_request_error") for path in (
-        "/v1/v1/messages", "/api/anthropic/v1/messages", "/api/anthropic/v1/v1/messages")),
-    ("POST", "/v1/messages", False, 401, "authentication_error"),
-    ("POST", "/v1/messages/count_tokens", False, 401, "authentication_error"),
+        "/v1/messages", "/v1/v1/messages", "/api/anthropic/v1/messages", "/api/anthropic/v1/v1/messages")),
+    *(("POST", path, False, 401, "authentication_error") for path in ("/v1/messages", "/v1/messages/count_tokens")),
     ("GET", "/v1/responses", True, 426, "upgrade_not_supported"),
-    ("GET", "/v1/responses/abc", True, 404, "not_found"),
-    ("DELETE", "/v1/responses/abc", True, 404, "not_found"),
-    ("POST", "/v1/responses/abc/cancel", True, 404, "not_found"),
-    ("POST", "/v1/responses/compact", True, 400, "missing_required_parameter"),
-    ("POST", "/v1/responses/input_tokens", True, 404, "not_found"),
+    *((method, "/v1/responses/" + rest, True, 404, "not_found") for method, rest in (
+        ("GET", "abc"), ("DELETE", "abc"), ("POST", "abc/cancel"), ("POST", "input_tokens"))),
     ("DELETE", "/v1/responses", True, 405, "method_not_allowed"),
-    *(("POST", path, True, 400, "missing_required_parameter") for path in ("/v1/responses", "/api/v1/responses")),
-    ("GET", "/v1/responses", False, 401, "invalid_api_key"),
-    ("POST", "/v1/responses", False, 401, "invalid_api_key"),
-]
-
-
-@table("method,path,key_is_right,status,kind", API_REFUSALS)
+    *(("POST", path, True, 400, "missing_required_parameter") for path in (
+        "/v1/responses", "/api/v1/responses", "/v1/responses/compact")),
+    *((method, "/v1/responses", False, 401, "invalid_api_key") for method in ("GET", "POST")),
+])
 def test_an_api_says_in_its_own_shape_what_it_does_not_serve(shared, method, path, key_is_right, status, kind):
     data = raw_request(method, path, body=b"{}", auth=key_is_right or "sk-wrong")
     reply = exchange(shared, data)[0]
     assert reply.status == status
     if "messages" in path:
         assert list(reply.json()) == ["type", "error", "request_id"]
-        assert reply.json()["type"] == "error"
-        assert reply.json()["request_id"] == reply.headers["request-id"]
-        assert reply.error()["type"] == kind
+        assert (reply.json()["type"], reply.json()["request_id"]) == ("error", reply.headers["request-id"])
     else:
         check_error(reply)
-        assert reply.error()["code"] == kind
+    assert reply.error()["type" if "messages" in path else "code"] == kind
     assert reply.headers["x-should-retry"] == "false"
     assert not shared.zai.requests
 
@@ -8698,8 +8589,7 @@ def test_a_conversation_is_compacted_by_post(proxy, zai):
     assert (status, answer["object"]) == (200, "response.compaction")
     assert [(item["type"], item["encrypted_content"]) for item in answer["output"]] == [("compaction", "Hello")]
     status, _, answer = proxy.call("POST", "/v1/responses", {"model": "glm-4.6", "input": [*answer["output"], U]})
-    assert status == 200
-    assert zai.requests[-1]["body"]["messages"] == [user("Hello"), U]
+    assert (status, zai.requests[-1]["body"]["messages"]) == (200, [user("Hello"), U])
 
 
 def test_a_response_goes_on_from_an_earlier_one(proxy, zai):
@@ -8781,8 +8671,7 @@ def test_another_model_is_asked_in_its_own_way(zai):
         assert proxy.chat(model="glm-5.3", max_tokens=130000, reasoning_effort="low")[0] == 200
         first, second = (request["body"] for request in zai.requests)
         assert (first["max_tokens"], second["max_tokens"]) == (130000, 98304)
-        assert "reasoning_effort" in first
-        assert "reasoning_effort" not in second
+        assert ("reasoning_effort" in first, "reasoning_effort" in second) == (True, False)
         zai.default = refusing(flash="1113")
         # GLM-4.7 sees no pictures.
         assert proxy.chat(model="glm-5.3-flash", messages=[turn])[1]["x-ztoapi-model"] == "glm-4.5v"
@@ -8798,12 +8687,10 @@ def test_after_the_first_token_no_other_model_answers(zai):
 @each_api
 def test_each_api_streams_and_answers_in_json(proxy, api):
     reply, events = ask_api(proxy, api, True)
-    assert (reply.status, reply.clean) == (200, True)
-    assert text_of(api, whole_of(api, events)) == "Hello"
+    assert (reply.status, reply.clean, text_of(api, whole_of(api, events))) == (200, True, "Hello")
     reply, answer = ask_api(proxy, api, False)
     assert (reply.status, reply.headers["Content-Type"]) == (200, "application/json")
-    assert text_of(api, answer) == "Hello"
-    assert answer["usage"]["output_tokens"] == USAGE["completion_tokens"]
+    assert (text_of(api, answer), answer["usage"]["output_tokens"]) == ("Hello", USAGE["completion_tokens"])
 
 
 # To add a case, add a row: HTTP status and code of Z.ai, the status and the type of Messages, the code of Responses,
@@ -8830,15 +8717,12 @@ def test_an_error_that_does_not_heal_is_shown_at_once(zai, proxy, api, refused, 
 def test_a_failure_in_mid_stream_is_the_last_event_of_each_api(zai, proxy, api):
     zai.default = stream(say("Hel"), error_event("1234"))
     reply, events = ask_api(proxy, api, True)
-    assert reply.status == 200
+    assert (reply.status, "Hel" in reply.body.decode()) == (200, True)
     assert reply.clean, "nobody overlooks the event"
-    assert "Hel" in reply.body.decode()
     last = {"messages": "error", "responses": "response.failed"}[api]
     assert [event["type"] for event in events].index(last) == len(events) - 1
     reply, value = ask_api(proxy, api, False)
-    assert reply.status == 502
-    assert value["error"]["message"]
-    assert len(zai.requests) == 2
+    assert (reply.status, value["error"]["message"] != "", len(zai.requests)) == (502, True, 2)
 
 
 # To add an API, add a row: its name -> its heartbeats before the answer, and in it.
@@ -8878,37 +8762,29 @@ def test_an_item_is_remembered_for_the_key_that_got_it_and_for_no_other(zai):
         items = [{"type": "item_reference", "id": item["id"]} for item in answer["output"]]
         items.append(user("And?"))
         reply, _ = ask_api(proxy, "responses", False, input=items)
-        assert reply.status == 200
-        sent = zai.requests[-1]["body"]["messages"]
-        assert [message["role"] for message in sent] == ["assistant", "user"]
-        assert sent[0]["content"] == "Hello"
+        told = [(message["role"], message["content"]) for message in zai.requests[-1]["body"]["messages"]]
+        assert (reply.status, told) == (200, [("assistant", "Hello"), ("user", "And?")])
         reply, value = ask_api(proxy, "responses", False, auth="sk-other", input=items)
-        assert reply.status == 404
-        assert "not found" in value["error"]["message"]
-        assert len(zai.requests) == 2
+        assert (reply.status, "not found" in value["error"]["message"], len(zai.requests)) == (404, True, 2)
 
 
 # What the log tells
 
 # To add a case, add a row: a request, how its line begins behind its id.
 @table("data,words", [
-    (raw_request("GET", "/health", LAST), "127.0.0.1 GET /health 200"),
-    (raw_request("GET", "/v1/models", LAST), "127.0.0.1 GET /v1/models 200"),
-    (raw_request("POST", "/nope?secret", LAST), "127.0.0.1 POST /nope 404"),
-    (raw_request("PUT", "/health", LAST), "127.0.0.1 PUT /health 405"),
-    (raw_request("OPTIONS", "/", LAST), "127.0.0.1 OPTIONS / 200"),
-    (raw_chat({}, LAST), f"127.0.0.1 POST {CHAT} 400"),
-    (raw_chat(JSON_CHAT, LAST), f"127.0.0.1 POST {CHAT} 200"),
-    (raw_chat(chat_body(stream=True), LAST), f"127.0.0.1 POST {CHAT} 200"),
-    (b"nonsense\r\n\r\n", "127.0.0.1 - - 400"),
-    (raw_request("BREW", "/health", LAST), "127.0.0.1 BREW /health 405"),
-    (raw_request("GET", "/health", "Content-Length: x"), "127.0.0.1 GET /health 400"),
+    *((raw_request(method, path, LAST), words) for method, path, words in (
+        ("GET", "/health", "GET /health 200"), ("GET", "/v1/models", "GET /v1/models 200"),
+        ("POST", "/nope?secret", "POST /nope 404"), ("PUT", "/health", "PUT /health 405"),
+        ("OPTIONS", "/", "OPTIONS / 200"), ("BREW", "/health", "BREW /health 405"))),
+    (raw_chat({}, LAST), f"POST {CHAT} 400"), (raw_chat(JSON_CHAT, LAST), f"POST {CHAT} 200"),
+    (raw_chat(chat_body(stream=True), LAST), f"POST {CHAT} 200"), (b"nonsense\r\n\r\n", "- - 400"),
+    (raw_request("GET", "/health", "Content-Length: x"), "GET /health 400"),
 ])
 def test_a_request_is_one_line(proxy, log_lines, data, words):
     reply, = replies_in(talk(proxy, data))
     assert eventually(log_lines)
     line, = log_lines()
-    assert line.startswith(f"{reply.headers['x-request-id']} {words}")
+    assert line.startswith(f"{reply.headers['x-request-id']} 127.0.0.1 {words}")
     assert not log_lines(logging.ERROR)
 
 
@@ -8929,9 +8805,8 @@ def test_the_line_of_a_chat_tells_what_happened(zai, log_lines):
         assert eventually(log_lines)
         assert "ztoapi_retries_total 2" in proxy.call("GET", "/metrics")[2]
     words = log_lines()[0].split()
-    for word in ("key=#2", "rid=run?17", "model=GLM-4.6", "stream=false", "in=28", "out=185", "retries=2",
-                 "changed=store", "zai=20260711073209851e7f8c12c44579"):
-        assert word in words
+    assert {"key=#2", "rid=run?17", "model=GLM-4.6", "stream=false", "in=28", "out=185", "retries=2", "changed=store",
+            "zai=20260711073209851e7f8c12c44579"} <= set(words)
     assert re.search(r" ttft=\d+\.\d+ total=\d+\.\d+ queue=\d+\.\d+ ", log_lines()[0])
 
 
@@ -8942,21 +8817,16 @@ def test_a_key_is_taken_out_before_a_word_is_cut(zai, log_lines):
         proxy.call("POST", CHAT, chat_body(stream=False, model="m" * 75 + key), key=key)
         proxy.idle()
         text = json.dumps(proxy.call("GET", "/stats", key=key)[2]) + "".join(log_lines())
-    assert "A1b2C3" not in text
-    assert "[redacted]" in text
+    assert ("A1b2C3" in text, "[redacted]" in text) == (False, True)
 
 
 SECRETIVE = {
     "tools": [{"type": "function", "function": {"name": "secretive", "description": "DESCRIPTION",
                                                 "parameters": {"type": "object", "properties": {"PROPERTY": {}}}}}],
-    "stop": "STOP-WORD",
-    "user": "USER-NAME",
+    "stop": "STOP-WORD", "user": "USER-NAME",
     "messages": [
-        {"role": "system", "content": "SYSTEM"},
-        {"role": "user", "content": [{"type": "text", "text": "PROMPT"}]},
-        {"role": "assistant", "content": None, "tool_calls": [
-            {"id": "call_1", "type": "function", "function": {"name": "secretive", "arguments": '{"b":"OLD"}'}}]},
-        {"role": "tool", "tool_call_id": "call_1", "content": "RESULT"},
+        system("SYSTEM"), user([{"type": "text", "text": "PROMPT"}]),
+        assistant(None, [("call_1", "secretive", '{"b":"OLD"}')]), output("call_1", "RESULT"),
     ],
 }
 
@@ -8969,9 +8839,9 @@ def test_no_log_line_holds_a_text_even_in_debug_mode(zai, log_lines, caplog):
             assert proxy.call("POST", CHAT, chat_body(stream=streamed, **SECRETIVE))[0] == 200
         proxy.call("POST", CHAT, {"model": "GLM-4.6", "messages": [{"role": "BADROLE", "content": "PROMPT"}]})
     text = "\n".join(log_lines())
-    for word in ("THOUGHT", "ANSWER", "ARGUMENT", "DESCRIPTION", "PROPERTY", "STOP-WORD", "USER-NAME", "SYSTEM",
-                 "PROMPT", "OLD", "RESULT", KEY, ZAI_KEY):
-        assert word not in text
+    secrets = ("THOUGHT", "ANSWER", "ARGUMENT", "DESCRIPTION", "PROPERTY", "STOP-WORD", "USER-NAME", "SYSTEM", "PROMPT",
+               "OLD", "RESULT", KEY, ZAI_KEY)
+    assert [word for word in secrets if word in text] == []
     assert len(log_lines()) > 3, "DEBUG_MODE does say more"
 
 
@@ -8980,8 +8850,7 @@ def test_nothing_a_client_sends_can_shape_the_log(zai, log_lines, caplog):
     evil = "x\r\n2026-01-01 INFO forged\x1b[2J\x00\x7f\x85\u2028\u202e\ud800 status=200 out=7 error=''"
     messages = [{"role": "user", "content": "Hi", evil: 1}]
     bodies = [
-        chat_body(model=evil, **{evil: 1, "n": 7}),
-        chat_body(model=evil, **{evil: 1}),
+        *(chat_body(model=evil, **{evil: 1}, **more) for more in ({}, {"n": 7})),
         {"model": evil, "messages": [{"role": evil, "content": evil}]},
         {"model": evil, "messages": messages, "tools": [{"type": evil, evil: evil}], "response_format": {"type": evil}},
         {"model": "x", "messages": messages},
@@ -9040,9 +8909,8 @@ def test_the_metrics_are_prometheus_text_with_the_promised_names(zai):
     zai.scripts.extend([refusal(400, "1210"), stream(b"data: garbage\n\n", *HEALTHY)])
     with strict_proxy(zai, MAX_CONCURRENCY="4", MAX_RETRIES="1") as proxy:
         assert proxy.call("GET", "/metrics", key=None)[0] == 401
-        proxy.chat()
-        proxy.chat()
-        proxy.stream()
+        for get in (proxy.chat, proxy.chat, proxy.stream):
+            get()
         proxy.idle()  # a handler tells the counters after its answer is out
         zai.default = stream(say("Hi"), LONG_S)
         held = proxy.open_stream()
@@ -9066,11 +8934,9 @@ def test_the_metrics_are_prometheus_text_with_the_promised_names(zai):
 def test_stats_begin_empty(proxy):
     assert proxy.call("GET", "/stats", key=None)[0] == 401
     stats = proxy.call("GET", "/stats")[2]
-    for name in ("in_flight", "served", "failed", "cancelled"):
-        assert stats[name] == 0
+    assert [stats[name] for name in ("in_flight", "served", "failed", "cancelled")] == [0] * 4
     assert (stats["queued"], stats["gates"], stats["tokens"], stats["trouble"]) == ({}, [], {}, [""])
-    assert (stats["unauthorized"], stats["history"], stats["recent"]) == (1, [0] * 60, [])
-    assert stats["demo"] is False
+    assert (stats["unauthorized"], stats["history"], stats["recent"], stats["demo"]) == (1, [0] * 60, [], False)
 
 
 def test_stats_tell_the_page_what_is_going_on(zai):
@@ -9083,17 +8949,14 @@ def test_stats_tell_the_page_what_is_going_on(zai):
         proxy.idle()
         _, headers, stats = proxy.call("GET", "/stats")
     assert (headers["Cache-Control"], stats["version"]) == ("no-store", ztoapi.__version__)
-    assert (stats["served"], stats["failed"]) == (23, 1)
-    assert sum(stats["history"]) == 23 * 185
+    assert (stats["served"], stats["failed"], sum(stats["history"])) == (23, 1, 23 * 185)
     assert not re.search("PROMPT|Hello|The user", json.dumps(stats))
     assert len(stats["recent"]) == 20
     failed, served = stats["recent"][:2]
     assert set(failed) == {"time", "path", "key", "status", "error", "model", "by", "stream", "ttft", "total", "queue",
                            "in", "out", "retries", "changed", "repaired", "zai"}
-    assert failed["status"] == 400
-    assert "1210" in failed["error"]
-    assert (served["path"], served["key"], served["model"]) == (CHAT, "#1", "m22")
-    assert (served["out"], served["error"]) == (185, "")
+    assert (failed["status"], "1210" in failed["error"]) == (400, True)
+    assert [served[name] for name in ("path", "key", "model", "out", "error")] == [CHAT, "#1", "m22", 185, ""]
 
 
 def test_a_learned_ceiling_shows(zai, soon_again, proxy):
@@ -9102,8 +8965,7 @@ def test_a_learned_ceiling_shows(zai, soon_again, proxy):
     together(*[proxy.chat] * 4)
     (key, model, ceiling), = proxy.call("GET", "/stats")[2]["gates"]
     text = proxy.call("GET", "/metrics")[2]
-    assert (key, model) == (1, "glm-4.6")
-    assert 1 <= ceiling <= 3
+    assert (key, model, 1 <= ceiling <= 3) == (1, "glm-4.6", True)
     assert f'ztoapi_concurrency_ceiling{{key="1",model="glm-4.6"}} {ceiling}\n' in text
 
 
@@ -9125,8 +8987,7 @@ def test_stats_tell_what_is_wrong_with_each_of_our_keys_until_it_serves(zai):
 # The page: the key is in it only if everybody knows it.
 
 @table("environ,key,model", [
-    ({"DEFAULT_KEY": "sk-your-key"}, "sk-your-key", "glm-4.7-flash"),
-    ({}, "", "glm-4.7-flash"),
+    ({"DEFAULT_KEY": "sk-your-key"}, "sk-your-key", "glm-4.7-flash"), ({}, "", "glm-4.7-flash"),
     ({"ZAI_BASE_URL": CODING}, "", "glm-4.7"),
 ])
 def test_the_page_tells_its_key_and_model_and_runs_nothing_but_its_own(environ, key, model):
@@ -9189,9 +9050,8 @@ def test_stop_cuts_what_still_runs_after_the_grace(zai, brisk, proxy):
         began = time.monotonic()
         proxy.server.stop(0.3)
         assert time.monotonic() - began >= 0.3
-        status, headers, events, clean = read_stream(sock)
-        assert said(events) == "Hel"
-        assert not clean
+        _, _, events, clean = read_stream(sock)
+        assert (said(events), clean) == ("Hel", False)
         assert eventually(lambda: zai.cut_by_client == 1)
 
 
@@ -9214,8 +9074,7 @@ def test_it_can_be_embedded_twice_in_one_process(zai):
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     for server, text in zip(servers, (b"Hello", b"Demo")):
         reply = exchange(server, raw_chat(JSON_CHAT))[0]
-        assert reply.status == 200
-        assert text in reply.body
+        assert (reply.status, text in reply.body) == (200, True)
     for server in servers:
         server.stop()
         with pytest.raises(OSError):
@@ -9244,11 +9103,9 @@ def no_descriptor_left():
 
 # To add a case, add a row: what happens to a server -> its steps; a number is slept.
 @cases("steps", {
-    "it never serves": ["stop"],
-    "it is stopped before it serves": ["stop", "serve", "join"],
-    "it is stopped while it begins": ["serve", "stop", "join"],
+    "it never serves": ["stop"], "it is stopped before it serves": ["stop", "serve", "join"],
+    "it is stopped while it begins": ["serve", "stop", "join"], "twice": ["serve", "stop", "stop", "join"],
     "and a moment later": ["serve", 0.001, "stop", "join"],
-    "twice": ["serve", "stop", "stop", "join"],
 })
 def test_a_server_can_be_stopped_at_any_time(steps, monkeypatch):
     failures = []
@@ -9294,17 +9151,14 @@ def test_a_full_house_makes_room_for_a_newcomer_by_closing_who_has_idled_longest
             first.sendall(raw_request("GET", "/health"))
             assert next_reply(first).status == 200
             proxy.idle()
-            assert proxy.chat()[0] == 200
-            assert read_to_end(second) == b""
-            assert not readable(first)
-            assert not readable(third)
+            assert (proxy.chat()[0], read_to_end(second)) == (200, b"")
+            assert not readable(first) and not readable(third)
 
 
 def test_who_has_just_come_has_not_idled_longest(zai):
     with proxying(zai, MAX_CONNECTIONS="2") as proxy:
         with hold(proxy, raw_request("GET", "/health")) as idle, connect(proxy) as silent:
-            assert proxy.call("GET", "/health")[0] == 200
-            assert read_to_end(idle) == b""
+            assert (proxy.call("GET", "/health")[0], read_to_end(idle)) == (200, b"")
             assert not readable(silent)
 
 
@@ -9315,8 +9169,8 @@ def test_where_all_are_busy_a_503_can_be_read_and_the_rest_goes_on(zai, go, log_
         threads = threading.active_count()
         for _ in range(3):
             status, headers, body = proxy.chat()
-            assert (status, body["error"]["code"]) == (503, "too_many_connections")
-            assert (headers["Retry-After"], headers["Connection"]) == ("5", "close")
+            told = (status, body["error"]["code"], headers["Retry-After"], headers["Connection"])
+            assert told == (503, "too_many_connections", "5", "close")
             assert headers["x-request-id"]
         assert threading.active_count() <= threads, "a refusal needs no thread"
         assert len(zai.requests) == 3
@@ -9327,8 +9181,7 @@ def test_where_all_are_busy_a_503_can_be_read_and_the_rest_goes_on(zai, go, log_
         assert proxy.chat()[0] == 200
         for sock in busy:
             sock.close()
-    assert len(log_lines(logging.WARNING)) == 3
-    assert not log_lines(logging.ERROR)
+    assert (len(log_lines(logging.WARNING)), log_lines(logging.ERROR)) == (3, [])
 
 
 def test_where_no_thread_can_be_started_there_is_a_503(monkeypatch, log_lines, proxy):
@@ -9345,8 +9198,7 @@ def test_where_no_thread_can_be_started_there_is_a_503(monkeypatch, log_lines, p
             reply, = exchange(proxy, raw_request("GET", "/health"))
             assert (reply.status, reply.headers["Retry-After"]) == (503, "5")
     assert proxy.chat()[0] == 200
-    assert len(log_lines(logging.WARNING)) == 3
-    assert not log_lines(logging.ERROR)
+    assert (len(log_lines(logging.WARNING)), log_lines(logging.ERROR)) == (3, [])
 
 
 def is_cut(proxy, first, drip, pause_s=0.05):
@@ -9373,16 +9225,11 @@ LONG_POST = raw_request("POST", CHAT, "Content-Length: 2000000000")
 # To add a case, add a row: where it drips -> what is sent first, what then drips, the seconds in between. A 413 would
 # end the fast body, hence the large limit.
 DRIPS = {
-    "request line": (b"GET /", b"a"),
-    "headers": (b"GET /health HTTP/1.1\r\n", b"X: y\r\n"),
-    "one header": (b"GET /health HTTP/1.1\r\nX: ", b"y"),
-    "body": (LONG_POST, b" "),
-    "chunked body": (raw_chunks(), b"1\r\n \r\n"),
-    "one chunk": (raw_chunks(b"fffff\r\n"), b" "),
-    "chunk extension": (raw_chunks(b"1;"), b"x"),
-    "nothing at all": (b"", b""),
-    "a TLS hello": (b"\x16\x03\x01", b"\0"),
-    "blank lines": (b"\r\n", b"\r\n"),
+    "request line": (b"GET /", b"a"), "headers": (b"GET /health HTTP/1.1\r\n", b"X: y\r\n"),
+    "one header": (b"GET /health HTTP/1.1\r\nX: ", b"y"), "body": (LONG_POST, b" "),
+    "chunked body": (raw_chunks(), b"1\r\n \r\n"), "one chunk": (raw_chunks(b"fffff\r\n"), b" "),
+    "chunk extension": (raw_chunks(b"1;"), b"x"), "nothing at all": (b"", b""),
+    "a TLS hello": (b"\x16\x03\x01", b"\0"), "blank lines": (b"\r\n", b"\r\n"),
     "a body without pause": (LONG_POST, b" " * 1000, 0.0005),
     "a refused body": (raw_request("POST", CHAT, "Content-Length: 2000000000", auth=False), b" " * 65536, 0.0005),
 }
@@ -9390,17 +9237,15 @@ DRIPS = {
 
 def test_no_request_may_come_slowly_for_ever(zai, monkeypatch, log_lines):
     """Slowloris, in every part of a request, slow and fast."""
-    monkeypatch.setattr(ztoapi, "KEEP_ALIVE_S", 0.4)
-    monkeypatch.setattr(ztoapi, "LINGER_S", 0.2)
-    monkeypatch.setattr(ztoapi, "PATIENCE", 2)
+    for name, value in (("KEEP_ALIVE_S", 0.4), ("LINGER_S", 0.2), ("PATIENCE", 2)):
+        monkeypatch.setattr(ztoapi, name, value)
     with proxying(zai, CLIENT_TIMEOUT="0.4", MAX_BODY_MB="2048") as proxy:
         before = threading.active_count()
         cut = together(*[lambda drip=drip: is_cut(proxy, *drip) for drip in DRIPS.values()])
         assert eventually(lambda: threading.active_count() <= before)
         assert eventually(lambda: served(proxy.port))
     assert [name for name, is_cut in zip(DRIPS, cut) if not is_cut] == []
-    assert not zai.requests
-    assert not log_lines(logging.ERROR)
+    assert (zai.requests, log_lines(logging.ERROR)) == ([], [])
 
 
 # To add a case, add a row: a request of which a part comes late -> what comes before.
@@ -9445,8 +9290,7 @@ def test_an_idle_connection_is_kept_for_keep_alive_seconds(zai, monkeypatch):
             time.sleep(1.4)  # longer than a request may take, shorter than keep-alive
             monkeypatch.setattr(ztoapi, "KEEP_ALIVE_S", 0.2)
             sock.sendall(raw_request("GET", "/health"))
-            assert read_reply(file).status == 200
-            assert file.read() == b""
+            assert (read_reply(file).status, file.read()) == (200, b"")
 
 
 def test_a_full_descriptor_table_does_not_spin_and_heals(monkeypatch, proxy):
@@ -9482,8 +9326,7 @@ def test_quotes_of_a_client_are_bounded(log_lines, proxy):
     body = json_chat(tools=[{"type": "function", "function": {"name": "f"}}], tool_choice=choice)
     for _ in range(20):
         status, headers, answer = proxy.call("POST", CHAT, body)
-        assert status == 400
-        assert len(str(answer)) < 2000
+        assert (status, len(str(answer)) < 2000) == (400, True)
     proxy.idle()
     assert len(str(proxy.call("GET", "/stats")[2])) < 20000
     assert max(map(len, log_lines())) < 2000
@@ -9512,11 +9355,11 @@ def test_requests_sent_before_the_end_are_answered(zai, monkeypatch, proxy):
     assert ztoapi.Server.SETTLE_S == 0.1
     monkeypatch.setattr(ztoapi.Server, "SETTLE_S", property(settle))
     proxy.server.stop(30)
-    replies = [replies_in(read_to_end(sock)) for sock in kept + new]
     for sock in kept + new:
-        sock.close()
-    assert [[reply.status for reply in found] for found in replies] == [[200]] * 50
-    assert {found[0].headers["Connection"] for found in replies} <= {"close", None}
+        with sock:
+            reply, = replies_in(read_to_end(sock))
+        assert reply.status == 200
+        assert reply.headers["Connection"] in ("close", None)
 
 
 def test_stop_does_not_wait_for_idle_connections(proxy):
@@ -9623,10 +9466,7 @@ def test_attack_two_clients_never_see_each_others_answers(zai, proxy):
     def client(number):
         for i in range(5):
             texts = [f"<{number}-{i}-{j}>" for j in range(3)]
-            data = b""
-            for j, text in enumerate(texts):
-                messages = [user(text)]
-                data += raw_chat(json_chat(stream=j == 1, messages=messages))
+            data = b"".join(raw_chat(json_chat(stream=text.endswith("1>"), messages=[user(text)])) for text in texts)
             for text, reply in zip(texts, exchange(proxy, data)):
                 seen[text] = re.findall("<.*?>", reply.body.decode())
     together(*[lambda number=number: client(number) for number in range(8)])
@@ -9666,14 +9506,11 @@ LINES = [
 ]
 # To add a case, add a row: a good request, to be broken by the fuzzer.
 PLAIN_REQUESTS = [
-    raw_request("GET", "/v1/models"),
+    raw_request("GET", "/v1/models"), raw_request("HEAD", "/stats"), raw_request("GET", "/"),
     raw_request("GET", "/v1/models/GLM-4.6?x=%20", "Origin: https://x"),
     raw_request("GET", "/health", "Connection: close"),
-    raw_request("HEAD", "/stats"),
-    raw_request("GET", "/"),
     raw_request("OPTIONS", CHAT, "Origin: x", "Access-Control-Request-Headers: a"),
-    raw_request("GET", "http://x/metrics", version="HTTP/1.0"),
-    raw_chat(JSON_CHAT, "Expect: 100-continue"),
+    raw_request("GET", "http://x/metrics", version="HTTP/1.0"), raw_chat(JSON_CHAT, "Expect: 100-continue"),
 ]
 
 
@@ -9802,16 +9639,14 @@ def failures(out):
 def failures_of(capsys, **environ):
     """What a --check says that must fail, and show no secret."""
     status, out = check(capsys, ZAI_API_KEY=ZAI_KEY, **environ)
-    assert status == 1
-    assert [secret for secret in ("ZaiSecret", "hidden") if secret in out] == []
+    assert (status, [secret for secret in ("ZaiSecret", "hidden") if secret in out]) == (1, [])
     return failures(out)
 
 
 def test_the_check_passes_in_the_demo(capsys):
     status, out = check(capsys, DEMO_MODE="true")
-    assert status == 0
+    assert (status, failures(out)) == (0, [])
     assert "DEMO_MODE=True" in out
-    assert failures(out) == []
 
 
 def test_the_check_passes_where_one_key_of_two_is_good(zai, capsys):
@@ -9820,58 +9655,51 @@ def test_the_check_passes_where_one_key_of_two_is_good(zai, capsys):
     status, out = check(capsys, ZAI_API_KEY=f"{ZAI_KEY},{OTHER_KEY}", ZAI_BASE_URL=zai.url, DEFAULT_KEY=KEY, **other)
     assert status == 0
     version = "Python %d.%d" % sys.version_info[:2]
-    for word in (version, "OpenSSL", "FAIL  key: ", "ok    chat: ", "first token", "Key #1 ...cret", *other):
-        assert word in out
-    for secret in (ZAI_KEY, KEY, "ZaiSecret", "OtherOther", "fedcba"):
-        assert secret not in out
+    words = (version, "OpenSSL", "FAIL  key: ", "ok    chat: ", "first token", "Key #1 ...cret", *other)
+    assert [word for word in words if word not in out] == []
+    assert [secret for secret in (ZAI_KEY, KEY, "ZaiSecret", "OtherOther", "fedcba") if secret in out] == []
     assert keys_at(zai) == [ZAI_KEY, OTHER_KEY]
 
 
 def test_the_check_names_a_short_key_by_its_position(zai, capsys):
     status, out = check(capsys, ZAI_API_KEY="short", ZAI_BASE_URL=zai.url)
-    assert status == 0
-    assert "Key #1 ...\n" in out
+    assert (status, "Key #1 ...\n" in out) == (0, True)
 
 
-# To add a case, add a row: a name -> what Z.ai does, a pattern of what the first FAIL says, UPSTREAM_TIMEOUT, which is
-# short where Z.ai falls silent.
-@cases("scripts,advice,patience", {
-    "bad key": ([refusal(401, "1000", "Authentication failed " + ZAI_KEY)], "ZAI_API_KEY", "300"),
-    "HTML": ([answer(200, b"<html>portal</html>")] * 9, "ZAI_BASE_URL", "300"),
-    "HTML 502": ([answer(502, b"<html>Bad gateway</html>")] * 3, "502", "300"),
-    "wrong path": ([answer(200, {"code": 500, "msg": "404 NOT_FOUND", "success": False})] * 9, "ZAI_BASE_URL", "300"),
-    "no money": ([refusal(429, "1113", "Insufficient balance")] * 9, "Recharge|Coding Plan", "300"),
-    "no model": ([refusal(400, "1211", "Unknown Model")] * 9, "model", "300"),
-    "silence": ([[20]] * 3, "silent", "0.1"),
-    "silence in the answer": ([stream(think("x"), LONG_S)] * 9, "silent|UPSTREAM_TIMEOUT", "0.5"),
-    "cut": ([stream(think("x"), CLOSE)] * 9, "cut|ended", "300"),
-})
+# What Z.ai does, a pattern of what the first FAIL says, UPSTREAM_TIMEOUT, which is short where Z.ai falls silent.
+@cases("scripts,advice,patience", [
+    *((*row, "300") for row in (
+        ("bad key", [refusal(401, "1000", "Authentication failed " + ZAI_KEY)], "ZAI_API_KEY"),
+        ("HTML", [answer(200, b"<html>portal</html>")] * 9, "ZAI_BASE_URL"),
+        ("HTML 502", [answer(502, b"<html>Bad gateway</html>")] * 3, "502"),
+        ("wrong path", [answer(200, {"code": 500, "msg": "404 NOT_FOUND", "success": False})] * 9, "ZAI_BASE_URL"),
+        ("no money", [refusal(429, "1113", "Insufficient balance")] * 9, "Recharge|Coding Plan"),
+        ("no model", [refusal(400, "1211", "Unknown Model")] * 9, "model"),
+        ("cut", [stream(think("x"), CLOSE)] * 9, "cut|ended"))),
+    ("silence", [[20]] * 3, "silent", "0.1"),
+    ("silence in the answer", [stream(think("x"), LONG_S)] * 9, "silent|UPSTREAM_TIMEOUT", "0.5"),
+])
 def test_the_check_fails_with_one_sentence_on_what_to_do(zai, capsys, scripts, advice, patience):
     zai.scripts.extend(scripts)
     told = failures_of(capsys, ZAI_BASE_URL=zai.url, MAX_RETRIES="0", UPSTREAM_TIMEOUT=patience)
     assert re.search(advice, told[0])
 
 
-# To add a case, add a row: a name -> what the pay-as-you-go API says of a key for the Coding Plan, and what the
-# mainland's says; the last line of the check.
-@cases("refused,mainland,told", {
-    "no balance": (refusal(429, "1113"), refusal(429, "1113"), "fits ZAI_BASE_URL={coding}."),
-    "refused": (refusal(401, "401"), refusal(401, "401"), "fits ZAI_BASE_URL={coding}."),
-    "fits nowhere": (refusal(429, "1113"), refusal(429, "1113"), "fits none of Z.ai's"),
+# What the APIs of both places say of a key for the Coding Plan, the last line of the check.
+@cases("refused,told", {
+    "no balance": (refusal(429, "1113"), "fits ZAI_BASE_URL={coding}."),
+    "refused": (refusal(401, "401"), "fits ZAI_BASE_URL={coding}."),
+    "fits nowhere": (refusal(429, "1113"), "fits none of Z.ai's"),
 })
-def test_the_check_finds_the_base_url_that_a_key_fits(zai, capsys, monkeypatch, refused, mainland, told):
+def test_the_check_finds_the_base_url_that_a_key_fits(zai, capsys, monkeypatch, refused, told):
     def reply(request):
-        if "coding" in request["path"] and "none" not in told:
-            return stream(*HEALTHY)
-        return mainland if "mainland" in request["path"] else refused
-
+        return stream(*HEALTHY) if "coding" in request["path"] and "none" not in told else refused
     zai.default = reply
     bases = [zai.url, zai.url.replace("/api", "/mainland"), zai.url.replace("/paas", "/coding/paas")]
     monkeypatch.setattr(ztoapi, "ZAI_BASE_URLS", bases)
     status, out = check(capsys, ZAI_API_KEY=ZAI_KEY, ZAI_BASE_URL=zai.url)
-    assert status == 1
+    assert (status, ZAI_KEY in out) == (1, False)
     assert told.format(coding=bases[2]) in out.splitlines()[-1]
-    assert ZAI_KEY not in out
 
 
 def test_the_check_says_that_z_ai_has_no_room(zai, capsys):
@@ -9882,8 +9710,7 @@ def test_the_check_says_that_z_ai_has_no_room(zai, capsys):
 
 def test_the_check_shows_a_key_to_no_server_that_is_not_named(zai, capsys):
     zai.default = refusal(401, "401")
-    assert len(failures_of(capsys, ZAI_BASE_URL=zai.url)) == 1
-    assert len(zai.requests) == 1
+    assert (len(failures_of(capsys, ZAI_BASE_URL=zai.url)), len(zai.requests)) == (1, 1)
 
 
 # To add a case, add a row: what Z.ai does for ever.
@@ -9901,8 +9728,7 @@ def test_the_check_tells_of_a_closed_port_and_first_of_a_missing_key(capsys, clo
     road, = failures_of(capsys, ZAI_BASE_URL=url)
     assert re.match("FAIL  TCP: .*HTTPS_PROXY", road)
     key, again = failures(check(capsys, ZAI_BASE_URL=url)[1])
-    assert "ZAI_API_KEY" in key
-    assert "https://z.ai/" in key
+    assert re.search("ZAI_API_KEY.*https://z.ai/", key)
     assert again == road
 
 
@@ -9935,9 +9761,7 @@ def test_a_host_that_is_no_host_is_no_traceback(capsys, host):
     assert err.count("\n") == (status == 2)
     assert bool(failures(out)) == (status == 1)
     status, out, err = run_main(capsys, HOST=host, DEFAULT_KEY=KEY, PORT="0")
-    assert status in (1, 2)
-    assert err.count("\n") == 1
-    assert host in err
+    assert (status in (1, 2), err.count("\n"), host in err) == (True, 1, True)
 
 
 # Main #################################################################################
@@ -9964,11 +9788,7 @@ BAD_VARIABLES = [
 @pytest.mark.parametrize("variable,value", BAD_VARIABLES)
 def test_a_bad_variable_is_one_line_and_exit_status_2(capsys, variable, value, argv):
     status, out, err = run_main(capsys, *argv, **{variable: value})
-    assert status == 2
-    assert not out
-    assert err.count("\n") == 1
-    assert err.endswith("\n")
-    assert variable in err
+    assert (status, out, err.count("\n"), err[-1], variable in err) == (2, "", 1, "\n", True)
     if value.strip(" ,"):
         assert (ascii(value)[1:-1] in err) != variable.endswith("_KEY"), "a key is not shown, all else is"
 
@@ -9976,8 +9796,7 @@ def test_a_bad_variable_is_one_line_and_exit_status_2(capsys, variable, value, a
 @pytest.mark.parametrize("argument", ["--help", "-h"])
 def test_help_is_the_docstring(capsys, argument):
     status, out, err = run_main(capsys, argument, PORT="bad")
-    assert (status, err) == (0, "")
-    assert out.strip() == ztoapi.__doc__.strip()
+    assert (status, err, out.strip()) == (0, "", ztoapi.__doc__.strip())
     assert out.isascii()
 
 
@@ -9991,8 +9810,7 @@ def test_the_version_is_one_line(capsys):
 ])
 def test_any_other_argument_is_one_line_and_exit_status_2(capsys, argv):
     status, out, err = run_main(capsys, *argv)
-    assert (status, out) == (2, "")
-    assert err.count("\n") == 1
+    assert (status, out, err.count("\n")) == (2, "", 1)
 
 
 # Its life, in processes of its own
@@ -10044,11 +9862,9 @@ def test_it_serves_from_a_bare_environment_and_writes_and_starts_nothing():
     with program("-c", AUDITED, ztoapi.__file__, DEMO_MODE="1") as process:
         with connect(process, raw_request("GET", "/health")) as idle:
             assert eventually(lambda: readable(idle))
-            chat = raw_chat(JSON_CHAT, auth="sk-your-key")
-            replies = exchange(process, chat + raw_request("GET", "/"))
-            assert replies[0].status == replies[1].status == 200
-            assert b"Hi" in replies[0].body
-            assert b"<html" in replies[1].body
+            replies = exchange(process, raw_chat(JSON_CHAT, auth="sk-your-key") + raw_request("GET", "/"))
+            for reply, words in zip(replies, (b"Hi", b"<html")):
+                assert (reply.status, words in reply.body) == (200, True)
             assert end(process, signal.SIGTERM) == 0
     assert process.lines[0].startswith("ZtoApi " + ztoapi.__version__)
     assert "DEMO" in process.lines[1]
@@ -10065,13 +9881,10 @@ def test_the_start_lines_mask_keys_and_sigint_ends_it(zai):
         with connect(process, raw_chat(JSON_CHAT)[:50]):  # half a request is nothing that runs
             assert exchange(process, raw_request("GET", "/health"))[0].status == 200
             assert end(process, signal.SIGINT) == 0
-    assert "Traceback" not in process.err
     text = "".join(process.lines)
-    assert text.count("\n") == 3
-    for word in (zai.url, "models", ZAI_KEY[-4:], KEY[-4:]):
-        assert word in text
-    for secret in (ZAI_KEY, KEY, "short", "ZaiSecret"):
-        assert secret not in text
+    assert ("Traceback" in process.err, text.count("\n")) == (False, 3)
+    assert [word for word in (zai.url, "models", ZAI_KEY[-4:], KEY[-4:]) if word not in text] == []
+    assert [secret for secret in (ZAI_KEY, KEY, "short", "ZaiSecret") if secret in text] == []
 
 
 # To add a case, add a row: the Z.ai key, what the warning says.
@@ -10082,9 +9895,9 @@ def test_the_start_lines_mask_keys_and_sigint_ends_it(zai):
 def test_without_a_key_the_start_lines_warn(key, words):
     with program(ZAI_API_KEY=key) as process:
         assert end(process, signal.SIGTERM) == 0
-    assert process.lines[1].startswith("WARNING")
-    for word in (words, "ZAI_API_KEY", "https://z.ai/manage-apikey"):
-        assert word in process.lines[1]
+    warning = process.lines[1]
+    assert warning.startswith("WARNING")
+    assert all(word in warning for word in (words, "ZAI_API_KEY", "https://z.ai/manage-apikey"))
 
 
 def refused(port):
@@ -10098,8 +9911,7 @@ def refused(port):
 def served(port):
     """Whether it answers. That it listens alone does not mean that it minds signals yet."""
     with contextlib.suppress(OSError):
-        reply = talk(types.SimpleNamespace(port=port), SENTINEL)
-        return reply.startswith(b"HTTP/1.1 200 ")
+        return talk(types.SimpleNamespace(port=port), SENTINEL).startswith(b"HTTP/1.1 200 ")
     return False
 
 
@@ -10127,8 +9939,7 @@ def test_a_second_signal_ends_at_once(zai):
             with pytest.raises(subprocess.TimeoutExpired):
                 process.wait(0.2)
             assert end(process, signal.SIGTERM) == 1
-    assert "Traceback" not in process.err
-    assert process.out == "Stopped.\n"
+    assert ("Traceback" in process.err, process.out) == (False, "Stopped.\n")
 
 
 # To add a case, add a row: variables of an address that the machine refuses.
@@ -10156,8 +9967,7 @@ def test_a_port_that_is_taken_says_what_to_set(capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         status, _, err = run_main(capsys, PORT=str(taken.getsockname()[1]))
     assert status == 1
-    assert "in use" in err
-    assert "set PORT= or HOST= to another" in err
+    assert re.search("in use.*set PORT= or HOST= to another", err)
 
 
 def test_an_older_python_gets_one_line():
@@ -10184,8 +9994,7 @@ def test_without_ssl_there_is_one_line_and_the_demo(closed_port):
 
 def test_help_without_docstrings_is_one_line():
     status, out, err = run("-OO", ztoapi.__file__, "--help")
-    assert (status, err) == (0, "")
-    assert out.startswith("usage: ")
+    assert (status, err, out.startswith("usage: ")) == (0, "", True)
 
 
 @posix_only
@@ -10229,12 +10038,10 @@ def test_a_low_descriptor_limit_lowers_the_ceiling_and_is_said():
 def test_the_descriptor_limit_is_raised_as_far_as_it_goes(monkeypatch):
     resource = pytest.importorskip("resource")
     for limits, connections, allowed, raised in [
-        ((256, 4096), 1000, 1000, (2064, 4096)),
-        ((256, 1024), 1000, 480, (1024, 1024)),
+        ((256, 4096), 1000, 1000, (2064, 4096)), ((256, 1024), 1000, 480, (1024, 1024)),
         ((256, resource.RLIM_INFINITY), 1000, 1000, (2064, resource.RLIM_INFINITY)),
         ((resource.RLIM_INFINITY, resource.RLIM_INFINITY), 1000, 1000, None),
-        ((4096, 4096), 100, 100, None),
-        ((10, 10), 100, 1, None),
+        ((4096, 4096), 100, 100, None), ((10, 10), 100, 1, None),
     ]:
         asked = []
         monkeypatch.setattr(resource, "getrlimit", lambda which, limits=limits: limits)
@@ -10245,8 +10052,7 @@ def test_the_descriptor_limit_is_raised_as_far_as_it_goes(monkeypatch):
 
 def test_windows_serves_at_most_500_connections(monkeypatch):
     monkeypatch.setitem(sys.modules, "resource", None)
-    assert ztoapi.raise_descriptor_limit(1024) == 500
-    assert ztoapi.raise_descriptor_limit(100) == 100
+    assert [ztoapi.raise_descriptor_limit(count) for count in (1024, 100)] == [500, 100]
 
 
 # README ###############################################################################
