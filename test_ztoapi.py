@@ -107,10 +107,8 @@ def event(delta=None, finish=None, usage=None, id="202607311536357f405a2f5c6b495
 def say(text):
     return event({"role": "assistant", "content": text})
 
-
 def think(text):
     return event({"role": "assistant", "reasoning_content": text})
-
 
 def call(name="get_weather", arguments='{"city":"Paris"}', id="call_438b313737df40b7b2972a81", index=0):
     function = {"name": name, "arguments": arguments}
@@ -147,10 +145,8 @@ def complaint(code, message="no", **more):
     """The JSON of Z.ai's errors."""
     return {"error": {"code": code, "message": message}, **more}
 
-
 def refusal(status, code, message="no", *headers):
     return answer(status, complaint(code, message), *headers)
-
 
 def error_event(code, message="no", **more):
     return sse(complaint(code, message, **more))
@@ -164,16 +160,13 @@ def make_reset(sock):
     """Whatever closes the socket next resets the connection."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
-
 def reset(sock):
     make_reset(sock)
     sock.close()
 
-
 def shut_down(sock):
     with contextlib.suppress(OSError):
         sock.shutdown(socket.SHUT_RDWR)
-
 
 def readable(sock):
     return bool(select.select([sock], [], [], 0)[0])
@@ -556,11 +549,9 @@ def next_reply(sock):
     with sock.makefile("rb") as file:
         return read_reply(file)
 
-
 def see(sock, pattern):
     """Wait until what has come, none of which is taken, matches."""
     assert eventually(lambda: re.search(pattern, sock.recv(1 << 16, socket.MSG_PEEK), re.DOTALL))
-
 
 def read_to_end(sock):
     """All bytes until the other side closes. A socket.timeout is a hang and fails the test, as does a reset."""
@@ -593,7 +584,6 @@ def exchange(proxy, data, *heads):
     """The replies to `data` and to the sentinel behind it."""
     return replies_in(talk(proxy, data + SENTINEL), *heads)
 
-
 def statuses(proxy, data, *heads):
     return [reply.status for reply in exchange(proxy, data, *heads)]
 
@@ -615,11 +605,9 @@ def events_in(body):
 def choices_of(events):
     return [event["choices"][0] for event in events if isinstance(event, dict) and event.get("choices")]
 
-
 def said(events, field="content"):
     """The text of a stream's deltas."""
     return "".join(choice["delta"].get(field) or "" for choice in choices_of(events))
-
 
 def finish_of(events):
     return [choice["finish_reason"] for choice in choices_of(events) if choice["finish_reason"]]
@@ -630,10 +618,8 @@ def finish_of(events):
 def user(content):
     return {"role": "user", "content": content}
 
-
 def chat_body(**fields):
     return {"model": "GLM-4.6", "messages": [user("Hi")], **fields}
-
 
 def json_chat(**fields):
     return json.dumps(chat_body(**{"stream": False, **fields})).encode()
@@ -669,8 +655,7 @@ def together(*calls):
 MESSAGES_BODY = {"model": "GLM-4.6", "max_tokens": 100, "messages": [user("Hi")]}
 # To add an API, add a row: its name -> its path, a request.
 APIS = {
-    "messages": ("/v1/messages", MESSAGES_BODY),
-    "responses": ("/v1/responses", {"model": "GLM-4.6", "input": "Hi"}),
+    "messages": ("/v1/messages", MESSAGES_BODY), "responses": ("/v1/responses", {"model": "GLM-4.6", "input": "Hi"}),
 }
 each_api = pytest.mark.parametrize("api", APIS)
 
@@ -950,7 +935,6 @@ def well_known():
 def boom(*args, **kwargs):
     raise RuntimeError("boom")
 
-
 def boom_of_the_system(*args, **kwargs):
     """An OSError of our own must not pass for that of a client that left."""
     raise OSError("boom")
@@ -1152,7 +1136,7 @@ CODING = "https://api.z.ai/api/coding/paas/v4"
 BIG = "https://open.bigmodel.cn/api/paas/v4"
 BASES = (PAAS, CODING, BIG, "http://127.0.0.1:8000", "http://[::1]:8000/v4")
 BASE_ENDS = ("", "/", "//", "/chat/completions", "/chat/completions/", " ")
-# To add a case, add a row: variable, text, what it means.
+# Rows: variable, text, what it means.
 GOOD_SETTINGS = [
     *((variable, text, True) for variable in FLAGS for text in TRUE),
     *((variable, text, False) for variable in FLAGS for text in FALSE),
@@ -1178,7 +1162,7 @@ GOOD_SETTINGS = [
         ("*", ("*",)), ("", ()),
         ("https://a.example, ,http://b.example:8080", ("https://a.example", "http://b.example:8080")))),
 ]
-# To add a case, add a row: variable, a text that is refused.
+# Rows: variable, a text that is refused.
 BAD_SETTINGS = [
     *((variable, text) for variable in FLAGS for text in ("maybe", "2", "truely", "-1")),
     *((variable, text) for variable in COUNTS for text in ("x", "-1", "1.5", "1e3", "+1")),
@@ -1247,7 +1231,6 @@ def test_an_empty_default_key_is_refused(text):
 # What somebody may copy; a shell's variable or command is none.
 README_KEYS = re.findall(r"DEFAULT_KEY=([\w.-]+)", README)
 
-# To add a case, add a row: a host that is not this computer.
 FAR_HOSTS = ("0.0.0.0", "::", "192.168.1.2", "example.org", "127.0.0.1.example.org", "localhost.example.org",
              "1127.0.0.1", "1.127.0.0")
 
@@ -1277,7 +1260,6 @@ def test_loopback_takes_the_well_known_key(host, keys, well_known):
 SECRET = "Geheim1234567890"
 
 
-# To add a case, add a row: an environment that is refused, for whatever reason.
 @pytest.mark.parametrize("environ", [
     {"DEFAULT_KEY": SECRET + "\u00e9"}, {"ZAI_API_KEY": f"id.{SECRET}\x01"}, {"ZAI_API_KEY": SECRET + " " + SECRET},
     {"ZAI_API_KEY": SECRET, "PORT": "x"}, {"DEFAULT_KEY": "sk-your-key," + SECRET, "HOST": "0.0.0.0"},
@@ -1300,7 +1282,7 @@ DOTTED_KEY = "0123456789abcdef.SecretSecret"
 ODD_KEYS = ("abcdefgh", "abcdefghijklmnop", "abc\\def'ghi\\jkl")
 
 
-# To add a case, add a row: Z.ai's keys, the clients', a text, what is left of it.
+# Rows: Z.ai's keys, the clients', a text, what is left of it.
 @pytest.mark.parametrize("zai_keys, client_keys, text, clean", [
     *(((DOTTED_KEY,), ("k",), text, clean) for text, clean in (
         (f"key {DOTTED_KEY} no", "key [redacted] no"), ("id 0123456789abcdef no", "id [redacted] no"),
@@ -1328,14 +1310,11 @@ def test_a_masked_key_shows_its_end_if_it_is_long(key, shown):
 CODES = [
     ("1113", 402, "insufficient_quota", MODEL_RESTS),
     ("1304 1308 1309 1310 1314 1316 1317 1318 1319 1320 1321", 402, "insufficient_quota", KEY_RESTS),
-    ("1302", 429, "rate_limit_exceeded", TOO_MANY),
-    ("1303", 429, "rate_limit_exceeded", TOO_FAST),
+    ("1302", 429, "rate_limit_exceeded", TOO_MANY), ("1303", 429, "rate_limit_exceeded", TOO_FAST),
     ("1305 1312", 503, "overloaded", OVERLOAD), ("1120", 503, "overloaded", TRY_AGAIN),
     ("1210 1212 1213 1214 1215 1231", 400, "invalid_value", GIVE_UP),
-    ("1211 1221 1222", 404, "model_not_found", GIVE_UP),
-    ("1261", 400, "context_length_exceeded", GIVE_UP),
-    ("1301", 400, "content_filter", GIVE_UP),
-    ("1220 1313 1100 1300", 403, "permission_denied", GIVE_UP),
+    ("1211 1221 1222", 404, "model_not_found", GIVE_UP), ("1261", 400, "context_length_exceeded", GIVE_UP),
+    ("1301", 400, "content_filter", GIVE_UP), ("1220 1313 1100 1300", 403, "permission_denied", GIVE_UP),
     ("1311", 403, "permission_denied", MODEL_RESTS),
     ("401 1000 1001 1002 1003 1004 1005 1110 1111 1112 1121 1315", 403, "upstream_auth_error", KEY_RESTS),
     ("500 1200 1230 1234", 502, "upstream_error", TRY_AGAIN), ("404", 502, "upstream_error", GIVE_UP),
@@ -1418,8 +1397,7 @@ CAPTURED = [
     (429, complaint("1315", "This key is for the enterprise plan only"), AUTH, "ZAI_API_KEY"),
     (401, complaint("1005", "Two-factor authentication required"), AUTH, "ZAI_API_KEY"),
     (429, complaint("1999", "Usage limit reached. Your limit will reset at 2027-01-01 00:00:00"), NO_MONEY, "1999"),
-    (429, complaint("1999", "余额不足"), NO_MONEY, "1999"),
-    (429, complaint("insufficient_quota", "No."), NO_MONEY, ""),
+    (429, complaint("1999", "余额不足"), NO_MONEY, "1999"), (429, complaint("insufficient_quota", "No."), NO_MONEY, ""),
     (429, complaint(None, "余额不足或无可用资源包,请充值。"), NO_MONEY, ""),
     (429, complaint("1999", "已达到 5 小时的使用上限。您的限额将在 2026-08-25 07:41:44 重置。"), NO_MONEY, "1999"),
     (200, {"msg": "余额不足", "success": False}, NO_MONEY, ""),
@@ -1483,16 +1461,13 @@ def test_zais_own_words_are_quoted(status, body, expected, help):
     assert not isinstance(words, str) or words in zai_error(body, status, now=1.7e9).message
 
 
-# To add a case, add a row: HTTP status, body, what the retry engine does.
 @pytest.mark.parametrize("status, body, verdict", [
     (200, {"code": 500, "msg": "404 NOT_FOUND", "success": False}, GIVE_UP),
-    (500, complaint("500", "404 NOT_FOUND"), GIVE_UP),
-    (404, {"status": 404, "error": "Not Found"}, GIVE_UP),
+    (500, complaint("500", "404 NOT_FOUND"), GIVE_UP), (404, {"status": 404, "error": "Not Found"}, GIVE_UP),
     *((status, None, GIVE_UP) for status in (301, 404, 405)),
     (200, {"code": 500, "msg": "Internal Server Error"}, TRY_AGAIN),
     *((status, None, TRY_AGAIN) for status in (500, 502, 503, 504)),
-    (429, None, TOO_FAST), (429, complaint("1999"), TOO_FAST),
-    (500, complaint("9999"), TRY_AGAIN),
+    (429, None, TOO_FAST), (429, complaint("1999"), TOO_FAST), (500, complaint("9999"), TRY_AGAIN),
 ])
 def test_the_verdict_on(status, body, verdict):
     assert zai_error(body, status).verdict == verdict
@@ -1522,7 +1497,6 @@ def test_too_long_a_prompt_names_the_max_tokens_that_may_be_to_blame():
     assert re.search("max_tokens.*98304", zai_error(too_long, 400, max_tokens=98304).message)
 
 
-# To add a case, add a row: the id that was asked for, words that help, words that would not.
 @pytest.mark.parametrize("model, help, absent", [
     ("glm-4.66", "GLM-4.6", "MODEL_ALIASES"),
     *((model, f"or set MODEL_ALIASES={model}=glm-4.6", "?") for model in (
@@ -1562,7 +1536,7 @@ def test_no_words_of_an_error_take_more_than_linear_time(words, message):
         assert zai_error(complaint("1210", text), 400, now=RESET_AT).status in (400, 404)
 
 
-# To add a case, add a row: Z.ai's words, seconds behind RESET_AT, Z.ai's Retry-After, ours.
+# Rows: Z.ai's words, seconds behind RESET_AT, Z.ai's Retry-After, ours.
 @pytest.mark.parametrize("message, late, asked, expected", [
     ("Your limit will reset at 2026-09-09 05:38:28", -99.5, 7, "100"),
     ("Your limit will reset at 2026-09-09 05:38:28", 5, None, "1"),
@@ -1583,7 +1557,7 @@ def test_retry_after_comes_from_the_reset_or_else_from_zai(message, late, asked,
     assert error.headers().get("Retry-After") == expected
 
 
-# To add a case, add a row: seconds to the reset, QUEUE_TIMEOUT, the status and code of ours, whether it heals.
+# Rows: seconds to the reset, QUEUE_TIMEOUT, the status and code of ours, whether it heals.
 @pytest.mark.parametrize("seconds, patience, expected, retryable", [
     (120, 120, NO_ROOM, None), (121, 120, NO_MONEY, False), (100, 0, NO_MONEY, False),
 ])
@@ -1600,7 +1574,6 @@ def test_no_money_does_not_heal_however_patient_one_is():
     assert zai_error(complaint("1308", "no"), 429, now=0, patience_s=1e9).status == 402
 
 
-# To add a case, add a row: seconds, the words for them.
 @pytest.mark.parametrize("seconds, words", [
     (1, "1 s"), (119, "119 s"), (120, "2 min"), (3600, "60 min"), (7200, "2 h"), (18000, "5 h"), (604800, "7 days"),
 ])
@@ -1608,7 +1581,7 @@ def test_a_duration_in_words(seconds, words):
     assert ztoapi.duration(seconds) == words
 
 
-# To add a case, add a row: a Retry-After, the seconds it means at RESET_AT.
+# Rows: a Retry-After, the seconds it means at RESET_AT.
 @pytest.mark.parametrize("text, seconds", [
     ("7", 7.0), ("0", 0.0),
     ("Wed, 09 Sep 2026 05:38:28 GMT", 28800.0), ("Tue, 08 Sep 2026 21:38:28 GMT", 0.0),
@@ -1688,7 +1661,6 @@ def test_aliases_are_listed_and_the_catch_all_is_not():
     assert set(LISTED) == {model.name for model in ztoapi.MODELS.values()} | {"gpt-4o", "mine"}
 
 
-# To add a case, add a row: a name that is listed, its entry.
 @pytest.mark.parametrize("name, entry", [
     ("GLM-4.6", {
         "id": "GLM-4.6", "object": "model", "created": 1759276800, "owned_by": "z.ai", "type": "model",
@@ -1706,7 +1678,6 @@ def test_a_listed_model_says_what_is_known_of_it(name, entry):
     assert LISTED[name] == entry
 
 
-# To add a case, add a row: the client's name, MODEL_ALIASES, Z.ai's id.
 @pytest.mark.parametrize("name, aliases, id", [
     *((name, "", id) for name, id in (
         ("GLM-4.6", "glm-4.6"), ("glm-4.6", "glm-4.6"), ("gLm-5.2[1m]", "glm-5.2"), (" GLM-4.5-Air ", "glm-4.5-air"),
@@ -1716,14 +1687,12 @@ def test_a_listed_model_says_what_is_known_of_it(name, entry):
         ("somebody/glm-9", "somebody/glm-9"))),
     *((name, "gpt-4o=glm-4.6", id) for name, id in (("GPT-4o", "glm-4.6"), ("gpt-4", "gpt-4"))),
     *(("gpt-4o", aliases, "glm-4.6") for aliases in ("gpt-4o=GLM-4.6", "GPT-4O=glm-4.6", "gpt-4o=z-ai/glm-4.6")),
-    ("openai/gpt-4o", "openai/gpt-4o=glm-4.6", "glm-4.6"),
-    ("gpt-4o[1m]", "gpt-4o=glm-5.2[1m]", "glm-5.2"),
+    ("openai/gpt-4o", "openai/gpt-4o=glm-4.6", "glm-4.6"), ("gpt-4o[1m]", "gpt-4o=glm-5.2[1m]", "glm-5.2"),
     ("glm-4.6", "glm-4.6=glm-5.2", "glm-5.2"),
     *((name, "*=glm-4.6", id) for name, id in (
         ("GLM-4.5", "glm-4.5"), ("glm-5.2-highspeed", "glm-5.2-highspeed"), ("openai/glm-4.5", "glm-4.5"),
         ("glm-9", "glm-4.6"))),
-    ("o1", "*=GLM-4.6", "glm-4.6"),
-    ("gpt-4o", "*=glm-4.6,gpt-4o=glm-4.5", "glm-4.5"),
+    ("o1", "*=GLM-4.6", "glm-4.6"), ("gpt-4o", "*=glm-4.6,gpt-4o=glm-4.5", "glm-4.5"),
 ])
 def test_a_models_name_becomes_zais_id(name, aliases, id):
     settings = Settings.from_environ({"MODEL_ALIASES": aliases})
@@ -1737,7 +1706,6 @@ def test_a_highspeed_model_has_the_row_of_its_model():
 
 # Bytes ################################################################################
 
-# The JSON of clients is taken strictly. To add a case, add a row: the text, its value or ValueError.
 @table("text, expected", [
     ('{"a":[1,-2.5e3,"\\u00e9"]}', {"a": [1, -2500.0, "\u00e9"]}), ("null", None), (" 1\n", 1),
     ("9" * 100, int("9" * 100)), ("[1e999,-1e999]", [None, None]),
@@ -1753,7 +1721,6 @@ def test_the_json_of_clients_is_taken_strictly(text, expected):
         assert ztoapi.decode_strictly(text) == expected
 
 
-# The JSON of others is taken kindly. To add a case, add a row: the text, its value (None where it is none).
 @table("text, expected", [
     ('{"a":1}', {"a": 1}), ('{"a":NaN,"b":-Infinity}', {"a": None, "b": None}), ('{"a":1e999}', {"a": None}),
     ("9" * 400, int("9" * 400)), ("9" * 5000, None), ("", None), ("nul", None), ('{"a":1}x', None),
@@ -1766,20 +1733,15 @@ def test_the_json_of_others_is_taken_kindly(text, expected):
 LIGHT = ztoapi.LIGHT_BYTES
 
 
-# To add a case, add a row: what is special -> a text longer than the scanner in C is given, its value, or None if it is
-# refused for what it would take.
 @cases("text, value", {
     "many values": ("[" + '{"a":[1,-2.5e3,true,null,"\\u00e9"]},' * 60000 + "1]",
                     [{"a": [1, -2500.0, True, None, "\u00e9"]}] * 60000 + [1]),
-    "few values": ('["' + "x" * LIGHT + '"]', ["x" * LIGHT]),
-    "too many brackets": ("[" + "[]," * 600000 + "1]", None),
-    "too many commas": ("[" + "1," * 1100000 + "1]", None),
-    "too many escapes": ('"' + "\\n" * 8100000 + '"', None),
+    "few values": ('["' + "x" * LIGHT + '"]', ["x" * LIGHT]), "too many brackets": ("[" + "[]," * 600000 + "1]", None),
+    "too many commas": ("[" + "1," * 1100000 + "1]", None), "too many escapes": ('"' + "\\n" * 8100000 + '"', None),
     "too many keys": ("{" + ",".join(f'"{i}":1' for i in range(101000)) + "}", None),
     "a text of 17 MiB": ('"\u4e2d' + "x" * (17 << 20) + '"', None),
     "an image of 17 MiB": ('"' + "x" * (17 << 20) + '"', "x" * (17 << 20)),
-    "no JSON": ("[" + "1," * LIGHT + "]", None),
-    "no number": ("[" + "1," * LIGHT + "9" * 101 + "]", None),
+    "no JSON": ("[" + "1," * LIGHT + "]", None), "no number": ("[" + "1," * LIGHT + "9" * 101 + "]", None),
     "too deep": ("[" * LIGHT + "]" * LIGHT, None),
 })
 def test_large_json_is_the_same_as_any_other_or_refused(text, value):
@@ -1813,8 +1775,7 @@ def test_ids_look_like_openais():
     assert ztoapi.new_id("") != ztoapi.new_id("")
 
 
-# JSON objects and arrays that come in pieces. To add a case, add a row: the text, what of it belongs to the value,
-# whether that has ended.
+# JSON objects and arrays that come in pieces. Rows: the text, what of it belongs to the value, whether that has ended.
 @pytest.mark.parametrize("text, belongs, ended", [
     *((text, text[:end], True) for text, end in (
         ("{}", 2), ("{} x", 2), ("[]]", 2), ('{"a":"}"}}', 9), ('{"a":"\\"}"} {', 11), ('{"a":"\\\\"}"', 10),
@@ -1846,8 +1807,7 @@ def request_head(pieces):
     return None
 
 
-# Request lines. To add a case, add a value or a row: the line; method and path, or the status of the refusal (None: it
-# goes on).
+# Request lines: the line; method and path, or the status of the refusal (None: it goes on).
 @table("line, expected", [
     ("GET /health HTTP/1.1", ("GET", "/health")), ("POST /v1//x/?y#z HTTP/1.0", ("POST", "/v1/x")),
     ("\r\nGET / HTTP/1.1", ("GET", "/")), ("get * HTTP/1.1", ("get", "/*")), ("-1 x HTTP/1.9", ("-1", "/x")),
@@ -1870,7 +1830,7 @@ def test_a_request_line_is_taken_to_the_letter(line, expected):
     assert (head if isinstance(head, int) else (head.method, head.path)) == expected
 
 
-# Header lines behind a Host. To add a case, add a row: the lines; the fields, or the status of the refusal.
+# Header lines behind a Host. Rows: the lines; the fields, or the status of the refusal.
 @table("lines, expected", [
     ("", {}), ("A: b\nX-Y_z:\t b c \t\r\n", {"a": "b", "x-y_z": "b c"}), ("X:\r\n", {"x": ""}),
     ("X: \xff\x01\r\n", {"x": "\xff\x01"}), ("X: a: b\r\n", {"x": "a: b"}), ("X:y\r\n", {"x": "y"}),
@@ -1890,8 +1850,8 @@ def test_the_fields_of_a_request_are_taken_to_the_letter(lines, expected):
         expected if isinstance(expected, int) else {"host": "a", **expected})
 
 
-# Where the body ends, and whether another request may follow. To add a case, add a value or a row: the version, header
-# lines; length (None: chunked) and the latter, or the status of the refusal.
+# Where the body ends, and whether another request may follow. Rows: the version, header lines; length (None: chunked)
+# and the latter, or the status of the refusal.
 @table("version, lines, expected", [
     ("1.1", "Host: a", (0, True)), ("1.1", "Host: a\r\nContent-Length: 5", (5, True)),
     ("1.1", "Host: a\r\nTransfer-Encoding: Chunked", (None, True)), ("1.0", "X: y", (0, False)),
@@ -1923,7 +1883,7 @@ def test_the_end_of_a_request_is_never_ambiguous_however_it_arrives(version, lin
         assert head == expected, pieces[:3]
 
 
-# The head of a response. To add a case, add a row: the head, what it says or ValueError.
+# The head of a response. Rows: the head, what it says or ValueError.
 @pytest.mark.parametrize("head, expected", [
     ("HTTP/1.1 200 OK\r\n\r\n", ("HTTP/1.1", 200, {})),
     ("HTTP/1.1 200\r\nA: b\r\n\r\n", ("HTTP/1.1", 200, {"a": "b"})),
@@ -1941,7 +1901,7 @@ def test_the_head_of_a_response_is_read_kindly(head, expected):
         assert type(error) is expected
 
 
-# Where a head ends. To add a case, add a row: the bytes, the head (None if it goes on), what is behind it.
+# Where a head ends. Rows: the bytes, the head (None if it goes on), what is behind it.
 @pytest.mark.parametrize("data, head, rest", [
     (b"GET / HTTP/1.1\r\nA: b\r\n\r\nrest", "GET / HTTP/1.1\r\nA: b\r\n\r\n", b"rest"),
     (b"GET / HTTP/1.1\nA: b\n\nrest", "GET / HTTP/1.1\nA: b\n\n", b"rest"),
@@ -1971,15 +1931,13 @@ def dechunk(decoder, pieces):
     return body, decoder.done, decoder.rest if decoder.done else None
 
 
-# Chunked bodies. To add a case, add a row: the bytes; (body, whether it ended, what is behind), or the error.
+# Chunked bodies. Rows: the bytes; (body, whether it ended, what is behind), or the error.
 @table("data, expected", [
-    (b"0\r\n\r\n", (b"", True, b"")),
-    (b"5\r\nhello\r\n0\r\n\r\n", (b"hello", True, b"")),
+    (b"0\r\n\r\n", (b"", True, b"")), (b"5\r\nhello\r\n0\r\n\r\n", (b"hello", True, b"")),
     (b"5\r\nhello\r\n6\r\n world\r\n0\r\n\r\nGET /", (b"hello world", True, b"GET /")),
     (b"A\r\n0123456789\r\n00a\r\n\r\n\r\n\r\n\r\nab\r\n0000\r\n\r\n", (b"0123456789\r\n\r\n\r\n\r\nab", True, b"")),
     (b"5;name=value\r\nhello\r\n5 ; a=\"b\"\r\nworld\r\n0;x\r\n\r\n", (b"helloworld", True, b"")),
-    (b"5\r\nhel", (b"hel", False, None)),
-    (b"5\r\nhello\r\n", (b"hello", False, None)),
+    (b"5\r\nhel", (b"hel", False, None)), (b"5\r\nhello\r\n", (b"hello", False, None)),
     (b"5\r\nhello\r\n0\r\n", (b"hello", False, None)),
     (b"14\r\n01234567890123456789\r\n0\r\n\r\n", (b"01234567890123456789", True, b"")),
     *((data, ValueError) for data in (
@@ -2002,10 +1960,9 @@ def test_what_stands_before_a_broken_chunk_is_not_lost():
     assert decoder.take() == b"hello!"
 
 
-# To add a case, add a row: the length, the bytes; (body, whether it ended, what is behind).
+# Rows: the length, the bytes; (body, whether it ended, what is behind).
 @pytest.mark.parametrize("length, data, expected", [
-    (0, b"", (b"", True, b"")), (5, b"hello", (b"hello", True, b"")),
-    (5, b"helloGET /", (b"hello", True, b"GET /")),
+    (0, b"", (b"", True, b"")), (5, b"hello", (b"hello", True, b"")), (5, b"helloGET /", (b"hello", True, b"GET /")),
     (5, b"hel", (b"hel", False, None)),
 ])
 def test_a_body_of_known_length_ends_there(length, data, expected):
@@ -2022,19 +1979,16 @@ def decode_events(pieces, **options):
         return type(error)
 
 
-# Server-sent events, here of at most 100 bytes. To add a case, add a row: the bytes; the events, or the error.
+# Server-sent events, here of at most 100 bytes. Rows: the bytes; the events, or the error.
 @table("data, events", [
-    (b"", []), (b"\n\n\n", []), (b"data: a\n\n", ["a"]),
-    (b"data: a\n\ndata: b\n\n", ["a", "b"]),
+    (b"", []), (b"\n\n\n", []), (b"data: a\n\n", ["a"]), (b"data: a\n\ndata: b\n\n", ["a", "b"]),
     # The standard's own examples
     (b"data: YHOO\ndata: +2\ndata: 10\n\n", ["YHOO\n+2\n10"]),
     (b": test stream\n\ndata: first event\nid: 1\n\ndata:second event\nid\n\ndata:  third event\n\n",
      ["first event", "second event", " third event"]),
-    (b"data\n\ndata\ndata\n\n", ["", "\n"]),
-    (b"data:test\n\ndata: test\n\n", ["test", "test"]),
+    (b"data\n\ndata\ndata\n\n", ["", "\n"]), (b"data:test\n\ndata: test\n\n", ["test", "test"]),
     # Line ends of all kinds, and those that are none
-    (b"data: a\r\n\r\ndata: b\r\n\r\n", ["a", "b"]),
-    (b"data: a\n\r\ndata: b\r\n\ndata: c\r\n\n", ["a", "b", "c"]),
+    (b"data: a\r\n\r\ndata: b\r\n\r\n", ["a", "b"]), (b"data: a\n\r\ndata: b\r\n\ndata: c\r\n\n", ["a", "b", "c"]),
     (b"data: a\r\ndata: b\ndata: c\n", ["a\nb\nc"]),
     ("data: a\u2028b\u2029c\u0085d\x0b\x0c\x1c\x1de\n\n".encode(), ["a\u2028b\u2029c\u0085d\x0b\x0c\x1c\x1de"]),
     # A last event without its blank line
@@ -2064,15 +2018,12 @@ def test_events_are_the_same_however_they_arrive(data, events):
         assert decode_events(pieces, limit=100) == events, pieces[:3]
 
 
-# To add a case, add a row: what is special -> an event, whether it is one event.
 @cases("data, is_event", {
-    "two megabytes": (b"data: " + b"x" * (2 << 20) + b"\n\n", True),
-    "more": (b"data: " + b"x" * (3 << 20), False),
+    "two megabytes": (b"data: " + b"x" * (2 << 20) + b"\n\n", True), "more": (b"data: " + b"x" * (3 << 20), False),
     "as many values as 128K tokens": (b"data: [" + b"1," * 99990 + b"1]\n\n", True),
     "more values": (b"data: [" + b"1," * 100000 + b"1]\n\n", False),
     "more brackets": (b"data: [" + b"[]," * 60000 + b"1]\n\n", False),
-    "many lines": (b"data: x\n" * 1000 + b"\n", True),
-    "more lines": (b"data: x\n" * 1002 + b"\n", False),
+    "many lines": (b"data: x\n" * 1000 + b"\n", True), "more lines": (b"data: x\n" * 1002 + b"\n", False),
     "bare lines": (b"{}\n" * 1002 + b"\n", False),
 })
 def test_an_event_has_bounds(data, is_event):
@@ -2080,8 +2031,7 @@ def test_an_event_has_bounds(data, is_event):
     assert (len(events) if is_event else events) == (1 if is_event else UpstreamError)
 
 
-# Bytes that could take more than linear time. To add a case, add a row: what is special, the reader, the pieces it is
-# fed.
+# Bytes that could take more than linear time.
 @cases("reader, pieces", [
     ("events", SSEDecoder, [b"data: x\n\n" * 10] * 10000),
     ("lines of data without a blank line", SSEDecoder, [b"data: x\n" * 256] * 900),
@@ -2181,26 +2131,20 @@ def messages_to_zai(**fields):
 def asking(content):
     return {"messages": [user(content)]}
 
-
 def said_by(role, **fields):
     return {"messages": [{"role": role, **fields}, user("Hi")]}
-
 
 def said_last_by(role, **fields):
     return {"messages": [{"role": role, **fields}]}
 
-
 def function(**fields):
     return {"tools": [{"type": "function", "function": fields}]}
-
 
 def named(name):
     return {"type": "function", "function": {"name": name}}
 
-
 def schema(value):
     return {"response_format": {"type": "json_schema", "json_schema": value}}
-
 
 def system(content):
     return {"role": "system", "content": content}
@@ -2223,8 +2167,7 @@ def output(id, content="20"):
 S, U, A, DOT = system("S"), user("U"), assistant("A"), user(".")
 
 
-# To add a request that is refused, add a row: the fields that are wrong, the param of
-# the 400.
+# To add a request that is refused, add a row: the fields that are wrong, the param of the 400.
 BAD_REQUESTS = [
     *(({"model": value}, "model") for value in (None, "", "  ", 5, ["glm-4.6"], {}, True, "[1m]", "x" * 257)),
     *(({"messages": value}, "messages") for value in (None, [], "Hi", {}, 5)),
@@ -2393,7 +2336,6 @@ def test_what_is_refused_in_the_last_message_is_told_if_it_stands_before_it(mode
     assert changed or "image_url" in json.dumps(body)
 
 
-# To add a case, add a row: model, part of the current turn, what the error must say.
 @pytest.mark.parametrize("model, part, words", [
     ("GLM-4.6", PICTURE, r"GLM-4\.6 takes text only.*GLM-4\.6V.*VISION_MODEL"),
     ("GLM-4.6", FILE, r"GLM-4\.6 takes text only.*GLM-4\.6V.*VISION_MODEL"),
@@ -2411,11 +2353,9 @@ def test_null_in_an_optional_field_counts_as_absent(name):
     assert to_zai(chat_body(**{name: None})) == to_zai(chat_body())
 
 
-# To add a case, add a row: fields with a null in them, the same without it.
 @pytest.mark.parametrize("fields, same", [
     (function(name="f", strict=None, description=None, parameters=None), function(name="f")),
-    ({"stream_options": {"include_usage": None}}, {}),
-    ({"thinking": {"type": None}}, {}),
+    ({"stream_options": {"include_usage": None}}, {}), ({"thinking": {"type": None}}, {}),
     (schema({"name": "a", "schema": None}), schema({"name": "a"})),
     (said_by("assistant", content="x", tool_calls=None, reasoning_content=None, name=None, audio=None),
      said_by("assistant", content="x")),
@@ -2429,7 +2369,6 @@ def test_null_inside_a_field_counts_as_absent(fields, same):
     assert to_zai(chat_body(**fields)) == to_zai(chat_body(**same))
 
 
-# To add a body that is read, add a row: bytes, the object.
 @pytest.mark.parametrize("data, expected", [
     (b'{"a": 1}', {"a": 1}), (b'\xef\xbb\xbf{"a": 1}', {"a": 1}),
     (b' \r\n{"a":"\\u0000\\ud800\xe2\x80\xa8"}\n', {"a": "\0\ud800\u2028"}),
@@ -2439,7 +2378,6 @@ def test_a_body_is_a_json_object(data, expected):
     assert ztoapi.read_json_object(data) == expected
 
 
-# To add a body that is refused, add a row.
 @table("data", [
     b"", b" ", b"null", b"[]", b"5", b'"x"', b"true", b"{", b"{'a': 1}", b'{"a": 1} x', b'{"a": 1}{"a": 1}',
     b'{"a": 01}', b"\xff\xfe{\0}\0", '{"a": "é"}'.encode("latin-1"), b'{"a": "\xed\xa0\x80"}', b"\x1f\x8b\x08\0",
@@ -2474,11 +2412,9 @@ def calling(arguments='{"city":"Paris"}'):
     return assistant("", [("c1", "get_weather", arguments)])
 
 
-# To add a case, add a row: OpenAI's messages, Z.ai's, what was changed.
+# Rows: OpenAI's messages, Z.ai's, what was changed.
 MESSAGES = [
-    ([S, U], [S, U], set()),
-    ([{**S, "role": "developer"}, U], [S, U], set()),
-    ([user(PARTS)], [user("a\nb")], set()),
+    ([S, U], [S, U], set()), ([{**S, "role": "developer"}, U], [S, U], set()), ([user(PARTS)], [user("a\nb")], set()),
     *(([{"role": role, "content": PARTS}, U], [{"role": role, "content": "a\nb"}, U], set())
       for role in ("system", "assistant")),
     ([calling(), output("c1", PARTS), U], [calling(), output("c1", "a\nb"), U], set()),
@@ -2522,15 +2458,13 @@ def calls_of(*ids, **fields):
     return {"role": "assistant", "content": "", "tool_calls": [
         {**CALL, "id": id, "function": {"name": "f", "arguments": "{}"}, **fields} for id in ids]}
 
-
 def digest(text):
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 NAMELESS = {"role": "tool", "content": "20"}
 TOLD = user("Output of the tool call c1:\n20")
-# To add a case, add a row: OpenAI's messages behind a first one, Z.ai's, what was
-# changed.
+# Rows: OpenAI's messages behind a first one, Z.ai's, what was changed.
 @pytest.mark.parametrize("messages, expected, changed", [
     *(([calls_of(id), output(other)], [calls_of("call_3_0"), output("call_3_0")], {"tool_call_id"})
       for id in (None, "", [], True, 0) for other in (None, "", [], "c9")),
@@ -2577,8 +2511,7 @@ def test_messages_become(messages, expected, changed):
     assert messages_to_zai(messages=messages) == (expected, changed)
 
 
-# To add a case, add a row: the arguments of an earlier call, the text Z.ai gets; None:
-# as they are.
+# Rows: the arguments of an earlier call, the text Z.ai gets; None: as they are.
 @table("arguments, expected", [
     *((text, None) for text in ('{"path": "a"}', ' {"path": "a"}\n', "{}", '{"a": "{}{}"}')),
     *((text, "{}") for text in ("", " \n", None)),
@@ -2600,7 +2533,6 @@ NO_PICTURE = "[image left out: GLM-4.6 takes text only]"
 TWO_CALLS = calls_of("c1", "c2")
 
 
-# To add a case, add a row: a model that sees, OpenAI's messages, Z.ai's.
 @pytest.mark.parametrize("model", ["GLM-4.5V", "glm-5.3-flash", "glm-unheard-of"])
 @pytest.mark.parametrize("messages, expected", [
     ([user([TEXT, PICTURE])], [user([TEXT, PICTURE])]),
@@ -2618,7 +2550,7 @@ def test_a_model_that_sees_gets_the_pictures(model, messages, expected):
     assert messages_to_zai(model=model, messages=messages) == (expected, set())
 
 
-# To add a case, add a row: OpenAI's messages, Z.ai's, for GLM-4.6, which sees nothing.
+# Rows: OpenAI's messages, Z.ai's, for GLM-4.6, which sees nothing.
 @pytest.mark.parametrize("messages, expected", [
     ([user([TEXT, PICTURE]), A, U], [user("What is it?\n" + NO_PICTURE), A, U]),
     ([user([PICTURE]), calling(), RESULT], [user(NO_PICTURE), calling(), RESULT]),
@@ -2648,7 +2580,6 @@ def test_what_stands_in_the_past_is_never_refused(model, part, before):
     assert "left out" in said or json.dumps(json.dumps(part, separators=(",", ":")))[1:-1] in said
 
 
-# To add a case, add a row: model, a part that it takes.
 @pytest.mark.parametrize("model, part", [
     *((model, part) for model in ("glm-5.3-flash", "GLM-5.3-FlashX", "glm-9") for part in (FILE, FILE_URL)),
     *((model, FILE_URL) for model in ("glm-4.6v", "glm-4.5v")),
@@ -2667,7 +2598,7 @@ FOREIGN_TOOLS = [
     {"type": "web_search"}, {"type": "web_search", "web_search": None}, {"type": "mcp", "server_url": "x"},
     {"type": "local_shell"}, {"type": "retrieval"},
 ]
-# To add a case, add a row: OpenAI's fields, Z.ai's, what was changed.
+# Rows: OpenAI's fields, Z.ai's, what was changed.
 CHANGES = [
     # Passed
     *(({name: value}, {name: value}, set()) for name, value in (
@@ -2709,8 +2640,7 @@ CHANGES = [
       for value in (0, False, "", [], {}, None)),
     ({"service_tier": "auto", "modalities": ["text"]}, {"service_tier": ABSENT, "modalities": ABSENT}, set()),
     ({"response_format": {"type": "json_object"}}, {"response_format": {"type": "json_object"}}, set()),
-    ({"tools": []}, {"tools": ABSENT, "tool_choice": ABSENT}, set()),
-    ({"tools": [TOOL]}, {"tools": [TOOL]}, set()),
+    ({"tools": []}, {"tools": ABSENT, "tool_choice": ABSENT}, set()), ({"tools": [TOOL]}, {"tools": [TOOL]}, set()),
     ({"tools": [TOOL, TOOL2], "tool_choice": "auto"}, {"tools": [TOOL, TOOL2], "tool_choice": "auto"}, set()),
     ({"tools": [TOOL], "tool_choice": "none"}, {"tools": ABSENT, "tool_choice": ABSENT}, {"tool_choice"}),
     *((function(name="f", **more), {"tools": [BARE_TOOL]}, set())
@@ -2751,20 +2681,16 @@ def test_nothing_of_openais_that_zai_does_not_know_goes_out():
         "max_tokens", "tool_stream", "tools", "tool_choice", "stop", "response_format", "request_id", "user_id", "seed"}
 
 
-# To add a case, add a row: fields, what reading the answer needs to know of them.
 @pytest.mark.parametrize("fields, facts", [
     ({}, {"tools": {}, "one_call": False, "json": False, "stop": ()}),
-    ({"stop": ["a", "", "b"]}, {"stop": ("a", "b")}),
-    ({"stop": "a"}, {"stop": ("a",)}),
+    ({"stop": ["a", "", "b"]}, {"stop": ("a", "b")}), ({"stop": "a"}, {"stop": ("a",)}),
     ({"tools": [TOOL, SEARCH, {"type": "mcp"}]},
      {"tools": {"get_weather": {"city": {"string"}}}}),
     ({"tools": [TOOL], "tool_choice": "none"}, {"tools": {}}),
     ({"tools": [TOOL, TOOL2], "tool_choice": {"type": "function", "function": {"name": "get_time"}}},
      {"tools": {"get_time": {}}}),
-    ({"parallel_tool_calls": False}, {"one_call": True}),
-    ({"parallel_tool_calls": True}, {"one_call": False}),
-    ({"response_format": {"type": "json_object"}}, {"json": True}),
-    (schema({"schema": {}}), {"json": True}),
+    ({"parallel_tool_calls": False}, {"one_call": True}), ({"parallel_tool_calls": True}, {"one_call": False}),
+    ({"response_format": {"type": "json_object"}}, {"json": True}), (schema({"schema": {}}), {"json": True}),
     ({"response_format": {"type": "text"}}, {"json": False}),
     ({}, {"no_thinking": False}), ({"enable_thinking": False}, {"no_thinking": True}),
     # It cannot stop.
@@ -2779,12 +2705,10 @@ def allowed(mode, *names):
     return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": list(map(named, names))}}
 
 
-# To add a case, add a row: tool_choice, the tools that are left, whether the model is
-# told to call one.
+# Rows: tool_choice, the tools that are left, whether the model is told to call one.
 @pytest.mark.parametrize("choice, left, told", [
     ("required", [TOOL, TOOL2], True), (named("get_time"), [TOOL2], True),
-    (allowed("auto", "get_time"), [TOOL2], False),
-    (allowed("required", "get_weather"), [TOOL], True),
+    (allowed("auto", "get_time"), [TOOL2], False), (allowed("required", "get_weather"), [TOOL], True),
     ({"type": "web_search"}, [TOOL, TOOL2], False),
     ("any", [TOOL, TOOL2], True), ({"type": "tool", "name": "get_time"}, [TOOL2], True),
     ({"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "get_time"}]}, [TOOL2], True),
@@ -2810,12 +2734,10 @@ def test_zais_own_tools_stay_where_a_choice_allows_them():
     assert to_zai(chat_body(tools=tools, tool_choice=choice))[0]["tools"] == [TOOL2, SEARCH]
 
 
-# To add a case, add a row: a choice that names the tool "gone", which was left out; the
-# tools that are left.
+# Rows: a choice that names the tool "gone", which was left out; the tools that are left.
 @pytest.mark.parametrize("choice, left", [
     (named("gone"), [TOOL]), (allowed("required", "gone"), [TOOL]),
-    (allowed("required", "gone", "get_weather"), [TOOL]),
-    (allowed("auto", "gone"), ABSENT),
+    (allowed("required", "gone", "get_weather"), [TOOL]), (allowed("auto", "gone"), ABSENT),
     ({"type": "custom", "custom": {"name": "gone"}}, [TOOL]), ({"type": "tool", "name": "gone"}, [TOOL]),
 ])
 def test_a_choice_of_a_tool_that_was_left_out_fails_nothing(choice, left):
@@ -2839,8 +2761,7 @@ GRADES = dict(zip(ALL_EFFORTS, ("low", "low", "low", "high", "high", "max", "max
 SWITCHED = (
     "glm-5.1", "glm-5", "glm-5-turbo", "glm-4.7-flash", "glm-4.6", "glm-4.5", "glm-4.5-air", "glm-4.5v", "glm-4.6v",
     "glm-5v-turbo", "glm-5.1-highspeed")
-# To add a family, add a row: its models, and what (on or off, effort) becomes:
-# thinking, reasoning_effort.
+# To add a family, add a row: its models, and what (on or off, effort) becomes: thinking, reasoning_effort.
 FAMILIES = {
     "always": (("glm-5.3", "glm-5.3-flash", "GLM-5.3-FlashX", "glm-5.3-highspeed"), lambda on, effort: (
         ON, GRADES.get(effort) if on else "low")),
@@ -3129,11 +3050,9 @@ def without_surrogates(folded):
     """As it reaches a client: what UTF-8 cannot spell is a question mark."""
     return json.loads(ztoapi.encode_json(list(folded)).decode("utf-8"))
 
-
 def says(content="", reasoning="", calls=(), finish="stop", usage=USAGE):
     """What an answer must come to."""
     return {"content": content, "reasoning": reasoning, "calls": list(calls), "finish": finish, "usage": usage}
-
 
 def asks(*calls, finish="tool_calls", **more):
     """The same of an answer that asks for these calls."""
@@ -3156,11 +3075,9 @@ def calls_in(*items, finish=None, **delta):
     """An event with these items as its tool calls."""
     return event(dict(delta, tool_calls=list(items)), finish)
 
-
 def item(name=None, arguments=None, **more):
     function = {"name": name, "arguments": arguments}
     return dict(more, function={key: value for key, value in function.items() if value is not None})
-
 
 def finished(finish, usage=USAGE):
     return event(finish=finish, usage=usage) + DONE
@@ -3185,7 +3102,6 @@ WISH = f"<tool_call>get_weather{CITY}</tool_call>"
 
 def leak(text):
     return f"<tool_call>{text}</tool_call>"
-
 
 def frames(head, *rests):
     """The frames of a stream, which begin alike."""
@@ -3222,8 +3138,7 @@ GLM_52_JSON = r"""{"choices":[{"finish_reason":"tool_calls","index":0,"message":
 "type":"function"}]}}],"id":"1"}""".replace("\n", "").encode()
 MINIMAL = {"id": "", "object": "", "created": 0, "model": "", "system_fingerprint": None}
 
-# Good answers. To add a case, add a row: what is special, what Z.ai sends, what it
-# says.
+# Good answers.
 @cases("data, expected", [
     ("glm-5.2, tools", GLM_52_TOOLS, asks(RAIN, reasoning="The user", usage=counts(178, 37, 215, 0, 25))),
     ("glm-4.5, index -1, double finish", GLM_45_TOOLS,
@@ -3264,8 +3179,7 @@ MINIMAL = {"id": "", "object": "", "created": 0, "model": "", "system_fingerprin
     ("content and reasoning in one event",
      say("a") + event({"reasoning_content": "r", "content": "b"}) + event({"content": "c", "reasoning_content": "s"})
      + ENDED, says("abc", "rs")),
-    ("nothing but a finish, but tokens", ENDED, says()),
-    ("nothing but thinking", think("hm") + ENDED, says("", "hm")),
+    ("nothing but a finish, but tokens", ENDED, says()), ("nothing but thinking", think("hm") + ENDED, says("", "hm")),
     ("nothing but thinking, cut", think("hm") + finished("length"), says("", "hm", finish="length")),
     ("nothing but a filter", finished("sensitive", None), says(finish="content_filter", usage=None)),
     ("line ends first",
@@ -3535,8 +3449,7 @@ def told_arguments(arguments, name="edit"):
     return text
 
 
-# Arguments whose values are texts with JSON. To add a case, add a row: the name, the
-# text, the value.
+# Arguments whose values are texts with JSON. Rows: the name, the text, the value.
 @pytest.mark.parametrize("name, text, value", [
     ("rows", '[{"q": "a"}]', [{"q": "a"}]), ("row", '{"a": "\\"]"}', {"a": '"]'}), ("many", "[1,\n2]", [1, 2]),
     ("all", "[]", []), ("count", "5", 5), ("share", "0.5", 0.5), ("share", "5", 5), ("yes", "true", True),
@@ -3571,8 +3484,7 @@ def test_what_is_held_back_of_arguments_has_a_bound():
     assert (failure, steps[0].text) == (None, text)
 
 
-# Arguments that clients could not read. To add a case, add a row: what Z.ai sends, what
-# is told.
+# Arguments that clients could not read.
 @pytest.mark.parametrize("arguments, told", [
     # Encoded twice
     *((json.dumps(json.dumps(value)), json.dumps(value)) for value in (
@@ -3581,15 +3493,13 @@ def test_what_is_held_back_of_arguments_has_a_bound():
     *((text, text) for text in ('"{"', '"a patch"', '"[1]"')),
     # With control characters
     ('{"text": "a\nb\tc\0d\r"}', '{"text": "a\\nb\\tc\\u0000d\\r"}'),
-    ('{"text": ["a\n"],\n"a\n": 1}', '{"text": ["a\\n"],\n"a\\n": 1}'),
-    ('{"rows": "[\n1]"}', '{"rows": [1]}'),
+    ('{"text": ["a\n"],\n"a\n": 1}', '{"text": ["a\\n"],\n"a\\n": 1}'), ('{"rows": "[\n1]"}', '{"rows": [1]}'),
 ])
 def test_arguments_can_be_parsed(arguments, told):
     assert told_arguments(arguments) == told
 
 
-# Leaked arguments, which have no quotes. To add a case, add a row: the name, the text,
-# the value.
+# Leaked arguments, which have no quotes. Rows: the name, the text, the value.
 @pytest.mark.parametrize("name, text, value", [
     *((name, text, text) for name, text in (
         ("text", "123"), ("maybe", "123"), ("either", "[1]"), ("word", "1"), ("count", "1.5"), ("rows", "[1"),
@@ -3603,8 +3513,8 @@ def test_a_leaked_argument_has_the_type_that_its_schema_says(name, text, value):
     assert (failure, json.loads(step.text)) == (None, {name: value})
 
 
-# Letters that come in two halves, each in an event of its own. To add a case, add a row:
-# the halves with what is around them, options, what they say.
+# Letters that come in two halves, each in an event of its own. Rows: the halves with what is around them, options, what
+# they say.
 @pytest.mark.parametrize("field, pieces, options, expected", [
     ("content", ("a\\ud83d", "\\ude00b"), {}, says("a\U0001f600b")),
     ("reasoning_content", ("\\ud83d", "\\ude00"), {}, says("", "\U0001f600")),
@@ -3619,8 +3529,8 @@ def test_a_letter_may_come_in_two_halves(field, pieces, options, expected):
     assert folded_stream(steps)[:2] == (expected["content"], expected["reasoning"])
 
 
-# Thinking that was turned off cannot have come: it is the text, if there is no other.
-# To add a case, add a row: the bytes, what they say, options.
+# Thinking that was turned off cannot have come: it is the text, if there is no other. Rows: the bytes, what they say,
+# options.
 @cases("data, expected, options", [
     ("it is the text", think("The ") + think("answer") + ENDED, says("The answer"), {}),
     ("it is the text beside line ends", think("a") + say("\n") + ENDED, says("a"), {}),
@@ -3676,8 +3586,8 @@ RATE_LIMITED = b"event: error\n" + error_event(
 BARE_LINE = '{"error":{"code":"500","message":"内部错误"}}'.encode()
 
 
-# Failures in an answer with status 200. To add a case, add a row: what is wrong, what
-# Z.ai sends, the code of the error, what is to be done while nothing has been sent.
+# Failures in an answer with status 200. Rows: what is wrong, what Z.ai sends, the code of the error, what is to be done
+# while nothing has been sent.
 @cases("data, code, verdict", [
     *((what, data, "upstream_error", TRY_AGAIN) for what, data in (
         ("network_error", NETWORK_ERROR),
@@ -3760,8 +3670,7 @@ def test_what_is_no_event_is_counted():
     assert translator.frames.repaired == 8
 
 
-# Responses as a whole: heads, framings, kinds, codings. Behind the bytes the connection
-# ends.
+# Responses as a whole: heads, framings, kinds, codings. Behind the bytes the connection ends.
 
 HELLO = b"".join(HEALTHY)
 UNFINISHED = chunked(say("Hello")) + chunked(event(finish="stop"))  # no usage, no end mark
@@ -3769,7 +3678,6 @@ UNFINISHED = chunked(say("Hello")) + chunked(event(finish="stop"))  # no usage, 
 
 def with_fields(*lines):
     return HEAD[:-2] + b"".join(line + b"\r\n" for line in lines) + b"\r\n"
-
 
 def with_kind(kind):
     return HEAD.replace(b"text/event-stream;charset=UTF-8", kind)
@@ -3779,7 +3687,7 @@ OK = b"HTTP/1.1 200 OK\r\n"
 BODY = b"".join(chunked(piece) for piece in HEALTHY) + END
 JSON_ANSWER = json.dumps({"choices": [{"message": {"content": "Hello"}, "finish_reason": "stop"}]}).encode()
 
-# Responses that say "Hello". To add a case, add a row: what is special, the bytes.
+# Responses that say "Hello".
 @cases("data", [
     ("as usual", HEAD + BODY), ("one chunk", HEAD + chunked(HELLO) + END),
     ("chunks that end anywhere", HEAD + b"".join(chunked(HELLO[i:i + 7]) for i in range(0, len(HELLO), 7)) + END),
@@ -3803,8 +3711,7 @@ JSON_ANSWER = json.dumps({"choices": [{"message": {"content": "Hello"}, "finish_
     ("no length", OK + b"Content-Type: text/event-stream\r\nConnection: close\r\n\r\n" + HELLO),
     ("a length", OK + b"Content-Length: %d\r\n\r\n" % len(HELLO) + HELLO),
     ("a length twice", OK + b"Content-Length: %d\r\nContent-Length: %d\r\n\r\n" % ((len(HELLO),) * 2) + HELLO),
-    ("HTTP/1.0", b"HTTP/1.0 200 OK\r\n\r\n" + HELLO),
-    ("no last chunk", HEAD + BODY[:-len(END)]),
+    ("HTTP/1.0", b"HTTP/1.0 200 OK\r\n\r\n" + HELLO), ("no last chunk", HEAD + BODY[:-len(END)]),
     ("a cut behind the finish", HEAD + UNFINISHED),
     ("a broken chunk behind the finish", HEAD + UNFINISHED + b"zz\r\n"),
     ("a chunk cut behind the finish", HEAD + UNFINISHED + b"f\r\ndata: "),
@@ -3818,8 +3725,8 @@ def test_a_response_is_understood_however_it_arrives(data):
         assert steps[-1].kind == ztoapi.FINISH
 
 
-# Responses that fail before a word. To add a case, add a row: what is wrong, the bytes,
-# the status and code of the error, what is to be done.
+# Responses that fail before a word. Rows: what is wrong, the bytes, the status and code of the error, what is to be
+# done.
 @cases("data, expected, verdict", [
     *((what, data, BROKEN, TRY_AGAIN) for what, data in (
         ("nothing", b""), ("SSH for a head", b"SSH-2.0-OpenSSH_9.2\r\n\r\n"),
@@ -3846,8 +3753,7 @@ def test_a_response_is_understood_however_it_arrives(data):
         ("HTML 200", answer(200, b"<html>hello</html>")[0]),
         ("Spring 404", answer(404, {"status": 404, "error": "Not Found", "path": "/v4/v1"})[0]))),
     ("a refusal as an event", answer(429, error_event("1113") + DONE)[0], NO_MONEY, MODEL_RESTS),
-    ("429 without a word", answer(429, b"")[0], NO_ROOM, TOO_FAST),
-    ("1305", refusal(429, "1305")[0], FULL, OVERLOAD),
+    ("429 without a word", answer(429, b"")[0], NO_ROOM, TOO_FAST), ("1305", refusal(429, "1305")[0], FULL, OVERLOAD),
     ("a refusal without a length", b"HTTP/1.0 400 X\r\n\r\n" + json.dumps(complaint("1261")).encode(),
      TOO_LONG, GIVE_UP),
     # An error of Z.ai's counts more than the cut behind it
@@ -3886,7 +3792,7 @@ def test_retry_after_reaches_who_describes_an_error():
     assert seen == [(None, 429, "7")]
 
 
-# Faults behind a first step. To add a case, add a row: what happens then, the bytes.
+# Faults behind a first step.
 @pytest.mark.parametrize("first", (say("Hel"), think("Hel"), call()), ids=("text", "thinking", "call"))
 @cases("rest", [
     ("the connection ends", b""), ("the body ends", END), ("the end mark", chunked(DONE) + END),
@@ -3908,11 +3814,9 @@ def test_a_fault_behind_the_first_step_leaves_it_told(first, rest):
     broken(HEAD + chunked(first) + rest)
 
 
-# Whether a connection serves again. To add a case, add a row: what is special, the
-# bytes, whether.
+# Whether a connection serves again.
 @cases("data, expected", [
-    ("a stream read to its end", HEAD + BODY, True),
-    ("an answer of known length", answer(200, JSON_ANSWER)[0], True),
+    ("a stream read to its end", HEAD + BODY, True), ("an answer of known length", answer(200, JSON_ANSWER)[0], True),
     ("a refusal", refusal(400, "1210")[0], True),
     ("Connection: keep-alive", with_fields(b"Connection: keep-alive") + BODY, True),
     ("no last chunk", HEAD + BODY[:-len(END)], False),
@@ -3923,8 +3827,7 @@ def test_a_fault_behind_the_first_step_leaves_it_told(first, rest):
     ("HTTP/1.0", HEAD.replace(b"HTTP/1.1", b"HTTP/1.0") + BODY, False),
     ("a length that lies", answer(200, JSON_ANSWER + b" " * 9)[0][:-9], False),
     ("a body without a length", OK + b"\r\n" + HELLO, False),
-    ("a broken chunk", HEAD + chunked(HELLO) + b"zz\r\n", False),
-    ("nothing", b"", False),
+    ("a broken chunk", HEAD + chunked(HELLO) + b"zz\r\n", False), ("nothing", b"", False),
 ])
 def test_a_connection_serves_again_only_if_its_answer_was_read_to_the_end(data, expected):
     for pieces in pieces_of(data, 150):
@@ -3980,8 +3883,7 @@ def test_an_answer_has_begun_once_tokens_have_come():
         assert this.begun == (data in tokens), data
 
 
-# Spliced frames: a frame cut short, and in the same data line the first one of a new
-# answer
+# Spliced frames: a frame cut short, and in the same data line the first one of a new answer
 
 INNER = ('{"id":"2026043020420635c6abc56a2741ac","created":1777552926,"object":"chat.completion.chunk",'
          '"model":"glm-5.1","choices":[{"index":0,"delta":{"role":"assistant",%s}}]}')
@@ -4010,8 +3912,7 @@ def test_a_spliced_frame_starts_the_answer_afresh_unless_text_or_a_call_went_out
         assert "11" not in "".join(step.text for step in steps)
 
 
-# To add a case, add a row: what the delta of the inner frame holds, (content, reasoning,
-# calls).
+# Rows: what the delta of the inner frame holds, (content, reasoning, calls).
 @pytest.mark.parametrize("inner, expected", [
     ('"reasoning_content":"Now"', ("22", "Now", [])),
     ('"tool_calls":[{"id":"c","index":0,"function":{"name":"f","arguments":"{}"}}]',
@@ -4056,7 +3957,6 @@ def test_what_was_only_held_back_does_not_forbid_a_fresh_start():
 def in_parts(parts, speak=say):
     return b"".join(map(speak, parts)) + ENDED
 
-
 def said_in(parts):
     """The bytes of a text that comes in these parts, an event each, and does not end."""
     return [HEAD, *(chunked(say(part)) for part in parts if part)]
@@ -4069,13 +3969,12 @@ def fold_parts(parts, speak=say, **options):
     return folded_stream(steps)
 
 
-# Tags. To add a case, add a row: a text, its content, its reasoning.
+# Tags
 @pytest.mark.parametrize("text, content, reasoning", [
     ("<think>Got it</think>\n\nYes", "Yes", "Got it"),
     ("\n<think>\na</think>b<think>c</think>", "b<think>c</think>", "a"),
     ("<|begin_of_box|>42<|end_of_box|>", "42", ""),
-    ("<think>x</think><|begin_of_box|>4<|end_of_box|> < 5", "4 < 5", "x"),
-    ("<think></think>b", "b", ""),
+    ("<think>x</think><|begin_of_box|>4<|end_of_box|> < 5", "4 < 5", "x"), ("<think></think>b", "b", ""),
     *((text, text, "") for text in ("<<think>>", "a<|begin_of_b|>", "a</think>b", "<t<think>a</think>")),
 ])
 def test_tags_are_found_wherever_the_text_is_cut(text, content, reasoning):
@@ -4096,8 +3995,7 @@ def test_a_leaking_call_is_found_wherever_the_text_is_cut(text):
         assert fold_parts(parts)[0] == text  # no tools were sent
 
 
-# What is shown of a text at once, with tools sent. To add a case, add a row: the text,
-# what of it is held back.
+# What is shown of a text at once, with tools sent. Rows: the text, what of it is held back.
 @pytest.mark.parametrize("text, held", [
     *((text, "") for text in (
         "GLM writes calls as <tool_call> followed by a name", "<tool_call>get_weather<b>", "<tool_call>get_weathers",
@@ -4113,8 +4011,7 @@ def test_a_text_is_held_back_only_while_it_can_still_be_a_call(text, held):
         assert "".join(step.text for step in steps) == text[:len(text) - len(held)], parts
 
 
-# Fences around JSON that was asked for. To add a case, add a row: a text, what is left
-# of it.
+# Fences around JSON that was asked for. Rows: a text, what is left of it.
 @pytest.mark.parametrize("text, left", [
     ('```json\n{"a":"b"}\n```', '{"a":"b"}'), ('\n```json\n{"a":"b"}\n```\n', '{"a":"b"}'),
     ('```\n{"a":"b"}```', '{"a":"b"}'), ('```JSON\r\n{"a":"b"}\n```', '{"a":"b"}'),
@@ -4138,8 +4035,8 @@ def test_a_json_answer_comes_without_its_fence_wherever_it_is_cut(text, left):
         assert fold_parts(parts)[0] == text.lstrip("\r\n")
 
 
-# Stop words. To add a case, add a row: the words, a text, what is left of it, whether
-# one was met (in which case nothing more is waited for).
+# Stop words. Rows: the words, a text, what is left of it, whether one was met (in which case nothing more is waited
+# for).
 @pytest.mark.parametrize("words, text, left, met", [
     *((("Observation",), text, left, met) for text, left, met in (
         ("a = 1\nObservation: 5", "a = 1\n", True), ("Observation", "", True), ("Obser", "", False),
@@ -4186,8 +4083,7 @@ def estimated(count):
     return counts(7, count, 7 + count)
 
 
-# Answers in which "stop" is a stop word, read with more options. To add a case, add a
-# row: what is special, the bytes, what they say, the options.
+# Answers in which "stop" is a stop word, read with more options.
 @cases("data, expected, options", [
     ("in thinking it is none", think("a stop b") + say("c stop d") + ENDED,
      says("c ", "a stop b", usage=estimated(4)), {}),
@@ -4237,7 +4133,6 @@ def test_what_is_held_back_is_not_overtaken():
 
 # Bounds
 
-# To add a case, add a row: what is counted, steps that are too much.
 @cases("steps", [
     ("bytes, not letters", [Step(ztoapi.THINKING, "\u597d" * (1 << 21))]),
     ("tiny steps, more than their text", [Step(ztoapi.TEXT, "x")] * 200000),
@@ -4401,7 +4296,7 @@ def test_the_name_of_a_call_has_a_bound():
 
 # The rooms alone
 
-# To add a case, add a row: the text of an event, what it says, an error's code, or None.
+# An event, what it says (an error's code, or None).
 @pytest.mark.parametrize("text, said", [
     ('{"choices":[{"delta":{"content":"a"},"finish_reason":"stop"}]}', ztoapi.Frame({"content": "a"}, "stop")),
     (' {"choices":[{"message":{"content":"a"}}]} ', ztoapi.Frame({"content": "a"})),
@@ -4502,9 +4397,8 @@ def test_no_byte_is_odd_enough_to_break_the_wire():
 
 # Fronts ###############################################################################
 #
-# What read() makes of a client's request, and what tell() and whole() make of steps.
-# The rules of both wires are checked event by event, for each answer in ANSWERS, told
-# as a whole and step by step.
+# What read() makes of a client's request, and what tell() and whole() make of steps. The rules of both wires are
+# checked event by event, for each answer in ANSWERS, told as a whole and step by step.
 
 # Chat
 
@@ -4517,11 +4411,8 @@ def test_thinking_is_parsed_raw_or_hidden(data):
     check_answer(data, says("<think>hm so</think>Yes!"), reasoning="raw")
 
 
-# Raw thinking is closed whatever follows. To add a case, add a row: what follows, what
-# it says.
 @pytest.mark.parametrize("rest, expected", [
-    (ENDED, says("<think>hm</think>")),
-    (finished("length"), says("<think>hm</think>", finish="length")),
+    (ENDED, says("<think>hm</think>")), (finished("length"), says("<think>hm</think>", finish="length")),
     (call() + TOOLS_END, asks(RAIN, content="<think>hm</think>")),
     (say("a") + think("hm") + say("b") + ENDED, says("<think>hm</think>a<think>hm</think>b")),
 ])
@@ -4538,8 +4429,7 @@ def test_the_tags_of_raw_thinking_have_chunks_of_their_own():
 
 
 @pytest.mark.parametrize("data", [
-    call() + call("get_time", "{}", "c2", 1),
-    calls_in(item(*RAIN, id="a", index=0), item(*TIME, id="b", index=1)),
+    call() + call("get_time", "{}", "c2", 1), calls_in(item(*RAIN, id="a", index=0), item(*TIME, id="b", index=1)),
     calls_in(item("get_weather", '{"city":', id="a", index=0)) + calls_in(item("get_time", "{", id="b", index=1))
     + calls_in(item(None, '"Paris"}', index=0), item(None, "}", index=1)),
     say(leak("get_weather" + CITY) + leak("get_time")),
@@ -4590,8 +4480,7 @@ def read_chat(body, headers, **environ):
     return ztoapi.Chat.read(body, ztoapi.Caller(headers, "k", 1790000000.7, ztoapi.Memory()), settings)
 
 
-# Who gets a stream. To add a case, add a row: the request's stream, Accept, User-Agent,
-# DEFAULT_STREAM; whether.
+# Who gets a stream. Rows: the request's stream, Accept, User-Agent, DEFAULT_STREAM; whether.
 @pytest.mark.parametrize("asked, accept, agent, default, expected", [
     (True, "application/json", "ai-sdk/6", "false", True), (False, "text/event-stream", "curl/8", "true", False),
     (UNSAID, "*/*", "curl/8.5.0", "true", True), (UNSAID, "*/*", "curl/8.5.0", "false", False),
@@ -4615,8 +4504,7 @@ def test_who_gets_a_stream(asked, accept, agent, default, expected):
     assert body == ({} if asked == UNSAID else {"stream": asked})  # the client's own stays as it is
 
 
-# Who reads an error only if no cut follows it. To add a case, add a row: the header
-# fields, whether a failed stream is cut.
+# Who reads an error only if no cut follows it. Rows: the header fields, whether a failed stream is cut.
 @pytest.mark.parametrize("headers, expected", [
     ({}, True), ({"user-agent": "OpenAI/Python 3.57"}, True), ({"origin": "https://app.example"}, False),
     ({"user-agent": "ai/6.0 ai-sdk/openai/3.0"}, False), ({"user-agent": "ai/7.0 ai-sdk-provider-utils/5.0"}, False),
@@ -4647,18 +4535,14 @@ ANY_TOOLS = [{"type": "function", "name": "f", "parameters": {}}, {"type": "cust
 def read_messages(**body):
     return by_door("messages", {"model": "glm-4.6v", "messages": [user("Hi")], **body})
 
-
 def read_responses(by=None, **body):
     return by_door("responses", {"model": "glm-4.6v", "input": "Hi", **body}, by)
-
 
 def called(index, id, name, text=""):
     return Step("call", text, index, id, name)
 
-
 def arguments(index, text):
     return Step("arguments", text, index)
-
 
 def finish(reason, usage=TOLD_USAGE):
     return Step("finish", reason, usage=usage)
@@ -4674,11 +4558,10 @@ def events_of(text):
     return values
 
 
-# To add a case, add a row: a name, and the steps of an answer.
+# Rows: a name, and the steps of an answer.
 ANSWERS = {
     "text": [Step("text", "Hel"), Step("text", "lo"), finish("stop")],
-    "no usage": [Step("text", "Hello"), finish("stop", None)],
-    "nothing": [finish("length")],
+    "no usage": [Step("text", "Hello"), finish("stop", None)], "nothing": [finish("length")],
     "thinking and text": [Step("thinking", "Hm"), Step("thinking", "."), Step("text", "Hello"), finish("stop")],
     "text between thinking": [Step("thinking", "A"), Step("text", "B"), Step("thinking", "C"), finish("stop")],
     "started afresh": [Step("thinking", "A"), Step("restart"), Step("thinking", "B"), Step("text", "C"),
@@ -4712,7 +4595,7 @@ def folded(read, steps):
 
 # Messages, the request
 
-# To add a case, add a row: fields of a request for a model that is not known, Z.ai's.
+# Rows: fields of a request for a model that is not known, Z.ai's.
 @pytest.mark.parametrize("fields, expected", [
     *((fields, fields) for fields in (
         {"max_tokens": 5, "temperature": 1, "top_p": 0.5}, {"seed": 5}, {"user_id": "user-2"})),
@@ -4742,7 +4625,7 @@ def test_messages_fields_become_those_of_zai(fields, expected):
     assert result.stop == tuple(fields.get("stop_sequences", ()))
 
 
-# To add a case, add a row: fields of a request, what x-ztoapi-changed says of them.
+# Rows: fields of a request, what x-ztoapi-changed says of them.
 @pytest.mark.parametrize("fields, expected", [
     ({"top_k": 3, "container": "c", "mcp_servers": [5], "service_tier": "standard_only", "inference_geo": "eu"},
      {"top_k", "container", "mcp_servers", "service_tier", "inference_geo"}),
@@ -4763,7 +4646,6 @@ def test_messages_drops_by_name_what_zai_does_not_have(fields, expected):
     assert not {"top_k", "container", "invented", "context_management"} & set(result.body)
 
 
-# To add a case, add a row: the model of a request, MODEL_ALIASES, who answers.
 @pytest.mark.parametrize("model, aliases, expected", [
     ("claude-opus-5-20260901", "", "glm-5.3"), ("claude-sonnet-4.5[1m]", "", "glm-5.3"),
     ("anthropic/claude-3-5-haiku-latest", "", "glm-4.5-air"),
@@ -4781,22 +4663,17 @@ def test_messages_maps_the_names_of_claudes_models(model, aliases, expected):
 def image(url=PNG_URL):
     return {"type": "image_url", "image_url": {"url": url}}
 
-
 def text(words):
     return {"type": "text", "text": words}
-
 
 def use(id, name="f", input=None):
     return {"type": "tool_use", "id": id, "name": name, "input": input or {}}
 
-
 def using(*blocks):
     return assistant(list(blocks))
 
-
 def tool_result(id, *content, **more):
     return {"type": "tool_result", "tool_use_id": id, "content": content[0] if content else None, **more}
-
 
 def source(kind, **source):
     return {"type": kind, "source": source}
@@ -4808,7 +4685,6 @@ CALL_1, CALL_2, CALL_3 = ("1", "f", "{}"), ("2", "f", "{}"), ("3", "f", "{}")
 ONE_CALL, TWO_CALLS_MADE = assistant("", [CALL_1]), assistant("", [CALL_1, CALL_2])
 
 
-# To add a case, add a row: messages, what Z.ai gets. The model sees.
 @pytest.mark.parametrize("messages, expected", [
     # Claude Code's order.
     ([user([text("a")]), system("s"), user("b")], [user("a"), system("s"), user("b")]),
@@ -4923,9 +4799,8 @@ def test_messages_streams_by_the_rules_what_the_json_answer_says(name, at_once):
         assert content == whole["content"]
 
 
-# How answers end. To add a case, add a row: a name in ANSWERS; the types of its blocks
-# and the reason for its end in Messages; the types of its items, its status and the
-# reason for being incomplete in Responses.
+# How answers end. Rows: a name in ANSWERS; the types of its blocks and the reason for its end in Messages; the types of
+# its items, its status and the reason for being incomplete in Responses.
 ENDS = [
     ("text", ["text"], "end_turn", ["message"], "completed", None),
     ("nothing", [], "max_tokens", [], "incomplete", "max_output_tokens"),
@@ -4969,7 +4844,6 @@ class ANY_ID(str):
     __hash__ = str.__hash__
 
 
-# To add a case, add a row: arguments that are no JSON object.
 @pytest.mark.parametrize("broken", ['{"a":', "abc", '"{}"', "[1]", "1"])
 def test_messages_never_makes_empty_input_of_broken_arguments(broken):
     steps = [called(0, "call_0", "f", broken), finish("tool_calls")]
@@ -4979,7 +4853,6 @@ def test_messages_never_makes_empty_input_of_broken_arguments(broken):
         told(read_thinker, steps, True)
 
 
-# To add a case, add a row: settings, fields of a request.
 @pytest.mark.parametrize("settings,fields", [
     ({}, {}), ({}, {"thinking": {"type": "disabled"}}),
     ({"REASONING_FORMAT": "hidden"}, {"thinking": {"type": "adaptive"}}),
@@ -5004,8 +4877,8 @@ def test_messages_beats_with_a_ping():
     assert front.heartbeat() == 'event: ping\ndata: {"type":"ping"}\n\n'
 
 
-# Errors. To add a case, add a row: status, code, whether it can heal; the status and type
-# in Messages; the status before a stream and the code in one in Responses.
+# Errors. Rows: status, code, whether it can heal; the status and type in Messages; the status before a stream and the
+# code in one in Responses.
 FRONT_ERRORS = [
     (400, "invalid_value", False, 400, "invalid_request_error", 400, "invalid_prompt"),
     (401, "invalid_api_key", False, 401, "authentication_error", 401, "invalid_prompt"),
@@ -5052,12 +4925,11 @@ def test_messages_refuses_threads_so_that_the_sdk_sends_everything():
 
 # Responses, the request
 
-# To add a case, add a row: fields of a request for a model that is not known, Z.ai's.
+# Rows: fields of a request for a model that is not known, Z.ai's.
 @pytest.mark.parametrize("fields, expected", [
     *((fields, fields) for fields in (
         {"temperature": 1, "top_p": 0.5, "user_id": "user-1", "seed": 1}, {"thinking": ON})),
-    ({"enable_thinking": False}, {"thinking": OFF}),
-    ({"stop": ["a"]}, {"stop": ABSENT}),
+    ({"enable_thinking": False}, {"thinking": OFF}), ({"stop": ["a"]}, {"stop": ABSENT}),
     ({"max_output_tokens": 5}, {"max_tokens": 5}),
     ({}, {"tools": ABSENT, "tool_choice": ABSENT, "response_format": ABSENT, "thinking": ABSENT}),
     ({"text": {"format": {"type": "json_schema", "name": "n", "schema": {}, "strict": True}}},
@@ -5082,7 +4954,7 @@ def test_a_summary_turns_no_thinking_on_where_enable_thinking_is_set(value, thin
     assert by_door("responses", body, ENABLE_THINKING=value)[1].body["thinking"] == thinking
 
 
-# To add a case, add a row: fields of a request, what x-ztoapi-changed says of them.
+# Rows: fields of a request, what x-ztoapi-changed says of them.
 @pytest.mark.parametrize("fields,expected", [
     ({"metadata": {"a": "b"}, "prompt_cache_key": "k", "truncation": "auto", "service_tier": "flex", "invented": 1},
      {"metadata", "prompt_cache_key", "truncation", "service_tier", "invented"}),
@@ -5109,14 +4981,11 @@ def test_responses_drops_by_name_what_zai_does_not_have(fields, expected):
 def message(role, *parts):
     return {"type": "message", "role": role, "content": list(parts)}
 
-
 def output_message(words):
     return message("assistant", {"type": "output_text", "text": words, "annotations": []})
 
-
 def thought(words, **more):
     return {"type": "reasoning", "id": "rs_1", "summary": [{"type": "summary_text", "text": words}], **more}
-
 
 def function_call(id, name="f", text="{}", **more):
     return {"type": "function_call", "id": "fc_1", "call_id": id, "name": name, "arguments": text, **more}
@@ -5134,7 +5003,6 @@ def gave(id, content, kind="function_call_output"):
 
 
 INPUT_IMAGE = {"type": "input_image", "image_url": PNG_URL, "detail": "high"}
-# To add a case, add a row: input items, what Z.ai gets. The model sees.
 @pytest.mark.parametrize("items, expected", [
     ("a", [user("a")]), ([user("a")], [user("a")]),
     ([message("user", {"type": "input_file", "file_url": "http://x/y.pdf"}, {"type": "input_text", "text": "a"})],
@@ -5184,7 +5052,6 @@ def test_a_file_keeps_its_name():
     assert {"type": "file", "file": file} in result.body["messages"][0]["content"]
 
 
-# To add a case, add a row: the name that Z.ai says, what the client gets.
 @pytest.mark.parametrize("name,expected", [
     ("f", {"type": "function_call", "name": "f"}),
     ("mcp__tiny__g", {"type": "function_call", "name": "g", "namespace": "mcp__tiny"}),
@@ -5198,8 +5065,7 @@ def test_a_called_tool_has_the_name_that_the_client_gave_it(name, expected):
     assert {key: item.get(key) for key in ("type", "name", "namespace")} == {"namespace": None, **expected}
 
 
-# To add a case, add a row: the arguments that Z.ai sends, the text that the custom tool
-# gets.
+# Rows: the arguments that Z.ai sends, the text that the custom tool gets.
 @pytest.mark.parametrize("words,expected", [
     ('{"input":"x"}', "x"), ('{"patch":"x"}', "x"), ('{"input":"x","other":"y"}', "x"), ('"x"', "x"), ("x y", "x y"),
     ('{"a":"x","b":"y"}', '{"a":"x","b":"y"}'), ("{}", "{}"), ('{"input":', '{"input":'), ("[1]", "[1]"),
@@ -5215,8 +5081,7 @@ PATCH = "*** Begin Patch\n*** Update File: a.py\n@@\n-a\n+b ***\n*** End Patch"
 STARRED = "*** Begin Patch ***\n*** Update File: a.py ***\n@@\n-a\n+b ***\n*** End Patch ***"
 
 
-# What Codex's apply_patch gets is a bare patch. To add a case, add a row: what the model
-# has written.
+# What the model has written; what Codex's apply_patch gets is a bare patch.
 @pytest.mark.parametrize("words", [
     *({field: PATCH} for field in ("input", "patch", "command", "any")), PATCH, {"input": STARRED},
     {"input": PATCH + "\n"},
@@ -5244,8 +5109,7 @@ def read_user_of_tools():
     return read_responses(tools=ANY_TOOLS, include=["reasoning.encrypted_content"])
 
 
-# The events between an item's first and last, of which the middle one comes any number
-# of times.
+# The events between an item's first and last, of which the middle one comes any number of times.
 LIVES = {
     "reasoning": ("reasoning_summary_part.added", "reasoning_summary_text.delta", "reasoning_summary_text.done",
                   "reasoning_summary_part.done"),
@@ -5472,8 +5336,6 @@ def test_an_earlier_response_stands_in_front():
         output("call_0", "one"), output("call_1", "two"), assistant("Hello"), user("a")]
 
 
-# To add a case, add a row: the key that asks, fields of the earlier request, whether it
-# was answered.
 @pytest.mark.parametrize("key, fields, is_over", [("other", {}, True), ("k", {"store": False}, True), ("k", {}, False)])
 def test_an_earlier_response_that_is_not_kept_is_a_400_of_exactly_this_code(key, fields, is_over):
     memory = ztoapi.Memory()
@@ -5571,11 +5433,8 @@ MADE = assistant("", [("1", "f", '{"a":1}')])
 CALLS = {
     "chat": {"role": "assistant", "tool_calls": [A_CALL]},
     "chat, without a type": {"role": "assistant", "content": None, "tool_calls": [{**A_CALL, "type": None}]},
-    "an item": function_call("1", text='{"a":1}'),
-    "a block": using(A_USE),
-    "a block alone": A_USE,
-    "an item in a message": using(function_call("1", text='{"a":1}')),
-    "chat's as a part": using(A_CALL),
+    "an item": function_call("1", text='{"a":1}'), "a block": using(A_USE), "a block alone": A_USE,
+    "an item in a message": using(function_call("1", text='{"a":1}')), "chat's as a part": using(A_CALL),
     "LangChain's part": using({"type": "tool_call", "id": "1", "name": "f", "args": {"a": 1}}),
     "a part and chat's": {**using(A_USE), "tool_calls": [A_CALL]},
     "a block among chat's": {"role": "assistant", "content": "", "tool_calls": [A_USE]},
@@ -5585,8 +5444,7 @@ OUTPUTS = {
     "chat, in parts": output("1", [{"type": "output_text", "text": "one"}]),
     "an item": gave("1", "one"),
     "a custom item": gave("1", [{"type": "input_text", "text": "one"}], "custom_tool_call_output"),
-    "a block": user([tool_result("1", "one")]),
-    "a block of blocks": user([tool_result("1", [text("one")])]),
+    "a block": user([tool_result("1", "one")]), "a block of blocks": user([tool_result("1", [text("one")])]),
     "a block alone": tool_result("1", {"type": "text", "text": "one"}),
 }
 
@@ -5606,7 +5464,6 @@ def test_calls_that_differ_are_two_though_they_have_one_id(door):
     assert changed == {"tool_call_id"}
 
 
-# To add a value, add a row: what a tool has brought, the text.
 @each_door
 @pytest.mark.parametrize("value", [
     {"a": 1}, [{"a": 1}, {"b": [2]}], [1, "x"], ["x"], 5, 0, 1.5, True, {"type": "x", "text": "y"}])
@@ -5772,16 +5629,14 @@ def test_tools_are_counted_as_they_are_sent(door):
         by_door(door, {**body, "tools": [*tools, {"name": "g"}]})
 
 
-# A picture that the asked model does not see, where VISION_MODEL is set. To add a case,
-# add a row: turns, whether that one answers.
+# A picture that the asked model does not see, where VISION_MODEL is set. Rows: turns, whether that one answers.
 SHOWN = user([text("a"), PICTURE])
 @each_door
 @pytest.mark.parametrize("turns, sees", [
     ([SHOWN], True), ([U, A, SHOWN], True), ([SHOWN, system("s")], True), ([SHOWN, A, U], False), ([SHOWN, U], True),
     ([U, CALLS["chat"], output("1", [PICTURE])], True), ([U, CALLS["chat"], gave("1", [INPUT_IMAGE])], True),
     ([U, A_USE, user([tool_result("1", [PNG])])], True), ([U, A_USE, tool_result("1", [PNG]), U], True),
-    ([SHOWN, CALLS["chat"], output("1", "one")], True),
-    ([U, CALLS["chat"], output("1", [PICTURE]), A, U], False),
+    ([SHOWN, CALLS["chat"], output("1", "one")], True), ([U, CALLS["chat"], output("1", [PICTURE]), A, U], False),
     ([U, CALLS["chat"], output("1", [PICTURE]), CALLS["chat"], output("1", "one")], False),
 ])
 def test_vision_model_answers_where_this_turn_shows_a_picture(door, turns, sees):
@@ -5798,7 +5653,7 @@ def test_vision_model_answers_where_this_turn_shows_a_picture(door, turns, sees)
     assert (again["model"], "image_url" in json.dumps(again)) == ("glm-4.6v", "PNG" in said or "image" in said)
 
 
-# Estimates. To add a text, add a row: it, and how many tokens at least and at most.
+# Estimates of tokens
 @pytest.mark.parametrize("words, least, most", [
     ("The quick brown fox jumps over the lazy dog. " * 100, 1125, 1300), ("", 0, 1),
     ("\u4f60\u597d\u4e16\u754c" * 250, 769, 800)])
@@ -5816,8 +5671,7 @@ def test_an_estimate_counts_all_but_the_bytes_of_pictures():
     assert read_messages(system="word " * 1000, tools=tools)[1].tokens - bare > 2500
 
 
-# Schemas in plain words, for a further try. To add one, add a row: the schema, the
-# plainer one; None: it is plain.
+# Schemas in plain words, for a further try. To add one, add a row: the schema, the plainer one; None: it is plain.
 ANY = {"description": "Any JSON value."}
 @pytest.mark.parametrize("properties, plainer", [
     ({"a": {"type": "string", "enum": ["x"], "default": {}}, "b": {"type": ["string", "null"]}}, None), ({}, None),
@@ -5858,8 +5712,7 @@ HARD_TOOL = {"type": "function", "function": {"name": "f", "parameters": {
     "type": "object", "properties": {"a": {"anyOf": [{"type": "string"}, {"type": "null"}]}}}}}
 
 
-# To add a case, add a row: Z.ai's answers, which of the requests had plain schemas, the
-# status.
+# Rows: Z.ai's answers, which of the requests had plain schemas, the status.
 @cases("answers, plain, status", [
     ("1210", [refusal(400, "1210")], [False, True], 200), ("1214", [refusal(400, "1214")], [False, True], 200),
     ("empty", [stream(DONE)] * 2, [False, False, True], 200),
@@ -5896,8 +5749,7 @@ def test_a_schema_that_refers_to_itself_has_an_end():
 
 # Both, bounds
 
-# What a client may send. To add a case, add a row: what is special, the fields of a
-# Responses request.
+# What a client may send: the fields of a Responses request.
 @cases("fields", [
     ("an assistant that never stops", {"input": [assistant("x" * 1000)] * 8000}),
     ("calls without outputs", {"input": [function_call(str(i)) for i in range(10000)]}),
@@ -5939,7 +5791,7 @@ def test_what_responses_echoes_has_a_bound():
         ztoapi.Responses.read({"input": "a", "metadata": {"a": deep}}, caller(), Settings())
 
 
-# Answers that are kept for their end. To add a case, add a row: what is kept, steps.
+# Answers that are kept for their end.
 @pytest.mark.parametrize("read", (read_responses, read_messages))
 @cases("steps", [
     ("texts", [Step("text", "x" * (1 << 20))] * 100),
@@ -6123,7 +5975,7 @@ def error_of(code, **more):
 REFUSED = error_of("1302")
 
 
-# To add a case, add a row: the client keys of those who queue, and who of them go in which order.
+# Rows: the client keys of those who queue, and who of them go in which order.
 @pytest.mark.parametrize("keys,order", (("aaaaaa", [0, 1, 2, 3, 4, 5]), ("aaabb", [0, 3, 1, 4, 2])))
 def test_client_keys_take_turns_and_first_come_is_first_served(make_timed, keys, order):
     timed = make_timed(limit=1)
@@ -6154,7 +6006,7 @@ def test_max_concurrency_is_a_fixed_ceiling(make_timed, limit):
     assert timed.seconds_to_enter() == 7
 
 
-# To add a case, add a row: code, how many others are in flight, the ceiling then, seconds until it goes again.
+# Rows: code, how many others are in flight, the ceiling then, seconds until it goes again.
 @pytest.mark.parametrize("code,others,ceiling,seconds", [
     ("1302", 1, 1, 60),  # one is in flight, one is allowed: until the probing
     ("1302", 0, None, 0.5),  # it was alone, so that it was not for too many
@@ -6170,11 +6022,10 @@ def test_what_a_refusal_teaches(make_timed, code, others, ceiling, seconds):
     assert (timed.ceilings(), timed.seconds_to_enter(refused)) == ([ceiling], seconds)
 
 
-# To add a case, add a row: MAX_CONCURRENCY, how many are in flight, how many of them are refused, the ceiling then and
-# after each further minute in which all of it is used.
+# Rows: MAX_CONCURRENCY, how many are in flight, how many of them are refused, the ceiling then and after each further
+# minute in which all of it is used.
 @pytest.mark.parametrize("limit,in_flight,refused,ceilings", [
-    (0, 3, 1, [2, 3, 4, 5]),
-    (0, 12, 11, [1, 6, 9, 10, 11, 12, 13]),
+    (0, 3, 1, [2, 3, 4, 5]), (0, 12, 11, [1, 6, 9, 10, 11, 12, 13]),
     (0, 30, 30, [15, 22, 26, 28, 29, 30, 31]),  # all of them: a glitch
     (3, 3, 2, [1, 2, 3, 3]),
 ])
@@ -6448,12 +6299,11 @@ def test_a_key_that_learned_a_low_ceiling_gets_less(make_timed):
     assert positions == [2, 2, 2]
 
 
-# To add a case, add a row: codes, their HTTP status, after how many seconds Z.ai says that the limit ends, for how many
-# the key rests, and whether it rests as a whole or only for that model.
+# Rows: codes, their HTTP status, after how many seconds Z.ai says that the limit ends, for how many the key rests, and
+# whether it rests as a whole or only for that model.
 RESTS = [
     ("401 1000 1001 1002 1003 1004 1005 1315", 401, None, 600, True),
-    ("1110 1111 1112 1304 1308 1309 1310", 429, None, 600, True),
-    ("1113 1311", 429, None, 600, False),
+    ("1110 1111 1112 1304 1308 1309 1310", 429, None, 600, True), ("1113 1311", 429, None, 600, False),
     ("1308 1310", 429, 5000, 5000, True),
     ("1310", 429, 3 * 86400, 6 * 3600, True),  # somebody may recharge before
 ]
@@ -6540,7 +6390,6 @@ def test_an_empty_purse_at_every_key_is_told_with_no_second_try(zai):
         assert (headers["x-should-retry"], keys_at(zai)) == ("false", list(ZAI_KEYS))
 
 
-# To add a case, add a row: where Z.ai quotes the key -> the script for a key.
 @cases("script_for", {
     "401": lambda key: refusal(401, "401", f"token {key} expired"),
     "halves": lambda key: refusal(500, "1234", "{} and {}".format(*key.split("."))),
@@ -6638,10 +6487,8 @@ def test_the_clients_leaving_is_noticed(zai, brisk, caplog, proxy, phase, stream
     assert len(zai.requests) == 1
 
 
-# To add a case, add a row: a request, how its client leaves.
 @table("request_bytes,how", [
-    (raw_chat(chat_body(stream=True)), "reset"),
-    (raw_chat(JSON_CHAT), "end of file"),
+    (raw_chat(chat_body(stream=True)), "reset"), (raw_chat(JSON_CHAT), "end of file"),
     *((api_request(api, streamed), "close") for api in APIS for streamed in (True, False)),
 ])
 def test_every_way_of_leaving_is_noticed(zai, brisk, caplog, proxy, request_bytes, how):
@@ -6722,10 +6569,9 @@ def test_a_socket_has_ended_once_its_other_side_is_closed(monkeypatch, rdhup):
 
 # Heartbeats
 
-# To add a case, add a row: of how many steps of an answer's a heartbeat comes behind, what the client has got by then.
+# Rows: of how many steps of an answer's a heartbeat comes behind, what the client has got by then.
 @cases("count,pattern", {
-    "nothing": (0, rb'^HTTP/1.1 200.*"delta":\{\}'),
-    "the head": (1, rb'^HTTP/1.1 200.*"delta":\{\}'),
+    "nothing": (0, rb'^HTTP/1.1 200.*"delta":\{\}'), "the head": (1, rb'^HTTP/1.1 200.*"delta":\{\}'),
     "text": (4, rb'"Hel".*"delta":\{\}'),
 })
 def test_a_heartbeat_is_a_valid_empty_chunk_and_the_opening_one_comes_first(zai, brisk, count, pattern):
@@ -6755,7 +6601,6 @@ def test_before_its_time_or_at_0_or_in_json_no_heartbeat_comes(zai, brisk, heart
         assert not streamed or not any(map(is_beat, proxy.stream()[2]))
 
 
-# To add a case, add a row: what comes late -> the script.
 @cases("script", {
     "the end mark": stream(say("Hello"), FINISH, 0.2, DONE),
     "the end of the body": stream(say("Hello"), FINISH, DONE, 0.2),
@@ -6804,7 +6649,6 @@ def test_queueing_goes_on_after_a_heartbeat(zai, brisk):
                 assert said(check_whole(*stream_read)) == "Hello"
 
 
-# To add a case, add a row: what Z.ai does after a heartbeat, the code of the error then.
 @cases("script,code", {
     "400": (refusal(400, "1210"), "invalid_value"), "429": (refusal(429, "1113"), "insufficient_quota"),
     "reset": ([RESET], "upstream_error"), "event": (stream(sse(NETWORK)), "upstream_error"),
@@ -6993,8 +6837,7 @@ def test_a_client_that_takes_no_write_within_client_timeout_is_dropped(zai, bris
     assert "error='the client took nothing for CLIENT_TIMEOUT (0.2 s)'" in log_lines()[-1]
 
 
-# To add a case, add a row: how many bytes the client takes each 50 seconds, after how many seconds it is dropped (None:
-# it is not).
+# Rows: how many bytes the client takes each 50 seconds, after how many seconds it is dropped (None: it is not).
 @pytest.mark.parametrize("room, dropped_after", [(0, 100), (1, 650), (1000, None)])
 def test_client_timeout_is_between_two_writes_with_a_bound_for_all(fake_stream, room, dropped_after):
     clock = fake_stream.clock
@@ -7045,7 +6888,7 @@ PER_REQUEST = (
     ztoapi.Handler, ztoapi.Client, ztoapi.Outbox, ztoapi.Relay, ztoapi.Connection, ztoapi.ZaiRequest, ztoapi.Answer,
     ztoapi.Reply, ztoapi.SSEDecoder, ztoapi.Translator, ztoapi.Job, ztoapi.Ticket, ztoapi.Fold, ztoapi.Chat)
 
-# To add a case, add a row: what happens -> what Z.ai does (None: it is not there), streamed or not.
+# Rows: what happens -> what Z.ai does (None: it is not there), streamed or not.
 @cases("script,streamed", {
     "well": (stream(*HEALTHY), True), "well, json": (stream(*HEALTHY), False), "reset": ([RESET], True),
     "first event, json": (stream(sse(NETWORK), DONE), False), "not there": (None, True),
@@ -7106,8 +6949,7 @@ def raw_head(*lines):
 
 # Faults: each heals if it comes before the first delta, and ends the answer if it comes later
 
-# One of each kind; which answers are faults at all is told by the tables of From Z.ai. To add a case, add a row: a
-# fault -> what Z.ai does.
+# One of each kind; which answers are faults at all is told by the tables of From Z.ai. Rows: a fault -> what Z.ai does.
 EARLY = {
     "reset before the head": [RESET], "closed before the head": [CLOSE], "reset behind the head": [HEAD, 0.02, RESET],
     "closed behind the head": [HEAD, CLOSE], "reset in an event": [HEAD, chunked(say("Hel")[:40]), 0.02, RESET],
@@ -7119,7 +6961,7 @@ EARLY = {
     "1120": refusal(429, "1120"), "1234": refusal(500, "1234"),
 }
 
-# To add a case, add a row: a fault -> what Z.ai does behind the first delta.
+# Rows: a fault -> what Z.ai does behind the first delta.
 LATE = {
     "reset": [0.02, RESET], "clean end between chunks": [CLOSE], "clean end of the body without a finish": [END],
     "end mark without a finish": [chunked(DONE), END], "reset in an event": [chunked(say("lo")[:40]), 0.02, RESET],
@@ -7245,7 +7087,6 @@ def test_bytes_that_come_one_at_a_time_are_an_answer_like_any_other(zai, unhurri
     assert zai.connections == 1
 
 
-# To add a case, add a row: how a good answer ends -> its script.
 @cases("script", {
     "with its connection": [raw_head("Connection: close"), *HEALTHY, CLOSE],
     "cut behind the finish": stream(say("Hello"), event(finish="stop"), CLOSE),
@@ -7286,10 +7127,8 @@ def test_a_request_that_zai_does_not_take_is_tried_once_more():
 
 # Silence, and other times
 
-# To add a case, add a row: what Z.ai does before it falls silent -> the script.
 @cases("script", {
-    "before the head": [LONG_S],
-    "behind the head": [HEAD, LONG_S],
+    "before the head": [LONG_S], "behind the head": [HEAD, LONG_S],
     "behind an empty delta": stream(event({"role": "assistant", "content": ""}), LONG_S),
     "behind interim answers": [b"HTTP/1.1 103 Early Hints\r\n\r\n", 0.02] * 5000,
     "a head that drips": [HEAD[:20], *[b"x", 0.02] * 5000],
@@ -7346,11 +7185,10 @@ def test_upstream_timeout_is_of_silence_and_never_of_the_whole():
         relay.look(i * 300 + 301, 300)
 
 
-# To add a case, add a row: what Z.ai does behind a finish, or behind the end mark -> the script. Neither a second more,
-# nor 64 KB more are read.
+# Rows: what Z.ai does behind a finish, or behind the end mark -> the script. Neither a second more, nor 64 KB more are
+# read.
 ENDLESS = {
-    "silence": [LONG_S],
-    "comments": [chunked(b": keep-alive\n\n"), 0.02] * 5000,
+    "silence": [LONG_S], "comments": [chunked(b": keep-alive\n\n"), 0.02] * 5000,
     "a flood": [chunked(b": keep-alive\n\n" * 20000), LONG_S],
 }
 
@@ -7402,7 +7240,7 @@ def test_backoff_between_retries_doubles_with_full_jitter(make_timed, rand, gaps
     assert record.queued_s == sum(gaps)
 
 
-# To add a case, add a row: code, Z.ai's Retry-After header, seconds until the next attempt.
+# Rows: code, Z.ai's Retry-After header, seconds until the next attempt.
 RETRY_AFTER = [
     ("1234", "7", 7), ("1234", "0", 0), ("1302", "7", 7), ("1302", "20", 20), ("1305", "7", 7),
     ("1305", "0", 1),  # our own backoff is the least
@@ -7695,7 +7533,6 @@ def test_the_pool_closes_what_was_idle_for_60_seconds():
         assert pool.take() is None, "too old, though nobody has closed it yet"
 
 
-# To add a case, add a row: an answer -> its script, and whether its connection serves again.
 @cases("script,again", {
     "a stream read to its end": (stream(*HEALTHY), True), "a refusal": (refusal(400, "1210"), True),
     "no last chunk": (stream(*HEALTHY, end=False) + [LONG_S], False),
@@ -7794,7 +7631,6 @@ def test_a_proxy_that_refuses_is_a_502(trusted, monkeypatch, reply):
             assert (ask(proxy, True)[0], trusted.connections, len(refusing.heads)) == (502, 0, 2)
 
 
-# To add a case, add a row: HTTPS_PROXY, words of the error.
 @pytest.mark.parametrize("url,words", [
     *((url, "proxy") for url in (
         "http://a..b:80", "http://" + "a" * 64 + ".example:80", "http://user:secretpassword",
@@ -7900,7 +7736,7 @@ def counted(**fields):
 
 # The log line
 
-# To add a case, add a row: fields of a Record, words its line holds, words it does not hold.
+# Rows: fields of a Record, words its line holds, words it does not hold.
 @pytest.mark.parametrize("fields,present,absent", [
     ({"method": "GET", "path": "/health", "status": 200}, ["req_1 127.0.0.1 GET /health 200"], ["model=", "key="]),
     ({"key": "#2"}, ["key=#2"], []), ({"client_request_id": "run-17"}, ["rid=run-17"], []),
@@ -7996,8 +7832,7 @@ def test_stats_tell_tokens_gates_and_queues_by_model():
 
 # Where a request ends
 
-# One of each kind; the tables of RequestHead have them all. To add a case, add a row: a head that is refused, the
-# status.
+# One of each kind; the tables of RequestHead have them all.
 @table("data,status", [
     (raw_request("POST", CHAT, "Content-Length: 5, 5") + END, 400), (raw_request("GET", "/health", "X : y"), 400),
     (raw_request("POST", CHAT, "Transfer-Encoding: gzip") + END, 501), (raw_request("GET", "/" + "a" * 70000), 431),
@@ -8091,8 +7926,7 @@ def test_head_of_the_chat_is_no_method_of_it(shared):
 
 JSON_LENGTH = f"Content-Length: {len(JSON_CHAT)}"
 
-# To add a case, add a row: header lines of a POST that expects 100-continue, whether its key is right, the statuses it
-# gets.
+# Rows: header lines of a POST that expects 100-continue, whether its key is right, the statuses it gets.
 @table("lines,key_is_right,expected", [
     ([JSON_LENGTH], True, [100, 200]), (["Transfer-Encoding: chunked"], True, [100, 200]),
     ([JSON_LENGTH], False, [401]), (["Transfer-Encoding: chunked"], False, [401]),
@@ -8116,8 +7950,8 @@ def test_a_client_need_not_wait_for_100_continue(shared):
     assert statuses(shared, raw_request("GET", "/health", "Expect: 100-continue")) == [200, 200], "no body, no 100"
 
 
-# To add a case, add a row: the header line of a POST, what comes of its body, the status. 413 does not wait for a body
-# beyond MAX_BODY_MB=1.
+# Rows: the header line of a POST, what comes of its body, the status. 413 does not wait for a body beyond
+# MAX_BODY_MB=1.
 @table("line,body,status", [
     *((f"Content-Length: {size}", b"", 413) for size in (MIB + 1, 999999999999)),
     *(("Transfer-Encoding: chunked", body, 413) for body in (
@@ -8132,8 +7966,7 @@ def test_the_body_limit_holds_before_the_body_is_there(shared, line, body, statu
     assert (reply.status, reply.headers["Connection"]) == (status, "close" if status == 413 else None)
 
 
-# To add a case, add a row: a request whose body nobody reads (method, path, further header lines, whether its key is
-# right), the status.
+# Rows: a request whose body nobody reads (method, path, further header lines, whether its key is right), the status.
 @table("method,path,lines,key_is_right,status", [
     ("POST", CHAT, [], False, 401), ("POST", "/nowhere", [], True, 404), ("PUT", "/v1/models", [], True, 405),
     ("GET", "/v1/models", [], True, 200), ("GET", "/", [], False, 200), ("OPTIONS", CHAT, [], False, 200),
@@ -8149,12 +7982,11 @@ def test_a_body_nobody_read_never_becomes_the_next_request(shared, method, path,
         assert (reply.status, reply.headers["Connection"]) == (status, "close")
 
 
-# To add a case, add a row: what is answered before all of it was read, the status. The server must not close on the
-# rest, as that would reset the connection.
+# Rows: what is answered before all of it was read, the status. The server must not close on the rest, as that would
+# reset the connection.
 @table("data,status", [
     (raw_request("POST", CHAT, "Content-Length: 8000000", auth=False) + b" " * 4000000, 401),
-    (b"nonsense\r\n\r\n" + b"x" * 100000, 400),
-    (raw_request("GET", "/health", "X : y") + b"x" * 100000, 400),
+    (b"nonsense\r\n\r\n" + b"x" * 100000, 400), (raw_request("GET", "/health", "X : y") + b"x" * 100000, 400),
     (raw_request("GET", "/health", "X: " + "y" * 1000000), 431),
 ])
 def test_an_answer_can_be_read_while_more_is_still_being_sent(shared, data, status):
@@ -8184,8 +8016,7 @@ def with_field(text):
     return JSON_CHAT.replace(b'"stream"', text + b',"stream"')
 
 
-# What JSON is, and which fields are bad, is told by STRICT_JSON and BAD_REQUESTS. To add a case, add a value or a row:
-# a body, the status it gets.
+# What JSON is, and which fields are bad, is told by STRICT_JSON and BAD_REQUESTS. Rows: a body, the status it gets.
 @table("body,status", [
     *((body, 400) for body in (
         b"", b"[]", b"{}", b"\xff\xfe\x00", JSON_CHAT + b"x", JSON_CHAT.decode().encode("utf-16"),
@@ -8221,7 +8052,7 @@ def test_nesting_around_the_recursion_limit_is_an_answer_or_a_400(shared, field)
 
 # Paths
 
-# To add a case, add a value: a target, by the status it gets.
+# Rows: a target, by the status it gets.
 @table("target,status", [
     *((target, 200) for target in (
         "/v1/models", "/models", "///models", "/v1//models//glm-4.6", "/v1/models/", "/v1/models?limit=2&x=%zz",
@@ -8254,8 +8085,8 @@ def test_the_models_are_found_where_a_program_looks(shared, path):
     assert [len(shared.call("GET", path + end)[2].get("data", "x")) for end in ("", "/GLM-4.6")] == [29, 1]
 
 
-# To add a case, add a row: a path, patterns of what its 404 says; {base} is the proxy's base URL, {root} the same
-# without /v1, and {zai} that of Z.ai.
+# Rows: a path, patterns of what its 404 says; {base} is the proxy's base URL, {root} the same without /v1, and {zai}
+# that of Z.ai.
 @table("path,words", [
     ("/nowhere", ["/nowhere", "base URL to {base}"]), ("/v1/embeddings", ["{zai}/embeddings", "balance"]),
     *((path, ["base URL to {base}"]) for path in (
@@ -8280,7 +8111,6 @@ def test_a_404_says_where_to_go(shared, path, words):
         assert word.format(root=root, base=root + "/v1", zai=shared.zai.url) in body["error"]["message"]
 
 
-# To add a case, add a row: a path, the method it takes.
 @table("path,right", [
     *((path, "GET") for path in ("/v1/models", "/models/GLM-4.6", "/metrics", "/stats", "/health", "/")),
     (CHAT, "POST"), ("/chat/completions", "POST"),
@@ -8308,7 +8138,6 @@ def test_models_are_listed_as_openai_lists_them(zai):
             assert proxy.call("GET", "/v1/models/" + id)[2] == model
 
 
-# To add a case, add a row: a name that chat takes, that of the entry like it.
 @pytest.mark.parametrize("name, like", [
     ("glm-4.6", "GLM-4.6"), ("z-ai/glm-4.6", "GLM-4.6"), ("z-ai%2FGLM-4.5-air", "GLM-4.5-Air"),
     ("glm-5.2-highspeed", "GLM-5.2"), ("GLM-5.2[1m]", "GLM-5.2"), ("GPT-4O", "mine"), ("mine", "mine"), ("gpt-9", None),
@@ -8328,13 +8157,12 @@ def test_a_model_is_found_by_any_name_that_chat_takes(zai, name, like):
 
 # Keys
 
-# To add a case, add a value or a row: header lines, whether they hold the key.
+# Rows: header lines, whether they hold the key.
 @table("lines,right", [
     *(([line], True) for line in (
         "Authorization: Bearer key-one", "authorization: BEARER key-two", "Authorization: bearer  key-one ",
         "x-api-key: key-two", "X-Api-Key: key-one", "api-key: key-one", "Authorization: key-one")),
-    (["Authorization: Bearer wrong", "api-key: key-one"], True),
-    ([], False),
+    (["Authorization: Bearer wrong", "api-key: key-one"], True), ([], False),
     *(([line], False) for line in (
         "Authorization: Bearer", "Authorization: Bearer ", "Authorization:", "x-api-key:",
         "Authorization: Bearer key-on", "Authorization: Bearer key-onee", "Authorization: Bearer KEY-ONE",
@@ -8358,8 +8186,7 @@ def test_a_401_says_which_key_to_send(shared, well_known, auth):
         assert reply.status == 401
 
 
-# To add a case, add a row: a path that needs the key. It is tried in spellings that a careless router could take for
-# one that does not.
+# Rows: a path that needs the key. It is tried in spellings that a careless router could take for one that does not.
 @table("path", ["/v1/models", "/metrics", "/stats", CHAT, "/nowhere"])
 def test_no_spelling_of_a_path_opens_a_locked_door(shared, path):
     hexed = f"/%{ord(path[1]):02x}{path[2:]}"
@@ -8375,7 +8202,6 @@ def test_no_spelling_of_a_path_opens_a_locked_door(shared, path):
             assert data.startswith(b"HTTP/1.1 401 "), (method, target)
 
 
-# To add a case, add a row: method, path and status of what is open to all.
 @table("method,path,status", [("GET", "/health", 200), ("GET", "/", 200), ("GET", "/docs", 200),
                               ("GET", "/dashboard/", 200), ("OPTIONS", "/v1/models", 200), ("OPTIONS", "*", 200)])
 def test_what_needs_no_key(shared, method, path, status):
@@ -8390,8 +8216,8 @@ def test_without_a_key_for_zai_models_are_served_and_chat_says_what_to_do(zai):
     assert re.search("ZAI_API_KEY.*https://z.ai/", body["error"]["message"])
 
 
-# To add a case, add a row: what Z.ai refuses for good, the status that makes agents show it rather than try again and
-# say nothing, the code.
+# Rows: what Z.ai refuses for good, the status that makes agents show it rather than try again and say nothing, the
+# code.
 @table("script,status,code", [
     (refusal(429, "1113"), 402, "insufficient_quota"), (refusal(429, "1309"), 402, "insufficient_quota"),
     (refusal(401, "1000"), 403, "upstream_auth_error"), (refusal(429, "1311"), 403, "permission_denied"),
@@ -8405,7 +8231,7 @@ def test_what_cannot_heal_is_no_429_and_no_502(zai, proxy, script, status, code)
 
 # Secure by default
 
-# To add a case, add a value: what Host says, by whether it names this computer.
+# Rows: what Host says, by whether it names this computer.
 @table("host,ours", [
     *((host, True) for host in (
         "localhost", "LocalHost:9090", "127.0.0.1", "127.0.0.1:9090", "127.8.9.10:1", "[::1]:9090", "[::1]")),
@@ -8493,8 +8319,8 @@ def test_secrets_are_redacted_wherever_they_could_surface(zai, log_lines, caplog
 
 # Streamed or not
 
-# Who gets a stream is a table of Chat's; this is what of it must work on the wire. To add a case, add a row: fields of
-# the request, header lines, whether the answer is streamed where DEFAULT_STREAM is true.
+# Who gets a stream is a table of Chat's; this is what of it must work on the wire. Rows: fields of the request, header
+# lines, whether the answer is streamed where DEFAULT_STREAM is true.
 STREAM_WISHES = [
     ({}, [], True), ({"stream": None}, [], True), ({"stream": True}, ["Accept: application/json"], True),
     ({"stream": False}, [], False), ({}, ["Accept: Application/JSON, */*"], False),
@@ -8621,7 +8447,6 @@ def refusing(**codes):
     return answered
 
 
-# To add a case, add a row: what each model refuses with, who answers.
 @cases("refusals, model", [
     ("no money", {"5_3": "1113"}, "glm-5.2"), ("limit reached", {"5_3": "1308", "5_2": "1310"}, "glm-4.7"),
     ("not in the plan", {"5_3": "1311"}, "glm-5.2"), ("not there", {"5_3": "1211", "5_2": "1113"}, "glm-4.7"),
@@ -8693,8 +8518,7 @@ def test_each_api_streams_and_answers_in_json(proxy, api):
     assert (text_of(api, answer), answer["usage"]["output_tokens"]) == ("Hello", USAGE["completion_tokens"])
 
 
-# To add a case, add a row: HTTP status and code of Z.ai, the status and the type of Messages, the code of Responses,
-# whose status is 400.
+# Rows: HTTP status and code of Z.ai, the status and the type of Messages, the code of Responses, whose status is 400.
 @pytest.mark.parametrize("refused,status,kind,code", [
     ((429, "1113"), 402, "billing_error", "insufficient_quota"),
     ((429, "1310"), 402, "billing_error", "insufficient_quota"),
@@ -8770,7 +8594,7 @@ def test_an_item_is_remembered_for_the_key_that_got_it_and_for_no_other(zai):
 
 # What the log tells
 
-# To add a case, add a row: a request, how its line begins behind its id.
+# Rows: a request, how its line goes on behind its id and the client's address.
 @table("data,words", [
     *((raw_request(method, path, LAST), words) for method, path, words in (
         ("GET", "/health", "GET /health 200"), ("GET", "/v1/models", "GET /v1/models 200"),
@@ -8872,7 +8696,6 @@ def test_nothing_a_client_sends_can_shape_the_log(zai, log_lines, caplog):
 
 # What the numbers tell
 
-# To add a case, add a row: a name, its type.
 METRICS = {
     "ztoapi_requests_total": "counter", "ztoapi_tokens_total": "counter", "ztoapi_unauthorized_total": "counter",
     "ztoapi_time_to_first_token_seconds": "histogram", "ztoapi_request_duration_seconds": "histogram",
@@ -9005,7 +8828,6 @@ def test_the_page_tells_its_key_and_model_and_runs_nothing_but_its_own(environ, 
 
 # Bugs of our own
 
-# To add a case, add a row: where a bug is planted, its name there, and the request that meets it.
 @pytest.mark.parametrize("place,name,method,path,body", [
     (ztoapi, "listed_models", "GET", "/v1/models", None), (ztoapi.Metrics, "stats", "GET", "/stats", None),
     (ztoapi, "to_zai_request", "POST", CHAT, chat_body()), (ztoapi.Answer, "feed", "POST", CHAT, chat_body()),
@@ -9101,7 +8923,7 @@ def no_descriptor_left():
         gc.enable()
 
 
-# To add a case, add a row: what happens to a server -> its steps; a number is slept.
+# Rows: what happens to a server -> its steps; a number is slept.
 @cases("steps", {
     "it never serves": ["stop"], "it is stopped before it serves": ["stop", "serve", "join"],
     "it is stopped while it begins": ["serve", "stop", "join"], "twice": ["serve", "stop", "stop", "join"],
@@ -9222,8 +9044,8 @@ def is_cut(proxy, first, drip, pause_s=0.05):
 
 LONG_POST = raw_request("POST", CHAT, "Content-Length: 2000000000")
 
-# To add a case, add a row: where it drips -> what is sent first, what then drips, the seconds in between. A 413 would
-# end the fast body, hence the large limit.
+# Rows: where it drips -> what is sent first, what then drips, the seconds in between. A 413 would end the fast body,
+# hence the large limit.
 DRIPS = {
     "request line": (b"GET /", b"a"), "headers": (b"GET /health HTTP/1.1\r\n", b"X: y\r\n"),
     "one header": (b"GET /health HTTP/1.1\r\nX: ", b"y"), "body": (LONG_POST, b" "),
@@ -9248,10 +9070,9 @@ def test_no_request_may_come_slowly_for_ever(zai, monkeypatch, log_lines):
     assert (zai.requests, log_lines(logging.ERROR)) == ([], [])
 
 
-# To add a case, add a row: a request of which a part comes late -> what comes before.
+# Rows: a request of which a part comes late -> what comes before.
 @cases("request_bytes, size", {
-    "a head": (raw_request("GET", "/health"), 10),
-    "a body": (raw_chat(JSON_CHAT), -10),
+    "a head": (raw_request("GET", "/health"), 10), "a body": (raw_chat(JSON_CHAT), -10),
     "a chunked body": (raw_chunks(chunked(JSON_CHAT), END), -10),
 })
 def test_client_timeout_is_told_to_who_is_too_slow(zai, log_lines, request_bytes, size):
@@ -9423,10 +9244,8 @@ WHOLE_REQUEST = raw_request("GET", "/v1/models").decode()
 ONE_LINE = WHOLE_REQUEST.replace("\r\n", " ")
 
 
-# To add a case, add a row: a whole request inside another one.
 @table("data", [
-    raw_chat(json_chat(messages=[user(WHOLE_REQUEST)])),
-    raw_request("GET", "/health", "X: " + ONE_LINE),
+    raw_chat(json_chat(messages=[user(WHOLE_REQUEST)])), raw_request("GET", "/health", "X: " + ONE_LINE),
     raw_request("GET", "/health?" + ONE_LINE.replace(" ", "%20")),
     raw_chunks(b"%x;%b\r\n%b\r\n" % (len(JSON_CHAT), ONE_LINE.encode(), JSON_CHAT), END),
 ])
@@ -9437,7 +9256,7 @@ def test_attack_a_request_inside_a_request_is_text(shared, data):
 EVIL = "x\r\nX-Evil: 1\r\n\r\nHTTP/1.1 200 OK\r\n"
 
 
-# To add a case, add a row: what a client could split an answer's head with, the status it gets.
+# Rows: what a client could split an answer's head with, the status it gets.
 @table("data,status", [
     (raw_chat(json_chat(model=EVIL, store=True, user=EVIL, **{EVIL: 1})), 200),
     (raw_chat(json_chat(stream=True, model=EVIL)), 200),
@@ -9504,7 +9323,6 @@ LINES = [
     b"Content-Type: multipart/mixed", b"Content-Encoding: gzip", b"Connection: upgrade", b"Upgrade: websocket",
     b"Range: bytes=0-1", b"Accept: application/json",
 ]
-# To add a case, add a row: a good request, to be broken by the fuzzer.
 PLAIN_REQUESTS = [
     raw_request("GET", "/v1/models"), raw_request("HEAD", "/stats"), raw_request("GET", "/"),
     raw_request("GET", "/v1/models/GLM-4.6?x=%20", "Origin: https://x"),
@@ -9713,7 +9531,6 @@ def test_the_check_shows_a_key_to_no_server_that_is_not_named(zai, capsys):
     assert (len(failures_of(capsys, ZAI_BASE_URL=zai.url)), len(zai.requests)) == (1, 1)
 
 
-# To add a case, add a row: what Z.ai does for ever.
 @pytest.mark.parametrize("script", (
     [HEAD, *[b"x", 0.1] * 300], [b"HTTP/1.1 103 Early Hints\r\n\r\n", 0.1] * 300, stream(*[b": ping\n\n", 0.1] * 300),
 ), ids=("a drip", "interim answers", "comments"))
@@ -9887,7 +9704,6 @@ def test_the_start_lines_mask_keys_and_sigint_ends_it(zai):
     assert [secret for secret in (ZAI_KEY, KEY, "short", "ZaiSecret") if secret in text] == []
 
 
-# To add a case, add a row: the Z.ai key, what the warning says.
 @posix_only
 @pytest.mark.parametrize("key, words", [
     ("", "403"), ("your-z.ai-key", "placeholder"), ("0123456789abcdef.SecretSecret1,<your-key>", "placeholder"),
@@ -9942,7 +9758,6 @@ def test_a_second_signal_ends_at_once(zai):
     assert ("Traceback" in process.err, process.out) == (False, "Stopped.\n")
 
 
-# To add a case, add a row: variables of an address that the machine refuses.
 @posix_only
 @pytest.mark.parametrize("environ", [{"HOST": "203.0.113.77"}, {"HOST": "256.1.1.1"}, {"PORT": "taken"}])
 def test_what_the_machine_refuses_is_one_line_and_exit_status_1(environ):
