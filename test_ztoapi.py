@@ -12,7 +12,6 @@ import collections
 import contextlib
 import copy
 import dataclasses
-import email.utils
 import functools
 import gc
 import gzip
@@ -1640,18 +1639,14 @@ def test_a_duration_in_words(seconds, words):
     assert ztoapi.duration(seconds) == words
 
 
-# To add a case, add a row: a Retry-After, the seconds it means at RESET_AT.
+# To add a case, add a row: a Retry-After, the seconds it means.
 @pytest.mark.parametrize("text, seconds", [
     ("7", 7.0), ("0", 0.0),
-    ("Wed, 09 Sep 2026 05:38:28 GMT", 28800.0), ("Tue, 08 Sep 2026 21:38:28 GMT", 0.0),
-    ("Mon, 07 Sep 2026 21:38:28 GMT", 0.0),
-    ("", None), ("soon", None), ("-1", None), ("1.5", None), ("9999999", None), ("Wed, 99 Sep 2026 05:38:28 GMT", None),
-    ("5, 7", None), ("Fri, 31 Dec 9999 23:59:59 GMT", None), ("Wed Sep  9 05:38:28 2026", None),
-    ("Wednesday, 09-Sep-26 05:38:28 GMT", 28800.0), ("Wed, 09 Sep 2026 05:38:28 +0800", 0.0),
-    ("\u0667", None), ("Wed, 09 Sep 99999999999999999999 05:38:28 GMT", None), ("1 Jan 1 00:00:00 +9999999999", None),
+    ("", None), ("soon", None), ("-1", None), ("1.5", None), ("9999999", None), ("5, 7", None), ("\u0667", None),
+    ("Wed, 09 Sep 2026 05:38:28 GMT", None),
 ])
-def test_retry_after_is_a_number_or_a_date(text, seconds):
-    assert ztoapi.seconds_to_wait(text, RESET_AT) == seconds
+def test_retry_after_counts_if_it_is_a_number(text, seconds):
+    assert ztoapi.seconds_to_wait(text) == seconds
 
 
 def test_zais_own_retry_after_is_passed_on():
@@ -2046,9 +2041,9 @@ def test_a_body_of_known_length_ends_there(length, data, expected):
         assert dechunk(ztoapi.Counted(length), pieces) == expected
 
 
-def decode_events(pieces, **options):
+def decode_events(pieces):
     """The events, or the class of the error."""
-    decoder = SSEDecoder(**options)
+    decoder = SSEDecoder()
     try:
         return [event for piece in pieces for event in decoder.feed(piece)] + decoder.close()
     except UpstreamError as error:
@@ -2092,9 +2087,10 @@ def decode_events(pieces, **options):
     *((data, UpstreamError) for data in (
         b"data: " + b"x" * 200, b"data: 123456789\n" * 20, b": " + b"x" * 200, b"{" + b"x" * 200 + b"\n")),
 ])
-def test_events_are_the_same_however_they_arrive(data, events):
+def test_events_are_the_same_however_they_arrive(monkeypatch, data, events):
+    monkeypatch.setattr(SSEDecoder, "LIMIT_BYTES", 100)
     for pieces in pieces_of(data):
-        assert decode_events(pieces, limit=100) == events, pieces[:3]
+        assert decode_events(pieces) == events, pieces[:3]
 
 
 # To add a case, add a row: what is special -> an event, whether it is one event.
@@ -7603,7 +7599,6 @@ def test_backoff_between_retries_doubles_with_full_jitter(make_timed, rand, gaps
 RETRY_AFTER = [
     ("1234", "7", 7), ("1234", "0", 0), ("1302", "7", 7), ("1302", "20", 20), ("1305", "7", 7),
     ("1305", "0", 1),  # our own backoff is the least
-    ("1305", email.utils.formatdate(Timed.NOW + 1024 + 7, usegmt=True), 7),
 ]
 
 
@@ -8160,14 +8155,14 @@ def test_the_counters_tell_the_client_keys_apart():
     assert 'ztoapi_tokens_total{model="glm-4.6",kind="completion",key="#2"} 14\n' in text
 
 
-def test_models_that_the_table_does_not_know_share_a_label():
-    gates = [(1, "new-1", 5), (1, "new-2", 3)]
+def test_models_that_the_table_does_not_know_make_no_labels():
+    gates = [(1, "new-1", 5), (1, "glm-4.6", 3)]
     records = [counted(model_id=f"new-{i}") for i in range(9)]
-    text = metrics_of(*records).prometheus(gates, {"new-1": 2, "new-2": 1})
+    text = metrics_of(*records).prometheus(gates, {"new-1": 2, "glm-4.6": 1})
     assert 'ztoapi_requests_total{model="other",status="200",key="#1"} 9\n' in text
-    assert 'ztoapi_requests_queued{model="other"} 3\n' in text
-    assert 'ztoapi_concurrency_ceiling{key="1",model="other"} 3\n' in text
-    assert text.count("\nztoapi_concurrency_ceiling{") == 1
+    assert "ztoapi_requests_queued 3\n" in text
+    assert 'ztoapi_concurrency_ceiling{key="1",model="glm-4.6"} 3\n' in text
+    assert "new-" not in text
 
 
 def test_a_histogram_counts_up_to_its_bounds():
@@ -9153,7 +9148,7 @@ METRICS = {
     "ztoapi_requests_total": "counter", "ztoapi_tokens_total": "counter", "ztoapi_unauthorized_total": "counter",
     "ztoapi_time_to_first_token_seconds": "histogram", "ztoapi_request_duration_seconds": "histogram",
     "ztoapi_requests_in_flight": "gauge", "ztoapi_requests_queued": "gauge", "ztoapi_concurrency_ceiling": "gauge",
-    "ztoapi_retries_total": "counter", "ztoapi_repaired_frames_total": "counter", "ztoapi_cancelled_total": "counter",
+    "ztoapi_retries_total": "counter", "ztoapi_repaired_frames_total": "counter",
     "ztoapi_process_start_time_seconds": "gauge",
 }
 SAMPLE = r'([a-z_]+)(?:\{((?:[a-z_]+="[^"\\\n]*",?)+)\})? (-?[0-9.e+]+)'
