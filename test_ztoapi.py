@@ -1804,7 +1804,7 @@ LIGHT = ztoapi.LIGHT_BYTES
     "too many commas": ("[" + "1," * 1100000 + "1]", None),
     "too many escapes": ('"' + "\\n" * 8100000 + '"', None),
     "too many keys": ("{" + ",".join(f'"{i}":1' for i in range(101000)) + "}", None),
-    "a text of 17 MiB": ('"\u4e2d' + "x" * (17 << 20) + '"', None),
+    "a text of 25 MiB": ('"' + "x" * (25 << 20) + '"', None),
     "an image of 17 MiB": ('"' + "x" * (17 << 20) + '"', "x" * (17 << 20)),
     "no JSON": ("[" + "1," * LIGHT + "]", None),
     "no number": ("[" + "1," * LIGHT + "9" * 101 + "]", None),
@@ -1814,15 +1814,23 @@ def test_large_json_is_the_same_as_any_other_or_refused(text, value):
     assert ztoapi.decode_or_none(text, ztoapi.decode_strictly) == value
 
 
-@pytest.mark.parametrize("decode", (ztoapi.decode_strictly, ztoapi.decode_or_none))
-def test_while_large_json_is_decoded_others_get_their_turn(decode):
-    """JSON's usual decoder is one step of the interpreter."""
+@pytest.mark.parametrize("work,value", [
+    (ztoapi.decode_strictly, "[" + '{"a":1},' * 60000 + "1]"), (ztoapi.decode_or_none, "[" + '{"a":1},' * 60000 + "1]"),
+    (ztoapi.encode_json, {"a": [{"b": 1.5}] * 60000}), (ztoapi.encode_json, ["\n\"x" * (1 << 17)] * 60),
+])
+def test_while_large_json_is_read_or_written_others_get_their_turn(work, value):
+    """JSON's usual decoder and encoder are one step of the interpreter."""
     turns = []
-    decoding = threading.Thread(target=decode, args=("[" + '{"a":1},' * 60000 + "1]",), daemon=True)
-    decoding.start()
-    while decoding.is_alive():
+    working = threading.Thread(target=work, args=(value,), daemon=True)
+    working.start()
+    while working.is_alive():
         turns.append(time.sleep(0.001))
     assert len(turns) >= 5
+
+
+@pytest.mark.parametrize("value", ([1.5, None] * 30000, {"a": [{"b": "\u597d"}] * 30000}, ["\n\"x" * (1 << 19)] * 2))
+def test_large_json_is_written_as_any_other(value):
+    assert ztoapi.encode_json(value) == ztoapi.encode_text(value).encode()
 
 
 def test_a_lone_surrogate_does_not_break_the_json_we_write():

@@ -849,16 +849,45 @@ def listed_models(settings):
 # arrived and gives what is complete. Each has a bound on what it holds and takes linear
 # time.
 
+# While JSON's scanner or encoder in C is at work, Python lets no other thread run, and
+# each value takes it up to a microsecond. In a text, values are counted by the mark
+# before them: a bracket or a comma.
+LIGHT_BYTES = 1 << 17
+LIGHT_MARKS = 20_000
+LARGE_BYTES = 1 << 20
+# A request of a million tokens has fewer. Each may stand for a Python object.
+MOST_MARKS = 1_000_000
+INFINITY = float("inf")
+
 # An encoder made once costs half of what json.dumps does, which makes one a call.
-encode_text = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
+encoder = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+encode_text = encoder.encode
 # One string alone, as JSON.
 quote = json.encoder.encode_basestring
-INFINITY = float("inf")
+
+
+def is_small(value):
+    """Whether the JSON of a value may be made in one step."""
+    values = [value]
+    size = 0
+    # They become more while they are gone through.
+    for inner in values:
+        if isinstance(inner, str):
+            size += len(inner)
+        elif isinstance(inner, dict):
+            values += inner.values()
+        elif isinstance(inner, list):
+            values += inner
+        if size > LARGE_BYTES or len(values) > LIGHT_MARKS:
+            return False
+    return True
 
 
 def encode_json(value):
     """UTF-8 bytes. A lone surrogate, which UTF-8 cannot spell, becomes "?"."""
-    return encode_text(value).encode("utf-8", "replace")
+    # The encoder in Python is several times as slow, and other threads get their turn.
+    text = encode_text(value) if is_small(value) else "".join(encoder.iterencode(value))
+    return text.encode("utf-8", "replace")
 
 
 def no_number(text):
@@ -878,16 +907,6 @@ def finite_or_null(text):
     return None if abs(value) == INFINITY else value
 
 
-# While JSON's scanner in C is at work, Python lets no other thread run, and each value
-# takes it up to a microsecond. Values are counted by the mark before them: a bracket or
-# a comma.
-LIGHT_BYTES = 1 << 17
-LIGHT_MARKS = 20_000
-LARGE_BYTES = 1 << 20
-# A request of a million tokens has fewer. Each may stand for a Python object.
-MOST_MARKS = 1_000_000
-
-
 def count_marks(text):
     return sum(map(text.count, "[{," if isinstance(text, str) else b"[{,"))
 
@@ -900,7 +919,6 @@ def is_light(text):
 
 
 # To make a dict, or a text, is one step of Python's, so these have bounds of their own.
-# A text of ASCII alone, as an image in base64 is, is made fast.
 def small_object(pairs):
     if len(pairs) > 100_000:
         raise ValueError("an object has more than 100,000 keys")
@@ -909,8 +927,8 @@ def small_object(pairs):
 
 def small_text(text, start, strict):
     value, end = json.decoder.scanstring(text, start, strict)
-    if len(value) > 16 * LARGE_BYTES and not value.isascii():
-        raise ValueError("a text is longer than 16 MiB")
+    if len(value) > 24 * LARGE_BYTES:
+        raise ValueError("a text is longer than 24 MiB")
     return value, end
 
 
