@@ -13,7 +13,6 @@ import collections
 import contextlib
 import copy
 import dataclasses
-import email.utils
 import functools
 import gc
 import gzip
@@ -1581,18 +1580,14 @@ def test_a_duration_in_words(seconds, words):
     assert ztoapi.duration(seconds) == words
 
 
-# Rows: a Retry-After, the seconds it means at RESET_AT.
+# Rows: a Retry-After, the seconds it means.
 @pytest.mark.parametrize("text, seconds", [
     ("7", 7.0), ("0", 0.0),
-    ("Wed, 09 Sep 2026 05:38:28 GMT", 28800.0), ("Tue, 08 Sep 2026 21:38:28 GMT", 0.0),
-    ("Mon, 07 Sep 2026 21:38:28 GMT", 0.0),
-    ("", None), ("soon", None), ("-1", None), ("1.5", None), ("9999999", None), ("Wed, 99 Sep 2026 05:38:28 GMT", None),
-    ("5, 7", None), ("Fri, 31 Dec 9999 23:59:59 GMT", None), ("Wed Sep  9 05:38:28 2026", None),
-    ("Wednesday, 09-Sep-26 05:38:28 GMT", 28800.0), ("Wed, 09 Sep 2026 05:38:28 +0800", 0.0),
-    ("\u0667", None), ("Wed, 09 Sep 99999999999999999999 05:38:28 GMT", None), ("1 Jan 1 00:00:00 +9999999999", None),
+    ("", None), ("soon", None), ("-1", None), ("1.5", None), ("9999999", None), ("5, 7", None), ("\u0667", None),
+    ("Wed, 09 Sep 2026 05:38:28 GMT", None),
 ])
-def test_retry_after_is_a_number_or_a_date(text, seconds):
-    assert ztoapi.seconds_to_wait(text, RESET_AT) == seconds
+def test_retry_after_counts_if_it_is_a_number(text, seconds):
+    assert ztoapi.seconds_to_wait(text) == seconds
 
 
 def test_zais_own_retry_after_is_passed_on():
@@ -1739,7 +1734,7 @@ LIGHT = ztoapi.LIGHT_BYTES
     "few values": ('["' + "x" * LIGHT + '"]', ["x" * LIGHT]), "too many brackets": ("[" + "[]," * 600000 + "1]", None),
     "too many commas": ("[" + "1," * 1100000 + "1]", None), "too many escapes": ('"' + "\\n" * 8100000 + '"', None),
     "too many keys": ("{" + ",".join(f'"{i}":1' for i in range(101000)) + "}", None),
-    "a text of 17 MiB": ('"\u4e2d' + "x" * (17 << 20) + '"', None),
+    "a text of 25 MiB": ('"' + "x" * (25 << 20) + '"', None),
     "an image of 17 MiB": ('"' + "x" * (17 << 20) + '"', "x" * (17 << 20)),
     "no JSON": ("[" + "1," * LIGHT + "]", None), "no number": ("[" + "1," * LIGHT + "9" * 101 + "]", None),
     "too deep": ("[" * LIGHT + "]" * LIGHT, None),
@@ -1748,15 +1743,23 @@ def test_large_json_is_the_same_as_any_other_or_refused(text, value):
     assert ztoapi.decode_or_none(text, ztoapi.decode_strictly) == value
 
 
-@pytest.mark.parametrize("decode", (ztoapi.decode_strictly, ztoapi.decode_or_none))
-def test_while_large_json_is_decoded_others_get_their_turn(decode):
-    """JSON's usual decoder is one step of the interpreter."""
+@pytest.mark.parametrize("work,value", [
+    (ztoapi.decode_strictly, "[" + '{"a":1},' * 60000 + "1]"), (ztoapi.decode_or_none, "[" + '{"a":1},' * 60000 + "1]"),
+    (ztoapi.encode_json, {"a": [{"b": 1.5}] * 60000}), (ztoapi.encode_json, ["\n\"x" * (1 << 17)] * 60),
+])
+def test_while_large_json_is_read_or_written_others_get_their_turn(work, value):
+    """JSON's usual decoder and encoder are one step of the interpreter."""
     turns = []
-    decoding = threading.Thread(target=decode, args=("[" + '{"a":1},' * 60000 + "1]",), daemon=True)
-    decoding.start()
-    while decoding.is_alive():
+    working = threading.Thread(target=work, args=(value,), daemon=True)
+    working.start()
+    while working.is_alive():
         turns.append(time.sleep(0.001))
     assert len(turns) >= 5
+
+
+@pytest.mark.parametrize("value", ([1.5, None] * 30000, {"a": [{"b": "\u597d"}] * 30000}, ["\n\"x" * (1 << 19)] * 2))
+def test_large_json_is_written_as_any_other(value):
+    assert ztoapi.encode_json(value) == ztoapi.encode_text(value).encode()
 
 
 def test_a_lone_surrogate_does_not_break_the_json_we_write():
@@ -1970,9 +1973,9 @@ def test_a_body_of_known_length_ends_there(length, data, expected):
         assert dechunk(ztoapi.Counted(length), pieces) == expected
 
 
-def decode_events(pieces, **options):
+def decode_events(pieces):
     """The events, or the class of the error."""
-    decoder = SSEDecoder(**options)
+    decoder = SSEDecoder()
     try:
         return [event for piece in pieces for event in decoder.feed(piece)] + decoder.close()
     except UpstreamError as error:
@@ -2013,9 +2016,10 @@ def decode_events(pieces, **options):
     *((data, UpstreamError) for data in (
         b"data: " + b"x" * 200, b"data: 123456789\n" * 20, b": " + b"x" * 200, b"{" + b"x" * 200 + b"\n")),
 ])
-def test_events_are_the_same_however_they_arrive(data, events):
+def test_events_are_the_same_however_they_arrive(monkeypatch, data, events):
+    monkeypatch.setattr(SSEDecoder, "LIMIT_BYTES", 100)
     for pieces in pieces_of(data):
-        assert decode_events(pieces, limit=100) == events, pieces[:3]
+        assert decode_events(pieces) == events, pieces[:3]
 
 
 @cases("data, is_event", {
@@ -7244,7 +7248,6 @@ def test_backoff_between_retries_doubles_with_full_jitter(make_timed, rand, gaps
 RETRY_AFTER = [
     ("1234", "7", 7), ("1234", "0", 0), ("1302", "7", 7), ("1302", "20", 20), ("1305", "7", 7),
     ("1305", "0", 1),  # our own backoff is the least
-    ("1305", email.utils.formatdate(Timed.NOW + 1024 + 7, usegmt=True), 7),
 ]
 
 
@@ -7781,14 +7784,14 @@ def test_the_counters_tell_the_client_keys_apart():
     assert 'ztoapi_tokens_total{model="glm-4.6",kind="completion",key="#2"} 14\n' in text
 
 
-def test_models_that_the_table_does_not_know_share_a_label():
-    gates = [(1, "new-1", 5), (1, "new-2", 3)]
+def test_models_that_the_table_does_not_know_make_no_labels():
+    gates = [(1, "new-1", 5), (1, "glm-4.6", 3)]
     records = [counted(model_id=f"new-{i}") for i in range(9)]
-    text = metrics_of(*records).prometheus(gates, {"new-1": 2, "new-2": 1})
+    text = metrics_of(*records).prometheus(gates, {"new-1": 2, "glm-4.6": 1})
     assert 'ztoapi_requests_total{model="other",status="200",key="#1"} 9\n' in text
-    assert 'ztoapi_requests_queued{model="other"} 3\n' in text
-    assert 'ztoapi_concurrency_ceiling{key="1",model="other"} 3\n' in text
-    assert text.count("\nztoapi_concurrency_ceiling{") == 1
+    assert "ztoapi_requests_queued 3\n" in text
+    assert 'ztoapi_concurrency_ceiling{key="1",model="glm-4.6"} 3\n' in text
+    assert "new-" not in text
 
 
 def test_a_histogram_counts_up_to_its_bounds():
@@ -8700,7 +8703,7 @@ METRICS = {
     "ztoapi_requests_total": "counter", "ztoapi_tokens_total": "counter", "ztoapi_unauthorized_total": "counter",
     "ztoapi_time_to_first_token_seconds": "histogram", "ztoapi_request_duration_seconds": "histogram",
     "ztoapi_requests_in_flight": "gauge", "ztoapi_requests_queued": "gauge", "ztoapi_concurrency_ceiling": "gauge",
-    "ztoapi_retries_total": "counter", "ztoapi_repaired_frames_total": "counter", "ztoapi_cancelled_total": "counter",
+    "ztoapi_retries_total": "counter", "ztoapi_repaired_frames_total": "counter",
     "ztoapi_process_start_time_seconds": "gauge",
 }
 SAMPLE = r'([a-z_]+)(?:\{((?:[a-z_]+="[^"\\\n]*",?)+)\})? (-?[0-9.e+]+)'

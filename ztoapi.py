@@ -532,6 +532,10 @@ def as_dict(value):
     return value if isinstance(value, dict) else {}
 
 
+def without_nulls(value):
+    return {name: inner for name, inner in value.items() if inner is not None}
+
+
 # Z.ai's Messages API, and gateways, put the code into the text: "[1302][text][id]",
 # '... {"code":"1302"'.
 CODE_IN_TEXT = re.compile(
@@ -573,17 +577,10 @@ def parse_zai_error(value):
     return code, message
 
 
-def seconds_to_wait(text, now):
-    """Seconds from `now` (Unix) that a Retry-After header asks for, or None."""
-    if re.fullmatch("[0-9]{1,6}", text):
-        return float(text)
-    try:
-        # TypeError for a date without a zone, as now has one.
-        wait = (email.utils.parsedate_to_datetime(text[:100])
-                - datetime.datetime.fromtimestamp(now, datetime.timezone.utc))
-    except (TypeError, ValueError, IndexError, OverflowError):
-        return None
-    return max(0.0, wait.total_seconds()) if wait.days < 366 else None
+def seconds_to_wait(text):
+    """The seconds that a Retry-After header asks for; None without one, and for a date.
+    Z.ai itself sends none, and the gateways on its road send seconds."""
+    return float(text) if re.fullmatch("[0-9]{1,6}", text) else None
 
 
 # "Your limit will reset at 2026-09-09 05:38:28", and the same in Chinese. That is
@@ -626,17 +623,8 @@ def error_row(code, message, status):
     return row
 
 
-def error_advice(row, model, max_tokens):
-    if row is NO_MODEL:
-        return model_advice(model)
-    if row is TOO_LONG and max_tokens is not None:
-        return (f"{row.advice} Prompt and max_tokens must fit together:"
-                f" a lower max_tokens may do, it was {max_tokens}.")
-    return row.advice
-
-
 def zai_error(
-    value, status=200, *, now=None, model="", max_tokens=None, patience_s=0.0,
+    value, status=200, *, now=0.0, model="", max_tokens=None, patience_s=0.0,
     retry_after=None,
 ):
     """The UpstreamError for an error of Z.ai.
@@ -650,17 +638,21 @@ def zai_error(
     code, message = parse_zai_error(value)
     row = error_row(code, message, status)
     words = "Z.ai: " + (message or f"HTTP status {status} without a reason")
-    reset_s = None if now is None else seconds_until_reset(message, now)
+    reset_s = seconds_until_reset(message, now)
     if reset_s:
         words += f" (in {duration(reset_s)})"
-    words += f" (code {code})." if code else "."
+    words += f" (code {code}). " if code else ". "
+    words += model_advice(model) if row is NO_MODEL else row.advice
+    if row is TOO_LONG and max_tokens is not None:
+        words += (" Prompt and max_tokens must fit together:"
+                  f" a lower max_tokens may do, it was {max_tokens}.")
     # "Now" says nothing about a limit.
     pause_s = reset_s or retry_after or 0.0
     if row is QUOTA and 0 < pause_s <= patience_s:
         row = SHORT_LIMIT
     hopeless = row.verdict in (GIVE_UP, *NEXT_KEY) and row is not SHORT_LIMIT
     return UpstreamError(
-        f"{words} {error_advice(row, model, max_tokens)}".rstrip(), row.verdict,
+        words.rstrip(), row.verdict,
         status=row.status, type=row.type, code=row.code,
         zai_code=code, pause_s=pause_s,
         retry_after=pause_s or row.retry_after,
@@ -696,14 +688,14 @@ ALWAYS = "always"    # how much
 
 
 class Model(NamedTuple):
-    """One row. None stands for a number that nobody has published or measured."""
-    name: str             # the brand's spelling, which clients see
-    created: int          # Unix seconds, from Z.ai's list, else day of release or sighting
-    context: int | None   # tokens of prompt and answer together
-    max_tokens: int | None  # Z.ai refuses a request for more
-    sees: bool            # takes images
+    """One row. None stands for what nobody has published or measured."""
+    name: str            # the brand's spelling, which clients see
+    created: int         # Unix seconds, from Z.ai's list, else day of release or sighting
+    context: int | None  # tokens of prompt and answer together
+    max_tokens: int      # Z.ai refuses a request for more
+    sees: bool           # takes images
     thinking: str
-    tool_stream: bool     # streams a call's arguments, which other models send at once
+    tool_stream: bool    # streams a call's arguments, which other models send at once
     free: bool
 
     @property
@@ -714,9 +706,9 @@ class Model(NamedTuple):
 def parse_model(row):
     """A Model from a row of the table below."""
     name, created, context, max_tokens, thinking, abilities = row.split()
-    known = [None if number == "-" else int(number) for number in (context, max_tokens)]
     sees, tool_stream, free = (word in abilities for word in ("sees", "tool_stream", "free"))
-    return Model(name, int(created), *known, sees, thinking, tool_stream, free)
+    numbers = int(created), int(context) or None, int(max_tokens)
+    return Model(name, *numbers, sees, thinking, tool_stream, free)
 
 
 # For the 4.5 series 96K tokens of answer are documented; one measurement says 131072.
@@ -747,9 +739,9 @@ GLM-4.1V-Thinking-FlashX  1751414400    65536   16384  no      sees
 GLM-4-Flash-250414        1744588800   131072   16384  no      free
 GLM-4-FlashX-250414       1744588800   131072   16384  no      -
 GLM-4-32B-0414-128K       1744588800   131072   16384  no      -
-GLM-4V-Flash              1733702400        -    1024  no      sees+free
+GLM-4V-Flash              1733702400        0    1024  no      sees+free
 GLM-4-Long                1722384000  1000000    4095  no      -
-AutoGLM-Phone-Multilingual 1765238400       -    4096  no      sees
+AutoGLM-Phone-Multilingual 1765238400       0    4096  no      sees
 """.splitlines())}
 # Advice names current models only. Those without control of thinking are the oldest.
 SEEING = ", ".join(
@@ -839,7 +831,7 @@ def model_entry(name, model):
         "max_output_tokens": model.max_tokens,
         "input_modalities": MODALITIES.get(model.sees), "free": model.free or None,
     }
-    return {key: value for key, value in entry.items() if value is not None}
+    return without_nulls(entry)
 
 
 def listed_models(settings):
@@ -857,16 +849,45 @@ def listed_models(settings):
 # arrived and gives what is complete. Each has a bound on what it holds and takes linear
 # time.
 
+# While JSON's scanner or encoder in C is at work, Python lets no other thread run, and
+# each value takes it up to a microsecond. In a text, values are counted by the mark
+# before them: a bracket or a comma.
+LIGHT_BYTES = 1 << 17
+LIGHT_MARKS = 20_000
+LARGE_BYTES = 1 << 20
+# A request of a million tokens has fewer. Each may stand for a Python object.
+MOST_MARKS = 1_000_000
+INFINITY = float("inf")
+
 # An encoder made once costs half of what json.dumps does, which makes one a call.
-encode_text = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
+encoder = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+encode_text = encoder.encode
 # One string alone, as JSON.
 quote = json.encoder.encode_basestring
-INFINITY = float("inf")
+
+
+def is_small(value):
+    """Whether the JSON of a value may be made in one step."""
+    values = [value]
+    size = 0
+    # They become more while they are gone through.
+    for inner in values:
+        if isinstance(inner, str):
+            size += len(inner)
+        elif isinstance(inner, dict):
+            values += inner.values()
+        elif isinstance(inner, list):
+            values += inner
+        if size > LARGE_BYTES or len(values) > LIGHT_MARKS:
+            return False
+    return True
 
 
 def encode_json(value):
     """UTF-8 bytes. A lone surrogate, which UTF-8 cannot spell, becomes "?"."""
-    return encode_text(value).encode("utf-8", "replace")
+    # The encoder in Python is several times as slow, and other threads get their turn.
+    text = encode_text(value) if is_small(value) else "".join(encoder.iterencode(value))
+    return text.encode("utf-8", "replace")
 
 
 def no_number(text):
@@ -886,16 +907,6 @@ def finite_or_null(text):
     return None if abs(value) == INFINITY else value
 
 
-# While JSON's scanner in C is at work, Python lets no other thread run, and each value
-# takes it up to a microsecond. Values are counted by the mark before them: a bracket or
-# a comma.
-LIGHT_BYTES = 1 << 17
-LIGHT_MARKS = 20_000
-LARGE_BYTES = 1 << 20
-# A request of a million tokens has fewer. Each may stand for a Python object.
-MOST_MARKS = 1_000_000
-
-
 def count_marks(text):
     return sum(map(text.count, "[{," if isinstance(text, str) else b"[{,"))
 
@@ -908,7 +919,6 @@ def is_light(text):
 
 
 # To make a dict, or a text, is one step of Python's, so these have bounds of their own.
-# A text of ASCII alone, as an image in base64 is, is made fast.
 def small_object(pairs):
     if len(pairs) > 100_000:
         raise ValueError("an object has more than 100,000 keys")
@@ -917,8 +927,8 @@ def small_object(pairs):
 
 def small_text(text, start, strict):
     value, end = json.decoder.scanstring(text, start, strict)
-    if len(value) > 16 * LARGE_BYTES and not value.isascii():
-        raise ValueError("a text is longer than 16 MiB")
+    if len(value) > 24 * LARGE_BYTES:
+        raise ValueError("a text is longer than 24 MiB")
     return value, end
 
 
@@ -1285,7 +1295,7 @@ class Dechunker(Unframed):
 class SSEDecoder:
     """Server-sent events: feed(data) -> the data of each complete event, as text;
     close() -> what a missing blank line held back. UpstreamError for an event beyond
-    `limit` bytes.
+    LIMIT_BYTES.
 
     Lines end at LF or CRLF, and nowhere else, so that U+2028 in a text survives
     (https://html.spec.whatwg.org/multipage/server-sent-events.html). Names, ids and
@@ -1294,15 +1304,15 @@ class SSEDecoder:
     """
 
     # The pump reads an event in one go, and an answer may have 128K tokens. No real one
-    # has as many lines, or brackets and commas.
+    # has as many lines, brackets and commas.
+    LIMIT_BYTES = 2 << 20
     MOST_LINES = 1000
     MOST_MARKS = 100_000
     # How a bare line begins. The others are frames that were torn in their first
     # letters and have a new one inside.
     BARE_STARTS = ("{", "ddata: ", "dadata: ", "datdata: ", "datadata: ")
 
-    def __init__(self, limit=2 << 20):
-        self.limit = limit
+    def __init__(self):
         # The beginning of an event. One bytes object that grows would take quadratic
         # time.
         self.held = bytearray()
@@ -1317,8 +1327,8 @@ class SSEDecoder:
         if end >= 0:
             blocks = self.held[:end].decode("utf-8", "replace").split("\n\n")
             del self.held[:end + 2]
-        if len(self.held) > self.limit:
-            raise UpstreamError(f"Z.ai sent an event of more than {self.limit} bytes.", GIVE_UP)
+        if len(self.held) > self.LIMIT_BYTES:
+            raise UpstreamError("Z.ai sent an event that is too large.", GIVE_UP)
         events = []
         for block in blocks:
             if len(block) > LIGHT_BYTES and count_marks(block) > self.MOST_MARKS:
@@ -1582,10 +1592,6 @@ def need_within(value, bounds, path):
     if not low <= size <= high:
         bound = f"at least {low}" if size < low else f"at most {high}"
         raise wrong(path, f"must be {bound}{unit}")
-
-
-def without_nulls(value):
-    return {name: inner for name, inner in value.items() if inner is not None}
 
 
 def dig(value, path):
@@ -5861,7 +5867,7 @@ class Upstream:
                 value, status, now=now, model=job.model,
                 max_tokens=job.asked.body.get("max_tokens"),
                 patience_s=self.settings.queue_timeout,
-                retry_after=seconds_to_wait(retry_after, now))
+                retry_after=seconds_to_wait(retry_after))
 
         return Answer(Translator(job.asked, restartable=not job.streamed, describe=describe))
 
@@ -6139,20 +6145,6 @@ class Histogram:
         yield f"_count {total}"
 
 
-def gate_counts(gates, queued):
-    """What Gates.state() gives, by labels: ({model: how many queue}, {key, model:
-    ceiling}). Models that the table does not know share a label: their queues are added
-    up, and the lowest of their ceilings is told."""
-    waiting = collections.Counter({("other",): 0})
-    for model, count in queued.items():
-        waiting[(model_label(model),)] += count
-    ceilings = {}
-    for key, model, ceiling in gates:
-        place = (key, model_label(model))
-        ceilings[place] = min(ceiling, ceilings.get(place, ceiling))
-    return waiting, ceilings
-
-
 class Metrics:
     """All that /metrics and /stats tell. The threads of all requests report here."""
 
@@ -6232,8 +6224,9 @@ class Metrics:
 
     def families(self, gates, queued):
         """(name, type, help, samples) of each metric. To add a metric, add a row."""
-        waiting, ceilings = gate_counts(gates, queued)
         counts = self.counts
+        ceilings = {
+            (key, model): ceiling for key, model, ceiling in gates if model in MODELS}
         return (
             ("requests_total", "counter", "Requests, by status; 499: the client left.",
              samples(("model", "status", "key"), self.requests)),
@@ -6244,8 +6237,8 @@ class Metrics:
             ("request_duration_seconds", "histogram", "Until an answer's end.",
              self.duration.samples()),
             ("requests_queued", "gauge", "Requests waiting for a slot.",
-             samples(("model",), waiting)),
-            ("concurrency_ceiling", "gauge", "Slots, set or learned.",
+             [f" {sum(queued.values())}"]),
+            ("concurrency_ceiling", "gauge", "Slots of known models, set or learned.",
              samples(("key", "model"), ceilings)),
             ("unauthorized_total", "counter", "Requests without a valid key.",
              [f" {counts['unauthorized']}"]),
@@ -6255,8 +6248,6 @@ class Metrics:
              [f" {counts['retries']}"]),
             ("repaired_frames_total", "counter", "Z.ai's events skipped or mended.",
              [f" {counts['repaired']}"]),
-            ("cancelled_total", "counter", "Requests whose client left.",
-             [f" {counts['cancelled']}"]),
             ("process_start_time_seconds", "gauge", "Start, Unix time.",
              [f" {self.began:.3f}"]),
         )
@@ -7030,7 +7021,7 @@ def demo_call(tools, text):
     for tool in tools:
         function = tool.get("function", {})
         if f"call {function.get('name')}" in text:
-            required = function.get("parameters", {}).get("required", ())
+            required = dig(function, "parameters.required") or ()
             arguments = encode_text(dict.fromkeys(required, "demo"))
             called = {"name": function["name"], "arguments": arguments}
             return {"tool_calls": [{"id": new_id("call_"), "index": 0, "function": called}]}
@@ -7044,7 +7035,7 @@ def demo_deltas(request):
     text = last.get("content") or ""
     if isinstance(text, list):
         text = " ".join(part.get("text", "") for part in text)
-    if request.get("thinking", {}).get("type") != "disabled":
+    if dig(request, "thinking.type") != "disabled":
         for word in DEMO_THOUGHT.split():
             yield {"reasoning_content": f"{word} "}
     # The result of a tool asks for no further call.
@@ -7054,7 +7045,7 @@ def demo_deltas(request):
         return
     echo = text[-DEMO_ECHO:]
     answer = f"Demo of ZtoApi. The {last['role']} said: {echo}"
-    if request.get("response_format", {}).get("type") == "json_object":
+    if dig(request, "response_format.type") == "json_object":
         answer = encode_text({"demo": True, "echo": echo})
     for word in re.findall(r"\S+\s*", answer):
         yield {"content": word}
