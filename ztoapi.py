@@ -1830,6 +1830,8 @@ def media_part(value, noun):
 
 
 UNIONS = ("anyOf", "oneOf", "allOf")
+# What branches() leaves out of a schema.
+STRUCTURE = (*UNIONS, "$ref", "$defs", "definitions")
 # JSON's words for the types of Python.
 TYPE_NAMES = {
     str: "string", bool: "boolean", int: "integer", float: "number", list: "array",
@@ -1845,29 +1847,40 @@ def schema_at(reference, root):
     return as_dict(root)
 
 
-def allowed_types(schema, root):
-    """The JSON types that a schema allows, empty if it does not say; `root` is the
-    whole schema."""
-    allowed = set()
-    branches = [schema]
+def branches(schema, root):
+    """The schemas that a value may follow, without unions and references at their top;
+    `root` is the whole schema. What stands beside a union holds for its members."""
+    found = [as_dict(schema)]
+    plain = []
     # They become more while they are gone through. References may go in a circle.
-    for branch in itertools.islice(branches, 1000):
-        branch = as_dict(branch)
-        values = [branch["const"]] if "const" in branch else branch.get("enum")
+    for branch in itertools.islice(found, 1000):
+        bare = {word: inner for word, inner in branch.items() if word not in STRUCTURE}
+        if "const" in bare:
+            bare["enum"] = [bare.pop("const")]
+        members = first(branch, UNIONS)
+        if "$ref" in branch:
+            members = [schema_at(branch["$ref"], root)]
+        if isinstance(members, list):
+            found += [{**as_dict(member), **bare} for member in members]
+        else:
+            plain.append(bare)
+    return plain or [{}]
+
+
+def allowed_types(schema, root):
+    """The JSON types that a schema allows, empty if it does not say."""
+    allowed = set()
+    for branch in branches(schema, root):
         types = branch.get("type")
+        values = branch.get("enum")
         if isinstance(types, str):
             allowed.add(types)
         elif isinstance(types, list):
             allowed.update(map(str, types))
         elif isinstance(values, list):
             allowed.update(TYPE_NAMES[type(value)] for value in values)
-        elif "$ref" in branch:
-            branches.append(schema_at(branch["$ref"], root))
         else:
-            inner = first(branch, UNIONS)
-            if not isinstance(inner, list):
-                return set()
-            branches += inner
+            return set()
     return allowed
 
 
@@ -2606,7 +2619,6 @@ def to_zai_request(request, settings, model=""):
 # Z.ai takes most JSON Schemas of tools, and refuses whole requests for a few. So they
 # go as they are, and simpler_schemas() is for a further try.
 
-DEFINITIONS = ("$defs", "definitions")
 # Types, from the one that says least. One that is not named may be any.
 WIDTHS = ("null", None, "boolean", "integer", "number", "string", "array", "object")
 ANY_VALUE = {"description": "Any JSON value."}
@@ -2620,51 +2632,32 @@ def width_of(schema):
     return WIDTHS.index(kind) if kind in WIDTHS else 0, len(encode_text(schema))
 
 
-class Simplifier:
-    """Says a JSON Schema in plain words. `root` is where its references point to."""
-
-    def __init__(self, root):
-        self.root = root
-        self.left = MOST_SCHEMAS
-
-    def plain(self, schema, depth=0):
-        self.left -= 1
-        is_within = self.left > 0 and depth <= DEEPEST_SCHEMA
-        if not schema or not isinstance(schema, dict) or not is_within:
-            return ANY_VALUE
-        depth += 1
-        schema = {word: inner for word, inner in schema.items() if word not in DEFINITIONS}
-        if "$ref" in schema:
-            target = schema_at(schema.pop("$ref"), self.root)
-            return self.plain({**target, **schema}, depth)
-        for word in UNIONS:
-            members = schema.pop(word, None)
-            if members and isinstance(members, list):
-                schema = {**self.widest(members, depth), **schema}
-        if "const" in schema:
-            schema["enum"] = [schema.pop("const")]
-        if isinstance(schema.get("properties"), dict):
-            schema["properties"] = {
-                name: self.plain(inner, depth) for name, inner in schema["properties"].items()}
-        for word in ("items", "additionalProperties"):
-            if isinstance(schema.get(word), dict):
-                schema[word] = self.plain(schema[word], depth)
-        return schema
-
-    def widest(self, members, depth):
-        """The member of a union that allows most; of values, all."""
-        members = [self.plain(member, depth) for member in members]
-        choices = [member.get("enum") for member in members]
-        if all(isinstance(choice, list) for choice in choices):
-            return {**members[0], "enum": list(itertools.chain(*choices))}
-        return max(members, key=width_of)
+def plain_schema(schema, root, left, depth=0):
+    """A JSON Schema in plain words. Of a union the member that allows most stands for
+    all; of values, all stay. `left` bounds how many schemas are read."""
+    if depth > DEEPEST_SCHEMA or next(left, None) is None:
+        return ANY_VALUE
+    members = branches(schema, root)
+    schema = max(members, key=width_of)
+    choices = [member.get("enum") for member in members]
+    if all(isinstance(choice, list) for choice in choices):
+        schema = {**members[0], "enum": list(itertools.chain(*choices))}
+    depth += 1
+    if isinstance(schema.get("properties"), dict):
+        schema["properties"] = {
+            name: plain_schema(inner, root, left, depth)
+            for name, inner in schema["properties"].items()}
+    for word in ("items", "additionalProperties"):
+        if isinstance(schema.get(word), dict):
+            schema[word] = plain_schema(schema[word], root, left, depth)
+    return schema or ANY_VALUE
 
 
 def simpler_tool(tool):
     if "function" not in tool:
         return tool
     schema = tool["function"]["parameters"]
-    plain = Simplifier(schema).plain(schema)
+    plain = plain_schema(schema, schema, iter(range(MOST_SCHEMAS)))
     return function_object(**{**tool["function"], "parameters": plain})
 
 
