@@ -1549,7 +1549,8 @@ def encode_request(value):
 
 
 # The checks. A `path` is a value's place in the client's request: a text, or the path
-# to what is around it and the key or the number in there. Errors alone spell it out.
+# to what is around it and the key or the number in there, "" if it is all of that.
+# Errors alone spell it out.
 
 def spelled(path):
     """A path as text: "messages[0].content"."""
@@ -1557,7 +1558,7 @@ def spelled(path):
         return path
     outer, key = path
     inner = f"[{key}]" if isinstance(key, int) else f".{key}"
-    return (spelled(outer) + inner).lstrip(".")
+    return (spelled(outer) + inner).strip(".")
 
 
 def wrong(path, words, **facts):
@@ -1648,33 +1649,23 @@ def estimate_tokens(text, pictures=()):
 # or blocks of a message, and calls. Each is a dict with a type, or with a role.
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-# The media that Z.ai takes, as the text in their place calls them.
-MEDIA = {
-    "image_url": "image",
-    "input_image": "image",
-    "image": "image",
-    "video_url": "video",
-    "video": "video",
-    "file_url": "file",
-    "input_file": "file",
-    "file": "file",
-    "document": "file",
-}
-
-
 def by_type(**kinds):
-    """The names of the Reader's methods, by the types of what they read."""
-    return {
-        type: f"read_{kind}" for kind, types in kinds.items() for type in types.split()}
+    return {type: kind for kind, types in kinds.items() for type in types.split()}
 
 
-# Who reads a piece, by its type. To teach the Reader a type, add it here. A part shows
-# something, in a message or in the output of a tool.
+# The media that Z.ai takes, as the text in their place calls them.
+MEDIA = by_type(
+    image="image_url input_image image",
+    video="video_url video",
+    file="file_url input_file file document",
+)
+# Who reads a piece, by its type: a method of the Reader. To teach it a type, add it
+# here. A part shows something, in a message or in the output of a tool.
 PARTS = {
-    **dict.fromkeys(MEDIA, "read_shown"),
+    **dict.fromkeys(MEDIA, "media"),
     **by_type(
-        text="text input_text output_text refusal",
-        shown="input_audio audio search_result tool_reference resource resource_link"),
+        text="text input_text output_text refusal compaction",
+        words="input_audio audio search_result tool_reference resource resource_link"),
 }
 # An item stands among the turns, or inside a message.
 ITEMS = by_type(
@@ -1684,7 +1675,6 @@ ITEMS = by_type(
     output="function_call_output custom_tool_call_output tool_result",
     reference="item_reference",
     tools="additional_tools",
-    compaction="compaction",
 )
 # The types of tools that take a text, which is one of their arguments at Z.ai.
 CUSTOM_TYPES = ("custom", "custom_tool_call")
@@ -1693,9 +1683,11 @@ THOUGHT_FIELDS = ("thinking", "reasoning", "content", "summary")
 CHAT_THOUGHT_FIELDS = ("reasoning_content", "reasoning")
 ARGUMENT_FIELDS = ("arguments", "input", "args")
 OUTPUT_IDS = ("call_id", "tool_use_id", "tool_call_id")
+TEXT_FIELDS = {"refusal": "refusal", "compaction": "encrypted_content"}
 WORD_FIELDS = ("text", "refusal", "content")
 HEAD_FIELDS = ("title", "name", "tool_name", "context")
 URL_FIELDS = ("url", "uri", "image_url", "video_url", "file_url")
+ADDRESS_FIELDS = (*URL_FIELDS, "source")
 DATA_FIELDS = ("data", "base64")
 FORMAT_FIELDS = ("media_type", "mimeType", "mime_type")
 NO_CONTENT = (None, "", [])
@@ -1708,10 +1700,8 @@ MARK = "ztoapi:"
 # cache.
 BILLING = re.compile("^x-anthropic-billing-header:.*\n?", re.MULTILINE)
 
-# The models that take OpenAI's own "file" part, and those that take one with a URL.
+# The models that take OpenAI's own "file" part. One with a URL goes to all that see.
 FILE_MODELS = ("glm-5.3-flash", "glm-5.3-flashx")
-FILE_URL_MODELS = (
-    *FILE_MODELS, "glm-4.6v", "glm-4.6v-flash", "glm-4.6v-flashx", "glm-4.5v")
 # Z.ai refuses empty messages. The first stands for a user who says nothing, the other
 # for a tool that has brought nothing.
 NO_WORDS = "."
@@ -1723,8 +1713,9 @@ CUSTOM_SCHEMA = {
     "properties": {"input": {"type": "string"}},
     "required": ["input"],
 }
-# The types of choices of one tool. Z.ai's own tools cannot be demanded.
+# The types of choices of one tool, and of those that demand a call.
 CHOICES = ("function", "custom", "tool")
+DEMANDS = (*CHOICES, "required", "any")
 # Where Codex's own tools may be said to be, or not.
 NO_NAMESPACE = "functions"
 
@@ -1784,8 +1775,8 @@ def text_part(text):
     return {"type": "text", "text": text}
 
 
-def json_part(value):
-    return text_part(encode_request(value).decode())
+def json_text(value):
+    return encode_request(value).decode()
 
 
 def function_object(**fields):
@@ -1800,17 +1791,17 @@ def words_in(value, depth=0):
         return value
     if depth > DEEPEST_WORDS or not isinstance(value, (list, dict)):
         return ""
+    depth += 1
     if isinstance(value, list):
-        return lines(*[words_in(inner, depth + 1) for inner in value])
-    source = as_dict(value.get("source"))
-    inner = as_dict(value.get(str(value.get("type"))))
-    value = {**source, **value, **inner}
+        return lines(*[words_in(inner, depth) for inner in value])
+    kind = str(value.get("type"))
     heads = [value.get(field) for field in HEAD_FIELDS]
-    texts = [words_in(value.get(field), depth + 1) for field in WORD_FIELDS]
+    texts = [words_in(value.get(field), depth) for field in WORD_FIELDS]
     # The data of another type is a picture's, say, and no words.
-    if source.get("type") == "text":
-        texts.append(source.get("data"))
-    return lines(*heads, lines(*texts) or first(value, URL_FIELDS))
+    if kind == "text":
+        texts.append(value.get("data"))
+    address = first(value, (kind, *ADDRESS_FIELDS))
+    return lines(*heads, lines(*texts) or words_in(address, depth))
 
 
 def media_part(value, noun):
@@ -1836,6 +1827,8 @@ def media_part(value, noun):
 
 
 UNIONS = ("anyOf", "oneOf", "allOf")
+# What branches() leaves out of a schema.
+STRUCTURE = (*UNIONS, "$ref", "$defs", "definitions")
 # JSON's words for the types of Python.
 TYPE_NAMES = {
     str: "string", bool: "boolean", int: "integer", float: "number", list: "array",
@@ -1851,29 +1844,40 @@ def schema_at(reference, root):
     return as_dict(root)
 
 
-def allowed_types(schema, root):
-    """The JSON types that a schema allows, empty if it does not say; `root` is the
-    whole schema."""
-    allowed = set()
-    branches = [schema]
+def branches(schema, root):
+    """The schemas that a value may follow, without unions and references at their top;
+    `root` is the whole schema. What stands beside a union holds for its members."""
+    found = [as_dict(schema)]
+    plain = []
     # They become more while they are gone through. References may go in a circle.
-    for branch in itertools.islice(branches, 1000):
-        branch = as_dict(branch)
-        values = [branch["const"]] if "const" in branch else branch.get("enum")
+    for branch in itertools.islice(found, 1000):
+        bare = {word: inner for word, inner in branch.items() if word not in STRUCTURE}
+        if "const" in bare:
+            bare["enum"] = [bare.pop("const")]
+        members = first(branch, UNIONS)
+        if "$ref" in branch:
+            members = [schema_at(branch["$ref"], root)]
+        if isinstance(members, list):
+            found += [{**as_dict(member), **bare} for member in members]
+        else:
+            plain.append(bare)
+    return plain or [{}]
+
+
+def allowed_types(schema, root):
+    """The JSON types that a schema allows, empty if it does not say."""
+    allowed = set()
+    for branch in branches(schema, root):
         types = branch.get("type")
+        values = branch.get("enum")
         if isinstance(types, str):
             allowed.add(types)
         elif isinstance(types, list):
             allowed.update(map(str, types))
         elif isinstance(values, list):
             allowed.update(TYPE_NAMES[type(value)] for value in values)
-        elif "$ref" in branch:
-            branches.append(schema_at(branch["$ref"], root))
         else:
-            inner = first(branch, UNIONS)
-            if not isinstance(inner, list):
-                return set()
-            branches += inner
+            return set()
     return allowed
 
 
@@ -1892,7 +1896,7 @@ def mend_arguments(arguments):
     becomes the one value of an object.
     """
     if not isinstance(arguments, str):
-        text = encode_request(arguments).decode()
+        text = json_text(arguments)
         if isinstance(arguments, dict):
             return text
         arguments = text
@@ -1905,7 +1909,7 @@ def mend_arguments(arguments):
         value = decode_or_none(text, decode_strictly)
     if isinstance(value, dict):
         return text
-    return encode_request({"arguments": arguments}).decode()
+    return json_text({"arguments": arguments})
 
 
 def call_id(id):
@@ -1951,8 +1955,8 @@ class History:
         self.turn = Turn([], [], [])
         # Images of tool results, which come behind the last of these.
         self.images = []
-        # The tool messages whose output may come yet: by the ids of their calls, and
-        # those of the last turn's calls that had no id of their own.
+        # The tool messages whose output may come yet, by the ids of their calls, and
+        # the ids of those of the last turn's calls that had none of their own.
         self.waiting = {}
         self.nameless = iter(())
 
@@ -1961,19 +1965,19 @@ class History:
         if not any(turn):
             return
         self.turn = Turn([], [], [])
-        content = "\n\n".join(texts)
-        if not calls and not content.strip():
+        content = "\n\n".join(filter(None, texts))
+        thinking = "\n\n".join(filter(None, thoughts))
+        if calls or content.strip():
+            self.place_images()
+            message = {"role": "assistant", "content": content}
+            if thinking:
+                message["reasoning_content"] = thinking
+            self.messages.append(message)
+            if calls:
+                message["tool_calls"] = self.add_calls(calls)
+        elif thinking:
             # Z.ai takes no thinking alone.
-            if thoughts:
-                self.changed.append("reasoning_content")
-            return
-        self.place_images()
-        message = {"role": "assistant", "content": content}
-        if thoughts:
-            message["reasoning_content"] = "\n\n".join(thoughts)
-        self.messages.append(message)
-        if calls:
-            message["tool_calls"] = self.add_calls(calls)
+            self.changed.append("reasoning_content")
 
     def add_calls(self, calls):
         """The calls of a turn, each of them once. Behind it stands a tool message for
@@ -1983,29 +1987,25 @@ class History:
         is sent again must stay the same, or Z.ai's cache is lost.
         """
         place = len(self.messages)
-        calls_by_id = {}
-        kept = []
+        kept = {}
         nameless = []
         for i, call in enumerate(calls):
-            id = call["id"]
-            twin = calls_by_id.get(id)
+            twin = kept.get(call["id"])
             # LangChain sends each call as a part, too. As parsing takes time, only
-            # neighbours of one id are compared.
+            # calls of one id are compared.
             if twin and meaning_of(twin) == meaning_of(call):
                 continue
-            calls_by_id[id] = id and call
-            output = {"role": "tool", "content": NO_OUTPUT}
-            if id and not twin:
-                self.waiting[id] = output
-            else:
+            if twin or not call["id"]:
                 call["id"] = f"call_{place}_{i}"
-                nameless.append(output)
+                nameless.append(call["id"])
                 self.changed.append("tool_call_id")
-            output["tool_call_id"] = call["id"]
-            kept.append(call)
+            id = call["id"]
+            kept[id] = call
+            output = {"role": "tool", "content": NO_OUTPUT, "tool_call_id": id}
+            self.waiting[id] = output
             self.messages.append(output)
         self.nameless = iter(nameless)
-        return kept
+        return list(kept.values())
 
     def add(self, role, content):
         """A message that is not the assistant's."""
@@ -2017,7 +2017,8 @@ class History:
         """Give a tool's output to its call, however late it comes. Without a call it
         can only be told as a user's words."""
         self.end_turn()
-        found = self.waiting.pop(id, None) or next(self.nameless, None)
+        found = (
+            self.waiting.pop(id, None) or self.waiting.pop(next(self.nameless, None), None))
         if found:
             found["content"] = text
         else:
@@ -2045,8 +2046,9 @@ class History:
 class Reader:
     """One request on its way to one model of Z.ai.
 
-    What reads a Piece gives a part for the message around it, or None: the piece went
-    into the history by itself, or was left out.
+    What reads a Piece gives a part for the message around it: a text, or the dict of a
+    picture, a video or a file. None: the piece went into the history by itself, or was
+    left out.
     """
 
     def __init__(self, request, settings, id, vision=""):
@@ -2117,13 +2119,14 @@ class Reader:
         messages = self.fields["messages"]
         last = len(messages) - 1
         name = self.path("prompt")
-        prompt = Piece({name: request.prompt}, "", "message", "system", last)
-        for part in self.content(prompt, name):
-            self.show("system", [part])
+        around = Piece({name: request.prompt}, "", "request", "system", last)
+        self.show("system", self.content(around, name))
+        around.role = ""
         path = self.path("messages")
         for i, turn in enumerate([*request.earlier, *messages], -len(request.earlier)):
+            around.turn = i
             place = (path, i) if i >= 0 else "previous_response_id"
-            part = self.read(turn, place, "", i, "message")
+            part = self.read(turn, place, around, "message")
             # What stands in no message is the user's.
             if part:
                 self.show("user", [part])
@@ -2147,23 +2150,24 @@ class Reader:
             if turn in refusable:
                 raise error
 
-    def read(self, value, path, role, turn, kind=None):
-        """A piece of any kind. What cannot be read is told as JSON, but not by the
-        assistant."""
+    def read(self, value, path, around, kind=None):
+        """A piece of any kind, inside of another one. What cannot be read is told as
+        JSON, but not by the assistant."""
+        role = around.role
         try:
-            piece = Piece(value, path, kind, role, turn)
+            piece = Piece(value, path, kind, role, around.turn)
             method = PARTS.get(piece.kind)
             # An output has parts alone, so that nothing nests for ever.
             if not method and role != "tool":
-                method = ITEMS.get(piece.kind) or "role" in piece and "read_message"
-            return getattr(self, method or "read_shown")(piece)
+                method = ITEMS.get(piece.kind) or "role" in piece and "message"
+            return getattr(self, f"read_{method or 'words'}")(piece)
         except RequestError as error:
             if error.status != 400:
                 raise
             if role != "tool":
-                self.errors.append((turn, error))
+                self.errors.append((around.turn, error))
         self.changed.append("unreadable")
-        return None if role == "assistant" else json_part(value)
+        return None if role == "assistant" else json_text(value)
 
     def content(self, piece, field, kind=None):
         """The parts that a field shows: a text, a piece, or many."""
@@ -2171,15 +2175,11 @@ class Reader:
         if value is None:
             return []
         if isinstance(value, str):
-            return [text_part(value)]
+            return [value]
         path = (piece.path, field)
-        if isinstance(value, list):
-            parts = [
-                self.read(inner, (path, i), piece.role, piece.turn, kind)
-                for i, inner in enumerate(value)]
-        else:
-            parts = [self.read(value, path, piece.role, piece.turn, kind)]
-        return list(filter(None, parts))
+        values = enumerate(value) if isinstance(value, list) else [("", value)]
+        parts = [self.read(inner, (path, key), piece, kind) for key, inner in values]
+        return [part for part in parts if part is not None]
 
     def read_message(self, piece):
         role = piece.get("role")
@@ -2187,83 +2187,65 @@ class Reader:
             return self.read_reference(piece)
         need_word(role, ROLES, (piece.path, "role"))
         if piece.role:
-            return self.read_shown(piece)
+            return self.read_words(piece)
         if role == "tool":
             return self.read_output(piece)
         piece.role = role = "system" if role == "developer" else role
         if role == "assistant":
-            return self.read_assistant(piece)
-        said = piece.get("content")
-        if said is None:
+            thought = words_in(first(piece, CHAT_THOUGHT_FIELDS))
+            self.turn(piece).thoughts.append(thought)
+            for field in ("content", "refusal", "tool_calls"):
+                if piece.get(field):
+                    # The entries of tool_calls may have no type.
+                    text = lines(*self.content(piece, field, "function"))
+                    self.turn(piece).texts.append(text)
+            return None
+        if piece.get("content") is None:
             raise missing((piece.path, "content"))
-        if not isinstance(said, str):
-            said = self.content(piece, "content")
-            # Of outputs alone, which were told by themselves, nothing is left.
-            if piece["content"] and not said:
-                return None
-        if role == "user":
-            self.heard = piece.turn
-        self.show(role, said)
+        parts = self.content(piece, "content")
+        # Of outputs alone, which were told by themselves, nothing is left.
+        if parts or not piece["content"]:
+            if role == "user":
+                self.heard = piece.turn
+            self.show(role, parts)
         return None
 
-    def show(self, role, said):
-        """A text or parts of the user or the system."""
-        text = said
-        if not isinstance(said, str):
-            texts = [part["text"] for part in said if "text" in part]
-            text = lines(*texts)
-            if len(texts) < len(said):
-                content = [part for part in said if part.get("text") != ""]
-                # "cannot be empty": Z.ai wants a text beside an image.
-                self.history.add(role, content if text else [*content, text_part(NO_WORDS)])
-                return
+    def show(self, role, parts):
+        """Parts of the user or the system."""
+        text = lines(*parts)
         if role == "system":
             text = BILLING.sub("", text)
-        if text.strip():
-            self.history.add(role, text)
-        elif role == "user":
-            self.history.add(role, NO_WORDS)
+            if not text.strip():
+                return
+        elif not text.strip():
+            # "cannot be empty": Z.ai wants a text beside an image, too.
+            text = NO_WORDS
+            parts = [*parts, text]
+        if not all(isinstance(part, str) for part in parts):
+            text = [
+                text_part(part) if isinstance(part, str) else part for part in parts if part]
+        self.history.add(role, text)
 
     def turn(self, piece):
         """The Turn that the assistant's piece belongs to."""
         self.spoke = piece.turn
         return self.history.turn
 
-    def read_assistant(self, piece):
-        self.spoke = piece.turn
-        self.think(piece, words_in(first(piece, CHAT_THOUGHT_FIELDS)))
-        for field in ("content", "refusal", "tool_calls"):
-            if piece.get(field):
-                self.say(piece, field)
-
-    def say(self, piece, field):
-        """What the assistant says in a field, of which the calls are told by then."""
-        # The entries of tool_calls may have no type.
-        texts = [part["text"] for part in self.content(piece, field, "function")]
-        # A message of chat is one text.
-        if not self.request.agents:
-            texts = [lines(*texts)]
-        self.turn(piece).texts.extend(filter(None, texts))
-
     # Items
 
     def read_thinking(self, piece):
-        text = str(piece.get("encrypted_content"))
-        if text.startswith(MARK):
-            self.think(piece, text[len(MARK):])
-        else:
-            self.think(piece, words_in(first(piece, THOUGHT_FIELDS)))
-
-    def think(self, piece, text):
-        if text:
-            self.turn(piece).thoughts.append(text)
+        text = words_in(first(piece, THOUGHT_FIELDS))
+        kept = str(piece.get("encrypted_content"))
+        if kept.startswith(MARK):
+            text = kept[len(MARK):]
+        self.turn(piece).thoughts.append(text)
 
     def read_call(self, piece):
         """A call of an earlier answer, sent back."""
         # An item has an id of its own beside that of its call.
         id = piece.get("id" if piece.get("call_id") is None else "call_id")
         call = piece.unfold()
-        name = self.name_at_zai(call, call.need("name", str))
+        name = self.name_at_zai(call)
         arguments = first(call, ARGUMENT_FIELDS)
         if call.kind in CUSTOM_TYPES:
             arguments = {"input": call.get("input")}
@@ -2279,14 +2261,14 @@ class Reader:
         self.brought = piece.turn
         field = "content" if piece.get("output") is None else "output"
         content = piece.get(field)
-        text = "" if content in NO_CONTENT else content
-        media = []
-        if not isinstance(text, str):
-            pieces = content if isinstance(content, list) else [content]
-            has_parts = any(str(as_dict(inner).get("type")) in PARTS for inner in pieces)
-            parts = self.content(piece, field) if has_parts else [json_part(content)]
-            text = lines(*[part.get("text") for part in parts])
-            media = [part for part in parts if "text" not in part]
+        pieces = content if isinstance(content, list) else [content]
+        is_text = content in NO_CONTENT or isinstance(content, str)
+        if is_text or any(str(dig(inner, "type")) in PARTS for inner in pieces):
+            parts = self.content(piece, field)
+        else:
+            parts = [json_text(content)]
+        text = lines(*parts)
+        media = [part for part in parts if not isinstance(part, str)]
         # A field of Messages.
         if piece.get("is_error") and "error" not in text.lower():
             text = lines("Error:", text)
@@ -2296,7 +2278,7 @@ class Reader:
 
     def read_reference(self, piece):
         if not self.request.recall:
-            return self.read_shown(piece)
+            return self.read_words(piece)
         id = piece.need("id", str)
         if id in self.referred:
             # A short reference to a long item, many times, would fill the memory.
@@ -2305,7 +2287,7 @@ class Reader:
         self.referred.add(id)
         found = self.request.recall(id)
         if found:
-            return self.read(found, piece.path, piece.role, piece.turn)
+            return self.read(found, piece.path, piece)
         # Thinking can be missing; what was said or called cannot.
         if not id.startswith("rs_"):
             raise wrong(
@@ -2314,46 +2296,41 @@ class Reader:
                 status=404, code="not_found")
         return None
 
-    def read_compaction(self, piece):
-        self.show("user", piece.need("encrypted_content", str))
-
     # Parts
 
     def read_text(self, piece):
-        return text_part(piece.need("refusal" if piece.kind == "refusal" else "text", str))
+        return piece.need(TEXT_FIELDS.get(piece.kind, "text"), str)
 
-    def read_shown(self, piece):
-        """A picture, a video or a file; of anything else, the words."""
-        kind = piece.kind
-        noun = MEDIA.get(kind, name_of(kind))
-        part = media_part(piece, noun) if kind in MEDIA else None
-        if part:
-            return self.read_media(piece, noun, part)
-        if kind not in PARTS:
+    def read_words(self, piece):
+        noun = name_of(piece.kind)
+        if piece.kind not in PARTS:
             if piece.role == "tool":
-                return json_part(piece)
+                return json_text(piece)
             self.changed.append(noun)
         # The words of a search, say, would be put into the assistant's mouth.
         text = "" if piece.role in ("", "assistant") else words_in(piece)
         if text:
-            return text_part(text)
-        if kind in MEDIA:
+            return text
+        if piece.kind in MEDIA:
             raise wrong(piece.path, "has neither an address nor data: no files are kept here")
         return self.leave_out(piece, noun, f"Z.ai takes no {noun}")
 
-    def read_media(self, piece, noun, part):
-        """The part, if the model takes it."""
+    def read_media(self, piece):
+        noun = MEDIA[piece.kind]
+        part = media_part(piece, noun)
+        if not part:
+            return self.read_words(piece)
         model = self.model
-        takers = FILE_URL_MODELS if dig(part, "file.file_url") else FILE_MODELS
-        advice = ""
+        takes_files = model is None or model.id in FILE_MODELS or dig(part, "file.file_url")
         if piece.role not in ("user", "tool"):
             reason = f"a message of the {piece.role} takes text only"
+            advice = ""
         elif model and not model.sees:
             self.unseen.append(piece.turn)
             reason = f"{model.name} takes text only"
             advice = f"; models that see: {SEEING}; VISION_MODEL may be one to answer here"
-        elif "file" in part and model and model.id not in takers:
-            names = ", ".join(MODELS[id].name for id in takers)
+        elif noun in part and not takes_files:
+            names = ", ".join(MODELS[id].name for id in FILE_MODELS)
             reason = f"{model.name} takes no such file"
             advice = f"; models that do: {names}"
         else:
@@ -2371,7 +2348,7 @@ class Reader:
         self.changed.append(noun)
         if piece.role in ("", "assistant"):
             return None
-        return text_part(f"[{noun} left out: {reason}]")
+        return f"[{noun} left out: {reason}]"
 
     def insert_instructions(self, messages):
         """Put our lines behind the client's own: what Z.ai caches stays cached."""
@@ -2381,9 +2358,10 @@ class Reader:
 
     # Tools
 
-    def name_at_zai(self, tool, name):
-        """Z.ai's name for the client's tool of this name: 1 to 64 letters, digits, _
-        and -. No two tools get the same."""
+    def name_at_zai(self, tool):
+        """Z.ai's name for a tool of the client's: 1 to 64 letters, digits, _ and -. No
+        two tools get the same."""
+        name = tool.need("name", str)
         space = tool.need("namespace", str, NO_NAMESPACE)
         if (space, name) in self.names:
             return self.names[space, name]
@@ -2423,7 +2401,7 @@ class Reader:
 
     def read_function(self, tool):
         """A tool with the fields that Z.ai requires."""
-        name = self.name_at_zai(tool, tool.need("name", str))
+        name = self.name_at_zai(tool)
         self.owners[name]["type"] = tool.kind
         text = tool.need("description", str, "")
         field = "parameters" if tool.get("input_schema") is None else "input_schema"
@@ -2455,21 +2433,20 @@ class Reader:
         return {"tools": self.tools, "tool_choice": "auto"} if self.tools else {}
 
     def keep_tools(self, choice):
+        must = choice.kind in DEMANDS or choice.get("mode") == "required"
         # Z.ai's own tools have no name.
-        names = [tool.get("function", {}).get("name", "") for tool in self.tools]
-        must = choice.kind in ("required", "any") or choice.get("mode") == "required"
-        wanted = {*names, ""} if choice.kind != "none" else set()
+        names = [tool.get("function", {}).get("name") for tool in self.tools]
+        wanted = set(names)
         if choice.kind in CHOICES:
             wanted = {self.chosen(choice)}
-            must = True
-        elif choice.kind == "allowed_tools":
+        elif choice.kind in ("allowed_tools", "none"):
             wanted = set(map(self.chosen, choice.pieces("tools", "function")))
-        unknown = wanted.difference(names, [""])
+        unknown = wanted.difference(names, [None])
         if unknown and not self.some_left_out:
+            name = self.owners[min(unknown)]["name"][:200]
             raise wrong(
-                self.path("tool_choice"),
-                f"names the tool {min(unknown)[:200]!a}, which is not in 'tools'")
-        functions = wanted.intersection(names) - {""}
+                self.path("tool_choice"), f"names the tool {name!a}, which is not in 'tools'")
+        functions = wanted.intersection(names) - {None}
         # What was left out, and Z.ai's own tools, cannot be demanded.
         if must and not functions:
             return
@@ -2482,11 +2459,8 @@ class Reader:
                 f"You must answer by calling {wish}. Do not answer in text.")
 
     def chosen(self, tool):
-        """The name at Z.ai of a tool that is chosen, "" for one of Z.ai's own."""
-        if tool.kind not in CHOICES:
-            return ""
-        name = tool.unfold().need("name", str)
-        return self.names.get((tool.need("namespace", str, NO_NAMESPACE), name), name)
+        """The name at Z.ai of a tool that is chosen, None for one of Z.ai's own."""
+        return self.name_at_zai(tool.unfold()) if tool.kind in CHOICES else None
 
     # Everything else
 
@@ -2563,7 +2537,7 @@ class Reader:
             # OpenAI's chat takes one without.
             if form.get("schema") is None and form.path is path:
                 raise missing((path, "schema" if self.request.agents else form.kind))
-            text = encode_request(form.need("schema", dict, {})).decode()
+            text = json_text(form.need("schema", dict, {}))
             self.changed.append("response_format")
             self.instructions.append(
                 "Answer with one JSON value that matches this JSON Schema,"
@@ -2612,7 +2586,6 @@ def to_zai_request(request, settings, model=""):
 # Z.ai takes most JSON Schemas of tools, and refuses whole requests for a few. So they
 # go as they are, and simpler_schemas() is for a further try.
 
-DEFINITIONS = ("$defs", "definitions")
 # Types, from the one that says least. One that is not named may be any.
 WIDTHS = ("null", None, "boolean", "integer", "number", "string", "array", "object")
 ANY_VALUE = {"description": "Any JSON value."}
@@ -2626,51 +2599,32 @@ def width_of(schema):
     return WIDTHS.index(kind) if kind in WIDTHS else 0, len(encode_text(schema))
 
 
-class Simplifier:
-    """Says a JSON Schema in plain words. `root` is where its references point to."""
-
-    def __init__(self, root):
-        self.root = root
-        self.left = MOST_SCHEMAS
-
-    def plain(self, schema, depth=0):
-        self.left -= 1
-        is_within = self.left > 0 and depth <= DEEPEST_SCHEMA
-        if not schema or not isinstance(schema, dict) or not is_within:
-            return ANY_VALUE
-        depth += 1
-        schema = {word: inner for word, inner in schema.items() if word not in DEFINITIONS}
-        if "$ref" in schema:
-            target = schema_at(schema.pop("$ref"), self.root)
-            return self.plain({**target, **schema}, depth)
-        for word in UNIONS:
-            members = schema.pop(word, None)
-            if members and isinstance(members, list):
-                schema = {**self.widest(members, depth), **schema}
-        if "const" in schema:
-            schema["enum"] = [schema.pop("const")]
-        if isinstance(schema.get("properties"), dict):
-            schema["properties"] = {
-                name: self.plain(inner, depth) for name, inner in schema["properties"].items()}
-        for word in ("items", "additionalProperties"):
-            if isinstance(schema.get(word), dict):
-                schema[word] = self.plain(schema[word], depth)
-        return schema
-
-    def widest(self, members, depth):
-        """The member of a union that allows most; of values, all."""
-        members = [self.plain(member, depth) for member in members]
-        choices = [member.get("enum") for member in members]
-        if all(isinstance(choice, list) for choice in choices):
-            return {**members[0], "enum": list(itertools.chain(*choices))}
-        return max(members, key=width_of)
+def plain_schema(schema, root, left, depth=0):
+    """A JSON Schema in plain words. Of a union the member that allows most stands for
+    all; of values, all stay. `left` bounds how many schemas are read."""
+    if depth > DEEPEST_SCHEMA or next(left, None) is None:
+        return ANY_VALUE
+    members = branches(schema, root)
+    schema = max(members, key=width_of)
+    choices = [member.get("enum") for member in members]
+    if all(isinstance(choice, list) for choice in choices):
+        schema = {**members[0], "enum": list(itertools.chain(*choices))}
+    depth += 1
+    if isinstance(schema.get("properties"), dict):
+        schema["properties"] = {
+            name: plain_schema(inner, root, left, depth)
+            for name, inner in schema["properties"].items()}
+    for word in ("items", "additionalProperties"):
+        if isinstance(schema.get(word), dict):
+            schema[word] = plain_schema(schema[word], root, left, depth)
+    return schema or ANY_VALUE
 
 
 def simpler_tool(tool):
     if "function" not in tool:
         return tool
     schema = tool["function"]["parameters"]
-    plain = Simplifier(schema).plain(schema)
+    plain = plain_schema(schema, schema, iter(range(MOST_SCHEMAS)))
     return function_object(**{**tool["function"], "parameters": plain})
 
 
