@@ -3203,8 +3203,7 @@ MINIMAL = {"id": "", "object": "", "created": 0, "model": "", "system_fingerprin
     ("arguments missing", calls_in(item("get_time", id="c")) + TOOLS_END, asks(TIME)),
     *((f"arguments {first!r}, then real ones",
        call("get_weather", first) + calls_in(item(None, '{"city":', index=0))
-       + calls_in(item(None, '"Paris"}', index=0)) + TOOLS_END, asks(RAIN)) for first in ("{}", "null", " ")),
-    ("arguments '{}' and real ones in one", call("get_weather", "{} " + PARIS) + TOOLS_END, asks(RAIN)),
+       + calls_in(item(None, '"Paris"}', index=0)) + TOOLS_END, asks(RAIN)) for first in ("null", " ")),
     *((f"arguments '{{}}', then {behind!r}",
        call("get_time", "{}") + calls_in(item(None, behind, index=0)) + TOOLS_END,
        asks(TIME)) for behind in ("}", "</tool_call>", "{}")),
@@ -3348,7 +3347,7 @@ MINIMAL = {"id": "", "object": "", "created": 0, "model": "", "system_fingerprin
     *((f"tags around {text!r}", say(f"<|assistant|>{first}{text}<|user|>{last}<|endoftext|>\n") + ENDED, says(text))
       for first, text, last in (("", "a", ""), ("\n", "a <|user|> b", "\n"), ("</think>\n", "a", "<|observation|>"))),
     ("tags of the template in thinking", think("<|assistant|>a<|user|>") + think(" b<|user|>") + say("c") + ENDED,
-     says("c", "a<|user|> b")),
+     says("c", "a<|user|> b<|user|>")),
     ("a tag of the template that is cut", say("a<|use") + ENDED, says("a<|use")),
     ("nothing but tags of the template", say("<|user|>") + ENDED, says()),
     # One call at a time
@@ -4252,11 +4251,11 @@ def test_the_name_of_a_call_has_a_bound():
 
 # An event, what it says (an error's code, or None).
 @pytest.mark.parametrize("text, said", [
-    ('{"choices":[{"delta":{"content":"a"},"finish_reason":"stop"}]}', ztoapi.Frame({"content": "a"}, "stop")),
-    (' {"choices":[{"message":{"content":"a"}}]} ', ztoapi.Frame({"content": "a"})),
-    ('{"choices":[]}', ztoapi.Frame({})),
-    ('{"iddata: {"choices":[{"delta":{"content":"a"}}]}', ztoapi.Frame({"content": "a"}, afresh=True)),
-    ('{"usage":{}}', ztoapi.Frame({}, usage=counts(0, 0, 0))),
+    ('{"choices":[{"delta":{"content":"a"},"finish_reason":"stop"}]}', ztoapi.Frame([("text", "a")], None, "stop")),
+    (' {"choices":[{"message":{"content":"a"}}]} ', ztoapi.Frame([("text", "a")])),
+    ('{"choices":[]}', ztoapi.Frame([])),
+    ('{"iddata: {"choices":[{"delta":{"content":"a"}}]}', ztoapi.Frame([("text", "a")], afresh=True)),
+    ('{"usage":{}}', ztoapi.Frame([], usage=counts(0, 0, 0))),
     ("[DONE]", None), ("junk", None), ("5", None), ("", None), ('{"id', "upstream_error"),
     ('{"a":1}{"a":1}', "upstream_error"), ('{"error":{"code":"1305"}}', "overloaded"),
 ])
@@ -4300,7 +4299,8 @@ def test_calls_come_one_after_the_other_whatever_order_their_pieces_have():
         steps += room.close("{}")
         calls = joined([step for step in steps if step.kind != "text"])
         assert [(call.index, call.id, call.text) for call in calls] == [(i, f"c{i}", texts[i]) for i in range(3)]
-        assert sum(step.kind == "text" for step in steps) == sum(-(-len(text) // 3) for text in texts)
+        held = "".join(step.text for step in steps if step.kind == "text")
+        assert len(held) == sum(-(-len(text) // 3) for text in texts)
 
 
 # Any event that is odd

@@ -2675,17 +2675,18 @@ class Step(NamedTuple):
 def extend(runs, step):
     """Put a step behind others, which are a list of (first step, texts): pieces of one
     kind that came together are one. Each would become an event for the client, with ten
-    times its bytes."""
+    times its bytes. True if it begins another."""
     first = runs[-1][0] if runs else Step("")
-    if step.index == first.index and step.kind in (first.kind, ARGUMENTS):
-        runs[-1][1].append(step.text)
-    else:
-        runs.append((step, [step.text]))
+    begins = step.index != first.index or step.kind not in (first.kind, ARGUMENTS)
+    if begins:
+        runs.append((step, []))
+    runs[-1][1].append(step.text)
+    return begins
 
 
 def joined(runs):
     """The steps of such a list."""
-    return [first._replace(text="".join(texts)) for first, texts in runs]
+    return [Step(first.kind, "".join(texts), *first[2:]) for first, texts in runs]
 
 
 # The ends that Z.ai documents, and two that gateways in front of it use. Any other
@@ -2713,28 +2714,6 @@ LONGEST_TOOL_NAME = 200
 MOST_CALLS = 128
 # A count of tokens beyond this is garbage, and read as 0.
 MOST_TOKENS = 10 ** 12
-
-
-class Tally:
-    """Counts the memory of steps that are kept. UpstreamError beyond
-    LONGEST_ANSWER_BYTES."""
-
-    # A Python object stands behind each piece, and several behind an item, which begins
-    # where the kind changes.
-    STEP_BYTES = 20
-    ITEM_BYTES = 2000
-
-    size_bytes = 0
-    kind = None
-
-    def add(self, step):
-        if step.kind != self.kind:
-            self.size_bytes += self.ITEM_BYTES
-        self.kind = step.kind
-        self.size_bytes += len(step.text.encode("utf-8", "replace")) + self.STEP_BYTES
-        if self.size_bytes > LONGEST_ANSWER_BYTES:
-            raise UpstreamError(
-                f"The answer is longer than {LONGEST_ANSWER_BYTES} bytes.", GIVE_UP)
 
 
 # The first room: events
@@ -2772,7 +2751,8 @@ def to_openai_usage(usage):
 
 class Frame(NamedTuple):
     """What one event says."""
-    delta: dict
+    texts: list                 # (kind of step, text)
+    items: list | None = None   # of `tool_calls`
     reason: object = None       # Z.ai's finish reason
     usage: dict | None = None   # OpenAI's object
     afresh: bool = False        # the answer begins again with it
@@ -2806,16 +2786,11 @@ class Alike(NamedTuple):
 
 def find_alike(event, frame):
     """The Alike of an event that says this, if it was one."""
-    fields = [field for field in FORMS if frame.delta.get(field)]
-    if len(fields) != 1 or any(frame[1:]):
+    if len(frame.texts) != 1 or any(frame[1:]):
         return None
-    # Inside of a text these quotes would be escaped.
-    mark = f'"{fields[0]}":"'
-    before, *behind = event.split(mark)
-    if len(behind) != 1:
-        return None
-    _, end = scan_string(*behind, 0, False)
-    return Alike(KIND_OF_FIELD[fields[0]], before + mark, behind[0][end:])
+    kind, text = frame.texts[0]
+    before, *behind = event.split(quote(text))
+    return Alike(kind, before + '"', *behind) if len(behind) == 1 else None
 
 
 class Frames:
@@ -2863,7 +2838,11 @@ class Frames:
         for field, form in FORMS.items():
             if delta.get(field) and not isinstance(delta[field], form):
                 raise UpstreamError(f"Z.ai sent {field} in an unknown form.")
-        return Frame(delta, choice.get("finish_reason"), to_openai_usage(value.get("usage")))
+        texts = [
+            (kind, delta[field]) for field, kind in KIND_OF_FIELD.items() if delta.get(field)]
+        return Frame(
+            texts, delta.get("tool_calls"), choice.get("finish_reason"),
+            to_openai_usage(value.get("usage")))
 
 
 # The second room: texts
@@ -3003,8 +2982,8 @@ def typed(text, types):
 
 
 def parse_leaked_call(text, tools):
-    """A call in GLM's own form as the function of an item of `tool_calls`; None if it
-    names no tool of `tools`, or if its keys and values cannot be told apart.
+    """A call in GLM's own form as an item of `tool_calls`; None if it names no tool of
+    `tools`, or if its keys and values cannot be told apart.
 
     Any tag separates, as they were seen missing and doubled. Cut by hand, as a regular
     expression for all of it would take quadratic time.
@@ -3026,7 +3005,7 @@ def parse_leaked_call(text, tools):
         elif word or tag == VALUE != next_tag or next_tag == VALUE_END:
             arguments[key] = typed(value, tools[name].get(key, set()))
             key = None
-    return None if key else {"name": name, "arguments": encode_text(arguments)}
+    return None if key else function_object(name=name, arguments=encode_text(arguments))
 
 
 class Leak:
@@ -3038,6 +3017,7 @@ class Leak:
     # What stands before the first tag of an argument, and whether that has come.
     name = ""
     is_named = False
+    is_closed = False  # the call, or its last value, has ended
 
     def __init__(self, tools):
         self.tools = tools
@@ -3046,6 +3026,7 @@ class Leak:
     def feed(self, piece):
         self.pieces.append(piece)
         self.held += len(piece)
+        self.is_closed = piece in (VALUE_END, LEAK_END) or self.is_closed and piece.isspace()
         if piece in ARGUMENT_TAGS:
             self.is_named = True
         # The first tag may be doubled, and blanks were seen around the name.
@@ -3054,11 +3035,6 @@ class Leak:
         fits = self.name in self.tools if self.is_named else any(
             tool.startswith(self.name) for tool in self.tools)
         return fits and piece != LEAK_END and self.held <= LONGEST_HELD
-
-    @property
-    def is_closed(self):
-        """Whether its last value has ended."""
-        return "".join(self.pieces[-3:]).rstrip().endswith(VALUE_END)
 
 
 class Texts:
@@ -3106,7 +3082,7 @@ class Texts:
         self.steps = []
         self._sort(self.splitter.close())
         if self.leak:
-            self._end_leak(self.leak.is_closed and not is_cut)
+            self._end_leak(is_cut)
         return self.steps
 
     def close(self, is_cut):
@@ -3122,12 +3098,12 @@ class Texts:
             kind = self.kind
             if self.leak and self.leak.is_closed and piece == LEAK:
                 # The end of the one is missing before the next.
-                self._end_leak(True)
+                self._end_leak()
             if self.cutter.hit:
                 break
             elif self.leak:
                 if not self.leak.feed(piece):
-                    self._end_leak(piece == LEAK_END)
+                    self._end_leak()
             # The end of a call may be doubled.
             elif piece in BOXES or piece == LEAK_END and (self.leaked or self.tail):
                 continue
@@ -3143,10 +3119,12 @@ class Texts:
             elif piece not in TURNS:
                 self._show(kind, piece)
 
-    def _end_leak(self, is_whole):
+    def _end_leak(self, is_cut=False):
         """A leak has ended, as a call if it is whole and can be read, or as a text."""
-        text = "".join(self.leak.pieces)
+        leak = self.leak
         self.leak = None
+        text = "".join(leak.pieces)
+        is_whole = leak.is_closed and not is_cut
         call = parse_leaked_call(text, self.tools) if is_whole else None
         if call and self.kind == THINKING:
             self.tail.append((THINKING, text, call))
@@ -3158,12 +3136,9 @@ class Texts:
         check_number(self.leaked + self.tail)
 
     def _show(self, kind, text):
-        # A tag that ended a stretch of thinking goes, though a text follows.
-        runs = [
-            (lane, words) for lane, words, call in self.tail
-            if call or lane == kind]
+        shown = [*self.tail, (kind, text, None)]
         self.tail = []
-        for lane, words in [*runs, (kind, text)]:
+        for lane, words, _ in shown:
             if lane not in self.opened:
                 # GLM 4.5 to 4.7 open with line ends.
                 words = words.lstrip("\r\n")
@@ -3178,8 +3153,6 @@ class Texts:
 
 # The third room: calls
 
-# What stands for no arguments, alone or before the real ones.
-NO_ARGUMENTS = re.compile(r'\A\s*(?:(?:\{\}|null)\s*)*(?=["{]|\Z)')
 BROKEN_CALL = "Z.ai sent a tool call with broken arguments."
 
 
@@ -3193,53 +3166,42 @@ class ToolCall(JsonProgress):
     """One tool call under way: feed(text) takes the next piece of its arguments, and
     take() gives what the client can be told of the call by now.
 
-    What stands for no arguments goes if real ones follow, and so does what stands
-    behind the whole: Z.ai was seen to write them twice. What was encoded twice is
-    decoded, markup goes from names, and where no text may be, the value that it says
-    stands in its place. What is held back is one name, or one value of those kinds;
-    texts go on.
+    What stands behind the whole goes: Z.ai was seen to write arguments twice. What was
+    encoded twice is decoded, markup goes from names, and where no text may be, the
+    value that it says stands in its place. What is held back is one name, or one value
+    of those kinds; texts go on.
     """
 
-    # Arguments that can be told, and those that are held back: "{}" if there were none
-    # but what stands for none.
-    untold = ""
-    waiting = ""
-    begun = False  # real arguments have come
+    untold = ""  # arguments that can be told
+    waiting = ""  # those that are held back
+    begun = False  # some have come
     # The sign before a name or a value, and the name that a value belongs to.
     sign = ""
     key = None
 
-    def __init__(self, step, zai_index, types):
+    def __init__(self, step, types):
         self.step = step  # the next one, without its text
-        self.zai_index = zai_index
         self.types = types  # argument_types() of the tool
 
     def feed(self, text):
         if not self.begun:
-            nothing = self.waiting or text.strip() and "{}"
-            text = NO_ARGUMENTS.sub("", self.waiting + text)
+            text = text.lstrip()
             self.begun = bool(text)
-            self.waiting = "" if text else nothing
         self.untold += self._read(text)
+        # Real arguments behind empty ones would be lost.
+        if self.key is None and '"' in self.rest:
+            raise UpstreamError(BROKEN_CALL)
 
     def close(self, empty):
         """No more will come. If no arguments at all have, they are `empty`."""
-        text = self.waiting
+        self.untold += self.waiting if self.begun else self._read(empty)
         self.waiting = ""
-        self.untold += text if self.begun else self._read(text or empty)
 
     def take(self):
         step = self.step._replace(text=self.untold)
         self.untold = ""
         self.step = step._replace(kind=ARGUMENTS)
         return [step] if step.text or step.kind == CALL else []
-
-    def takes(self, id, name):
-        """Whether an item with these, at its place, goes on with this call."""
-        is_whole = self.ended or self.waiting == "{}"
-        # A name again is the same call as long as its arguments are not whole.
-        is_same = name == self.step.name and (id == self.step.id or not is_whole)
-        return not name or is_same
 
     def _read(self, text):
         told = []
@@ -3285,10 +3247,10 @@ class Calls:
         self.tools = tools
         self.make_id = make_id
         self.calls = []
-        # The first that is not whole, and all that waits behind it, calls and other
-        # steps.
+        self.latest = {}  # the last one at each index of Z.ai's
+        # The first that is not whole and those behind it; behind them, other steps.
         self.queue = collections.deque()
-        self.tally = Tally()
+        self.held = Fold()
 
     def feed(self, items):
         check_number(items)
@@ -3303,10 +3265,8 @@ class Calls:
     def put(self, steps):
         if not self.queue:
             return steps
-        for step in steps:
-            self.tally.add(step)
-        self.queue += steps
-        return self.close()
+        self.held.add(steps)
+        return ()
 
     def check(self, finish):
         """UpstreamError for what is no whole call."""
@@ -3320,13 +3280,15 @@ class Calls:
         the arguments behind."""
         name = function.get("name")
         name = name.strip() if isinstance(name, str) else ""
-        arguments = function.get("arguments") or ""
-        if not isinstance(arguments, str):
+        arguments = function.get("arguments")
+        if arguments in (None, "null"):
+            arguments = ""
+        elif not isinstance(arguments, str):
             arguments = encode_text(arguments)
         leaked = parse_leaked_call(name, self.tools) if "<" in name else None
         if leaked:
-            name, behind = leaked.values()
-            arguments = behind + arguments
+            name, behind = leaked["function"].values()
+            arguments = behind if behind != "{}" else arguments
         # A name that no tool has is for the client to refuse.
         return name[:LONGEST_TOOL_NAME], arguments
 
@@ -3334,18 +3296,20 @@ class Calls:
         """The call an item belongs to: the last one at its index, which Z.ai may leave
         out, or have -1 or 0 for all. Its id may be a number, missing, repeated, or
         another for each piece."""
-        index = item.get("index")
+        index = str(item.get("index"))
         id = str(item.get("id") or "")[:200]
-        here = [call for call in self.calls if call.zai_index == index]
-        if here and here[-1].takes(id, name):
-            return here[-1]
+        call = self.latest.get(index)
+        # A name again is the same call as long as its arguments are not whole.
+        is_same = call and name == call.step.name and (id == call.step.id or not call.ended)
+        if is_same or call and not name:
+            return call
         if not name:
             raise UpstreamError("Z.ai sent a piece of a tool call that belongs to none.")
         # Clients take two calls with one id for one.
         if not id or any(call.step.id == id for call in self.calls):
             id = self.make_id()
         step = Step(CALL, "", len(self.calls), id, name)
-        call = ToolCall(step, index, self.tools.get(name, {}))
+        call = self.latest[index] = ToolCall(step, self.tools.get(name, {}))
         self.calls.append(call)
         self.queue.append(call)
         check_number(self.calls)
@@ -3354,17 +3318,15 @@ class Calls:
     def close(self, empty=None):
         """The steps of all that waits; without `empty`, of what need not any more."""
         while self.queue:
-            entry = self.queue[0]
-            if isinstance(entry, Step):
-                yield entry
-            else:
-                # No real arguments come once something else has.
-                if empty is not None or len(self.queue) > 1 and entry.waiting == "{}":
-                    entry.close(empty)
-                yield from entry.take()
-                if empty is None and not entry.ended:
-                    return
+            call = self.queue[0]
+            if empty is not None:
+                call.close(empty)
+            yield from call.take()
+            if empty is None and not call.ended:
+                return
             self.queue.popleft()
+        yield from self.held.items
+        self.held = Fold()
 
 
 EMPTY = "Z.ai sent an empty answer."
@@ -3420,15 +3382,16 @@ class Translator:
         # All methods below put their steps there, so that nothing is lost when one of
         # them raises.
         self.runs = []
+        failure = None
         try:
             for event in events:
                 if not self.complete:
                     self._feed(event)
             if end and not self.complete:
                 self._end()
-        except UpstreamError as failure:
-            return joined(self.runs), failure
-        return joined(self.runs), None
+        except UpstreamError as error:
+            failure = error
+        return joined(self.runs), failure
 
     def _feed(self, event):
         text = self.alike and self.alike.read(event)
@@ -3450,21 +3413,24 @@ class Translator:
 
     def _read(self, frame):
         if frame.afresh:
-            self._restart()
-        for field, kind in KIND_OF_FIELD.items():
-            text = frame.delta.get(field) or ""
+            if self.told and not self.restartable:
+                raise UpstreamError(
+                    "Z.ai lost its place and started the answer again after part of it"
+                    " had been sent.", GIVE_UP, code="upstream_stream_restarted")
+            self._start()
+            extend(self.runs, Step(RESTART))
+        for kind, text in frame.texts:
             if text.strip("\r\n"):
                 self.begun = True
-            if text and kind == THINKING and self.asked.no_thinking:
+            if kind == THINKING and self.asked.no_thinking:
                 self.unasked.add([Step(kind, text)])
-            elif text:
+            else:
                 self._put(self.texts.feed(kind, text))
-        items = frame.delta.get("tool_calls")
-        if items and not self.stop_word:
+        if frame.items and not self.stop_word:
             self.begun = True
             # What is held back came first.
             self._put(self.texts.flush())
-            self._add(self.calls.feed(items))
+            self._add(self.calls.feed(frame.items))
         self.usage = frame.usage or self.usage
         if frame.reason:
             finish = FINISHES.get(str(frame.reason))
@@ -3473,14 +3439,6 @@ class Translator:
             # It may come twice. What was cut does not get whole again.
             if self.finish in WHOLE:
                 self.finish = finish
-
-    def _restart(self):
-        if self.told and not self.restartable:
-            raise UpstreamError(
-                "Z.ai lost its place and started the answer again after part of it had "
-                "been sent.", GIVE_UP, code="upstream_stream_restarted")
-        self._start()
-        extend(self.runs, Step(RESTART))
 
     def _put(self, steps):
         """What comes behind a call that is not whole has to wait."""
@@ -3505,12 +3463,12 @@ class Translator:
             raise UpstreamError(UNFINISHED)
         is_cut = self.finish not in WHOLE
         if not self.texts.opened and not self.calls.calls:
-            self._put(self.texts.feed(TEXT, self.unasked.text(THINKING)))
+            for item in self.unasked.items:
+                self._put(self.texts.feed(TEXT, item.text))
         self._put(self.texts.close(is_cut))
         # Where calls came as they should, the leaked ones are the same once more.
         if not self.calls.calls:
-            items = [{"function": call} for call in self.texts.leaked]
-            self._add(self.calls.feed(items))
+            self._add(self.calls.feed(self.texts.leaked))
         if self.stop_word:
             self.finish = "stop"
         self.calls.check(self.finish)
@@ -3547,22 +3505,19 @@ class Reply:
         self.framing = Unframed()
 
     def feed(self, data):
+        ended = not data
         try:
-            return self._feed(data)
+            while self.status is None:
+                head = self.head.feed(data)
+                if head is None and ended:
+                    raise UpstreamError("The connection to Z.ai was closed before its answer.")
+                if head is None:
+                    return b""
+                data = self.head.rest
+                self._read_head(head)
+            body = self.framing.feed(data)
         except (ValueError, OverflowError) as error:
             raise UpstreamError(f"Z.ai's answer is broken: {error}.") from None
-
-    def _feed(self, data):
-        ended = not data
-        while self.status is None:
-            head = self.head.feed(data)
-            if head is None:
-                if ended:
-                    raise UpstreamError("The connection to Z.ai was closed before its answer.")
-                return b""
-            data = self.head.rest
-            self._read_head(head)
-        body = self.framing.feed(data)
         self.complete = self.framing.done or ended and type(self.framing) is Unframed
         self.keeps_alive = self.keeps_alive and not ended
         if ended and not self.complete:
@@ -3661,28 +3616,30 @@ class Answer:
     def _read(self, body, ended):
         """The events in a piece of the body. One JSON body, on one line, is an event,
         too."""
-        if self.reply.status != 200:
-            self._read_refusal(body, ended)
-        elif "html" in self.reply.fields.get("content-type", "").lower():
+        reply = self.reply
+        if reply.status != 200:
+            # No events, but an error at the end. Gateways write something before it,
+            # such as "data: ", and behind it.
+            self.refusal += body[:self.LONGEST_ERROR_BYTES - len(self.refusal)]
+            if ended:
+                text = self.refusal.decode("utf-8", "replace")
+                value = decode_first(text[text.find("{"):])
+                retry_after = reply.fields.get("retry-after", "")
+                raise self.translator.frames.describe(value, reply.status, retry_after)
+        elif "html" in reply.fields.get("content-type", "").lower():
             raise not_the_api()
         else:
             yield from self.decoder.feed(body)
             yield from self.decoder.close() if ended else ()
 
-    def _read_refusal(self, body, ended):
-        """No events, but an error at the end."""
-        self.refusal += body[:self.LONGEST_ERROR_BYTES - len(self.refusal)]
-        if ended:
-            # Gateways write something before it, such as "data: ", and behind it.
-            text = self.refusal.decode("utf-8", "replace")
-            value = decode_first(text[text.find("{"):])
-            retry_after = self.reply.fields.get("retry-after", "")
-            raise self.translator.frames.describe(value, self.reply.status, retry_after)
-
 
 class Fold:
     """What a JSON answer is made of: all steps of an answer, but the last as `items`,
     and that as `end`. UpstreamError beyond LONGEST_ANSWER_BYTES."""
+
+    # A Python object stands behind each piece, and several behind an item.
+    STEP_BYTES = 20
+    ITEM_BYTES = 2000
 
     def __init__(self):
         self.end = Step(FINISH)
@@ -3690,7 +3647,7 @@ class Fold:
 
     def _start(self):
         self.runs = []
-        self.tally = Tally()
+        self.size_bytes = 0
 
     def add(self, steps):
         for step in steps:
@@ -3699,17 +3656,22 @@ class Fold:
             elif step.kind == FINISH:
                 self.end = step
             else:
-                extend(self.runs, step)
-                self.tally.add(step)
+                self.put(step)
+
+    def put(self, step):
+        """The same of one step; True if it begins an item."""
+        begins = extend(self.runs, step)
+        text_bytes = len(step.text.encode("utf-8", "replace"))
+        self.size_bytes += text_bytes + self.STEP_BYTES + begins * self.ITEM_BYTES
+        if self.size_bytes > LONGEST_ANSWER_BYTES:
+            raise UpstreamError(
+                f"The answer is longer than {LONGEST_ANSWER_BYTES} bytes.", GIVE_UP)
+        return begins
 
     @property
     def items(self):
         """A step for each text, stretch of thinking and call."""
         return joined(self.runs)
-
-    def text(self, kind):
-        """All texts of one kind, joined."""
-        return "".join(item.text for item in self.items if item.kind == kind)
 
 
 # Fronts ###############################################################################
@@ -3829,8 +3791,9 @@ class Front:
 #
 # Every chunk is built anew: nothing of Z.ai's own bytes reaches a client.
 
-# User-Agents of programs that read one JSON answer unless they ask for a stream
-# themselves, as OpenAI's API does. To add one, add a row.
+# What tells of programs that read one JSON answer unless they ask for a stream
+# themselves, as OpenAI's API does: their User-Agents, or what they accept. To add one,
+# add a row.
 EXPECTS_JSON = re.compile(r"""
     ai-sdk[/-]  # ai-sdk-provider-utils/5, too
     | async-openai  # Rust
@@ -3839,7 +3802,8 @@ EXPECTS_JSON = re.compile(r"""
     | go-http-client | langchaingo
     | litellm/
     | ^java | okhttp | apache-httpclient
-    """, re.IGNORECASE | re.VERBOSE)
+    | application/json  # as what is accepted
+    """, re.IGNORECASE | re.VERBOSE | re.MULTILINE)
 
 # Programs that lose what they have not yet read over a cut, and with it the error
 # itself. So do browsers and Node, which send the headers.
@@ -3883,11 +3847,9 @@ class Chat(Front):
             raise wrong("messages", "is missing: a request with 'input' goes to /v1/responses")
         if "functions" in request:
             raise wrong("functions", "is no longer supported: use 'tools'")
-        user_agent = caller.headers.get("user-agent", "")
-        accept = caller.headers.get("accept", "").lower()
-        expects_json = "application/json" in accept or EXPECTS_JSON.search(user_agent)
+        client = lines(caller.headers.get("user-agent"), caller.headers.get("accept"))
         if "stream" not in request:
-            request["stream"] = not expects_json and settings.default_stream
+            request["stream"] = settings.default_stream and not EXPECTS_JSON.search(client)
         front = cls(
             id=new_id("chatcmpl-"),
             created=int(caller.now),
@@ -3896,9 +3858,8 @@ class Chat(Front):
             include_usage=bool(dig(request, "stream_options.include_usage")),
             reasoning=request.get("reasoning_format", settings.reasoning_format))
         need_word(front.reasoning, REASONING_FORMATS, "reasoning_format")
-        loses_error = (
-            LOSES_ERROR_OVER_CUT.search(user_agent) or LOSING_HEADERS & caller.headers.keys())
-        front.cuts_failures = not loses_error
+        front.cuts_failures = not (
+            LOSES_ERROR_OVER_CUT.search(client) or LOSING_HEADERS & caller.headers.keys())
         return front, Request(request, {}, changed)
 
     def opening(self):
@@ -3910,47 +3871,35 @@ class Chat(Front):
         return self._chunk("{}")
 
     def _tell(self, step):
-        if step.kind == THINKING:
-            return self._think(step.text)
-        text = self._end_think()
-        if step.kind == TEXT:
-            text += self._content(step.text)
-        elif step.kind == CALL:
-            call = self._whole_call(step)
-            text += self._call({"index": step.index, **call})
-        elif step.kind == ARGUMENTS:
-            piece = {"index": step.index, "function": {"arguments": step.text}}
-            text += self._call(piece)
-        elif step.kind == FINISH:
-            text += self._finish(step)
-        return text
+        # A string alone is quoted much faster than an object is encoded.
+        text = "".join([
+            self._chunk(f'{{"{field}":{quote(words)}}}') for field, words in self._words(step)])
+        # Of a call, or of its arguments.
+        if step.index is not None:
+            call = {"function": {"arguments": step.text}}
+            if step.kind == CALL:
+                call = self._whole_call(step)
+            call = encode_text({"index": step.index, **call})
+            text += self._chunk('{"tool_calls":[' + call + "]}")
+        return text + self._finish(step) if step.kind == FINISH else text
+
+    def _words(self, step):
+        """(field, text) of what a step says in words."""
+        words = []
+        is_thinking = step.kind == THINKING
+        # NextChat knows thinking by chunks that begin and end with the tags.
+        if self.reasoning == "raw" and is_thinking != self.in_think:
+            self.in_think = is_thinking
+            words.append(("content", THINK if is_thinking else THINK_END))
+        if step.kind == TEXT or is_thinking and self.reasoning == "raw":
+            words.append(("content", step.text))
+        elif is_thinking and self.reasoning == "parsed":
+            words.append(("reasoning_content", step.text))
+        return words
 
     def _chunk(self, delta, finish_reason="null"):
         choice = f'{{"index":0,"delta":{delta},"logprobs":null,"finish_reason":{finish_reason}}}'
         return self.head + choice + self.tail
-
-    def _content(self, text):
-        # A string alone is quoted much faster than an object is encoded.
-        return self._chunk('{"content":' + quote(text) + "}")
-
-    def _think(self, text):
-        if self.reasoning == "parsed":
-            return self._chunk('{"reasoning_content":' + quote(text) + "}")
-        if self.reasoning == "hidden":
-            return ""
-        # NextChat knows thinking by chunks that begin and end with the tags.
-        opening = "" if self.in_think else self._content(THINK)
-        self.in_think = True
-        return opening + self._content(text)
-
-    def _end_think(self):
-        if not self.in_think:
-            return ""
-        self.in_think = False
-        return self._content(THINK_END)
-
-    def _call(self, call):
-        return self._chunk('{"tool_calls":[' + encode_text(call) + "]}")
 
     def _finish(self, step):
         reason = CHAT_FINISHES.get(step.text, step.text)
@@ -3960,6 +3909,16 @@ class Chat(Front):
         return text + "data: [DONE]\n\n"
 
     def whole(self, fold):
+        words = [pair for item in [*fold.items, fold.end] for pair in self._words(item)]
+        content, thinking = [
+            "".join([text for field, text in words if field == name])
+            for name in ("content", "reasoning_content")]
+        calls = [self._whole_call(item) for item in fold.items if item.kind == CALL]
+        message = {"role": "assistant", "content": content, "refusal": None}
+        if thinking:
+            message["reasoning_content"] = thinking
+        if calls:
+            message.update(content=content or None, tool_calls=calls)
         answer = {
             "id": self.id,
             "object": "chat.completion",
@@ -3967,7 +3926,7 @@ class Chat(Front):
             "model": self.model,
             "choices": [{
                 "index": 0,
-                "message": self._message(fold),
+                "message": message,
                 "logprobs": None,
                 "finish_reason": CHAT_FINISHES.get(fold.end.text, fold.end.text),
             }],
@@ -3975,23 +3934,6 @@ class Chat(Front):
         if fold.end.usage:
             answer["usage"] = fold.end.usage
         return answer
-
-    def _message(self, fold):
-        kinds = (TEXT, THINKING) if self.reasoning == "raw" else (TEXT,)
-        texts = [self._item_text(item) for item in fold.items if item.kind in kinds]
-        calls = [self._whole_call(item) for item in fold.items if item.kind == CALL]
-        content = "".join(texts) if texts or not calls else None
-        message = {"role": "assistant", "content": content, "refusal": None}
-        thinking = fold.text(THINKING)
-        if thinking and self.reasoning == "parsed":
-            message["reasoning_content"] = thinking
-        if calls:
-            message["tool_calls"] = calls
-        return message
-
-    @staticmethod
-    def _item_text(item):
-        return THINK + item.text + THINK_END if item.kind == THINKING else item.text
 
     def _whole_call(self, item):
         """The object of a tool call, from a Step."""
@@ -4021,25 +3963,21 @@ def chat_fields(body, names, others):
     """(fields, changed) of a Request. `others`: fields that are read one by one, and
     those that ask for nothing. What is not known is dropped by name: there are new ones
     each month."""
-    # These APIs take an absent "stream" for false, whatever DEFAULT_STREAM says.
-    fields = {"stream": False}
-    for name, path in names.items():
-        value = dig(body, path)
-        if value is not None:
-            fields[name] = value
-    heads = [path.partition(".")[0] for path in names.values()]
-    known = {*others, *heads}
+    fields = without_nulls({name: dig(body, path) for name, path in names.items()})
+    known = {*others, *[path.partition(".")[0] for path in names.values()]}
     changed = [
         name_of(name) for name, value in body.items()
         if name not in known and asks(name, value)]
-    return fields, changed
+    # These APIs take an absent "stream" for false, whatever DEFAULT_STREAM says.
+    return {"stream": False, **fields}, changed
 
 
 class Itemized(Front):
     """A front that tells an answer as a row of items, one of them open at any time.
 
-    A class has `id_prefix`, with which an answer's id begins; _begin(item),
-    _piece(item, text) and _end(item), which give the SSE text of an item's stages;
+    A class has `id_prefix`, with which an answer's id begins; `kept_statuses`, those of
+    errors that go out as they are, though they cannot heal; _begin(item),
+    _piece(text) and _end(item), which give the SSE text of an item's stages;
     and _finish(step), which sets `answer`, the JSON answer. _end() puts the item into
     `items`.
     """
@@ -4048,9 +3986,7 @@ class Itemized(Front):
         super().__init__(fields.get("model", ""), fields["stream"])
         self.id = new_id(self.id_prefix)
         self.hidden = hidden  # thinking is not told
-        self.tally = Tally()
-        self.open = None  # the step that began it
-        self.pieces = []  # its text so far
+        self.open = Fold()  # the item that is open, if one is
         self.items = []  # the finished ones, in the client's terms
         self.finish = None
         self.answer = None
@@ -4064,28 +4000,30 @@ class Itemized(Front):
             self.finish = step.text
             return self._close() + self._finish(step)
         text = ""
-        # Arguments belong to the call that is open, and another call never does.
-        goes_on = kind != CALL and self.open and self.open.kind == kind
-        if kind != ARGUMENTS and not goes_on:
-            text = self._close()
-            self.open = step
-            self.pieces = []
-            text += self._begin(self.open)
-        if step.text:
-            self.tally.add(step)
-            self.pieces.append(step.text)
-            text += self._piece(self.open, step.text)
-        return text
+        if self.open.put(step):
+            began = self.open.runs.pop()
+            text = self._close() + self._begin(step)
+            self.open.runs.append(began)
+        return text + self._piece(step.text) if step.text else text
 
     def _close(self):
-        item = self.open
-        self.open = None
-        return self._end(item._replace(text="".join(self.pieces))) if item else ""
+        ended = self.open.items
+        self.open.runs.clear()
+        return "".join(map(self._end, ended))
 
     def whole(self, fold):
         """The answer that the same steps give as a stream."""
         self.tell([*fold.items, fold.end])
         return self.answer
+
+    @classmethod
+    def status(cls, error):
+        """What cannot heal is a 400 where nothing else is meant: agents show that at
+        once, with our words alone, and repeat a 5xx up to 30 times."""
+        if error.status in cls.kept_statuses and error.code != NO_MODEL.code:
+            return error.status
+        hopeless = error.retryable is False or error.status < 500
+        return INVALID.status if hopeless else error.status
 
 
 # For an answer without usage.
@@ -4128,9 +4066,6 @@ ANTHROPIC_ERRORS = {
     503: "overloaded_error",
     504: "timeout_error",
 }
-# What cannot heal has a status that Claude Code shows at once, with our words alone: it
-# repeats a 5xx, and puts "Please run /login" in front of a 403.
-HOPELESS_STATUSES = {403: 400, 500: 400, 502: 400}
 NO_THREADS = "thread_unsupported_request"
 
 
@@ -4138,6 +4073,9 @@ class Messages(Itemized):
     """Anthropic's Messages API: POST /v1/messages."""
 
     id_prefix = "msg_"
+    # In front of a 403 Claude Code puts "Please run /login". At a 404 for a model it
+    # tells of its own settings, and our words are lost.
+    kept_statuses = (401, 402, 404, 405, 408, 413, 426, 429, 503)
 
     @classmethod
     def read(cls, body, caller, settings):
@@ -4164,8 +4102,8 @@ class Messages(Itemized):
             fields, names, changed, agents=True, claude=True, prompt=prompt)
 
     def opening(self):
-        return typed_event("message_start", message=self._message(
-            {**NO_USAGE, "prompt_tokens": self.asked.tokens}, [], None))
+        usage = {**NO_USAGE, "prompt_tokens": self.asked.tokens}
+        return typed_event("message_start", message=self._message(usage))
 
     def heartbeat(self):
         return typed_event("ping")
@@ -4174,15 +4112,15 @@ class Messages(Itemized):
         return typed_event(**self.error(error))
 
     def _begin(self, item):
-        self.block = dict(BLOCKS[item.kind][0])
+        block, self.delta_type, self.field = BLOCKS[item.kind]
+        self.block = dict(block)
         if item.kind == CALL:
             self.block["id"] = item.id
             self.block["name"] = self.find_tool(item.name)["name"]
         return self._event("start", content_block=self.block)
 
-    def _piece(self, item, text):
-        _, delta_type, field = BLOCKS[item.kind]
-        return self._event("delta", delta={"type": delta_type, field: text})
+    def _piece(self, text):
+        return self._event("delta", delta={"type": self.delta_type, self.field: text})
 
     def _end(self, item):
         text = self._event("stop")
@@ -4199,18 +4137,16 @@ class Messages(Itemized):
         return text
 
     def _finish(self, step):
-        stop_reason = "stop_sequence" if step.name else STOP_REASONS[step.text]
-        answer = self._message(step.usage, self.items, stop_reason, step.name)
-        self.answer = answer
-        delta = {name: answer[name] for name in ("stop_reason", "stop_sequence")}
-        end = typed_event("message_delta", delta=delta, usage=answer["usage"])
+        reason = "stop_sequence" if step.name else STOP_REASONS[step.text]
+        delta = {"stop_reason": reason, "stop_sequence": step.name}
+        self.answer = self._message(step.usage or NO_USAGE, content=self.items, **delta)
+        end = typed_event("message_delta", delta=delta, usage=self.answer["usage"])
         return end + typed_event("message_stop")
 
     def _event(self, name, **fields):
         return typed_event(f"content_block_{name}", index=len(self.items), **fields)
 
-    def _message(self, usage, content, stop_reason, stop_word=None):
-        usage = usage or NO_USAGE
+    def _message(self, usage, **end):
         cached = usage["prompt_tokens_details"]["cached_tokens"]
         # Anthropic counts the cached tokens apart.
         counts = {
@@ -4224,10 +4160,11 @@ class Messages(Itemized):
             "type": "message",
             "role": "assistant",
             "model": self.model,
-            "content": content,
-            "stop_reason": stop_reason,
-            "stop_sequence": stop_word,
+            "content": [],
+            "stop_reason": None,
+            "stop_sequence": None,
             "usage": counts,
+            **end,
         }
 
     @staticmethod
@@ -4241,15 +4178,9 @@ class Messages(Itemized):
             told["details"] = {"error_code": error.code}
         return {"type": "error", "error": told, "request_id": request_id or None}
 
-    @staticmethod
-    def status(error):
-        if error.type == QUOTA.type:
-            return QUOTA.status
-        # At a 404 Claude Code tells of its own settings, and our words are lost.
-        if error.code == NO_MODEL.code:
-            return INVALID.status
-        hopeless = HOPELESS_STATUSES if error.retryable is False else {}
-        return hopeless.get(error.status, error.status)
+    @classmethod
+    def status(cls, error):
+        return QUOTA.status if error.type == QUOTA.type else super().status(error)
 
 
 # Responses ############################################################################
@@ -4313,23 +4244,17 @@ INCOMPLETE = {
 }
 # The codes of a failure that mean something to Codex.
 FAILURES = ("insufficient_quota", "context_length_exceeded", "rate_limit_exceeded")
-# Statuses that go out as they are: a 401 makes clients ask for a key, and the others
-# Codex takes as they are meant. A 503 with this code it waits out.
-KEPT_STATUSES = (401, 404, 405, 408, 426, 429, 503)
+# A 503 with this code Codex waits out.
 OVERLOAD_CODE = "server_is_overloaded"
-
-
-# The fields whose text is told as a whole, in the end.
-HELD_FIELDS = ("input", "encrypted_content")
 
 
 class Shape(NamedTuple):
     """How an item of one kind is told."""
-    id: str      # what its id begins with
-    item: dict   # its beginning
-    field: str   # the one of its fields where its text is in the end
-    events: str  # what the events are called that bring the text, if any do
-    place: dict  # what these events have beside
+    id: str           # what its id begins with
+    item: dict        # its beginning
+    field: str        # the one of its fields where its text is in the end
+    place: dict       # what the events that bring it have beside
+    events: str = ""  # what they are called, if there are any
     # The part that stands around some texts, and its events.
     part: dict | None = None
     part_events: str = ""
@@ -4340,8 +4265,8 @@ SHAPES = {
         "rs_",
         {"type": "reasoning", "summary": []},
         "summary",
-        "reasoning_summary_text",
         {"summary_index": 0},
+        "reasoning_summary_text",
         {"type": "summary_text"},
         "reasoning_summary_part",
     ),
@@ -4349,8 +4274,8 @@ SHAPES = {
         "msg_",
         {"type": "message", "role": "assistant", "content": []},
         "content",
-        "output_text",
         {"content_index": 0, "logprobs": []},
+        "output_text",
         {"type": "output_text", "annotations": [], "logprobs": []},
         "content_part",
     ),
@@ -4358,17 +4283,17 @@ SHAPES = {
         "fc_",
         {"type": "function_call", "arguments": ""},
         "arguments",
-        "function_call_arguments",
         {},
+        "function_call_arguments",
     ),
     "custom": Shape(
         "ctc_",
         {"type": "custom_tool_call", "input": ""},
         "input",
-        "custom_tool_call_input",
         {},
+        "custom_tool_call_input",
     ),
-    "compaction": Shape("cmp_", {"type": "compaction"}, "encrypted_content", "", {}),
+    "compaction": Shape("cmp_", {"type": "compaction"}, "encrypted_content", {}),
 }
 
 
@@ -4378,34 +4303,29 @@ PATCH_LINE = re.compile(
     re.MULTILINE)
 
 
-def bare_patch(value):
-    """The patch for Codex's apply_patch in what a model has written, which may be a
-    command, with a fence or a script around it; None if there is none."""
-    inner = [value]
+def unwrap_input(arguments, name):
+    """The text for the custom tool of that name. Models give its field other names, or
+    leave out the JSON. Codex's apply_patch takes a bare patch, and they write it into a
+    command, or a fence or a script around it."""
+    value = decode_or_none(arguments)
+    inner = [arguments if value is None else value]
     # They become more while they are gone through.
     for part in inner:
         if isinstance(part, dict):
             inner += part.values()
         elif isinstance(part, list):
             inner += part
-        elif isinstance(part, str) and "*** Begin Patch" in part:
-            begin = part.index("*** Begin Patch")
-            end = part.rfind("*** End Patch")
-            if end > begin:
-                return PATCH_LINE.sub(r"\1", part[begin:end] + "*** End Patch")
-    return None
-
-
-def unwrap_input(arguments, name):
-    """The text for the custom tool of that name. Models give its field other names, or
-    leave out the JSON."""
-    value = decode_or_none(arguments)
-    patch = bare_patch(value or arguments) if name == "apply_patch" else None
-    if isinstance(value, dict):
-        texts = [text for text in value.values() if isinstance(text, str)]
-        only = texts[0] if len(texts) == 1 else None
-        value = value.get("input", only)
-    return patch or (value if isinstance(value, str) else arguments)
+    texts = [part for part in inner if isinstance(part, str)]
+    if name == "apply_patch":
+        for text in texts:
+            _, begin, rest = text.partition("*** Begin Patch")
+            patch, end, _ = rest.rpartition("*** End Patch")
+            if end:
+                return PATCH_LINE.sub(r"\1", begin + patch + end)
+    text = dig(value, "input")
+    if isinstance(text, str):
+        return text
+    return texts[0] if len(texts) == 1 else arguments
 
 
 def to_responses_usage(usage):
@@ -4458,11 +4378,13 @@ class Responses(Itemized):
     """OpenAI's Responses API: POST /v1/responses."""
 
     id_prefix = "resp_"
+    # A 401 makes clients ask for a key, and the others Codex takes as they are meant.
+    kept_statuses = (401, 404, 405, 408, 426, 429, 503)
 
     def __init__(self, body, fields, hidden, caller):
         super().__init__(fields, hidden)
         # opening() has the numbers 0 and 1; it may be made behind the first steps.
-        self.number = 2
+        self.numbers = itertools.count(2)
         self.caller = caller
         self.compacts = False
         include = expect(body.get("include", []), list, "include")
@@ -4494,7 +4416,11 @@ class Responses(Itemized):
         if front.base["store"]:
             caller.keep(front.id, {"previous": previous, "turns": turns})
         if turns[-1:] == [COMPACTION_TRIGGER]:
-            front.compact(fields)
+            # GLM sums the conversation up, in one item.
+            front.compacts = front.hidden = True
+            turns = [*turns[:-1], {"role": "user", "content": COMPACT}]
+            fields.update(messages=turns, tool_choice="none", thinking={"type": "disabled"})
+            fields.pop("response_format", None)
         reasoning = front.base["reasoning"]
         # That is how Codex asks for thinking if it does not know the model.
         asks = reasoning["summary"] and not reasoning["effort"]
@@ -4506,13 +4432,6 @@ class Responses(Itemized):
             fields, RESPONSES_NAMES, changed, agents=True, prompt=fields.pop("prompt", None),
             earlier=earlier, recall=caller.recall)
 
-    def compact(self, fields):
-        """Have GLM sum the conversation up, in one item."""
-        self.compacts = self.hidden = True
-        turns = [*fields["messages"][:-1], {"role": "user", "content": COMPACT}]
-        fields.update(messages=turns, tool_choice="none", thinking={"type": "disabled"})
-        fields.pop("response_format", None)
-
     def opening(self):
         response = self._response("in_progress", output=[])
         return "".join(
@@ -4522,9 +4441,7 @@ class Responses(Itemized):
     def heartbeat(self):
         """Behind the first item some clients take response.in_progress for a new
         start."""
-        if self.open and self.shape.events:
-            return self._delta("")
-        return self._response_event("in_progress")
+        return self.open.runs and self._delta("") or self._response_event("in_progress")
 
     def failure(self, error):
         """Two events: some clients overlook the one, some the other."""
@@ -4544,9 +4461,8 @@ class Responses(Itemized):
         return text + self._response_event("failed", error=failure)
 
     def _begin(self, item):
-        tool = {}
-        if item.kind == CALL:
-            tool = {**self.find_tool(item.name), "call_id": item.id}
+        is_call = item.kind == CALL
+        tool = {**self.find_tool(item.name), "call_id": item.id} if is_call else {}
         # Custom tools alone have a shape by their type.
         kind = "compaction" if self.compacts else tool.get("type")
         self.shape = SHAPES.get(kind, SHAPES[item.kind])
@@ -4561,26 +4477,20 @@ class Responses(Itemized):
             "item_id": self.item["id"], "output_index": len(self.items), **self.shape.place}
         return self._item_event("added") + self._part_event("added", "")
 
-    def _piece(self, item, text):
-        return "" if self.shape.field in HELD_FIELDS else self._delta(text)
+    def _piece(self, text):
+        # A custom tool gets what stands inside the JSON, in the end.
+        return "" if self.shape.field == "input" else self._delta(text)
 
     def _end(self, item):
         text = item.text
         events = ""
         shape = self.shape
         if shape.field == "input":
-            # A custom tool gets what stands inside the JSON.
             text = unwrap_input(text, self.item["name"])
             events = self._delta(text)
-        told = {"text": text}
-        if shape.part:
-            self.item[shape.field] = [{**shape.part, **told}]
-        else:
-            self.item[shape.field] = text
-            told = {shape.field: text, "name": self.item.get("name")}
-        if shape.events:
-            events += self._inner_event(f"{shape.events}.done", **told)
-        events += self._part_event("done", text)
+        self.item[shape.field] = [{**shape.part, "text": text}] if shape.part else text
+        told = {"text": text} if shape.part else {shape.field: text, "name": self.item.get("name")}
+        events += self._text_event("done", **told) + self._part_event("done", text)
         if item.kind == THINKING and self.keeps_thinking:
             self.item["encrypted_content"] = MARK + text
         self.item["status"] = self._end_status()
@@ -4611,26 +4521,27 @@ class Responses(Itemized):
         return {**self.base, "status": status, "output": self.items, **fields}
 
     def _event(self, event_type, **fields):
-        number = self.number
-        self.number += 1
-        return typed_event(event_type, sequence_number=number, **fields)
+        return typed_event(event_type, sequence_number=next(self.numbers), **fields)
 
     def _item_event(self, stage):
         return self._event(
             f"response.output_item.{stage}", output_index=len(self.items), item=self.item)
 
     def _part_event(self, stage, text):
-        shape = self.shape
-        if not shape.part:
-            return ""
-        return self._inner_event(
-            f"{shape.part_events}.{stage}", part={**shape.part, "text": text})
+        part = self.shape.part
+        events = self.shape.part_events
+        return self._inner_event(events, stage, part=part and {**part, "text": text})
+
+    def _text_event(self, stage, **fields):
+        return self._inner_event(self.shape.events, stage, **fields)
 
     def _delta(self, text):
-        return self._inner_event(f"{self.shape.events}.delta", delta=text)
+        return self._text_event("delta", delta=text)
 
-    def _inner_event(self, event_type, **fields):
-        return self._event(f"response.{event_type}", **self.place, **fields)
+    def _inner_event(self, events, stage, **fields):
+        if not events:
+            return ""
+        return self._event(f"response.{events}.{stage}", **self.place, **fields)
 
     @staticmethod
     def get_error():
@@ -4646,15 +4557,6 @@ class Responses(Itemized):
             value["error"]["code"] = OVERLOAD_CODE
         return value
 
-    @staticmethod
-    def status(error):
-        """Codex sends everything 30 times at a 5xx and six times at most others; a 400
-        it shows at once."""
-        if error.status in KEPT_STATUSES and error.code != NO_MODEL.code:
-            return error.status
-        hopeless = error.retryable is False or error.status < 500
-        return 400 if hopeless else error.status
-
 
 class Compaction(Responses):
     """POST /v1/responses/compact: the same as COMPACTION_TRIGGER, as a JSON answer."""
@@ -4668,10 +4570,8 @@ class Compaction(Responses):
     def whole(self, fold):
         answer = super().whole(fold)
         return {
-            "id": self.id,
+            **{name: answer[name] for name in ("id", "created_at", "output")},
             "object": "response.compaction",
-            "created_at": answer["created_at"],
-            "output": answer["output"],
             "usage": answer["usage"] or to_responses_usage(NO_USAGE),
         }
 
