@@ -532,6 +532,10 @@ def as_dict(value):
     return value if isinstance(value, dict) else {}
 
 
+def without_nulls(value):
+    return {name: inner for name, inner in value.items() if inner is not None}
+
+
 # Z.ai's Messages API, and gateways, put the code into the text: "[1302][text][id]",
 # '... {"code":"1302"'.
 CODE_IN_TEXT = re.compile(
@@ -573,17 +577,10 @@ def parse_zai_error(value):
     return code, message
 
 
-def seconds_to_wait(text, now):
-    """Seconds from `now` (Unix) that a Retry-After header asks for, or None."""
-    if re.fullmatch("[0-9]{1,6}", text):
-        return float(text)
-    try:
-        # TypeError for a date without a zone, as now has one.
-        wait = (email.utils.parsedate_to_datetime(text[:100])
-                - datetime.datetime.fromtimestamp(now, datetime.timezone.utc))
-    except (TypeError, ValueError, IndexError, OverflowError):
-        return None
-    return max(0.0, wait.total_seconds()) if wait.days < 366 else None
+def seconds_to_wait(text):
+    """The seconds that a Retry-After header asks for; None without one, and for a date.
+    Z.ai itself sends none, and the gateways on its road send seconds."""
+    return float(text) if re.fullmatch("[0-9]{1,6}", text) else None
 
 
 # "Your limit will reset at 2026-09-09 05:38:28", and the same in Chinese. That is
@@ -626,17 +623,8 @@ def error_row(code, message, status):
     return row
 
 
-def error_advice(row, model, max_tokens):
-    if row is NO_MODEL:
-        return model_advice(model)
-    if row is TOO_LONG and max_tokens is not None:
-        return (f"{row.advice} Prompt and max_tokens must fit together:"
-                f" a lower max_tokens may do, it was {max_tokens}.")
-    return row.advice
-
-
 def zai_error(
-    value, status=200, *, now=None, model="", max_tokens=None, patience_s=0.0,
+    value, status=200, *, now=0.0, model="", max_tokens=None, patience_s=0.0,
     retry_after=None,
 ):
     """The UpstreamError for an error of Z.ai.
@@ -650,17 +638,21 @@ def zai_error(
     code, message = parse_zai_error(value)
     row = error_row(code, message, status)
     words = "Z.ai: " + (message or f"HTTP status {status} without a reason")
-    reset_s = None if now is None else seconds_until_reset(message, now)
+    reset_s = seconds_until_reset(message, now)
     if reset_s:
         words += f" (in {duration(reset_s)})"
-    words += f" (code {code})." if code else "."
+    words += f" (code {code}). " if code else ". "
+    words += model_advice(model) if row is NO_MODEL else row.advice
+    if row is TOO_LONG and max_tokens is not None:
+        words += (" Prompt and max_tokens must fit together:"
+                  f" a lower max_tokens may do, it was {max_tokens}.")
     # "Now" says nothing about a limit.
     pause_s = reset_s or retry_after or 0.0
     if row is QUOTA and 0 < pause_s <= patience_s:
         row = SHORT_LIMIT
     hopeless = row.verdict in (GIVE_UP, *NEXT_KEY) and row is not SHORT_LIMIT
     return UpstreamError(
-        f"{words} {error_advice(row, model, max_tokens)}".rstrip(), row.verdict,
+        words.rstrip(), row.verdict,
         status=row.status, type=row.type, code=row.code,
         zai_code=code, pause_s=pause_s,
         retry_after=pause_s or row.retry_after,
@@ -696,14 +688,14 @@ ALWAYS = "always"    # how much
 
 
 class Model(NamedTuple):
-    """One row. None stands for a number that nobody has published or measured."""
-    name: str             # the brand's spelling, which clients see
-    created: int          # Unix seconds, from Z.ai's list, else day of release or sighting
-    context: int | None   # tokens of prompt and answer together
-    max_tokens: int | None  # Z.ai refuses a request for more
-    sees: bool            # takes images
+    """One row. None stands for what nobody has published or measured."""
+    name: str            # the brand's spelling, which clients see
+    created: int         # Unix seconds, from Z.ai's list, else day of release or sighting
+    context: int | None  # tokens of prompt and answer together
+    max_tokens: int      # Z.ai refuses a request for more
+    sees: bool           # takes images
     thinking: str
-    tool_stream: bool     # streams a call's arguments, which other models send at once
+    tool_stream: bool    # streams a call's arguments, which other models send at once
     free: bool
 
     @property
@@ -714,9 +706,9 @@ class Model(NamedTuple):
 def parse_model(row):
     """A Model from a row of the table below."""
     name, created, context, max_tokens, thinking, abilities = row.split()
-    known = [None if number == "-" else int(number) for number in (context, max_tokens)]
     sees, tool_stream, free = (word in abilities for word in ("sees", "tool_stream", "free"))
-    return Model(name, int(created), *known, sees, thinking, tool_stream, free)
+    numbers = int(created), int(context) or None, int(max_tokens)
+    return Model(name, *numbers, sees, thinking, tool_stream, free)
 
 
 # For the 4.5 series 96K tokens of answer are documented; one measurement says 131072.
@@ -747,9 +739,9 @@ GLM-4.1V-Thinking-FlashX  1751414400    65536   16384  no      sees
 GLM-4-Flash-250414        1744588800   131072   16384  no      free
 GLM-4-FlashX-250414       1744588800   131072   16384  no      -
 GLM-4-32B-0414-128K       1744588800   131072   16384  no      -
-GLM-4V-Flash              1733702400        -    1024  no      sees+free
+GLM-4V-Flash              1733702400        0    1024  no      sees+free
 GLM-4-Long                1722384000  1000000    4095  no      -
-AutoGLM-Phone-Multilingual 1765238400       -    4096  no      sees
+AutoGLM-Phone-Multilingual 1765238400       0    4096  no      sees
 """.splitlines())}
 # Advice names current models only. Those without control of thinking are the oldest.
 SEEING = ", ".join(
@@ -839,7 +831,7 @@ def model_entry(name, model):
         "max_output_tokens": model.max_tokens,
         "input_modalities": MODALITIES.get(model.sees), "free": model.free or None,
     }
-    return {key: value for key, value in entry.items() if value is not None}
+    return without_nulls(entry)
 
 
 def listed_models(settings):
@@ -857,16 +849,45 @@ def listed_models(settings):
 # arrived and gives what is complete. Each has a bound on what it holds and takes linear
 # time.
 
+# While JSON's scanner or encoder in C is at work, Python lets no other thread run, and
+# each value takes it up to a microsecond. In a text, values are counted by the mark
+# before them: a bracket or a comma.
+LIGHT_BYTES = 1 << 17
+LIGHT_MARKS = 20_000
+LARGE_BYTES = 1 << 20
+# A request of a million tokens has fewer. Each may stand for a Python object.
+MOST_MARKS = 1_000_000
+INFINITY = float("inf")
+
 # An encoder made once costs half of what json.dumps does, which makes one a call.
-encode_text = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
+encoder = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+encode_text = encoder.encode
 # One string alone, as JSON.
 quote = json.encoder.encode_basestring
-INFINITY = float("inf")
+
+
+def is_small(value):
+    """Whether the JSON of a value may be made in one step."""
+    values = [value]
+    size = 0
+    # They become more while they are gone through.
+    for inner in values:
+        if isinstance(inner, str):
+            size += len(inner)
+        elif isinstance(inner, dict):
+            values += inner.values()
+        elif isinstance(inner, list):
+            values += inner
+        if size > LARGE_BYTES or len(values) > LIGHT_MARKS:
+            return False
+    return True
 
 
 def encode_json(value):
     """UTF-8 bytes. A lone surrogate, which UTF-8 cannot spell, becomes "?"."""
-    return encode_text(value).encode("utf-8", "replace")
+    # The encoder in Python is several times as slow, and other threads get their turn.
+    text = encode_text(value) if is_small(value) else "".join(encoder.iterencode(value))
+    return text.encode("utf-8", "replace")
 
 
 def no_number(text):
@@ -886,16 +907,6 @@ def finite_or_null(text):
     return None if abs(value) == INFINITY else value
 
 
-# While JSON's scanner in C is at work, Python lets no other thread run, and each value
-# takes it up to a microsecond. Values are counted by the mark before them: a bracket or
-# a comma.
-LIGHT_BYTES = 1 << 17
-LIGHT_MARKS = 20_000
-LARGE_BYTES = 1 << 20
-# A request of a million tokens has fewer. Each may stand for a Python object.
-MOST_MARKS = 1_000_000
-
-
 def count_marks(text):
     return sum(map(text.count, "[{," if isinstance(text, str) else b"[{,"))
 
@@ -908,7 +919,6 @@ def is_light(text):
 
 
 # To make a dict, or a text, is one step of Python's, so these have bounds of their own.
-# A text of ASCII alone, as an image in base64 is, is made fast.
 def small_object(pairs):
     if len(pairs) > 100_000:
         raise ValueError("an object has more than 100,000 keys")
@@ -917,8 +927,8 @@ def small_object(pairs):
 
 def small_text(text, start, strict):
     value, end = json.decoder.scanstring(text, start, strict)
-    if len(value) > 16 * LARGE_BYTES and not value.isascii():
-        raise ValueError("a text is longer than 16 MiB")
+    if len(value) > 24 * LARGE_BYTES:
+        raise ValueError("a text is longer than 24 MiB")
     return value, end
 
 
@@ -1285,7 +1295,7 @@ class Dechunker(Unframed):
 class SSEDecoder:
     """Server-sent events: feed(data) -> the data of each complete event, as text;
     close() -> what a missing blank line held back. UpstreamError for an event beyond
-    `limit` bytes.
+    LIMIT_BYTES.
 
     Lines end at LF or CRLF, and nowhere else, so that U+2028 in a text survives
     (https://html.spec.whatwg.org/multipage/server-sent-events.html). Names, ids and
@@ -1294,15 +1304,15 @@ class SSEDecoder:
     """
 
     # The pump reads an event in one go, and an answer may have 128K tokens. No real one
-    # has as many lines, or brackets and commas.
+    # has as many lines, brackets and commas.
+    LIMIT_BYTES = 2 << 20
     MOST_LINES = 1000
     MOST_MARKS = 100_000
     # How a bare line begins. The others are frames that were torn in their first
     # letters and have a new one inside.
     BARE_STARTS = ("{", "ddata: ", "dadata: ", "datdata: ", "datadata: ")
 
-    def __init__(self, limit=2 << 20):
-        self.limit = limit
+    def __init__(self):
         # The beginning of an event. One bytes object that grows would take quadratic
         # time.
         self.held = bytearray()
@@ -1317,8 +1327,8 @@ class SSEDecoder:
         if end >= 0:
             blocks = self.held[:end].decode("utf-8", "replace").split("\n\n")
             del self.held[:end + 2]
-        if len(self.held) > self.limit:
-            raise UpstreamError(f"Z.ai sent an event of more than {self.limit} bytes.", GIVE_UP)
+        if len(self.held) > self.LIMIT_BYTES:
+            raise UpstreamError("Z.ai sent an event that is too large.", GIVE_UP)
         events = []
         for block in blocks:
             if len(block) > LIGHT_BYTES and count_marks(block) > self.MOST_MARKS:
@@ -1539,7 +1549,8 @@ def encode_request(value):
 
 
 # The checks. A `path` is a value's place in the client's request: a text, or the path
-# to what is around it and the key or the number in there. Errors alone spell it out.
+# to what is around it and the key or the number in there, "" if it is all of that.
+# Errors alone spell it out.
 
 def spelled(path):
     """A path as text: "messages[0].content"."""
@@ -1547,7 +1558,7 @@ def spelled(path):
         return path
     outer, key = path
     inner = f"[{key}]" if isinstance(key, int) else f".{key}"
-    return (spelled(outer) + inner).lstrip(".")
+    return (spelled(outer) + inner).strip(".")
 
 
 def wrong(path, words, **facts):
@@ -1582,10 +1593,6 @@ def need_within(value, bounds, path):
     if not low <= size <= high:
         bound = f"at least {low}" if size < low else f"at most {high}"
         raise wrong(path, f"must be {bound}{unit}")
-
-
-def without_nulls(value):
-    return {name: inner for name, inner in value.items() if inner is not None}
 
 
 def dig(value, path):
@@ -1642,33 +1649,23 @@ def estimate_tokens(text, pictures=()):
 # or blocks of a message, and calls. Each is a dict with a type, or with a role.
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-# The media that Z.ai takes, as the text in their place calls them.
-MEDIA = {
-    "image_url": "image",
-    "input_image": "image",
-    "image": "image",
-    "video_url": "video",
-    "video": "video",
-    "file_url": "file",
-    "input_file": "file",
-    "file": "file",
-    "document": "file",
-}
-
-
 def by_type(**kinds):
-    """The names of the Reader's methods, by the types of what they read."""
-    return {
-        type: f"read_{kind}" for kind, types in kinds.items() for type in types.split()}
+    return {type: kind for kind, types in kinds.items() for type in types.split()}
 
 
-# Who reads a piece, by its type. To teach the Reader a type, add it here. A part shows
-# something, in a message or in the output of a tool.
+# The media that Z.ai takes, as the text in their place calls them.
+MEDIA = by_type(
+    image="image_url input_image image",
+    video="video_url video",
+    file="file_url input_file file document",
+)
+# Who reads a piece, by its type: a method of the Reader. To teach it a type, add it
+# here. A part shows something, in a message or in the output of a tool.
 PARTS = {
-    **dict.fromkeys(MEDIA, "read_shown"),
+    **dict.fromkeys(MEDIA, "media"),
     **by_type(
-        text="text input_text output_text refusal",
-        shown="input_audio audio search_result tool_reference resource resource_link"),
+        text="text input_text output_text refusal compaction",
+        words="input_audio audio search_result tool_reference resource resource_link"),
 }
 # An item stands among the turns, or inside a message.
 ITEMS = by_type(
@@ -1678,7 +1675,6 @@ ITEMS = by_type(
     output="function_call_output custom_tool_call_output tool_result",
     reference="item_reference",
     tools="additional_tools",
-    compaction="compaction",
 )
 # The types of tools that take a text, which is one of their arguments at Z.ai.
 CUSTOM_TYPES = ("custom", "custom_tool_call")
@@ -1687,9 +1683,11 @@ THOUGHT_FIELDS = ("thinking", "reasoning", "content", "summary")
 CHAT_THOUGHT_FIELDS = ("reasoning_content", "reasoning")
 ARGUMENT_FIELDS = ("arguments", "input", "args")
 OUTPUT_IDS = ("call_id", "tool_use_id", "tool_call_id")
+TEXT_FIELDS = {"refusal": "refusal", "compaction": "encrypted_content"}
 WORD_FIELDS = ("text", "refusal", "content")
 HEAD_FIELDS = ("title", "name", "tool_name", "context")
 URL_FIELDS = ("url", "uri", "image_url", "video_url", "file_url")
+ADDRESS_FIELDS = (*URL_FIELDS, "source")
 DATA_FIELDS = ("data", "base64")
 FORMAT_FIELDS = ("media_type", "mimeType", "mime_type")
 NO_CONTENT = (None, "", [])
@@ -1702,10 +1700,8 @@ MARK = "ztoapi:"
 # cache.
 BILLING = re.compile("^x-anthropic-billing-header:.*\n?", re.MULTILINE)
 
-# The models that take OpenAI's own "file" part, and those that take one with a URL.
+# The models that take OpenAI's own "file" part. One with a URL goes to all that see.
 FILE_MODELS = ("glm-5.3-flash", "glm-5.3-flashx")
-FILE_URL_MODELS = (
-    *FILE_MODELS, "glm-4.6v", "glm-4.6v-flash", "glm-4.6v-flashx", "glm-4.5v")
 # Z.ai refuses empty messages. The first stands for a user who says nothing, the other
 # for a tool that has brought nothing.
 NO_WORDS = "."
@@ -1717,8 +1713,9 @@ CUSTOM_SCHEMA = {
     "properties": {"input": {"type": "string"}},
     "required": ["input"],
 }
-# The types of choices of one tool. Z.ai's own tools cannot be demanded.
+# The types of choices of one tool, and of those that demand a call.
 CHOICES = ("function", "custom", "tool")
+DEMANDS = (*CHOICES, "required", "any")
 # Where Codex's own tools may be said to be, or not.
 NO_NAMESPACE = "functions"
 
@@ -1778,8 +1775,8 @@ def text_part(text):
     return {"type": "text", "text": text}
 
 
-def json_part(value):
-    return text_part(encode_request(value).decode())
+def json_text(value):
+    return encode_request(value).decode()
 
 
 def function_object(**fields):
@@ -1794,17 +1791,17 @@ def words_in(value, depth=0):
         return value
     if depth > DEEPEST_WORDS or not isinstance(value, (list, dict)):
         return ""
+    depth += 1
     if isinstance(value, list):
-        return lines(*[words_in(inner, depth + 1) for inner in value])
-    source = as_dict(value.get("source"))
-    inner = as_dict(value.get(str(value.get("type"))))
-    value = {**source, **value, **inner}
+        return lines(*[words_in(inner, depth) for inner in value])
+    kind = str(value.get("type"))
     heads = [value.get(field) for field in HEAD_FIELDS]
-    texts = [words_in(value.get(field), depth + 1) for field in WORD_FIELDS]
+    texts = [words_in(value.get(field), depth) for field in WORD_FIELDS]
     # The data of another type is a picture's, say, and no words.
-    if source.get("type") == "text":
-        texts.append(source.get("data"))
-    return lines(*heads, lines(*texts) or first(value, URL_FIELDS))
+    if kind == "text":
+        texts.append(value.get("data"))
+    address = first(value, (kind, *ADDRESS_FIELDS))
+    return lines(*heads, lines(*texts) or words_in(address, depth))
 
 
 def media_part(value, noun):
@@ -1830,6 +1827,8 @@ def media_part(value, noun):
 
 
 UNIONS = ("anyOf", "oneOf", "allOf")
+# What branches() leaves out of a schema.
+STRUCTURE = (*UNIONS, "$ref", "$defs", "definitions")
 # JSON's words for the types of Python.
 TYPE_NAMES = {
     str: "string", bool: "boolean", int: "integer", float: "number", list: "array",
@@ -1845,29 +1844,40 @@ def schema_at(reference, root):
     return as_dict(root)
 
 
-def allowed_types(schema, root):
-    """The JSON types that a schema allows, empty if it does not say; `root` is the
-    whole schema."""
-    allowed = set()
-    branches = [schema]
+def branches(schema, root):
+    """The schemas that a value may follow, without unions and references at their top;
+    `root` is the whole schema. What stands beside a union holds for its members."""
+    found = [as_dict(schema)]
+    plain = []
     # They become more while they are gone through. References may go in a circle.
-    for branch in itertools.islice(branches, 1000):
-        branch = as_dict(branch)
-        values = [branch["const"]] if "const" in branch else branch.get("enum")
+    for branch in itertools.islice(found, 1000):
+        bare = {word: inner for word, inner in branch.items() if word not in STRUCTURE}
+        if "const" in bare:
+            bare["enum"] = [bare.pop("const")]
+        members = first(branch, UNIONS)
+        if "$ref" in branch:
+            members = [schema_at(branch["$ref"], root)]
+        if isinstance(members, list):
+            found += [{**as_dict(member), **bare} for member in members]
+        else:
+            plain.append(bare)
+    return plain or [{}]
+
+
+def allowed_types(schema, root):
+    """The JSON types that a schema allows, empty if it does not say."""
+    allowed = set()
+    for branch in branches(schema, root):
         types = branch.get("type")
+        values = branch.get("enum")
         if isinstance(types, str):
             allowed.add(types)
         elif isinstance(types, list):
             allowed.update(map(str, types))
         elif isinstance(values, list):
             allowed.update(TYPE_NAMES[type(value)] for value in values)
-        elif "$ref" in branch:
-            branches.append(schema_at(branch["$ref"], root))
         else:
-            inner = first(branch, UNIONS)
-            if not isinstance(inner, list):
-                return set()
-            branches += inner
+            return set()
     return allowed
 
 
@@ -1886,7 +1896,7 @@ def mend_arguments(arguments):
     becomes the one value of an object.
     """
     if not isinstance(arguments, str):
-        text = encode_request(arguments).decode()
+        text = json_text(arguments)
         if isinstance(arguments, dict):
             return text
         arguments = text
@@ -1899,7 +1909,7 @@ def mend_arguments(arguments):
         value = decode_or_none(text, decode_strictly)
     if isinstance(value, dict):
         return text
-    return encode_request({"arguments": arguments}).decode()
+    return json_text({"arguments": arguments})
 
 
 def call_id(id):
@@ -1945,8 +1955,8 @@ class History:
         self.turn = Turn([], [], [])
         # Images of tool results, which come behind the last of these.
         self.images = []
-        # The tool messages whose output may come yet: by the ids of their calls, and
-        # those of the last turn's calls that had no id of their own.
+        # The tool messages whose output may come yet, by the ids of their calls, and
+        # the ids of those of the last turn's calls that had none of their own.
         self.waiting = {}
         self.nameless = iter(())
 
@@ -1955,19 +1965,19 @@ class History:
         if not any(turn):
             return
         self.turn = Turn([], [], [])
-        content = "\n\n".join(texts)
-        if not calls and not content.strip():
+        content = "\n\n".join(filter(None, texts))
+        thinking = "\n\n".join(filter(None, thoughts))
+        if calls or content.strip():
+            self.place_images()
+            message = {"role": "assistant", "content": content}
+            if thinking:
+                message["reasoning_content"] = thinking
+            self.messages.append(message)
+            if calls:
+                message["tool_calls"] = self.add_calls(calls)
+        elif thinking:
             # Z.ai takes no thinking alone.
-            if thoughts:
-                self.changed.append("reasoning_content")
-            return
-        self.place_images()
-        message = {"role": "assistant", "content": content}
-        if thoughts:
-            message["reasoning_content"] = "\n\n".join(thoughts)
-        self.messages.append(message)
-        if calls:
-            message["tool_calls"] = self.add_calls(calls)
+            self.changed.append("reasoning_content")
 
     def add_calls(self, calls):
         """The calls of a turn, each of them once. Behind it stands a tool message for
@@ -1977,29 +1987,25 @@ class History:
         is sent again must stay the same, or Z.ai's cache is lost.
         """
         place = len(self.messages)
-        calls_by_id = {}
-        kept = []
+        kept = {}
         nameless = []
         for i, call in enumerate(calls):
-            id = call["id"]
-            twin = calls_by_id.get(id)
+            twin = kept.get(call["id"])
             # LangChain sends each call as a part, too. As parsing takes time, only
-            # neighbours of one id are compared.
+            # calls of one id are compared.
             if twin and meaning_of(twin) == meaning_of(call):
                 continue
-            calls_by_id[id] = id and call
-            output = {"role": "tool", "content": NO_OUTPUT}
-            if id and not twin:
-                self.waiting[id] = output
-            else:
+            if twin or not call["id"]:
                 call["id"] = f"call_{place}_{i}"
-                nameless.append(output)
+                nameless.append(call["id"])
                 self.changed.append("tool_call_id")
-            output["tool_call_id"] = call["id"]
-            kept.append(call)
+            id = call["id"]
+            kept[id] = call
+            output = {"role": "tool", "content": NO_OUTPUT, "tool_call_id": id}
+            self.waiting[id] = output
             self.messages.append(output)
         self.nameless = iter(nameless)
-        return kept
+        return list(kept.values())
 
     def add(self, role, content):
         """A message that is not the assistant's."""
@@ -2011,7 +2017,8 @@ class History:
         """Give a tool's output to its call, however late it comes. Without a call it
         can only be told as a user's words."""
         self.end_turn()
-        found = self.waiting.pop(id, None) or next(self.nameless, None)
+        found = (
+            self.waiting.pop(id, None) or self.waiting.pop(next(self.nameless, None), None))
         if found:
             found["content"] = text
         else:
@@ -2039,8 +2046,9 @@ class History:
 class Reader:
     """One request on its way to one model of Z.ai.
 
-    What reads a Piece gives a part for the message around it, or None: the piece went
-    into the history by itself, or was left out.
+    What reads a Piece gives a part for the message around it: a text, or the dict of a
+    picture, a video or a file. None: the piece went into the history by itself, or was
+    left out.
     """
 
     def __init__(self, request, settings, id, vision=""):
@@ -2111,13 +2119,14 @@ class Reader:
         messages = self.fields["messages"]
         last = len(messages) - 1
         name = self.path("prompt")
-        prompt = Piece({name: request.prompt}, "", "message", "system", last)
-        for part in self.content(prompt, name):
-            self.show("system", [part])
+        around = Piece({name: request.prompt}, "", "request", "system", last)
+        self.show("system", self.content(around, name))
+        around.role = ""
         path = self.path("messages")
         for i, turn in enumerate([*request.earlier, *messages], -len(request.earlier)):
+            around.turn = i
             place = (path, i) if i >= 0 else "previous_response_id"
-            part = self.read(turn, place, "", i, "message")
+            part = self.read(turn, place, around, "message")
             # What stands in no message is the user's.
             if part:
                 self.show("user", [part])
@@ -2141,23 +2150,24 @@ class Reader:
             if turn in refusable:
                 raise error
 
-    def read(self, value, path, role, turn, kind=None):
-        """A piece of any kind. What cannot be read is told as JSON, but not by the
-        assistant."""
+    def read(self, value, path, around, kind=None):
+        """A piece of any kind, inside of another one. What cannot be read is told as
+        JSON, but not by the assistant."""
+        role = around.role
         try:
-            piece = Piece(value, path, kind, role, turn)
+            piece = Piece(value, path, kind, role, around.turn)
             method = PARTS.get(piece.kind)
             # An output has parts alone, so that nothing nests for ever.
             if not method and role != "tool":
-                method = ITEMS.get(piece.kind) or "role" in piece and "read_message"
-            return getattr(self, method or "read_shown")(piece)
+                method = ITEMS.get(piece.kind) or "role" in piece and "message"
+            return getattr(self, f"read_{method or 'words'}")(piece)
         except RequestError as error:
             if error.status != 400:
                 raise
             if role != "tool":
-                self.errors.append((turn, error))
+                self.errors.append((around.turn, error))
         self.changed.append("unreadable")
-        return None if role == "assistant" else json_part(value)
+        return None if role == "assistant" else json_text(value)
 
     def content(self, piece, field, kind=None):
         """The parts that a field shows: a text, a piece, or many."""
@@ -2165,15 +2175,11 @@ class Reader:
         if value is None:
             return []
         if isinstance(value, str):
-            return [text_part(value)]
+            return [value]
         path = (piece.path, field)
-        if isinstance(value, list):
-            parts = [
-                self.read(inner, (path, i), piece.role, piece.turn, kind)
-                for i, inner in enumerate(value)]
-        else:
-            parts = [self.read(value, path, piece.role, piece.turn, kind)]
-        return list(filter(None, parts))
+        values = enumerate(value) if isinstance(value, list) else [("", value)]
+        parts = [self.read(inner, (path, key), piece, kind) for key, inner in values]
+        return [part for part in parts if part is not None]
 
     def read_message(self, piece):
         role = piece.get("role")
@@ -2181,83 +2187,65 @@ class Reader:
             return self.read_reference(piece)
         need_word(role, ROLES, (piece.path, "role"))
         if piece.role:
-            return self.read_shown(piece)
+            return self.read_words(piece)
         if role == "tool":
             return self.read_output(piece)
         piece.role = role = "system" if role == "developer" else role
         if role == "assistant":
-            return self.read_assistant(piece)
-        said = piece.get("content")
-        if said is None:
+            thought = words_in(first(piece, CHAT_THOUGHT_FIELDS))
+            self.turn(piece).thoughts.append(thought)
+            for field in ("content", "refusal", "tool_calls"):
+                if piece.get(field):
+                    # The entries of tool_calls may have no type.
+                    text = lines(*self.content(piece, field, "function"))
+                    self.turn(piece).texts.append(text)
+            return None
+        if piece.get("content") is None:
             raise missing((piece.path, "content"))
-        if not isinstance(said, str):
-            said = self.content(piece, "content")
-            # Of outputs alone, which were told by themselves, nothing is left.
-            if piece["content"] and not said:
-                return None
-        if role == "user":
-            self.heard = piece.turn
-        self.show(role, said)
+        parts = self.content(piece, "content")
+        # Of outputs alone, which were told by themselves, nothing is left.
+        if parts or not piece["content"]:
+            if role == "user":
+                self.heard = piece.turn
+            self.show(role, parts)
         return None
 
-    def show(self, role, said):
-        """A text or parts of the user or the system."""
-        text = said
-        if not isinstance(said, str):
-            texts = [part["text"] for part in said if "text" in part]
-            text = lines(*texts)
-            if len(texts) < len(said):
-                content = [part for part in said if part.get("text") != ""]
-                # "cannot be empty": Z.ai wants a text beside an image.
-                self.history.add(role, content if text else [*content, text_part(NO_WORDS)])
-                return
+    def show(self, role, parts):
+        """Parts of the user or the system."""
+        text = lines(*parts)
         if role == "system":
             text = BILLING.sub("", text)
-        if text.strip():
-            self.history.add(role, text)
-        elif role == "user":
-            self.history.add(role, NO_WORDS)
+            if not text.strip():
+                return
+        elif not text.strip():
+            # "cannot be empty": Z.ai wants a text beside an image, too.
+            text = NO_WORDS
+            parts = [*parts, text]
+        if not all(isinstance(part, str) for part in parts):
+            text = [
+                text_part(part) if isinstance(part, str) else part for part in parts if part]
+        self.history.add(role, text)
 
     def turn(self, piece):
         """The Turn that the assistant's piece belongs to."""
         self.spoke = piece.turn
         return self.history.turn
 
-    def read_assistant(self, piece):
-        self.spoke = piece.turn
-        self.think(piece, words_in(first(piece, CHAT_THOUGHT_FIELDS)))
-        for field in ("content", "refusal", "tool_calls"):
-            if piece.get(field):
-                self.say(piece, field)
-
-    def say(self, piece, field):
-        """What the assistant says in a field, of which the calls are told by then."""
-        # The entries of tool_calls may have no type.
-        texts = [part["text"] for part in self.content(piece, field, "function")]
-        # A message of chat is one text.
-        if not self.request.agents:
-            texts = [lines(*texts)]
-        self.turn(piece).texts.extend(filter(None, texts))
-
     # Items
 
     def read_thinking(self, piece):
-        text = str(piece.get("encrypted_content"))
-        if text.startswith(MARK):
-            self.think(piece, text[len(MARK):])
-        else:
-            self.think(piece, words_in(first(piece, THOUGHT_FIELDS)))
-
-    def think(self, piece, text):
-        if text:
-            self.turn(piece).thoughts.append(text)
+        text = words_in(first(piece, THOUGHT_FIELDS))
+        kept = str(piece.get("encrypted_content"))
+        if kept.startswith(MARK):
+            text = kept[len(MARK):]
+        self.turn(piece).thoughts.append(text)
 
     def read_call(self, piece):
         """A call of an earlier answer, sent back."""
         # An item has an id of its own beside that of its call.
         id = piece.get("id" if piece.get("call_id") is None else "call_id")
         call = piece.unfold()
-        name = self.name_at_zai(call, call.need("name", str))
+        name = self.name_at_zai(call)
         arguments = first(call, ARGUMENT_FIELDS)
         if call.kind in CUSTOM_TYPES:
             arguments = {"input": call.get("input")}
@@ -2273,14 +2261,14 @@ class Reader:
         self.brought = piece.turn
         field = "content" if piece.get("output") is None else "output"
         content = piece.get(field)
-        text = "" if content in NO_CONTENT else content
-        media = []
-        if not isinstance(text, str):
-            pieces = content if isinstance(content, list) else [content]
-            has_parts = any(str(as_dict(inner).get("type")) in PARTS for inner in pieces)
-            parts = self.content(piece, field) if has_parts else [json_part(content)]
-            text = lines(*[part.get("text") for part in parts])
-            media = [part for part in parts if "text" not in part]
+        pieces = content if isinstance(content, list) else [content]
+        is_text = content in NO_CONTENT or isinstance(content, str)
+        if is_text or any(str(dig(inner, "type")) in PARTS for inner in pieces):
+            parts = self.content(piece, field)
+        else:
+            parts = [json_text(content)]
+        text = lines(*parts)
+        media = [part for part in parts if not isinstance(part, str)]
         # A field of Messages.
         if piece.get("is_error") and "error" not in text.lower():
             text = lines("Error:", text)
@@ -2290,7 +2278,7 @@ class Reader:
 
     def read_reference(self, piece):
         if not self.request.recall:
-            return self.read_shown(piece)
+            return self.read_words(piece)
         id = piece.need("id", str)
         if id in self.referred:
             # A short reference to a long item, many times, would fill the memory.
@@ -2299,7 +2287,7 @@ class Reader:
         self.referred.add(id)
         found = self.request.recall(id)
         if found:
-            return self.read(found, piece.path, piece.role, piece.turn)
+            return self.read(found, piece.path, piece)
         # Thinking can be missing; what was said or called cannot.
         if not id.startswith("rs_"):
             raise wrong(
@@ -2308,46 +2296,41 @@ class Reader:
                 status=404, code="not_found")
         return None
 
-    def read_compaction(self, piece):
-        self.show("user", piece.need("encrypted_content", str))
-
     # Parts
 
     def read_text(self, piece):
-        return text_part(piece.need("refusal" if piece.kind == "refusal" else "text", str))
+        return piece.need(TEXT_FIELDS.get(piece.kind, "text"), str)
 
-    def read_shown(self, piece):
-        """A picture, a video or a file; of anything else, the words."""
-        kind = piece.kind
-        noun = MEDIA.get(kind, name_of(kind))
-        part = media_part(piece, noun) if kind in MEDIA else None
-        if part:
-            return self.read_media(piece, noun, part)
-        if kind not in PARTS:
+    def read_words(self, piece):
+        noun = name_of(piece.kind)
+        if piece.kind not in PARTS:
             if piece.role == "tool":
-                return json_part(piece)
+                return json_text(piece)
             self.changed.append(noun)
         # The words of a search, say, would be put into the assistant's mouth.
         text = "" if piece.role in ("", "assistant") else words_in(piece)
         if text:
-            return text_part(text)
-        if kind in MEDIA:
+            return text
+        if piece.kind in MEDIA:
             raise wrong(piece.path, "has neither an address nor data: no files are kept here")
         return self.leave_out(piece, noun, f"Z.ai takes no {noun}")
 
-    def read_media(self, piece, noun, part):
-        """The part, if the model takes it."""
+    def read_media(self, piece):
+        noun = MEDIA[piece.kind]
+        part = media_part(piece, noun)
+        if not part:
+            return self.read_words(piece)
         model = self.model
-        takers = FILE_URL_MODELS if dig(part, "file.file_url") else FILE_MODELS
-        advice = ""
+        takes_files = model is None or model.id in FILE_MODELS or dig(part, "file.file_url")
         if piece.role not in ("user", "tool"):
             reason = f"a message of the {piece.role} takes text only"
+            advice = ""
         elif model and not model.sees:
             self.unseen.append(piece.turn)
             reason = f"{model.name} takes text only"
             advice = f"; models that see: {SEEING}; VISION_MODEL may be one to answer here"
-        elif "file" in part and model and model.id not in takers:
-            names = ", ".join(MODELS[id].name for id in takers)
+        elif noun in part and not takes_files:
+            names = ", ".join(MODELS[id].name for id in FILE_MODELS)
             reason = f"{model.name} takes no such file"
             advice = f"; models that do: {names}"
         else:
@@ -2365,7 +2348,7 @@ class Reader:
         self.changed.append(noun)
         if piece.role in ("", "assistant"):
             return None
-        return text_part(f"[{noun} left out: {reason}]")
+        return f"[{noun} left out: {reason}]"
 
     def insert_instructions(self, messages):
         """Put our lines behind the client's own: what Z.ai caches stays cached."""
@@ -2375,9 +2358,10 @@ class Reader:
 
     # Tools
 
-    def name_at_zai(self, tool, name):
-        """Z.ai's name for the client's tool of this name: 1 to 64 letters, digits, _
-        and -. No two tools get the same."""
+    def name_at_zai(self, tool):
+        """Z.ai's name for a tool of the client's: 1 to 64 letters, digits, _ and -. No
+        two tools get the same."""
+        name = tool.need("name", str)
         space = tool.need("namespace", str, NO_NAMESPACE)
         if (space, name) in self.names:
             return self.names[space, name]
@@ -2417,7 +2401,7 @@ class Reader:
 
     def read_function(self, tool):
         """A tool with the fields that Z.ai requires."""
-        name = self.name_at_zai(tool, tool.need("name", str))
+        name = self.name_at_zai(tool)
         self.owners[name]["type"] = tool.kind
         text = tool.need("description", str, "")
         field = "parameters" if tool.get("input_schema") is None else "input_schema"
@@ -2449,21 +2433,20 @@ class Reader:
         return {"tools": self.tools, "tool_choice": "auto"} if self.tools else {}
 
     def keep_tools(self, choice):
+        must = choice.kind in DEMANDS or choice.get("mode") == "required"
         # Z.ai's own tools have no name.
-        names = [tool.get("function", {}).get("name", "") for tool in self.tools]
-        must = choice.kind in ("required", "any") or choice.get("mode") == "required"
-        wanted = {*names, ""} if choice.kind != "none" else set()
+        names = [tool.get("function", {}).get("name") for tool in self.tools]
+        wanted = set(names)
         if choice.kind in CHOICES:
             wanted = {self.chosen(choice)}
-            must = True
-        elif choice.kind == "allowed_tools":
+        elif choice.kind in ("allowed_tools", "none"):
             wanted = set(map(self.chosen, choice.pieces("tools", "function")))
-        unknown = wanted.difference(names, [""])
+        unknown = wanted.difference(names, [None])
         if unknown and not self.some_left_out:
+            name = self.owners[min(unknown)]["name"][:200]
             raise wrong(
-                self.path("tool_choice"),
-                f"names the tool {min(unknown)[:200]!a}, which is not in 'tools'")
-        functions = wanted.intersection(names) - {""}
+                self.path("tool_choice"), f"names the tool {name!a}, which is not in 'tools'")
+        functions = wanted.intersection(names) - {None}
         # What was left out, and Z.ai's own tools, cannot be demanded.
         if must and not functions:
             return
@@ -2476,11 +2459,8 @@ class Reader:
                 f"You must answer by calling {wish}. Do not answer in text.")
 
     def chosen(self, tool):
-        """The name at Z.ai of a tool that is chosen, "" for one of Z.ai's own."""
-        if tool.kind not in CHOICES:
-            return ""
-        name = tool.unfold().need("name", str)
-        return self.names.get((tool.need("namespace", str, NO_NAMESPACE), name), name)
+        """The name at Z.ai of a tool that is chosen, None for one of Z.ai's own."""
+        return self.name_at_zai(tool.unfold()) if tool.kind in CHOICES else None
 
     # Everything else
 
@@ -2557,7 +2537,7 @@ class Reader:
             # OpenAI's chat takes one without.
             if form.get("schema") is None and form.path is path:
                 raise missing((path, "schema" if self.request.agents else form.kind))
-            text = encode_request(form.need("schema", dict, {})).decode()
+            text = json_text(form.need("schema", dict, {}))
             self.changed.append("response_format")
             self.instructions.append(
                 "Answer with one JSON value that matches this JSON Schema,"
@@ -2606,7 +2586,6 @@ def to_zai_request(request, settings, model=""):
 # Z.ai takes most JSON Schemas of tools, and refuses whole requests for a few. So they
 # go as they are, and simpler_schemas() is for a further try.
 
-DEFINITIONS = ("$defs", "definitions")
 # Types, from the one that says least. One that is not named may be any.
 WIDTHS = ("null", None, "boolean", "integer", "number", "string", "array", "object")
 ANY_VALUE = {"description": "Any JSON value."}
@@ -2620,51 +2599,32 @@ def width_of(schema):
     return WIDTHS.index(kind) if kind in WIDTHS else 0, len(encode_text(schema))
 
 
-class Simplifier:
-    """Says a JSON Schema in plain words. `root` is where its references point to."""
-
-    def __init__(self, root):
-        self.root = root
-        self.left = MOST_SCHEMAS
-
-    def plain(self, schema, depth=0):
-        self.left -= 1
-        is_within = self.left > 0 and depth <= DEEPEST_SCHEMA
-        if not schema or not isinstance(schema, dict) or not is_within:
-            return ANY_VALUE
-        depth += 1
-        schema = {word: inner for word, inner in schema.items() if word not in DEFINITIONS}
-        if "$ref" in schema:
-            target = schema_at(schema.pop("$ref"), self.root)
-            return self.plain({**target, **schema}, depth)
-        for word in UNIONS:
-            members = schema.pop(word, None)
-            if members and isinstance(members, list):
-                schema = {**self.widest(members, depth), **schema}
-        if "const" in schema:
-            schema["enum"] = [schema.pop("const")]
-        if isinstance(schema.get("properties"), dict):
-            schema["properties"] = {
-                name: self.plain(inner, depth) for name, inner in schema["properties"].items()}
-        for word in ("items", "additionalProperties"):
-            if isinstance(schema.get(word), dict):
-                schema[word] = self.plain(schema[word], depth)
-        return schema
-
-    def widest(self, members, depth):
-        """The member of a union that allows most; of values, all."""
-        members = [self.plain(member, depth) for member in members]
-        choices = [member.get("enum") for member in members]
-        if all(isinstance(choice, list) for choice in choices):
-            return {**members[0], "enum": list(itertools.chain(*choices))}
-        return max(members, key=width_of)
+def plain_schema(schema, root, left, depth=0):
+    """A JSON Schema in plain words. Of a union the member that allows most stands for
+    all; of values, all stay. `left` bounds how many schemas are read."""
+    if depth > DEEPEST_SCHEMA or next(left, None) is None:
+        return ANY_VALUE
+    members = branches(schema, root)
+    schema = max(members, key=width_of)
+    choices = [member.get("enum") for member in members]
+    if all(isinstance(choice, list) for choice in choices):
+        schema = {**members[0], "enum": list(itertools.chain(*choices))}
+    depth += 1
+    if isinstance(schema.get("properties"), dict):
+        schema["properties"] = {
+            name: plain_schema(inner, root, left, depth)
+            for name, inner in schema["properties"].items()}
+    for word in ("items", "additionalProperties"):
+        if isinstance(schema.get(word), dict):
+            schema[word] = plain_schema(schema[word], root, left, depth)
+    return schema or ANY_VALUE
 
 
 def simpler_tool(tool):
     if "function" not in tool:
         return tool
     schema = tool["function"]["parameters"]
-    plain = Simplifier(schema).plain(schema)
+    plain = plain_schema(schema, schema, iter(range(MOST_SCHEMAS)))
     return function_object(**{**tool["function"], "parameters": plain})
 
 
@@ -5744,7 +5704,7 @@ class Upstream:
                 value, status, now=now, model=job.model,
                 max_tokens=job.asked.body.get("max_tokens"),
                 patience_s=self.settings.queue_timeout,
-                retry_after=seconds_to_wait(retry_after, now))
+                retry_after=seconds_to_wait(retry_after))
 
         return Answer(Translator(job.asked, restartable=not job.streamed, describe=describe))
 
@@ -6022,20 +5982,6 @@ class Histogram:
         yield f"_count {total}"
 
 
-def gate_counts(gates, queued):
-    """What Gates.state() gives, by labels: ({model: how many queue}, {key, model:
-    ceiling}). Models that the table does not know share a label: their queues are added
-    up, and the lowest of their ceilings is told."""
-    waiting = collections.Counter({("other",): 0})
-    for model, count in queued.items():
-        waiting[(model_label(model),)] += count
-    ceilings = {}
-    for key, model, ceiling in gates:
-        place = (key, model_label(model))
-        ceilings[place] = min(ceiling, ceilings.get(place, ceiling))
-    return waiting, ceilings
-
-
 class Metrics:
     """All that /metrics and /stats tell. The threads of all requests report here."""
 
@@ -6115,8 +6061,9 @@ class Metrics:
 
     def families(self, gates, queued):
         """(name, type, help, samples) of each metric. To add a metric, add a row."""
-        waiting, ceilings = gate_counts(gates, queued)
         counts = self.counts
+        ceilings = {
+            (key, model): ceiling for key, model, ceiling in gates if model in MODELS}
         return (
             ("requests_total", "counter", "Requests, by status; 499: the client left.",
              samples(("model", "status", "key"), self.requests)),
@@ -6127,8 +6074,8 @@ class Metrics:
             ("request_duration_seconds", "histogram", "Until an answer's end.",
              self.duration.samples()),
             ("requests_queued", "gauge", "Requests waiting for a slot.",
-             samples(("model",), waiting)),
-            ("concurrency_ceiling", "gauge", "Slots, set or learned.",
+             [f" {sum(queued.values())}"]),
+            ("concurrency_ceiling", "gauge", "Slots of known models, set or learned.",
              samples(("key", "model"), ceilings)),
             ("unauthorized_total", "counter", "Requests without a valid key.",
              [f" {counts['unauthorized']}"]),
@@ -6138,8 +6085,6 @@ class Metrics:
              [f" {counts['retries']}"]),
             ("repaired_frames_total", "counter", "Z.ai's events skipped or mended.",
              [f" {counts['repaired']}"]),
-            ("cancelled_total", "counter", "Requests whose client left.",
-             [f" {counts['cancelled']}"]),
             ("process_start_time_seconds", "gauge", "Start, Unix time.",
              [f" {self.began:.3f}"]),
         )
@@ -6913,7 +6858,7 @@ def demo_call(tools, text):
     for tool in tools:
         function = tool.get("function", {})
         if f"call {function.get('name')}" in text:
-            required = function.get("parameters", {}).get("required", ())
+            required = dig(function, "parameters.required") or ()
             arguments = encode_text(dict.fromkeys(required, "demo"))
             called = {"name": function["name"], "arguments": arguments}
             return {"tool_calls": [{"id": new_id("call_"), "index": 0, "function": called}]}
@@ -6927,7 +6872,7 @@ def demo_deltas(request):
     text = last.get("content") or ""
     if isinstance(text, list):
         text = " ".join(part.get("text", "") for part in text)
-    if request.get("thinking", {}).get("type") != "disabled":
+    if dig(request, "thinking.type") != "disabled":
         for word in DEMO_THOUGHT.split():
             yield {"reasoning_content": f"{word} "}
     # The result of a tool asks for no further call.
@@ -6937,7 +6882,7 @@ def demo_deltas(request):
         return
     echo = text[-DEMO_ECHO:]
     answer = f"Demo of ZtoApi. The {last['role']} said: {echo}"
-    if request.get("response_format", {}).get("type") == "json_object":
+    if dig(request, "response_format.type") == "json_object":
         answer = encode_text({"demo": True, "echo": echo})
     for word in re.findall(r"\S+\s*", answer):
         yield {"content": word}
