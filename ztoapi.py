@@ -3449,20 +3449,21 @@ class Translator:
     def _end(self):
         # A finish alone makes no answer: Z.ai at its limits was seen to send one with
         # nothing before it.
-        is_empty = not self.begun and not (self.usage and self.usage["completion_tokens"])
-        if is_empty and self.finish in (None, "stop"):
+        has_tokens = self.begun or dig(self.usage, "completion_tokens")
+        if not has_tokens and self.finish in (None, "stop"):
             raise UpstreamError(EMPTY)
         if not self.finish and not self.stop_word:
             raise UpstreamError(UNFINISHED)
         is_cut = self.finish not in WHOLE
-        if not self.texts.opened and not self.calls.calls:
+        calls = self.calls.calls
+        if not self.texts.opened and not calls:
             for item in self.unasked.items:
                 self._put(self.texts.feed(TEXT, item.text))
         self._put(self.texts.close(is_cut))
         # Where calls came as they should, the leaked ones are the same once more.
-        if not self.calls.calls:
+        if not calls:
             self._add(self.calls.feed(self.texts.leaked))
-        if self.finish == "tool_calls" and not self.calls.calls and not self.stop_word:
+        if self.finish == "tool_calls" and not calls and not self.stop_word:
             raise UpstreamError("Z.ai announced a tool call and sent none.")
         self._add(self.calls.close(is_cut))
         if self.stop_word and not self.usage:
@@ -3473,7 +3474,7 @@ class Translator:
         reason = self.finish
         # Clients look at the finish to learn whether there are calls to make.
         if reason in WHOLE:
-            reason = "tool_calls" if self.calls.calls else "stop"
+            reason = "tool_calls" if calls else "stop"
         self.complete = True
         stop_word = self.stop_word if reason == "stop" else None
         extend(self.runs, Step(FINISH, reason, name=stop_word, usage=self.usage))
@@ -3968,10 +3969,9 @@ class Itemized(Front):
     """A front that tells an answer as a row of items, one of them open at any time.
 
     A class has `id_prefix`, with which an answer's id begins; `kept_statuses`, those of
-    errors that go out as they are, though they cannot heal; _begin(item),
-    _piece(text) and _end(item), which give the SSE text of an item's stages;
-    and _finish(step), which sets `answer`, the JSON answer. _end() puts the item into
-    `items`.
+    errors that go out as they are, though they cannot heal; _begin(item), _piece(text)
+    and _end(item), which give the SSE text of an item's stages; and _finish(step),
+    which sets `answer`, the JSON answer. _end() puts the item into `items`.
     """
 
     # Why the answer ended, and its JSON.
@@ -4091,9 +4091,8 @@ class Messages(Itemized):
         fields, changed = chat_fields({**body, "thinking": thinking}, names, others)
         # A client that did not ask for thinking reads content[0] as the text.
         hidden = thinking["type"] == "disabled" or settings.reasoning_format == "hidden"
-        prompt = fields.pop("prompt", None)
         return cls(fields, hidden), Request(
-            fields, names, changed, agents=True, claude=True, prompt=prompt)
+            fields, names, changed, agents=True, claude=True, prompt=fields.pop("prompt", None))
 
     def opening(self):
         usage = {**NO_USAGE, "prompt_tokens": self.asked.tokens}
