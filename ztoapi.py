@@ -3583,10 +3583,7 @@ class Answer:
         # Nothing of the next event has come.
         is_between = not (framing.left or framing.rest or self.decoder.held)
         event = is_between and self.reply.status == 200 and only_event(data)
-        if event:
-            steps, failure = self.translator.feed([event])
-        else:
-            steps, failure = self._feed(data)
+        steps, failure = self.translator.feed([event]) if event else self._feed(data)
         self.complete = self.translator.complete or failure is not None
         return steps, failure
 
@@ -3742,12 +3739,12 @@ class Front:
     # Whether a stream that fails ends without the last chunk of its coding, so that a
     # client that overlooks the error takes no half of an answer for the whole.
     cuts_failures = False
+    # What became of the request, without its body.
+    asked = Asked({}, b"", (), {}, {})
 
     def __init__(self, model, stream):
         self.model = model  # as the client named it
         self.stream = stream
-        # What became of the request, without its body.
-        self.asked = Asked({}, b"", (), {}, {})
 
     def find_tool(self, name):
         """The client's terms for what the model called. It may leave out a
@@ -4521,9 +4518,7 @@ class Responses(Itemized):
         return self._inner_event(self.shape.events, "delta", delta=text)
 
     def _inner_event(self, events, stage, **fields):
-        if not events:
-            return ""
-        return self._event(f"response.{events}.{stage}", **self.place, **fields)
+        return events and self._event(f"response.{events}.{stage}", **self.place, **fields)
 
     @staticmethod
     def get_error():
