@@ -3154,7 +3154,7 @@ BROKEN_CALL = "Z.ai sent a tool call with broken arguments."
 
 
 def check_number(calls):
-    """The bound of calls: each piece of one is compared with all of them."""
+    """The bound of calls, and of their pieces in one event."""
     if len(calls) > MOST_CALLS:
         raise UpstreamError(f"Z.ai made more than {MOST_CALLS} tool calls.", GIVE_UP)
 
@@ -3246,7 +3246,7 @@ class Calls:
     def __init__(self, tools, make_id):
         self.tools = tools
         self.make_id = make_id
-        self.calls = []
+        self.calls = {}  # by their ids
         self.latest = {}  # the last one at each index of Z.ai's
         # The first that is not whole and those behind it; behind them, other steps.
         self.queue = collections.deque()
@@ -3299,11 +3299,11 @@ class Calls:
         if not name:
             raise UpstreamError("Z.ai sent a piece of a tool call that belongs to none.")
         # Clients take two calls with one id for one.
-        if not id or any(call.step.id == id for call in self.calls):
+        if not id or id in self.calls:
             id = self.make_id()
         step = Step(CALL, "", len(self.calls), id, name)
-        call = self.latest[index] = ToolCall(step, self.tools.get(name, {}))
-        self.calls.append(call)
+        call = ToolCall(step, self.tools.get(name, {}))
+        self.calls[id] = self.latest[index] = call
         self.queue.append(call)
         check_number(self.calls)
         return call
