@@ -3570,6 +3570,7 @@ BARE_LINE = '{"error":{"code":"500","message":"内部错误"}}'.encode()
         ("arguments before the name", calls_in(item(None, '{"city":', index=0))
          + calls_in(item("get_weather", '"Paris"}', index=0)) + TOOLS_END),
         ("a call without a name beside a good one", call() + calls_in(item(None, PARIS, id="a", index=1)) + TOOLS_END),
+        ("arguments behind empty ones", call(*TIME) + calls_in(item(None, PARIS, index=0)) + TOOLS_END),
         ("a fragment without a home", call() + calls_in(item(None, "x", index=7)) + TOOLS_END),
         ("an error in mid-stream", say("a") + error_event("1234") + ENDED),
         *((f"{field} {str(value):.20}", sse({"choices": [{"delta": {field: value}}]}) + ENDED) for field, value in (

@@ -4168,6 +4168,7 @@ class Messages(Itemized):
 
     @classmethod
     def status(cls, error):
+        """What money or a plan would heal is told as such."""
         return QUOTA.status if error.type == QUOTA.type else super().status(error)
 
 
