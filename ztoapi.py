@@ -3955,7 +3955,8 @@ def chat_fields(body, names, others):
     those that ask for nothing. What is not known is dropped by name: there are new ones
     each month."""
     fields = without_nulls({name: dig(body, path) for name, path in names.items()})
-    known = {*others, *[path.partition(".")[0] for path in names.values()]}
+    heads = [path.partition(".")[0] for path in names.values()]
+    known = {*others, *heads}
     changed = [
         name_of(name) for name, value in body.items()
         if name not in known and asks(name, value)]
@@ -4445,7 +4446,9 @@ class Responses(Itemized):
         return text + self._response_event("failed", error=failure)
 
     def _begin(self, item):
-        tool = {**self.find_tool(item.name), "call_id": item.id} if item.kind == CALL else {}
+        tool = {}
+        if item.kind == CALL:
+            tool = {**self.find_tool(item.name), "call_id": item.id}
         # Custom tools alone have a shape by their type.
         kind = "compaction" if self.compacts else tool.get("type")
         shape = self.shape = SHAPES.get(kind, SHAPES[item.kind])
@@ -4471,8 +4474,12 @@ class Responses(Itemized):
         if shape.field == "input":
             text = unwrap_input(text, self.item["name"])
             events = self._delta(text)
-        self.item[shape.field] = [{**shape.part, "text": text}] if shape.part else text
-        told = {"text": text} if shape.part else {shape.field: text, "name": self.item.get("name")}
+        if shape.part:
+            told = {"text": text}
+            self.item[shape.field] = [{**shape.part, **told}]
+        else:
+            told = {shape.field: text, "name": self.item.get("name")}
+            self.item[shape.field] = text
         events += self._inner_event(shape.events, "done", **told)
         events += self._part_event("done", text)
         if item.kind == THINKING and self.keeps_thinking:
