@@ -3203,7 +3203,8 @@ MINIMAL = {"id": "", "object": "", "created": 0, "model": "", "system_fingerprin
     ("arguments missing", calls_in(item("get_time", id="c")) + TOOLS_END, asks(TIME)),
     *((f"arguments {first!r}, then real ones",
        call("get_weather", first) + calls_in(item(None, '{"city":', index=0))
-       + calls_in(item(None, '"Paris"}', index=0)) + TOOLS_END, asks(RAIN)) for first in ("null", " ")),
+       + calls_in(item(None, '"Paris"}', index=0)) + TOOLS_END, asks(RAIN)) for first in ("{}", "null", " ")),
+    ("arguments '{}' and real ones in one", call("get_weather", "{} " + PARIS) + TOOLS_END, asks(RAIN)),
     *((f"arguments '{{}}', then {behind!r}",
        call("get_time", "{}") + calls_in(item(None, behind, index=0)) + TOOLS_END,
        asks(TIME)) for behind in ("}", "</tool_call>", "{}")),
@@ -3349,6 +3350,7 @@ MINIMAL = {"id": "", "object": "", "created": 0, "model": "", "system_fingerprin
     ("tags of the template in thinking", think("<|assistant|>a<|user|>") + think(" b<|user|>") + say("c") + ENDED,
      says("c", "a<|user|> b<|user|>")),
     ("a tag of the template that is cut", say("a<|use") + ENDED, says("a<|use")),
+    ("usage that is torn", say("a") + finished("stop", None) + b'data: {"usage":{"pro\n\n' + DONE, says("a", usage=None)),
     ("nothing but tags of the template", say("<|user|>") + ENDED, says()),
     # One call at a time
     ("calls that interleave, and a text between them",
@@ -3570,7 +3572,6 @@ BARE_LINE = '{"error":{"code":"500","message":"内部错误"}}'.encode()
         ("arguments before the name", calls_in(item(None, '{"city":', index=0))
          + calls_in(item("get_weather", '"Paris"}', index=0)) + TOOLS_END),
         ("a call without a name beside a good one", call() + calls_in(item(None, PARIS, id="a", index=1)) + TOOLS_END),
-        ("arguments behind empty ones", call(*TIME) + calls_in(item(None, PARIS, index=0)) + TOOLS_END),
         ("a fragment without a home", call() + calls_in(item(None, "x", index=7)) + TOOLS_END),
         ("an error in mid-stream", say("a") + error_event("1234") + ENDED),
         *((f"{field} {str(value):.20}", sse({"choices": [{"delta": {field: value}}]}) + ENDED) for field, value in (

@@ -2794,10 +2794,11 @@ def find_alike(event, frame):
 
 
 class Frames:
-    """Texts of events in, what they say out: feed(event) -> a Frame, or None if it says
-    nothing. An event is that of a stream, or a whole JSON answer. UpstreamError for an
-    error of Z.ai's, for what has an unknown form, and for a frame that is lost.
-    describe(value) makes the error of an event."""
+    """Texts of events in, what they say out: feed(event, finished) -> a Frame, or None
+    if it says nothing. An event is that of a stream, or a whole JSON answer; with
+    `finished`, a reason to finish came before it. UpstreamError for an error of Z.ai's,
+    for what has an unknown form, and for a frame that is lost. describe(value) makes
+    the error of an event."""
 
     # How many events were skipped or mended.
     repaired = 0
@@ -2805,7 +2806,7 @@ class Frames:
     def __init__(self, describe):
         self.describe = describe
 
-    def feed(self, event):
+    def feed(self, event, finished=False):
         event = event.strip()
         try:
             value, end = scan_json(event, 0)
@@ -2821,8 +2822,8 @@ class Frames:
             # Z.ai's gateway loses its backend in the middle of a frame, and begins
             # again with another one, in the same stream.
             return self._read(value)._replace(afresh=True)
-        # What it said is lost.
-        if event.startswith("{"):
+        # What it said is lost. Behind the finish that is the usage at most.
+        if event.startswith("{") and not finished:
             raise UpstreamError(TORN)
         return None
 
@@ -3150,6 +3151,8 @@ class Texts:
 
 # The third room: calls
 
+# Empty arguments, alone or before the real ones.
+NO_ARGUMENTS = re.compile(r'\A(?:\{\}\s*)+(?=["{]|\Z)')
 BROKEN_CALL = "Z.ai sent a tool call with broken arguments."
 
 
@@ -3163,15 +3166,15 @@ class ToolCall(JsonProgress):
     """One tool call under way: feed(text) takes the next piece of its arguments, and
     take() gives what the client can be told of the call by now.
 
-    What stands behind the whole goes: Z.ai was seen to write arguments twice. What was
-    encoded twice is decoded, markup goes from names, and where no text may be, the
-    value that it says stands in its place. What is held back is one name, or one value
-    of those kinds; texts go on.
+    Empty arguments go if real ones follow, and so does what stands behind the whole:
+    Z.ai was seen to write arguments twice. What was encoded twice is decoded, markup
+    goes from names, and where no text may be, the value that it says stands in its
+    place. What is held back is one name, or one value of those kinds; texts go on.
     """
 
     untold = ""  # arguments that can be told
-    waiting = ""  # those that are held back
-    begun = False  # some have come
+    waiting = ""  # those that are held back: "{}" as long as there are no others
+    begun = False  # real ones have come
     # The sign before a name or a value, and the name that a value belongs to.
     sign = ""
     key = None
@@ -3182,8 +3185,10 @@ class ToolCall(JsonProgress):
 
     def feed(self, text):
         if not self.begun:
-            text = text.lstrip()
+            given = self.waiting + text.lstrip()
+            text = NO_ARGUMENTS.sub("", given)
             self.begun = bool(text)
+            self.waiting = "{}" if given and not text else ""
         self.untold += self._read(text)
         # Real arguments behind empty ones would be lost.
         if self.key is None and '"' in self.rest:
@@ -3292,8 +3297,9 @@ class Calls:
         index = str(item.get("index"))
         id = str(item.get("id") or "")[:200]
         call = self.latest.get(index)
+        is_whole = call and (call.ended or call.waiting == "{}")
         # A name again is the same call as long as its arguments are not whole.
-        is_same = call and name == call.step.name and (id == call.step.id or not call.ended)
+        is_same = call and name == call.step.name and (id == call.step.id or not is_whole)
         if is_same or call and not name:
             return call
         if not name:
@@ -3393,7 +3399,7 @@ class Translator:
             extend(self.runs, Step(self.alike.kind, text))
             return
         self.alike = None
-        frame = self.frames.feed(event)
+        frame = self.frames.feed(event, bool(self.finish))
         if frame:
             self._read(frame)
             alike = find_alike(event, frame)
