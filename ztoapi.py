@@ -4752,14 +4752,12 @@ class Gate:
     PROBE_S = 60.0
 
     in_flight = 0
-    # Nobody may pass until then, after a refusal. It is `refusing` at least as long.
+    # Nobody may pass until then, after a refusal.
     closed_until = 0.0
     # The key does not serve this model until then.
     resting_until = 0.0
     # The last refusal, or the last change of the ceiling.
     quiet_since = 0.0
-    # The log has said that Z.ai refuses.
-    refusing = False
     # (verdict, words) of the last refusal, until something is served again.
     refusal = None
     # Z.ai has had no room since then, though nothing of ours was in flight.
@@ -4808,11 +4806,6 @@ class Gate:
             self.halved //= 2
             self.ceiling = self.halved
 
-    def knows_nothing(self, now):
-        if self.in_flight or self.refusing or self.ceiling < self.limit:
-            return False
-        return now >= self.resting_until
-
 
 class Ticket:
     """One request's place in the queue of its model. It keeps its number when it has to
@@ -4821,17 +4814,15 @@ class Ticket:
 
     numbers = itertools.count(1)
 
-    # The gate through which it may go, once it may.
+    # The gate through which it may go, once it may; and not before then.
     gate = None
+    goes_at = 0.0
     # Its key rests, and an answer would end the rest.
     probes_rest = False
     waited_s = 0.0
-    # Something of an answer has come.
-    served = False
-    # How many times Z.ai had no room for it.
+    # How many times Z.ai had no room for it, and how many times it failed otherwise.
     refusals = 0
-    # As in a gate. Not the error, whose traceback may hold the ticket.
-    refusal = None
+    failures = 0
     # Another model may answer instead.
     is_replaceable = False
 
@@ -4843,7 +4834,7 @@ class Ticket:
 
 
 class Gates:
-    """Who may go to Z.ai now, and with which key."""
+    """Who may go to Z.ai now, and with which key; and, after a failure, once more."""
 
     # A key that was refused rests that long, if Z.ai does not say how long.
     REST_S = 600.0
@@ -4853,11 +4844,12 @@ class Gates:
     # For each key. Names of models come from clients.
     MOST_GATES = 100
 
-    def __init__(self, keys, max_concurrency, queue_timeout_s,
+    def __init__(self, keys, max_concurrency, queue_timeout_s, max_retries=0,
                  clock=time.monotonic, rand=random.random):
         self.keys = [ZaiKey(i, text) for i, text in enumerate(keys, 1)]
         self.limit = max_concurrency or INFINITY
         self.queue_timeout_s = queue_timeout_s
+        self.max_retries = max_retries
         self.clock = clock
         self.rand = rand
         self.lock = threading.Lock()
@@ -4878,17 +4870,12 @@ class Gates:
         with self.lock:
             self.queue.append(ticket)
             self._admit(ticket.model, began)
-            # When the first of its gates opens again, if Z.ai has refused before.
-            first = min(self._usable(ticket, began), key=lambda gate: gate.closed_until)
-            opens_at = first.closed_until
         try:
             while not ticket.gate:
                 now = self.clock()
-                if now >= deadline or opens_at > deadline or self.gives_way(ticket, now):
-                    raise self._timeout(ticket.refusal or first.refusal, opens_at - now)
+                self._check(ticket, now, deadline)
                 # An overload wakes nobody, so that it is looked for.
-                look_s = 1.0 if ticket.is_replaceable else INFINITY
-                ticket.client.wait(min(deadline - now, look_s))
+                ticket.client.wait(min(deadline - now, 1.0))
             if ticket.client.gone:
                 raise ClientGone
         except BaseException:
@@ -4897,29 +4884,38 @@ class Gates:
         finally:
             ticket.waited_s += self.clock() - began
 
-    def gives_way(self, ticket, now):
-        """Whether another model is to answer, as this one is overloaded for any key."""
-        if not ticket.is_replaceable:
-            return False
+    def _check(self, ticket, now, deadline):
+        """An ApiError if the ticket is to wait no longer."""
         with self.lock:
-            since = [gate.overloaded_since for gate in self._usable(ticket, now)]
-        return now >= max(since) + self.OVERLOAD_S
+            gates = self._usable(ticket, now)
+        first = min(gates, key=lambda gate: gate.closed_until)
+        ends_at = deadline
+        if ticket.is_replaceable:
+            overloaded_since = max(gate.overloaded_since for gate in gates)
+            ends_at = min(deadline, overloaded_since + self.OVERLOAD_S)
+        if now >= ends_at or first.closed_until > deadline:
+            raise self._timeout(first.refusal, first.closed_until - now)
 
     def leave(self, ticket, error=None, served=False):
         """Give the slot, or the place in the queue, back. `error`: the UpstreamError
-        that it ended with; `served`: something of an answer came."""
+        that it ended with; `served`: something of an answer came. True if it may enter
+        once more."""
         with self.lock:
             now = self.clock()
-            news = None
-            if ticket.gate:
-                ticket.served = served
-                news = self._settle(ticket, error, now)
+            gate = ticket.gate
+            known = may_enter = False
+            if gate:
+                known = gate.refusal
+                may_enter = self._settle(ticket, error, served, now)
             elif ticket in self.queue:
                 self.queue.remove(ticket)
             self._admit(ticket.model, now)
-            self._forget(now)
-        if news:
-            log.info(*news)
+            self._forget()
+        if gate and gate.refusal and not known:
+            limit = f"{gate.ceiling} at a time" if gate.ceiling < INFINITY else "for now"
+            code = error.zai_code or error.status
+            log.info("%s: Z.ai refuses (%s), %s, queueing", plain(ticket.model), code, limit)
+        return may_enter
 
     def tick(self, now):
         """Let those go whose gate opens though nobody leaves it. The pump calls it."""
@@ -4942,28 +4938,40 @@ class Gates:
         """{model: how many queue for it}"""
         return collections.Counter(ticket.model for ticket in self.queue)
 
-    def _settle(self, ticket, error, now):
-        """What an attempt teaches; the log line about it, if there is one."""
+    def _settle(self, ticket, error, served, now):
+        """What an attempt teaches, and when the ticket may go once more, if it may."""
         gate = ticket.gate
         ticket.gate = None
         gate.in_flight -= 1
-        if ticket.served:
+        if served:
             gate.refusal = None
             gate.overloaded_since = INFINITY
             gate.key.refusal = ""
             if ticket.probes_rest:
                 gate.key.resting_until = gate.resting_until = 0.0
-            return self._cleared(gate, ticket.model, now)
-        elif error and error.verdict in NEXT_KEY:
+        if served or not error:
+            return False
+        pause_s = error.pause_s
+        if error.verdict in NEXT_KEY:
             rest_s = min(error.retry_after or self.REST_S, self.LONGEST_REST_S)
             resting = gate.key if error.verdict == KEY_RESTS else gate
             resting.resting_until = now + rest_s
             if error.verdict == KEY_RESTS:
                 gate.key.refusal = f"Key #{gate.key.position}: {error.message}"
             ticket.refused_by.add(gate.key)
-        elif error and error.verdict in QUEUE_AGAIN:
-            return self._refuse(gate, ticket, error, now)
-        return None
+            may_enter = len(ticket.refused_by) < len(self.keys)
+            pause_s = 0.0
+        elif error.verdict in QUEUE_AGAIN:
+            self._refuse(gate, ticket, error, now)
+            may_enter = True
+        else:
+            most = {GIVE_UP: 0, TRY_ONCE: 1}.get(error.verdict, INFINITY)
+            may_enter = ticket.failures < min(most, self.max_retries)
+            # Full jitter, so that all who failed together do not come again together.
+            pause_s = max(pause_s, backoff_s(ticket.failures) * self.rand())
+            ticket.failures += 1
+        ticket.goes_at = now + pause_s
+        return may_enter and pause_s <= self.queue_timeout_s - ticket.waited_s
 
     def _refuse(self, gate, ticket, error, now):
         # The Coding Plan says 1305 for too many at once, too.
@@ -4981,24 +4989,14 @@ class Gates:
         gate.close(now, max(pause_s, error.pause_s))
         if too_many:
             gate.lower_ceiling()
-        ticket.refusal = gate.refusal = (error.verdict, error.message)
-        if gate.refusing:
-            return None
-        gate.refusing = True
-        limit = f"{gate.ceiling} at a time" if gate.ceiling < INFINITY else "for now"
-        code = error.zai_code or error.status
-        return "%s: Z.ai refuses (%s), %s, queueing", plain(ticket.model), code, limit
-
-    def _cleared(self, gate, model, now):
-        if not gate.refusing or self._queued()[model] or now < gate.closed_until:
-            return None
-        gate.refusing = False
-        return "%s: nobody queues any more", plain(model)
+        # Not the error, whose traceback may hold the ticket.
+        gate.refusal = (error.verdict, error.message)
 
     def _admit(self, model, now):
         """Let the first in the model's queue go, as long as there is room."""
         while True:
-            queue = [ticket for ticket in self.queue if ticket.model == model]
+            queue = [ticket for ticket in self.queue
+                     if ticket.model == model and ticket.goes_at <= now]
             if not queue:
                 return
             ticket = min(queue, key=lambda waiting: (
@@ -5026,15 +5024,13 @@ class Gates:
         awake = [gate for gate in gates if gate.rests_until() <= now]
         return awake or [min(gates, key=Gate.rests_until)]
 
-    def _forget(self, now):
-        """Drop gates that know nothing; beyond so many, the oldest that nobody uses:
-        the names of models come from clients."""
-        queued = self._queued()
-        for place, gate in list(self.gates.items()):
-            too_many = len(self.gates) > self.MOST_GATES * len(self.keys)
-            is_used = gate.in_flight or place[1] in queued
-            if gate.knows_nothing(now) or too_many and not is_used:
-                del self.gates[place]
+    def _forget(self):
+        """Of too many gates keep those in use: names of models come from clients."""
+        if len(self.gates) > self.MOST_GATES * len(self.keys):
+            queued = self._queued()
+            self.gates = {
+                place: gate for place, gate in self.gates.items()
+                if gate.in_flight or place[1] in queued}
 
     def _timeout(self, refusal, opens_in_s):
         words = f"No slot at Z.ai came free in time (QUEUE_TIMEOUT: {self.queue_timeout_s:g} s)."
@@ -5548,10 +5544,9 @@ class Pool:
             with self.lock:
                 if not self.idle:
                     return None
-                sock, since = self.idle.pop()
-            fresh = self.clock() - since < self.keep_s
+                sock, _ = self.idle.pop()
             # What an idle server says is that it has closed.
-            if fresh and peek(sock) is None:
+            if peek(sock) is None:
                 return sock
             sock.close()
 
@@ -5767,17 +5762,14 @@ SCHEMA_CODES = ("1210", "1213", "1214", "1234", "500")
 
 class Job:
     """One answer to get: the Asked and, in `data`, its bytes for Z.ai. write(model)
-    gives the Asked for another model. What holds the conversation is let go of once
-    Z.ai has begun to answer."""
-
-    is_simplified = False
+    gives the Job for another model. What holds the conversation is let go of once Z.ai
+    has begun to answer."""
 
     def __init__(self, asked, streamed=True, write=None):
         self.data = asked.data
-        kept = ("model", "max_tokens")
-        body = {name: asked.body[name] for name in kept if name in asked.body}
-        self.asked = asked._replace(body=body, data=b"")
-        self.model = body["model"]
+        self.model = asked.body["model"]
+        self.max_tokens = asked.body.get("max_tokens")
+        self.asked = asked._replace(body={}, data=b"")
         self.streamed = streamed
         self.write = write
 
@@ -5792,15 +5784,14 @@ class Upstream:
         self.pump = pump
         self.clock = pump.clock
         self.now = now
-        self.rand = rand
         self.pool = Pool(self.clock, KEEP_IDLE_S)
         keys = ("demo",) if settings.demo_mode else settings.zai_api_key
-        self.gates = Gates(keys, settings.max_concurrency,
-                           settings.queue_timeout, self.clock, rand)
+        self.gates = Gates(keys, settings.max_concurrency, settings.queue_timeout,
+                           settings.max_retries, self.clock, rand)
         # A key that is alone can have two of the largest.
         self.bodies = Bodies(4 * max(64, settings.max_body_mb) << 20)
         # For what is read at one time: see turn().
-        self.turns = Gates(("",), 1, settings.queue_timeout, self.clock)
+        self.turns = Gates(("",), 1, settings.queue_timeout, clock=self.clock)
         pump.chores += [self.gates.tick, self.pool.expire]
         # The usual opener follows redirects, with the key, and opens files.
         self.opener = urllib.request.OpenerDirector()
@@ -5830,27 +5821,46 @@ class Upstream:
         others = fallbacks_of(job.model, self.settings) if job.write else []
         try:
             while job:
+                self.bodies.held[client] = job.data
+                if not others:
+                    job.write = None
+                ticket = Ticket(self.settings.redact(job.model), client)
+                ticket.waited_s = record.queued_s
+                ticket.is_replaceable = bool(others)
                 try:
-                    return self._answer(job, client, record, take, bool(others))
-                except ApiError as error:
+                    while self._attempt(job, ticket, record, take):
+                        record.retries += 1
+                    return
+                except UpstreamError as error:
                     # An overload passes: if no other model answers, it is waited out.
                     if not first and error.code == OVERLOADED.code and others:
                         others.append(job.model)
                     first = first or error
-                    job = self._job_of_another(job, others, client, error)
+                    job = self._other_job(job, others, client, record, error)
             raise first
         finally:
             # The error's traceback holds this frame: such a circle is freed late.
             first = None
 
-    def _job_of_another(self, job, others, client, error):
-        """The Job for the next of the models, after an error that it may not have, or
-        None."""
-        is_models = error.type == QUOTA.type or error.code in (NO_MODEL.code, OVERLOADED.code)
-        while is_models and job.data and others:
-            # One that sees no pictures is no other for a request with one.
-            with self.turn(client, job.data), contextlib.suppress(RequestError):
-                return Job(job.write(others.pop(0)), job.streamed, job.write)
+    def _other_job(self, job, others, client, record, error):
+        """The Job for a further try, after an error that it may not have; or None. It
+        is for the next of the models, or has plain words in the schemas of its tools,
+        once."""
+        if not job.data:
+            return None
+        if error.type == QUOTA.type or error.code in (NO_MODEL.code, OVERLOADED.code):
+            while others:
+                # One that sees no pictures is no other for a request with one.
+                with self.turn(client, job.data), contextlib.suppress(RequestError):
+                    return job.write(others.pop(0))
+        is_schemas = error.zai_code in SCHEMA_CODES or error.message == EMPTY
+        if is_schemas and error.code != TOO_LONG.code and "schemas" not in record.changed:
+            with self.turn(client, job.data):
+                body = simpler_schemas(decode_or_none(job.data.decode()))
+                if body:
+                    job.data = encode_json(body)
+                    record.changed = (*record.changed, "schemas")
+                    return job
         return None
 
     def _make_answer(self, job):
@@ -5859,79 +5869,41 @@ class Upstream:
             now = self.now()
             return zai_error(
                 value, status, now=now, model=job.model,
-                max_tokens=job.asked.body.get("max_tokens"),
+                max_tokens=job.max_tokens,
                 patience_s=self.settings.queue_timeout,
                 retry_after=seconds_to_wait(retry_after, now))
 
         return Answer(Translator(job.asked, restartable=not job.streamed, describe=describe))
 
-    def _answer(self, job, client, record, take, is_replaceable):
-        """An answer of the job's model."""
-        self.bodies.held[client] = job.data
-        if not is_replaceable:
-            job.write = None
-        ticket = Ticket(self.settings.redact(job.model), client)
-        ticket.waited_s = record.queued_s
-        ticket.is_replaceable = is_replaceable
-        tries = 0
-        while True:
-            try:
-                self.gates.enter(ticket)
-            finally:
-                record.queued_s = ticket.waited_s
-            try:
-                self._attempt(job, ticket, record, take)
-                return
-            except UpstreamError as error:
-                pause_s = self._pause_s(error, ticket, tries)
-                if pause_s is None:
-                    if not self._simplify(job, client, record, error):
-                        raise
-                    pause_s = 0
-                tries += error.verdict in (TRY_AGAIN, TRY_ONCE)
-            record.retries += 1
-            deadline = self.clock() + pause_s
-            while self.clock() < deadline:
-                client.wait(deadline - self.clock())
-            ticket.waited_s += pause_s
-
-    def _simplify(self, job, client, record, error):
-        """Whether a further try makes sense, with plain words in the schemas of the
-        job's tools. There is one, after an error that may be theirs."""
-        is_theirs = error.zai_code in SCHEMA_CODES or error.message == EMPTY
-        if not is_theirs or error.code == TOO_LONG.code or not job.data or job.is_simplified:
-            return False
-        with self.turn(client, job.data):
-            body = simpler_schemas(decode_or_none(job.data.decode()))
-            if body:
-                job.data = self.bodies.held[client] = encode_json(body)
-                job.is_simplified = True
-                record.changed = (*record.changed, "schemas")
-        return body is not None
-
     def _attempt(self, job, ticket, record, take):
-        """One attempt, which gives the slot back; `ticket` learns how it went."""
+        """One attempt, with a slot of its own. True if there is to be another."""
+        try:
+            self.gates.enter(ticket)
+        finally:
+            record.queued_s = ticket.waited_s
+        key = ticket.gate.key
         stale = True
         try:
             while stale:
                 answer = self._make_answer(job)
-                stale = self._relay(job, ticket, record, answer, take)
+                stale = self._relay(job, key, ticket.client, record, answer, take)
         except UpstreamError as error:
             error.message = self.settings.redact(error.message)
-            key = ticket.gate.key.name
-            log.debug("%s attempt with key %s failed: %s", record.id, key, error.message)
-            self.gates.leave(ticket, error, answer.begun)
+            log.debug("%s attempt with key %s failed: %s", record.id, key.name, error.message)
             # Its cause and its traceback hold frames of the pump that hold the error:
             # such a circle is freed late.
             error.__context__ = None
-            raise error.with_traceback(None)
+            if not self.gates.leave(ticket, error, answer.begun):
+                raise error.with_traceback(None)
+            return True
         finally:
             self._note(record, answer)
             record.repaired += answer.translator.frames.repaired
             # Whoever has left already does not leave again.
             self.gates.leave(ticket, None, answer.begun)
+        return False
 
-    def _relay(self, job, ticket, record, answer, take):
+    def _relay(self, job, key, client, record, answer, take):
         """Send the request and let the pump tell the answer. True if the connection was
         an old one that had died before."""
         def told(steps):
@@ -5939,13 +5911,12 @@ class Upstream:
                 record.ttft_s = self.clock() - record.started
                 self._note(record, answer)
                 job.data = job.write = None
-                self.bodies.drop(ticket.client)
+                self.bodies.drop(client)
             if steps[-1].kind == FINISH:
                 record.usage = steps[-1].usage
             take(steps)
 
-        client = ticket.client
-        connection = self.open(ticket.gate.key, client, job.data)
+        connection = self.open(key, client, job.data)
         sent_at = self.clock()
         try:
             self.pump.run(Relay(connection, answer, client, told))
@@ -5959,24 +5930,6 @@ class Upstream:
     def _note(self, record, answer):
         fields = answer.reply.fields
         record.zai_log_id = plain(self.settings.redact(fields.get("x-log-id", "")), 64)
-
-    def _pause_s(self, error, ticket, tries):
-        """Seconds to wait before the next attempt; None if there is to be none."""
-        left_s = self.settings.queue_timeout - ticket.waited_s
-        if ticket.served or error.verdict == GIVE_UP:
-            return None
-        if error.verdict in QUEUE_AGAIN:
-            # It queues again, unless Z.ai names a time that is too far away.
-            return 0 if error.pause_s <= left_s else None
-        if error.verdict in NEXT_KEY:
-            return 0 if len(ticket.refused_by) < len(self.gates.keys) else None
-        if tries >= self.settings.max_retries:
-            return None
-        if error.verdict == TRY_ONCE and tries:
-            return None
-        # Full jitter, so that all who failed together do not come again together.
-        pause_s = max(backoff_s(tries) * self.rand(), error.pause_s)
-        return pause_s if pause_s <= left_s else None
 
     def open(self, key, client, data):
         """The Connection with a request on its way to Z.ai."""
@@ -6723,7 +6676,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.record.counted = True
         self.server.metrics.count("in_flight")
         with self.reading() as client:
-            front, job = self.read_request(client)
+            job = self.read_request(client)
+            front = self.front
             if not self.server.upstream.gates.keys:
                 raise missing_key()
             if front.stream:
@@ -6749,23 +6703,23 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.server.upstream.bodies.drop(client)
 
     def read_request(self, client):
-        """(front, Job). What the client sent is let go of here: an answer may take
-        minutes, and a conversation many megabytes."""
+        """The Job. What the client sent is let go of here: an answer may take minutes,
+        and a conversation many megabytes."""
         record = self.record
         upstream = self.server.upstream
         data = upstream.bodies.held[client]
 
         def write(model=""):
             asked = to_zai_request(request, self.settings, model)
-            front.asked = asked._replace(body={}, data=b"")
+            job = Job(asked, front.stream, write)
+            front.asked = job.asked
             record.changed = tuple(map(self.settings.redact, asked.changed))
-            id = asked.body["model"]
-            record.model_id = self.settings.redact(id)
-            record.by = "" if id == canonical_id(front.model) else record.model_id
+            record.model_id = self.settings.redact(job.model)
+            record.by = "" if job.model == canonical_id(front.model) else record.model_id
             if log.isEnabledFor(logging.DEBUG):
                 words = self.settings.redact(request_outline(asked.body))[:2000]
                 log.debug("%s to Z.ai: %s", record.id, words)
-            return asked
+            return job
 
         with upstream.turn(client, data):
             body = read_json_object(data)
@@ -6775,13 +6729,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.front = front
             # Whatever was sent as such: it is checked later.
             record.stream = bool(front.stream)
-            return front, Job(write(), front.stream, write)
+            return write()
 
     def post_count(self):
         """How many tokens a request to Messages has, without asking Z.ai."""
         with self.reading() as client:
-            front, _ = self.read_request(client)
-        self.answer_json({"input_tokens": front.asked.tokens})
+            self.read_request(client)
+        self.answer_json({"input_tokens": self.front.asked.tokens})
 
     def tell(self, steps):
         text = self.front.tell(steps)
