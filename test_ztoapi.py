@@ -37,6 +37,7 @@ import threading
 import time
 import types
 import urllib.parse
+import urllib.request
 import weakref
 from typing import NamedTuple
 
@@ -6228,9 +6229,11 @@ class Timed:
 
     def job(self, model="glm-4.6"):
         def write(model=""):
-            return ztoapi.Job(ztoapi.to_zai_request(request, self.settings, model), write=write)
+            return ztoapi.Job(ztoapi.to_zai_request(request, self.settings, model))
         request = ztoapi.Request(chat_body(model=model, stream=True), {})
-        return write()
+        job = write()
+        job.write = write
+        return job
 
     def ask(self, model="glm-4.6"):
         """(text, error, record)"""
@@ -7212,8 +7215,8 @@ def litter_of(proxy, make_request):
 
 # What is made for one request, and must go with it.
 PER_REQUEST = (
-    ztoapi.Handler, ztoapi.Client, ztoapi.Outbox, ztoapi.Relay, ztoapi.Connection, ztoapi.ZaiRequest, ztoapi.Answer,
-    ztoapi.Reply, ztoapi.SSEDecoder, ztoapi.Translator, ztoapi.Job, ztoapi.Ticket, ztoapi.Fold, ztoapi.Chat)
+    ztoapi.Handler, ztoapi.Client, ztoapi.Outbox, ztoapi.Relay, ztoapi.Connection, ztoapi.Answer, ztoapi.Reply,
+    ztoapi.SSEDecoder, ztoapi.Translator, ztoapi.Job, ztoapi.Ticket, ztoapi.Fold, ztoapi.Chat, urllib.request.Request)
 
 # To add a case, add a row: what happens -> what Z.ai does (None: it is not there), streamed or not.
 @cases("script,streamed", {

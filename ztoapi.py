@@ -4788,12 +4788,6 @@ class Gate:
             self.ceiling += max(1, (self.refused_at - self.ceiling) // 2)
             self.quiet_since = now
 
-    def close(self, now, pause_s):
-        """Let nobody through for a while. Z.ai's own wish may be absurd, hence the
-        bound; because of it probe() need not look at `closed_until`."""
-        self.closed_until = max(self.closed_until, now + min(pause_s, self.PROBE_S))
-        self.quiet_since = now
-
     def lower_ceiling(self):
         """Lower the ceiling to what is in flight beside the request that was refused.
         All being refused says nothing about how many may be: then it is halved."""
@@ -4857,9 +4851,8 @@ class Gates:
         self.gates = {}
         # The tickets that wait, for any model.
         self.queue = []
-        # client key -> the number of its last admission
+        # client key -> a number that grows with each admission
         self.turns = collections.Counter()
-        self.admissions = 0
 
     def enter(self, ticket):
         """Wait for a slot; then ticket.gate is it. ClientGone, or an ApiError once the
@@ -4893,8 +4886,19 @@ class Gates:
         if ticket.is_replaceable:
             overloaded_since = max(gate.overloaded_since for gate in gates)
             ends_at = min(deadline, overloaded_since + self.OVERLOAD_S)
-        if now >= ends_at or first.closed_until > deadline:
-            raise self._timeout(first.refusal, first.closed_until - now)
+        if now < ends_at and first.closed_until <= deadline:
+            return
+        words = f"No slot at Z.ai came free in time (QUEUE_TIMEOUT: {self.queue_timeout_s:g} s)."
+        row = RATE
+        if first.refusal:
+            verdict, message = first.refusal
+            words += " Its last word: " + message
+            row = OVERLOADED if verdict == OVERLOAD else RATE
+        # Clients would queue as long again, unseen, each time they try again by
+        # themselves.
+        raise UpstreamError(
+            words, GIVE_UP, status=row.status, type=row.type, code=row.code,
+            retry_after=max(row.retry_after, first.closed_until - now), retryable=False)
 
     def leave(self, ticket, error=None, served=False):
         """Give the slot, or the place in the queue, back. `error`: the UpstreamError
@@ -4903,15 +4907,16 @@ class Gates:
         with self.lock:
             now = self.clock()
             gate = ticket.gate
-            known = may_enter = False
+            is_news = may_enter = False
             if gate:
                 known = gate.refusal
                 may_enter = self._settle(ticket, error, served, now)
+                is_news = gate.refusal and not known
             elif ticket in self.queue:
                 self.queue.remove(ticket)
             self._admit(ticket.model, now)
             self._forget()
-        if gate and gate.refusal and not known:
+        if is_news:
             limit = f"{gate.ceiling} at a time" if gate.ceiling < INFINITY else "for now"
             code = error.zai_code or error.status
             log.info("%s: Z.ai refuses (%s), %s, queueing", plain(ticket.model), code, limit)
@@ -4954,10 +4959,11 @@ class Gates:
         pause_s = error.pause_s
         if error.verdict in NEXT_KEY:
             rest_s = min(error.retry_after or self.REST_S, self.LONGEST_REST_S)
-            resting = gate.key if error.verdict == KEY_RESTS else gate
-            resting.resting_until = now + rest_s
+            resting = gate
             if error.verdict == KEY_RESTS:
-                gate.key.refusal = f"Key #{gate.key.position}: {error.message}"
+                resting = gate.key
+                resting.refusal = f"Key #{resting.position}: {error.message}"
+            resting.resting_until = now + rest_s
             ticket.refused_by.add(gate.key)
             may_enter = len(ticket.refused_by) < len(self.keys)
             pause_s = 0.0
@@ -4979,14 +4985,17 @@ class Gates:
         # A model that is overloaded was seen to be so for minutes.
         is_full = error.verdict == OVERLOAD and not too_many
         first_s, longest_s = (1.0, 15.0) if is_full else (0.5, 8.0)
-        jitter = 1 + 0.5 * self.rand()
-        pause_s = backoff_s(ticket.refusals, first_s, longest_s) * jitter
+        pause_s = backoff_s(ticket.refusals, first_s, longest_s) * (1 + 0.5 * self.rand())
+        ticket.refusals += 1
         # A refusal long after the last one begins another overload.
         goes_on = is_full and now < gate.quiet_since + gate.PROBE_S
         since = min(gate.overloaded_since, now) if goes_on else now
         gate.overloaded_since = since if is_full else INFINITY
-        ticket.refusals += 1
-        gate.close(now, max(pause_s, error.pause_s))
+        # Z.ai's own wish may be absurd, hence the bound; because of it probe() need not
+        # look at `closed_until`.
+        pause_s = min(max(pause_s, error.pause_s), gate.PROBE_S)
+        gate.closed_until = max(gate.closed_until, now + pause_s)
+        gate.quiet_since = now
         if too_many:
             gate.lower_ceiling()
         # Not the error, whose traceback may hold the ticket.
@@ -5008,8 +5017,7 @@ class Gates:
             if gate.room(now) <= 0:
                 return
             self.queue.remove(ticket)
-            self.admissions += 1
-            self.turns[ticket.client.key] = self.admissions
+            self.turns[ticket.client.key] = next(Ticket.numbers)
             ticket.gate = gate
             ticket.probes_rest = gate.rests_until() > now
             gate.in_flight += 1
@@ -5032,19 +5040,6 @@ class Gates:
                 place: gate for place, gate in self.gates.items()
                 if gate.in_flight or place[1] in queued}
 
-    def _timeout(self, refusal, opens_in_s):
-        words = f"No slot at Z.ai came free in time (QUEUE_TIMEOUT: {self.queue_timeout_s:g} s)."
-        row = RATE
-        if refusal:
-            verdict, message = refusal
-            words += " Its last word: " + message
-            row = OVERLOADED if verdict == OVERLOAD else RATE
-        # Clients would queue as long again, unseen, each time they try again by
-        # themselves.
-        return UpstreamError(
-            words, GIVE_UP, status=row.status, type=row.type, code=row.code,
-            retry_after=max(row.retry_after, opens_in_s), retryable=False)
-
 
 class Bodies:
     """The bodies of requests, from the first byte that has come until Z.ai has begun to
@@ -5062,8 +5057,8 @@ class Bodies:
         with self.lock:
             self.held[client] += data
             mine = [body for other, body in self.held.items() if other.key == client.key]
-            free_bytes = self.total_bytes - sum(map(len, self.held.values()))
-            if sum(map(len, mine)) > free_bytes:
+            counted = [*mine, *self.held.values()]
+            if sum(map(len, counted)) > self.total_bytes:
                 raise ApiError("Too many large requests at once.",
                                status=503, code="overloaded", retry_after=5)
 
@@ -5085,8 +5080,8 @@ class Bodies:
 
 # A client's leaving must be noticed within one second.
 TICK_S = 0.25
-# CLIENT_TIMEOUT is for one read or write. All of a body, or of an answer that is ready,
-# may take so many times as long.
+# CLIENT_TIMEOUT is for one read or write. All of a request, or of an answer that is
+# ready, may take so many times as long.
 PATIENCE = 10
 
 
@@ -5151,11 +5146,16 @@ class Outbox:
         # unsent; and when the client last took some.
         self.put_at = self.sent_at = time.monotonic()
 
+    def tell(self, steps):
+        """Send what the front says of some steps. ClientGone if the client has left."""
+        text = self.front.tell(steps)
+        if text:
+            self.put(text, last=steps[-1].kind == FINISH)
+
     def put(self, text, last=False):
-        """Send SSE text, and before it what must come first. ClientGone if it has
-        left."""
+        """Send SSE text, and before it what must come first."""
         data = self.frame(text, last)
-        self.finished = self.finished or last
+        self.finished = last
         self.put_at = self.sent_at = time.monotonic()
         self.unsent = memoryview(bytes(self.unsent) + data)
         self.flush()
@@ -5219,7 +5219,7 @@ class Client:
     def wait(self, seconds):
         """Sleep that long, or until wake(). ClientGone if the client has left: the pump
         may not have looked yet, and a slot must not go to one who is gone."""
-        self.alarm.acquire(timeout=max(0.0, min(seconds, threading.TIMEOUT_MAX)))
+        self.alarm.acquire(timeout=seconds)
         if self.gone or ended([self.connection]):
             raise ClientGone(self.gone)
 
@@ -5256,8 +5256,9 @@ class Relay:
 
     # The socket that the pump waits for: the client's while it is behind, else Z.ai's.
     watched = None
+    # When something came that counts: neither an interim answer nor what stands behind
+    # the finish.
     heard_at = None
-    ending_since = None
     surplus_bytes = 0
     # Nothing more is to be read.
     is_read = False
@@ -5286,8 +5287,7 @@ class Relay:
             if answer.is_ending:
                 self.surplus_bytes += len(data)
             self.tell(*answer.feed(data))
-            # Interim answers are no words.
-            if answer.reply.status:
+            if answer.reply.status and not self.surplus_bytes:
                 self.heard_at = now
             # Only at the end of its body a connection can serve again. Behind a stop
             # word, Z.ai may still be generating what is not wanted.
@@ -5334,11 +5334,11 @@ class Relay:
             raise ClientGone(self.client.gone)
         if self.is_behind:
             self.heard_at = now
+        silent_s = now - self.heard_at
         if self.answer.is_ending:
-            self.ending_since = self.ending_since or now
-            if now - self.ending_since > self.END_S:
+            if silent_s > self.END_S:
                 self.end()
-        elif now - self.heard_at > silence_s:
+        elif silent_s > silence_s:
             raise UpstreamError(
                 f"Z.ai was silent for {silence_s:g} s (UPSTREAM_TIMEOUT).", TRY_ONCE)
         return self.is_read and not self.is_behind
@@ -5561,32 +5561,24 @@ class Pool:
                 self.idle.popleft()[0].close()
 
 
-class ZaiRequest(urllib.request.Request):
-    """A request that knows the Client for whom it is made."""
+# Z.ai's errors shall come in English. Compressed event streams have caused trouble.
+ZAI_HEAD = (
+    "Accept: text/event-stream, application/json",
+    "Accept-Encoding: identity",
+    "Accept-Language: en-US,en",
+    "Content-Type: application/json",
+    "User-Agent: ztoapi/" + __version__,
+    "Connection: keep-alive",
+)
 
-    # Z.ai's errors shall come in English. Compressed event streams have caused trouble.
-    HEAD = (
-        "Accept: text/event-stream, application/json",
-        "Accept-Encoding: identity",
-        "Accept-Language: en-US,en",
-        "Content-Type: application/json",
-        "User-Agent: ztoapi/" + __version__,
-        "Connection: keep-alive",
-    )
 
-    def __init__(self, url, key, client, data):
-        super().__init__(url, data, {"Authorization": "Bearer " + key})
-        # A proxy's name takes the place of `host` later.
-        self.add_header("Host", self.host)
-        self.client = client
-
-    def encode(self):
-        """The bytes to send. No value can break out of its line: they are ours,
-        urllib's, and the settings', which hold printable ASCII."""
-        fields = [f"{name}: {value}" for name, value in self.header_items()]
-        fields.append(f"Content-Length: {len(self.data)}")
-        lines = [f"POST {self.selector} HTTP/1.1", *self.HEAD, *fields, "", ""]
-        return "\r\n".join(lines).encode("latin-1") + self.data
+def request_bytes(request):
+    """The bytes to send for a urllib.request.Request. No value can break out of its
+    line: they are ours, urllib's, and the settings', which hold printable ASCII."""
+    fields = [f"{name}: {value}" for name, value in request.header_items()]
+    fields.append(f"Content-Length: {len(request.data)}")
+    lines = [f"POST {request.selector} HTTP/1.1", *ZAI_HEAD, *fields, "", ""]
+    return "\r\n".join(lines).encode("latin-1") + request.data
 
 
 class Connection:
@@ -5679,7 +5671,8 @@ def open_tunnel(sock, request):
 
 
 class KeepAliveHandler(urllib.request.BaseHandler):
-    """http and https for an OpenerDirector. What it opens is a Connection."""
+    """http and https for an OpenerDirector. What it opens is a Connection, for a
+    request that knows its Client."""
 
     def __init__(self, pool, send_timeout_s):
         self.pool = pool
@@ -5701,7 +5694,7 @@ class KeepAliveHandler(urllib.request.BaseHandler):
         # for whom the proxy's password is not.
         if request._tunnel_host:
             request.headers.pop("Proxy-authorization", None)
-        connection.send(request.encode(), self.send_timeout_s)
+        connection.send(request_bytes(request), self.send_timeout_s)
         return connection
 
     # The names that OpenerDirector looks for.
@@ -5761,17 +5754,18 @@ SCHEMA_CODES = ("1210", "1213", "1214", "1234", "500")
 
 
 class Job:
-    """One answer to get: the Asked and, in `data`, its bytes for Z.ai. write(model)
-    gives the Job for another model. What holds the conversation is let go of once Z.ai
-    has begun to answer."""
+    """One answer to get: the Asked and, in `data`, its bytes for Z.ai. What holds the
+    conversation is let go of once Z.ai has begun to answer."""
 
-    def __init__(self, asked, streamed=True, write=None):
+    # write(model) gives the Job for another model.
+    write = None
+
+    def __init__(self, asked, streamed=True):
         self.data = asked.data
         self.model = asked.body["model"]
         self.max_tokens = asked.body.get("max_tokens")
         self.asked = asked._replace(body={}, data=b"")
         self.streamed = streamed
-        self.write = write
 
 
 class Upstream:
@@ -5784,7 +5778,7 @@ class Upstream:
         self.pump = pump
         self.clock = pump.clock
         self.now = now
-        self.pool = Pool(self.clock, KEEP_IDLE_S)
+        self.pool = Pool(self.clock)
         keys = ("demo",) if settings.demo_mode else settings.zai_api_key
         self.gates = Gates(keys, settings.max_concurrency, settings.queue_timeout,
                            settings.max_retries, self.clock, rand)
@@ -5852,7 +5846,9 @@ class Upstream:
             while others:
                 # One that sees no pictures is no other for a request with one.
                 with self.turn(client, job.data), contextlib.suppress(RequestError):
-                    return job.write(others.pop(0))
+                    other = job.write(others.pop(0))
+                    other.write = job.write
+                    return other
         is_schemas = error.zai_code in SCHEMA_CODES or error.message == EMPTY
         if is_schemas and error.code != TOO_LONG.code and "schemas" not in record.changed:
             with self.turn(client, job.data):
@@ -5892,9 +5888,9 @@ class Upstream:
             log.debug("%s attempt with key %s failed: %s", record.id, key.name, error.message)
             # Its cause and its traceback hold frames of the pump that hold the error:
             # such a circle is freed late.
-            error.__context__ = None
+            error.__context__ = error.__traceback__ = None
             if not self.gates.leave(ticket, error, answer.begun):
-                raise error.with_traceback(None)
+                raise error from None
             return True
         finally:
             self._note(record, answer)
@@ -5912,8 +5908,7 @@ class Upstream:
                 self._note(record, answer)
                 job.data = job.write = None
                 self.bodies.drop(client)
-            if steps[-1].kind == FINISH:
-                record.usage = steps[-1].usage
+            record.usage = steps[-1].usage
             take(steps)
 
         connection = self.open(key, client, job.data)
@@ -5938,7 +5933,10 @@ class Upstream:
             return Connection(demo_socket(data), self.pool)
         url = self.settings.zai_base_url + "/chat/completions"
         try:
-            request = ZaiRequest(url, key.text, client, data)
+            request = urllib.request.Request(url, data, {"Authorization": "Bearer " + key.text})
+            # A proxy's name takes the place of `host` later.
+            request.add_header("Host", request.host)
+            request.client = client
             return self.opener.open(request, timeout=CONNECT_TIMEOUT_S)
         except (OSError, ValueError) as error:
             if client.gone:
@@ -6313,9 +6311,7 @@ def request_outline(zai_request):
     """A request as a log may show it: roles and lengths, never texts."""
     messages = [f"{message['role']}:{len(message['content'])}"
                 for message in zai_request["messages"]]
-    fields = ",".join(sorted(map(ascii, zai_request)))
-    tools = len(zai_request.get("tools", ()))
-    return f"{zai_request['model']!a} messages={messages} tools={tools} fields={fields}"
+    return f"messages={messages} fields={','.join(sorted(map(ascii, zai_request)))}"
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -6349,8 +6345,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.log_level = logging.INFO
         self.record = Record(
             new_id("req_"), self.client_address[0], time.time(), time.monotonic())
-        # A head is small: CLIENT_TIMEOUT is for all of it.
-        self.late_at = self.record.started + self.settings.client_timeout
+        self.late_at = self.record.started + PATIENCE * self.settings.client_timeout
         try:
             self.dispatch()
         finally:
@@ -6436,23 +6431,23 @@ class Handler(http.server.BaseHTTPRequestHandler):
                                status=415, code="unsupported_media_type")
         framing = self.head.framing
         bodies = self.server.upstream.bodies
-        self.late_at = time.monotonic() + PATIENCE * self.settings.client_timeout
-        try:
-            if framing.left > limit:
-                raise OverflowError
-            is_asked = self.fields.get("expect", "").lower() == "100-continue"
+        bodies.add(client, b"")
+        is_asked = self.fields.get("expect", "").lower() == "100-continue"
+        while True:
+            if len(bodies.held[client]) + framing.left > limit:
+                raise RequestError(
+                    f"The body is larger than MAX_BODY_MB ({self.settings.max_body_mb}).",
+                    status=413, code="request_too_large")
             if is_asked and not self.head.is_1_0:
                 self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-            bodies.add(client, b"")
-            while not framing.done:
-                bodies.add(client, framing.feed(self.receive()))
-                if len(bodies.held[client]) + framing.left > limit:
-                    raise OverflowError
-        except OverflowError:
-            words = f"The body is larger than MAX_BODY_MB ({self.settings.max_body_mb})."
-            raise RequestError(words, status=413, code="request_too_large") from None
-        except ValueError as error:
-            raise RequestError(f"Malformed chunked body: {error}.") from None
+                is_asked = False
+            if framing.done:
+                break
+            try:
+                data = framing.feed(self.receive())
+            except ValueError as error:
+                raise RequestError(f"Malformed chunked body: {error}.") from None
+            bodies.add(client, data)
         self.unread = framing.rest or self.unread
 
     # Finding the route
@@ -6501,15 +6496,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def check_key(self):
         """Find the key that the client sent. Each comparison takes the same time, as
         the time of an early end would tell how much of a guess is right."""
-        names = ("authorization", "x-api-key", "api-key")
-        given = [self.fields.get(name, "") for name in names]
         # A word such as Bearer may stand before it.
-        words = [text.rpartition(" ")[2] for text in given]
+        words = [
+            self.fields.get(name, "").rpartition(" ")[2].encode()
+            for name in ("authorization", "x-api-key", "api-key")]
         for position, key in enumerate(self.settings.default_key, 1):
-            for text in words:
-                if hmac.compare_digest(key.encode(), text.encode("utf-8", "replace")):
-                    self.record.key = f"#{position}"
-                    return
+            if any(hmac.compare_digest(key.encode(), word) for word in words):
+                self.record.key = f"#{position}"
+                return
         if self.log_level == logging.INFO:
             self.server.metrics.count("unauthorized")
         raise RequestError(
@@ -6551,23 +6545,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
         after."""
         error.message = self.settings.redact(error.message)
         self.record.error = error.message
-        if self.outbox and self.outbox.started:
-            self.end_stream(error)
-            return
-        value = self.front.error(error, self.record.id)
-        self.answer_json(value, self.front.status(error), error.headers().items())
-
-    def end_stream(self, error):
-        """A stream that fails ends without its last chunk, which shows as the cut it
-        is."""
         outbox = self.outbox
-        self.record.status = error.status
-        last = not outbox.front.cuts_failures
-        if not last:
-            self.close_connection = True
-        if outbox.finished:
+        if not (outbox and outbox.started):
+            value = self.front.error(error, self.record.id)
+            self.answer_json(value, self.front.status(error), error.headers().items())
             return
-        end = outbox.frame(outbox.front.failure(error), last)
+        self.record.status = error.status
+        # Without its last chunk a stream that failed shows as the cut it is.
+        last = not self.front.cuts_failures
+        self.close_connection |= not last
+        end = outbox.frame(self.front.failure(error), last)
         self.send(bytes(outbox.unsent) + end)
 
     def make_head(self, status, content_type, *more):
@@ -6613,7 +6600,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             asked = self.settings.redact(self.fields.get("access-control-request-headers", ""))
             fields += [
                 ("Access-Control-Allow-Methods", "GET, POST, OPTIONS"),
-                ("Access-Control-Allow-Headers", asked or "authorization, content-type"),
+                ("Access-Control-Allow-Headers", asked),
                 ("Access-Control-Max-Age", "86400"),
                 ("Vary", "Access-Control-Request-Headers"),
             ]
@@ -6683,7 +6670,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if front.stream:
                 self.outbox = client.outbox = Outbox(
                     self.connection, self.stream_head, front, chunked=not self.head.is_1_0)
-                take = self.tell
+                take = self.outbox.tell
             else:
                 fold = Fold()
                 take = fold.add
@@ -6711,7 +6698,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
         def write(model=""):
             asked = to_zai_request(request, self.settings, model)
-            job = Job(asked, front.stream, write)
+            job = Job(asked, front.stream)
             front.asked = job.asked
             record.changed = tuple(map(self.settings.redact, asked.changed))
             record.model_id = self.settings.redact(job.model)
@@ -6729,18 +6716,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.front = front
             # Whatever was sent as such: it is checked later.
             record.stream = bool(front.stream)
-            return write()
+            job = write()
+            # Not in write() itself, which would hold itself then.
+            job.write = write
+            return job
 
     def post_count(self):
         """How many tokens a request to Messages has, without asking Z.ai."""
         with self.reading() as client:
             self.read_request(client)
         self.answer_json({"input_tokens": self.front.asked.tokens})
-
-    def tell(self, steps):
-        text = self.front.tell(steps)
-        if text:
-            self.outbox.put(text, last=steps[-1].kind == FINISH)
 
     def stream_head(self):
         """The head of a streamed answer. It is made when the first bytes go out, so
@@ -6766,9 +6751,9 @@ class Server(http.server.ThreadingHTTPServer):
     """The proxy: Server(settings).serve_forever(), and stop() from another thread. It
     owns all its parts.
 
-    get_request(), verify_request(), process_request(), shutdown_request() and
-    handle_error() are hooks of the base class: they are called in this order for each
-    connection, the first three in the thread of serve_forever().
+    get_request(), process_request(), shutdown_request() and handle_error() are hooks of
+    the base class: they are called in this order for each connection, the first two in
+    the thread of serve_forever().
     """
 
     # The base class's 5 refuses bursts.
@@ -6840,25 +6825,25 @@ class Server(http.server.ThreadingHTTPServer):
         super().serve_forever(poll_interval)
 
     def get_request(self):
+        """Take a connection, in place of an idle one if need be, or refuse it. OSError
+        means that there is none."""
         try:
-            return super().get_request()
+            request, address = super().get_request()
         except OSError as error:
             # Without a free descriptor the connection stays in the backlog, and the
             # loop must not spin on it. Of one that was aborted nothing stays.
             if not isinstance(error, ConnectionError):
                 time.sleep(0.05)
             raise
-
-    def verify_request(self, request, client_address):
-        """Take the connection, in place of an idle one if need be, or refuse it."""
         with self.lock:
             if len(self.connections) >= self.settings.max_connections:
                 self.shut_idle()
-            if len(self.connections) < self.settings.max_connections:
-                self.connections[request] = time.monotonic()
-                return True
-        self.refuse(request)
-        return False
+            self.connections[request] = time.monotonic()
+            too_many = len(self.connections) > self.settings.max_connections
+        if too_many:
+            self.refuse(request)
+            raise ConnectionError
+        return request, address
 
     def process_request(self, request, client_address):
         try:
@@ -6866,7 +6851,6 @@ class Server(http.server.ThreadingHTTPServer):
         # The system has no more threads.
         except RuntimeError:
             self.refuse(request)
-            self.shutdown_request(request)
 
     def shutdown_request(self, request):
         """Take what the client is still sending, for a moment: closing on it would
@@ -6895,6 +6879,8 @@ class Server(http.server.ThreadingHTTPServer):
     def refuse(self, request):
         """A 503 without a thread. The socket is kept for a moment, until it has been
         read."""
+        with self.lock:
+            del self.connections[request]
         error = ApiError("Too many connections.", status=503, code="too_many_connections")
         id = new_id("req_")
         body = encode_json(Chat.error(error))
@@ -6911,8 +6897,7 @@ class Server(http.server.ThreadingHTTPServer):
             request.setblocking(False)
             request.send(head + body)
             request.shutdown(socket.SHUT_WR)
-            # The base class closes `request`.
-            self.refused.put(socket.socket(fileno=request.detach()))
+        self.refused.put(request)
 
     def shut_idle(self):
         """Shut the connection that has idled longest; called with the lock held."""
@@ -6932,10 +6917,6 @@ class Server(http.server.ThreadingHTTPServer):
         # shutdown() would wait for ever for a loop that never begins.
         if self.pump.thread.ident:
             self.shutdown()
-        return self.drain(grace_s)
-
-    def drain(self, grace_s=GRACE_S):
-        """What stop() does once serve_forever() has ended."""
         if not self.draining:
             # Accept what has connected: each call takes one, or finds none at once.
             self.timeout = 0
@@ -6949,19 +6930,17 @@ class Server(http.server.ThreadingHTTPServer):
         while True:
             with self.lock:
                 connections = dict(self.connections)
-            for sock, since in connections.items():
-                if since != BUSY:
-                    shut(sock)
             whole = BUSY not in connections.values()
-            if whole or time.monotonic() > deadline:
+            is_over = whole or time.monotonic() > deadline
+            for sock, since in connections.items():
+                if is_over or since != BUSY:
+                    shut(sock)
+            if is_over:
                 break
             time.sleep(0.02)
-        for sock in connections:
-            shut(sock)
         if not whole:
             # The pump sees that they have ended, and hangs up on Z.ai.
             time.sleep(2 * TICK_S)
-        self.server_close()
         self.pump.close()
         self.upstream.close()
         return whole
