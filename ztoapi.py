@@ -6190,7 +6190,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.log_level = logging.INFO
         self.record = Record(
             new_id("req_"), self.client_address[0], time.time(), time.monotonic())
-        self.late_at = self.record.started + PATIENCE * self.settings.client_timeout
         try:
             self.dispatch()
         finally:
@@ -6238,12 +6237,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """What has come of the request, at least one byte."""
         data = self.unread
         self.unread = b""
+        patience_s = self.settings.client_timeout
         try:
-            if time.monotonic() > self.late_at:
+            if time.monotonic() > self.record.started + PATIENCE * patience_s:
                 raise socket.timeout
             data = data or self.connection.recv(65536)
         except socket.timeout:
-            patience_s = self.settings.client_timeout
             words = f"The request did not come within CLIENT_TIMEOUT ({patience_s:g} s)."
             raise RequestError(words, status=408, code="request_timeout") from None
         except OSError:
