@@ -6058,19 +6058,6 @@ def test_names_that_clients_make_up_fill_no_gates(zai, monkeypatch):
         assert len(proxy.server.upstream.gates.gates) <= 10
 
 
-def test_the_log_tells_once_that_z_ai_refuses_until_something_is_served(make_timed, caplog):
-    caplog.set_level(logging.INFO, "ztoapi")
-    timed = make_timed(limit=1)
-    refused = timed.enter()
-    for _ in range(3):
-        timed.gates.leave(refused, REFUSED)
-        timed.enter(refused)
-    assert caplog.messages == ["glm-4.6: Z.ai refuses (1302), 1 at a time, queueing"]
-    timed.gates.leave(refused, served=True)
-    timed.gates.leave(timed.enter(), REFUSED)
-    assert len(caplog.messages) == 2
-
-
 # How Z.ai refuses -> what too many requests get.
 @cases("refused", {
     "1302": refusal(429, "1302"), "1305": refusal(429, "1305"), "1302 as first event": stream(sse(LIMITED), DONE),

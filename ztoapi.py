@@ -4766,20 +4766,13 @@ class Gates:
         once more."""
         with self.lock:
             now = self.clock()
-            gate = ticket.gate
-            is_news = may_enter = False
-            if gate:
-                known = gate.refusal
+            may_enter = False
+            if ticket.gate:
                 may_enter = self._settle(ticket, error, served, now)
-                is_news = gate.refusal and not known
             elif ticket in self.queue:
                 self.queue.remove(ticket)
             self._admit(ticket.model, now)
             self._forget()
-        if is_news:
-            limit = f"{gate.ceiling} at a time" if gate.ceiling < INFINITY else "for now"
-            code = error.zai_code or error.status
-            log.info("%s: Z.ai refuses (%s), %s, queueing", plain(ticket.model), code, limit)
         return may_enter
 
     def tick(self, now):
