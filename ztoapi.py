@@ -3389,7 +3389,8 @@ class Translator:
             if end and not self.complete:
                 self._end()
         except UpstreamError as failure:
-            # A variable would hold it, and its traceback this frame.
+            # A variable of this frame, which the error's traceback holds, must not hold
+            # the error: such a circle is freed late.
             return joined(self.runs), failure
         return joined(self.runs), None
 
