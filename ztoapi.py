@@ -5436,25 +5436,13 @@ def request_bytes(request):
 
 
 class Connection:
-    """A socket to Z.ai with a request on its way. After the request it does not
-    block. `reused`: it comes from the pool."""
+    """A socket to Z.ai that does not block, with a request on its way. `reused`: it
+    comes from the pool."""
 
     def __init__(self, sock, pool, reused=False):
         self.sock = sock
         self.pool = pool
         self.reused = reused
-
-    def send(self, data, timeout_s):
-        self.sock.settimeout(timeout_s)
-        try:
-            self.sock.sendall(data)
-        except socket.timeout:
-            raise UpstreamError(
-                f"Z.ai took no data for {timeout_s:g} s (UPSTREAM_TIMEOUT).", TRY_ONCE) from None
-        except OSError:
-            # Z.ai may have answered before it closed. Reading tells.
-            pass
-        self.sock.setblocking(False)
 
     def receive(self, buffer):
         """The bytes that have come; None if there are none yet, b"" at the end."""
@@ -5542,14 +5530,24 @@ class KeepAliveHandler(urllib.request.BaseHandler):
 
     def send_request(self, request):
         pooled = self.pool.take()
-        connection = Connection(pooled or self._dial(request), self.pool, pooled is not None)
-        request.client.block_on(connection.sock)
+        sock = pooled or self._dial(request)
+        request.client.block_on(sock)
         # Inside of a tunnel, a new one or one from the pool, the request goes to Z.ai,
         # for whom the proxy's password is not.
         if request._tunnel_host:
             request.headers.pop("Proxy-authorization", None)
-        connection.send(request_bytes(request), self.send_timeout_s)
-        return connection
+        timeout_s = self.send_timeout_s
+        sock.settimeout(timeout_s)
+        try:
+            sock.sendall(request_bytes(request))
+        except socket.timeout:
+            raise UpstreamError(
+                f"Z.ai took no data for {timeout_s:g} s (UPSTREAM_TIMEOUT).", TRY_ONCE) from None
+        except OSError:
+            # Z.ai may have answered before it closed. Reading tells.
+            pass
+        sock.setblocking(False)
+        return Connection(sock, self.pool, sock is pooled)
 
     # The names that OpenerDirector looks for.
     http_open = send_request
@@ -5566,7 +5564,7 @@ class KeepAliveHandler(urllib.request.BaseHandler):
             if request._tunnel_host:
                 open_tunnel(sock, request)
             if is_tls:
-                zai = urllib.parse.urlsplit("//" + (request._tunnel_host or request.host))
+                zai = urllib.parse.urlsplit("//" + request.headers["Host"])
                 sock = self.tls.wrap_socket(
                     sock, server_hostname=zai.hostname, do_handshake_on_connect=False)
                 request.client.block_on(sock)
