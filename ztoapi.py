@@ -5630,7 +5630,7 @@ class Upstream:
         self.pump = pump
         self.clock = pump.clock
         self.now = now
-        self.pool = Pool(self.clock)
+        self.pool = Pool(self.clock, KEEP_IDLE_S)
         keys = ("demo",) if settings.demo_mode else settings.zai_api_key
         self.gates = Gates(keys, settings.max_concurrency, settings.queue_timeout,
                            settings.max_retries, self.clock, rand)
