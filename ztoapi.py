@@ -4604,14 +4604,12 @@ class Gate:
     PROBE_S = 60.0
 
     in_flight = 0
-    # Nobody may pass until then, after a refusal. It is `refusing` at least as long.
+    # Nobody may pass until then, after a refusal.
     closed_until = 0.0
     # The key does not serve this model until then.
     resting_until = 0.0
     # The last refusal, or the last change of the ceiling.
     quiet_since = 0.0
-    # The log has said that Z.ai refuses.
-    refusing = False
     # (verdict, words) of the last refusal, until something is served again.
     refusal = None
     # Z.ai has had no room since then, though nothing of ours was in flight.
@@ -4642,12 +4640,6 @@ class Gate:
             self.ceiling += max(1, (self.refused_at - self.ceiling) // 2)
             self.quiet_since = now
 
-    def close(self, now, pause_s):
-        """Let nobody through for a while. Z.ai's own wish may be absurd, hence the
-        bound; because of it probe() need not look at `closed_until`."""
-        self.closed_until = max(self.closed_until, now + min(pause_s, self.PROBE_S))
-        self.quiet_since = now
-
     def lower_ceiling(self):
         """Lower the ceiling to what is in flight beside the request that was refused.
         All being refused says nothing about how many may be: then it is halved."""
@@ -4660,11 +4652,6 @@ class Gate:
             self.halved //= 2
             self.ceiling = self.halved
 
-    def knows_nothing(self, now):
-        if self.in_flight or self.refusing or self.ceiling < self.limit:
-            return False
-        return now >= self.resting_until
-
 
 class Ticket:
     """One request's place in the queue of its model. It keeps its number when it has to
@@ -4673,17 +4660,15 @@ class Ticket:
 
     numbers = itertools.count(1)
 
-    # The gate through which it may go, once it may.
+    # The gate through which it may go, once it may; and not before then.
     gate = None
+    goes_at = 0.0
     # Its key rests, and an answer would end the rest.
     probes_rest = False
     waited_s = 0.0
-    # Something of an answer has come.
-    served = False
-    # How many times Z.ai had no room for it.
+    # How many times Z.ai had no room for it, and how many times it failed otherwise.
     refusals = 0
-    # As in a gate. Not the error, whose traceback may hold the ticket.
-    refusal = None
+    failures = 0
     # Another model may answer instead.
     is_replaceable = False
 
@@ -4695,7 +4680,7 @@ class Ticket:
 
 
 class Gates:
-    """Who may go to Z.ai now, and with which key."""
+    """Who may go to Z.ai now, and with which key; and, after a failure, once more."""
 
     # A key that was refused rests that long, if Z.ai does not say how long.
     REST_S = 600.0
@@ -4705,11 +4690,12 @@ class Gates:
     # For each key. Names of models come from clients.
     MOST_GATES = 100
 
-    def __init__(self, keys, max_concurrency, queue_timeout_s,
+    def __init__(self, keys, max_concurrency, queue_timeout_s, max_retries=0,
                  clock=time.monotonic, rand=random.random):
         self.keys = [ZaiKey(i, text) for i, text in enumerate(keys, 1)]
         self.limit = max_concurrency or INFINITY
         self.queue_timeout_s = queue_timeout_s
+        self.max_retries = max_retries
         self.clock = clock
         self.rand = rand
         self.lock = threading.Lock()
@@ -4717,9 +4703,8 @@ class Gates:
         self.gates = {}
         # The tickets that wait, for any model.
         self.queue = []
-        # client key -> the number of its last admission
+        # client key -> a number that grows with each admission
         self.turns = collections.Counter()
-        self.admissions = 0
 
     def enter(self, ticket):
         """Wait for a slot; then ticket.gate is it. ClientGone, or an ApiError once the
@@ -4730,17 +4715,12 @@ class Gates:
         with self.lock:
             self.queue.append(ticket)
             self._admit(ticket.model, began)
-            # When the first of its gates opens again, if Z.ai has refused before.
-            first = min(self._usable(ticket, began), key=lambda gate: gate.closed_until)
-            opens_at = first.closed_until
         try:
             while not ticket.gate:
                 now = self.clock()
-                if now >= deadline or opens_at > deadline or self.gives_way(ticket, now):
-                    raise self._timeout(ticket.refusal or first.refusal, opens_at - now)
+                self._check(ticket, now, deadline)
                 # An overload wakes nobody, so that it is looked for.
-                look_s = 1.0 if ticket.is_replaceable else INFINITY
-                ticket.client.wait(min(deadline - now, look_s))
+                ticket.client.wait(min(deadline - now, 1.0))
             if ticket.client.gone:
                 raise ClientGone
         except BaseException:
@@ -4749,29 +4729,43 @@ class Gates:
         finally:
             ticket.waited_s += self.clock() - began
 
-    def gives_way(self, ticket, now):
-        """Whether another model is to answer, as this one is overloaded for any key."""
-        if not ticket.is_replaceable:
-            return False
+    def _check(self, ticket, now, deadline):
+        """An ApiError if the ticket is to wait no longer."""
         with self.lock:
-            since = [gate.overloaded_since for gate in self._usable(ticket, now)]
-        return now >= max(since) + self.OVERLOAD_S
+            gates = self._usable(ticket, now)
+        first = min(gates, key=lambda gate: gate.closed_until)
+        ends_at = deadline
+        if ticket.is_replaceable:
+            overloaded_since = max(gate.overloaded_since for gate in gates)
+            ends_at = min(deadline, overloaded_since + self.OVERLOAD_S)
+        if now < ends_at and first.closed_until <= deadline:
+            return
+        words = f"No slot at Z.ai came free in time (QUEUE_TIMEOUT: {self.queue_timeout_s:g} s)."
+        row = RATE
+        if first.refusal:
+            verdict, message = first.refusal
+            words += " Its last word: " + message
+            row = OVERLOADED if verdict == OVERLOAD else RATE
+        # Clients would queue as long again, unseen, each time they try again by
+        # themselves.
+        raise UpstreamError(
+            words, GIVE_UP, status=row.status, type=row.type, code=row.code,
+            retry_after=max(row.retry_after, first.closed_until - now), retryable=False)
 
     def leave(self, ticket, error=None, served=False):
         """Give the slot, or the place in the queue, back. `error`: the UpstreamError
-        that it ended with; `served`: something of an answer came."""
+        that it ended with; `served`: something of an answer came. True if it may enter
+        once more."""
         with self.lock:
             now = self.clock()
-            news = None
+            may_enter = False
             if ticket.gate:
-                ticket.served = served
-                news = self._settle(ticket, error, now)
+                may_enter = self._settle(ticket, error, served, now)
             elif ticket in self.queue:
                 self.queue.remove(ticket)
             self._admit(ticket.model, now)
-            self._forget(now)
-        if news:
-            log.info(*news)
+            self._forget()
+        return may_enter
 
     def tick(self, now):
         """Let those go whose gate opens though nobody leaves it. The pump calls it."""
@@ -4794,28 +4788,41 @@ class Gates:
         """{model: how many queue for it}"""
         return collections.Counter(ticket.model for ticket in self.queue)
 
-    def _settle(self, ticket, error, now):
-        """What an attempt teaches; the log line about it, if there is one."""
+    def _settle(self, ticket, error, served, now):
+        """What an attempt teaches, and when the ticket may go once more, if it may."""
         gate = ticket.gate
         ticket.gate = None
         gate.in_flight -= 1
-        if ticket.served:
+        if served:
             gate.refusal = None
             gate.overloaded_since = INFINITY
             gate.key.refusal = ""
             if ticket.probes_rest:
                 gate.key.resting_until = gate.resting_until = 0.0
-            return self._cleared(gate, ticket.model, now)
-        elif error and error.verdict in NEXT_KEY:
+        if served or not error:
+            return False
+        pause_s = error.pause_s
+        if error.verdict in NEXT_KEY:
             rest_s = min(error.retry_after or self.REST_S, self.LONGEST_REST_S)
-            resting = gate.key if error.verdict == KEY_RESTS else gate
-            resting.resting_until = now + rest_s
+            resting = gate
             if error.verdict == KEY_RESTS:
-                gate.key.refusal = f"Key #{gate.key.position}: {error.message}"
+                resting = gate.key
+                resting.refusal = f"Key #{resting.position}: {error.message}"
+            resting.resting_until = now + rest_s
             ticket.refused_by.add(gate.key)
-        elif error and error.verdict in QUEUE_AGAIN:
-            return self._refuse(gate, ticket, error, now)
-        return None
+            may_enter = len(ticket.refused_by) < len(self.keys)
+            pause_s = 0.0
+        elif error.verdict in QUEUE_AGAIN:
+            self._refuse(gate, ticket, error, now)
+            may_enter = True
+        else:
+            most = {GIVE_UP: 0, TRY_ONCE: 1}.get(error.verdict, INFINITY)
+            may_enter = ticket.failures < min(most, self.max_retries)
+            # Full jitter, so that all who failed together do not come again together.
+            pause_s = max(pause_s, backoff_s(ticket.failures) * self.rand())
+            ticket.failures += 1
+        ticket.goes_at = now + pause_s
+        return may_enter and pause_s <= self.queue_timeout_s - ticket.waited_s
 
     def _refuse(self, gate, ticket, error, now):
         # The Coding Plan says 1305 for too many at once, too.
@@ -4823,34 +4830,27 @@ class Gates:
         # A model that is overloaded was seen to be so for minutes.
         is_full = error.verdict == OVERLOAD and not too_many
         first_s, longest_s = (1.0, 15.0) if is_full else (0.5, 8.0)
-        jitter = 1 + 0.5 * self.rand()
-        pause_s = backoff_s(ticket.refusals, first_s, longest_s) * jitter
+        pause_s = backoff_s(ticket.refusals, first_s, longest_s) * (1 + 0.5 * self.rand())
+        ticket.refusals += 1
         # A refusal long after the last one begins another overload.
         goes_on = is_full and now < gate.quiet_since + gate.PROBE_S
         since = min(gate.overloaded_since, now) if goes_on else now
         gate.overloaded_since = since if is_full else INFINITY
-        ticket.refusals += 1
-        gate.close(now, max(pause_s, error.pause_s))
+        # Z.ai's own wish may be absurd, hence the bound; because of it probe() need not
+        # look at `closed_until`.
+        pause_s = min(max(pause_s, error.pause_s), gate.PROBE_S)
+        gate.closed_until = max(gate.closed_until, now + pause_s)
+        gate.quiet_since = now
         if too_many:
             gate.lower_ceiling()
-        ticket.refusal = gate.refusal = (error.verdict, error.message)
-        if gate.refusing:
-            return None
-        gate.refusing = True
-        limit = f"{gate.ceiling} at a time" if gate.ceiling < INFINITY else "for now"
-        code = error.zai_code or error.status
-        return "%s: Z.ai refuses (%s), %s, queueing", plain(ticket.model), code, limit
-
-    def _cleared(self, gate, model, now):
-        if not gate.refusing or self._queued()[model] or now < gate.closed_until:
-            return None
-        gate.refusing = False
-        return "%s: nobody queues any more", plain(model)
+        # Not the error, whose traceback may hold the ticket.
+        gate.refusal = (error.verdict, error.message)
 
     def _admit(self, model, now):
         """Let the first in the model's queue go, as long as there is room."""
         while True:
-            queue = [ticket for ticket in self.queue if ticket.model == model]
+            queue = [ticket for ticket in self.queue
+                     if ticket.model == model and ticket.goes_at <= now]
             if not queue:
                 return
             ticket = min(queue, key=lambda waiting: (
@@ -4862,8 +4862,7 @@ class Gates:
             if gate.room(now) <= 0:
                 return
             self.queue.remove(ticket)
-            self.admissions += 1
-            self.turns[ticket.client.key] = self.admissions
+            self.turns[ticket.client.key] = next(Ticket.numbers)
             ticket.gate = gate
             ticket.probes_rest = gate.rests_until() > now
             gate.in_flight += 1
@@ -4878,28 +4877,13 @@ class Gates:
         awake = [gate for gate in gates if gate.rests_until() <= now]
         return awake or [min(gates, key=Gate.rests_until)]
 
-    def _forget(self, now):
-        """Drop gates that know nothing; beyond so many, the oldest that nobody uses:
-        the names of models come from clients."""
-        queued = self._queued()
-        for place, gate in list(self.gates.items()):
-            too_many = len(self.gates) > self.MOST_GATES * len(self.keys)
-            is_used = gate.in_flight or place[1] in queued
-            if gate.knows_nothing(now) or too_many and not is_used:
-                del self.gates[place]
-
-    def _timeout(self, refusal, opens_in_s):
-        words = f"No slot at Z.ai came free in time (QUEUE_TIMEOUT: {self.queue_timeout_s:g} s)."
-        row = RATE
-        if refusal:
-            verdict, message = refusal
-            words += " Its last word: " + message
-            row = OVERLOADED if verdict == OVERLOAD else RATE
-        # Clients would queue as long again, unseen, each time they try again by
-        # themselves.
-        return UpstreamError(
-            words, GIVE_UP, status=row.status, type=row.type, code=row.code,
-            retry_after=max(row.retry_after, opens_in_s), retryable=False)
+    def _forget(self):
+        """Of too many gates keep those in use: names of models come from clients."""
+        if len(self.gates) > self.MOST_GATES * len(self.keys):
+            queued = self._queued()
+            self.gates = {
+                place: gate for place, gate in self.gates.items()
+                if gate.in_flight or place[1] in queued}
 
 
 class Bodies:
@@ -4918,8 +4902,8 @@ class Bodies:
         with self.lock:
             self.held[client] += data
             mine = [body for other, body in self.held.items() if other.key == client.key]
-            free_bytes = self.total_bytes - sum(map(len, self.held.values()))
-            if sum(map(len, mine)) > free_bytes:
+            counted = [*mine, *self.held.values()]
+            if sum(map(len, counted)) > self.total_bytes:
                 raise ApiError("Too many large requests at once.",
                                status=503, code="overloaded", retry_after=5)
 
@@ -4941,8 +4925,8 @@ class Bodies:
 
 # A client's leaving must be noticed within one second.
 TICK_S = 0.25
-# CLIENT_TIMEOUT is for one read or write. All of a body, or of an answer that is ready,
-# may take so many times as long.
+# CLIENT_TIMEOUT is for one read or write. All of a request, or of an answer that is
+# ready, may take so many times as long.
 PATIENCE = 10
 
 
@@ -5007,11 +4991,16 @@ class Outbox:
         # unsent; and when the client last took some.
         self.put_at = self.sent_at = time.monotonic()
 
+    def tell(self, steps):
+        """Send what the front says of some steps. ClientGone if the client has left."""
+        text = self.front.tell(steps)
+        if text:
+            self.put(text, last=steps[-1].kind == FINISH)
+
     def put(self, text, last=False):
-        """Send SSE text, and before it what must come first. ClientGone if it has
-        left."""
+        """Send SSE text, and before it what must come first."""
         data = self.frame(text, last)
-        self.finished = self.finished or last
+        self.finished = last
         self.put_at = self.sent_at = time.monotonic()
         self.unsent = memoryview(bytes(self.unsent) + data)
         self.flush()
@@ -5075,7 +5064,7 @@ class Client:
     def wait(self, seconds):
         """Sleep that long, or until wake(). ClientGone if the client has left: the pump
         may not have looked yet, and a slot must not go to one who is gone."""
-        self.alarm.acquire(timeout=max(0.0, min(seconds, threading.TIMEOUT_MAX)))
+        self.alarm.acquire(timeout=seconds)
         if self.gone or ended([self.connection]):
             raise ClientGone(self.gone)
 
@@ -5112,8 +5101,9 @@ class Relay:
 
     # The socket that the pump waits for: the client's while it is behind, else Z.ai's.
     watched = None
+    # When something came that counts: neither an interim answer nor what stands behind
+    # the finish.
     heard_at = None
-    ending_since = None
     surplus_bytes = 0
     # Nothing more is to be read.
     is_read = False
@@ -5142,8 +5132,7 @@ class Relay:
             if answer.is_ending:
                 self.surplus_bytes += len(data)
             self.tell(*answer.feed(data))
-            # Interim answers are no words.
-            if answer.reply.status:
+            if answer.reply.status and not self.surplus_bytes:
                 self.heard_at = now
             # Only at the end of its body a connection can serve again. Behind a stop
             # word, Z.ai may still be generating what is not wanted.
@@ -5190,11 +5179,11 @@ class Relay:
             raise ClientGone(self.client.gone)
         if self.is_behind:
             self.heard_at = now
+        silent_s = now - self.heard_at
         if self.answer.is_ending:
-            self.ending_since = self.ending_since or now
-            if now - self.ending_since > self.END_S:
+            if silent_s > self.END_S:
                 self.end()
-        elif now - self.heard_at > silence_s:
+        elif silent_s > silence_s:
             raise UpstreamError(
                 f"Z.ai was silent for {silence_s:g} s (UPSTREAM_TIMEOUT).", TRY_ONCE)
         return self.is_read and not self.is_behind
@@ -5400,10 +5389,9 @@ class Pool:
             with self.lock:
                 if not self.idle:
                     return None
-                sock, since = self.idle.pop()
-            fresh = self.clock() - since < self.keep_s
+                sock, _ = self.idle.pop()
             # What an idle server says is that it has closed.
-            if fresh and peek(sock) is None:
+            if peek(sock) is None:
                 return sock
             sock.close()
 
@@ -5418,54 +5406,34 @@ class Pool:
                 self.idle.popleft()[0].close()
 
 
-class ZaiRequest(urllib.request.Request):
-    """A request that knows the Client for whom it is made."""
+# Z.ai's errors shall come in English. Compressed event streams have caused trouble.
+ZAI_HEAD = (
+    "Accept: text/event-stream, application/json",
+    "Accept-Encoding: identity",
+    "Accept-Language: en-US,en",
+    "Content-Type: application/json",
+    "User-Agent: ztoapi/" + __version__,
+    "Connection: keep-alive",
+)
 
-    # Z.ai's errors shall come in English. Compressed event streams have caused trouble.
-    HEAD = (
-        "Accept: text/event-stream, application/json",
-        "Accept-Encoding: identity",
-        "Accept-Language: en-US,en",
-        "Content-Type: application/json",
-        "User-Agent: ztoapi/" + __version__,
-        "Connection: keep-alive",
-    )
 
-    def __init__(self, url, key, client, data):
-        super().__init__(url, data, {"Authorization": "Bearer " + key})
-        # A proxy's name takes the place of `host` later.
-        self.add_header("Host", self.host)
-        self.client = client
-
-    def encode(self):
-        """The bytes to send. No value can break out of its line: they are ours,
-        urllib's, and the settings', which hold printable ASCII."""
-        fields = [f"{name}: {value}" for name, value in self.header_items()]
-        fields.append(f"Content-Length: {len(self.data)}")
-        lines = [f"POST {self.selector} HTTP/1.1", *self.HEAD, *fields, "", ""]
-        return "\r\n".join(lines).encode("latin-1") + self.data
+def request_bytes(request):
+    """The bytes to send for a urllib.request.Request. No value can break out of its
+    line: they are ours, urllib's, and the settings', which hold printable ASCII."""
+    fields = [f"{name}: {value}" for name, value in request.header_items()]
+    fields.append(f"Content-Length: {len(request.data)}")
+    lines = [f"POST {request.selector} HTTP/1.1", *ZAI_HEAD, *fields, "", ""]
+    return "\r\n".join(lines).encode("latin-1") + request.data
 
 
 class Connection:
-    """A socket to Z.ai with a request on its way. After the request it does not
-    block. `reused`: it comes from the pool."""
+    """A socket to Z.ai that does not block, with a request on its way. `reused`: it
+    comes from the pool."""
 
     def __init__(self, sock, pool, reused=False):
         self.sock = sock
         self.pool = pool
         self.reused = reused
-
-    def send(self, data, timeout_s):
-        self.sock.settimeout(timeout_s)
-        try:
-            self.sock.sendall(data)
-        except socket.timeout:
-            raise UpstreamError(
-                f"Z.ai took no data for {timeout_s:g} s (UPSTREAM_TIMEOUT).", TRY_ONCE) from None
-        except OSError:
-            # Z.ai may have answered before it closed. Reading tells.
-            pass
-        self.sock.setblocking(False)
 
     def receive(self, buffer):
         """The bytes that have come; None if there are none yet, b"" at the end."""
@@ -5536,7 +5504,8 @@ def open_tunnel(sock, request):
 
 
 class KeepAliveHandler(urllib.request.BaseHandler):
-    """http and https for an OpenerDirector. What it opens is a Connection."""
+    """http and https for an OpenerDirector. What it opens is a Connection, for a
+    request that knows its Client."""
 
     def __init__(self, pool, send_timeout_s):
         self.pool = pool
@@ -5552,14 +5521,24 @@ class KeepAliveHandler(urllib.request.BaseHandler):
 
     def send_request(self, request):
         pooled = self.pool.take()
-        connection = Connection(pooled or self._dial(request), self.pool, pooled is not None)
-        request.client.block_on(connection.sock)
+        sock = pooled or self._dial(request)
+        request.client.block_on(sock)
         # Inside of a tunnel, a new one or one from the pool, the request goes to Z.ai,
         # for whom the proxy's password is not.
         if request._tunnel_host:
             request.headers.pop("Proxy-authorization", None)
-        connection.send(request.encode(), self.send_timeout_s)
-        return connection
+        timeout_s = self.send_timeout_s
+        sock.settimeout(timeout_s)
+        try:
+            sock.sendall(request_bytes(request))
+        except socket.timeout:
+            raise UpstreamError(
+                f"Z.ai took no data for {timeout_s:g} s (UPSTREAM_TIMEOUT).", TRY_ONCE) from None
+        except OSError:
+            # Z.ai may have answered before it closed. Reading tells.
+            pass
+        sock.setblocking(False)
+        return Connection(sock, self.pool, sock is pooled)
 
     # The names that OpenerDirector looks for.
     http_open = send_request
@@ -5576,7 +5555,7 @@ class KeepAliveHandler(urllib.request.BaseHandler):
             if request._tunnel_host:
                 open_tunnel(sock, request)
             if is_tls:
-                zai = urllib.parse.urlsplit("//" + (request._tunnel_host or request.host))
+                zai = urllib.parse.urlsplit("//" + request.headers["Host"])
                 sock = self.tls.wrap_socket(
                     sock, server_hostname=zai.hostname, do_handshake_on_connect=False)
                 request.client.block_on(sock)
@@ -5618,20 +5597,18 @@ SCHEMA_CODES = ("1210", "1213", "1214", "1234", "500")
 
 
 class Job:
-    """One answer to get: the Asked and, in `data`, its bytes for Z.ai. write(model)
-    gives the Asked for another model. What holds the conversation is let go of once
-    Z.ai has begun to answer."""
+    """One answer to get: the Asked and, in `data`, its bytes for Z.ai. What holds the
+    conversation is let go of once Z.ai has begun to answer."""
 
-    is_simplified = False
+    # write(model) gives the Job for another model.
+    write = None
 
-    def __init__(self, asked, streamed=True, write=None):
+    def __init__(self, asked, streamed=True):
         self.data = asked.data
-        kept = ("model", "max_tokens")
-        body = {name: asked.body[name] for name in kept if name in asked.body}
-        self.asked = asked._replace(body=body, data=b"")
-        self.model = body["model"]
+        self.model = asked.body["model"]
+        self.max_tokens = asked.body.get("max_tokens")
+        self.asked = asked._replace(body={}, data=b"")
         self.streamed = streamed
-        self.write = write
 
 
 class Upstream:
@@ -5644,15 +5621,14 @@ class Upstream:
         self.pump = pump
         self.clock = pump.clock
         self.now = now
-        self.rand = rand
         self.pool = Pool(self.clock, KEEP_IDLE_S)
         keys = ("demo",) if settings.demo_mode else settings.zai_api_key
-        self.gates = Gates(keys, settings.max_concurrency,
-                           settings.queue_timeout, self.clock, rand)
+        self.gates = Gates(keys, settings.max_concurrency, settings.queue_timeout,
+                           settings.max_retries, self.clock, rand)
         # A key that is alone can have two of the largest.
         self.bodies = Bodies(4 * max(64, settings.max_body_mb) << 20)
         # For what is read at one time: see turn().
-        self.turns = Gates(("",), 1, settings.queue_timeout, self.clock)
+        self.turns = Gates(("",), 1, settings.queue_timeout, clock=self.clock)
         pump.chores += [self.gates.tick, self.pool.expire]
         # The usual opener follows redirects, with the key, and opens files.
         self.opener = urllib.request.OpenerDirector()
@@ -5682,27 +5658,48 @@ class Upstream:
         others = fallbacks_of(job.model, self.settings) if job.write else []
         try:
             while job:
+                self.bodies.held[client] = job.data
+                if not others:
+                    job.write = None
+                ticket = Ticket(self.settings.redact(job.model), client)
+                ticket.waited_s = record.queued_s
+                ticket.is_replaceable = bool(others)
                 try:
-                    return self._answer(job, client, record, take, bool(others))
-                except ApiError as error:
+                    while self._attempt(job, ticket, record, take):
+                        record.retries += 1
+                    return
+                except UpstreamError as error:
                     # An overload passes: if no other model answers, it is waited out.
                     if not first and error.code == OVERLOADED.code and others:
                         others.append(job.model)
                     first = first or error
-                    job = self._job_of_another(job, others, client, error)
+                    job = self._other_job(job, others, client, record, error)
             raise first
         finally:
             # The error's traceback holds this frame: such a circle is freed late.
             first = None
 
-    def _job_of_another(self, job, others, client, error):
-        """The Job for the next of the models, after an error that it may not have, or
-        None."""
-        is_models = error.type == QUOTA.type or error.code in (NO_MODEL.code, OVERLOADED.code)
-        while is_models and job.data and others:
-            # One that sees no pictures is no other for a request with one.
-            with self.turn(client, job.data), contextlib.suppress(RequestError):
-                return Job(job.write(others.pop(0)), job.streamed, job.write)
+    def _other_job(self, job, others, client, record, error):
+        """The Job for a further try, after an error that it may not have; or None. It
+        is for the next of the models, or has plain words in the schemas of its tools,
+        once."""
+        if not job.data:
+            return None
+        if error.type == QUOTA.type or error.code in (NO_MODEL.code, OVERLOADED.code):
+            while others:
+                # One that sees no pictures is no other for a request with one.
+                with self.turn(client, job.data), contextlib.suppress(RequestError):
+                    other = job.write(others.pop(0))
+                    other.write = job.write
+                    return other
+        is_schemas = error.zai_code in SCHEMA_CODES or error.message == EMPTY
+        if is_schemas and error.code != TOO_LONG.code and "schemas" not in record.changed:
+            with self.turn(client, job.data):
+                body = simpler_schemas(decode_or_none(job.data.decode()))
+                if body:
+                    job.data = encode_json(body)
+                    record.changed = (*record.changed, "schemas")
+                    return job
         return None
 
     def _make_answer(self, job):
@@ -5711,79 +5708,41 @@ class Upstream:
             now = self.now()
             return zai_error(
                 value, status, now=now, model=job.model,
-                max_tokens=job.asked.body.get("max_tokens"),
+                max_tokens=job.max_tokens,
                 patience_s=self.settings.queue_timeout,
                 retry_after=seconds_to_wait(retry_after))
 
         return Answer(Translator(job.asked, restartable=not job.streamed, describe=describe))
 
-    def _answer(self, job, client, record, take, is_replaceable):
-        """An answer of the job's model."""
-        self.bodies.held[client] = job.data
-        if not is_replaceable:
-            job.write = None
-        ticket = Ticket(self.settings.redact(job.model), client)
-        ticket.waited_s = record.queued_s
-        ticket.is_replaceable = is_replaceable
-        tries = 0
-        while True:
-            try:
-                self.gates.enter(ticket)
-            finally:
-                record.queued_s = ticket.waited_s
-            try:
-                self._attempt(job, ticket, record, take)
-                return
-            except UpstreamError as error:
-                pause_s = self._pause_s(error, ticket, tries)
-                if pause_s is None:
-                    if not self._simplify(job, client, record, error):
-                        raise
-                    pause_s = 0
-                tries += error.verdict in (TRY_AGAIN, TRY_ONCE)
-            record.retries += 1
-            deadline = self.clock() + pause_s
-            while self.clock() < deadline:
-                client.wait(deadline - self.clock())
-            ticket.waited_s += pause_s
-
-    def _simplify(self, job, client, record, error):
-        """Whether a further try makes sense, with plain words in the schemas of the
-        job's tools. There is one, after an error that may be theirs."""
-        is_theirs = error.zai_code in SCHEMA_CODES or error.message == EMPTY
-        if not is_theirs or error.code == TOO_LONG.code or not job.data or job.is_simplified:
-            return False
-        with self.turn(client, job.data):
-            body = simpler_schemas(decode_or_none(job.data.decode()))
-            if body:
-                job.data = self.bodies.held[client] = encode_json(body)
-                job.is_simplified = True
-                record.changed = (*record.changed, "schemas")
-        return body is not None
-
     def _attempt(self, job, ticket, record, take):
-        """One attempt, which gives the slot back; `ticket` learns how it went."""
+        """One attempt, with a slot of its own. True if there is to be another."""
+        try:
+            self.gates.enter(ticket)
+        finally:
+            record.queued_s = ticket.waited_s
+        key = ticket.gate.key
         stale = True
         try:
             while stale:
                 answer = self._make_answer(job)
-                stale = self._relay(job, ticket, record, answer, take)
+                stale = self._relay(job, key, ticket.client, record, answer, take)
         except UpstreamError as error:
             error.message = self.settings.redact(error.message)
-            key = ticket.gate.key.name
-            log.debug("%s attempt with key %s failed: %s", record.id, key, error.message)
-            self.gates.leave(ticket, error, answer.begun)
+            log.debug("%s attempt with key %s failed: %s", record.id, key.name, error.message)
             # Its cause and its traceback hold frames of the pump that hold the error:
             # such a circle is freed late.
-            error.__context__ = None
-            raise error.with_traceback(None)
+            error.__context__ = error.__traceback__ = None
+            if not self.gates.leave(ticket, error, answer.begun):
+                raise error from None
+            return True
         finally:
             self._note(record, answer)
             record.repaired += answer.translator.frames.repaired
             # Whoever has left already does not leave again.
             self.gates.leave(ticket, None, answer.begun)
+        return False
 
-    def _relay(self, job, ticket, record, answer, take):
+    def _relay(self, job, key, client, record, answer, take):
         """Send the request and let the pump tell the answer. True if the connection was
         an old one that had died before."""
         def told(steps):
@@ -5791,13 +5750,11 @@ class Upstream:
                 record.ttft_s = self.clock() - record.started
                 self._note(record, answer)
                 job.data = job.write = None
-                self.bodies.drop(ticket.client)
-            if steps[-1].kind == FINISH:
-                record.usage = steps[-1].usage
+                self.bodies.drop(client)
+            record.usage = steps[-1].usage
             take(steps)
 
-        client = ticket.client
-        connection = self.open(ticket.gate.key, client, job.data)
+        connection = self.open(key, client, job.data)
         sent_at = self.clock()
         try:
             self.pump.run(Relay(connection, answer, client, told))
@@ -5812,24 +5769,6 @@ class Upstream:
         fields = answer.reply.fields
         record.zai_log_id = plain(self.settings.redact(fields.get("x-log-id", "")), 64)
 
-    def _pause_s(self, error, ticket, tries):
-        """Seconds to wait before the next attempt; None if there is to be none."""
-        left_s = self.settings.queue_timeout - ticket.waited_s
-        if ticket.served or error.verdict == GIVE_UP:
-            return None
-        if error.verdict in QUEUE_AGAIN:
-            # It queues again, unless Z.ai names a time that is too far away.
-            return 0 if error.pause_s <= left_s else None
-        if error.verdict in NEXT_KEY:
-            return 0 if len(ticket.refused_by) < len(self.gates.keys) else None
-        if tries >= self.settings.max_retries:
-            return None
-        if error.verdict == TRY_ONCE and tries:
-            return None
-        # Full jitter, so that all who failed together do not come again together.
-        pause_s = max(backoff_s(tries) * self.rand(), error.pause_s)
-        return pause_s if pause_s <= left_s else None
-
     def open(self, key, client, data):
         """The Connection with a request on its way to Z.ai."""
         if self.settings.demo_mode:
@@ -5837,7 +5776,10 @@ class Upstream:
             return Connection(demo_socket(data), self.pool)
         url = self.settings.zai_base_url + "/chat/completions"
         try:
-            request = ZaiRequest(url, key.text, client, data)
+            request = urllib.request.Request(url, data, {"Authorization": "Bearer " + key.text})
+            # A proxy's name takes the place of `host` later.
+            request.add_header("Host", request.host)
+            request.client = client
             return self.opener.open(request, timeout=CONNECT_TIMEOUT_S)
         except (OSError, ValueError) as error:
             if client.gone:
@@ -6197,9 +6139,7 @@ def request_outline(zai_request):
     """A request as a log may show it: roles and lengths, never texts."""
     messages = [f"{message['role']}:{len(message['content'])}"
                 for message in zai_request["messages"]]
-    fields = ",".join(sorted(map(ascii, zai_request)))
-    tools = len(zai_request.get("tools", ()))
-    return f"{zai_request['model']!a} messages={messages} tools={tools} fields={fields}"
+    return f"messages={messages} fields={','.join(sorted(map(ascii, zai_request)))}"
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -6233,8 +6173,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.log_level = logging.INFO
         self.record = Record(
             new_id("req_"), self.client_address[0], time.time(), time.monotonic())
-        # A head is small: CLIENT_TIMEOUT is for all of it.
-        self.late_at = self.record.started + self.settings.client_timeout
         try:
             self.dispatch()
         finally:
@@ -6282,12 +6220,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """What has come of the request, at least one byte."""
         data = self.unread
         self.unread = b""
+        patience_s = self.settings.client_timeout
         try:
-            if time.monotonic() > self.late_at:
+            if time.monotonic() > self.record.started + PATIENCE * patience_s:
                 raise socket.timeout
             data = data or self.connection.recv(65536)
         except socket.timeout:
-            patience_s = self.settings.client_timeout
             words = f"The request did not come within CLIENT_TIMEOUT ({patience_s:g} s)."
             raise RequestError(words, status=408, code="request_timeout") from None
         except OSError:
@@ -6320,23 +6258,23 @@ class Handler(http.server.BaseHTTPRequestHandler):
                                status=415, code="unsupported_media_type")
         framing = self.head.framing
         bodies = self.server.upstream.bodies
-        self.late_at = time.monotonic() + PATIENCE * self.settings.client_timeout
-        try:
-            if framing.left > limit:
-                raise OverflowError
-            is_asked = self.fields.get("expect", "").lower() == "100-continue"
+        bodies.add(client, b"")
+        is_asked = self.fields.get("expect", "").lower() == "100-continue"
+        while True:
+            if len(bodies.held[client]) + framing.left > limit:
+                raise RequestError(
+                    f"The body is larger than MAX_BODY_MB ({self.settings.max_body_mb}).",
+                    status=413, code="request_too_large")
             if is_asked and not self.head.is_1_0:
                 self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-            bodies.add(client, b"")
-            while not framing.done:
-                bodies.add(client, framing.feed(self.receive()))
-                if len(bodies.held[client]) + framing.left > limit:
-                    raise OverflowError
-        except OverflowError:
-            words = f"The body is larger than MAX_BODY_MB ({self.settings.max_body_mb})."
-            raise RequestError(words, status=413, code="request_too_large") from None
-        except ValueError as error:
-            raise RequestError(f"Malformed chunked body: {error}.") from None
+                is_asked = False
+            if framing.done:
+                break
+            try:
+                data = framing.feed(self.receive())
+            except ValueError as error:
+                raise RequestError(f"Malformed chunked body: {error}.") from None
+            bodies.add(client, data)
         self.unread = framing.rest or self.unread
 
     # Finding the route
@@ -6385,15 +6323,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def check_key(self):
         """Find the key that the client sent. Each comparison takes the same time, as
         the time of an early end would tell how much of a guess is right."""
-        names = ("authorization", "x-api-key", "api-key")
-        given = [self.fields.get(name, "") for name in names]
         # A word such as Bearer may stand before it.
-        words = [text.rpartition(" ")[2] for text in given]
+        words = [
+            self.fields.get(name, "").rpartition(" ")[2].encode()
+            for name in ("authorization", "x-api-key", "api-key")]
         for position, key in enumerate(self.settings.default_key, 1):
-            for text in words:
-                if hmac.compare_digest(key.encode(), text.encode("utf-8", "replace")):
-                    self.record.key = f"#{position}"
-                    return
+            if any(hmac.compare_digest(key.encode(), word) for word in words):
+                self.record.key = f"#{position}"
+                return
         if self.log_level == logging.INFO:
             self.server.metrics.count("unauthorized")
         raise RequestError(
@@ -6435,23 +6372,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
         after."""
         error.message = self.settings.redact(error.message)
         self.record.error = error.message
-        if self.outbox and self.outbox.started:
-            self.end_stream(error)
-            return
-        value = self.front.error(error, self.record.id)
-        self.answer_json(value, self.front.status(error), error.headers().items())
-
-    def end_stream(self, error):
-        """A stream that fails ends without its last chunk, which shows as the cut it
-        is."""
         outbox = self.outbox
-        self.record.status = error.status
-        last = not outbox.front.cuts_failures
-        if not last:
-            self.close_connection = True
-        if outbox.finished:
+        if not (outbox and outbox.started):
+            value = self.front.error(error, self.record.id)
+            self.answer_json(value, self.front.status(error), error.headers().items())
             return
-        end = outbox.frame(outbox.front.failure(error), last)
+        self.record.status = error.status
+        # Without its last chunk a stream that failed shows as the cut it is.
+        last = not self.front.cuts_failures
+        self.close_connection |= not last
+        end = outbox.frame(self.front.failure(error), last)
         self.send(bytes(outbox.unsent) + end)
 
     def make_head(self, status, content_type, *more):
@@ -6497,7 +6427,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             asked = self.settings.redact(self.fields.get("access-control-request-headers", ""))
             fields += [
                 ("Access-Control-Allow-Methods", "GET, POST, OPTIONS"),
-                ("Access-Control-Allow-Headers", asked or "authorization, content-type"),
+                ("Access-Control-Allow-Headers", asked),
                 ("Access-Control-Max-Age", "86400"),
                 ("Vary", "Access-Control-Request-Headers"),
             ]
@@ -6560,13 +6490,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.record.counted = True
         self.server.metrics.count("in_flight")
         with self.reading() as client:
-            front, job = self.read_request(client)
+            job = self.read_request(client)
+            front = self.front
             if not self.server.upstream.gates.keys:
                 raise missing_key()
             if front.stream:
                 self.outbox = client.outbox = Outbox(
                     self.connection, self.stream_head, front, chunked=not self.head.is_1_0)
-                take = self.tell
+                take = self.outbox.tell
             else:
                 fold = Fold()
                 take = fold.add
@@ -6586,23 +6517,23 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.server.upstream.bodies.drop(client)
 
     def read_request(self, client):
-        """(front, Job). What the client sent is let go of here: an answer may take
-        minutes, and a conversation many megabytes."""
+        """The Job. What the client sent is let go of here: an answer may take minutes,
+        and a conversation many megabytes."""
         record = self.record
         upstream = self.server.upstream
         data = upstream.bodies.held[client]
 
         def write(model=""):
             asked = to_zai_request(request, self.settings, model)
-            front.asked = asked._replace(body={}, data=b"")
+            job = Job(asked, front.stream)
+            front.asked = job.asked
             record.changed = tuple(map(self.settings.redact, asked.changed))
-            id = asked.body["model"]
-            record.model_id = self.settings.redact(id)
-            record.by = "" if id == canonical_id(front.model) else record.model_id
+            record.model_id = self.settings.redact(job.model)
+            record.by = "" if job.model == canonical_id(front.model) else record.model_id
             if log.isEnabledFor(logging.DEBUG):
                 words = self.settings.redact(request_outline(asked.body))[:2000]
                 log.debug("%s to Z.ai: %s", record.id, words)
-            return asked
+            return job
 
         with upstream.turn(client, data):
             body = read_json_object(data)
@@ -6612,18 +6543,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.front = front
             # Whatever was sent as such: it is checked later.
             record.stream = bool(front.stream)
-            return front, Job(write(), front.stream, write)
+            job = write()
+            # Not in write() itself, which would hold itself then.
+            job.write = write
+            return job
 
     def post_count(self):
         """How many tokens a request to Messages has, without asking Z.ai."""
         with self.reading() as client:
-            front, _ = self.read_request(client)
-        self.answer_json({"input_tokens": front.asked.tokens})
-
-    def tell(self, steps):
-        text = self.front.tell(steps)
-        if text:
-            self.outbox.put(text, last=steps[-1].kind == FINISH)
+            self.read_request(client)
+        self.answer_json({"input_tokens": self.front.asked.tokens})
 
     def stream_head(self):
         """The head of a streamed answer. It is made when the first bytes go out, so
@@ -6649,9 +6578,9 @@ class Server(http.server.ThreadingHTTPServer):
     """The proxy: Server(settings).serve_forever(), and stop() from another thread. It
     owns all its parts.
 
-    get_request(), verify_request(), process_request(), shutdown_request() and
-    handle_error() are hooks of the base class: they are called in this order for each
-    connection, the first three in the thread of serve_forever().
+    get_request(), process_request(), shutdown_request() and handle_error() are hooks of
+    the base class: they are called in this order for each connection, the first two in
+    the thread of serve_forever().
     """
 
     # The base class's 5 refuses bursts.
@@ -6723,25 +6652,25 @@ class Server(http.server.ThreadingHTTPServer):
         super().serve_forever(poll_interval)
 
     def get_request(self):
+        """Take a connection, in place of an idle one if need be, or refuse it. OSError
+        means that there is none."""
         try:
-            return super().get_request()
+            request, address = super().get_request()
         except OSError as error:
             # Without a free descriptor the connection stays in the backlog, and the
             # loop must not spin on it. Of one that was aborted nothing stays.
             if not isinstance(error, ConnectionError):
                 time.sleep(0.05)
             raise
-
-    def verify_request(self, request, client_address):
-        """Take the connection, in place of an idle one if need be, or refuse it."""
         with self.lock:
             if len(self.connections) >= self.settings.max_connections:
                 self.shut_idle()
-            if len(self.connections) < self.settings.max_connections:
-                self.connections[request] = time.monotonic()
-                return True
-        self.refuse(request)
-        return False
+            self.connections[request] = time.monotonic()
+            too_many = len(self.connections) > self.settings.max_connections
+        if too_many:
+            self.refuse(request)
+            raise ConnectionError
+        return request, address
 
     def process_request(self, request, client_address):
         try:
@@ -6749,7 +6678,6 @@ class Server(http.server.ThreadingHTTPServer):
         # The system has no more threads.
         except RuntimeError:
             self.refuse(request)
-            self.shutdown_request(request)
 
     def shutdown_request(self, request):
         """Take what the client is still sending, for a moment: closing on it would
@@ -6778,6 +6706,8 @@ class Server(http.server.ThreadingHTTPServer):
     def refuse(self, request):
         """A 503 without a thread. The socket is kept for a moment, until it has been
         read."""
+        with self.lock:
+            del self.connections[request]
         error = ApiError("Too many connections.", status=503, code="too_many_connections")
         id = new_id("req_")
         body = encode_json(Chat.error(error))
@@ -6794,8 +6724,7 @@ class Server(http.server.ThreadingHTTPServer):
             request.setblocking(False)
             request.send(head + body)
             request.shutdown(socket.SHUT_WR)
-            # The base class closes `request`.
-            self.refused.put(socket.socket(fileno=request.detach()))
+        self.refused.put(request)
 
     def shut_idle(self):
         """Shut the connection that has idled longest; called with the lock held."""
@@ -6815,10 +6744,6 @@ class Server(http.server.ThreadingHTTPServer):
         # shutdown() would wait for ever for a loop that never begins.
         if self.pump.thread.ident:
             self.shutdown()
-        return self.drain(grace_s)
-
-    def drain(self, grace_s=GRACE_S):
-        """What stop() does once serve_forever() has ended."""
         if not self.draining:
             # Accept what has connected: each call takes one, or finds none at once.
             self.timeout = 0
@@ -6832,19 +6757,17 @@ class Server(http.server.ThreadingHTTPServer):
         while True:
             with self.lock:
                 connections = dict(self.connections)
-            for sock, since in connections.items():
-                if since != BUSY:
-                    shut(sock)
             whole = BUSY not in connections.values()
-            if whole or time.monotonic() > deadline:
+            is_over = whole or time.monotonic() > deadline
+            for sock, since in connections.items():
+                if is_over or since != BUSY:
+                    shut(sock)
+            if is_over:
                 break
             time.sleep(0.02)
-        for sock in connections:
-            shut(sock)
         if not whole:
             # The pump sees that they have ended, and hangs up on Z.ai.
             time.sleep(2 * TICK_S)
-        self.server_close()
         self.pump.close()
         self.upstream.close()
         return whole

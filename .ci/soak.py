@@ -373,9 +373,13 @@ def report(seconds, outcomes, names, before, after, ends):
 def soak(seconds):
     chance = random.Random(SEED)
     outcomes = []
-    with t.pem_file() as path, contextlib.ExitStack() as closing:
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as closing:
+        # Certificate, key and store at once.
+        path = os.path.join(folder, "zai.pem")
+        with open(path, "w") as file:
+            file.write(t.PEM)
         zai = SoakZai(chance)
-        tls_zai = SoakZai(chance, t.tls_context(path))
+        tls_zai = SoakZai(chance, path)
         tunnel = t.HttpProxy()
         for part in (zai, tls_zai, tunnel):
             closing.callback(part.close)
