@@ -1408,7 +1408,7 @@ FIELDS = by_word({
 })
 # Bounds of a number, or of the length of a string or an array.
 RANGES = by_word({
-    (0, LONGEST_NAME): "model",
+    (1, LONGEST_NAME): "model",
     (1, INFINITY): "messages max_tokens max_completion_tokens",
     (1, 1): "n",
     (0, 2): "temperature",
@@ -1471,7 +1471,7 @@ FAMILIES = {
     GRADED: (SWITCHED, GRADES),
     ALWAYS: (NEVER_OFF, GRADES),
     # A model that the table does not know gets the words that were sent.
-    None: (SWITCHED, dict(zip(EFFORTS, EFFORTS))),
+    None: (SWITCHED, WISH_WORDS),
 }
 
 
@@ -1509,8 +1509,6 @@ def read_json_object(data):
         value = decode_strictly(data.decode("utf-8-sig"))
     except RecursionError:
         raise RequestError("The body is nested too deeply.") from None
-    except UnicodeDecodeError:
-        raise RequestError("The body is not UTF-8 text.") from None
     except ValueError as error:
         raise RequestError(f"The body is not valid JSON: {error}.") from None
     if not isinstance(value, dict):
@@ -1545,18 +1543,14 @@ def wrong(path, words, **facts):
     return RequestError(f"'{param}' {words}.", param, **facts)
 
 
-def missing(path):
-    return wrong(path, "is missing", code="missing_required_parameter")
-
-
 def expect(value, type, path):
     """`value`, if it is of that type, one of TYPES."""
-    if value is None:
-        raise missing(path)
     # In Python, true and false are numbers too.
-    if not isinstance(value, type) or isinstance(value, bool) and type is not bool:
-        raise wrong(path, f"must be {TYPES[type]}", code="invalid_type")
-    return value
+    if isinstance(value, type) and (type is bool or not isinstance(value, bool)):
+        return value
+    if value is None:
+        raise wrong(path, "is missing", code="missing_required_parameter")
+    raise wrong(path, f"must be {TYPES[type]}", code="invalid_type")
 
 
 def need_word(value, words, path):
@@ -1645,21 +1639,19 @@ MEDIA = by_word({
 # Who reads a piece, by its type: a method of the Reader. To teach it a type, add it
 # here. A part shows something, in a message or in the output of a tool.
 PARTS = by_word({
-    "text": "text input_text output_text refusal compaction",
-    "media": " ".join(MEDIA),
-    "words": "input_audio audio search_result tool_reference resource resource_link",
+    "read_text": "text input_text output_text refusal compaction",
+    "read_media": " ".join(MEDIA),
+    "read_words": "input_audio audio search_result tool_reference resource resource_link",
 })
 # An item stands among the turns, or inside a message.
 ITEMS = by_word({
-    "message": "message",
-    "thinking": "thinking reasoning",
-    "call": "function function_call custom custom_tool_call tool_use tool_call",
-    "output": "function_call_output custom_tool_call_output tool_result",
-    "reference": "item_reference",
-    "tools": "additional_tools",
+    "read_message": "message",
+    "read_thinking": "thinking reasoning",
+    "read_call": "function function_call custom custom_tool_call tool_use tool_call",
+    "read_output": "function_call_output custom_tool_call_output tool_result",
+    "read_reference": "item_reference",
+    "read_tools": "additional_tools",
 })
-# The types of tools that take a text, which is one of their arguments at Z.ai.
-CUSTOM_TYPES = ("custom", "custom_tool_call")
 # Names of one meaning: the first that holds something counts.
 THOUGHT_FIELDS = ("thinking", "reasoning", "content", "summary")
 CHAT_THOUGHT_FIELDS = ("reasoning_content", "reasoning")
@@ -1719,29 +1711,22 @@ class Piece(dict):
     __slots__ = ("kind", "path", "role", "turn")
 
     def __init__(self, value, path, kind=None, role="", turn=0):
-        if not isinstance(value, dict):
-            expect(value, dict, path)
-        dict.__init__(self, value)
+        dict.__init__(self, expect(value, dict, path))
         self.path = path
         self.role = role
         self.turn = turn
-        self.kind = self.get("type") or kind
-        # The usual case needs no path.
-        if not isinstance(self.kind, str):
-            expect(self.kind, str, (path, "type"))
+        self.kind = expect(self.get("type") or kind, str, (path, "type"))
 
     def need(self, key, type, default=None):
         """self[key], or else the default, if it is of that type."""
         value = self.get(key)
-        if isinstance(value, type):
-            return value
         return expect(default if value is None else value, type, (self.path, key))
 
-    def pieces(self, key, kind):
-        """The Pieces in a list, which may be absent."""
-        path = (self.path, key)
-        values = enumerate(self.need(key, list, []))
-        return [Piece(value, (path, i), kind) for i, value in values]
+    def tools(self):
+        """The Pieces in the list of tools, which may be absent."""
+        path = (self.path, "tools")
+        values = enumerate(self.need("tools", list, []))
+        return [Piece(value, (path, i), "function") for i, value in values]
 
     def unfold(self):
         """Make chat's nesting, {"type": X, X: {...}}, as flat as the others have it."""
@@ -1750,10 +1735,6 @@ class Piece(dict):
             self.path = (self.path, self.kind)
             self.update(expect(inner, dict, self.path))
         return self
-
-
-def text_part(text):
-    return {"type": "text", "text": text}
 
 
 def json_text(value):
@@ -1787,16 +1768,13 @@ def words_in(value, depth=0):
 
 def media_part(value, noun):
     """A picture, a video or a file in Z.ai's form; None if there is nothing of it."""
-    form = noun + "_url"
-    given = as_dict(value.get(form))
-    value = {**value, **as_dict(value.get("source")), **given}
-    url = first(value, URL_FIELDS)
-    data = first(value, DATA_FIELDS)
-    # The type is that of the source, if there is one.
-    if value["type"] == "text":
+    source = as_dict(value.get("source")) or value
+    url = first(source, URL_FIELDS)
+    data = first(source, DATA_FIELDS)
+    if source.get("type") == "text":
         return None
     if data:
-        url = f"data:{first(value, FORMAT_FIELDS)};base64,{data}"
+        url = f"data:{first(source, FORMAT_FIELDS)};base64,{data}"
     if noun == "file":
         file = value.get("file")
         data = value.get("file_data") or data and url
@@ -1804,7 +1782,9 @@ def media_part(value, noun):
             file = {"filename": value.get("filename") or "file", "file_data": data}
         if isinstance(file, dict):
             return {"type": noun, noun: file}
-    return {"type": form, form: given or {"url": url}} if isinstance(url, str) else None
+    form = noun + "_url"
+    url = url if isinstance(url, dict) else {"url": url}
+    return {"type": form, form: url} if isinstance(url.get("url"), str) else None
 
 
 UNIONS = ("anyOf", "oneOf", "allOf")
@@ -1937,17 +1917,15 @@ class History:
         if not any(turn):
             return
         self.turn = Turn([], [], [])
-        content = "\n\n".join(filter(None, texts))
-        thinking = "\n\n".join(filter(None, thoughts))
+        content = "\n\n".join(texts)
         if calls or content.strip():
-            self.place_images()
-            message = {"role": "assistant", "content": content}
-            if thinking:
-                message["reasoning_content"] = thinking
-            self.messages.append(message)
+            self.add("assistant", content)
+            message = self.messages[-1]
+            if thoughts:
+                message["reasoning_content"] = "\n\n".join(thoughts)
             if calls:
                 message["tool_calls"] = self.add_calls(calls)
-        elif thinking:
+        elif thoughts:
             # Z.ai takes no thinking alone.
             self.changed.append("reasoning_content")
 
@@ -1981,7 +1959,7 @@ class History:
         return list(kept.values())
 
     def add(self, role, content):
-        """A message that is not the assistant's."""
+        """A message behind all that was said."""
         self.end_turn()
         self.place_images()
         self.messages.append({"role": role, "content": content})
@@ -2004,13 +1982,13 @@ class History:
         images = self.images
         if images:
             self.images = []
-            self.add("user", [text_part("From the tool results:"), *images])
+            self.add("user", [{"type": "text", "text": "From the tool results:"}, *images])
 
     def close(self):
         self.end_turn()
         self.place_images()
         # Z.ai refuses a request without a user.
-        if "user" not in [message["role"] for message in self.messages]:
+        if not any(message["role"] == "user" for message in self.messages):
             self.add("user", NO_WORDS)
         return self.messages
 
@@ -2031,8 +2009,6 @@ class Reader:
         self.settings = settings
         self.id = model or zai_model_id(
             self.fields["model"], settings.model_aliases, request.claude)
-        if not self.id:
-            raise wrong("model", "must not be empty")
         # Whether another model may answer where this one sees nothing.
         self.may_change = settings.vision_model and not model
         # None for an id that the table does not know.
@@ -2113,8 +2089,7 @@ class Reader:
         path = self.path("messages")
         for i, turn in enumerate([*request.earlier, *messages], -len(request.earlier)):
             around.turn = i
-            place = (path, i) if i >= 0 else "previous_response_id"
-            part = self.read(turn, place, around, "message")
+            part = self.read(turn, (path, i), around, "message")
             # What stands in no message is the user's.
             if part:
                 self.show("user", [part])
@@ -2146,8 +2121,8 @@ class Reader:
             method = PARTS.get(piece.kind)
             # An output has parts alone, so that nothing nests for ever.
             if not method and role != "tool":
-                method = ITEMS.get(piece.kind) or "role" in piece and "message"
-            return getattr(self, "read_" + (method or "words"))(piece)
+                method = ITEMS.get(piece.kind) or "role" in piece and "read_message"
+            return getattr(self, method or "read_words")(piece)
         except RequestError as error:
             if error.status != 400:
                 raise
@@ -2177,18 +2152,21 @@ class Reader:
             return self.read_words(piece)
         if role == "tool":
             return self.read_output(piece)
-        piece.role = role = "system" if role == "developer" else role
+        piece.role = role
         if role == "assistant":
             thought = words_in(first(piece, CHAT_THOUGHT_FIELDS))
-            self.turn(piece).thoughts.append(thought)
+            if thought:
+                self.turn(piece).thoughts.append(thought)
             for field in ("content", "refusal", "tool_calls"):
                 if piece.get(field):
                     # The entries of tool_calls may have no type.
                     text = lines(*self.content(piece, field, "function"))
-                    self.turn(piece).texts.append(text)
+                    if text:
+                        self.turn(piece).texts.append(text)
             return None
         if piece.get("content") is None:
-            raise missing((piece.path, "content"))
+            # Refused as any field is that is absent.
+            expect(None, str, (piece.path, "content"))
         parts = self.content(piece, "content")
         # Of outputs alone, which were told by themselves, nothing is left.
         if parts or not piece["content"]:
@@ -2200,7 +2178,8 @@ class Reader:
     def show(self, role, parts):
         """Parts of the user or the system."""
         text = lines(*parts)
-        if role == "system":
+        if role != "user":
+            role = "system"
             text = BILLING.sub("", text)
             if not text.strip():
                 return
@@ -2210,7 +2189,8 @@ class Reader:
             parts = [*parts, text]
         if dict in map(type, parts):
             text = [
-                text_part(part) if isinstance(part, str) else part for part in parts if part]
+                {"type": "text", "text": part} if isinstance(part, str) else part
+                for part in parts if part]
         self.history.add(role, text)
 
     def turn(self, piece):
@@ -2222,8 +2202,9 @@ class Reader:
 
     def read_thinking(self, piece):
         kept = str(piece.get("encrypted_content")).partition(MARK)[2]
-        text = kept or words_in(first(piece, THOUGHT_FIELDS))
-        self.turn(piece).thoughts.append(text)
+        thought = kept or words_in(first(piece, THOUGHT_FIELDS))
+        if thought:
+            self.turn(piece).thoughts.append(thought)
 
     def read_call(self, piece):
         """A call of an earlier answer, sent back."""
@@ -2232,7 +2213,7 @@ class Reader:
         call = piece.unfold()
         name = self.name_at_zai(call)
         arguments = first(call, ARGUMENT_FIELDS)
-        if call.kind in CUSTOM_TYPES:
+        if call.kind.startswith("custom"):
             arguments = {"input": call.get("input")}
         mended = mend_arguments(arguments)
         if mended != arguments and not isinstance(arguments, dict):
@@ -2330,9 +2311,7 @@ class Reader:
             error = RequestError(f"{reason}{advice}.", spelled(piece.path))
             self.errors.append((piece.turn, error))
         self.changed.append(noun)
-        if piece.role in ("", "assistant"):
-            return None
-        return f"[{noun} left out: {reason}]"
+        return None if piece.role in ("", "assistant") else f"[{noun} left out: {reason}]"
 
     # Tools
 
@@ -2359,7 +2338,7 @@ class Reader:
         return short
 
     def read_tools(self, holder, namespace=None):
-        for tool in holder.pieces("tools", "function"):
+        for tool in holder.tools():
             # Anthropic's have no type, or "custom", which elsewhere is another thing.
             if tool.get("input_schema") is not None:
                 tool.kind = "function"
@@ -2370,8 +2349,8 @@ class Reader:
                 self.read_tools(tool, tool.need("name", str))
             elif tool.kind in CHOICES:
                 self.read_function(tool.unfold())
-            elif tool.kind in ZAI_TOOLS and isinstance(tool.get(tool.kind), dict):
-                self.tools.append(dict(tool))
+            elif tool.kind in ZAI_TOOLS and tool.get(tool.kind):
+                self.tools.append(tool)
             else:
                 # For one unknown tool Z.ai refuses the whole request.
                 self.changed.append(name_of(tool.kind))
@@ -2418,7 +2397,7 @@ class Reader:
         if choice.kind in CHOICES:
             wanted = {self.chosen(choice)}
         elif choice.kind in ("allowed_tools", "none"):
-            wanted = set(map(self.chosen, choice.pieces("tools", "function")))
+            wanted = set(map(self.chosen, choice.tools()))
         functions = wanted.intersection(names) - {None}
         if must and not functions:
             # What was left out, and Z.ai's own tools, cannot be demanded.
@@ -2499,8 +2478,6 @@ class Reader:
         path = self.path("response_format")
         form = Piece(self.fields.get("response_format", {"type": "text"}), path)
         need_word(form.kind, ("text", "json_object", "json_schema"), (path, "type"))
-        if form.kind == "text":
-            return {}
         if form.kind == "json_schema":
             # OpenAI's chat takes one without.
             default = None if self.request.agents else {}
@@ -2509,7 +2486,7 @@ class Reader:
             self.history.add(
                 "system", "Answer with one JSON value that matches this JSON Schema,"
                 f" and nothing else:\n{text}")
-        return {"response_format": {"type": "json_object"}}
+        return {} if form.kind == "text" else {"response_format": {"type": "json_object"}}
 
 
 def to_zai_request(request, settings, model=""):
