@@ -1724,9 +1724,8 @@ class Piece(dict):
 
     def tools(self):
         """The Pieces in the list of tools, which may be absent."""
-        path = (self.path, "tools")
-        values = enumerate(self.need("tools", list, []))
-        return [Piece(value, (path, i), "function") for i, value in values]
+        tools = enumerate(self.need("tools", list, []))
+        return [Piece(tool, ((self.path, "tools"), i), "function") for i, tool in tools]
 
     def unfold(self):
         """Make chat's nesting, {"type": X, X: {...}}, as flat as the others have it."""
@@ -2058,8 +2057,7 @@ class Reader:
             model=self.id, stream=True, **self.sampling(), **self.choose(),
             **self.thinking(), **self.format(), messages=self.history.close())
         functions = [tool["function"] for tool in self.tools if "function" in tool]
-        streams_calls = self.model and self.model.tool_stream
-        if functions and fields.get("stream") and streams_calls:
+        if functions and fields.get("stream") and self.model and self.model.tool_stream:
             body.setdefault("tool_stream", True)
         data = encode_request(body)
         return Asked(
@@ -2102,8 +2100,8 @@ class Reader:
         In chat it is the user's last message that may be refused, though one of the
         system stands behind it. Agents would send it again for ever.
         """
-        fresh = [turn for turn in self.unseen if turn == self.heard or turn > self.spoke]
-        if fresh and self.may_change:
+        if self.may_change and any(
+                turn == self.heard or turn > self.spoke for turn in self.unseen):
             raise Unseen
         refusable = [last]
         if self.heard > max(self.spoke, self.brought) and not self.request.agents:
@@ -2209,7 +2207,7 @@ class Reader:
     def read_call(self, piece):
         """A call of an earlier answer, sent back."""
         # An item has an id of its own beside that of its call.
-        id = piece.get("id" if piece.get("call_id") is None else "call_id")
+        id = first(piece, ("call_id", "id"))
         call = piece.unfold()
         name = self.name_at_zai(call)
         arguments = first(call, ARGUMENT_FIELDS)
@@ -2218,8 +2216,8 @@ class Reader:
         mended = mend_arguments(arguments)
         if mended != arguments and not isinstance(arguments, dict):
             self.changed.append("arguments")
-        function = function_object(name=name, arguments=mended)
-        self.turn(piece).calls.append({"id": call_id(id), **function})
+        self.turn(piece).calls.append(
+            {"id": call_id(id), **function_object(name=name, arguments=mended)})
 
     def read_output(self, piece):
         """What a tool has brought: a text, parts, or another value, told as JSON."""
@@ -2231,7 +2229,7 @@ class Reader:
         media = []
         if not isinstance(text, str):
             kinds = [str(dig(inner, "type")) for inner in as_list(content)]
-            has_parts = not PARTS.keys().isdisjoint(kinds)
+            has_parts = PARTS.keys() & kinds
             parts = self.content(piece, field) if has_parts else [json_text(content)]
             text = lines(*parts)
             media = [part for part in parts if isinstance(part, dict)]
@@ -2308,8 +2306,8 @@ class Reader:
         # What stands behind a tool's output was brought by the tool, though the user
         # sends it. Agents' pictures would come again with each turn.
         if piece.role == "user" and self.spoke >= self.brought and not self.request.agents:
-            error = RequestError(f"{reason}{advice}.", spelled(piece.path))
-            self.errors.append((piece.turn, error))
+            self.errors.append(
+                (piece.turn, RequestError(f"{reason}{advice}.", spelled(piece.path))))
         self.changed.append(noun)
         return None if piece.role in ("", "assistant") else f"[{noun} left out: {reason}]"
 
@@ -2419,8 +2417,8 @@ class Reader:
 
     def sampling(self):
         request = self.fields
-        limit = request.get("max_completion_tokens", request.get("max_tokens"))
-        wishes = {**request, "max_tokens": limit}
+        wishes = {
+            **request, "max_tokens": request.get("max_completion_tokens", request.get("max_tokens"))}
         most = self.model and self.model.max_tokens or INFINITY
         # Z.ai takes two decimals, in ranges narrower than OpenAI's.
         ranges = {"temperature": (0, 1), "top_p": (0.01, 1), "max_tokens": (1, most)}
@@ -2466,8 +2464,10 @@ class Reader:
             self.changed.append("thinking")
         if effort and effort != grade:
             self.changed.append("reasoning_effort")
-        clear = dig(self.fields, "thinking.clear_thinking")
-        thinking = without_nulls({"type": types.get(on), "clear_thinking": clear})
+        thinking = without_nulls({
+            "type": types.get(on),
+            "clear_thinking": dig(self.fields, "thinking.clear_thinking"),
+        })
         return without_nulls({
             "thinking": types and thinking or None,
             "reasoning_effort": grade if is_on else None,
