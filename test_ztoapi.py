@@ -3,7 +3,8 @@
 First come the fakes, the raw client and the proxy under test, then a section for each of
 ztoapi.py's. The pure parts are tested by tables; the rest through real sockets, against a
 fake Z.ai whose every answer is a script: a list of what it sends, sleeps and does. Z.ai's
-bytes are as they were captured (see each case).
+bytes are as they were captured (see each case). The comment above a table says what its rows
+hold: to add a case, add a row.
 """
 
 import ast
@@ -12,7 +13,6 @@ import collections
 import contextlib
 import copy
 import dataclasses
-import email.utils
 import functools
 import gc
 import gzip
@@ -32,12 +32,12 @@ import ssl
 import struct
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import types
 import urllib.parse
 import weakref
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -55,11 +55,14 @@ from ztoapi import (
     RequestError,
     Settings,
     SSEDecoder,
+    Step,
     UpstreamError,
     zai_error,
 )
 
-HERE = os.path.dirname(os.path.abspath(__file__))
+HERE = Path(__file__).resolve().parent
+PROGRAM = Path(ztoapi.__file__).read_text("utf-8")
+README = (HERE / "README.md").read_text("utf-8")
 KEY = "sk-Test-9876543210"
 ZAI_KEY = "0123456789abcdef0123.ZaiSecretZaiSecret"
 CHAT = "/v1/chat/completions"
@@ -73,10 +76,15 @@ LONG_S = 120  # Nothing takes that long on a machine however slow and busy: who 
 # not slept for: any thread may stand still at any time.
 
 RESET, CLOSE = "reset", "close"
-USAGE = {
-    "prompt_tokens": 28, "completion_tokens": 185, "total_tokens": 213, "prompt_tokens_details": {"cached_tokens": 0},
-    "completion_tokens_details": {"reasoning_tokens": 182},
-}
+def counts(prompt, completion, total, cached=0, reasoning=0):
+    """A usage object."""
+    return {
+        "prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": total,
+        "prompt_tokens_details": {"cached_tokens": cached},
+        "completion_tokens_details": {"reasoning_tokens": reasoning}}
+
+
+USAGE = counts(28, 185, 213, 0, 182)
 LOG_ID = "20260711073209851e7f8c12c44579"
 
 
@@ -90,9 +98,8 @@ def event(delta=None, finish=None, usage=None, id="202607311536357f405a2f5c6b495
     """One SSE event in Z.ai's dialect: no finish_reason until the end, no object key order of OpenAI's."""
     choice = {"index": 0, "delta": delta}
     if finish:
-        choice = {"index": 0, "finish_reason": finish, "delta": delta}
-        if delta is None:
-            choice["delta"] = {"role": "assistant", "content": ""}
+        last = {"role": "assistant", "content": ""} if delta is None else delta
+        choice = {"index": 0, "finish_reason": finish, "delta": last}
     value = {"id": id, "created": 1785483395, "object": "chat.completion.chunk", "model": "glm-5.2"}
     value.update({"choices": [choice]}, **more)
     if usage:
@@ -103,10 +110,8 @@ def event(delta=None, finish=None, usage=None, id="202607311536357f405a2f5c6b495
 def say(text):
     return event({"role": "assistant", "content": text})
 
-
 def think(text):
     return event({"role": "assistant", "reasoning_content": text})
-
 
 def call(name="get_weather", arguments='{"city":"Paris"}', id="call_438b313737df40b7b2972a81", index=0):
     function = {"name": name, "arguments": arguments}
@@ -135,21 +140,16 @@ def answer(status, value, *headers):
     """A script: a whole answer."""
     body = value if isinstance(value, bytes) else json.dumps(value, ensure_ascii=False).encode()
     kind = "text/html" if body.startswith(b"<") else "application/json; charset=UTF-8"
-    lines = [
-        f"HTTP/1.1 {status} X", f"Content-Type: {kind}", f"Content-Length: {len(body)}", f"X-Log-Id: {LOG_ID}",
-        *headers,
-    ]
-    return [("\r\n".join(lines) + "\r\n\r\n").encode() + body]
+    lines = (f"HTTP/1.1 {status} X", f"Content-Type: {kind}", f"Content-Length: {len(body)}", f"X-Log-Id: {LOG_ID}")
+    return [("\r\n".join([*lines, *headers]) + "\r\n\r\n").encode() + body]
 
 
 def complaint(code, message="no", **more):
     """The JSON of Z.ai's errors."""
     return {"error": {"code": code, "message": message}, **more}
 
-
 def refusal(status, code, message="no", *headers):
     return answer(status, complaint(code, message), *headers)
-
 
 def error_event(code, message="no", **more):
     return sse(complaint(code, message, **more))
@@ -163,16 +163,13 @@ def make_reset(sock):
     """Whatever closes the socket next resets the connection."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
-
 def reset(sock):
     make_reset(sock)
     sock.close()
 
-
 def shut_down(sock):
     with contextlib.suppress(OSError):
         sock.shutdown(socket.SHUT_RDWR)
-
 
 def readable(sock):
     return bool(select.select([sock], [], [], 0)[0])
@@ -205,21 +202,19 @@ class Listener:
 class FakeZai(Listener):
     """Plays `scripts`, one a request, then `default` for ever. `limit`: more requests in flight get a 1302."""
 
-    def __init__(self, tls=None):
-        self.tls = tls
+    def __init__(self, pem=None):
+        self.tls = pem and ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        if pem:
+            self.tls.load_cert_chain(pem)
         self.scripts = collections.deque()
         self.default = stream(*HEALTHY)
         self.limit = None
         self.lock = threading.Lock()
         self.requests = []
-        self.connections = 0
-        self.cut_by_client = 0
-        self.in_flight = 0
-        self.most_in_flight = 0
-        self.refused = 0
+        self.connections = self.cut_by_client = self.in_flight = 0
         self.open = set()
         super().__init__()
-        origin = f"https://localhost:{self.port}" if tls else f"http://127.0.0.1:{self.port}"
+        origin = f"https://localhost:{self.port}" if pem else f"http://127.0.0.1:{self.port}"
         self.url = origin + "/api/paas/v4"
 
     def serve(self, sock):
@@ -237,16 +232,13 @@ class FakeZai(Listener):
     def one(self, sock, file):
         """Answer one request; true if another may come."""
         line = file.readline()
-        if not line:
-            return False
         headers = http.client.parse_headers(file)
         size = int(headers.get("Content-Length", 0))
         body = file.read(size)
-        if len(body) < size:
+        if not line or len(body) < size:
             return False
         method, path, _ = line.decode().split()
-        value = json.loads(body) if body else None
-        request = {"method": method, "path": path, "headers": headers, "body": value}
+        request = {"method": method, "path": path, "headers": headers, "body": json.loads(body) if body else None}
         script = self.script_for(request)
         try:
             return self.play(sock, script(request) if callable(script) else script, request)
@@ -259,9 +251,7 @@ class FakeZai(Listener):
             self.requests.append(request)
             self.in_flight += 1
             if self.limit is not None and self.in_flight > self.limit:
-                self.refused += 1
                 return refusal(429, "1302", "Rate limit reached for requests")
-            self.most_in_flight = max(self.most_in_flight, self.in_flight)
             return self.scripts.popleft() if self.scripts else self.default
 
     def play(self, sock, script, request):
@@ -336,8 +326,7 @@ def stuck_listener():
 
 
 class MuteListener(Listener):
-    """Takes connections, says `words` once something has come, and nothing else. `heard`, `ended`: what came to
-    pass."""
+    """Takes connections, says `words` once something has come, and nothing else. `heard`, `ended`: what happened."""
 
     def __init__(self, words=b""):
         self.words = words
@@ -370,24 +359,6 @@ CgYIKoZIzj0EAwIDSAAwRQIgH8ZcK3zBu34C2IgxX4q+HHMp6GO3ZxWX3MQVddbc
 OAkCIQCFRQOQ04IE+Ld+SfS+Ln+mC5ggbJA3uOySyvYj47SiwQ==
 -----END CERTIFICATE-----
 """
-
-
-@contextlib.contextmanager
-def pem_file():
-    """The path of a file with PEM in it, which serves as certificate, key and store at once."""
-    handle, path = tempfile.mkstemp(".pem")
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(PEM)
-        yield path
-    finally:
-        os.unlink(path)
-
-
-def tls_context(path):
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(path)
-    return context
 
 
 class HttpProxy(Listener):
@@ -441,10 +412,12 @@ def http_proxy():
 
 
 @pytest.fixture
-def trusted(monkeypatch):
+def trusted(monkeypatch, tmp_path):
     """A fake Z.ai with TLS, whose certificate SSL_CERT_FILE vouches for."""
-    with pem_file() as path, FakeZai(tls_context(path)) as fake:
-        monkeypatch.setenv("SSL_CERT_FILE", path)
+    pem = tmp_path / "zai.pem"  # certificate, key and store at once
+    pem.write_text(PEM)
+    monkeypatch.setenv("SSL_CERT_FILE", str(pem))
+    with FakeZai(pem) as fake:
         yield fake
 
 
@@ -561,11 +534,9 @@ def next_reply(sock):
     with sock.makefile("rb") as file:
         return read_reply(file)
 
-
 def see(sock, pattern):
     """Wait until what has come, none of which is taken, matches."""
     assert eventually(lambda: re.search(pattern, sock.recv(1 << 16, socket.MSG_PEEK), re.DOTALL))
-
 
 def read_to_end(sock):
     """All bytes until the other side closes. A socket.timeout is a hang and fails the test, as does a reset."""
@@ -574,13 +545,10 @@ def read_to_end(sock):
 
 def replies_in(data, *heads):
     """All responses in `data`; `heads`: the positions of those that answer HEAD requests."""
-    file = io.BytesIO(data)
-    found = []
-    while True:
-        reply = read_reply(file, len(found) in heads)
-        if reply is None:
-            return found
+    file, found = io.BytesIO(data), []
+    for reply in iter(lambda: read_reply(file, len(found) in heads), None):
         found.append(reply)
+    return found
 
 
 def connect(server, data=b""):
@@ -601,7 +569,6 @@ def exchange(proxy, data, *heads):
     """The replies to `data` and to the sentinel behind it."""
     return replies_in(talk(proxy, data + SENTINEL), *heads)
 
-
 def statuses(proxy, data, *heads):
     return [reply.status for reply in exchange(proxy, data, *heads)]
 
@@ -609,9 +576,8 @@ def statuses(proxy, data, *heads):
 def read_stream(sock):
     """(status, headers, events, clean) of the answer on a raw socket, which may be an error with a JSON body."""
     reply = next_reply(sock)
-    if "event-stream" not in reply.headers["Content-Type"]:
-        return reply.status, reply.headers, [reply.json()], reply.clean
-    return reply.status, reply.headers, events_in(reply.body), reply.clean
+    events = events_in(reply.body) if "event-stream" in reply.headers["Content-Type"] else [reply.json()]
+    return reply.status, reply.headers, events, reply.clean
 
 
 def events_in(body):
@@ -624,11 +590,9 @@ def events_in(body):
 def choices_of(events):
     return [event["choices"][0] for event in events if isinstance(event, dict) and event.get("choices")]
 
-
 def said(events, field="content"):
     """The text of a stream's deltas."""
     return "".join(choice["delta"].get(field) or "" for choice in choices_of(events))
-
 
 def finish_of(events):
     return [choice["finish_reason"] for choice in choices_of(events) if choice["finish_reason"]]
@@ -639,10 +603,8 @@ def finish_of(events):
 def user(content):
     return {"role": "user", "content": content}
 
-
 def chat_body(**fields):
     return {"model": "GLM-4.6", "messages": [user("Hi")], **fields}
-
 
 def json_chat(**fields):
     return json.dumps(chat_body(**{"stream": False, **fields})).encode()
@@ -678,8 +640,7 @@ def together(*calls):
 MESSAGES_BODY = {"model": "GLM-4.6", "max_tokens": 100, "messages": [user("Hi")]}
 # To add an API, add a row: its name -> its path, a request.
 APIS = {
-    "messages": ("/v1/messages", MESSAGES_BODY),
-    "responses": ("/v1/responses", {"model": "GLM-4.6", "input": "Hi"}),
+    "messages": ("/v1/messages", MESSAGES_BODY), "responses": ("/v1/responses", {"model": "GLM-4.6", "input": "Hi"}),
 }
 each_api = pytest.mark.parametrize("api", APIS)
 
@@ -763,13 +724,9 @@ class Proxy:
 @contextlib.contextmanager
 def proxying(zai=None, **environ):
     """A proxy in front of `zai`; afterwards it must be idle. Environment variables as keywords."""
-    base = {
-        "PORT": "0",
-        "DEFAULT_KEY": KEY,
-        "ZAI_API_KEY": ZAI_KEY,
-        "ZAI_BASE_URL": zai.url if zai else "http://127.0.0.1:9/api/paas/v4",
-    }
-    proxy = Proxy(dict(base, **environ))
+    url = zai.url if zai else "http://127.0.0.1:9/api/paas/v4"
+    base = {"PORT": "0", "DEFAULT_KEY": KEY, "ZAI_API_KEY": ZAI_KEY, "ZAI_BASE_URL": url}
+    proxy = Proxy({**base, **environ})
     try:
         yield proxy
         proxy.idle()
@@ -894,18 +851,14 @@ def failed_stream(proxy, **fields):
 
 def check_whole(status, headers, events, clean):
     """The events of a stream that ended as it should."""
-    assert status == 200
-    assert clean
+    assert (status, clean, events[-1]) == (200, True, "[DONE]")
     assert finish_of(events) != []
-    assert events[-1] == "[DONE]"
     return events
 
 
 def check_failed(status, headers, events, clean):
-    assert status == 200
-    assert not clean
+    assert (status, clean, finish_of(events), list(events[-1])) == (200, False, [], ["error"])
     assert "[DONE]" not in events
-    assert (finish_of(events), list(events[-1])) == ([], ["error"])
     assert isinstance(events[-1]["error"]["code"], str)
     assert [event for event in events[:-1] if "error" in event] == []
     return events
@@ -967,7 +920,6 @@ def well_known():
 def boom(*args, **kwargs):
     raise RuntimeError("boom")
 
-
 def boom_of_the_system(*args, **kwargs):
     """An OSError of our own must not pass for that of a client that left."""
     raise OSError("boom")
@@ -977,9 +929,7 @@ def check_error(reply):
     """OpenAI's four fields, and an id to find it by."""
     error = reply.error()
     assert list(error) == ["message", "type", "param", "code"]
-    assert error["message"]
-    assert error["type"]
-    assert isinstance(error["code"], str)
+    assert error["message"] and error["type"] and isinstance(error["code"], str)
     assert reply.headers["Content-Type"] == "application/json"
     assert reply.headers["x-request-id"].startswith("req_")
 
@@ -1075,30 +1025,19 @@ def blocks_of(data, size=65536):
     return [data[i:i + size] for i in range(0, len(data), size)]
 
 
-def names_bound_in(path):
-    """The names that the top level of a file binds, each as often as it does."""
-    with open(path, encoding="utf-8") as file:
-        parts = ast.parse(file.read()).body
-    for part in parts:
-        if isinstance(part, (ast.FunctionDef, ast.ClassDef)):
-            yield part.name
-        elif isinstance(part, ast.Assign):
-            names = [node for target in part.targets for node in ast.walk(target) if isinstance(node, ast.Name)]
-            yield from (name.id for name in names)
-
-
 @pytest.mark.parametrize("path", [ztoapi.__file__, __file__])
 def test_no_name_is_bound_twice(path):
     """In files of this length a second table, or test, of the same name would quietly replace the first."""
-    counts = collections.Counter(names_bound_in(path))
-    assert [name for name, count in counts.items() if count > 1] == []
+    parts = ast.parse(Path(path).read_text("utf-8")).body
+    names = [part.name for part in parts if isinstance(part, (ast.FunctionDef, ast.ClassDef))]
+    targets = [target for part in parts if isinstance(part, ast.Assign) for target in part.targets]
+    names += [node.id for target in targets for node in ast.walk(target) if isinstance(node, ast.Name)]
+    assert [name for name, count in collections.Counter(names).items() if count > 1] == []
 
 
 def test_what_stands_above_the_line_is_pure():
     """No socket, no clock, no environment, no logging before "I/O starts here"."""
-    with open(ztoapi.__file__, encoding="utf-8") as file:
-        source = file.read()
-    parts = ast.parse(source.split("I/O starts here")[0]).body
+    parts = ast.parse(PROGRAM.split("I/O starts here")[0]).body
     pure = [part for part in parts if isinstance(part, (ast.FunctionDef, ast.ClassDef))]
     nodes = [node for part in pure for node in ast.walk(part)]
     names = {node.id for node in nodes if isinstance(node, ast.Name)}
@@ -1112,8 +1051,7 @@ def test_what_stands_above_the_line_is_pure():
 
 
 def test_the_standard_library_is_all_that_is_imported():
-    with open(ztoapi.__file__, encoding="utf-8") as file:
-        nodes = list(ast.walk(ast.parse(file.read())))
+    nodes = list(ast.walk(ast.parse(PROGRAM)))
     names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
     packages = {name.split(".")[0] for name in names}
@@ -1183,7 +1121,7 @@ CODING = "https://api.z.ai/api/coding/paas/v4"
 BIG = "https://open.bigmodel.cn/api/paas/v4"
 BASES = (PAAS, CODING, BIG, "http://127.0.0.1:8000", "http://[::1]:8000/v4")
 BASE_ENDS = ("", "/", "//", "/chat/completions", "/chat/completions/", " ")
-# To add a case, add a row: variable, text, what it means.
+# Rows: variable, text, what it means.
 GOOD_SETTINGS = [
     *((variable, text, True) for variable in FLAGS for text in TRUE),
     *((variable, text, False) for variable in FLAGS for text in FALSE),
@@ -1209,7 +1147,7 @@ GOOD_SETTINGS = [
         ("*", ("*",)), ("", ()),
         ("https://a.example, ,http://b.example:8080", ("https://a.example", "http://b.example:8080")))),
 ]
-# To add a case, add a row: variable, a text that is refused.
+# Rows: variable, a text that is refused.
 BAD_SETTINGS = [
     *((variable, text) for variable in FLAGS for text in ("maybe", "2", "truely", "-1")),
     *((variable, text) for variable in COUNTS for text in ("x", "-1", "1.5", "1e3", "+1")),
@@ -1255,10 +1193,6 @@ def test_the_help_text_has_a_row_for_each_variable_and_its_default_can_be_copied
     assert getattr(settings, variable.lower()) == DEFAULTS[variable]
 
 
-def test_the_help_text_fits_a_screen():
-    assert max(map(len, ztoapi.__doc__.splitlines())) <= 120
-
-
 @pytest.mark.parametrize("variable, text", BAD_SETTINGS)
 def test_a_bad_value_gives_one_line_with_the_variable_the_value_and_what_is_allowed(variable, text):
     with pytest.raises(ztoapi.SettingsError) as caught:
@@ -1275,11 +1209,9 @@ def test_an_empty_default_key_is_refused(text):
         Settings.from_environ({"DEFAULT_KEY": text})
 
 
-with open(os.path.join(HERE, "README.md"), encoding="utf-8") as readme:
-    # What somebody may copy; a shell's variable or command is none.
-    README_KEYS = re.findall(r"DEFAULT_KEY=([\w.-]+)", readme.read())
+# What somebody may copy; a shell's variable or command is none.
+README_KEYS = re.findall(r"DEFAULT_KEY=([\w.-]+)", README)
 
-# To add a case, add a row: a host that is not this computer.
 FAR_HOSTS = ("0.0.0.0", "::", "192.168.1.2", "example.org", "127.0.0.1.example.org", "localhost.example.org",
              "1127.0.0.1", "1.127.0.0")
 
@@ -1290,6 +1222,8 @@ FAR_HOSTS = ("0.0.0.0", "::", "192.168.1.2", "example.org", "127.0.0.1.example.o
 def test_the_well_known_key_stays_on_this_computer(host, keys):
     with pytest.raises(ztoapi.SettingsError, match="^HOST=.*DEFAULT_KEY"):
         Settings.from_environ({"HOST": host, **keys})
+    with pytest.raises(ztoapi.SettingsError):
+        Settings(host=host)  # as a program of one's own may
 
 
 @pytest.mark.parametrize("host", FAR_HOSTS)
@@ -1309,7 +1243,6 @@ def test_loopback_takes_the_well_known_key(host, keys, well_known):
 SECRET = "Geheim1234567890"
 
 
-# To add a case, add a row: an environment that is refused, for whatever reason.
 @pytest.mark.parametrize("environ", [
     {"DEFAULT_KEY": SECRET + "\u00e9"}, {"ZAI_API_KEY": f"id.{SECRET}\x01"}, {"ZAI_API_KEY": SECRET + " " + SECRET},
     {"ZAI_API_KEY": SECRET, "PORT": "x"}, {"DEFAULT_KEY": "sk-your-key," + SECRET, "HOST": "0.0.0.0"},
@@ -1332,7 +1265,7 @@ DOTTED_KEY = "0123456789abcdef.SecretSecret"
 ODD_KEYS = ("abcdefgh", "abcdefghijklmnop", "abc\\def'ghi\\jkl")
 
 
-# To add a case, add a row: Z.ai's keys, the clients', a text, what is left of it.
+# Rows: Z.ai's keys, the clients', a text, what is left of it.
 @pytest.mark.parametrize("zai_keys, client_keys, text, clean", [
     *(((DOTTED_KEY,), ("k",), text, clean) for text, clean in (
         (f"key {DOTTED_KEY} no", "key [redacted] no"), ("id 0123456789abcdef no", "id [redacted] no"),
@@ -1360,14 +1293,11 @@ def test_a_masked_key_shows_its_end_if_it_is_long(key, shown):
 CODES = [
     ("1113", 402, "insufficient_quota", MODEL_RESTS),
     ("1304 1308 1309 1310 1314 1316 1317 1318 1319 1320 1321", 402, "insufficient_quota", KEY_RESTS),
-    ("1302", 429, "rate_limit_exceeded", TOO_MANY),
-    ("1303", 429, "rate_limit_exceeded", TOO_FAST),
+    ("1302", 429, "rate_limit_exceeded", TOO_MANY), ("1303", 429, "rate_limit_exceeded", TOO_FAST),
     ("1305 1312", 503, "overloaded", OVERLOAD), ("1120", 503, "overloaded", TRY_AGAIN),
     ("1210 1212 1213 1214 1215 1231", 400, "invalid_value", GIVE_UP),
-    ("1211 1221 1222", 404, "model_not_found", GIVE_UP),
-    ("1261", 400, "context_length_exceeded", GIVE_UP),
-    ("1301", 400, "content_filter", GIVE_UP),
-    ("1220 1313 1100 1300", 403, "permission_denied", GIVE_UP),
+    ("1211 1221 1222", 404, "model_not_found", GIVE_UP), ("1261", 400, "context_length_exceeded", GIVE_UP),
+    ("1301", 400, "content_filter", GIVE_UP), ("1220 1313 1100 1300", 403, "permission_denied", GIVE_UP),
     ("1311", 403, "permission_denied", MODEL_RESTS),
     ("401 1000 1001 1002 1003 1004 1005 1110 1111 1112 1121 1315", 403, "upstream_auth_error", KEY_RESTS),
     ("500 1200 1230 1234", 502, "upstream_error", TRY_AGAIN), ("404", 502, "upstream_error", GIVE_UP),
@@ -1450,8 +1380,7 @@ CAPTURED = [
     (429, complaint("1315", "This key is for the enterprise plan only"), AUTH, "ZAI_API_KEY"),
     (401, complaint("1005", "Two-factor authentication required"), AUTH, "ZAI_API_KEY"),
     (429, complaint("1999", "Usage limit reached. Your limit will reset at 2027-01-01 00:00:00"), NO_MONEY, "1999"),
-    (429, complaint("1999", "余额不足"), NO_MONEY, "1999"),
-    (429, complaint("insufficient_quota", "No."), NO_MONEY, ""),
+    (429, complaint("1999", "余额不足"), NO_MONEY, "1999"), (429, complaint("insufficient_quota", "No."), NO_MONEY, ""),
     (429, complaint(None, "余额不足或无可用资源包,请充值。"), NO_MONEY, ""),
     (429, complaint("1999", "已达到 5 小时的使用上限。您的限额将在 2026-08-25 07:41:44 重置。"), NO_MONEY, "1999"),
     (200, {"msg": "余额不足", "success": False}, NO_MONEY, ""),
@@ -1515,16 +1444,13 @@ def test_zais_own_words_are_quoted(status, body, expected, help):
     assert not isinstance(words, str) or words in zai_error(body, status, now=1.7e9).message
 
 
-# To add a case, add a row: HTTP status, body, what the retry engine does.
 @pytest.mark.parametrize("status, body, verdict", [
     (200, {"code": 500, "msg": "404 NOT_FOUND", "success": False}, GIVE_UP),
-    (500, complaint("500", "404 NOT_FOUND"), GIVE_UP),
-    (404, {"status": 404, "error": "Not Found"}, GIVE_UP),
+    (500, complaint("500", "404 NOT_FOUND"), GIVE_UP), (404, {"status": 404, "error": "Not Found"}, GIVE_UP),
     *((status, None, GIVE_UP) for status in (301, 404, 405)),
     (200, {"code": 500, "msg": "Internal Server Error"}, TRY_AGAIN),
     *((status, None, TRY_AGAIN) for status in (500, 502, 503, 504)),
-    (429, None, TOO_FAST), (429, complaint("1999"), TOO_FAST),
-    (500, complaint("9999"), TRY_AGAIN),
+    (429, None, TOO_FAST), (429, complaint("1999"), TOO_FAST), (500, complaint("9999"), TRY_AGAIN),
 ])
 def test_the_verdict_on(status, body, verdict):
     assert zai_error(body, status).verdict == verdict
@@ -1554,7 +1480,6 @@ def test_too_long_a_prompt_names_the_max_tokens_that_may_be_to_blame():
     assert re.search("max_tokens.*98304", zai_error(too_long, 400, max_tokens=98304).message)
 
 
-# To add a case, add a row: the id that was asked for, words that help, words that would not.
 @pytest.mark.parametrize("model, help, absent", [
     ("glm-4.66", "GLM-4.6", "MODEL_ALIASES"),
     *((model, f"or set MODEL_ALIASES={model}=glm-4.6", "?") for model in (
@@ -1594,7 +1519,7 @@ def test_no_words_of_an_error_take_more_than_linear_time(words, message):
         assert zai_error(complaint("1210", text), 400, now=RESET_AT).status in (400, 404)
 
 
-# To add a case, add a row: Z.ai's words, seconds behind RESET_AT, Z.ai's Retry-After, ours.
+# Rows: Z.ai's words, seconds behind RESET_AT, Z.ai's Retry-After, ours.
 @pytest.mark.parametrize("message, late, asked, expected", [
     ("Your limit will reset at 2026-09-09 05:38:28", -99.5, 7, "100"),
     ("Your limit will reset at 2026-09-09 05:38:28", 5, None, "1"),
@@ -1615,7 +1540,7 @@ def test_retry_after_comes_from_the_reset_or_else_from_zai(message, late, asked,
     assert error.headers().get("Retry-After") == expected
 
 
-# To add a case, add a row: seconds to the reset, QUEUE_TIMEOUT, the status and code of ours, whether it heals.
+# Rows: seconds to the reset, QUEUE_TIMEOUT, the status and code of ours, whether it heals.
 @pytest.mark.parametrize("seconds, patience, expected, retryable", [
     (120, 120, NO_ROOM, None), (121, 120, NO_MONEY, False), (100, 0, NO_MONEY, False),
 ])
@@ -1632,7 +1557,6 @@ def test_no_money_does_not_heal_however_patient_one_is():
     assert zai_error(complaint("1308", "no"), 429, now=0, patience_s=1e9).status == 402
 
 
-# To add a case, add a row: seconds, the words for them.
 @pytest.mark.parametrize("seconds, words", [
     (1, "1 s"), (119, "119 s"), (120, "2 min"), (3600, "60 min"), (7200, "2 h"), (18000, "5 h"), (604800, "7 days"),
 ])
@@ -1640,18 +1564,14 @@ def test_a_duration_in_words(seconds, words):
     assert ztoapi.duration(seconds) == words
 
 
-# To add a case, add a row: a Retry-After, the seconds it means at RESET_AT.
+# Rows: a Retry-After, the seconds it means.
 @pytest.mark.parametrize("text, seconds", [
     ("7", 7.0), ("0", 0.0),
-    ("Wed, 09 Sep 2026 05:38:28 GMT", 28800.0), ("Tue, 08 Sep 2026 21:38:28 GMT", 0.0),
-    ("Mon, 07 Sep 2026 21:38:28 GMT", 0.0),
-    ("", None), ("soon", None), ("-1", None), ("1.5", None), ("9999999", None), ("Wed, 99 Sep 2026 05:38:28 GMT", None),
-    ("5, 7", None), ("Fri, 31 Dec 9999 23:59:59 GMT", None), ("Wed Sep  9 05:38:28 2026", None),
-    ("Wednesday, 09-Sep-26 05:38:28 GMT", 28800.0), ("Wed, 09 Sep 2026 05:38:28 +0800", 0.0),
-    ("\u0667", None), ("Wed, 09 Sep 99999999999999999999 05:38:28 GMT", None), ("1 Jan 1 00:00:00 +9999999999", None),
+    ("", None), ("soon", None), ("-1", None), ("1.5", None), ("9999999", None), ("5, 7", None), ("\u0667", None),
+    ("Wed, 09 Sep 2026 05:38:28 GMT", None),
 ])
-def test_retry_after_is_a_number_or_a_date(text, seconds):
-    assert ztoapi.seconds_to_wait(text, RESET_AT) == seconds
+def test_retry_after_counts_if_it_is_a_number(text, seconds):
+    assert ztoapi.seconds_to_wait(text) == seconds
 
 
 def test_zais_own_retry_after_is_passed_on():
@@ -1665,9 +1585,6 @@ def test_an_error_knows_what_a_front_has_to_tell():
     assert (error.status, error.type, error.code) == (400, "invalid_request_error", "invalid_value")
     assert (error.message, error.param) == ("No.", "messages[0].role")
     assert error.headers() == {"x-should-retry": "false"}
-
-
-def test_without_a_key_of_zais_the_error_says_where_to_get_one():
     error = ztoapi.missing_key()
     assert (error.status, error.code, error.retryable) == (403, "upstream_auth_error", False)
     assert "https://z.ai/" in error.message
@@ -1701,9 +1618,8 @@ def test_the_model_table_says_what_the_catalogue_says(id):
     model = ztoapi.MODELS[id]
     context, max_tokens, abilities = CATALOGUE[id]
     assert (model.id, model.context, model.max_tokens) == (id, context, max_tokens)
-    assert model.sees == ("sees" in abilities)
-    assert model.tool_stream == ("tools" in abilities)
-    assert model.free == ("free" in abilities)
+    assert (model.id, model.context, model.max_tokens) == (id, context, max_tokens)
+    assert [model.sees, model.tool_stream, model.free] == [word in abilities for word in ("sees", "tools", "free")]
     assert model.thinking in ztoapi.FAMILIES
     assert model.created > 1.7e9
 
@@ -1721,25 +1637,20 @@ def test_aliases_are_listed_and_the_catch_all_is_not():
     assert set(LISTED) == {model.name for model in ztoapi.MODELS.values()} | {"gpt-4o", "mine"}
 
 
-# To add a case, add a row: a name that is listed, its entry.
-@pytest.mark.parametrize("name, entry", [
-    ("GLM-4.6", {
-        "id": "GLM-4.6", "object": "model", "created": 1759276800, "owned_by": "z.ai", "type": "model",
-        "display_name": "GLM-4.6", "created_at": "2025-10-01T00:00:00Z", "context_length": 204800,
-        "max_model_len": 204800, "max_output_tokens": 131072, "input_modalities": ["text"]}),
-    ("gpt-4o", {
-        "id": "gpt-4o", "object": "model", "created": 1765152000, "owned_by": "z.ai", "type": "model",
-        "display_name": "gpt-4o", "created_at": "2025-12-08T00:00:00Z", "context_length": 131072,
-        "max_model_len": 131072, "max_output_tokens": 32768, "input_modalities": ["text", "image"], "free": True}),
-    ("mine", {
-        "id": "mine", "object": "model", "created": 0, "owned_by": "z.ai", "type": "model", "display_name": "mine",
-        "created_at": "1970-01-01T00:00:00Z"}),
+@pytest.mark.parametrize("name, created, day, more", [
+    ("GLM-4.6", 1759276800, "2025-10-01", {
+        "context_length": 204800, "max_model_len": 204800, "max_output_tokens": 131072, "input_modalities": ["text"]}),
+    ("gpt-4o", 1765152000, "2025-12-08", {
+        "context_length": 131072, "max_model_len": 131072, "max_output_tokens": 32768,
+        "input_modalities": ["text", "image"], "free": True}),
+    ("mine", 0, "1970-01-01", {}),
 ])
-def test_a_listed_model_says_what_is_known_of_it(name, entry):
-    assert LISTED[name] == entry
+def test_a_listed_model_says_what_is_known_of_it(name, created, day, more):
+    assert LISTED[name] == {
+        "id": name, "object": "model", "created": created, "owned_by": "z.ai", "type": "model", "display_name": name,
+        "created_at": day + "T00:00:00Z", **more}
 
 
-# To add a case, add a row: the client's name, MODEL_ALIASES, Z.ai's id.
 @pytest.mark.parametrize("name, aliases, id", [
     *((name, "", id) for name, id in (
         ("GLM-4.6", "glm-4.6"), ("glm-4.6", "glm-4.6"), ("gLm-5.2[1m]", "glm-5.2"), (" GLM-4.5-Air ", "glm-4.5-air"),
@@ -1749,14 +1660,12 @@ def test_a_listed_model_says_what_is_known_of_it(name, entry):
         ("somebody/glm-9", "somebody/glm-9"))),
     *((name, "gpt-4o=glm-4.6", id) for name, id in (("GPT-4o", "glm-4.6"), ("gpt-4", "gpt-4"))),
     *(("gpt-4o", aliases, "glm-4.6") for aliases in ("gpt-4o=GLM-4.6", "GPT-4O=glm-4.6", "gpt-4o=z-ai/glm-4.6")),
-    ("openai/gpt-4o", "openai/gpt-4o=glm-4.6", "glm-4.6"),
-    ("gpt-4o[1m]", "gpt-4o=glm-5.2[1m]", "glm-5.2"),
+    ("openai/gpt-4o", "openai/gpt-4o=glm-4.6", "glm-4.6"), ("gpt-4o[1m]", "gpt-4o=glm-5.2[1m]", "glm-5.2"),
     ("glm-4.6", "glm-4.6=glm-5.2", "glm-5.2"),
     *((name, "*=glm-4.6", id) for name, id in (
         ("GLM-4.5", "glm-4.5"), ("glm-5.2-highspeed", "glm-5.2-highspeed"), ("openai/glm-4.5", "glm-4.5"),
         ("glm-9", "glm-4.6"))),
-    ("o1", "*=GLM-4.6", "glm-4.6"),
-    ("gpt-4o", "*=glm-4.6,gpt-4o=glm-4.5", "glm-4.5"),
+    ("o1", "*=GLM-4.6", "glm-4.6"), ("gpt-4o", "*=glm-4.6,gpt-4o=glm-4.5", "glm-4.5"),
 ])
 def test_a_models_name_becomes_zais_id(name, aliases, id):
     settings = Settings.from_environ({"MODEL_ALIASES": aliases})
@@ -1770,7 +1679,6 @@ def test_a_highspeed_model_has_the_row_of_its_model():
 
 # Bytes ################################################################################
 
-# The JSON of clients is taken strictly. To add a case, add a row: the text, its value or ValueError.
 @table("text, expected", [
     ('{"a":[1,-2.5e3,"\\u00e9"]}', {"a": [1, -2500.0, "\u00e9"]}), ("null", None), (" 1\n", 1),
     ("9" * 100, int("9" * 100)), ("[1e999,-1e999]", [None, None]),
@@ -1786,7 +1694,6 @@ def test_the_json_of_clients_is_taken_strictly(text, expected):
         assert ztoapi.decode_strictly(text) == expected
 
 
-# The JSON of others is taken kindly. To add a case, add a row: the text, its value (None where it is none).
 @table("text, expected", [
     ('{"a":1}', {"a": 1}), ('{"a":NaN,"b":-Infinity}', {"a": None, "b": None}), ('{"a":1e999}', {"a": None}),
     ("9" * 400, int("9" * 400)), ("9" * 5000, None), ("", None), ("nul", None), ('{"a":1}x', None),
@@ -1799,43 +1706,43 @@ def test_the_json_of_others_is_taken_kindly(text, expected):
 LIGHT = ztoapi.LIGHT_BYTES
 
 
-# To add a case, add a row: what is special -> a text longer than the scanner in C is given, its value, or None if it is
-# refused for what it would take.
 @cases("text, value", {
     "many values": ("[" + '{"a":[1,-2.5e3,true,null,"\\u00e9"]},' * 60000 + "1]",
                     [{"a": [1, -2500.0, True, None, "\u00e9"]}] * 60000 + [1]),
-    "few values": ('["' + "x" * LIGHT + '"]', ["x" * LIGHT]),
-    "too many brackets": ("[" + "[]," * 600000 + "1]", None),
-    "too many commas": ("[" + "1," * 1100000 + "1]", None),
-    "too many escapes": ('"' + "\\n" * 8100000 + '"', None),
+    "few values": ('["' + "x" * LIGHT + '"]', ["x" * LIGHT]), "too many brackets": ("[" + "[]," * 600000 + "1]", None),
+    "too many commas": ("[" + "1," * 1100000 + "1]", None), "too many escapes": ('"' + "\\n" * 8100000 + '"', None),
     "too many keys": ("{" + ",".join(f'"{i}":1' for i in range(101000)) + "}", None),
-    "a text of 17 MiB": ('"\u4e2d' + "x" * (17 << 20) + '"', None),
+    "a text of 25 MiB": ('"' + "x" * (25 << 20) + '"', None),
     "an image of 17 MiB": ('"' + "x" * (17 << 20) + '"', "x" * (17 << 20)),
-    "no JSON": ("[" + "1," * LIGHT + "]", None),
-    "no number": ("[" + "1," * LIGHT + "9" * 101 + "]", None),
+    "no JSON": ("[" + "1," * LIGHT + "]", None), "no number": ("[" + "1," * LIGHT + "9" * 101 + "]", None),
     "too deep": ("[" * LIGHT + "]" * LIGHT, None),
 })
 def test_large_json_is_the_same_as_any_other_or_refused(text, value):
     assert ztoapi.decode_or_none(text, ztoapi.decode_strictly) == value
 
 
-@pytest.mark.parametrize("decode", (ztoapi.decode_strictly, ztoapi.decode_or_none))
-def test_while_large_json_is_decoded_others_get_their_turn(decode):
-    """JSON's usual decoder is one step of the interpreter."""
+@pytest.mark.parametrize("work,value", [
+    (ztoapi.decode_strictly, "[" + '{"a":1},' * 60000 + "1]"), (ztoapi.decode_or_none, "[" + '{"a":1},' * 60000 + "1]"),
+    (ztoapi.encode_json, {"a": [{"b": 1.5}] * 60000}), (ztoapi.encode_json, ["\n\"x" * (1 << 17)] * 60),
+])
+def test_while_large_json_is_read_or_written_others_get_their_turn(work, value):
+    """JSON's usual decoder and encoder are one step of the interpreter."""
     turns = []
-    decoding = threading.Thread(target=decode, args=("[" + '{"a":1},' * 60000 + "1]",), daemon=True)
-    decoding.start()
-    while decoding.is_alive():
+    working = threading.Thread(target=work, args=(value,), daemon=True)
+    working.start()
+    while working.is_alive():
         turns.append(time.sleep(0.001))
     assert len(turns) >= 5
 
 
-def test_a_lone_surrogate_does_not_break_the_json_we_write():
+@pytest.mark.parametrize("value", ([1.5, None] * 30000, {"a": [{"b": "\u597d"}] * 30000}, ["\n\"x" * (1 << 19)] * 2))
+def test_large_json_is_written_as_any_other(value):
+    assert ztoapi.encode_json(value) == ztoapi.encode_text(value).encode()
+
+
+def test_what_we_write_is_utf_8_and_an_event_is_one_line():
     assert ztoapi.encode_json({"a": "\u597d \ud800"}) == '{"a":"\u597d ?"}'.encode()
     ztoapi.encode_event({"a": "\ud800 \udfff"}).encode("utf-8", "replace")
-
-
-def test_an_event_is_one_line():
     value = {"error": {"message": "\u597d\u2028\n"}, "b": 1}
     assert ztoapi.encode_event(value) == 'data: {"error":{"message":"\u597d\u2028\\n"},"b":1}\n\n'
 
@@ -1846,8 +1753,7 @@ def test_ids_look_like_openais():
     assert ztoapi.new_id("") != ztoapi.new_id("")
 
 
-# JSON objects and arrays that come in pieces. To add a case, add a row: the text, what of it belongs to the value,
-# whether that has ended.
+# JSON objects and arrays that come in pieces. Rows: the text, what of it belongs to the value, whether that has ended.
 @pytest.mark.parametrize("text, belongs, ended", [
     *((text, text[:end], True) for text, end in (
         ("{}", 2), ("{} x", 2), ("[]]", 2), ('{"a":"}"}}', 9), ('{"a":"\\"}"} {', 11), ('{"a":"\\\\"}"', 10),
@@ -1879,8 +1785,7 @@ def request_head(pieces):
     return None
 
 
-# Request lines. To add a case, add a value or a row: the line; method and path, or the status of the refusal (None: it
-# goes on).
+# Request lines: the line; method and path, or the status of the refusal (None: it goes on).
 @table("line, expected", [
     ("GET /health HTTP/1.1", ("GET", "/health")), ("POST /v1//x/?y#z HTTP/1.0", ("POST", "/v1/x")),
     ("\r\nGET / HTTP/1.1", ("GET", "/")), ("get * HTTP/1.1", ("get", "/*")), ("-1 x HTTP/1.9", ("-1", "/x")),
@@ -1903,7 +1808,7 @@ def test_a_request_line_is_taken_to_the_letter(line, expected):
     assert (head if isinstance(head, int) else (head.method, head.path)) == expected
 
 
-# Header lines behind a Host. To add a case, add a row: the lines; the fields, or the status of the refusal.
+# Header lines behind a Host. Rows: the lines; the fields, or the status of the refusal.
 @table("lines, expected", [
     ("", {}), ("A: b\nX-Y_z:\t b c \t\r\n", {"a": "b", "x-y_z": "b c"}), ("X:\r\n", {"x": ""}),
     ("X: \xff\x01\r\n", {"x": "\xff\x01"}), ("X: a: b\r\n", {"x": "a: b"}), ("X:y\r\n", {"x": "y"}),
@@ -1923,8 +1828,8 @@ def test_the_fields_of_a_request_are_taken_to_the_letter(lines, expected):
         expected if isinstance(expected, int) else {"host": "a", **expected})
 
 
-# Where the body ends, and whether another request may follow. To add a case, add a value or a row: the version, header
-# lines; length (None: chunked) and the latter, or the status of the refusal.
+# Where the body ends, and whether another request may follow. Rows: the version, header lines; length (None: chunked)
+# and the latter, or the status of the refusal.
 @table("version, lines, expected", [
     ("1.1", "Host: a", (0, True)), ("1.1", "Host: a\r\nContent-Length: 5", (5, True)),
     ("1.1", "Host: a\r\nTransfer-Encoding: Chunked", (None, True)), ("1.0", "X: y", (0, False)),
@@ -1956,7 +1861,7 @@ def test_the_end_of_a_request_is_never_ambiguous_however_it_arrives(version, lin
         assert head == expected, pieces[:3]
 
 
-# The head of a response. To add a case, add a row: the head, what it says or ValueError.
+# The head of a response. Rows: the head, what it says or ValueError.
 @pytest.mark.parametrize("head, expected", [
     ("HTTP/1.1 200 OK\r\n\r\n", ("HTTP/1.1", 200, {})),
     ("HTTP/1.1 200\r\nA: b\r\n\r\n", ("HTTP/1.1", 200, {"a": "b"})),
@@ -1974,7 +1879,7 @@ def test_the_head_of_a_response_is_read_kindly(head, expected):
         assert type(error) is expected
 
 
-# Where a head ends. To add a case, add a row: the bytes, the head (None if it goes on), what is behind it.
+# Where a head ends. Rows: the bytes, the head (None if it goes on), what is behind it.
 @pytest.mark.parametrize("data, head, rest", [
     (b"GET / HTTP/1.1\r\nA: b\r\n\r\nrest", "GET / HTTP/1.1\r\nA: b\r\n\r\n", b"rest"),
     (b"GET / HTTP/1.1\nA: b\n\nrest", "GET / HTTP/1.1\nA: b\n\n", b"rest"),
@@ -2004,15 +1909,13 @@ def dechunk(decoder, pieces):
     return body, decoder.done, decoder.rest if decoder.done else None
 
 
-# Chunked bodies. To add a case, add a row: the bytes; (body, whether it ended, what is behind), or the error.
+# Chunked bodies. Rows: the bytes; (body, whether it ended, what is behind), or the error.
 @table("data, expected", [
-    (b"0\r\n\r\n", (b"", True, b"")),
-    (b"5\r\nhello\r\n0\r\n\r\n", (b"hello", True, b"")),
+    (b"0\r\n\r\n", (b"", True, b"")), (b"5\r\nhello\r\n0\r\n\r\n", (b"hello", True, b"")),
     (b"5\r\nhello\r\n6\r\n world\r\n0\r\n\r\nGET /", (b"hello world", True, b"GET /")),
     (b"A\r\n0123456789\r\n00a\r\n\r\n\r\n\r\n\r\nab\r\n0000\r\n\r\n", (b"0123456789\r\n\r\n\r\n\r\nab", True, b"")),
     (b"5;name=value\r\nhello\r\n5 ; a=\"b\"\r\nworld\r\n0;x\r\n\r\n", (b"helloworld", True, b"")),
-    (b"5\r\nhel", (b"hel", False, None)),
-    (b"5\r\nhello\r\n", (b"hello", False, None)),
+    (b"5\r\nhel", (b"hel", False, None)), (b"5\r\nhello\r\n", (b"hello", False, None)),
     (b"5\r\nhello\r\n0\r\n", (b"hello", False, None)),
     (b"14\r\n01234567890123456789\r\n0\r\n\r\n", (b"01234567890123456789", True, b"")),
     *((data, ValueError) for data in (
@@ -2020,8 +1923,7 @@ def dechunk(decoder, pieces):
         b"5\n", b"5\nhello\r\n", b"5\r\nhelloX\r\n", b"5\r\nhello0\r\n\r\n", b"5\r\nhello\n0\r\n\r\n",
         b"5\r\nhello\rX\r\n", b"fffffffffffffffff\r\n", b"5;a\x00b\r\nhello\r\n", b"5;a\nb\r\nhello\r\n",
         b"5\rhello\r\n", b"\xb2\r\n", b"5=x\r\n", b"5;a\rb\r\nhello\r\n", b"5\r\nhello\r\n\r\n0\r\n\r\n",
-        b"0\n\r\n\r\n", b"0\r\nX: y\r\n\r\n", b"0\r\n\n\r\n",
-        b"5;" + b"x" * 5000 + b"\r\nhello\r\n0\r\n\r\n")),
+        b"0\n\r\n\r\n", b"0\r\nX: y\r\n\r\n", b"0\r\n\n\r\n", b"5;" + b"x" * 5000 + b"\r\nhello\r\n0\r\n\r\n")),
 ])
 def test_chunked_coding_is_taken_strictly_however_it_arrives(data, expected):
     for pieces in pieces_of(data):
@@ -2035,10 +1937,9 @@ def test_what_stands_before_a_broken_chunk_is_not_lost():
     assert decoder.take() == b"hello!"
 
 
-# To add a case, add a row: the length, the bytes; (body, whether it ended, what is behind).
+# Rows: the length, the bytes; (body, whether it ended, what is behind).
 @pytest.mark.parametrize("length, data, expected", [
-    (0, b"", (b"", True, b"")), (5, b"hello", (b"hello", True, b"")),
-    (5, b"helloGET /", (b"hello", True, b"GET /")),
+    (0, b"", (b"", True, b"")), (5, b"hello", (b"hello", True, b"")), (5, b"helloGET /", (b"hello", True, b"GET /")),
     (5, b"hel", (b"hel", False, None)),
 ])
 def test_a_body_of_known_length_ends_there(length, data, expected):
@@ -2046,28 +1947,25 @@ def test_a_body_of_known_length_ends_there(length, data, expected):
         assert dechunk(ztoapi.Counted(length), pieces) == expected
 
 
-def decode_events(pieces, **options):
+def decode_events(pieces):
     """The events, or the class of the error."""
-    decoder = SSEDecoder(**options)
+    decoder = SSEDecoder()
     try:
         return [event for piece in pieces for event in decoder.feed(piece)] + decoder.close()
     except UpstreamError as error:
         return type(error)
 
 
-# Server-sent events, here of at most 100 bytes. To add a case, add a row: the bytes; the events, or the error.
+# Server-sent events, here of at most 100 bytes. Rows: the bytes; the events, or the error.
 @table("data, events", [
-    (b"", []), (b"\n\n\n", []), (b"data: a\n\n", ["a"]),
-    (b"data: a\n\ndata: b\n\n", ["a", "b"]),
+    (b"", []), (b"\n\n\n", []), (b"data: a\n\n", ["a"]), (b"data: a\n\ndata: b\n\n", ["a", "b"]),
     # The standard's own examples
     (b"data: YHOO\ndata: +2\ndata: 10\n\n", ["YHOO\n+2\n10"]),
     (b": test stream\n\ndata: first event\nid: 1\n\ndata:second event\nid\n\ndata:  third event\n\n",
      ["first event", "second event", " third event"]),
-    (b"data\n\ndata\ndata\n\n", ["", "\n"]),
-    (b"data:test\n\ndata: test\n\n", ["test", "test"]),
+    (b"data\n\ndata\ndata\n\n", ["", "\n"]), (b"data:test\n\ndata: test\n\n", ["test", "test"]),
     # Line ends of all kinds, and those that are none
-    (b"data: a\r\n\r\ndata: b\r\n\r\n", ["a", "b"]),
-    (b"data: a\n\r\ndata: b\r\n\ndata: c\r\n\n", ["a", "b", "c"]),
+    (b"data: a\r\n\r\ndata: b\r\n\r\n", ["a", "b"]), (b"data: a\n\r\ndata: b\r\n\ndata: c\r\n\n", ["a", "b", "c"]),
     (b"data: a\r\ndata: b\ndata: c\n", ["a\nb\nc"]),
     ("data: a\u2028b\u2029c\u0085d\x0b\x0c\x1c\x1de\n\n".encode(), ["a\u2028b\u2029c\u0085d\x0b\x0c\x1c\x1de"]),
     # A last event without its blank line
@@ -2092,20 +1990,18 @@ def decode_events(pieces, **options):
     *((data, UpstreamError) for data in (
         b"data: " + b"x" * 200, b"data: 123456789\n" * 20, b": " + b"x" * 200, b"{" + b"x" * 200 + b"\n")),
 ])
-def test_events_are_the_same_however_they_arrive(data, events):
+def test_events_are_the_same_however_they_arrive(monkeypatch, data, events):
+    monkeypatch.setattr(SSEDecoder, "LIMIT_BYTES", 100)
     for pieces in pieces_of(data):
-        assert decode_events(pieces, limit=100) == events, pieces[:3]
+        assert decode_events(pieces) == events, pieces[:3]
 
 
-# To add a case, add a row: what is special -> an event, whether it is one event.
 @cases("data, is_event", {
-    "two megabytes": (b"data: " + b"x" * (2 << 20) + b"\n\n", True),
-    "more": (b"data: " + b"x" * (3 << 20), False),
+    "two megabytes": (b"data: " + b"x" * (2 << 20) + b"\n\n", True), "more": (b"data: " + b"x" * (3 << 20), False),
     "as many values as 128K tokens": (b"data: [" + b"1," * 99990 + b"1]\n\n", True),
     "more values": (b"data: [" + b"1," * 100000 + b"1]\n\n", False),
     "more brackets": (b"data: [" + b"[]," * 60000 + b"1]\n\n", False),
-    "many lines": (b"data: x\n" * 1000 + b"\n", True),
-    "more lines": (b"data: x\n" * 1002 + b"\n", False),
+    "many lines": (b"data: x\n" * 1000 + b"\n", True), "more lines": (b"data: x\n" * 1002 + b"\n", False),
     "bare lines": (b"{}\n" * 1002 + b"\n", False),
 })
 def test_an_event_has_bounds(data, is_event):
@@ -2113,8 +2009,7 @@ def test_an_event_has_bounds(data, is_event):
     assert (len(events) if is_event else events) == (1 if is_event else UpstreamError)
 
 
-# Bytes that could take more than linear time. To add a case, add a row: what is special, the reader, the pieces it is
-# fed.
+# Bytes that could take more than linear time.
 @cases("reader, pieces", [
     ("events", SSEDecoder, [b"data: x\n\n" * 10] * 10000),
     ("lines of data without a blank line", SSEDecoder, [b"data: x\n" * 256] * 900),
@@ -2205,33 +2100,29 @@ def to_zai(request, **environ):
     return result.body, set(result.changed)
 
 
+def messages_to_zai(**fields):
+    """(Z.ai's messages, the set of what was changed) of a chat."""
+    body, changed = to_zai(chat_body(**fields))
+    return body["messages"], changed
+
+
 def asking(content):
     return {"messages": [user(content)]}
-
 
 def said_by(role, **fields):
     return {"messages": [{"role": role, **fields}, user("Hi")]}
 
-
 def said_last_by(role, **fields):
     return {"messages": [{"role": role, **fields}]}
-
-
-def image_of(value):
-    return {"model": "glm-4.5v", **asking([TEXT, {"type": "image_url", "image_url": value}])}
-
 
 def function(**fields):
     return {"tools": [{"type": "function", "function": fields}]}
 
-
 def named(name):
     return {"type": "function", "function": {"name": name}}
 
-
 def schema(value):
     return {"response_format": {"type": "json_schema", "json_schema": value}}
-
 
 def system(content):
     return {"role": "system", "content": content}
@@ -2254,8 +2145,7 @@ def output(id, content="20"):
 S, U, A, DOT = system("S"), user("U"), assistant("A"), user(".")
 
 
-# To add a request that is refused, add a row: the fields that are wrong, the param of
-# the 400.
+# To add a request that is refused, add a row: the fields that are wrong, the param of the 400.
 BAD_REQUESTS = [
     *(({"model": value}, "model") for value in (None, "", 5, ["glm-4.6"], {}, True, "x" * 257)),
     *(({"messages": value}, "messages") for value in (None, [], "Hi", {}, 5)),
@@ -2270,12 +2160,12 @@ BAD_REQUESTS = [
     (said_last_by("user", content={}), "messages[0].content.type"),
     (said_last_by("assistant", content=["x"]), "messages[0].content[0]"),
     *((asking([part]), "messages[0].content[0]") for part in (None, "x", 5, [])),
-    *((asking([TEXT, part]), "messages[0].content[1].type")
-      for part in ({}, {"type": None}, {"type": 5})),
+    *((asking([TEXT, part]), "messages[0].content[1].type") for part in ({}, {"type": None}, {"type": 5})),
     *((asking([TEXT, part]), "messages[0].content[1]") for part in (AUDIO, {"type": "x"})),
     *((asking([{"type": "text", "text": value}]), "messages[0].content[0].text") for value in (None, 5, [])),
     (asking([{"type": "text"}]), "messages[0].content[0].text"),
-    *((image_of(value), "messages[0].content[1]") for value in (None, 5, [], {}, {"url": 5})),
+    *(({"model": "glm-4.5v", **asking([TEXT, {"type": "image_url", "image_url": value}])}, "messages[0].content[1]")
+      for value in (None, 5, [], {}, {"url": 5})),
     (asking([TEXT, PICTURE]), "messages[0].content[1]"),
     ({**asking([PICTURE]), "model": "glm-5.2"}, "messages[0].content[0]"),
     ({"messages": [user([PICTURE]), {"role": "system", "content": "S"}]}, "messages[0].content[0]"),
@@ -2320,17 +2210,6 @@ BAD_REQUESTS = [
     ({"tools": [TOOL], "tool_choice": named(5)}, "tool_choice.function.name"),
     ({"extra_body": {"temperature": 5}}, "temperature"),
 ]
-
-
-@pytest.mark.parametrize("fields, param", BAD_REQUESTS)
-def test_a_bad_request_is_a_400_that_names_the_parameter(fields, param):
-    with pytest.raises(ztoapi.RequestError) as caught:
-        to_zai(chat_body(**fields))
-    error = caught.value
-    assert (error.status, error.type) == (400, "invalid_request_error")
-    assert error.param == param, error.message
-    assert isinstance(error.code, str)
-    assert 0 < len(error.message) < 500
 
 
 # The same in the other APIs' words. To add a request that is refused, add a row.
@@ -2402,14 +2281,17 @@ BAD_MESSAGES = [
 
 
 @pytest.mark.parametrize("door, body, param", [
+    *(("chat", chat_body(**fields), param) for fields, param in BAD_REQUESTS),
     *(("responses", {"model": "glm-4.6", "input": "Hi", **fields}, param) for fields, param in BAD_RESPONSES),
     *(("messages", {"model": "glm-4.6", "messages": [U], **fields}, param) for fields, param in BAD_MESSAGES)])
-def test_an_error_names_the_field_in_the_clients_words(door, body, param):
+def test_a_bad_request_is_a_400_that_names_the_field_in_the_clients_words(door, body, param):
     with pytest.raises(ztoapi.RequestError) as caught:
         by_door(door, body)
     error = caught.value
-    assert (error.status, error.param) == (400, param), error.message
-    assert param in error.message or param in ("thread", "previous_response_id")
+    assert (error.status, error.type, error.param) == (400, "invalid_request_error", param), error.message
+    assert isinstance(error.code, str)
+    assert 0 < len(error.message) < 500
+    assert param in error.message or door == "chat" or param in ("thread", "previous_response_id")
     assert DOORS[door].status(error) == 400
 
 
@@ -2430,7 +2312,6 @@ def test_what_is_refused_in_the_last_message_is_told_if_it_stands_before_it(mode
     assert changed or "image_url" in json.dumps(body)
 
 
-# To add a case, add a row: model, part of the current turn, what the error must say.
 @pytest.mark.parametrize("model, part, words", [
     ("GLM-4.6", PICTURE, r"GLM-4\.6 takes text only.*GLM-4\.6V.*VISION_MODEL"),
     ("GLM-4.6", FILE, r"GLM-4\.6 takes text only.*GLM-4\.6V.*VISION_MODEL"),
@@ -2442,18 +2323,14 @@ def test_media_that_a_model_does_not_take_are_refused_with_the_names_of_models_t
         to_zai(chat_body(model=model, **asking([TEXT, part])))
 
 
-@pytest.mark.parametrize("name", [
-    *ztoapi.READ_FIELDS, "top_k"])
+@pytest.mark.parametrize("name", sorted({*ztoapi.READ_FIELDS, "top_k"} - {"model", "messages"}))
 def test_null_in_an_optional_field_counts_as_absent(name):
-    if name not in ("model", "messages"):
-        assert to_zai(chat_body(**{name: None})) == to_zai(chat_body())
+    assert to_zai(chat_body(**{name: None})) == to_zai(chat_body())
 
 
-# To add a case, add a row: fields with a null in them, the same without it.
 @pytest.mark.parametrize("fields, same", [
     (function(name="f", strict=None, description=None, parameters=None), function(name="f")),
-    ({"stream_options": {"include_usage": None}}, {}),
-    ({"thinking": {"type": None}}, {}),
+    ({"stream_options": {"include_usage": None}}, {}), ({"thinking": {"type": None}}, {}),
     (schema({"name": "a", "schema": None}), schema({"name": "a"})),
     (said_by("assistant", content="x", tool_calls=None, reasoning_content=None, name=None, audio=None),
      said_by("assistant", content="x")),
@@ -2467,7 +2344,6 @@ def test_null_inside_a_field_counts_as_absent(fields, same):
     assert to_zai(chat_body(**fields)) == to_zai(chat_body(**same))
 
 
-# To add a body that is read, add a row: bytes, the object.
 @pytest.mark.parametrize("data, expected", [
     (b'{"a": 1}', {"a": 1}), (b'\xef\xbb\xbf{"a": 1}', {"a": 1}),
     (b' \r\n{"a":"\\u0000\\ud800\xe2\x80\xa8"}\n', {"a": "\0\ud800\u2028"}),
@@ -2477,12 +2353,10 @@ def test_a_body_is_a_json_object(data, expected):
     assert ztoapi.read_json_object(data) == expected
 
 
-# To add a body that is refused, add a row.
 @table("data", [
     b"", b" ", b"null", b"[]", b"5", b'"x"', b"true", b"{", b"{'a': 1}", b'{"a": 1} x', b'{"a": 1}{"a": 1}',
-    b'{"a": 01}',
-    b"\xff\xfe{\0}\0", '{"a": "é"}'.encode("latin-1"), b'{"a": "\xed\xa0\x80"}', b"\x1f\x8b\x08\0", b"model=glm-4.6",
-    b'{"a": NaN}', b'{"a": Infinity}', b'{"a": -Infinity}',
+    b'{"a": 01}', b"\xff\xfe{\0}\0", '{"a": "é"}'.encode("latin-1"), b'{"a": "\xed\xa0\x80"}', b"\x1f\x8b\x08\0",
+    b"model=glm-4.6", b'{"a": NaN}', b'{"a": Infinity}', b'{"a": -Infinity}',
     b'{"a": ' + b"1" * 5000 + b"}", b'{"a": -' + b"1" * 5000 + b"}", b'{"a": ' + b"9" * 1000000 + b"}",
     b'{"a": ' + b"[" * 200000 + b"]" * 200000 + b"}", b'{"a":' * 200000 + b"1" + b"}" * 200000, b"[" * 200000,
     b'{"a": [' + b"[]," * 1000001 + b"[]]}", b'{"a": [' + b"{}," * 1000001 + b"{}]}",
@@ -2513,11 +2387,59 @@ def calling(arguments='{"city":"Paris"}'):
     return assistant("", [("c1", "get_weather", arguments)])
 
 
-# To add a case, add a row: OpenAI's messages, Z.ai's, what was changed.
-MESSAGES = [
-    ([S, U], [S, U], set()),
-    ([{**S, "role": "developer"}, U], [S, U], set()),
-    ([user(PARTS)], [user("a\nb")], set()),
+def calls_of(*ids, **fields):
+    return {"role": "assistant", "content": "", "tool_calls": [
+        {**CALL, "id": id, "function": {"name": "f", "arguments": "{}"}, **fields} for id in ids]}
+
+def digest(text):
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+NAMELESS = {"role": "tool", "content": "20"}
+TOLD = user("Output of the tool call c1:\n20")
+# Rows: OpenAI's messages behind a first one, Z.ai's, what was changed.
+@pytest.mark.parametrize("messages, expected, changed", [
+    *(([calls_of(id), output(other)], [calls_of("call_3_0"), output("call_3_0")], {"tool_call_id"})
+      for id in (None, "", [], True, 0) for other in (None, "", [], "c9")),
+    ([calls_of(5), output(5)], [calls_of("5"), output("5")], set()),
+    ([{**calls_of(), "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}, NAMELESS],
+     [calls_of("call_3_0"), output("call_3_0")], {"tool_call_id"}),
+    ([calls_of(None, None), NAMELESS, {**NAMELESS, "content": "30"}],
+     [calls_of("call_3_0", "call_3_1"), output("call_3_0"), output("call_3_1", "30")], {"tool_call_id"}),
+    ([calls_of("c1", None), {**NAMELESS, "content": "30"}, output("c1")],
+     [calls_of("c1", "call_3_1"), output("c1"), output("call_3_1", "30")], {"tool_call_id"}),
+    ([assistant("A", [("c1", "f", "{}"), ("c1", "g", "{}")]), output("c1"), output("c1", "30")],
+     [assistant("A", [("c1", "f", "{}"), ("call_3_1", "g", "{}")]), output("c1"), output("call_3_1", "30")],
+     {"tool_call_id"}),
+    ([calls_of("c1", "c1"), output("c1"), output("c1", "30")], [calls_of("c1"), output("c1"), user(
+        "Output of the tool call c1:\n30")], {"tool_call_id"}),
+    ([calls_of("c1"), output("c1"), calls_of("c1"), output("c1", "30")],
+     [calls_of("c1"), output("c1"), calls_of("c1"), output("c1", "30")], set()),
+    ([calls_of("c1"), U, calls_of("c1"), output("c1")],
+     [calls_of("c1"), output("c1", "(no output)"), U, calls_of("c1"), output("c1")], set()),
+    ([calls_of("c1", "c2"), output("c2")], [calls_of("c1", "c2"), output("c1", "(no output)"), output("c2")], set()),
+    ([calls_of("c1")], [calls_of("c1"), output("c1", "(no output)")], set()),
+    ([calls_of("c1"), S, output("c1")], [calls_of("c1"), output("c1"), S], set()),
+    ([calls_of("c1"), A, output("c1")], [{**calls_of("c1"), "content": "A"}, output("c1")], set()),
+    ([calls_of("c1", "c2"), output("c2"), output("c1", "30")],
+     [calls_of("c1", "c2"), output("c1", "30"), output("c2")], set()),
+    ([output("c1"), calls_of("c1")], [TOLD, calls_of("c1"), output("c1", "(no output)")], {"tool_call_id"}),
+    ([output("c1")], [TOLD], {"tool_call_id"}),
+    ([calls_of("c1"), output("c1", "10"), output("c1")], [calls_of("c1"), output("c1", "10"), TOLD], {"tool_call_id"}),
+    *(([calls_of("c1", function={"name": name, "arguments": "{}"}), output("c1")],
+       [calls_of("c1", function={"name": start + digest(name), "arguments": "{}"}), output("c1")], set())
+      for name, start in (("mcp.a b", "mcp_a_b_"), ("", "_"), ("x" * 65, "x" * 55 + "_"))),
+    ([calls_of("c1", function="f"), output("c1")], [TOLD], {"unreadable", "tool_call_id"}),
+])
+def test_each_call_has_its_output_behind_it(messages, expected, changed):
+    assert messages_to_zai(messages=[S, U, *messages]) == ([S, U, *expected], changed)
+    # What follows changes nothing, or Z.ai's cache would be lost.
+    assert messages_to_zai(messages=[S, U, *messages, U])[0] == [S, U, *expected, U]
+
+
+# Rows: OpenAI's messages, Z.ai's, what was changed.
+@pytest.mark.parametrize("messages, expected, changed", [
+    ([S, U], [S, U], set()), ([{**S, "role": "developer"}, U], [S, U], set()), ([user(PARTS)], [user("a\nb")], set()),
     *(([{"role": role, "content": PARTS}, U], [{"role": role, "content": "a\nb"}, U], set())
       for role in ("system", "assistant")),
     ([calling(), output("c1", PARTS), U], [calling(), output("c1", "a\nb"), U], set()),
@@ -2554,77 +2476,12 @@ MESSAGES = [
     ([user(["a", *PARTS]), U], [user('"a"\na\nb'), U], {"unreadable"}),
     ([assistant([5, *PARTS]), U], [assistant("a\nb"), U], {"unreadable"}),
     ([{**A, "tool_calls": [5]}, U], [A, U], {"unreadable"}),
-]
-
-
-def calls_of(*ids, **fields):
-    return {"role": "assistant", "content": "", "tool_calls": [
-        {**CALL, "id": id, "function": {"name": "f", "arguments": "{}"}, **fields} for id in ids]}
-
-
-def digest(text):
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
-
-
-NAMELESS = {"role": "tool", "content": "20"}
-TOLD = user("Output of the tool call c1:\n20")
-# To add a case, add a row: OpenAI's messages behind a first one, Z.ai's, what was
-# changed.
-@pytest.mark.parametrize("messages, expected, changed", [
-    *(([calls_of(id), output(other)], [calls_of("call_3_0"), output("call_3_0")], {"tool_call_id"})
-      for id in (None, "", [], True, 0) for other in (None, "", [], "c9")),
-    ([calls_of(5), output(5)], [calls_of("5"), output("5")], set()),
-    ([{**calls_of(), "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}, NAMELESS],
-     [calls_of("call_3_0"), output("call_3_0")], {"tool_call_id"}),
-    ([calls_of(None, None), NAMELESS, {**NAMELESS, "content": "30"}],
-     [calls_of("call_3_0", "call_3_1"), output("call_3_0"), output("call_3_1", "30")], {"tool_call_id"}),
-    ([calls_of("c1", None), {**NAMELESS, "content": "30"}, output("c1")],
-     [calls_of("c1", "call_3_1"), output("c1"), output("call_3_1", "30")], {"tool_call_id"}),
-    ([assistant("A", [("c1", "f", "{}"), ("c1", "g", "{}")]), output("c1"), output("c1", "30")],
-     [assistant("A", [("c1", "f", "{}"), ("call_3_1", "g", "{}")]), output("c1"), output("call_3_1", "30")],
-     {"tool_call_id"}),
-    ([calls_of("c1", "c1"), output("c1"), output("c1", "30")], [calls_of("c1"), output("c1"), user(
-        "Output of the tool call c1:\n30")], {"tool_call_id"}),
-    ([calls_of("c1"), output("c1"), calls_of("c1"), output("c1", "30")],
-     [calls_of("c1"), output("c1"), calls_of("c1"), output("c1", "30")], set()),
-    ([calls_of("c1"), U, calls_of("c1"), output("c1")],
-     [calls_of("c1"), output("c1", "(no output)"), U, calls_of("c1"), output("c1")], set()),
-    ([calls_of("c1", "c2"), output("c2")], [calls_of("c1", "c2"), output("c1", "(no output)"), output("c2")],
-     set()),
-    ([calls_of("c1")], [calls_of("c1"), output("c1", "(no output)")], set()),
-    ([calls_of("c1"), S, output("c1")], [calls_of("c1"), output("c1"), S], set()),
-    ([calls_of("c1"), A, output("c1")], [{**calls_of("c1"), "content": "A"}, output("c1")], set()),
-    ([calls_of("c1", "c2"), output("c2"), output("c1", "30")],
-     [calls_of("c1", "c2"), output("c1", "30"), output("c2")], set()),
-    ([output("c1"), calls_of("c1")], [TOLD, calls_of("c1"), output("c1", "(no output)")],
-     {"tool_call_id"}),
-    ([output("c1")], [TOLD], {"tool_call_id"}),
-    ([calls_of("c1"), output("c1", "10"), output("c1")], [calls_of("c1"), output("c1", "10"), TOLD], {"tool_call_id"}),
-    *(([calls_of("c1", function={"name": name, "arguments": "{}"}), output("c1")],
-       [calls_of("c1", function={"name": start + digest(name), "arguments": "{}"}), output("c1")], set())
-      for name, start in (("mcp.a b", "mcp_a_b_"), ("", "_"), ("x" * 65, "x" * 55 + "_"))),
-    ([calls_of("c1", function="f"), output("c1")], [TOLD], {"unreadable", "tool_call_id"}),
 ])
-def test_each_call_has_its_output_behind_it(messages, expected, changed):
-    body, really = to_zai(chat_body(messages=[S, U, *messages]))
-    check_history(body["messages"])
-    assert body["messages"] == [S, U, *expected]
-    assert really == changed
-    # What follows changes nothing, or Z.ai's cache would be lost.
-    again, _ = to_zai(chat_body(messages=[S, U, *messages, U]))
-    assert again["messages"] == [S, U, *expected, U]
-
-
-@pytest.mark.parametrize("messages, expected, changed", MESSAGES)
 def test_messages_become(messages, expected, changed):
-    body, really = to_zai(chat_body(messages=messages))
-    check_history(body["messages"])
-    assert body["messages"] == expected
-    assert really == changed
+    assert messages_to_zai(messages=messages) == (expected, changed)
 
 
-# To add a case, add a row: the arguments of an earlier call, the text Z.ai gets; None:
-# as they are.
+# Rows: the arguments of an earlier call, the text Z.ai gets; None: as they are.
 @table("arguments, expected", [
     *((text, None) for text in ('{"path": "a"}', ' {"path": "a"}\n', "{}", '{"a": "{}{}"}')),
     *((text, "{}") for text in ("", " \n", None)),
@@ -2646,7 +2503,6 @@ NO_PICTURE = "[image left out: GLM-4.6 takes text only]"
 TWO_CALLS = calls_of("c1", "c2")
 
 
-# To add a case, add a row: a model that sees, OpenAI's messages, Z.ai's.
 @pytest.mark.parametrize("model", ["GLM-4.5V", "glm-5.3-flash", "glm-unheard-of"])
 @pytest.mark.parametrize("messages, expected", [
     ([user([TEXT, PICTURE])], [user([TEXT, PICTURE])]),
@@ -2661,32 +2517,27 @@ TWO_CALLS = calls_of("c1", "c2")
       calling(), output("c1", "(an image)"), user([FROM_TOOLS, PICTURE]), U]),
 ])
 def test_a_model_that_sees_gets_the_pictures(model, messages, expected):
-    body, changed = to_zai(chat_body(model=model, messages=messages))
-    assert body["messages"] == expected
-    assert not changed
+    assert messages_to_zai(model=model, messages=messages) == (expected, set())
 
 
-# To add a case, add a row: OpenAI's messages, Z.ai's, for GLM-4.6, which sees nothing.
+# Rows: OpenAI's messages, Z.ai's, for GLM-4.6, which sees nothing.
 @pytest.mark.parametrize("messages, expected", [
     ([user([TEXT, PICTURE]), A, U], [user("What is it?\n" + NO_PICTURE), A, U]),
     ([user([PICTURE]), calling(), RESULT], [user(NO_PICTURE), calling(), RESULT]),
     ([U, calling(), output("c1", [TEXT, PICTURE])], [U, calling(), output("c1", "What is it?\n" + NO_PICTURE)]),
 ])
 def test_a_model_that_sees_nothing_gets_a_word_for_pictures_of_the_past(messages, expected):
-    body, changed = to_zai(chat_body(messages=messages))
-    assert body["messages"] == expected
-    assert changed == {"image"}
+    assert messages_to_zai(messages=messages) == (expected, {"image"})
 
 
 @pytest.mark.parametrize("model", ["glm-4.6", "glm-4.5v", "glm-unheard-of"])
 @pytest.mark.parametrize("role", ["system", "developer", "assistant"])
 @pytest.mark.parametrize("part", [PICTURE, FILE, AUDIO])
 def test_who_is_no_user_shows_nothing(model, role, part):
-    body, changed = to_zai(chat_body(model=model, **said_by(role, content=[TEXT, part])))
-    words = body["messages"][0]["content"]
+    (shown, _), changed = messages_to_zai(model=model, **said_by(role, content=[TEXT, part]))
     # Nothing is put into the assistant's mouth.
     pattern = r"What is it\?" if role == "assistant" else r"What is it\?\n\[\w+ left out: .*\]"
-    assert re.fullmatch(pattern, words)
+    assert re.fullmatch(pattern, shown["content"])
     assert len(changed) == 1
 
 
@@ -2695,19 +2546,16 @@ def test_who_is_no_user_shows_nothing(model, role, part):
 @pytest.mark.parametrize("before", [
     lambda part: [user([TEXT, part]), A], lambda part: [calling(), output("c1", [TEXT, part])]])
 def test_what_stands_in_the_past_is_never_refused(model, part, before):
-    body, _ = to_zai(chat_body(model=model, messages=[*before(part), U]))
-    said = json.dumps(body)
+    said = json.dumps(messages_to_zai(model=model, messages=[*before(part), U])[0])
     assert "left out" in said or json.dumps(json.dumps(part, separators=(",", ":")))[1:-1] in said
 
 
-# To add a case, add a row: model, a part that it takes.
 @pytest.mark.parametrize("model, part", [
     *((model, part) for model in ("glm-5.3-flash", "GLM-5.3-FlashX", "glm-9") for part in (FILE, FILE_URL)),
     *((model, FILE_URL) for model in ("glm-4.6v", "glm-4.5v", "glm-5v-turbo")),
 ])
 def test_a_file_goes_to_models_that_take_files(model, part):
-    body, _ = to_zai(chat_body(model=model, **asking([TEXT, part])))
-    assert body["messages"] == [user([TEXT, part])]
+    assert messages_to_zai(model=model, **asking([TEXT, part]))[0] == [user([TEXT, part])]
 
 
 ABSENT = "absent"
@@ -2720,7 +2568,7 @@ FOREIGN_TOOLS = [
     {"type": "web_search"}, {"type": "web_search", "web_search": None}, {"type": "mcp", "server_url": "x"},
     {"type": "local_shell"}, {"type": "retrieval"},
 ]
-# To add a case, add a row: OpenAI's fields, Z.ai's, what was changed.
+# Rows: OpenAI's fields, Z.ai's, what was changed.
 CHANGES = [
     # Passed
     *(({name: value}, {name: value}, set()) for name, value in (
@@ -2762,8 +2610,7 @@ CHANGES = [
       for value in (0, False, "", [], {}, None)),
     ({"service_tier": "auto", "modalities": ["text"]}, {"service_tier": ABSENT, "modalities": ABSENT}, set()),
     ({"response_format": {"type": "json_object"}}, {"response_format": {"type": "json_object"}}, set()),
-    ({"tools": []}, {"tools": ABSENT, "tool_choice": ABSENT}, set()),
-    ({"tools": [TOOL]}, {"tools": [TOOL]}, set()),
+    ({"tools": []}, {"tools": ABSENT, "tool_choice": ABSENT}, set()), ({"tools": [TOOL]}, {"tools": [TOOL]}, set()),
     ({"tools": [TOOL, TOOL2], "tool_choice": "auto"}, {"tools": [TOOL, TOOL2], "tool_choice": "auto"}, set()),
     ({"tools": [TOOL], "tool_choice": "none"}, {"tools": ABSENT, "tool_choice": ABSENT}, {"tool_choice"}),
     *((function(name="f", **more), {"tools": [BARE_TOOL]}, set())
@@ -2790,14 +2637,7 @@ CHANGES = [
 @pytest.mark.parametrize("fields, expected, changed", CHANGES)
 def test_fields_become(fields, expected, changed):
     body, really = to_zai(chat_body(**fields))
-    assert {name: body.get(name, ABSENT) for name in expected} == expected
-    assert really == changed
-
-
-ZAI_FIELDS = {
-    "model", "messages", "stream", "thinking", "reasoning_effort", "do_sample", "temperature", "top_p", "max_tokens",
-    "tool_stream", "tools", "tool_choice", "stop", "response_format", "request_id", "user_id", "seed",
-}
+    assert ({name: body.get(name, ABSENT) for name in expected}, really) == (expected, changed)
 
 
 def test_nothing_of_openais_that_zai_does_not_know_goes_out():
@@ -2806,23 +2646,20 @@ def test_nothing_of_openais_that_zai_does_not_know_goes_out():
         everything.update(fields)
     everything.update(tools=[TOOL], tool_choice="auto", extra_body={})
     del everything["a_field_of_tomorrow"]
-    assert set(to_zai(everything)[0]) <= ZAI_FIELDS
+    assert set(to_zai(everything)[0]) <= {
+        "model", "messages", "stream", "thinking", "reasoning_effort", "do_sample", "temperature", "top_p",
+        "max_tokens", "tool_stream", "tools", "tool_choice", "stop", "response_format", "request_id", "user_id", "seed"}
 
 
-# To add a case, add a row: fields, what reading the answer needs to know of them.
 @pytest.mark.parametrize("fields, facts", [
     ({}, {"tools": {}, "one_call": False, "json": False, "stop": ()}),
-    ({"stop": ["a", "", "b"]}, {"stop": ("a", "b")}),
-    ({"stop": "a"}, {"stop": ("a",)}),
-    ({"tools": [TOOL, SEARCH, {"type": "mcp"}]},
-     {"tools": {"get_weather": {"city": {"string"}}}}),
+    ({"stop": ["a", "", "b"]}, {"stop": ("a", "b")}), ({"stop": "a"}, {"stop": ("a",)}),
+    ({"tools": [TOOL, SEARCH, {"type": "mcp"}]}, {"tools": {"get_weather": {"city": {"string"}}}}),
     ({"tools": [TOOL], "tool_choice": "none"}, {"tools": {}}),
     ({"tools": [TOOL, TOOL2], "tool_choice": {"type": "function", "function": {"name": "get_time"}}},
      {"tools": {"get_time": {}}}),
-    ({"parallel_tool_calls": False}, {"one_call": True}),
-    ({"parallel_tool_calls": True}, {"one_call": False}),
-    ({"response_format": {"type": "json_object"}}, {"json": True}),
-    (schema({"schema": {}}), {"json": True}),
+    ({"parallel_tool_calls": False}, {"one_call": True}), ({"parallel_tool_calls": True}, {"one_call": False}),
+    ({"response_format": {"type": "json_object"}}, {"json": True}), (schema({"schema": {}}), {"json": True}),
     ({"response_format": {"type": "text"}}, {"json": False}),
     ({}, {"no_thinking": False}), ({"enable_thinking": False}, {"no_thinking": True}),
     # It cannot stop.
@@ -2837,12 +2674,10 @@ def allowed(mode, *names):
     return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": list(map(named, names))}}
 
 
-# To add a case, add a row: tool_choice, the tools that are left, whether the model is
-# told to call one.
+# Rows: tool_choice, the tools that are left, whether the model is told to call one.
 @pytest.mark.parametrize("choice, left, told", [
     ("required", [TOOL, TOOL2], True), (named("get_time"), [TOOL2], True),
-    (allowed("auto", "get_time"), [TOOL2], False),
-    (allowed("required", "get_weather"), [TOOL], True),
+    (allowed("auto", "get_time"), [TOOL2], False), (allowed("required", "get_weather"), [TOOL], True),
     ({"type": "web_search"}, [TOOL, TOOL2], False),
     ("any", [TOOL, TOOL2], True), ({"type": "tool", "name": "get_time"}, [TOOL2], True),
     ({"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "get_time"}]}, [TOOL2], True),
@@ -2851,9 +2686,7 @@ def test_a_forced_tool_choice_becomes_auto_with_fewer_tools_and_a_system_line(ch
     messages = [S, U, {"role": "system", "content": "late"}]
     body, changed = to_zai(chat_body(messages=messages, tools=[TOOL, TOOL2], tool_choice=choice))
     added = [message for message in body["messages"] if message not in messages]
-    assert body["tools"] == left
-    assert body["tool_choice"] == "auto"
-    assert changed == {"tool_choice"}
+    assert (body["tools"], body["tool_choice"], changed) == (left, "auto", {"tool_choice"})
     assert [message["role"] for message in added] == ["system"] * told
     assert [message for message in body["messages"] if message in messages] == messages
     if told and len(left) == 1:
@@ -2870,41 +2703,34 @@ def test_zais_own_tools_stay_where_a_choice_allows_them():
     assert to_zai(chat_body(tools=tools, tool_choice=choice))[0]["tools"] == [TOOL2, SEARCH]
 
 
-# To add a case, add a row: a choice that names the tool "gone", which was left out; the
-# tools that are left.
+# Rows: a choice that names the tool "gone", which was left out; the tools that are left.
 @pytest.mark.parametrize("choice, left", [
     (named("gone"), [TOOL]), (allowed("required", "gone"), [TOOL]),
-    (allowed("required", "gone", "get_weather"), [TOOL]),
-    (allowed("auto", "gone"), ABSENT),
+    (allowed("required", "gone", "get_weather"), [TOOL]), (allowed("auto", "gone"), ABSENT),
     ({"type": "custom", "custom": {"name": "gone"}}, [TOOL]), ({"type": "tool", "name": "gone"}, [TOOL]),
 ])
 def test_a_choice_of_a_tool_that_was_left_out_fails_nothing(choice, left):
     tools = [TOOL, {"type": "mcp", "name": "gone"}]
     body, changed = to_zai(chat_body(tools=tools, tool_choice=choice))
-    assert body.get("tools", ABSENT) == left
-    assert changed == {"mcp", "tool_choice"}
+    assert (body.get("tools", ABSENT), changed) == (left, {"mcp", "tool_choice"})
 
 
 def test_a_json_schema_becomes_json_object_with_the_schema_in_a_system_line():
     wanted = {"type": "object", "properties": {"größe": {"type": "number"}}, "required": ["größe"]}
     body, changed = to_zai(chat_body(**schema({"name": "a", "strict": True, "schema": wanted})))
-    line = body["messages"][-1]
-    assert body["response_format"] == {"type": "json_object"}
-    assert changed == {"response_format"}
-    assert line["role"] == "system"
+    *rest, line = body["messages"]
+    assert (body["response_format"], changed) == ({"type": "json_object"}, {"response_format"})
+    assert (line["role"], rest) == ("system", [user("Hi")])
     assert json.loads(line["content"][line["content"].index("{"):]) == wanted
     assert "größe" in line["content"]
-    assert body["messages"][:-1] == [user("Hi")]
 
 
 ALL_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 GRADES = dict(zip(ALL_EFFORTS, ("low", "low", "low", "high", "high", "max", "max")))
 SWITCHED = (
     "glm-5.1", "glm-5", "glm-5-turbo", "glm-4.7-flash", "glm-4.6", "glm-4.5", "glm-4.5-air", "glm-4.5v", "glm-4.6v",
-    "glm-5v-turbo",
-    "glm-5.1-highspeed")
-# To add a family, add a row: its models, and what (on or off, effort) becomes:
-# thinking, reasoning_effort.
+    "glm-5v-turbo", "glm-5.1-highspeed")
+# To add a family, add a row: its models, and what (on or off, effort) becomes: thinking, reasoning_effort.
 FAMILIES = {
     "always": (("glm-5.3", "glm-5.3-flash", "GLM-5.3-FlashX", "glm-5.3-highspeed"), lambda on, effort: (
         ON, GRADES.get(effort) if on else "low")),
@@ -3114,8 +2940,7 @@ def folded_stream(steps, reasoning="parsed"):
     """What a client makes of a stream; on the way every rule of the wire is checked."""
     chat = ztoapi.Chat(**NEW_CHAT, include_usage=True, reasoning=reasoning)
     blocks = (chat.opening() + chat.heartbeat() + chat.tell(steps)).split("\n\n")
-    assert blocks.pop() == ""
-    assert blocks.pop() == "data: [DONE]"
+    assert [blocks.pop(), blocks.pop()] == ["", "data: [DONE]"]
     values = [parse_chunk(block) for block in blocks]
     usage = values.pop()["usage"] if values[-1]["choices"] == [] else None
     assert [value["usage"] for value in values] == [None] * len(values)
@@ -3126,8 +2951,7 @@ def folded_stream(steps, reasoning="parsed"):
     assert finish in ("stop", "length", "tool_calls", "content_filter")
     assert before == [None] * len(before)
     first, *deltas, last = [choice["delta"] for choice in choices]
-    assert first == {"role": "assistant", "content": ""}
-    assert last == {}
+    assert (first, last) == ({"role": "assistant", "content": ""}, {})
     return *fold_deltas(deltas), finish, usage
 
 
@@ -3158,16 +2982,11 @@ def fold_call(calls, piece):
     function = piece["function"]
     assert isinstance(function["arguments"], str)
     if piece["index"] == len(calls):
-        assert list(piece) == ["index", "id", "type", "function"]
-        assert piece["type"] == "function"
-        assert isinstance(piece["id"], str)
-        assert piece["id"]
-        assert isinstance(function["name"], str)
-        assert function["name"]
+        assert (list(piece), piece["type"]) == (["index", "id", "type", "function"], "function")
+        assert all(text and isinstance(text, str) for text in (piece["id"], function["name"]))
         calls.append({"id": piece["id"], "name": function["name"], "arguments": ""})
     else:
-        assert list(piece) == ["index", "function"]
-        assert list(function) == ["arguments"]
+        assert (list(piece), list(function)) == (["index", "function"], ["arguments"])
         assert 0 <= piece["index"] < len(calls)
     calls[piece["index"]]["arguments"] += function["arguments"]
 
@@ -3200,11 +3019,9 @@ def without_surrogates(folded):
     """As it reaches a client: what UTF-8 cannot spell is a question mark."""
     return json.loads(ztoapi.encode_json(list(folded)).decode("utf-8"))
 
-
 def says(content="", reasoning="", calls=(), finish="stop", usage=USAGE):
     """What an answer must come to."""
     return {"content": content, "reasoning": reasoning, "calls": list(calls), "finish": finish, "usage": usage}
-
 
 def asks(*calls, finish="tool_calls", **more):
     """The same of an answer that asks for these calls."""
@@ -3215,8 +3032,7 @@ def check_answer(data, expected, reasoning="parsed", **options):
     """The answer is as expected, and the streamed and the JSON one agree; gives its calls."""
     folded = folded_stream(translated(data, **options), reasoning)
     steps, failure = receive([wire(data)], restartable=True, **options)
-    assert failure is None
-    assert list(folded_json(steps, reasoning)) == without_surrogates(folded)
+    assert (failure, list(folded_json(steps, reasoning))) == (None, without_surrogates(folded))
     content, thinking, calls, finish, usage = folded
     assert len({call["id"] for call in calls}) == len(calls)
     pairs = [(call["name"], call["arguments"]) for call in calls]
@@ -3228,22 +3044,12 @@ def calls_in(*items, finish=None, **delta):
     """An event with these items as its tool calls."""
     return event(dict(delta, tool_calls=list(items)), finish)
 
-
 def item(name=None, arguments=None, **more):
     function = {"name": name, "arguments": arguments}
     return dict(more, function={key: value for key, value in function.items() if value is not None})
 
-
 def finished(finish, usage=USAGE):
     return event(finish=finish, usage=usage) + DONE
-
-
-def counts(prompt, completion, total, cached=0, reasoning=0):
-    """A usage object."""
-    return {
-        "prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": total,
-        "prompt_tokens_details": {"cached_tokens": cached},
-        "completion_tokens_details": {"reasoning_tokens": reasoning}}
 
 
 ENDED = finished("stop")
@@ -3257,7 +3063,6 @@ WISH = f"<tool_call>get_weather{CITY}</tool_call>"
 
 def leak(text):
     return f"<tool_call>{text}</tool_call>"
-
 
 def frames(head, *rests):
     """The frames of a stream, which begin alike."""
@@ -3294,8 +3099,7 @@ GLM_52_JSON = r"""{"choices":[{"finish_reason":"tool_calls","index":0,"message":
 "type":"function"}]}}],"id":"1"}""".replace("\n", "").encode()
 MINIMAL = {"id": "", "object": "", "created": 0, "model": "", "system_fingerprint": None}
 
-# Good answers. To add a case, add a row: what is special, what Z.ai sends, what it
-# says.
+# Good answers.
 @cases("data, expected", [
     ("glm-5.2, tools", GLM_52_TOOLS, asks(RAIN, reasoning="The user", usage=counts(178, 37, 215, 0, 25))),
     ("glm-4.5, index -1, double finish", GLM_45_TOOLS,
@@ -3336,8 +3140,7 @@ MINIMAL = {"id": "", "object": "", "created": 0, "model": "", "system_fingerprin
     ("content and reasoning in one event",
      say("a") + event({"reasoning_content": "r", "content": "b"}) + event({"content": "c", "reasoning_content": "s"})
      + ENDED, says("abc", "rs")),
-    ("nothing but a finish, but tokens", ENDED, says()),
-    ("nothing but thinking", think("hm") + ENDED, says("", "hm")),
+    ("nothing but a finish, but tokens", ENDED, says()), ("nothing but thinking", think("hm") + ENDED, says("", "hm")),
     ("nothing but thinking, cut", think("hm") + finished("length"), says("", "hm", finish="length")),
     ("nothing but a filter", finished("sensitive", None), says(finish="content_filter", usage=None)),
     ("line ends first",
@@ -3399,8 +3202,7 @@ MINIMAL = {"id": "", "object": "", "created": 0, "model": "", "system_fingerprin
     ("arguments missing", calls_in(item("get_time", id="c")) + TOOLS_END, asks(TIME)),
     *((f"arguments {first!r}, then real ones",
        call("get_weather", first) + calls_in(item(None, '{"city":', index=0))
-       + calls_in(item(None, '"Paris"}', index=0)) + TOOLS_END, asks(RAIN)) for first in ("{}", "null", " ")),
-    ("arguments '{}' and real ones in one", call("get_weather", "{} " + PARIS) + TOOLS_END, asks(RAIN)),
+       + calls_in(item(None, '"Paris"}', index=0)) + TOOLS_END, asks(RAIN)) for first in ("null", " ")),
     *((f"arguments '{{}}', then {behind!r}",
        call("get_time", "{}") + calls_in(item(None, behind, index=0)) + TOOLS_END,
        asks(TIME)) for behind in ("}", "</tool_call>", "{}")),
@@ -3503,8 +3305,7 @@ MINIMAL = {"id": "", "object": "", "created": 0, "model": "", "system_fingerprin
         "get_weather<arg_key>city</arg_key><arg_value>Paris</arg_value></arg_value>",
         "get_weather<arg_key>city<arg_value>Paris</arg_value>",
         "get_weather<arg_key>city</arg_key><arg_value><arg_value>Paris</arg_value>",
-        "get_weather" + CITY + "</tool_call>",
-        "get_weather<arg_key> city </arg_key>\n<arg_value>Paris</arg_value>\n",
+        "get_weather" + CITY + "</tool_call>", "get_weather<arg_key> city </arg_key>\n<arg_value>Paris</arg_value>\n",
         "get_weather<arg_key>city</arg_key>Paris</arg_value>", "get_weather<arg_key>city</arg_key><arg_value>Paris",
         "get_weather<arg_key><arg_key>city</arg_key><arg_value>Paris</arg_value>",
         "get_weather<arg_key>city</arg_value>Paris</arg_value>", "get_weather<arg_key>city<arg_key>Paris</arg_key>",
@@ -3523,9 +3324,8 @@ MINIMAL = {"id": "", "object": "", "created": 0, "model": "", "system_fingerprin
     *((f"no call, {text}", say(leak(text)) + ENDED, says(leak(text))) for text in (
         "get_weather city</arg_key><arg_value>Paris</arg_value>", "get_weather<arg_key>city</arg_key>",
         "get_weather<arg_key></arg_key><arg_value>Paris</arg_value>", 'get_weather{"city": "Paris"}',
-        "get_weather" + CITY + CITY.replace("Paris", "Rome"),
-        "get_weather<arg_value>Paris</arg_value>", CITY, "", "get_weather" + CITY + "and so on",
-        "get_time<arg_key>a</arg_key><arg_value>use <arg_key> tags</arg_value>",
+        "get_weather" + CITY + CITY.replace("Paris", "Rome"), "get_weather<arg_value>Paris</arg_value>", CITY, "",
+        "get_weather" + CITY + "and so on", "get_time<arg_key>a</arg_key><arg_value>use <arg_key> tags</arg_value>",
         "get_time<arg_key>a</arg_key><arg_value>x</arg_value>y<arg_key>b</arg_key><arg_value>z</arg_value>w")),
     # A call that was only thought of is none
     *((f"a call thought of, then {what}", think("I could ") + think(WISH) + rest + ENDED, says(content, reasoning))
@@ -3546,7 +3346,7 @@ MINIMAL = {"id": "", "object": "", "created": 0, "model": "", "system_fingerprin
     *((f"tags around {text!r}", say(f"<|assistant|>{first}{text}<|user|>{last}<|endoftext|>\n") + ENDED, says(text))
       for first, text, last in (("", "a", ""), ("\n", "a <|user|> b", "\n"), ("</think>\n", "a", "<|observation|>"))),
     ("tags of the template in thinking", think("<|assistant|>a<|user|>") + think(" b<|user|>") + say("c") + ENDED,
-     says("c", "a<|user|> b")),
+     says("c", "a<|user|> b<|user|>")),
     ("a tag of the template that is cut", say("a<|use") + ENDED, says("a<|use")),
     ("nothing but tags of the template", say("<|user|>") + ENDED, says()),
     # One call at a time
@@ -3607,8 +3407,7 @@ def told_arguments(arguments, name="edit"):
     return text
 
 
-# Arguments whose values are texts with JSON. To add a case, add a row: the name, the
-# text, the value.
+# Arguments whose values are texts with JSON. Rows: the name, the text, the value.
 @pytest.mark.parametrize("name, text, value", [
     ("rows", '[{"q": "a"}]', [{"q": "a"}]), ("row", '{"a": "\\"]"}', {"a": '"]'}), ("many", "[1,\n2]", [1, 2]),
     ("all", "[]", []), ("count", "5", 5), ("share", "0.5", 0.5), ("share", "5", 5), ("yes", "true", True),
@@ -3616,9 +3415,8 @@ def told_arguments(arguments, name="edit"):
     # A text may be meant, or says something else
     *((name, text, text) for name, text in (
         ("text", "[1]"), ("any", "[1]"), ("odd", "5"), ("maybe", "null"), ("either", "[1]"), ("word", "2"),
-        ("loop", "5"),
-        ("lost", "5"), ("wrong", "5"), ("union", "[1]"), ("new", "[1]"), ("rows", "{}"), ("rows", "[1"), ("rows", ""),
-        ("count", "5.5"), ("count", "true"), ("yes", "1"), ("row", "[]"))),
+        ("loop", "5"), ("lost", "5"), ("wrong", "5"), ("union", "[1]"), ("new", "[1]"), ("rows", "{}"), ("rows", "[1"),
+        ("rows", ""), ("count", "5.5"), ("count", "true"), ("yes", "1"), ("row", "[]"))),
 ])
 def test_an_argument_has_the_type_that_its_schema_says(name, text, value):
     before, behind = {"text": "a \"[1]\" b", "new": {"rows": "[1]"}}, {"count": "7"}
@@ -3628,12 +3426,10 @@ def test_an_argument_has_the_type_that_its_schema_says(name, text, value):
 
 def test_a_text_goes_on_beside_a_value_that_is_held_back():
     this = new_answer(tools=TASK)
-    steps, _ = feed_answer(this, [HEAD, chunked(call("edit", '{"rows": "[1,', index=0))])
-    assert steps[0].text == '{"rows": '
-    steps, _ = this.feed(chunked(calls_in(item(None, '2]", "te', index=0))))
-    assert steps[0].text == '[1,2], '
-    steps, _ = this.feed(chunked(calls_in(item(None, 'xt": "a long te', index=0))))
-    assert steps[0].text == '"text": "a long te'
+    this.feed(HEAD + chunked(calls_in(item("edit", "", index=0))))
+    for piece, text in (('{"rows": "[1,', '{"rows": '), ('2]", "te', "[1,2], "), ('xt": "long', '"text": "long')):
+        steps, _ = this.feed(chunked(calls_in(item(None, piece, index=0))))
+        assert [step.text for step in steps] == [text]
 
 
 def test_what_is_held_back_of_arguments_has_a_bound():
@@ -3645,8 +3441,7 @@ def test_what_is_held_back_of_arguments_has_a_bound():
     assert (failure, steps[0].text) == (None, text)
 
 
-# Arguments that clients could not read. To add a case, add a row: what Z.ai sends, what
-# is told.
+# Arguments that clients could not read.
 @pytest.mark.parametrize("arguments, told", [
     # Encoded twice
     *((json.dumps(json.dumps(value)), json.dumps(value)) for value in (
@@ -3655,15 +3450,13 @@ def test_what_is_held_back_of_arguments_has_a_bound():
     *((text, text) for text in ('"{"', '"a patch"', '"[1]"')),
     # With control characters
     ('{"text": "a\nb\tc\0d\r"}', '{"text": "a\\nb\\tc\\u0000d\\r"}'),
-    ('{"text": ["a\n"],\n"a\n": 1}', '{"text": ["a\\n"],\n"a\\n": 1}'),
-    ('{"rows": "[\n1]"}', '{"rows": [1]}'),
+    ('{"text": ["a\n"],\n"a\n": 1}', '{"text": ["a\\n"],\n"a\\n": 1}'), ('{"rows": "[\n1]"}', '{"rows": [1]}'),
 ])
 def test_arguments_can_be_parsed(arguments, told):
     assert told_arguments(arguments) == told
 
 
-# Leaked arguments, which have no quotes. To add a case, add a row: the name, the text,
-# the value.
+# Leaked arguments, which have no quotes. Rows: the name, the text, the value.
 @pytest.mark.parametrize("name, text, value", [
     *((name, text, text) for name, text in (
         ("text", "123"), ("maybe", "123"), ("either", "[1]"), ("word", "1"), ("count", "1.5"), ("rows", "[1"),
@@ -3674,12 +3467,11 @@ def test_arguments_can_be_parsed(arguments, told):
 def test_a_leaked_argument_has_the_type_that_its_schema_says(name, text, value):
     data = say(leak(f"edit<arg_key>{name}</arg_key><arg_value>{text}</arg_value>")) + ENDED
     (step, _), failure = receive([wire(data)], tools=TASK)
-    assert failure is None
-    assert json.loads(step.text) == {name: value}
+    assert (failure, json.loads(step.text)) == (None, {name: value})
 
 
-# Letters that come in two halves, each in an event of its own. To add a case, add a row:
-# the halves with what is around them, options, what they say.
+# Letters that come in two halves, each in an event of its own. Rows: the halves with what is around them, options, what
+# they say.
 @pytest.mark.parametrize("field, pieces, options, expected", [
     ("content", ("a\\ud83d", "\\ude00b"), {}, says("a\U0001f600b")),
     ("reasoning_content", ("\\ud83d", "\\ude00"), {}, says("", "\U0001f600")),
@@ -3694,8 +3486,8 @@ def test_a_letter_may_come_in_two_halves(field, pieces, options, expected):
     assert folded_stream(steps)[:2] == (expected["content"], expected["reasoning"])
 
 
-# Thinking that was turned off cannot have come: it is the text, if there is no other.
-# To add a case, add a row: the bytes, what they say, options.
+# Thinking that was turned off cannot have come: it is the text, if there is no other. Rows: the bytes, what they say,
+# options.
 @cases("data, expected, options", [
     ("it is the text", think("The ") + think("answer") + ENDED, says("The answer"), {}),
     ("it is the text beside line ends", think("a") + say("\n") + ENDED, says("a"), {}),
@@ -3751,8 +3543,8 @@ RATE_LIMITED = b"event: error\n" + error_event(
 BARE_LINE = '{"error":{"code":"500","message":"内部错误"}}'.encode()
 
 
-# Failures in an answer with status 200. To add a case, add a row: what is wrong, what
-# Z.ai sends, the code of the error, what is to be done while nothing has been sent.
+# Failures in an answer with status 200. Rows: what is wrong, what Z.ai sends, the code of the error, what is to be done
+# while nothing has been sent.
 @cases("data, code, verdict", [
     *((what, data, "upstream_error", TRY_AGAIN) for what, data in (
         ("network_error", NETWORK_ERROR),
@@ -3830,14 +3622,12 @@ def test_a_failure_is_an_error_and_never_an_answer(data, code, verdict):
 def test_what_is_no_event_is_counted():
     translator = new_translator()
     odd = ("42", "[]", "null", '"x"', "garbage", '"id', 'iddata: ["choices"]', "iddata: 5")
-    assert translator.feed(odd) == ([], None)
-    assert translator.frames.repaired == 8
+    assert (translator.feed(odd), translator.frames.repaired) == (([], None), 8)
     assert translator.feed(decode_events([say("a") + DONE + error_event("1305")]))[1].zai_code == "1305"
     assert translator.frames.repaired == 8
 
 
-# Responses as a whole: heads, framings, kinds, codings. Behind the bytes the connection
-# ends.
+# Responses as a whole: heads, framings, kinds, codings. Behind the bytes the connection ends.
 
 HELLO = b"".join(HEALTHY)
 UNFINISHED = chunked(say("Hello")) + chunked(event(finish="stop"))  # no usage, no end mark
@@ -3845,7 +3635,6 @@ UNFINISHED = chunked(say("Hello")) + chunked(event(finish="stop"))  # no usage, 
 
 def with_fields(*lines):
     return HEAD[:-2] + b"".join(line + b"\r\n" for line in lines) + b"\r\n"
-
 
 def with_kind(kind):
     return HEAD.replace(b"text/event-stream;charset=UTF-8", kind)
@@ -3855,7 +3644,7 @@ OK = b"HTTP/1.1 200 OK\r\n"
 BODY = b"".join(chunked(piece) for piece in HEALTHY) + END
 JSON_ANSWER = json.dumps({"choices": [{"message": {"content": "Hello"}, "finish_reason": "stop"}]}).encode()
 
-# Responses that say "Hello". To add a case, add a row: what is special, the bytes.
+# Responses that say "Hello".
 @cases("data", [
     ("as usual", HEAD + BODY), ("one chunk", HEAD + chunked(HELLO) + END),
     ("chunks that end anywhere", HEAD + b"".join(chunked(HELLO[i:i + 7]) for i in range(0, len(HELLO), 7)) + END),
@@ -3879,8 +3668,7 @@ JSON_ANSWER = json.dumps({"choices": [{"message": {"content": "Hello"}, "finish_
     ("no length", OK + b"Content-Type: text/event-stream\r\nConnection: close\r\n\r\n" + HELLO),
     ("a length", OK + b"Content-Length: %d\r\n\r\n" % len(HELLO) + HELLO),
     ("a length twice", OK + b"Content-Length: %d\r\nContent-Length: %d\r\n\r\n" % ((len(HELLO),) * 2) + HELLO),
-    ("HTTP/1.0", b"HTTP/1.0 200 OK\r\n\r\n" + HELLO),
-    ("no last chunk", HEAD + BODY[:-len(END)]),
+    ("HTTP/1.0", b"HTTP/1.0 200 OK\r\n\r\n" + HELLO), ("no last chunk", HEAD + BODY[:-len(END)]),
     ("a cut behind the finish", HEAD + UNFINISHED),
     ("a broken chunk behind the finish", HEAD + UNFINISHED + b"zz\r\n"),
     ("a chunk cut behind the finish", HEAD + UNFINISHED + b"f\r\ndata: "),
@@ -3890,45 +3678,34 @@ def test_a_response_is_understood_however_it_arrives(data):
     for pieces in pieces_of(data, 150):
         steps, failure = receive(pieces)
         assert failure is None, pieces[:3]
-        assert "".join(step.text for step in steps if step.kind == ztoapi.TEXT) == "Hello"
+        assert text_in(steps) == "Hello"
         assert steps[-1].kind == ztoapi.FINISH
 
 
-def status_line(status, *lines):
-    return b"".join(line + b"\r\n" for line in (b"HTTP/1.1 %d X" % status, *lines, b""))
-
-
-# Responses that fail before a word. To add a case, add a row: what is wrong, the bytes,
-# the status and code of the error, what is to be done.
+# Responses that fail before a word. Rows: what is wrong, the bytes, the status and code of the error, what is to be
+# done.
 @cases("data, expected, verdict", [
     *((what, data, BROKEN, TRY_AGAIN) for what, data in (
-        ("nothing", b""),
-        ("SSH for a head", b"SSH-2.0-OpenSSH_9.2\r\n\r\n"),
-        ("SMTP for a head", b"220 mail.example.com ESMTP\r\n"),
-        ("TLS for a head", b"\x15\x03\x01\x00\x02\x02\x46"),
-        ("HTTP/2 for a head", b"HTTP/2 200 OK\r\n\r\n"),
-        ("a head cut", HEAD[:60]),
-        ("a head cut behind a 100", b"HTTP/1.1 100 Continue\r\n\r\n" + HEAD[:60]),
-        ("cut behind the head", HEAD),
-        ("cut in an event", HEAD + chunked(say("Hel")[:40])),
-        ("cut in a chunk", HEAD + b"ff\r\ndata: {"), ("a broken chunk", HEAD + b"zz\r\n"),
-        ("an empty stream", HEAD + END), ("an empty body", answer(200, b"")[0]),
+        ("nothing", b""), ("SSH for a head", b"SSH-2.0-OpenSSH_9.2\r\n\r\n"),
+        ("SMTP for a head", b"220 mail.example.com ESMTP\r\n"), ("TLS for a head", b"\x15\x03\x01\x00\x02\x02\x46"),
+        ("HTTP/2 for a head", b"HTTP/2 200 OK\r\n\r\n"), ("a head cut", HEAD[:60]),
+        ("a head cut behind a 100", b"HTTP/1.1 100 Continue\r\n\r\n" + HEAD[:60]), ("cut behind the head", HEAD),
+        ("cut in an event", HEAD + chunked(say("Hel")[:40])), ("cut in a chunk", HEAD + b"ff\r\ndata: {"),
+        ("a broken chunk", HEAD + b"zz\r\n"), ("an empty stream", HEAD + END), ("an empty body", answer(200, b"")[0]),
         ("an empty body without a length", OK + b"Connection: close\r\n\r\n"),
         ("a JSON body cut", answer(200, JSON_ANSWER)[0][:-20]),
         ("a cut behind the finish, before its call", HEAD + chunked(event(finish="tool_calls"))),
         ("HTML 502", answer(502, b"<html><h1>502 Bad Gateway</h1></html>")[0]),
-        ("503 without a word", answer(503, b"")[0]),
-        ("1234 as 400", refusal(400, "1234")[0]))),
+        ("503 without a word", answer(503, b"")[0]), ("1234 as 400", refusal(400, "1234")[0]))),
     *((what, data, BROKEN, GIVE_UP) for what, data in (
         ("a page with braces", answer(403, b"<style>body {margin: 0}</style>")[0]),
-        *((f"status {status}", status_line(status, b"Location: http://x/", b"Content-Length: 0"))
+        *((f"status {status}", b"HTTP/1.1 %d X\r\nLocation: http://x/\r\nContent-Length: 0\r\n\r\n" % status)
           for status in (301, 302, 303, 307, 308)),
         ("HTML 404", answer(404, b"<html>404</html>")[0]),
         ("HTML 200", answer(200, b"<html>hello</html>")[0]),
         ("Spring 404", answer(404, {"status": 404, "error": "Not Found", "path": "/v4/v1"})[0]))),
     ("a refusal as an event", answer(429, error_event("1113") + DONE)[0], NO_MONEY, MODEL_RESTS),
-    ("429 without a word", answer(429, b"")[0], NO_ROOM, TOO_FAST),
-    ("1305", refusal(429, "1305")[0], FULL, OVERLOAD),
+    ("429 without a word", answer(429, b"")[0], NO_ROOM, TOO_FAST), ("1305", refusal(429, "1305")[0], FULL, OVERLOAD),
     ("a refusal without a length", b"HTTP/1.0 400 X\r\n\r\n" + json.dumps(complaint("1261")).encode(),
      TOO_LONG, GIVE_UP),
     # An error of Z.ai's counts more than the cut behind it
@@ -3967,20 +3744,17 @@ def test_retry_after_reaches_who_describes_an_error():
     assert seen == [(None, 429, "7")]
 
 
-# Faults behind a first step. To add a case, add a row: what happens then, the bytes.
+# Faults behind a first step.
 @pytest.mark.parametrize("first", (say("Hel"), think("Hel"), call()), ids=("text", "thinking", "call"))
 @cases("rest", [
     ("the connection ends", b""), ("the body ends", END), ("the end mark", chunked(DONE) + END),
     ("the connection ends in an event", chunked(say("lo")[:40])),
-    ("the connection ends in a chunk", b"ff\r\ndata: {"),
+    ("the connection ends in a chunk", b"ff\r\ndata: {"), ("a broken chunk", b"zz\r\n"),
     ("the body ends in an event", chunked(say("lo")[:40]) + END),
-    ("a broken chunk", b"zz\r\n"),
     ("an error event", chunked(error_event("1234")) + chunked(DONE) + END),
-    ("1302", chunked(error_event("1302")) + END),
-    ("an error as a bare line", chunked(BARE_LINE + b"\n") + END),
+    ("1302", chunked(error_event("1302")) + END), ("an error as a bare line", chunked(BARE_LINE + b"\n") + END),
     ("an error as a bare line without an end", chunked(BARE_LINE)),
-    ("network_error", chunked(NETWORK_ERROR) + END),
-    ("abort", chunked(ABORT) + END),
+    ("network_error", chunked(NETWORK_ERROR) + END), ("abort", chunked(ABORT) + END),
     ("garbage", chunked(b"data: oops\n\n") + END),
 ])
 def test_a_fault_behind_the_first_step_leaves_it_told(first, rest):
@@ -3992,11 +3766,9 @@ def test_a_fault_behind_the_first_step_leaves_it_told(first, rest):
     broken(HEAD + chunked(first) + rest)
 
 
-# Whether a connection serves again. To add a case, add a row: what is special, the
-# bytes, whether.
+# Whether a connection serves again.
 @cases("data, expected", [
-    ("a stream read to its end", HEAD + BODY, True),
-    ("an answer of known length", answer(200, JSON_ANSWER)[0], True),
+    ("a stream read to its end", HEAD + BODY, True), ("an answer of known length", answer(200, JSON_ANSWER)[0], True),
     ("a refusal", refusal(400, "1210")[0], True),
     ("Connection: keep-alive", with_fields(b"Connection: keep-alive") + BODY, True),
     ("no last chunk", HEAD + BODY[:-len(END)], False),
@@ -4007,8 +3779,7 @@ def test_a_fault_behind_the_first_step_leaves_it_told(first, rest):
     ("HTTP/1.0", HEAD.replace(b"HTTP/1.1", b"HTTP/1.0") + BODY, False),
     ("a length that lies", answer(200, JSON_ANSWER + b" " * 9)[0][:-9], False),
     ("a body without a length", OK + b"\r\n" + HELLO, False),
-    ("a broken chunk", HEAD + chunked(HELLO) + b"zz\r\n", False),
-    ("nothing", b"", False),
+    ("a broken chunk", HEAD + chunked(HELLO) + b"zz\r\n", False), ("nothing", b"", False),
 ])
 def test_a_connection_serves_again_only_if_its_answer_was_read_to_the_end(data, expected):
     for pieces in pieces_of(data, 150):
@@ -4029,10 +3800,8 @@ def test_nobody_waits_for_the_end_mark():
     """The finish with its usage completes an answer."""
     this = new_answer()
     steps, failure = feed_answer(this, [HEAD, chunked(say("a")), chunked(FINISH)])
-    assert (this.complete, failure) == (True, None)
-    assert steps[-1].kind == ztoapi.FINISH
-    assert this.feed(chunked(DONE)) == ([], None)
-    assert this.feed(END) == ([], None)
+    assert (this.complete, failure, steps[-1].kind) == (True, None, ztoapi.FINISH)
+    assert [this.feed(chunked(DONE)), this.feed(END)] == [([], None)] * 2
     assert this.reply.reusable
 
 
@@ -4040,13 +3809,10 @@ def test_after_a_finish_without_usage_silence_may_end_the_answer():
     this = new_answer()
     assert not this.is_ending
     feed_answer(this, [HEAD, chunked(say("a <")), chunked(event(finish="stop")), chunked(b": hi\n\n")])
-    assert this.is_ending
-    assert not this.complete
+    assert (this.is_ending, this.complete) == (True, False)
     steps, failure = this.feed(b"")
-    assert failure is None
-    assert words_in(steps) == [("text", "<"), ("finish", "stop")]
-    assert this.complete
-    assert not this.reply.reusable
+    assert (failure, words_in(steps)) == (None, [("text", "<"), ("finish", "stop")])
+    assert (this.complete, this.reply.reusable) == (True, False)
 
 
 def test_silence_after_a_finish_that_is_none_is_a_failure():
@@ -4054,8 +3820,7 @@ def test_silence_after_a_finish_that_is_none_is_a_failure():
     feed_answer(this, [HEAD, chunked(event(finish="stop"))])
     assert this.is_ending
     steps, failure = this.feed(b"")
-    assert steps == []
-    assert failure.verdict == TRY_AGAIN
+    assert (steps, failure.verdict) == ([], TRY_AGAIN)
 
 
 def test_an_answer_has_begun_once_tokens_have_come():
@@ -4070,8 +3835,7 @@ def test_an_answer_has_begun_once_tokens_have_come():
         assert this.begun == (data in tokens), data
 
 
-# Spliced frames: a frame cut short, and in the same data line the first one of a new
-# answer
+# Spliced frames: a frame cut short, and in the same data line the first one of a new answer
 
 INNER = ('{"id":"2026043020420635c6abc56a2741ac","created":1777552926,"object":"chat.completion.chunk",'
          '"model":"glm-5.1","choices":[{"index":0,"delta":{"role":"assistant",%s}}]}')
@@ -4100,8 +3864,7 @@ def test_a_spliced_frame_starts_the_answer_afresh_unless_text_or_a_call_went_out
         assert "11" not in "".join(step.text for step in steps)
 
 
-# To add a case, add a row: what the delta of the inner frame holds, (content, reasoning,
-# calls).
+# Rows: what the delta of the inner frame holds, (content, reasoning, calls).
 @pytest.mark.parametrize("inner, expected", [
     ('"reasoning_content":"Now"', ("22", "Now", [])),
     ('"tool_calls":[{"id":"c","index":0,"function":{"name":"f","arguments":"{}"}}]',
@@ -4146,7 +3909,6 @@ def test_what_was_only_held_back_does_not_forbid_a_fresh_start():
 def in_parts(parts, speak=say):
     return b"".join(map(speak, parts)) + ENDED
 
-
 def said_in(parts):
     """The bytes of a text that comes in these parts, an event each, and does not end."""
     return [HEAD, *(chunked(say(part)) for part in parts if part)]
@@ -4159,13 +3921,12 @@ def fold_parts(parts, speak=say, **options):
     return folded_stream(steps)
 
 
-# Tags. To add a case, add a row: a text, its content, its reasoning.
+# Tags
 @pytest.mark.parametrize("text, content, reasoning", [
     ("<think>Got it</think>\n\nYes", "Yes", "Got it"),
     ("\n<think>\na</think>b<think>c</think>", "b<think>c</think>", "a"),
     ("<|begin_of_box|>42<|end_of_box|>", "42", ""),
-    ("<think>x</think><|begin_of_box|>4<|end_of_box|> < 5", "4 < 5", "x"),
-    ("<think></think>b", "b", ""),
+    ("<think>x</think><|begin_of_box|>4<|end_of_box|> < 5", "4 < 5", "x"), ("<think></think>b", "b", ""),
     *((text, text, "") for text in ("<<think>>", "a<|begin_of_b|>", "a</think>b", "<t<think>a</think>")),
 ])
 def test_tags_are_found_wherever_the_text_is_cut(text, content, reasoning):
@@ -4186,8 +3947,7 @@ def test_a_leaking_call_is_found_wherever_the_text_is_cut(text):
         assert fold_parts(parts)[0] == text  # no tools were sent
 
 
-# What is shown of a text at once, with tools sent. To add a case, add a row: the text,
-# what of it is held back.
+# What is shown of a text at once, with tools sent. Rows: the text, what of it is held back.
 @pytest.mark.parametrize("text, held", [
     *((text, "") for text in (
         "GLM writes calls as <tool_call> followed by a name", "<tool_call>get_weather<b>", "<tool_call>get_weathers",
@@ -4203,8 +3963,7 @@ def test_a_text_is_held_back_only_while_it_can_still_be_a_call(text, held):
         assert "".join(step.text for step in steps) == text[:len(text) - len(held)], parts
 
 
-# Fences around JSON that was asked for. To add a case, add a row: a text, what is left
-# of it.
+# Fences around JSON that was asked for. Rows: a text, what is left of it.
 @pytest.mark.parametrize("text, left", [
     ('```json\n{"a":"b"}\n```', '{"a":"b"}'), ('\n```json\n{"a":"b"}\n```\n', '{"a":"b"}'),
     ('```\n{"a":"b"}```', '{"a":"b"}'), ('```JSON\r\n{"a":"b"}\n```', '{"a":"b"}'),
@@ -4228,8 +3987,8 @@ def test_a_json_answer_comes_without_its_fence_wherever_it_is_cut(text, left):
         assert fold_parts(parts)[0] == text.lstrip("\r\n")
 
 
-# Stop words. To add a case, add a row: the words, a text, what is left of it, whether
-# one was met (in which case nothing more is waited for).
+# Stop words. Rows: the words, a text, what is left of it, whether one was met (in which case nothing more is waited
+# for).
 @pytest.mark.parametrize("words, text, left, met", [
     *((("Observation",), text, left, met) for text, left, met in (
         ("a = 1\nObservation: 5", "a = 1\n", True), ("Observation", "", True), ("Obser", "", False),
@@ -4267,9 +4026,8 @@ def test_a_stop_word_ends_the_answer_before_zai_does():
     this = new_answer(stop=("b",))
     steps, failure = feed_answer(this, [HEAD, chunked(say("abc"))])
     assert words_in(steps) == [("text", "a"), ("finish", "stop")]
-    assert this.complete
-    assert this.translator.stop_word == "b"  # Z.ai goes on talking: the connection is closed
-    assert not this.reply.reusable
+    # Z.ai goes on talking: the connection is closed.
+    assert (this.complete, this.translator.stop_word, this.reply.reusable) == (True, "b", False)
 
 
 # Behind a stop word Z.ai's counts are not waited for, so that they are estimated.
@@ -4277,8 +4035,7 @@ def estimated(count):
     return counts(7, count, 7 + count)
 
 
-# Answers in which "stop" is a stop word, read with more options. To add a case, add a
-# row: what is special, the bytes, what they say, the options.
+# Answers in which "stop" is a stop word, read with more options.
 @cases("data, expected, options", [
     ("in thinking it is none", think("a stop b") + say("c stop d") + ENDED,
      says("c ", "a stop b", usage=estimated(4)), {}),
@@ -4312,10 +4069,9 @@ def test_half_a_call_before_a_stop_word_is_a_failure(name):
 
 def test_what_only_begins_a_stop_word_waits_and_comes():
     this = new_answer(stop=("stop",))
-    steps, _ = feed_answer(this, [HEAD, chunked(say("a st"))])
-    assert [step.text for step in steps] == ["a "]
-    steps, _ = feed_answer(this, [chunked(say("ill"))])
-    assert [step.text for step in steps] == ["still"]
+    this.feed(HEAD)
+    assert [step.text for step in this.feed(chunked(say("a st")))[0]] == ["a "]
+    assert [step.text for step in this.feed(chunked(say("ill")))[0]] == ["still"]
 
 
 def test_what_is_held_back_is_not_overtaken():
@@ -4329,11 +4085,10 @@ def test_what_is_held_back_is_not_overtaken():
 
 # Bounds
 
-# To add a case, add a row: what is counted, steps that are too much.
 @cases("steps", [
-    ("bytes, not letters", [ztoapi.Step(ztoapi.THINKING, "\u597d" * (1 << 21))]),
-    ("tiny steps, more than their text", [ztoapi.Step(ztoapi.TEXT, "x")] * 200000),
-    ("items, more than their text", [ztoapi.Step(ztoapi.TEXT, "x"), ztoapi.Step(ztoapi.THINKING, "y")] * 1100),
+    ("bytes, not letters", [Step(ztoapi.THINKING, "\u597d" * (1 << 21))]),
+    ("tiny steps, more than their text", [Step(ztoapi.TEXT, "x")] * 200000),
+    ("items, more than their text", [Step(ztoapi.TEXT, "x"), Step(ztoapi.THINKING, "y")] * 1100),
 ])
 def test_a_json_answer_has_a_bound(steps):
     fold = ztoapi.Fold()
@@ -4349,8 +4104,7 @@ def test_a_json_answer_has_a_bound(steps):
 def test_an_event_of_almost_16_mib_passes():
     text = "x" * (15 << 20)
     steps, failure = receive([HEAD + chunked(say(text)) + chunked(FINISH) + END])
-    assert failure is None
-    assert steps[0].text == text
+    assert (failure, steps[0].text) == (None, text)
 
 
 @pytest.mark.parametrize("body", (chunked(say("x" * (17 << 20))) + END, chunked(b"x" * (17 << 20)) + END),
@@ -4384,47 +4138,32 @@ def test_an_error_body_has_a_bound_and_its_status_counts():
 KEYS = "<arg_key>" * 50000
 
 
-# What a model may be told to write, and a gateway may send. To add a case, add a row:
-# what is special, the Translator's options, the events.
+# What a model may be told to write, and a gateway may send.
 @cases("options, events", [
-    ("<arg_key> without end in a leak", {}, [say("<tool_call>get_time" + KEYS), ENDED]),
-    ("<arg_key> without end in a leak, in pieces", {},
-     [say("<tool_call>get_time")] + [say("<arg_key>" * 100)] * 500 + [ENDED]),
-    ("pairs without end", {},
-     [say("<tool_call>get_time" + "<arg_key>a</arg_key><arg_value>b</arg_value>" * 10000), ENDED]),
+    *((f"text, {ascii(text):.40}", {}, [say(text), ENDED]) for text in (
+        "<tool_call>get_time" + KEYS, "<tool_call>get_time" + "<arg_key>a</arg_key><arg_value>b</arg_value>" * 10000,
+        "<tool_call>" * 50000, "<tool_call></tool_call>" * 20000, "<tool_call>get_time</tool_call>" * 20000,
+        "<tool_call>" + " " * 200000, "<" * 500000, "<tool_cal" * 50000, "<think>" * 50000,
+        "<|begin_of_box|>" * 50000, leak("get_time<arg_key>a</arg_key><arg_value>" + "9" * 100000 + "</arg_value>"),
+        leak("get_time<arg_key>a</arg_key><arg_value>" + "[" * 100000 + "</arg_value>"))),
+    *((f"text in pieces, {ascii(head + piece):.40}", {}, [say(head)] + [say(piece)] * count + [ENDED])
+      for head, piece, count in (
+        ("<tool_call>get_time", "<arg_key>" * 100, 500), ("", "<tool_call>", 10000), ("", "<", 10000),
+        ("", "<tool_call>get_time", 10000), ("<tool_call>", " ", 10000), ("<tool_call>get_time", " ", 10000),
+        ("", "\n", 10000))),
+    *((f"JSON, {ascii(text):.40}", {"json": True}, [say(text), ENDED]) for text in (
+        "```json" + " " * 500000, "```json\n{" * 50000, "```" + "[" * 500000)),
+    *((f"JSON in pieces, {ascii(head + piece)}", {"json": True}, [say(head)] + [say(piece)] * 10000 + [ENDED])
+      for head, piece in (("```", " "), ("", " "), ("```", "["))),
+    *((f"arguments, {ascii(text):.40}", {}, [call("get_time", text), TOOLS_END]) for text in (
+        KEYS, '{"a</arg_key>":' * 50000, "</arg_key" * 50000, '{"a":"' + "<" * 200000 + '"}', "{} " * 200000 + "x",
+        " " * 500000 + "x", ("</arg_key>" + " " * 20) * 20000, '{"a":"' + "x\\" * 300000 + '"}')),
+    *((f"arguments in pieces, {ascii(head + piece)}", {},
+       [call("get_time", head)] + [calls_in(item(None, piece, index=0))] * 10000 + [TOOLS_END])
+      for head, piece in (('{"a":"', "<"), ("{}", "{}"), ("{", "["))),
     ("<arg_key> without end in a name", {}, [call("get_time" + KEYS, ""), TOOLS_END]),
-    ("<arg_key> without end in arguments", {}, [call("get_time", KEYS), TOOLS_END]),
-    ("markup in keys without end", {}, [call("get_time", '{"a</arg_key>":' * 50000), TOOLS_END]),
-    ("half tags in arguments", {}, [call("get_time", "</arg_key" * 50000), TOOLS_END]),
-    ("< in arguments", {}, [call("get_time", '{"a":"' + "<" * 200000 + '"}'), TOOLS_END]),
-    ("< in arguments, one by one", {},
-     [call("get_time", '{"a":"')] + [calls_in(item(None, "<", index=0))] * 10000 + [TOOLS_END]),
-    ("{} for arguments", {}, [call("get_time", "{} " * 200000 + "x"), TOOLS_END]),
-    ("{} for arguments, one by one", {},
-     [call("get_time", "{}")] + [calls_in(item(None, "{}", index=0))] * 10000 + [TOOLS_END]),
-    ("blanks for arguments", {}, [call("get_time", " " * 500000 + "x"), TOOLS_END]),
-    ("markup and blanks in arguments", {}, [call("get_time", ("</arg_key>" + " " * 20) * 20000), TOOLS_END]),
     ("a name of a megabyte", {}, [call("x" * (1 << 20), "{}"), TOOLS_END]),
     ("ids of a megabyte", {}, [call("f", "{}", "x" * (1 << 20) + str(i)) for i in range(20)] + [TOOLS_END]),
-    ("leaks without end", {}, [say("<tool_call>" * 50000), ENDED]),
-    ("leaks without end, in pieces", {}, [say("<tool_call>")] * 10000 + [ENDED]),
-    ("leaks of a tool without end", {}, [say("<tool_call>get_time")] * 10000 + [ENDED]),
-    ("empty leaks", {}, [say("<tool_call></tool_call>" * 20000), ENDED]),
-    ("calls leaked without end", {}, [say("<tool_call>get_time</tool_call>" * 20000), ENDED]),
-    ("blanks behind a leak", {}, [say("<tool_call>" + " " * 200000), ENDED]),
-    ("blanks behind a leak, one by one", {}, [say("<tool_call>")] + [say(" ")] * 10000 + [ENDED]),
-    ("blanks behind a leaked name", {}, [say("<tool_call>get_time")] + [say(" ")] * 10000 + [ENDED]),
-    ("<", {}, [say("<" * 500000), ENDED]),
-    ("<, one by one", {}, [say("<")] * 10000 + [ENDED]),
-    ("half tags", {}, [say("<tool_cal" * 50000), ENDED]),
-    ("<think>", {}, [say("<think>" * 50000), ENDED]),
-    ("boxes", {}, [say("<|begin_of_box|>" * 50000), ENDED]),
-    ("a fence and blanks", {"json": True}, [say("```json" + " " * 500000), ENDED]),
-    ("a fence and blanks, one by one", {"json": True}, [say("```")] + [say(" ")] * 10000 + [ENDED]),
-    ("blanks before a fence, one by one", {"json": True}, [say(" ")] * 10000 + [ENDED]),
-    ("fences", {"json": True}, [say("```json\n{" * 50000), ENDED]),
-    ("brackets behind a fence", {"json": True}, [say("```" + "[" * 500000), ENDED]),
-    ("brackets behind a fence, one by one", {"json": True}, [say("```")] + [say("[")] * 10000 + [ENDED]),
     ("beginnings of a stop word", {"stop": ("a" * 1000 + "b",)}, [say("a" * 200000), ENDED]),
     ("beginnings of a stop word, one by one", {"stop": ("a" * 1000 + "b",)}, [say("a")] * 5000 + [ENDED]),
     ("beginnings of many stop words", {"stop": tuple("ab" * 200 + c for c in "cdef")}, [say("ab" * 50000), ENDED]),
@@ -4433,11 +4172,8 @@ KEYS = "<arg_key>" * 50000
      [call("get_time", "{")] + [calls_in(*[item(None, " ", index=0)] * 20000), TOOLS_END]),
     ("50,000 fragments of the last of many calls", {},
      [calls_in(*[item("get_time", "{", index=i) for i in range(128)]),
-              calls_in(*[item(None, " ", index=0)] * 50000), TOOLS_END]),
+      calls_in(*[item(None, " ", index=0)] * 50000), TOOLS_END]),
     ("20,000 calls without a name", {}, [calls_in(*[item(None, "", id=f"c{i}") for i in range(20000)]), TOOLS_END]),
-    ("arguments byte by byte", {},
-     [call("get_time", "{")] + [calls_in(item(None, "[", index=0))] * 10000 + [TOOLS_END]),
-    ("arguments of 600 KB", {}, [call("get_time", '{"a":"' + "x\\" * 300000 + '"}'), TOOLS_END]),
     ("data: in a torn frame", {}, [b"data: {" + b"data: " * 100000 + b"\n\n", ENDED]),
     ("frames in a torn frame", {}, [b"data: {" + b'data: {"a":' * 50000 + b"\n\n", ENDED]),
     ("torn frames", {}, [b'data: {"id":data: {"a":1}\n\n'] * 10000 + [ENDED]),
@@ -4450,15 +4186,10 @@ KEYS = "<arg_key>" * 50000
                             + b"[" * 900 + b"]" * 900 + b"}}]}}]}\n\n", TOOLS_END]),
     ("numbers of 100,000 digits", {},
      [say("a"), b'data: {"choices":[],"usage":{"prompt_tokens":' + b"9" * 100000 + b"}}\n\n", ENDED]),
-    ("a leaked number of 100,000 digits", {},
-     [say(leak("get_time<arg_key>a</arg_key><arg_value>" + "9" * 100000 + "</arg_value>")), ENDED]),
     ("bare lines", {}, [b"{\n" * 2000000 + b"\n", ENDED]),
     ("a stop word and almost another", {"stop": ("a" * 255 + "b", "c")}, [say("a" * 8000000), ENDED]),
-    ("a leaked depth", {},
-     [say(leak("get_time<arg_key>a</arg_key><arg_value>" + "[" * 100000 + "</arg_value>")), ENDED]),
     ("a finish of a megabyte", {}, [say("a"), finished("x" * (1 << 20))]),
     ("a finish of many digits", {}, [say("a"), event({}, 10**90)]),
-    ("line ends first", {}, [say("\n")] * 10000 + [ENDED]),
 ])
 def test_no_answer_takes_more_than_linear_time(options, events):
     blocks = blocks_of(b"".join(stream(*events)))
@@ -4488,8 +4219,7 @@ def test_nesting_around_the_recursion_limit_is_an_answer_or_an_error(value):
 def test_a_page_with_status_200_is_not_told_as_a_404():
     steps, failure = receive([answer(200, b"<html>portal</html>")[0]])
     assert (steps, failure.verdict) == ([], GIVE_UP)
-    assert "ZAI_BASE_URL" in failure.message
-    assert "404" not in failure.message
+    assert "ZAI_BASE_URL" in failure.message and "404" not in failure.message
 
 
 def test_a_leak_that_is_never_closed_is_held_within_a_bound():
@@ -4518,13 +4248,13 @@ def test_the_name_of_a_call_has_a_bound():
 
 # The rooms alone
 
-# To add a case, add a row: the text of an event, what it says, an error's code, or None.
+# An event, what it says (an error's code, or None).
 @pytest.mark.parametrize("text, said", [
-    ('{"choices":[{"delta":{"content":"a"},"finish_reason":"stop"}]}', ztoapi.Frame({"content": "a"}, "stop")),
-    (' {"choices":[{"message":{"content":"a"}}]} ', ztoapi.Frame({"content": "a"})),
-    ('{"choices":[]}', ztoapi.Frame({})),
-    ('{"iddata: {"choices":[{"delta":{"content":"a"}}]}', ztoapi.Frame({"content": "a"}, afresh=True)),
-    ('{"usage":{}}', ztoapi.Frame({}, usage=counts(0, 0, 0))),
+    ('{"choices":[{"delta":{"content":"a"},"finish_reason":"stop"}]}', ztoapi.Frame([("text", "a")], None, "stop")),
+    (' {"choices":[{"message":{"content":"a"}}]} ', ztoapi.Frame([("text", "a")])),
+    ('{"choices":[]}', ztoapi.Frame([])),
+    ('{"iddata: {"choices":[{"delta":{"content":"a"}}]}', ztoapi.Frame([("text", "a")], afresh=True)),
+    ('{"usage":{}}', ztoapi.Frame([], usage=counts(0, 0, 0))),
     ("[DONE]", None), ("junk", None), ("5", None), ("", None), ('{"id', "upstream_error"),
     ('{"a":1}{"a":1}', "upstream_error"), ('{"error":{"code":"1305"}}', "overloaded"),
 ])
@@ -4568,7 +4298,8 @@ def test_calls_come_one_after_the_other_whatever_order_their_pieces_have():
         steps += room.close("{}")
         calls = joined([step for step in steps if step.kind != "text"])
         assert [(call.index, call.id, call.text) for call in calls] == [(i, f"c{i}", texts[i]) for i in range(3)]
-        assert sum(step.kind == "text" for step in steps) == sum(-(-len(text) // 3) for text in texts)
+        held = text_in(steps)
+        assert len(held) == sum(-(-len(text) // 3) for text in texts)
 
 
 # Any event that is odd
@@ -4619,9 +4350,8 @@ def test_no_byte_is_odd_enough_to_break_the_wire():
 
 # Fronts ###############################################################################
 #
-# What read() makes of a client's request, and what tell() and whole() make of steps.
-# The rules of both wires are checked event by event, for each answer in ANSWERS, told
-# as a whole and step by step.
+# What read() makes of a client's request, and what tell() and whole() make of steps. The rules of both wires are
+# checked event by event, for each answer in ANSWERS, told as a whole and step by step.
 
 # Chat
 
@@ -4634,11 +4364,8 @@ def test_thinking_is_parsed_raw_or_hidden(data):
     check_answer(data, says("<think>hm so</think>Yes!"), reasoning="raw")
 
 
-# Raw thinking is closed whatever follows. To add a case, add a row: what follows, what
-# it says.
 @pytest.mark.parametrize("rest, expected", [
-    (ENDED, says("<think>hm</think>")),
-    (finished("length"), says("<think>hm</think>", finish="length")),
+    (ENDED, says("<think>hm</think>")), (finished("length"), says("<think>hm</think>", finish="length")),
     (call() + TOOLS_END, asks(RAIN, content="<think>hm</think>")),
     (say("a") + think("hm") + say("b") + ENDED, says("<think>hm</think>a<think>hm</think>b")),
 ])
@@ -4655,8 +4382,7 @@ def test_the_tags_of_raw_thinking_have_chunks_of_their_own():
 
 
 @pytest.mark.parametrize("data", [
-    call() + call("get_time", "{}", "c2", 1),
-    calls_in(item(*RAIN, id="a", index=0), item(*TIME, id="b", index=1)),
+    call() + call("get_time", "{}", "c2", 1), calls_in(item(*RAIN, id="a", index=0), item(*TIME, id="b", index=1)),
     calls_in(item("get_weather", '{"city":', id="a", index=0)) + calls_in(item("get_time", "{", id="b", index=1))
     + calls_in(item(None, '"Paris"}', index=0), item(None, "}", index=1)),
     say(leak("get_weather" + CITY) + leak("get_time")),
@@ -4707,8 +4433,7 @@ def read_chat(body, headers, **environ):
     return ztoapi.Chat.read(body, ztoapi.Caller(headers, "k", 1790000000.7, ztoapi.Memory()), settings)
 
 
-# Who gets a stream. To add a case, add a row: the request's stream, Accept, User-Agent,
-# DEFAULT_STREAM; whether.
+# Who gets a stream. Rows: the request's stream, Accept, User-Agent, DEFAULT_STREAM; whether.
 @pytest.mark.parametrize("asked, accept, agent, default, expected", [
     (True, "application/json", "ai-sdk/6", "false", True), (False, "text/event-stream", "curl/8", "true", False),
     (UNSAID, "*/*", "curl/8.5.0", "true", True), (UNSAID, "*/*", "curl/8.5.0", "false", False),
@@ -4728,13 +4453,11 @@ def read_chat(body, headers, **environ):
 def test_who_gets_a_stream(asked, accept, agent, default, expected):
     body = {} if asked == UNSAID else {"stream": asked}
     front, request = read_chat(body, {"accept": accept, "user-agent": agent}, DEFAULT_STREAM=default)
-    assert front.stream is expected
-    assert request.fields["stream"] is expected
+    assert (front.stream, request.fields["stream"]) == (expected, expected)
     assert body == ({} if asked == UNSAID else {"stream": asked})  # the client's own stays as it is
 
 
-# Who reads an error only if no cut follows it. To add a case, add a row: the header
-# fields, whether a failed stream is cut.
+# Who reads an error only if no cut follows it. Rows: the header fields, whether a failed stream is cut.
 @pytest.mark.parametrize("headers, expected", [
     ({}, True), ({"user-agent": "OpenAI/Python 3.57"}, True), ({"origin": "https://app.example"}, False),
     ({"user-agent": "ai/6.0 ai-sdk/openai/3.0"}, False), ({"user-agent": "ai/7.0 ai-sdk-provider-utils/5.0"}, False),
@@ -4748,18 +4471,14 @@ def test_a_chat_request_is_read():
     body = {"model": "GLM-4.6", "reasoning_format": "raw", "stream_options": {"include_usage": 1}}
     front, request = read_chat(body, {})
     assert request.fields["model"] == front.model == "GLM-4.6"
-    assert front.created == 1790000000
-    assert front.reasoning == "raw"
-    assert front.include_usage is True
+    assert (front.created, front.reasoning, front.include_usage) == (1790000000, "raw", True)
     assert front.id.startswith("chatcmpl-")
     assert read_chat({"model": 5}, {}, REASONING_FORMAT="hidden")[0].reasoning == "hidden"
 
 
 # Messages and Responses
 
-Step = ztoapi.Step
-TOLD_USAGE = {"prompt_tokens": 50, "completion_tokens": 4, "total_tokens": 54,
-              "prompt_tokens_details": {"cached_tokens": 20}, "completion_tokens_details": {"reasoning_tokens": 2}}
+TOLD_USAGE = counts(50, 4, 54, 20, 2)
 PNG_URL = "data:image/png;base64,AAAA"
 ANY_TOOLS = [{"type": "function", "name": "f", "parameters": {}}, {"type": "custom", "name": "patch"},
              {"type": "namespace", "name": "mcp__tiny", "tools": [{"type": "function", "name": "g"}]}]
@@ -4768,18 +4487,14 @@ ANY_TOOLS = [{"type": "function", "name": "f", "parameters": {}}, {"type": "cust
 def read_messages(**body):
     return by_door("messages", {"model": "glm-4.6v", "messages": [user("Hi")], **body})
 
-
 def read_responses(by=None, **body):
     return by_door("responses", {"model": "glm-4.6v", "input": "Hi", **body}, by)
-
 
 def called(index, id, name, text=""):
     return Step("call", text, index, id, name)
 
-
 def arguments(index, text):
     return Step("arguments", text, index)
-
 
 def finish(reason, usage=TOLD_USAGE):
     return Step("finish", reason, usage=usage)
@@ -4795,11 +4510,10 @@ def events_of(text):
     return values
 
 
-# To add a case, add a row: a name, and the steps of an answer.
+# Rows: a name, and the steps of an answer.
 ANSWERS = {
     "text": [Step("text", "Hel"), Step("text", "lo"), finish("stop")],
-    "no usage": [Step("text", "Hello"), finish("stop", None)],
-    "nothing": [finish("length")],
+    "no usage": [Step("text", "Hello"), finish("stop", None)], "nothing": [finish("length")],
     "thinking and text": [Step("thinking", "Hm"), Step("thinking", "."), Step("text", "Hello"), finish("stop")],
     "text between thinking": [Step("thinking", "A"), Step("text", "B"), Step("thinking", "C"), finish("stop")],
     "started afresh": [Step("thinking", "A"), Step("restart"), Step("thinking", "B"), Step("text", "C"),
@@ -4833,7 +4547,7 @@ def folded(read, steps):
 
 # Messages, the request
 
-# To add a case, add a row: fields of a request for a model that is not known, Z.ai's.
+# Rows: fields of a request for a model that is not known, Z.ai's.
 @pytest.mark.parametrize("fields, expected", [
     *((fields, fields) for fields in (
         {"max_tokens": 5, "temperature": 1, "top_p": 0.5}, {"seed": 5}, {"user_id": "user-2"})),
@@ -4863,7 +4577,7 @@ def test_messages_fields_become_those_of_zai(fields, expected):
     assert result.stop == tuple(fields.get("stop_sequences", ()))
 
 
-# To add a case, add a row: fields of a request, what x-ztoapi-changed says of them.
+# Rows: fields of a request, what x-ztoapi-changed says of them.
 @pytest.mark.parametrize("fields, expected", [
     ({"top_k": 3, "container": "c", "mcp_servers": [5], "service_tier": "standard_only", "inference_geo": "eu"},
      {"top_k", "container", "mcp_servers", "service_tier", "inference_geo"}),
@@ -4884,7 +4598,6 @@ def test_messages_drops_by_name_what_zai_does_not_have(fields, expected):
     assert not {"top_k", "container", "invented", "context_management"} & set(result.body)
 
 
-# To add a case, add a row: the model of a request, MODEL_ALIASES, who answers.
 @pytest.mark.parametrize("model, aliases, expected", [
     ("claude-opus-5-20260901", "", "glm-5.3"), ("claude-sonnet-4.5[1m]", "", "glm-5.3"),
     ("anthropic/claude-3-5-haiku-latest", "", "glm-4.5-air"),
@@ -4902,22 +4615,17 @@ def test_messages_maps_the_names_of_claudes_models(model, aliases, expected):
 def image(url=PNG_URL):
     return {"type": "image_url", "image_url": {"url": url}}
 
-
 def text(words):
     return {"type": "text", "text": words}
-
 
 def use(id, name="f", input=None):
     return {"type": "tool_use", "id": id, "name": name, "input": input or {}}
 
-
 def using(*blocks):
     return assistant(list(blocks))
 
-
 def tool_result(id, *content, **more):
     return {"type": "tool_result", "tool_use_id": id, "content": content[0] if content else None, **more}
-
 
 def source(kind, **source):
     return {"type": kind, "source": source}
@@ -4929,7 +4637,6 @@ CALL_1, CALL_2, CALL_3 = ("1", "f", "{}"), ("2", "f", "{}"), ("3", "f", "{}")
 ONE_CALL, TWO_CALLS_MADE = assistant("", [CALL_1]), assistant("", [CALL_1, CALL_2])
 
 
-# To add a case, add a row: messages, what Z.ai gets. The model sees.
 @pytest.mark.parametrize("messages, expected", [
     # Claude Code's order.
     ([user([text("a")]), system("s"), user("b")], [user("a"), system("s"), user("b")]),
@@ -5001,14 +4708,11 @@ BLOCKS = {
 def check_messages_stream(events):
     """The rules of Anthropic's wire; gives the content that the events add up to."""
     kinds = [event["type"] for event in events]
-    assert kinds[0] == "message_start"
-    assert kinds[-2:] == ["message_delta", "message_stop"]
+    assert (kinds[0], kinds[-2:]) == ("message_start", ["message_delta", "message_stop"])
     start = events[0]["message"]
-    assert start["content"] == []
-    assert start["stop_reason"] is None
+    assert (start["content"], start["stop_reason"]) == ([], None)
     assert 20 < start["usage"]["input_tokens"] < 200, "an estimate"
-    content = []
-    rest = collections.deque(events[1:-2])
+    content, rest = [], collections.deque(events[1:-2])
     while rest:
         content.append(check_block(rest, len(content)))
     return content
@@ -5017,15 +4721,14 @@ def check_messages_stream(events):
 def check_block(rest, index):
     """Take the events of one block, first to last, off the rest of a stream; gives the block."""
     first = rest.popleft()
-    assert first["type"] == "content_block_start"
-    assert first["index"] == index
+    assert (first["type"], first["index"]) == ("content_block_start", index)
     block = first["content_block"]
     empty, kind, field = BLOCKS[block["type"]]
     assert {name: block[name] for name in empty} == empty
     text = ""
     for event in iter(rest.popleft, {"type": "content_block_stop", "index": index}):
-        assert (event["type"], event["index"]) == ("content_block_delta", index)
-        assert event["delta"]["type"] == kind
+        told = (event["type"], event["index"], event["delta"]["type"])
+        assert told == ("content_block_delta", index, kind)
         assert event["delta"][field] != ""
         text += event["delta"][field]
     return dict(block, **{"input" if block["type"] == "tool_use" else field: text})
@@ -5046,32 +4749,6 @@ def test_messages_streams_by_the_rules_what_the_json_answer_says(name, at_once):
             if block["type"] == "tool_use":
                 block["input"] = json.loads(block["input"])
         assert content == whole["content"]
-
-
-# How answers end. To add a case, add a row: a name in ANSWERS; the types of its blocks
-# and the reason for its end in Messages; the types of its items, its status and the
-# reason for being incomplete in Responses.
-ENDS = [
-    ("text", ["text"], "end_turn", ["message"], "completed", None),
-    ("nothing", [], "max_tokens", [], "incomplete", "max_output_tokens"),
-    ("thinking and text", ["thinking", "text"], "end_turn", ["reasoning", "message"], "completed", None),
-    ("text between thinking", ["thinking", "text", "thinking"], "end_turn",
-     ["reasoning", "message", "reasoning"], "completed", None),
-    ("two calls", ["thinking", "text", "tool_use", "tool_use"], "tool_use",
-     ["reasoning", "message", "function_call", "function_call"], "completed", None),
-    ("a custom tool", ["tool_use"], "tool_use", ["custom_tool_call"], "completed", None),
-    ("cut by length", ["text"], "max_tokens", ["message"], "incomplete", "max_output_tokens"),
-    ("a call cut by length", ["text"], "max_tokens", ["message", "function_call"], "incomplete", "max_output_tokens"),
-    ("filtered", ["text"], "refusal", ["message"], "incomplete", "content_filter"),
-    ("context is full", ["text"], "model_context_window_exceeded", ["message"], "incomplete", "max_output_tokens"),
-]
-
-
-@pytest.mark.parametrize("name, kinds, reason", [row[:3] for row in ENDS])
-def test_messages_has_a_block_for_each_thing_said(name, kinds, reason):
-    whole = folded(read_thinker, ANSWERS[name])
-    assert [block["type"] for block in whole["content"]] == kinds
-    assert whole["stop_reason"] == reason
 
 
 def test_a_json_answer_of_messages():
@@ -5095,7 +4772,6 @@ class ANY_ID(str):
     __hash__ = str.__hash__
 
 
-# To add a case, add a row: arguments that are no JSON object.
 @pytest.mark.parametrize("broken", ['{"a":', "abc", '"{}"', "[1]", "1"])
 def test_messages_never_makes_empty_input_of_broken_arguments(broken):
     steps = [called(0, "call_0", "f", broken), finish("tool_calls")]
@@ -5105,7 +4781,6 @@ def test_messages_never_makes_empty_input_of_broken_arguments(broken):
         told(read_thinker, steps, True)
 
 
-# To add a case, add a row: settings, fields of a request.
 @pytest.mark.parametrize("settings,fields", [
     ({}, {}), ({}, {"thinking": {"type": "disabled"}}),
     ({"REASONING_FORMAT": "hidden"}, {"thinking": {"type": "adaptive"}}),
@@ -5130,8 +4805,8 @@ def test_messages_beats_with_a_ping():
     assert front.heartbeat() == 'event: ping\ndata: {"type":"ping"}\n\n'
 
 
-# Errors. To add a case, add a row: status, code, whether it can heal; the status and type
-# in Messages; the status before a stream and the code in one in Responses.
+# Errors. Rows: status, code, whether it can heal; the status and type in Messages; the status before a stream and the
+# code in one in Responses.
 FRONT_ERRORS = [
     (400, "invalid_value", False, 400, "invalid_request_error", 400, "invalid_prompt"),
     (401, "invalid_api_key", False, 401, "authentication_error", 401, "invalid_prompt"),
@@ -5178,12 +4853,11 @@ def test_messages_refuses_threads_so_that_the_sdk_sends_everything():
 
 # Responses, the request
 
-# To add a case, add a row: fields of a request for a model that is not known, Z.ai's.
+# Rows: fields of a request for a model that is not known, Z.ai's.
 @pytest.mark.parametrize("fields, expected", [
     *((fields, fields) for fields in (
         {"temperature": 1, "top_p": 0.5, "user_id": "user-1", "seed": 1}, {"thinking": ON})),
-    ({"enable_thinking": False}, {"thinking": OFF}),
-    ({"stop": ["a"]}, {"stop": ABSENT}),
+    ({"enable_thinking": False}, {"thinking": OFF}), ({"stop": ["a"]}, {"stop": ABSENT}),
     ({"max_output_tokens": 5}, {"max_tokens": 5}),
     ({}, {"tools": ABSENT, "tool_choice": ABSENT, "response_format": ABSENT, "thinking": ABSENT}),
     ({"text": {"format": {"type": "json_schema", "name": "n", "schema": {}, "strict": True}}},
@@ -5193,8 +4867,7 @@ def test_messages_refuses_threads_so_that_the_sdk_sends_everything():
     *(({"reasoning": wish}, {"thinking": thinking, "reasoning_effort": effort}) for wish, thinking, effort in (
         ({"effort": "xhigh", "summary": "auto"}, ON, "xhigh"), ({"effort": "ultra"}, ON, "max"),
         ({"effort": "none", "summary": "auto"}, OFF, ABSENT), ({"effort": None, "summary": "auto"}, ON, ABSENT),
-        ({"summary": "off"}, ABSENT, ABSENT),
-        ({"summary": "none"}, ABSENT, ABSENT))),
+        ({"summary": "off"}, ABSENT, ABSENT), ({"summary": "none"}, ABSENT, ABSENT))),
     ({"reasoning": {"summary": "auto"}, "enable_thinking": False}, {"thinking": OFF}),
 ])
 def test_responses_fields_become_those_of_zai(fields, expected):
@@ -5208,7 +4881,7 @@ def test_a_summary_turns_no_thinking_on_where_enable_thinking_is_set(value, thin
     assert by_door("responses", body, ENABLE_THINKING=value)[1].body["thinking"] == thinking
 
 
-# To add a case, add a row: fields of a request, what x-ztoapi-changed says of them.
+# Rows: fields of a request, what x-ztoapi-changed says of them.
 @pytest.mark.parametrize("fields,expected", [
     ({"metadata": {"a": "b"}, "prompt_cache_key": "k", "truncation": "auto", "service_tier": "flex", "invented": 1},
      {"metadata", "prompt_cache_key", "truncation", "service_tier", "invented"}),
@@ -5235,14 +4908,11 @@ def test_responses_drops_by_name_what_zai_does_not_have(fields, expected):
 def message(role, *parts):
     return {"type": "message", "role": role, "content": list(parts)}
 
-
 def output_message(words):
     return message("assistant", {"type": "output_text", "text": words, "annotations": []})
 
-
 def thought(words, **more):
     return {"type": "reasoning", "id": "rs_1", "summary": [{"type": "summary_text", "text": words}], **more}
-
 
 def function_call(id, name="f", text="{}", **more):
     return {"type": "function_call", "id": "fc_1", "call_id": id, "name": name, "arguments": text, **more}
@@ -5260,7 +4930,6 @@ def gave(id, content, kind="function_call_output"):
 
 
 INPUT_IMAGE = {"type": "input_image", "image_url": PNG_URL, "detail": "high"}
-# To add a case, add a row: input items, what Z.ai gets. The model sees.
 @pytest.mark.parametrize("items, expected", [
     ("a", [user("a")]), ([user("a")], [user("a")]),
     ([message("user", {"type": "input_file", "file_url": "http://x/y.pdf"}, {"type": "input_text", "text": "a"})],
@@ -5310,7 +4979,6 @@ def test_a_file_keeps_its_name():
     assert {"type": "file", "file": file} in result.body["messages"][0]["content"]
 
 
-# To add a case, add a row: the name that Z.ai says, what the client gets.
 @pytest.mark.parametrize("name,expected", [
     ("f", {"type": "function_call", "name": "f"}),
     ("mcp__tiny__g", {"type": "function_call", "name": "g", "namespace": "mcp__tiny"}),
@@ -5324,8 +4992,7 @@ def test_a_called_tool_has_the_name_that_the_client_gave_it(name, expected):
     assert {key: item.get(key) for key in ("type", "name", "namespace")} == {"namespace": None, **expected}
 
 
-# To add a case, add a row: the arguments that Z.ai sends, the text that the custom tool
-# gets.
+# Rows: the arguments that Z.ai sends, the text that the custom tool gets.
 @pytest.mark.parametrize("words,expected", [
     ('{"input":"x"}', "x"), ('{"patch":"x"}', "x"), ('{"input":"x","other":"y"}', "x"), ('"x"', "x"), ("x y", "x y"),
     ('{"a":"x","b":"y"}', '{"a":"x","b":"y"}'), ("{}", "{}"), ('{"input":', '{"input":'), ("[1]", "[1]"),
@@ -5341,8 +5008,7 @@ PATCH = "*** Begin Patch\n*** Update File: a.py\n@@\n-a\n+b ***\n*** End Patch"
 STARRED = "*** Begin Patch ***\n*** Update File: a.py ***\n@@\n-a\n+b ***\n*** End Patch ***"
 
 
-# What Codex's apply_patch gets is a bare patch. To add a case, add a row: what the model
-# has written.
+# What the model has written; what Codex's apply_patch gets is a bare patch.
 @pytest.mark.parametrize("words", [
     *({field: PATCH} for field in ("input", "patch", "command", "any")), PATCH, {"input": STARRED},
     {"input": PATCH + "\n"},
@@ -5370,8 +5036,7 @@ def read_user_of_tools():
     return read_responses(tools=ANY_TOOLS, include=["reasoning.encrypted_content"])
 
 
-# The events between an item's first and last, of which the middle one comes any number
-# of times.
+# The events between an item's first and last, of which the middle one comes any number of times.
 LIVES = {
     "reasoning": ("reasoning_summary_part.added", "reasoning_summary_text.delta", "reasoning_summary_text.done",
                   "reasoning_summary_part.done"),
@@ -5397,12 +5062,10 @@ def check_item(events, index):
     """The rules for the events of one item, first to last; gives the item."""
     first, last = events[0], events[-1]
     item = last["item"]
-    assert first["type"] == "response.output_item.added"
-    assert last["type"] == "response.output_item.done"
+    assert (first["type"], last["type"]) == ("response.output_item.added", "response.output_item.done")
     assert all(event["output_index"] == index for event in events)
     assert item["id"] == ANY_ID(ID_PREFIXES[item["type"]])
-    assert first["item"]["id"] == item["id"]
-    assert first["item"]["status"] == "in_progress"
+    assert (first["item"]["id"], first["item"]["status"]) == (item["id"], "in_progress")
     assert item["status"] in ("completed", "incomplete")
     fields = ("summary", "content", "arguments", "input")
     assert [first["item"][field] for field in fields if field in first["item"]] in ([[]], [""])
@@ -5418,9 +5081,8 @@ def check_item(events, index):
     if begin:
         place = "summary_index" if item["type"] == "reasoning" else "content_index"
         assert all(event[place] == 0 for event in inner)
-        assert inner[0]["part"]["text"] == ""
         parts = item.get("summary") or item["content"]
-        assert inner[-1]["part"] == parts[0]
+        assert (inner[0]["part"]["text"], inner[-1]["part"]) == ("", parts[0])
     if item["type"] == "message":
         assert all(event["logprobs"] == [] for event in inner if "text" in event or "delta" in event)
     if item["type"] == "function_call":
@@ -5433,10 +5095,8 @@ def check_responses_stream(events):
     assert [event["sequence_number"] for event in events] == list(range(len(events)))
     assert [event["type"] for event in events[:2]] == ["response.created", "response.in_progress"]
     for event in events[:2]:
-        assert event["response"]["output"] == []
-        assert event["response"]["status"] == "in_progress"
-    items = []
-    started = None
+        assert (event["response"]["output"], event["response"]["status"]) == ([], "in_progress")
+    items, started = [], None
     for place, event in enumerate(events[2:-1], 2):
         if event["type"] == "response.output_item.added":
             assert started is None
@@ -5447,10 +5107,8 @@ def check_responses_stream(events):
             started = None
     assert started is None
     response = events[-1]["response"]
-    assert events[-1]["type"] == "response." + response["status"]
-    assert response["output"] == items
-    assert response["id"] == ANY_ID("resp_")
-    assert events[0]["response"]["id"] == response["id"]
+    assert (events[-1]["type"], response["output"]) == ("response." + response["status"], items)
+    assert events[0]["response"]["id"] == response["id"] == ANY_ID("resp_")
     return response
 
 
@@ -5471,17 +5129,31 @@ def test_responses_streams_by_the_rules_what_the_json_answer_says(name, at_once)
         assert without_ids(whole) == without_ids(response)
 
 
-@pytest.mark.parametrize("name, kinds, status, reason", [(row[0], *row[3:]) for row in ENDS])
-def test_responses_has_an_item_for_each_thing_said(name, kinds, status, reason):
+# Rows: a name in ANSWERS; the types of its blocks and the reason for its end in Messages; the types of its items, its
+# status and the reason for being incomplete in Responses.
+@pytest.mark.parametrize("name, blocks, stop_reason, items, status, reason", [
+    ("text", ["text"], "end_turn", ["message"], "completed", None),
+    ("nothing", [], "max_tokens", [], "incomplete", "max_output_tokens"),
+    ("thinking and text", ["thinking", "text"], "end_turn", ["reasoning", "message"], "completed", None),
+    ("text between thinking", ["thinking", "text", "thinking"], "end_turn",
+     ["reasoning", "message", "reasoning"], "completed", None),
+    ("two calls", ["thinking", "text", "tool_use", "tool_use"], "tool_use",
+     ["reasoning", "message", "function_call", "function_call"], "completed", None),
+    ("a custom tool", ["tool_use"], "tool_use", ["custom_tool_call"], "completed", None),
+    ("cut by length", ["text"], "max_tokens", ["message"], "incomplete", "max_output_tokens"),
+    ("a call cut by length", ["text"], "max_tokens", ["message", "function_call"], "incomplete", "max_output_tokens"),
+    ("filtered", ["text"], "refusal", ["message"], "incomplete", "content_filter"),
+    ("context is full", ["text"], "model_context_window_exceeded", ["message"], "incomplete", "max_output_tokens"),
+])
+def test_each_thing_said_is_a_block_or_an_item(name, blocks, stop_reason, items, status, reason):
+    whole = folded(read_thinker, ANSWERS[name])
+    assert ([block["type"] for block in whole["content"]], whole["stop_reason"]) == (blocks, stop_reason)
     whole = folded(read_user_of_tools, ANSWERS[name])
-    assert [item["type"] for item in whole["output"]] == kinds
-    assert whole["status"] == status
-    assert whole["error"] is None
-    assert whole["incomplete_details"] == (reason and {"reason": reason})
+    assert ([item["type"] for item in whole["output"]], whole["status"]) == (items, status)
+    assert (whole["error"], whole["incomplete_details"]) == (None, reason and {"reason": reason})
     # Only what was open at the end is incomplete.
     statuses = [item["status"] for item in whole["output"]]
-    assert statuses[:-1] == ["completed"] * (len(statuses) - 1 if statuses else 0)
-    assert statuses[-1:] == [status] * bool(statuses)
+    assert statuses == ["completed"] * (len(statuses) - 1) + [status] * bool(statuses)
 
 
 def test_a_json_answer_of_responses():
@@ -5554,11 +5226,8 @@ def test_an_error_of_responses(status, code, retryable, told_status, told_code):
     events = events_of(begin + front.failure(error))
     assert [event["sequence_number"] for event in events] == list(range(len(events)))
     flat, failed = events[-2:]
-    assert flat["type"] == "error"
-    assert flat["error"] == inner
-    assert (flat["code"], flat["message"], flat["param"]) == (code, "No.", None)
-    assert failed["type"] == "response.failed"
-    assert failed["response"]["status"] == "failed"
+    assert [flat[name] for name in ("type", "error", "code", "message", "param")] == ["error", inner, code, "No.", None]
+    assert (failed["type"], failed["response"]["status"]) == ("response.failed", "failed")
     assert failed["response"]["error"] == {"code": told_code, "message": "No. Please try again in 7s."}
     # What was whole, and no more.
     assert [item["type"] for item in failed["response"]["output"]] == ["reasoning"]
@@ -5611,8 +5280,6 @@ def test_an_earlier_response_stands_in_front():
         output("call_0", "one"), output("call_1", "two"), assistant("Hello"), user("a")]
 
 
-# To add a case, add a row: the key that asks, fields of the earlier request, whether it
-# was answered.
 @pytest.mark.parametrize("key, fields, is_over", [("other", {}, True), ("k", {"store": False}, True), ("k", {}, False)])
 def test_an_earlier_response_that_is_not_kept_is_a_400_of_exactly_this_code(key, fields, is_over):
     memory = ztoapi.Memory()
@@ -5648,8 +5315,7 @@ def test_the_memory_is_bounded_by_bytes_and_the_largest_holder_loses_its_oldest(
         memory.get("large", "0")
     held = sum(len(data) for values in memory.values.values() for data in values.values())
     assert held <= sum(memory.sizes.values()) <= memory.LIMIT_BYTES
-    assert memory.get("small", "0") == "kept"
-    assert memory.get("large", "1") is None
+    assert (memory.get("small", "0"), memory.get("large", "1")) == ("kept", None)
     assert memory.get("large", "0") == memory.get("large", "1999") == "\u20ac" + "x" * 20000
 
 
@@ -5706,15 +5372,13 @@ def become(door, *turns, model="glm-4.5v", **fields):
 
 A_CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a":1}'}}
 A_USE = use("1", input={"a": 1})
+MADE = assistant("", [("1", "f", '{"a":1}')])
 # To add a form of a call, or of its output, add a row.
 CALLS = {
     "chat": {"role": "assistant", "tool_calls": [A_CALL]},
     "chat, without a type": {"role": "assistant", "content": None, "tool_calls": [{**A_CALL, "type": None}]},
-    "an item": function_call("1", text='{"a":1}'),
-    "a block": using(A_USE),
-    "a block alone": A_USE,
-    "an item in a message": using(function_call("1", text='{"a":1}')),
-    "chat's as a part": using(A_CALL),
+    "an item": function_call("1", text='{"a":1}'), "a block": using(A_USE), "a block alone": A_USE,
+    "an item in a message": using(function_call("1", text='{"a":1}')), "chat's as a part": using(A_CALL),
     "LangChain's part": using({"type": "tool_call", "id": "1", "name": "f", "args": {"a": 1}}),
     "a part and chat's": {**using(A_USE), "tool_calls": [A_CALL]},
     "a block among chat's": {"role": "assistant", "content": "", "tool_calls": [A_USE]},
@@ -5724,8 +5388,7 @@ OUTPUTS = {
     "chat, in parts": output("1", [{"type": "output_text", "text": "one"}]),
     "an item": gave("1", "one"),
     "a custom item": gave("1", [{"type": "input_text", "text": "one"}], "custom_tool_call_output"),
-    "a block": user([tool_result("1", "one")]),
-    "a block of blocks": user([tool_result("1", [text("one")])]),
+    "a block": user([tool_result("1", "one")]), "a block of blocks": user([tool_result("1", [text("one")])]),
     "a block alone": tool_result("1", {"type": "text", "text": "one"}),
 }
 
@@ -5733,9 +5396,8 @@ OUTPUTS = {
 @each_door
 @pytest.mark.parametrize("call", CALLS)
 def test_a_call_and_its_output_in_any_form(door, call):
-    expected = ([assistant("", [("1", "f", '{"a":1}')]), output("1", "one")], set())
     found = {name: become(door, CALLS[call], turn) for name, turn in OUTPUTS.items()}
-    assert found == dict.fromkeys(OUTPUTS, expected)
+    assert found == dict.fromkeys(OUTPUTS, ([MADE, output("1", "one")], set()))
 
 
 @each_door
@@ -5746,52 +5408,46 @@ def test_calls_that_differ_are_two_though_they_have_one_id(door):
     assert changed == {"tool_call_id"}
 
 
-# To add a value, add a row: what a tool has brought, the text.
 @each_door
 @pytest.mark.parametrize("value", [
     {"a": 1}, [{"a": 1}, {"b": [2]}], [1, "x"], ["x"], 5, 0, 1.5, True, {"type": "x", "text": "y"}])
 def test_an_output_that_is_no_text_is_told_as_json(door, value):
     told = json.dumps(value, separators=(",", ":"))
     for turn in (output("1", value), gave("1", value), user([tool_result("1", value)])):
-        assert become(door, CALLS["chat"], turn) == ([assistant("", [("1", "f", '{"a":1}')]), output("1", told)], set())
+        assert become(door, CALLS["chat"], turn) == ([MADE, output("1", told)], set())
 
 
 SOURCE = {"type": "base64", "media_type": "image/png", "data": "AAAA"}
-IMAGES = [
+@each_door
+@pytest.mark.parametrize("part", [
     image(), {"type": "image_url", "image_url": PNG_URL}, {"type": "input_image", "image_url": PNG_URL, "detail": "x"},
     {"type": "image", "source": SOURCE}, {"type": "image", "source": {"type": "url", "url": PNG_URL}},
     {"type": "image", "data": "AAAA", "mimeType": "image/png"},
     {"type": "image", "base64": "AAAA", "mime_type": "image/png"}, {"type": "image", "url": PNG_URL},
-]
+])
+def test_a_picture_in_any_form(door, part):
+    seen = image() if part.get("type") != "image_url" or isinstance(part["image_url"], str) else part
+    assert become(door, user([text("a"), part])) == ([user([text("a"), seen])], set())
+    for turn in (output("1", [part]), gave("1", [part]), user([tool_result("1", [part])]), tool_result("1", part)):
+        expected = [MADE, output("1", "(an image)"), user([FROM_TOOLS, seen])]
+        assert become(door, CALLS["chat"], turn) == (expected, set())
+
+
 # To add a part that has words, add a row: the part, its words.
-WORDS = [
+@each_door
+@pytest.mark.parametrize("part, words", [
     *(({"type": kind, "text": "w"}, "w") for kind in ("text", "input_text", "output_text")),
     (source("document", type="text", data="w"), "w"), (source("document", type="content", content=[text("w")]), "w"),
     ({"type": "search_result", "source": "s", "title": "t", "content": [text("w")]}, "t\nw"),
     ({"type": "tool_reference", "tool_name": "Read"}, "Read"),
     ({"type": "resource", "resource": {"uri": "file:///a", "mimeType": "text/plain", "text": "w"}}, "w"),
     ({"type": "resource_link", "name": "n", "uri": "file:///a"}, "n\nfile:///a"),
-]
-
-
-@each_door
-@pytest.mark.parametrize("part", IMAGES)
-def test_a_picture_in_any_form(door, part):
-    seen = image() if part.get("type") != "image_url" or isinstance(part["image_url"], str) else part
-    assert become(door, user([text("a"), part])) == ([user([text("a"), seen])], set())
-    for turn in (output("1", [part]), gave("1", [part]), user([tool_result("1", [part])]), tool_result("1", part)):
-        expected = [assistant("", [("1", "f", '{"a":1}')]), output("1", "(an image)"), user([FROM_TOOLS, seen])]
-        assert become(door, CALLS["chat"], turn) == (expected, set())
-
-
-@each_door
-@pytest.mark.parametrize("part, words", WORDS)
+])
 def test_words_in_any_form(door, part, words):
     assert become(door, user([part])) == ([user(words)], set())
     assert become(door, system([part])) == ([system(words)], set())
     for turn in (output("1", [part]), gave("1", [part]), user([tool_result("1", [part])])):
-        expected = [assistant("", [("1", "f", '{"a":1}')]), output("1", words)]
-        assert become(door, CALLS["chat"], turn) == (expected, set())
+        assert become(door, CALLS["chat"], turn) == ([MADE, output("1", words)], set())
 
 
 @each_door
@@ -5819,8 +5475,8 @@ def test_what_is_of_no_known_type_is_said_in_words_but_not_by_the_assistant(door
     assert become(door, using(text("a"), piece)) == ([assistant("a")], {"x"})
     assert become(door, piece) == ([], {"x"})
     told = json.dumps(piece, separators=(",", ":"))
-    expected = [assistant("", [("1", "f", '{"a":1}')]), output("1", "a\n" + told)]
-    assert become(door, CALLS["chat"], output("1", [text("a"), piece])) == (expected, set())
+    turns = (CALLS["chat"], output("1", [text("a"), piece]))
+    assert become(door, *turns) == ([MADE, output("1", "a\n" + told)], set())
 
 
 @each_door
@@ -5832,8 +5488,15 @@ def test_what_nests_for_ever_has_an_end(door):
     assert len(json.dumps(messages)) < 100000
 
 
+CHOICE_FORMS = [
+    named("f"), {"type": "function", "name": "f"}, {"type": "tool", "name": "f"}, allowed("required", "f"),
+    {"type": "allowed_tools", "mode": "required", "tools": [{"name": "f"}]}, {"function": {"name": "f"}},
+]
+
+
 # Of the same tool, and of the same choice. To add a form, add a row.
-TOOL_FORMS = [
+@each_door
+@pytest.mark.parametrize("tool", [
     {"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}},
     {"type": "function", "name": "f", "description": "d", "parameters": {"type": "object"}, "strict": False},
     {"name": "f", "description": "d", "input_schema": {"type": "object"}},
@@ -5841,15 +5504,7 @@ TOOL_FORMS = [
     {"type": "custom", "name": "f", "description": "d", "input_schema": {"type": "object"}, "cache_control": {}},
     {"type": "namespace", "name": "functions", "tools": [{"type": "function", "name": "f", "description": "d",
                                                           "parameters": {"type": "object"}}]},
-]
-CHOICE_FORMS = [
-    named("f"), {"type": "function", "name": "f"}, {"type": "tool", "name": "f"}, allowed("required", "f"),
-    {"type": "allowed_tools", "mode": "required", "tools": [{"name": "f"}]}, {"function": {"name": "f"}},
-]
-
-
-@each_door
-@pytest.mark.parametrize("tool", TOOL_FORMS)
+])
 def test_a_tool_and_its_choice_in_any_form(door, tool):
     for choice in CHOICE_FORMS:
         body = {"model": "glm-4.6", FIELD_OF_TURNS[door]: [U], "tools": [TOOL2, tool], "tool_choice": choice}
@@ -5886,8 +5541,7 @@ def test_no_two_tools_have_one_name(door):
     calls = [function_call(str(i), name, namespace=space) for i, (name, space) in enumerate(owners)]
     front, result = by_door(door, {"model": "glm-4.6", FIELD_OF_TURNS[door]: [U, *calls, U], "tools": tools})
     names = [tool["function"]["name"] for tool in result.body["tools"]]
-    assert names[0] == "a__b__c"
-    assert names[4] == "a_b"
+    assert (names[0], names[4]) == ("a__b__c", "a_b")
     assert all(re.fullmatch("[a-zA-Z0-9_-]{1,64}", name) for name in names)
     assert len(set(names)) == len(names)
     found = [front.find_tool(name) for name in names]
@@ -5914,16 +5568,14 @@ def test_tools_are_counted_as_they_are_sent(door):
         by_door(door, {**body, "tools": [*tools, {"name": "g"}]})
 
 
-# A picture that the asked model does not see, where VISION_MODEL is set. To add a case,
-# add a row: turns, whether that one answers.
+# A picture that the asked model does not see, where VISION_MODEL is set. Rows: turns, whether that one answers.
 SHOWN = user([text("a"), PICTURE])
 @each_door
 @pytest.mark.parametrize("turns, sees", [
     ([SHOWN], True), ([U, A, SHOWN], True), ([SHOWN, system("s")], True), ([SHOWN, A, U], False), ([SHOWN, U], True),
     ([U, CALLS["chat"], output("1", [PICTURE])], True), ([U, CALLS["chat"], gave("1", [INPUT_IMAGE])], True),
     ([U, A_USE, user([tool_result("1", [PNG])])], True), ([U, A_USE, tool_result("1", [PNG]), U], True),
-    ([SHOWN, CALLS["chat"], output("1", "one")], True),
-    ([U, CALLS["chat"], output("1", [PICTURE]), A, U], False),
+    ([SHOWN, CALLS["chat"], output("1", "one")], True), ([U, CALLS["chat"], output("1", [PICTURE]), A, U], False),
     ([U, CALLS["chat"], output("1", [PICTURE]), CALLS["chat"], output("1", "one")], False),
 ])
 def test_vision_model_answers_where_this_turn_shows_a_picture(door, turns, sees):
@@ -5940,7 +5592,7 @@ def test_vision_model_answers_where_this_turn_shows_a_picture(door, turns, sees)
     assert (again["model"], "image_url" in json.dumps(again)) == ("glm-4.6v", "PNG" in said or "image" in said)
 
 
-# Estimates. To add a text, add a row: it, and how many tokens at least and at most.
+# Estimates of tokens
 @pytest.mark.parametrize("words, least, most", [
     ("The quick brown fox jumps over the lazy dog. " * 100, 1125, 1300), ("", 0, 1),
     ("\u4f60\u597d\u4e16\u754c" * 250, 769, 800)])
@@ -5958,8 +5610,7 @@ def test_an_estimate_counts_all_but_the_bytes_of_pictures():
     assert read_messages(system="word " * 1000, tools=tools)[1].tokens - bare > 2500
 
 
-# Schemas in plain words, for a further try. To add one, add a row: the schema, the
-# plainer one; None: it is plain.
+# Schemas in plain words, for a further try. To add one, add a row: the schema, the plainer one; None: it is plain.
 ANY = {"description": "Any JSON value."}
 @pytest.mark.parametrize("properties, plainer", [
     ({"a": {"type": "string", "enum": ["x"], "default": {}}, "b": {"type": ["string", "null"]}}, None), ({}, None),
@@ -5996,12 +5647,7 @@ def test_hard_schemas_become_plain(properties, plainer):
     assert found["parameters"] == {"type": "object", "properties": plainer}
 
 
-HARD_TOOL = {"type": "function", "function": {"name": "f", "parameters": {
-    "type": "object", "properties": {"a": {"anyOf": [{"type": "string"}, {"type": "null"}]}}}}}
-
-
-# To add a case, add a row: Z.ai's answers, which of the requests had plain schemas, the
-# status.
+# Rows: Z.ai's answers, which of the requests had plain schemas, the status.
 @cases("answers, plain, status", [
     ("1210", [refusal(400, "1210")], [False, True], 200), ("1214", [refusal(400, "1214")], [False, True], 200),
     ("empty", [stream(DONE)] * 2, [False, False, True], 200),
@@ -6016,16 +5662,11 @@ HARD_TOOL = {"type": "function", "function": {"name": "f", "parameters": {
 def test_schemas_that_zai_may_have_refused_are_said_in_plain_words_once(zai, answers, plain, status):
     zai.scripts.extend(answers)
     with proxying(zai, MAX_RETRIES="1") as proxy:
-        found, headers, _ = proxy.chat(tools=[HARD_TOOL])
+        hard = {"a": {"anyOf": [{"type": "string"}, {"type": "null"}]}}
+        found, headers, _ = proxy.chat(**function(name="f", parameters={"type": "object", "properties": hard}))
     assert found == status
     assert ["anyOf" not in json.dumps(request["body"]) for request in zai.requests] == plain
     assert headers.get("x-ztoapi-changed") == ("schemas" if plain[-1] else None)
-
-
-def test_a_refusal_without_hard_schemas_is_told_at_once(zai, proxy):
-    zai.default = refusal(400, "1210")
-    assert proxy.chat(tools=[TOOL])[0] == 400
-    assert len(zai.requests) == 1
 
 
 def test_a_schema_that_refers_to_itself_has_an_end():
@@ -6039,15 +5680,13 @@ def test_a_schema_that_refers_to_itself_has_an_end():
 
 # Both, bounds
 
-# What a client may send. To add a case, add a row: what is special, the fields of a
-# Responses request.
+# What a client may send: the fields of a Responses request.
 @cases("fields", [
     ("an assistant that never stops", {"input": [assistant("x" * 1000)] * 8000}),
     ("calls without outputs", {"input": [function_call(str(i)) for i in range(10000)]}),
     ("calls with their outputs",
      {"input": [item for i in range(5000) for item in (function_call(str(i)), gave(str(i), "x"))]}),
-    ("calls without ids",
-     {"input": [function_call(None)] * 8000 + [gave(None, "x")] * 8000}),
+    ("calls without ids", {"input": [function_call(None)] * 8000 + [gave(None, "x")] * 8000}),
     ("calls of one id", {"input": [function_call("1")] * 8000 + [gave("1", "x")] * 8000}),
     ("outputs of nothing", {"input": [function_call("1")] * 5000 + [gave(str(i), "x") for i in range(10000)]}),
     ("what cannot be read", {"input": [[]] * 6000}),
@@ -6082,7 +5721,7 @@ def test_what_responses_echoes_has_a_bound():
         ztoapi.Responses.read({"input": "a", "metadata": {"a": deep}}, caller(), Settings())
 
 
-# Answers that are kept for their end. To add a case, add a row: what is kept, steps.
+# Answers that are kept for their end.
 @pytest.mark.parametrize("read", (read_responses, read_messages))
 @cases("steps", [
     ("texts", [Step("text", "x" * (1 << 20))] * 100),
@@ -6145,6 +5784,10 @@ class FakeClient(ztoapi.Client):
             raise ztoapi.ClientGone
 
 
+def text_in(steps):
+    return "".join(step.text for step in steps if step.kind == ztoapi.TEXT)
+
+
 class Timed:
     """An Upstream on that clock, tickets for its gates, and requests over it to a fake Z.ai on a real socket, which
     gives `answers`, then `script` for ever. `times`: when each request arrived there."""
@@ -6165,6 +5808,7 @@ class Timed:
         self.upstream = ztoapi.Upstream(self.settings, self.pump, self.unix_now, lambda: rand, proxies={})
         self.gates = self.upstream.gates
         self.clock.chores.append(self.gates.tick)
+        self.pump.start()
         zai.default = self.arrived
 
     def unix_now(self):
@@ -6240,7 +5884,7 @@ class Timed:
             self.upstream.answer(self.job(model), FakeClient(self.clock), record, fold.add)
         except ApiError as failure:
             error = failure
-        return fold.text(ztoapi.TEXT), error, record
+        return text_in(fold.items), error, record
 
     def gaps(self):
         return [after - before for before, after in zip(self.times, self.times[1:])]
@@ -6254,15 +5898,8 @@ class Timed:
 @pytest.fixture
 def make_timed(zai):
     """Makes such Upstreams to the fake Z.ai."""
-    made = []
-
-    def make(*args, **more):
-        made.append(Timed(zai, *args, **more))
-        made[-1].pump.start()
-        return made[-1]
-    yield make
-    for each in made:
-        each.close()
+    with contextlib.ExitStack() as closing:
+        yield lambda *args, **more: closing.enter_context(contextlib.closing(Timed(zai, *args, **more)))
 
 
 def error_of(code, **more):
@@ -6272,14 +5909,13 @@ def error_of(code, **more):
 REFUSED = error_of("1302")
 
 
-# To add a case, add a row: the client keys of those who queue, and who of them go in which order.
+# Rows: the client keys of those who queue, and who of them go in which order.
 @pytest.mark.parametrize("keys,order", (("aaaaaa", [0, 1, 2, 3, 4, 5]), ("aaabb", [0, 3, 1, 4, 2])))
 def test_client_keys_take_turns_and_first_come_is_first_served(make_timed, keys, order):
     timed = make_timed(limit=1)
     first = timed.enter()
     tickets = [timed.queue(key) for key in keys]
-    assert timed.serve_all(first) == [tickets[i] for i in order]
-    assert timed.gates.state()[1] == {}
+    assert (timed.serve_all(first), timed.gates.state()[1]) == ([tickets[i] for i in order], {})
 
 
 def test_models_have_queues_of_their_own(make_timed):
@@ -6304,7 +5940,7 @@ def test_max_concurrency_is_a_fixed_ceiling(make_timed, limit):
     assert timed.seconds_to_enter() == 7
 
 
-# To add a case, add a row: code, how many others are in flight, the ceiling then, seconds until it goes again.
+# Rows: code, how many others are in flight, the ceiling then, seconds until it goes again.
 @pytest.mark.parametrize("code,others,ceiling,seconds", [
     ("1302", 1, 1, 60),  # one is in flight, one is allowed: until the probing
     ("1302", 0, None, 0.5),  # it was alone, so that it was not for too many
@@ -6317,15 +5953,13 @@ def test_what_a_refusal_teaches(make_timed, code, others, ceiling, seconds):
         timed.enter()
     refused = timed.enter()
     timed.gates.leave(refused, error_of(code))
-    assert timed.ceilings() == [ceiling]
-    assert timed.seconds_to_enter(refused) == seconds
+    assert (timed.ceilings(), timed.seconds_to_enter(refused)) == ([ceiling], seconds)
 
 
-# To add a case, add a row: MAX_CONCURRENCY, how many are in flight, how many of them are refused, the ceiling then and
-# after each further minute in which all of it is used.
+# Rows: MAX_CONCURRENCY, how many are in flight, how many of them are refused, the ceiling then and after each further
+# minute in which all of it is used.
 @pytest.mark.parametrize("limit,in_flight,refused,ceilings", [
-    (0, 3, 1, [2, 3, 4, 5]),
-    (0, 12, 11, [1, 6, 9, 10, 11, 12, 13]),
+    (0, 3, 1, [2, 3, 4, 5]), (0, 12, 11, [1, 6, 9, 10, 11, 12, 13]),
     (0, 30, 30, [15, 22, 26, 28, 29, 30, 31]),  # all of them: a glitch
     (3, 3, 2, [1, 2, 3, 3]),
 ])
@@ -6341,8 +5975,7 @@ def test_a_ceiling_is_lowered_at_once_and_raised_by_the_minute(make_timed, limit
             while True:
                 timed.gates.queue_timeout_s = 1
                 tickets.append(timed.enter())
-        assert timed.ceilings() == [ceiling]
-        assert len(tickets) == ceiling
+        assert (timed.ceilings(), len(tickets)) == ([ceiling], ceiling)
 
 
 def test_a_ceiling_is_halved_again_until_something_is_served(make_timed):
@@ -6412,8 +6045,7 @@ def test_gates_of_models_that_taught_nothing_are_forgotten(make_timed):
     timed = make_timed()
     for i in range(100):
         timed.gates.leave(timed.enter(model=f"model-{i}"), served=True)
-    assert timed.gates.state() == ([], {})
-    assert timed.gates.queue == []
+    assert (timed.gates.state(), timed.gates.queue) == (([], {}), [])
 
 
 def test_names_that_clients_make_up_fill_no_gates(zai, monkeypatch):
@@ -6443,11 +6075,9 @@ def test_the_log_tells_once_when_a_gate_begins_to_refuse_and_once_when_it_clears
     assert caplog.messages[1:] == ["glm-4.6: nobody queues any more"]
 
 
-# To add a case, add a row: how Z.ai refuses -> what too many requests get.
+# How Z.ai refuses -> what too many requests get.
 @cases("refused", {
-    "1302": refusal(429, "1302"),
-    "1305": refusal(429, "1305"),
-    "1302 as first event": stream(sse(LIMITED), DONE),
+    "1302": refusal(429, "1302"), "1305": refusal(429, "1305"), "1302 as first event": stream(sse(LIMITED), DONE),
 })
 def test_a_burst_of_10_against_a_limit_of_3_succeeds_and_teaches(zai, soon_again, proxy, refused):
     running = threading.BoundedSemaphore(3)
@@ -6489,8 +6119,8 @@ def test_queue_timeout_is_a_429_that_sdks_do_not_repeat(zai, go):
     with strict_proxy(zai, MAX_CONCURRENCY="1", QUEUE_TIMEOUT="0.1") as proxy, proxy.open_stream() as occupant:
         assert eventually(lambda: zai.in_flight == 1)
         status, headers, body = proxy.chat()
-        assert (status, body["error"]["code"]) == (429, "rate_limit_exceeded")
-        assert headers["x-should-retry"] == "false"
+        told = (status, body["error"]["code"], headers["x-should-retry"])
+        assert told == (429, "rate_limit_exceeded", "false")
         assert int(headers["Retry-After"]) >= 1
         assert int(headers["x-ztoapi-queue-ms"]) >= 100
         go.set()
@@ -6603,34 +6233,25 @@ def test_a_key_that_learned_a_low_ceiling_gets_less(make_timed):
     assert positions == [2, 2, 2]
 
 
-# To add a case, add a row: codes, their HTTP status, after how many seconds Z.ai says that the limit ends, for how many
-# the key rests, and whether it rests as a whole or only for that model.
-RESTS = [
+# Rows: codes, their HTTP status, after how many seconds Z.ai says that the limit ends, for how many the key rests, and
+# whether it rests as a whole or only for that model.
+@pytest.mark.parametrize("code,status,ends_after,rest_s,whole_key", [(code, *rest) for codes, *rest in (
     ("401 1000 1001 1002 1003 1004 1005 1315", 401, None, 600, True),
-    ("1110 1111 1112 1304 1308 1309 1310", 429, None, 600, True),
-    ("1113 1311", 429, None, 600, False),
-    ("1308 1310", 429, 5000, 5000, True),
-    ("1310", 429, 3 * 86400, 6 * 3600, True),  # somebody may recharge before
-]
-REST_ROWS = [(code, *rest) for codes, *rest in RESTS for code in codes.split()]
-
-
-@pytest.mark.parametrize("code,status,ends_after,rest_s,whole_key", REST_ROWS)
+    ("1110 1111 1112 1304 1308 1309 1310", 429, None, 600, True), ("1113 1311", 429, None, 600, False),
+    ("1308 1310", 429, 5000, 5000, True), ("1310", 429, 3 * 86400, 6 * 3600, True),  # somebody may recharge before
+) for code in codes.split()])
 def test_a_refused_key_rests_and_the_next_one_serves(zai, make_timed, code, status, ends_after, rest_s, whole_key):
     timed = make_timed(keys=2)
     first, second = ZAI_KEYS[:2]
     words = timed.reset_words(ends_after) if ends_after else "no"
     timed.answers.append(refusal(status, code, words))
     text, error, record = timed.ask()
-    assert (text, error, record.retries) == ("Hello", None, 1)
-    assert timed.gaps() == [0]
-    assert timed.ask()[0] == "Hello"
-    assert timed.ask("glm-4.5")[0] == "Hello"
+    assert (text, error, record.retries, timed.gaps()) == ("Hello", None, 1, [0])
+    assert [timed.ask(model)[0] for model in ("glm-4.6", "glm-4.5")] == ["Hello"] * 2
     assert keys_at(zai) == [first, second, second, second if whole_key else first]
-    timed.clock.now += rest_s - 1
-    assert timed.ask()[0] == "Hello"
-    timed.clock.now += 2
-    assert timed.ask()[0] == "Hello"
+    for seconds in (rest_s - 1, 2):
+        timed.clock.now += seconds
+        assert timed.ask()[0] == "Hello"
     assert keys_at(zai)[4:] == [second, first]
 
 
@@ -6650,8 +6271,7 @@ def test_with_all_keys_resting_the_one_whose_turn_comes_first_is_tried(zai, make
     assert (error.status, error.code, record.retries) == (402, "insufficient_quota", 2)
     assert error.headers() == {"Retry-After": "6000", "x-should-retry": "false"}
     timed.clock.now += 10
-    assert timed.ask()[0] == "Hello"
-    assert keys_at(zai) == [*ZAI_KEYS, ZAI_KEYS[1]]
+    assert (timed.ask()[0], keys_at(zai)) == ("Hello", [*ZAI_KEYS, ZAI_KEYS[1]])
 
 
 def test_an_answer_ends_the_rest_of_the_key_that_was_tried_all_the_same(make_timed):
@@ -6688,8 +6308,7 @@ def test_the_head_of_the_queue_goes_when_a_key_comes_back(make_timed):
 def test_the_client_sees_nothing_of_a_key_that_fails(zai, streamed):
     zai.scripts.extend([refusal(401, "401"), stream(error_event("1311"))])
     with strict_proxy(zai, ZAI_API_KEY=",".join(ZAI_KEYS), MAX_RETRIES="0") as proxy:
-        assert ask(proxy, streamed) == WELL
-        assert keys_at(zai) == list(ZAI_KEYS)
+        assert (ask(proxy, streamed), keys_at(zai)) == (WELL, list(ZAI_KEYS))
 
 
 def test_an_empty_purse_at_every_key_is_told_with_no_second_try(zai):
@@ -6700,14 +6319,13 @@ def test_an_empty_purse_at_every_key_is_told_with_no_second_try(zai):
         assert (headers["x-should-retry"], keys_at(zai)) == ("false", list(ZAI_KEYS))
 
 
-# To add a case, add a row: where Z.ai quotes the key -> the script for a key.
 @cases("script_for", {
     "401": lambda key: refusal(401, "401", f"token {key} expired"),
     "halves": lambda key: refusal(500, "1234", "{} and {}".format(*key.split("."))),
     "400": lambda key: refusal(400, "1210", f"key {key}"),
     "first event": lambda key: stream(error_event("1234", f"Bearer {key}")),
     "later event": lambda key: stream(say("a"), error_event("1234", f"Bearer {key}")),
-    "log id": lambda key: [raw_head(f"X-Log-Id: {key}"), CLOSE],
+    "log id": lambda key: [OK + f"X-Log-Id: {key}\r\n\r\n".encode(), CLOSE],
     "head": lambda key: [b"HTTP/1.1 %b\r\n\r\n" % key.encode(), CLOSE],
 })
 @both
@@ -6732,10 +6350,7 @@ def test_two_hundred_streams_at_once_are_relayed_whole(zai, proxy):
         return stream(*pieces, FINISH, DONE)
     zai.default = script
     with contextlib.ExitStack() as closing:
-        socks = []
-        for i in range(200):
-            messages = [user(f"n{i}")]
-            socks.append(closing.enter_context(proxy.open_stream(messages=messages)))
+        socks = [closing.enter_context(proxy.open_stream(messages=[user(f"n{i}")])) for i in range(200)]
         for i, sock in enumerate(socks):
             events = check_whole(*read_stream(sock))
             assert said(events).split() == [f"n{i}.{j}" for j in range(10)]
@@ -6782,35 +6397,27 @@ def is_connecting(proxy):
     return any(client.blocked_on for client in list(proxy.server.pump.clients))
 
 
-def is_pausing(proxy, zai):
-    return len(zai.requests) == 1 and not zai.in_flight and not slots(proxy)
-
-
 PAUSE = "Retry-After: 60"
-# To add a case, add a row: a phase -> what Z.ai does; when it is reached; how many connections to Z.ai are then open.
+# A phase -> what Z.ai does, how many requests are in flight and connections to Z.ai open in it.
 PHASES = {
-    "before the head": ([LONG_S], lambda proxy, zai: zai.in_flight == 1, 1),
-    "before the first token": ([HEAD, LONG_S], lambda proxy, zai: zai.in_flight == 1, 1),
-    "behind the first token": (stream(say("Hel"), LONG_S), lambda proxy, zai: zai.in_flight == 1, 1),
-    "in a backoff": (answer(500, NETWORK, PAUSE), is_pausing, 0),
-    "refused, in the queue": (answer(429, LIMITED, PAUSE), is_pausing, 0),
+    "before the head": ([LONG_S], 1), "before the first token": ([HEAD, LONG_S], 1),
+    "behind the first token": (stream(say("Hel"), LONG_S), 1),
+    "in a backoff": (answer(500, NETWORK, PAUSE), 0), "refused, in the queue": (answer(429, LIMITED, PAUSE), 0),
 }
 
 
 @pytest.mark.parametrize("phase", PHASES)
 @both
 def test_the_clients_leaving_is_noticed(zai, brisk, caplog, proxy, phase, streamed):
-    zai.default, is_reached, connected = PHASES[phase]
+    zai.default, open_ones = PHASES[phase]
     with leaving(proxy, caplog, raw_chat(chat_body(stream=streamed))):
-        assert eventually(lambda: is_reached(proxy, zai))
-    assert eventually(lambda: zai.cut_by_client == connected)
+        assert eventually(lambda: len(zai.requests) == 1 and zai.in_flight == slots(proxy) == open_ones)
+    assert eventually(lambda: zai.cut_by_client == open_ones)
     assert len(zai.requests) == 1
 
 
-# To add a case, add a row: a request, how its client leaves.
 @table("request_bytes,how", [
-    (raw_chat(chat_body(stream=True)), "reset"),
-    (raw_chat(JSON_CHAT), "end of file"),
+    (raw_chat(chat_body(stream=True)), "reset"), (raw_chat(JSON_CHAT), "end of file"),
     *((api_request(api, streamed), "close") for api in APIS for streamed in (True, False)),
 ])
 def test_every_way_of_leaving_is_noticed(zai, brisk, caplog, proxy, request_bytes, how):
@@ -6867,8 +6474,7 @@ def test_the_clients_leaving_in_a_handshake_is_noticed(brisk, caplog, monkeypatc
             assert mute.ended.wait(LONG_S)
 
 
-@pytest.mark.skipif(
-    not hasattr(select, "POLLRDHUP"), reason="bytes that were sent ahead hide the end")
+@pytest.mark.skipif(not hasattr(select, "POLLRDHUP"), reason="bytes that were sent ahead hide the end")
 def test_the_leaving_of_a_client_that_had_sent_more_is_noticed(zai, brisk, proxy):
     zai.default = stream(say("Hel"), LONG_S)
     with connect(proxy, raw_chat(chat_body(stream=True))) as sock:
@@ -6892,10 +6498,9 @@ def test_a_socket_has_ended_once_its_other_side_is_closed(monkeypatch, rdhup):
 
 # Heartbeats
 
-# To add a case, add a row: of how many steps of an answer's a heartbeat comes behind, what the client has got by then.
+# Rows: of how many steps of an answer's a heartbeat comes behind, what the client has got by then.
 @cases("count,pattern", {
-    "nothing": (0, rb'^HTTP/1.1 200.*"delta":\{\}'),
-    "the head": (1, rb'^HTTP/1.1 200.*"delta":\{\}'),
+    "nothing": (0, rb'^HTTP/1.1 200.*"delta":\{\}'), "the head": (1, rb'^HTTP/1.1 200.*"delta":\{\}'),
     "text": (4, rb'"Hel".*"delta":\{\}'),
 })
 def test_a_heartbeat_is_a_valid_empty_chunk_and_the_opening_one_comes_first(zai, brisk, count, pattern):
@@ -6921,12 +6526,10 @@ def test_before_its_time_or_at_0_or_in_json_no_heartbeat_comes(zai, brisk, heart
     zai.scripts.append([0.1, *refusal(400, "1210")])
     zai.default = [0.1, *stream(*HEALTHY)]
     with strict_proxy(zai, HEARTBEAT=heartbeat) as proxy:
-        assert ask(proxy, streamed)[0] == 400
-        assert ask(proxy, streamed) == WELL
+        assert (ask(proxy, streamed)[0], ask(proxy, streamed)) == (400, WELL)
         assert not streamed or not any(map(is_beat, proxy.stream()[2]))
 
 
-# To add a case, add a row: what comes late -> the script.
 @cases("script", {
     "the end mark": stream(say("Hello"), FINISH, 0.2, DONE),
     "the end of the body": stream(say("Hello"), FINISH, DONE, 0.2),
@@ -6975,7 +6578,6 @@ def test_queueing_goes_on_after_a_heartbeat(zai, brisk):
                 assert said(check_whole(*stream_read)) == "Hello"
 
 
-# To add a case, add a row: what Z.ai does after a heartbeat, the code of the error then.
 @cases("script,code", {
     "400": (refusal(400, "1210"), "invalid_value"), "429": (refusal(429, "1113"), "insufficient_quota"),
     "reset": ([RESET], "upstream_error"), "event": (stream(sse(NETWORK)), "upstream_error"),
@@ -7080,8 +6682,7 @@ def test_nothing_is_read_from_zai_while_its_client_is_behind(fake_stream):
 
 def count_text(sock, letter):
     """How often `letter`, which is nowhere else, comes in a streamed answer; and whether that ends as it should."""
-    count = 0
-    tail = b""
+    count, tail = 0, b""
     while not tail.endswith(b"data: [DONE]\n\n\r\n" + END):
         data = sock.recv(1 << 20)
         if not data:
@@ -7165,8 +6766,7 @@ def test_a_client_that_takes_no_write_within_client_timeout_is_dropped(zai, bris
     assert "error='the client took nothing for CLIENT_TIMEOUT (0.2 s)'" in log_lines()[-1]
 
 
-# To add a case, add a row: how many bytes the client takes each 50 seconds, after how many seconds it is dropped (None:
-# it is not).
+# Rows: how many bytes the client takes each 50 seconds, after how many seconds it is dropped (None: it is not).
 @pytest.mark.parametrize("room, dropped_after", [(0, 100), (1, 650), (1000, None)])
 def test_client_timeout_is_between_two_writes_with_a_bound_for_all(fake_stream, room, dropped_after):
     clock = fake_stream.clock
@@ -7217,17 +6817,13 @@ PER_REQUEST = (
     ztoapi.Handler, ztoapi.Client, ztoapi.Outbox, ztoapi.Relay, ztoapi.Connection, ztoapi.ZaiRequest, ztoapi.Answer,
     ztoapi.Reply, ztoapi.SSEDecoder, ztoapi.Translator, ztoapi.Job, ztoapi.Ticket, ztoapi.Fold, ztoapi.Chat)
 
-# To add a case, add a row: what happens -> what Z.ai does (None: it is not there), streamed or not.
+# Rows: what happens -> what Z.ai does (None: it is not there), streamed or not.
 @cases("script,streamed", {
-    "well": (stream(*HEALTHY), True),
-    "well, json": (stream(*HEALTHY), False),
-    "reset": ([RESET], True),
-    "first event, json": (stream(sse(NETWORK), DONE), False),
+    "well": (stream(*HEALTHY), True), "well, json": (stream(*HEALTHY), False), "reset": ([RESET], True),
+    "first event, json": (stream(sse(NETWORK), DONE), False), "not there": (None, True),
     "HTML 502": (answer(502, b"<html><h1>502 Bad Gateway</h1></html>"), True),
-    "cut": ([HEAD, chunked(say("Hel")), CLOSE], True),
-    "silence": ([HEAD, LONG_S], True),
+    "cut": ([HEAD, chunked(say("Hel")), CLOSE], True), "silence": ([HEAD, LONG_S], True),
     "a limit that lasts": (answer(429, LIMITED, "Retry-After: 86400"), True),
-    "not there": (None, True),
 })
 def test_a_request_leaves_nothing_for_the_garbage_collector(zai, brisk, script, streamed):
     """What it leaves, it leaves with its body and its buffers, for as long as the collector likes."""
@@ -7256,13 +6852,6 @@ def test_a_client_that_leaves_while_connecting_leaves_nothing_either(brisk):
         assert litter_of(proxy, make_request) == []
 
 
-def test_a_json_answer_of_more_than_4_mib_is_an_error(zai, proxy):
-    one = chunked(say("\u4e2d" * ((1 << 20) // 3)))  # a mebibyte, whatever the count of characters
-    zai.default = [HEAD, *[one] * 5, chunked(FINISH), END]
-    assert ask(proxy, False)[0] == 502
-    assert len(zai.requests) == 1
-
-
 @pytest.mark.parametrize("script", (stream(*HEALTHY), refusal(400, "1210")), ids=("answer", "refusal"))
 def test_the_log_id_of_zai_is_in_the_answer_and_in_the_log(zai, caplog, proxy, script):
     caplog.set_level(logging.INFO, "ztoapi")
@@ -7277,44 +6866,28 @@ def test_the_log_id_of_zai_is_in_the_answer_and_in_the_log(zai, caplog, proxy, s
 #
 # Through real sockets wherever bytes matter, and by the clock wherever time does.
 
-def raw_head(*lines):
-    return "\r\n".join(["HTTP/1.1 200 OK", "Content-Type: text/event-stream", *lines, "", ""]).encode()
-
-
 # Faults: each heals if it comes before the first delta, and ends the answer if it comes later
 
-# One of each kind; which answers are faults at all is told by the tables of From Z.ai. To add a case, add a row: a
-# fault -> what Z.ai does.
+# One of each kind; which answers are faults at all is told by the tables of From Z.ai. Rows: a fault -> what Z.ai does.
 EARLY = {
-    "reset before the head": [RESET],
-    "closed before the head": [CLOSE],
-    "reset behind the head": [HEAD, 0.02, RESET],
-    "closed behind the head": [HEAD, CLOSE],
-    "reset in an event": [HEAD, chunked(say("Hel")[:40]), 0.02, RESET],
-    "broken chunk size": [HEAD, b"zz\r\n", CLOSE],
+    "reset before the head": [RESET], "closed before the head": [CLOSE], "reset behind the head": [HEAD, 0.02, RESET],
+    "closed behind the head": [HEAD, CLOSE], "reset in an event": [HEAD, chunked(say("Hel")[:40]), 0.02, RESET],
+    "broken chunk size": [HEAD, b"zz\r\n", CLOSE], "empty 200": stream(),
     "cut behind an empty delta": stream(event({"role": "assistant", "content": ""}), CLOSE, end=False),
-    "empty 200": stream(),
-    "an error as first event": stream(sse(NETWORK), DONE),
-    "an error as JSON in a 200": answer(200, NETWORK),
+    "an error as first event": stream(sse(NETWORK), DONE), "an error as JSON in a 200": answer(200, NETWORK),
     "network_error": stream(event(finish="network_error"), DONE),
     "HTML 502": answer(502, b"<html><h1>502 Bad Gateway</h1></html>"),
-    "1120": refusal(429, "1120"),
-    "1234": refusal(500, "1234"),
+    "1120": refusal(429, "1120"), "1234": refusal(500, "1234"),
 }
 
-# To add a case, add a row: a fault -> what Z.ai does behind the first delta.
+# Rows: a fault -> what Z.ai does behind the first delta.
 LATE = {
-    "reset": [0.02, RESET],
-    "clean end between chunks": [CLOSE],
-    "clean end of the body without a finish": [END],
-    "end mark without a finish": [chunked(DONE), END],
-    "reset in an event": [chunked(say("lo")[:40]), 0.02, RESET],
-    "reset in a chunk": [b"ff\r\ndata: {", 0.02, RESET],
-    "broken chunk size": [0.02, b"zz\r\n", CLOSE],
+    "reset": [0.02, RESET], "clean end between chunks": [CLOSE], "clean end of the body without a finish": [END],
+    "end mark without a finish": [chunked(DONE), END], "reset in an event": [chunked(say("lo")[:40]), 0.02, RESET],
+    "reset in a chunk": [b"ff\r\ndata: {", 0.02, RESET], "broken chunk size": [0.02, b"zz\r\n", CLOSE],
     "an error as an event": [chunked(sse(NETWORK)), chunked(DONE), END],
-    "1302 as an event": [chunked(sse(LIMITED)), END],
+    "1302 as an event": [chunked(sse(LIMITED)), END], "garbage to the end": [chunked(b"data: oops\n\n"), END],
     "network_error": [chunked(event(finish="network_error")), chunked(DONE), END],
-    "garbage to the end": [chunked(b"data: oops\n\n"), END],
 }
 
 
@@ -7335,8 +6908,7 @@ def test_a_fault_that_does_not_heal_is_an_error_after_max_retries(zai, fault):
     with strict_proxy(zai, MAX_RETRIES="1") as proxy:
         for streamed in (True, False):
             status, text, error, _ = ask(proxy, streamed)
-            assert status == (503 if fault == "1120" else 502)
-            assert text == ""
+            assert (status, text) == (503 if fault == "1120" else 502, "")
             assert error["type"] in ("upstream_error", "server_error")
         assert (len(zai.requests), figures(proxy)) == (4, (2, 2, 0))
 
@@ -7377,8 +6949,7 @@ def test_thinking_that_was_void_is_not_paid_for_twice(zai, proxy):
     """Z.ai starts its answer afresh, which takes the thinking back, and then ends it."""
     zai.default = stream(think("Hm"), TORN, 0.02, CLOSE, end=False)
     failed_stream(proxy)
-    assert ask(proxy, False)[0] == 502
-    assert len(zai.requests) == 2
+    assert (ask(proxy, False)[0], len(zai.requests)) == (502, 2)
 
 
 @both
@@ -7414,18 +6985,24 @@ def test_codes_that_cannot_heal_are_never_tried_again(zai, proxy):
     assert (len(zai.requests), figures(proxy)[0]) == (2 * len(HOPELESS), 0)
 
 
-def test_a_wrong_path_is_never_tried_again_and_names_the_base_url(zai, proxy):
-    zai.default = answer(404, b"<html>404</html>")
-    check_502(proxy, "ZAI_BASE_URL")
-    assert len(zai.requests) == 1
+# What a second try would not heal -> the script, the status, words of the error.
+@cases("script, status, words", {
+    "a wrong path": (answer(404, b"<html>404</html>"), 502, "ZAI_BASE_URL"),
+    "a refusal of plain tools": (refusal(400, "1210", "Bad"), 400, "Bad"),
+    "a JSON answer of more than 4 MiB, whatever the count of characters": (
+        [HEAD, *[chunked(say("\u4e2d" * (MIB // 3)))] * 5, chunked(FINISH), END], 502, ""),
+})
+def test_what_would_not_heal_is_never_tried_again(zai, proxy, script, status, words):
+    zai.default = script
+    found, _, answer = proxy.chat(tools=[TOOL])
+    assert (found, words in answer["error"]["message"], len(zai.requests)) == (status, True, 1)
 
 
 @pytest.mark.parametrize("status", (301, 307))
 def test_redirects_are_not_followed(zai, status):
     with FakeZai() as elsewhere, strict_proxy(zai) as proxy:
         zai.default = answer(status, b"", f"Location: {elsewhere.url}/chat/completions")
-        assert ask(proxy, True)[0] == 502
-        assert (len(zai.requests), elsewhere.connections) == (1, 0)
+        assert (ask(proxy, True)[0], len(zai.requests), elsewhere.connections) == (502, 1, 0)
 
 
 @both
@@ -7436,17 +7013,15 @@ def test_bytes_that_come_one_at_a_time_are_an_answer_like_any_other(zai, unhurri
     assert zai.connections == 1
 
 
-# To add a case, add a row: how a good answer ends -> its script.
 @cases("script", {
-    "with its connection": [raw_head("Connection: close"), *HEALTHY, CLOSE],
+    "with its connection": [OK + b"Connection: close\r\n\r\n", *HEALTHY, CLOSE],
     "cut behind the finish": stream(say("Hello"), event(finish="stop"), CLOSE),
     "reset behind the finish": stream(say("Hello"), event(finish="stop"), 0.02, RESET),
 })
 @both
 def test_an_answer_may_end_with_its_connection(zai, proxy, script, streamed):
     zai.default = script
-    assert ask(proxy, streamed) == WELL
-    assert len(zai.requests) == 1
+    assert (ask(proxy, streamed), len(zai.requests)) == (WELL, 1)
 
 
 def test_an_answer_that_comes_before_all_was_sent_is_read():
@@ -7472,17 +7047,14 @@ def test_a_request_that_zai_does_not_take_is_tried_once_more():
         url = f"http://127.0.0.1:{deaf.getsockname()[1]}/api"
         with strict_proxy(ZAI_BASE_URL=url, UPSTREAM_TIMEOUT="0.1", MAX_RETRIES="5") as proxy:
             status, _, error, _ = ask(proxy, True, messages=[user("x" * (16 << 20))])
-            assert status == 502
-            assert "took no data for 0.1 s" in error["message"]
+            assert (status, "took no data for 0.1 s" in error["message"]) == (502, True)
             assert figures(proxy) == (1, 1, 0)
 
 
 # Silence, and other times
 
-# To add a case, add a row: what Z.ai does before it falls silent -> the script.
 @cases("script", {
-    "before the head": [LONG_S],
-    "behind the head": [HEAD, LONG_S],
+    "before the head": [LONG_S], "behind the head": [HEAD, LONG_S],
     "behind an empty delta": stream(event({"role": "assistant", "content": ""}), LONG_S),
     "behind interim answers": [b"HTTP/1.1 103 Early Hints\r\n\r\n", 0.02] * 5000,
     "a head that drips": [HEAD[:20], *[b"x", 0.02] * 5000],
@@ -7534,16 +7106,15 @@ def test_upstream_timeout_is_of_silence_and_never_of_the_whole():
         connection.receive = lambda buffer: piece
         assert not relay.step(i * 300, None)
         assert not relay.look(i * 300 + 300, 300)
-    assert fold.text(ztoapi.TEXT) == "aaaaaa"
+    assert text_in(fold.items) == "aaaaaa"
     with pytest.raises(UpstreamError, match="UPSTREAM_TIMEOUT"):
         relay.look(i * 300 + 301, 300)
 
 
-# To add a case, add a row: what Z.ai does behind a finish, or behind the end mark -> the script. Neither a second more,
-# nor 64 KB more are read.
+# Rows: what Z.ai does behind a finish, or behind the end mark -> the script. Neither a second more, nor 64 KB more are
+# read.
 ENDLESS = {
-    "silence": [LONG_S],
-    "comments": [chunked(b": keep-alive\n\n"), 0.02] * 5000,
+    "silence": [LONG_S], "comments": [chunked(b": keep-alive\n\n"), 0.02] * 5000,
     "a flood": [chunked(b": keep-alive\n\n" * 20000), LONG_S],
 }
 
@@ -7564,8 +7135,7 @@ def test_what_has_ended_has_ended(zai, brisk, monkeypatch, proxy, steps, end, st
 def test_a_finish_without_an_answer_is_tried_again(zai, brisk, monkeypatch, proxy, streamed):
     monkeypatch.setattr(ztoapi.Relay, "END_S", 0.1)
     zai.scripts.append([HEAD, chunked(event(finish="stop")), LONG_S])
-    assert ask(proxy, streamed) == WELL
-    assert len(zai.requests) == 2
+    assert (ask(proxy, streamed), len(zai.requests)) == (WELL, 2)
 
 
 @pytest.mark.parametrize("late", (FINISH, DONE), ids=("usage", "end mark"))
@@ -7592,20 +7162,15 @@ def test_backoff_between_retries_doubles_with_full_jitter(make_timed, rand, gaps
     timed = make_timed(rand, MAX_RETRIES="6")
     timed.script = refusal(500, "1234")
     _, error, record = timed.ask()
-    assert timed.gaps() == gaps
-    assert (error.status, record.retries) == (502, 6)
+    assert (timed.gaps(), error.status, record.retries) == (gaps, 502, 6)
     assert record.queued_s == sum(gaps)
 
 
-# To add a case, add a row: code, Z.ai's Retry-After header, seconds until the next attempt.
-RETRY_AFTER = [
+# Rows: code, Z.ai's Retry-After header, seconds until the next attempt.
+@pytest.mark.parametrize("code,header,seconds", [
     ("1234", "7", 7), ("1234", "0", 0), ("1302", "7", 7), ("1302", "20", 20), ("1305", "7", 7),
     ("1305", "0", 1),  # our own backoff is the least
-    ("1305", email.utils.formatdate(Timed.NOW + 1024 + 7, usegmt=True), 7),
-]
-
-
-@pytest.mark.parametrize("code,header,seconds", RETRY_AFTER)
+])
 def test_retry_after_of_zai_is_honoured(make_timed, code, header, seconds):
     timed = make_timed()
     timed.answers.append(refusal(429, code, "no", f"Retry-After: {header}"))
@@ -7627,10 +7192,8 @@ def test_an_absurd_retry_after_closes_the_gate_for_a_minute_at_most(make_timed):
     timed = make_timed()
     timed.answers.append(answer(429, LIMITED, "Retry-After: 86400"))
     _, error, _ = timed.ask()
-    assert (error.status, error.headers()["Retry-After"]) == (429, "86400")
-    assert timed.clock.now == 1024
-    assert timed.ask()[0] == "Hello"
-    assert timed.gaps() == [60]
+    assert (error.status, error.headers()["Retry-After"], timed.clock.now) == (429, "86400", 1024)
+    assert (timed.ask()[0], timed.gaps()) == ("Hello", [60])
 
 
 @pytest.mark.parametrize("code, expected", [("1305", FULL), ("1302", NO_ROOM)])
@@ -7666,9 +7229,8 @@ def test_an_overload_is_waited_out_within_queue_timeout(make_timed):
     _, error, _ = timed.ask()
     assert timed.gaps() == [1, 2, 4, 8, 15, 15]
     assert timed.clock.now == 1024 + 45, "the next pause would be too long"
-    assert (error.status, error.code) == (503, "overloaded")
+    assert (error.status, error.code, error.retryable) == (503, "overloaded", False)
     assert "temporarily overloaded" in error.message
-    assert error.headers()["x-should-retry"] == "false"
     timed.script = stream(*HEALTHY)
     assert timed.ask()[0] == "Hello"
 
@@ -7802,8 +7364,7 @@ def test_connect_refused_then_a_listener_is_an_answer(zai, free_port):
     shut_down(zai.socket)
     with proxying(zai, ZAI_BASE_URL=f"http://127.0.0.1:{free_port}/api") as proxy:
         proxy.server.upstream.rand = open_up
-        assert ask(proxy, True) == WELL
-        assert figures(proxy)[0] == 1
+        assert (ask(proxy, True), figures(proxy)[0]) == (WELL, 1)
 
 
 def test_a_name_that_is_not_found_is_told(monkeypatch):
@@ -7820,19 +7381,15 @@ def test_a_name_that_is_not_found_is_told(monkeypatch):
         assert figures(proxy) == (1, 1, 0)
 
 
-def test_connecting_takes_ten_seconds_at_most(monkeypatch):
+def test_connecting_and_a_handshake_take_ten_seconds_at_most(monkeypatch):
     assert ztoapi.CONNECT_TIMEOUT_S == 10
-    monkeypatch.setattr(ztoapi, "CONNECT_TIMEOUT_S", 0.1)
-    with stuck_listener() as port, strict_proxy(ZAI_BASE_URL=f"http://127.0.0.1:{port}", MAX_RETRIES="1") as proxy:
-        check_502(proxy, "within 0.1 s")
-        assert figures(proxy)[0] == 1
-
-
-def test_a_handshake_that_never_comes_takes_ten_seconds_at_most(monkeypatch):
     monkeypatch.setattr(ztoapi, "CONNECT_TIMEOUT_S", 0.1)
     with MuteListener() as mute, strict_proxy(ZAI_BASE_URL=f"https://127.0.0.1:{mute.port}", MAX_RETRIES="0") as proxy:
         assert ask(proxy, True)[0] == 502
         assert mute.ended.wait(LONG_S)
+    with stuck_listener() as port, strict_proxy(ZAI_BASE_URL=f"http://127.0.0.1:{port}", MAX_RETRIES="1") as proxy:
+        check_502(proxy, "within 0.1 s")
+        assert figures(proxy)[0] == 1
 
 
 def test_a_dead_address_does_not_use_up_the_time_of_the_next(zai, monkeypatch):
@@ -7894,10 +7451,8 @@ def test_the_pool_closes_what_was_idle_for_60_seconds():
         assert pool.take() is None, "too old, though nobody has closed it yet"
 
 
-# To add a case, add a row: an answer -> its script, and whether its connection serves again.
 @cases("script,again", {
-    "a stream read to its end": (stream(*HEALTHY), True),
-    "a refusal": (refusal(400, "1210"), True),
+    "a stream read to its end": (stream(*HEALTHY), True), "a refusal": (refusal(400, "1210"), True),
     "no last chunk": (stream(*HEALTHY, end=False) + [LONG_S], False),
     "Connection: close": ([HEAD[:-2] + b"Connection: close\r\n\r\n", *stream(*HEALTHY)[1:]], False),
     "a cut": (stream(say("Hel"), CLOSE, end=False), False),
@@ -7908,8 +7463,7 @@ def test_a_connection_serves_again_once_its_answer_was_read(zai, brisk, monkeypa
     zai.scripts.append(script)
     ask(proxy, streamed)
     proxy.idle()
-    assert ask(proxy, streamed) == WELL
-    assert zai.connections == (1 if again else 2)
+    assert (ask(proxy, streamed), zai.connections) == (WELL, 1 if again else 2)
 
 
 def test_a_pooled_connection_found_dead_is_replaced_unseen(zai):
@@ -7918,8 +7472,7 @@ def test_a_pooled_connection_found_dead_is_replaced_unseen(zai):
         assert ask(proxy, True) == WELL
         proxy.idle()
         assert eventually(lambda: not zai.open)
-        assert ask(proxy, True) == WELL
-        assert (len(zai.requests), figures(proxy)[0]) == (2, 0)
+        assert (ask(proxy, True), len(zai.requests), figures(proxy)[0]) == (WELL, 2, 0)
 
 
 @contextlib.contextmanager
@@ -7949,8 +7502,7 @@ def test_a_pooled_connection_that_ends_after_a_while_was_not_dead(zai, unhurried
     monkeypatch.setattr(ztoapi, "STALE_WITHIN_S", 0.05)
     with three_pooled(zai) as proxy:
         zai.default = [0.2, CLOSE]
-        assert ask(proxy, True)[0] == 502
-        assert len(zai.requests) == 4
+        assert (ask(proxy, True)[0], len(zai.requests)) == (502, 4)
 
 
 # Through proxies, and over TLS
@@ -7978,8 +7530,7 @@ def test_tls_goes_through_https_proxy_over_one_connection(trusted, unhurried, ht
 def test_no_proxy_goes_around_the_proxy(trusted, http_proxy, monkeypatch, no_proxy):
     through(monkeypatch, "https", http_proxy.url, no_proxy)
     with strict_proxy(trusted) as proxy:
-        assert ask(proxy, True) == WELL
-        assert http_proxy.heads == []
+        assert (ask(proxy, True), http_proxy.heads) == (WELL, [])
 
 
 def test_a_proxys_password_reaches_the_proxy_alone(trusted, unhurried, http_proxy, monkeypatch):
@@ -7995,37 +7546,31 @@ def test_a_proxy_that_refuses_is_a_502(trusted, monkeypatch, reply):
     with HttpProxy(reply) as refusing:
         through(monkeypatch, "https", refusing.url)
         with strict_proxy(trusted, MAX_RETRIES="1") as proxy:
-            assert ask(proxy, True)[0] == 502
-            assert (trusted.connections, len(refusing.heads)) == (0, 2)
+            assert (ask(proxy, True)[0], trusted.connections, len(refusing.heads)) == (502, 0, 2)
 
 
-# To add a case, add a row: HTTPS_PROXY, words of the error.
 @pytest.mark.parametrize("url,words", [
-    ("http://a..b:80", "proxy"),
-    ("http://" + "a" * 64 + ".example:80", "proxy"),
-    ("http://user:secretpassword", "proxy"),
-    ("http://user:secretpassword@", "proxy"),
+    *((url, "proxy") for url in (
+        "http://a..b:80", "http://" + "a" * 64 + ".example:80", "http://user:secretpassword",
+        "http://user:secretpassword@")),
     ("http://user:secretpassword@127.0.0.1:99999999", ""),
-    ("socks5://user:secretpassword@127.0.0.1:1080", "SOCKS"),
-    ("socks5h://127.0.0.1:1080", "SOCKS"),
-    ("SOCKS4://127.0.0.1:1080", "SOCKS"),
+    *((url, "SOCKS") for url in (
+        "socks5://user:secretpassword@127.0.0.1:1080", "socks5h://127.0.0.1:1080", "SOCKS4://127.0.0.1:1080")),
 ])
 def test_a_proxy_that_cannot_be_used_is_refused_in_words_without_its_password(monkeypatch, caplog, url, words):
     through(monkeypatch, "https", url)
     with strict_proxy(ZAI_BASE_URL="https://localhost/api") as proxy:
         status, _, error, _ = ask(proxy, True)
-        assert (status, error["code"]) == (502, "upstream_error")
-        assert words in error["message"]
+        assert (status, error["code"], words in error["message"]) == (502, "upstream_error", True)
         assert "secretpassword" not in error["message"] + caplog.text
 
 
-def test_a_certificate_that_does_not_fit_cannot_heal(untrusted, monkeypatch):
+def test_a_certificate_that_does_not_fit_cannot_heal(untrusted, monkeypatch, tmp_path):
     with strict_proxy(untrusted) as proxy:
         check_502(proxy, "SSL_CERT_FILE")
-    with pem_file() as path, monkeypatch.context() as patch:
-        patch.setenv("SSL_CERT_FILE", path)
-        with strict_proxy(untrusted, ZAI_BASE_URL=untrusted.url.replace("localhost", "127.0.0.1")) as proxy:
-            check_502(proxy, "TLS")
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "zai.pem"))
+    with strict_proxy(untrusted, ZAI_BASE_URL=untrusted.url.replace("localhost", "127.0.0.1")) as proxy:
+        check_502(proxy, "TLS")
     assert (untrusted.connections, untrusted.requests) == (2, [])
 
 
@@ -8056,8 +7601,7 @@ def test_faults_heal_over_tls_too(trusted, fault):
 def test_cuts_over_tls_are_cuts(trusted, fault):
     trusted.default = [HEAD, chunked(say("Hel")), *LATE[fault]]
     with strict_proxy(trusted) as proxy:
-        assert said(failed_stream(proxy)) == "Hel"
-        assert ask(proxy, False)[0] == 502
+        assert (said(failed_stream(proxy)), ask(proxy, False)[0]) == ("Hel", 502)
         assert len(trusted.requests) == 2
 
 
@@ -8109,14 +7653,13 @@ def counted(**fields):
 
 # The log line
 
-# To add a case, add a row: fields of a Record, words its line holds, words it does not hold.
+# Rows: fields of a Record, words its line holds, words it does not hold.
 @pytest.mark.parametrize("fields,present,absent", [
     ({"method": "GET", "path": "/health", "status": 200}, ["req_1 127.0.0.1 GET /health 200"], ["model=", "key="]),
-    ({"key": "#2"}, ["key=#2"], []),
-    ({"client_request_id": "run-17"}, ["rid=run-17"], []),
+    ({"key": "#2"}, ["key=#2"], []), ({"client_request_id": "run-17"}, ["rid=run-17"], []),
     ({"client_request_id": "a b\r\n" + "x" * 500}, ["rid=a?b??xxx"], ["x" * 201]),
-    ({"counted": True, "stream": True}, ["stream=true"], []),
-    ({"counted": True, "stream": False}, ["stream=false"], []),
+    *(({"counted": True, "stream": stream}, [words], []) for stream, words in (
+        (True, "stream=true"), (False, "stream=false"))),
     ({"counted": True, "model": "m out=7\u202e"}, ["model=m?out=7?"], []),
     ({"counted": True, "model": "m" * 5000}, ["model=mmm"], ["m" * 101]),
     ({"counted": True, "ttft_s": 0.1234, "total_s": 2.0}, ["ttft=0.123 total=2.0 queue=0.0"], ["in=", "out="]),
@@ -8128,10 +7671,7 @@ def counted(**fields):
 def test_a_record_is_one_line_of_printable_ascii(fields, present, absent):
     line = record(**fields).line()
     assert re.fullmatch("[ -~]+", line)
-    for words in present:
-        assert words in line
-    for words in absent:
-        assert words not in line
+    assert [words for words in present if words not in line] + [words for words in absent if words in line] == []
 
 
 # The counters
@@ -8158,14 +7698,14 @@ def test_the_counters_tell_the_client_keys_apart():
     assert 'ztoapi_tokens_total{model="glm-4.6",kind="completion",key="#2"} 14\n' in text
 
 
-def test_models_that_the_table_does_not_know_share_a_label():
-    gates = [(1, "new-1", 5), (1, "new-2", 3)]
+def test_models_that_the_table_does_not_know_make_no_labels():
+    gates = [(1, "new-1", 5), (1, "glm-4.6", 3)]
     records = [counted(model_id=f"new-{i}") for i in range(9)]
-    text = metrics_of(*records).prometheus(gates, {"new-1": 2, "new-2": 1})
+    text = metrics_of(*records).prometheus(gates, {"new-1": 2, "glm-4.6": 1})
     assert 'ztoapi_requests_total{model="other",status="200",key="#1"} 9\n' in text
-    assert 'ztoapi_requests_queued{model="other"} 3\n' in text
-    assert 'ztoapi_concurrency_ceiling{key="1",model="other"} 3\n' in text
-    assert text.count("\nztoapi_concurrency_ceiling{") == 1
+    assert "ztoapi_requests_queued 3\n" in text
+    assert 'ztoapi_concurrency_ceiling{key="1",model="glm-4.6"} 3\n' in text
+    assert "new-" not in text
 
 
 def test_a_histogram_counts_up_to_its_bounds():
@@ -8209,26 +7749,22 @@ def test_stats_tell_tokens_gates_and_queues_by_model():
 
 # Where a request ends
 
-# One of each kind; the tables of RequestHead have them all. To add a case, add a row: a head that is refused, the
-# status.
-@table("data,status", [
-    (raw_request("POST", CHAT, "Content-Length: 5, 5") + END, 400),
-    (raw_request("POST", CHAT, "Transfer-Encoding: gzip") + END, 501),
-    (raw_request("GET", "/health", "X : y"), 400),
-    (raw_request("GET", "/health", "X: " + "y" * 70000), 431),
-    (raw_request("GET", "/" + "a" * 70000), 431),
-    (raw_request("GET", "/health", version="HTTP/2.0"), 505),
-    (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", 400),
+# One of each kind; the tables of RequestHead have them all.
+@table("data,status,words", [
+    (raw_request("POST", CHAT, "Content-Length: 5, 5") + END, 400, ""),
+    (raw_request("GET", "/health", "X : y"), 400, ""),
+    (raw_request("POST", CHAT, "Transfer-Encoding: gzip") + END, 501, ""),
+    *((raw_request("GET", path, *lines), 431, "") for path, *lines in (
+        ("/" + "a" * 70000,), ("/health", "X: " + "y" * 70000))),
+    (raw_request("GET", "/health", version="HTTP/2.0"), 505, ""),
+    (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", 400, "HTTPS"),
+    *((raw_chunks(body), 400, "chunked") for body in (
+        b"g\r\n", b"2\r\n{}xx\r\n0\r\n\r\n", b"2\r\n{}\r\n0\r\nGET /health HTTP/1.1\r\n\r\n")),
 ])
-def test_a_head_that_is_refused_is_the_last_of_its_connection(shared, data, status):
-    check_refused(exchange(shared, data), status)
-
-
-@table("body", [b"g\r\n", b"2\r\n{}xx\r\n0\r\n\r\n", b"2\r\n{}\r\n0\r\nGET /health HTTP/1.1\r\n\r\n"])
-def test_a_broken_chunked_body_is_refused_and_nothing_behind_it_is_answered(shared, body):
-    replies = exchange(shared, raw_chunks(body))
-    check_refused(replies, 400)
-    assert "chunked" in replies[0].error()["message"]
+def test_what_is_refused_is_the_last_of_its_connection(shared, data, status, words):
+    replies = exchange(shared, data)
+    check_refused(replies, status)
+    assert words in replies[0].error()["message"]
 
 
 @table("method", ["get", "BREW", "TRACE", "__class__", "-1", "A" * 20])
@@ -8237,11 +7773,6 @@ def test_an_unknown_method_is_not_a_method_of_the_path(shared, method):
     assert [reply.status for reply in replies] == [405, 200]
     assert replies[0].headers["Allow"] == "OPTIONS, GET, HEAD"
     check_error(replies[0])
-
-
-def test_a_tls_client_is_told_that_this_is_http(shared):
-    reply, = exchange(shared, b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03")
-    assert "HTTPS" in reply.error()["message"]
 
 
 @table("pause_s", [0, 0.05])
@@ -8286,10 +7817,8 @@ def test_http_1_0_gets_closing_unchunked_answers(shared, lines):
         assert (reply.status, reply.headers["Connection"]) == (200, "close")
         assert int(reply.headers["Content-Length"]) == len(reply.body)
     reply, = exchange(shared, raw_chat(json_chat(stream=True), *lines, **old))
-    assert "Transfer-Encoding" not in reply.headers
-    assert reply.headers["Connection"] == "close"
-    assert reply.body.startswith(b"data: {")
-    assert reply.body.endswith(b"}\n\ndata: [DONE]\n\n")
+    assert (reply.headers["Transfer-Encoding"], reply.headers["Connection"]) == (None, "close")
+    assert re.fullmatch(b"data: {.*}\n\ndata: \\[DONE\\]\n\n", reply.body, re.DOTALL)
 
 
 @table("path", ["/", "/docs", "/dashboard", "/health", "/v1/models", "/models/glm-4.6", "/v1/models/nope", "/metrics",
@@ -8309,8 +7838,7 @@ def test_head_of_the_chat_is_no_method_of_it(shared):
 
 JSON_LENGTH = f"Content-Length: {len(JSON_CHAT)}"
 
-# To add a case, add a row: header lines of a POST that expects 100-continue, whether its key is right, the statuses it
-# gets.
+# Rows: header lines of a POST that expects 100-continue, whether its key is right, the statuses it gets.
 @table("lines,key_is_right,expected", [
     ([JSON_LENGTH], True, [100, 200]), (["Transfer-Encoding: chunked"], True, [100, 200]),
     ([JSON_LENGTH], False, [401]), (["Transfer-Encoding: chunked"], False, [401]),
@@ -8334,28 +7862,23 @@ def test_a_client_need_not_wait_for_100_continue(shared):
     assert statuses(shared, raw_request("GET", "/health", "Expect: 100-continue")) == [200, 200], "no body, no 100"
 
 
-# To add a case, add a row: the header line of a POST, what comes of its body, the status. 413 does not wait for a body
-# beyond MAX_BODY_MB=1.
+# Rows: the header line of a POST, what comes of its body, the status. 413 does not wait for a body beyond
+# MAX_BODY_MB=1.
 @table("line,body,status", [
-    (f"Content-Length: {MIB + 1}", b"", 413),
-    ("Content-Length: 999999999999", b"", 413),
-    ("Transfer-Encoding: chunked", b"100001\r\n", 413),
-    ("Transfer-Encoding: chunked", b"fffffffffff\r\n", 413),
-    ("Transfer-Encoding: chunked", chunked(b" " * 600000) + b"70000\r\n", 413),
-    (f"Content-Length: {MIB}", b" " * MIB, 400),
+    *((f"Content-Length: {size}", b"", 413) for size in (MIB + 1, 999999999999)),
+    *(("Transfer-Encoding: chunked", body, 413) for body in (
+        b"100001\r\n", b"fffffffffff\r\n", chunked(b" " * 600000) + b"70000\r\n")),
+    (f"Content-Length: {MIB}", b" " * MIB, 400), (f"Content-Length: {MIB}", JSON_CHAT.ljust(MIB), 200),
     ("Transfer-Encoding: chunked", chunked(b" " * (MIB - 2)) + chunked(b"{}") + END, 400),
-    (f"Content-Length: {MIB}", JSON_CHAT.ljust(MIB), 200),
     ("Transfer-Encoding: chunked", chunked(JSON_CHAT.ljust(MIB)) + END, 200),
 ])
 def test_the_body_limit_holds_before_the_body_is_there(shared, line, body, status):
     with connect(shared, raw_request("POST", CHAT, line) + body) as sock:
         reply = next_reply(sock)
-    assert reply.status == status
-    assert reply.headers["Connection"] == ("close" if status == 413 else None)
+    assert (reply.status, reply.headers["Connection"]) == (status, "close" if status == 413 else None)
 
 
-# To add a case, add a row: a request whose body nobody reads (method, path, further header lines, whether its key is
-# right), the status.
+# Rows: a request whose body nobody reads (method, path, further header lines, whether its key is right), the status.
 @table("method,path,lines,key_is_right,status", [
     ("POST", CHAT, [], False, 401), ("POST", "/nowhere", [], True, 404), ("PUT", "/v1/models", [], True, 405),
     ("GET", "/v1/models", [], True, 200), ("GET", "/", [], False, 200), ("OPTIONS", CHAT, [], False, 200),
@@ -8367,17 +7890,15 @@ def test_a_body_nobody_read_never_becomes_the_next_request(shared, method, path,
     for data in (raw_request(method, path, *lines, body=body, auth=key_is_right),
                  raw_request(method, path, "Transfer-Encoding: chunked", *lines, auth=key_is_right)
                  + chunked(body) + END):
-        replies = exchange(shared, data)
-        assert [reply.status for reply in replies] == [status]
-        assert replies[0].headers["Connection"] == "close"
+        (reply,) = exchange(shared, data)
+        assert (reply.status, reply.headers["Connection"]) == (status, "close")
 
 
-# To add a case, add a row: what is answered before all of it was read, the status. The server must not close on the
-# rest, as that would reset the connection.
+# Rows: what is answered before all of it was read, the status. The server must not close on the rest, as that would
+# reset the connection.
 @table("data,status", [
     (raw_request("POST", CHAT, "Content-Length: 8000000", auth=False) + b" " * 4000000, 401),
-    (b"nonsense\r\n\r\n" + b"x" * 100000, 400),
-    (raw_request("GET", "/health", "X : y") + b"x" * 100000, 400),
+    (b"nonsense\r\n\r\n" + b"x" * 100000, 400), (raw_request("GET", "/health", "X : y") + b"x" * 100000, 400),
     (raw_request("GET", "/health", "X: " + "y" * 1000000), 431),
 ])
 def test_an_answer_can_be_read_while_more_is_still_being_sent(shared, data, status):
@@ -8407,8 +7928,7 @@ def with_field(text):
     return JSON_CHAT.replace(b'"stream"', text + b',"stream"')
 
 
-# What JSON is, and which fields are bad, is told by STRICT_JSON and BAD_REQUESTS. To add a case, add a value or a row:
-# a body, the status it gets.
+# What JSON is, and which fields are bad, is told by STRICT_JSON and BAD_REQUESTS. Rows: a body, the status it gets.
 @table("body,status", [
     *((body, 400) for body in (
         b"", b"[]", b"{}", b"\xff\xfe\x00", JSON_CHAT + b"x", JSON_CHAT.decode().encode("utf-16"),
@@ -8431,20 +7951,18 @@ def test_odd_bodies_have_a_defined_answer(proxy, zai, body, status):
         check_error(replies[0])
 
 
-AROUND_THE_LIMIT = range(sys.getrecursionlimit() - 60, sys.getrecursionlimit() + 5)
-
-
 @table("field", [b'"x":%b', b'"tools":[{"type":"function","function":{"name":"f","parameters":{"a":%b}}}]'])
 def test_nesting_around_the_recursion_limit_is_an_answer_or_a_400(shared, field):
     """Reading, writing and translating recurse at different depths; no depth may fall between two of them."""
-    for depth in (10, 500, *AROUND_THE_LIMIT, 3000, 9000, 20000):
+    limit = sys.getrecursionlimit()
+    for depth in (10, 500, *range(limit - 60, limit + 5), 3000, 9000, 20000):
         deep = b"[" * depth + b"]" * depth
         assert statuses(shared, raw_chat(with_field(field % deep)))[0] in (200, 400), depth
 
 
 # Paths
 
-# To add a case, add a value: a target, by the status it gets.
+# Rows: a target, by the status it gets.
 @table("target,status", [
     *((target, 200) for target in (
         "/v1/models", "/models", "///models", "/v1//models//glm-4.6", "/v1/models/", "/v1/models?limit=2&x=%zz",
@@ -8477,22 +7995,18 @@ def test_the_models_are_found_where_a_program_looks(shared, path):
     assert [len(shared.call("GET", path + end)[2].get("data", "x")) for end in ("", "/GLM-4.6")] == [29, 1]
 
 
-# To add a case, add a row: a path, patterns of what its 404 says; {base} is the proxy's base URL, {root} the same
-# without /v1, and {zai} that of Z.ai.
+# Rows: a path, patterns of what its 404 says; {base} is the proxy's base URL, {root} the same without /v1, and {zai}
+# that of Z.ai.
 @table("path,words", [
-    ("/nowhere", ["/nowhere", "base URL to {base}"]),
-    ("/api/tags", ["base URL to {base}"]),
-    ("/v1/embeddings", ["{zai}/embeddings", "balance"]),
-    ("/v1/images/generations", ["{zai}/images/generations"]),
-    ("/v1/audio/transcriptions", ["{zai}/audio/transcriptions"]),
-    ("/embeddings", ["{zai}/embeddings"]), ("/api/coding/paas/v4/embeddings", ["{zai}/embeddings"]),
-    ("/api/paas/v4/completions", ["{base}/chat/completions"]), ("/api/paas/v4/responses", ["base URL to {base}"]),
-    ("/api/v1/chat/completions", ["base URL to {base}"]), ("/api/v1/models", ["base URL to {base}"]),
-    ("/v1/completions", ["{base}/chat/completions"]),
-    ("/v1/v1/chat/completions", ["doubled", "base URL to {base}"]),
-    ("/v1/v1/embeddings", ["doubled", "base URL to {base}"]),
-    (CHAT + "/chat/completions", ["doubled", "base URL to {base}"]),
-    (CHAT + CHAT, ["doubled", "base URL to {base}"]),
+    ("/nowhere", ["/nowhere", "base URL to {base}"]), ("/v1/embeddings", ["{zai}/embeddings", "balance"]),
+    *((path, ["base URL to {base}"]) for path in (
+        "/api/tags", "/api/paas/v4/responses", "/api/v1/chat/completions", "/api/v1/models")),
+    *((f"{path}{name}", [f"{{zai}}/{name}"]) for path, name in (
+        ("/v1/", "images/generations"), ("/v1/", "audio/transcriptions"), ("/", "embeddings"),
+        ("/api/coding/paas/v4/", "embeddings"))),
+    *((path, ["{base}/chat/completions"]) for path in ("/api/paas/v4/completions", "/v1/completions")),
+    *((path, ["doubled", "base URL to {base}"]) for path in (
+        "/v1/v1/chat/completions", "/v1/v1/embeddings", CHAT + "/chat/completions", CHAT + CHAT)),
     ("/v1/embeddings/%7Bzai%7D%0a", ["{zai}/embeddings"]),
     *((f"/v1/{name}", ["chat only", f"{{zai}}/{name}"]) for name in (
         "moderations", "batches", "fine_tuning/jobs", "assistants", "threads", "vector_stores/x", "realtime")),
@@ -8507,10 +8021,9 @@ def test_a_404_says_where_to_go(shared, path, words):
         assert word.format(root=root, base=root + "/v1", zai=shared.zai.url) in body["error"]["message"]
 
 
-# To add a case, add a row: a path, the method it takes.
 @table("path,right", [
-    ("/v1/models", "GET"), ("/models/GLM-4.6", "GET"), (CHAT, "POST"), ("/chat/completions", "POST"),
-    ("/metrics", "GET"), ("/stats", "GET"), ("/health", "GET"), ("/", "GET"),
+    *((path, "GET") for path in ("/v1/models", "/models/GLM-4.6", "/metrics", "/stats", "/health", "/")),
+    (CHAT, "POST"), ("/chat/completions", "POST"),
 ])
 @table("method", ["GET", "POST", "PUT", "PATCH", "DELETE"])
 def test_every_route_takes_its_methods_and_names_them(shared, path, right, method):
@@ -8518,11 +8031,9 @@ def test_every_route_takes_its_methods_and_names_them(shared, path, right, metho
     status, headers, body = shared.call(method, path, question)
     if method == right:
         assert status == 200
-    else:
-        assert status == 405
-        assert set(headers["Allow"].split(", ")) - {"HEAD"} == {"OPTIONS", right}
-        assert ("HEAD" in headers["Allow"]) == (right == "GET")
-        assert body["error"]["code"] == "method_not_allowed"
+        return
+    assert (status, body["error"]["code"]) == (405, "method_not_allowed")
+    assert set(headers["Allow"].split(", ")) == {"OPTIONS", right} | ({"HEAD"} if right == "GET" else set())
 
 
 def test_models_are_listed_as_openai_lists_them(zai):
@@ -8533,12 +8044,10 @@ def test_models_are_listed_as_openai_lists_them(zai):
         assert {"GLM-4.6", "GLM-4.5", "GLM-4.5-Air", "GLM-4.5V", "GLM-5.3", "gpt-4o"} <= set(entries)
         assert "*" not in entries
         for id, model in entries.items():
-            assert (model["object"], model["owned_by"]) == ("model", "z.ai")
-            assert type(model["created"]) is int
+            assert (model["object"], model["owned_by"], type(model["created"])) == ("model", "z.ai", int)
             assert proxy.call("GET", "/v1/models/" + id)[2] == model
 
 
-# To add a case, add a row: a name that chat takes, that of the entry like it.
 @pytest.mark.parametrize("name, like", [
     ("glm-4.6", "GLM-4.6"), ("z-ai/glm-4.6", "GLM-4.6"), ("z-ai%2FGLM-4.5-air", "GLM-4.5-Air"),
     ("glm-5.2-highspeed", "GLM-5.2"), ("GLM-5.2[1m]", "GLM-5.2"), ("GPT-4O", "mine"), ("mine", "mine"), ("gpt-9", None),
@@ -8558,28 +8067,24 @@ def test_a_model_is_found_by_any_name_that_chat_takes(zai, name, like):
 
 # Keys
 
-# To add a case, add a value or a row: header lines, whether they hold the key.
+# Rows: header lines, whether they hold the key.
 @table("lines,right", [
     *(([line], True) for line in (
         "Authorization: Bearer key-one", "authorization: BEARER key-two", "Authorization: bearer  key-one ",
-        "x-api-key: key-two", "X-Api-Key: key-one", "api-key: key-one", "Authorization: key-one",
-    )),
-    (["Authorization: Bearer wrong", "api-key: key-one"], True),
-    ([], False),
+        "x-api-key: key-two", "X-Api-Key: key-one", "api-key: key-one", "Authorization: key-one")),
+    (["Authorization: Bearer wrong", "api-key: key-one"], True), ([], False),
     *(([line], False) for line in (
         "Authorization: Bearer", "Authorization: Bearer ", "Authorization:", "x-api-key:",
         "Authorization: Bearer key-on", "Authorization: Bearer key-onee", "Authorization: Bearer KEY-ONE",
         "Authorization: Bearer key-one,key-two", "Authorization: Bearer key-one key-tw",
-        "Authorization: Bearer k\xe4y-one", "Authorization: Bearer " + "x" * 60000, "Cookie: key=key-one",
-    )),
+        "Authorization: Bearer k\xe4y-one", "Authorization: Bearer " + "x" * 60000, "Cookie: key=key-one")),
 ])
 def test_a_key_is_taken_in_three_headers_and_nowhere_else(shared, lines, right):
     reply, _ = exchange(shared, raw_request("GET", "/v1/models?key=key-one", *lines, auth=False))
     assert reply.status == (200 if right else 401)
     if not right:
         check_error(reply)
-        assert reply.error()["code"] == "invalid_api_key"
-        assert reply.headers["x-should-retry"] == "false"
+        assert (reply.error()["code"], reply.headers["x-should-retry"]) == ("invalid_api_key", "false")
         assert b"key-one" not in reply.body
 
 
@@ -8587,12 +8092,11 @@ def test_a_key_is_taken_in_three_headers_and_nowhere_else(shared, lines, right):
 def test_a_401_says_which_key_to_send(shared, well_known, auth):
     for proxy in (shared, well_known):
         reply, _ = exchange(proxy, raw_request("GET", "/v1/models", auth=auth))
-        assert reply.status == 401
         assert "DEFAULT_KEY (sk-your-key unless it was set), not the Z.ai key" in reply.error()["message"]
+        assert reply.status == 401
 
 
-# To add a case, add a row: a path that needs the key. It is tried in spellings that a careless router could take for
-# one that does not.
+# Rows: a path that needs the key. It is tried in spellings that a careless router could take for one that does not.
 @table("path", ["/v1/models", "/metrics", "/stats", CHAT, "/nowhere"])
 def test_no_spelling_of_a_path_opens_a_locked_door(shared, path):
     hexed = f"/%{ord(path[1]):02x}{path[2:]}"
@@ -8608,7 +8112,6 @@ def test_no_spelling_of_a_path_opens_a_locked_door(shared, path):
             assert data.startswith(b"HTTP/1.1 401 "), (method, target)
 
 
-# To add a case, add a row: method, path and status of what is open to all.
 @table("method,path,status", [("GET", "/health", 200), ("GET", "/", 200), ("GET", "/docs", 200),
                               ("GET", "/dashboard/", 200), ("OPTIONS", "/v1/models", 200), ("OPTIONS", "*", 200)])
 def test_what_needs_no_key(shared, method, path, status):
@@ -8620,12 +8123,11 @@ def test_without_a_key_for_zai_models_are_served_and_chat_says_what_to_do(zai):
         assert proxy.call("GET", "/v1/models")[0] == 200
         status, headers, body = proxy.chat()
     assert (status, body["error"]["code"], headers["x-should-retry"]) == (403, "upstream_auth_error", "false")
-    assert "ZAI_API_KEY" in body["error"]["message"]
-    assert "https://z.ai/" in body["error"]["message"]
+    assert re.search("ZAI_API_KEY.*https://z.ai/", body["error"]["message"])
 
 
-# To add a case, add a row: what Z.ai refuses for good, the status that makes agents show it rather than try again and
-# say nothing, the code.
+# Rows: what Z.ai refuses for good, the status that makes agents show it rather than try again and say nothing, the
+# code.
 @table("script,status,code", [
     (refusal(429, "1113"), 402, "insufficient_quota"), (refusal(429, "1309"), 402, "insufficient_quota"),
     (refusal(401, "1000"), 403, "upstream_auth_error"), (refusal(429, "1311"), 403, "permission_denied"),
@@ -8639,16 +8141,14 @@ def test_what_cannot_heal_is_no_429_and_no_502(zai, proxy, script, status, code)
 
 # Secure by default
 
-# To add a case, add a value: what Host says, by whether it names this computer.
+# Rows: what Host says, by whether it names this computer.
 @table("host,ours", [
     *((host, True) for host in (
-        "localhost", "LocalHost:9090", "127.0.0.1", "127.0.0.1:9090", "127.8.9.10:1", "[::1]:9090", "[::1]",
-    )),
+        "localhost", "LocalHost:9090", "127.0.0.1", "127.0.0.1:9090", "127.8.9.10:1", "[::1]:9090", "[::1]")),
     *((host, False) for host in (
         "evil.example", "evil.example:9090", "localhost.evil.example", "127.0.0.1.nip.io", "", "0.0.0.0", "[",
         "[::1", "localhost@evil.example", "localhost:80@evil.example", "127.0.0.1evil", "192.168.1.7",
-        "::ffff:1", "[::ffff:192.168.1.7]", "1270.0.1", "evil.example/127.0.0.1", "evil.example#localhost",
-    )),
+        "::ffff:1", "[::ffff:192.168.1.7]", "1270.0.1", "evil.example/127.0.0.1", "evil.example#localhost")),
 ])
 def test_with_the_well_known_key_only_this_computer_is_served(well_known, host, ours):
     for method, path in (("GET", "/v1/models"), ("GET", "/"), ("GET", "/health"), ("OPTIONS", "/v1/models"),
@@ -8663,12 +8163,7 @@ def test_with_the_well_known_key_only_this_computer_is_served(well_known, host, 
 
 PAGE, OTHER = "https://app.example", "https://evil.example"
 
-# To add a case, add a row: CORS_ORIGIN, the Origin of a page, what Access-Control-Allow-Origin says.
-ORIGINS = [
-    ("*", PAGE, "*"), ("*", None, "*"), (PAGE, PAGE, PAGE), ("https://a.example, " + PAGE, PAGE, PAGE),
-    (PAGE, OTHER, None), (PAGE, None, None), (PAGE, PAGE + ".evil.example", None), (PAGE, "null", None),
-    (PAGE, PAGE.upper(), None), ("", PAGE, None),
-]
+# CORS_ORIGIN, the Origin of a page, what Access-Control-Allow-Origin says.
 ASKED_HEADERS = "authorization,x-stainless-os, content-type"
 PREFLIGHT = ["Access-Control-Request-Method: POST", f"Access-Control-Request-Headers: {ASKED_HEADERS}"]
 
@@ -8677,15 +8172,17 @@ def words_of(headers, name):
     return [word.strip() for line in headers.get_all(name, []) for word in line.split(",")]
 
 
-@table("setting,origin,allowed", ORIGINS)
+@table("setting,origin,allowed", [
+    ("*", PAGE, "*"), ("*", None, "*"), (PAGE, PAGE, PAGE), ("https://a.example, " + PAGE, PAGE, PAGE),
+    (PAGE, OTHER, None), (PAGE, None, None), (PAGE, PAGE + ".evil.example", None), (PAGE, "null", None),
+    (PAGE, PAGE.upper(), None), ("", PAGE, None),
+])
 def test_cors_follows_cors_origin(zai, setting, origin, allowed):
     lines = [f"Origin: {origin}"] if origin else []
     with proxying(zai, CORS_ORIGIN=setting) as proxy:
         answers = [
-            proxy.call("GET", "/v1/models", None, lines),
-            proxy.call("GET", "/v1/nope", None, lines),
-            proxy.call("POST", CHAT, {}, lines, key=None),
-            proxy.call("POST", CHAT, chat_body(stream=True), lines),
+            proxy.call("GET", "/v1/models", None, lines), proxy.call("GET", "/v1/nope", None, lines),
+            proxy.call("POST", CHAT, {}, lines, key=None), proxy.call("POST", CHAT, chat_body(stream=True), lines),
             proxy.call("OPTIONS", CHAT, None, lines + PREFLIGHT, key=None),
         ]
     assert [status for status, _, _ in answers] == [200, 404, 401, 200, 200]
@@ -8732,31 +8229,18 @@ def test_secrets_are_redacted_wherever_they_could_surface(zai, log_lines, caplog
 
 # Streamed or not
 
-# Who gets a stream is a table of Chat's; this is what of it must work on the wire. To add a case, add a row: fields of
-# the request, header lines, whether the answer is streamed where DEFAULT_STREAM is true.
-STREAM_WISHES = [
+# Who gets a stream is a table of Chat's; this is what of it must work on the wire. Rows: fields of the request, header
+# lines, whether the answer is streamed where DEFAULT_STREAM is true. Where it is false it is for who asks for it.
+@table("fields,lines,streamed", [
     ({}, [], True), ({"stream": None}, [], True), ({"stream": True}, ["Accept: application/json"], True),
     ({"stream": False}, [], False), ({}, ["Accept: Application/JSON, */*"], False),
     ({}, ["User-Agent: node", "Accept: */*"], False), ({}, ["User-Agent: node-fetch/1.0"], True),
-]
-
-
-def streams(proxy, fields, lines):
-    status, got, _ = proxy.call("POST", CHAT, chat_body(**fields), lines)
-    assert status == 200
-    return got["Content-Type"].startswith("text/event-stream")
-
-
-@table("fields,lines,streamed", STREAM_WISHES)
+])
 def test_who_does_not_say_stream_gets_what_its_kind_expects(shared, fields, lines, streamed):
-    assert streams(shared, fields, lines) == streamed
-
-
-def test_default_stream_false_is_openais_default(zai):
-    with proxying(zai, DEFAULT_STREAM="false") as proxy:
-        for fields, lines, _ in STREAM_WISHES:
-            wanted = fields.get("stream") is True
-            assert streams(proxy, fields, lines) == wanted, (fields, lines)
+    with proxying(shared.zai, DEFAULT_STREAM="false") as other:
+        for proxy, wanted in ((shared, streamed), (other, fields.get("stream") is True)):
+            status, headers, _ = proxy.call("POST", CHAT, chat_body(**fields), lines)
+            assert (status, headers["Content-Type"].startswith("text/event-stream")) == (200, wanted)
 
 
 # The other two APIs
@@ -8774,58 +8258,41 @@ def whole_of(api, events):
 
 
 def text_of(api, answer):
-    if api == "messages":
-        parts = answer["content"]
-    else:
-        parts = [part for item in answer["output"] for part in item.get("content", [])]
+    parts = answer["content"] if api == "messages" else [
+        part for item in answer["output"] for part in item.get("content", [])]
     return "".join(part.get("text", "") for part in parts)
 
 
-# To add a case, add a row: method, path, whether the key is right, the status, the type (Messages) or the code
-# (Responses) of the error.
-API_REFUSALS = [
+# Whether the key is right, the status, the type (Messages) or the code (Responses) of the error.
+@table("method,path,key_is_right,status,kind", [
     ("POST", "/v1/messages/count_tokens", True, 400, "invalid_request_error"),
     ("GET", "/messages/count_tokens", True, 405, "invalid_request_error"),
     ("GET", "/v1/messages/batches/abc", True, 404, "not_found_error"),
     ("GET", "/v1/messages", True, 405, "invalid_request_error"),
-    ("POST", "/v1/messages", True, 400, "invalid_request_error"),
     *(("POST", path, True, 400, "invalid_request_error") for path in (
-        "/v1/v1/messages", "/api/anthropic/v1/messages", "/api/anthropic/v1/v1/messages")),
-    ("POST", "/v1/messages", False, 401, "authentication_error"),
-    ("POST", "/v1/messages/count_tokens", False, 401, "authentication_error"),
+        "/v1/messages", "/v1/v1/messages", "/api/anthropic/v1/messages", "/api/anthropic/v1/v1/messages")),
+    *(("POST", path, False, 401, "authentication_error") for path in ("/v1/messages", "/v1/messages/count_tokens")),
     ("GET", "/v1/responses", True, 426, "upgrade_not_supported"),
-    ("GET", "/v1/responses/abc", True, 404, "not_found"),
-    ("DELETE", "/v1/responses/abc", True, 404, "not_found"),
-    ("POST", "/v1/responses/abc/cancel", True, 404, "not_found"),
-    ("POST", "/v1/responses/compact", True, 400, "missing_required_parameter"),
-    ("POST", "/v1/responses/input_tokens", True, 404, "not_found"),
+    *((method, "/v1/responses/" + rest, True, 404, "not_found") for method, rest in (
+        ("GET", "abc"), ("DELETE", "abc"), ("POST", "abc/cancel"), ("POST", "input_tokens"))),
     ("DELETE", "/v1/responses", True, 405, "method_not_allowed"),
-    *(("POST", path, True, 400, "missing_required_parameter") for path in ("/v1/responses", "/api/v1/responses")),
-    ("GET", "/v1/responses", False, 401, "invalid_api_key"),
-    ("POST", "/v1/responses", False, 401, "invalid_api_key"),
-]
-
-
-@table("method,path,key_is_right,status,kind", API_REFUSALS)
+    *(("POST", path, True, 400, "missing_required_parameter") for path in (
+        "/v1/responses", "/api/v1/responses", "/v1/responses/compact")),
+    *((method, "/v1/responses", False, 401, "invalid_api_key") for method in ("GET", "POST")),
+])
 def test_an_api_says_in_its_own_shape_what_it_does_not_serve(shared, method, path, key_is_right, status, kind):
     data = raw_request(method, path, body=b"{}", auth=key_is_right or "sk-wrong")
     reply = exchange(shared, data)[0]
     assert reply.status == status
     if "messages" in path:
         assert list(reply.json()) == ["type", "error", "request_id"]
-        assert reply.json()["type"] == "error"
-        assert reply.json()["request_id"] == reply.headers["request-id"]
-        assert reply.error()["type"] == kind
+        assert (reply.json()["type"], reply.json()["request_id"]) == ("error", reply.headers["request-id"])
     else:
         check_error(reply)
-        assert reply.error()["code"] == kind
+    assert reply.error()["type" if "messages" in path else "code"] == kind
+    assert path != "/v1/responses/abc" or "previous_response_id" in reply.error()["message"]
     assert reply.headers["x-should-retry"] == "false"
     assert not shared.zai.requests
-
-
-def test_a_path_that_an_api_does_not_serve_says_why(shared):
-    reply = exchange(shared, raw_request("POST", "/v1/responses/abc", body=b"{}"))[0]
-    assert "previous_response_id" in reply.error()["message"]
 
 
 @pytest.mark.parametrize("path", ["/v1/messages/count_tokens", "/messages/count_tokens?beta=true"])
@@ -8841,8 +8308,7 @@ def test_a_conversation_is_compacted_by_post(proxy, zai):
     assert (status, answer["object"]) == (200, "response.compaction")
     assert [(item["type"], item["encrypted_content"]) for item in answer["output"]] == [("compaction", "Hello")]
     status, _, answer = proxy.call("POST", "/v1/responses", {"model": "glm-4.6", "input": [*answer["output"], U]})
-    assert status == 200
-    assert zai.requests[-1]["body"]["messages"] == [user("Hello"), U]
+    assert (status, zai.requests[-1]["body"]["messages"]) == (200, [user("Hello"), U])
 
 
 def test_a_response_goes_on_from_an_earlier_one(proxy, zai):
@@ -8874,7 +8340,6 @@ def refusing(**codes):
     return answered
 
 
-# To add a case, add a row: what each model refuses with, who answers.
 @cases("refusals, model", [
     ("no money", {"5_3": "1113"}, "glm-5.2"), ("limit reached", {"5_3": "1308", "5_2": "1310"}, "glm-4.7"),
     ("not in the plan", {"5_3": "1311"}, "glm-5.2"), ("not there", {"5_3": "1211", "5_2": "1113"}, "glm-4.7"),
@@ -8924,8 +8389,7 @@ def test_another_model_is_asked_in_its_own_way(zai):
         assert proxy.chat(model="glm-5.3", max_tokens=130000, reasoning_effort="low")[0] == 200
         first, second = (request["body"] for request in zai.requests)
         assert (first["max_tokens"], second["max_tokens"]) == (130000, 98304)
-        assert "reasoning_effort" in first
-        assert "reasoning_effort" not in second
+        assert ("reasoning_effort" in first, "reasoning_effort" in second) == (True, False)
         zai.default = refusing(flash="1113")
         # GLM-4.7 sees no pictures.
         assert proxy.chat(model="glm-5.3-flash", messages=[turn])[1]["x-ztoapi-model"] == "glm-4.5v"
@@ -8941,16 +8405,13 @@ def test_after_the_first_token_no_other_model_answers(zai):
 @each_api
 def test_each_api_streams_and_answers_in_json(proxy, api):
     reply, events = ask_api(proxy, api, True)
-    assert (reply.status, reply.clean) == (200, True)
-    assert text_of(api, whole_of(api, events)) == "Hello"
+    assert (reply.status, reply.clean, text_of(api, whole_of(api, events))) == (200, True, "Hello")
     reply, answer = ask_api(proxy, api, False)
     assert (reply.status, reply.headers["Content-Type"]) == (200, "application/json")
-    assert text_of(api, answer) == "Hello"
-    assert answer["usage"]["output_tokens"] == USAGE["completion_tokens"]
+    assert (text_of(api, answer), answer["usage"]["output_tokens"]) == ("Hello", USAGE["completion_tokens"])
 
 
-# To add a case, add a row: HTTP status and code of Z.ai, the status and the type of Messages, the code of Responses,
-# whose status is 400.
+# Rows: HTTP status and code of Z.ai, the status and the type of Messages, the code of Responses, whose status is 400.
 @pytest.mark.parametrize("refused,status,kind,code", [
     ((429, "1113"), 402, "billing_error", "insufficient_quota"),
     ((429, "1310"), 402, "billing_error", "insufficient_quota"),
@@ -8973,31 +8434,25 @@ def test_an_error_that_does_not_heal_is_shown_at_once(zai, proxy, api, refused, 
 def test_a_failure_in_mid_stream_is_the_last_event_of_each_api(zai, proxy, api):
     zai.default = stream(say("Hel"), error_event("1234"))
     reply, events = ask_api(proxy, api, True)
-    assert reply.status == 200
+    assert (reply.status, "Hel" in reply.body.decode()) == (200, True)
     assert reply.clean, "nobody overlooks the event"
-    assert "Hel" in reply.body.decode()
     last = {"messages": "error", "responses": "response.failed"}[api]
     assert [event["type"] for event in events].index(last) == len(events) - 1
     reply, value = ask_api(proxy, api, False)
-    assert reply.status == 502
-    assert value["error"]["message"]
-    assert len(zai.requests) == 2
+    assert (reply.status, value["error"]["message"] != "", len(zai.requests)) == (502, True, 2)
 
 
-# To add an API, add a row: its name -> its heartbeats before the answer, and in it.
-BEATS = {
-    "messages": (rb"event: ping", rb"Hel.*event: ping"),
-    "responses": (rb"(event: response.in_progress.*){2}", rb'Hel.*"delta":""'),
-}
-
-
-@each_api
-def test_each_api_has_heartbeats_of_its_own(zai, brisk, api):
+# To add an API, add a row: its name, its heartbeats before the answer and in it.
+@pytest.mark.parametrize("api, before, within", [
+    ("messages", rb"event: ping", rb"Hel.*event: ping"),
+    ("responses", rb"(event: response.in_progress.*){2}", rb'Hel.*"delta":""'),
+])
+def test_each_api_has_heartbeats_of_its_own(zai, brisk, api, before, within):
     first, second = threading.Event(), threading.Event()
     zai.default = [first, *stream(say("Hel"), second, say("lo"), FINISH, DONE)]
     request = api_request(api, True, "Connection: close")
     with proxying(zai, HEARTBEAT="0.04") as proxy, connect(proxy, request) as sock:
-        for pattern, go in zip(BEATS[api], (first, second)):
+        for pattern, go in ((before, first), (within, second)):
             see(sock, pattern)
             go.set()
         reply, = replies_in(read_to_end(sock))
@@ -9021,37 +8476,29 @@ def test_an_item_is_remembered_for_the_key_that_got_it_and_for_no_other(zai):
         items = [{"type": "item_reference", "id": item["id"]} for item in answer["output"]]
         items.append(user("And?"))
         reply, _ = ask_api(proxy, "responses", False, input=items)
-        assert reply.status == 200
-        sent = zai.requests[-1]["body"]["messages"]
-        assert [message["role"] for message in sent] == ["assistant", "user"]
-        assert sent[0]["content"] == "Hello"
+        told = [(message["role"], message["content"]) for message in zai.requests[-1]["body"]["messages"]]
+        assert (reply.status, told) == (200, [("assistant", "Hello"), ("user", "And?")])
         reply, value = ask_api(proxy, "responses", False, auth="sk-other", input=items)
-        assert reply.status == 404
-        assert "not found" in value["error"]["message"]
-        assert len(zai.requests) == 2
+        assert (reply.status, "not found" in value["error"]["message"], len(zai.requests)) == (404, True, 2)
 
 
 # What the log tells
 
-# To add a case, add a row: a request, how its line begins behind its id.
+# Rows: a request, how its line goes on behind its id and the client's address.
 @table("data,words", [
-    (raw_request("GET", "/health", LAST), "127.0.0.1 GET /health 200"),
-    (raw_request("GET", "/v1/models", LAST), "127.0.0.1 GET /v1/models 200"),
-    (raw_request("POST", "/nope?secret", LAST), "127.0.0.1 POST /nope 404"),
-    (raw_request("PUT", "/health", LAST), "127.0.0.1 PUT /health 405"),
-    (raw_request("OPTIONS", "/", LAST), "127.0.0.1 OPTIONS / 200"),
-    (raw_chat({}, LAST), f"127.0.0.1 POST {CHAT} 400"),
-    (raw_chat(JSON_CHAT, LAST), f"127.0.0.1 POST {CHAT} 200"),
-    (raw_chat(chat_body(stream=True), LAST), f"127.0.0.1 POST {CHAT} 200"),
-    (b"nonsense\r\n\r\n", "127.0.0.1 - - 400"),
-    (raw_request("BREW", "/health", LAST), "127.0.0.1 BREW /health 405"),
-    (raw_request("GET", "/health", "Content-Length: x"), "127.0.0.1 GET /health 400"),
+    *((raw_request(method, path, LAST), words) for method, path, words in (
+        ("GET", "/health", "GET /health 200"), ("GET", "/v1/models", "GET /v1/models 200"),
+        ("POST", "/nope?secret", "POST /nope 404"), ("PUT", "/health", "PUT /health 405"),
+        ("OPTIONS", "/", "OPTIONS / 200"), ("BREW", "/health", "BREW /health 405"))),
+    (raw_chat({}, LAST), f"POST {CHAT} 400"), (raw_chat(JSON_CHAT, LAST), f"POST {CHAT} 200"),
+    (raw_chat(chat_body(stream=True), LAST), f"POST {CHAT} 200"), (b"nonsense\r\n\r\n", "- - 400"),
+    (raw_request("GET", "/health", "Content-Length: x"), "GET /health 400"),
 ])
 def test_a_request_is_one_line(proxy, log_lines, data, words):
     reply, = replies_in(talk(proxy, data))
     assert eventually(log_lines)
     line, = log_lines()
-    assert line.startswith(f"{reply.headers['x-request-id']} {words}")
+    assert line.startswith(f"{reply.headers['x-request-id']} 127.0.0.1 {words}")
     assert not log_lines(logging.ERROR)
 
 
@@ -9072,9 +8519,8 @@ def test_the_line_of_a_chat_tells_what_happened(zai, log_lines):
         assert eventually(log_lines)
         assert "ztoapi_retries_total 2" in proxy.call("GET", "/metrics")[2]
     words = log_lines()[0].split()
-    for word in ("key=#2", "rid=run?17", "model=GLM-4.6", "stream=false", "in=28", "out=185", "retries=2",
-                 "changed=store", "zai=20260711073209851e7f8c12c44579"):
-        assert word in words
+    assert {"key=#2", "rid=run?17", "model=GLM-4.6", "stream=false", "in=28", "out=185", "retries=2", "changed=store",
+            "zai=20260711073209851e7f8c12c44579"} <= set(words)
     assert re.search(r" ttft=\d+\.\d+ total=\d+\.\d+ queue=\d+\.\d+ ", log_lines()[0])
 
 
@@ -9085,36 +8531,25 @@ def test_a_key_is_taken_out_before_a_word_is_cut(zai, log_lines):
         proxy.call("POST", CHAT, chat_body(stream=False, model="m" * 75 + key), key=key)
         proxy.idle()
         text = json.dumps(proxy.call("GET", "/stats", key=key)[2]) + "".join(log_lines())
-    assert "A1b2C3" not in text
-    assert "[redacted]" in text
-
-
-SECRETIVE = {
-    "tools": [{"type": "function", "function": {"name": "secretive", "description": "DESCRIPTION",
-                                                "parameters": {"type": "object", "properties": {"PROPERTY": {}}}}}],
-    "stop": "STOP-WORD",
-    "user": "USER-NAME",
-    "messages": [
-        {"role": "system", "content": "SYSTEM"},
-        {"role": "user", "content": [{"type": "text", "text": "PROMPT"}]},
-        {"role": "assistant", "content": None, "tool_calls": [
-            {"id": "call_1", "type": "function", "function": {"name": "secretive", "arguments": '{"b":"OLD"}'}}]},
-        {"role": "tool", "tool_call_id": "call_1", "content": "RESULT"},
-    ],
-}
+    assert ("A1b2C3" in text, "[redacted]" in text) == (False, True)
 
 
 def test_no_log_line_holds_a_text_even_in_debug_mode(zai, log_lines, caplog):
     caplog.set_level(logging.DEBUG, "ztoapi")
     zai.default = stream(think("THOUGHT"), say("ANSWER"), call("secretive", '{"a":"ARGUMENT"}'), FINISH, DONE)
+    parameters = {"type": "object", "properties": {"PROPERTY": {}}}
+    secretive = function(name="secretive", description="DESCRIPTION", parameters=parameters)
+    secretive.update(stop="STOP-WORD", user="USER-NAME", messages=[
+        system("SYSTEM"), user([{"type": "text", "text": "PROMPT"}]),
+        assistant(None, [("call_1", "secretive", '{"b":"OLD"}')]), output("call_1", "RESULT")])
     with proxying(zai, DEBUG_MODE="true") as proxy:
         for streamed in (True, False):
-            assert proxy.call("POST", CHAT, chat_body(stream=streamed, **SECRETIVE))[0] == 200
+            assert proxy.call("POST", CHAT, chat_body(stream=streamed, **secretive))[0] == 200
         proxy.call("POST", CHAT, {"model": "GLM-4.6", "messages": [{"role": "BADROLE", "content": "PROMPT"}]})
     text = "\n".join(log_lines())
-    for word in ("THOUGHT", "ANSWER", "ARGUMENT", "DESCRIPTION", "PROPERTY", "STOP-WORD", "USER-NAME", "SYSTEM",
-                 "PROMPT", "OLD", "RESULT", KEY, ZAI_KEY):
-        assert word not in text
+    secrets = ("THOUGHT", "ANSWER", "ARGUMENT", "DESCRIPTION", "PROPERTY", "STOP-WORD", "USER-NAME", "SYSTEM", "PROMPT",
+               "OLD", "RESULT", KEY, ZAI_KEY)
+    assert [word for word in secrets if word in text] == []
     assert len(log_lines()) > 3, "DEBUG_MODE does say more"
 
 
@@ -9123,8 +8558,7 @@ def test_nothing_a_client_sends_can_shape_the_log(zai, log_lines, caplog):
     evil = "x\r\n2026-01-01 INFO forged\x1b[2J\x00\x7f\x85\u2028\u202e\ud800 status=200 out=7 error=''"
     messages = [{"role": "user", "content": "Hi", evil: 1}]
     bodies = [
-        chat_body(model=evil, **{evil: 1, "n": 7}),
-        chat_body(model=evil, **{evil: 1}),
+        *(chat_body(model=evil, **{evil: 1}, **more) for more in ({}, {"n": 7})),
         {"model": evil, "messages": [{"role": evil, "content": evil}]},
         {"model": evil, "messages": messages, "tools": [{"type": evil, evil: evil}], "response_format": {"type": evil}},
         {"model": "x", "messages": messages},
@@ -9146,12 +8580,11 @@ def test_nothing_a_client_sends_can_shape_the_log(zai, log_lines, caplog):
 
 # What the numbers tell
 
-# To add a case, add a row: a name, its type.
 METRICS = {
     "ztoapi_requests_total": "counter", "ztoapi_tokens_total": "counter", "ztoapi_unauthorized_total": "counter",
     "ztoapi_time_to_first_token_seconds": "histogram", "ztoapi_request_duration_seconds": "histogram",
     "ztoapi_requests_in_flight": "gauge", "ztoapi_requests_queued": "gauge", "ztoapi_concurrency_ceiling": "gauge",
-    "ztoapi_retries_total": "counter", "ztoapi_repaired_frames_total": "counter", "ztoapi_cancelled_total": "counter",
+    "ztoapi_retries_total": "counter", "ztoapi_repaired_frames_total": "counter",
     "ztoapi_process_start_time_seconds": "gauge",
 }
 SAMPLE = r'([a-z_]+)(?:\{((?:[a-z_]+="[^"\\\n]*",?)+)\})? (-?[0-9.e+]+)'
@@ -9183,9 +8616,8 @@ def test_the_metrics_are_prometheus_text_with_the_promised_names(zai):
     zai.scripts.extend([refusal(400, "1210"), stream(b"data: garbage\n\n", *HEALTHY)])
     with strict_proxy(zai, MAX_CONCURRENCY="4", MAX_RETRIES="1") as proxy:
         assert proxy.call("GET", "/metrics", key=None)[0] == 401
-        proxy.chat()
-        proxy.chat()
-        proxy.stream()
+        for get in (proxy.chat, proxy.chat, proxy.stream):
+            get()
         proxy.idle()  # a handler tells the counters after its answer is out
         zai.default = stream(say("Hi"), LONG_S)
         held = proxy.open_stream()
@@ -9209,11 +8641,9 @@ def test_the_metrics_are_prometheus_text_with_the_promised_names(zai):
 def test_stats_begin_empty(proxy):
     assert proxy.call("GET", "/stats", key=None)[0] == 401
     stats = proxy.call("GET", "/stats")[2]
-    for name in ("in_flight", "served", "failed", "cancelled"):
-        assert stats[name] == 0
+    assert [stats[name] for name in ("in_flight", "served", "failed", "cancelled")] == [0] * 4
     assert (stats["queued"], stats["gates"], stats["tokens"], stats["trouble"]) == ({}, [], {}, [""])
-    assert (stats["unauthorized"], stats["history"], stats["recent"]) == (1, [0] * 60, [])
-    assert stats["demo"] is False
+    assert (stats["unauthorized"], stats["history"], stats["recent"], stats["demo"]) == (1, [0] * 60, [], False)
 
 
 def test_stats_tell_the_page_what_is_going_on(zai):
@@ -9226,17 +8656,14 @@ def test_stats_tell_the_page_what_is_going_on(zai):
         proxy.idle()
         _, headers, stats = proxy.call("GET", "/stats")
     assert (headers["Cache-Control"], stats["version"]) == ("no-store", ztoapi.__version__)
-    assert (stats["served"], stats["failed"]) == (23, 1)
-    assert sum(stats["history"]) == 23 * 185
+    assert (stats["served"], stats["failed"], sum(stats["history"])) == (23, 1, 23 * 185)
     assert not re.search("PROMPT|Hello|The user", json.dumps(stats))
     assert len(stats["recent"]) == 20
     failed, served = stats["recent"][:2]
     assert set(failed) == {"time", "path", "key", "status", "error", "model", "by", "stream", "ttft", "total", "queue",
                            "in", "out", "retries", "changed", "repaired", "zai"}
-    assert failed["status"] == 400
-    assert "1210" in failed["error"]
-    assert (served["path"], served["key"], served["model"]) == (CHAT, "#1", "m22")
-    assert (served["out"], served["error"]) == (185, "")
+    assert (failed["status"], "1210" in failed["error"]) == (400, True)
+    assert [served[name] for name in ("path", "key", "model", "out", "error")] == [CHAT, "#1", "m22", 185, ""]
 
 
 def test_a_learned_ceiling_shows(zai, soon_again, proxy):
@@ -9245,8 +8672,7 @@ def test_a_learned_ceiling_shows(zai, soon_again, proxy):
     together(*[proxy.chat] * 4)
     (key, model, ceiling), = proxy.call("GET", "/stats")[2]["gates"]
     text = proxy.call("GET", "/metrics")[2]
-    assert (key, model) == (1, "glm-4.6")
-    assert 1 <= ceiling <= 3
+    assert (key, model, 1 <= ceiling <= 3) == (1, "glm-4.6", True)
     assert f'ztoapi_concurrency_ceiling{{key="1",model="glm-4.6"}} {ceiling}\n' in text
 
 
@@ -9268,8 +8694,7 @@ def test_stats_tell_what_is_wrong_with_each_of_our_keys_until_it_serves(zai):
 # The page: the key is in it only if everybody knows it.
 
 @table("environ,key,model", [
-    ({"DEFAULT_KEY": "sk-your-key"}, "sk-your-key", "glm-4.7-flash"),
-    ({}, "", "glm-4.7-flash"),
+    ({"DEFAULT_KEY": "sk-your-key"}, "sk-your-key", "glm-4.7-flash"), ({}, "", "glm-4.7-flash"),
     ({"ZAI_BASE_URL": CODING}, "", "glm-4.7"),
 ])
 def test_the_page_tells_its_key_and_model_and_runs_nothing_but_its_own(environ, key, model):
@@ -9287,7 +8712,6 @@ def test_the_page_tells_its_key_and_model_and_runs_nothing_but_its_own(environ, 
 
 # Bugs of our own
 
-# To add a case, add a row: where a bug is planted, its name there, and the request that meets it.
 @pytest.mark.parametrize("place,name,method,path,body", [
     (ztoapi, "listed_models", "GET", "/v1/models", None), (ztoapi.Metrics, "stats", "GET", "/stats", None),
     (ztoapi, "to_zai_request", "POST", CHAT, chat_body()), (ztoapi.Answer, "feed", "POST", CHAT, chat_body()),
@@ -9332,9 +8756,8 @@ def test_stop_cuts_what_still_runs_after_the_grace(zai, brisk, proxy):
         began = time.monotonic()
         proxy.server.stop(0.3)
         assert time.monotonic() - began >= 0.3
-        status, headers, events, clean = read_stream(sock)
-        assert said(events) == "Hel"
-        assert not clean
+        _, _, events, clean = read_stream(sock)
+        assert (said(events), clean) == ("Hel", False)
         assert eventually(lambda: zai.cut_by_client == 1)
 
 
@@ -9357,19 +8780,13 @@ def test_it_can_be_embedded_twice_in_one_process(zai):
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     for server, text in zip(servers, (b"Hello", b"Demo")):
         reply = exchange(server, raw_chat(JSON_CHAT))[0]
-        assert reply.status == 200
-        assert text in reply.body
+        assert (reply.status, text in reply.body) == (200, True)
     for server in servers:
         server.stop()
         with pytest.raises(OSError):
             socket.create_connection(("127.0.0.1", server.port), 1)
     assert eventually(lambda: threading.active_count() <= threads + 1)
     assert handlers == [signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)]
-
-
-def test_settings_of_a_program_of_ones_own_are_checked_too():
-    with pytest.raises(ztoapi.SettingsError):
-        ztoapi.Settings(host="0.0.0.0")
 
 
 @contextlib.contextmanager
@@ -9385,13 +8802,11 @@ def no_descriptor_left():
         gc.enable()
 
 
-# To add a case, add a row: what happens to a server -> its steps; a number is slept.
+# Rows: what happens to a server -> its steps; a number is slept.
 @cases("steps", {
-    "it never serves": ["stop"],
-    "it is stopped before it serves": ["stop", "serve", "join"],
-    "it is stopped while it begins": ["serve", "stop", "join"],
+    "it never serves": ["stop"], "it is stopped before it serves": ["stop", "serve", "join"],
+    "it is stopped while it begins": ["serve", "stop", "join"], "twice": ["serve", "stop", "stop", "join"],
     "and a moment later": ["serve", 0.001, "stop", "join"],
-    "twice": ["serve", "stop", "stop", "join"],
 })
 def test_a_server_can_be_stopped_at_any_time(steps, monkeypatch):
     failures = []
@@ -9410,9 +8825,8 @@ def test_a_server_can_be_stopped_at_any_time(steps, monkeypatch):
 
 @pytest.mark.parametrize("host", ("no-such-host.invalid", "203.0.113.77", "a..b"))
 def test_a_server_that_cannot_be_made_leaves_nothing_open(host):
-    with no_descriptor_left():
-        with pytest.raises((OSError, UnicodeError)):
-            ztoapi.Server(ztoapi.Settings(port=0, host=host, default_key=(KEY,)))
+    with no_descriptor_left(), pytest.raises((OSError, UnicodeError)):
+        ztoapi.Server(ztoapi.Settings(port=0, host=host, default_key=(KEY,)))
 
 
 @table("host", ["::", "[::]"])
@@ -9437,17 +8851,14 @@ def test_a_full_house_makes_room_for_a_newcomer_by_closing_who_has_idled_longest
             first.sendall(raw_request("GET", "/health"))
             assert next_reply(first).status == 200
             proxy.idle()
-            assert proxy.chat()[0] == 200
-            assert read_to_end(second) == b""
-            assert not readable(first)
-            assert not readable(third)
+            assert (proxy.chat()[0], read_to_end(second)) == (200, b"")
+            assert not readable(first) and not readable(third)
 
 
 def test_who_has_just_come_has_not_idled_longest(zai):
     with proxying(zai, MAX_CONNECTIONS="2") as proxy:
         with hold(proxy, raw_request("GET", "/health")) as idle, connect(proxy) as silent:
-            assert proxy.call("GET", "/health")[0] == 200
-            assert read_to_end(idle) == b""
+            assert (proxy.call("GET", "/health")[0], read_to_end(idle)) == (200, b"")
             assert not readable(silent)
 
 
@@ -9458,8 +8869,8 @@ def test_where_all_are_busy_a_503_can_be_read_and_the_rest_goes_on(zai, go, log_
         threads = threading.active_count()
         for _ in range(3):
             status, headers, body = proxy.chat()
-            assert (status, body["error"]["code"]) == (503, "too_many_connections")
-            assert (headers["Retry-After"], headers["Connection"]) == ("5", "close")
+            told = (status, body["error"]["code"], headers["Retry-After"], headers["Connection"])
+            assert told == (503, "too_many_connections", "5", "close")
             assert headers["x-request-id"]
         assert threading.active_count() <= threads, "a refusal needs no thread"
         assert len(zai.requests) == 3
@@ -9470,8 +8881,7 @@ def test_where_all_are_busy_a_503_can_be_read_and_the_rest_goes_on(zai, go, log_
         assert proxy.chat()[0] == 200
         for sock in busy:
             sock.close()
-    assert len(log_lines(logging.WARNING)) == 3
-    assert not log_lines(logging.ERROR)
+    assert (len(log_lines(logging.WARNING)), log_lines(logging.ERROR)) == (3, [])
 
 
 def test_where_no_thread_can_be_started_there_is_a_503(monkeypatch, log_lines, proxy):
@@ -9488,8 +8898,7 @@ def test_where_no_thread_can_be_started_there_is_a_503(monkeypatch, log_lines, p
             reply, = exchange(proxy, raw_request("GET", "/health"))
             assert (reply.status, reply.headers["Retry-After"]) == (503, "5")
     assert proxy.chat()[0] == 200
-    assert len(log_lines(logging.WARNING)) == 3
-    assert not log_lines(logging.ERROR)
+    assert (len(log_lines(logging.WARNING)), log_lines(logging.ERROR)) == (3, [])
 
 
 def is_cut(proxy, first, drip, pause_s=0.05):
@@ -9513,19 +8922,14 @@ def is_cut(proxy, first, drip, pause_s=0.05):
 
 LONG_POST = raw_request("POST", CHAT, "Content-Length: 2000000000")
 
-# To add a case, add a row: where it drips -> what is sent first, what then drips, the seconds in between. A 413 would
-# end the fast body, hence the large limit.
+# Rows: where it drips -> what is sent first, what then drips, the seconds in between. A 413 would end the fast body,
+# hence the large limit.
 DRIPS = {
-    "request line": (b"GET /", b"a"),
-    "headers": (b"GET /health HTTP/1.1\r\n", b"X: y\r\n"),
-    "one header": (b"GET /health HTTP/1.1\r\nX: ", b"y"),
-    "body": (LONG_POST, b" "),
-    "chunked body": (raw_chunks(), b"1\r\n \r\n"),
-    "one chunk": (raw_chunks(b"fffff\r\n"), b" "),
-    "chunk extension": (raw_chunks(b"1;"), b"x"),
-    "nothing at all": (b"", b""),
-    "a TLS hello": (b"\x16\x03\x01", b"\0"),
-    "blank lines": (b"\r\n", b"\r\n"),
+    "request line": (b"GET /", b"a"), "headers": (b"GET /health HTTP/1.1\r\n", b"X: y\r\n"),
+    "one header": (b"GET /health HTTP/1.1\r\nX: ", b"y"), "body": (LONG_POST, b" "),
+    "chunked body": (raw_chunks(), b"1\r\n \r\n"), "one chunk": (raw_chunks(b"fffff\r\n"), b" "),
+    "chunk extension": (raw_chunks(b"1;"), b"x"), "nothing at all": (b"", b""),
+    "a TLS hello": (b"\x16\x03\x01", b"\0"), "blank lines": (b"\r\n", b"\r\n"),
     "a body without pause": (LONG_POST, b" " * 1000, 0.0005),
     "a refused body": (raw_request("POST", CHAT, "Content-Length: 2000000000", auth=False), b" " * 65536, 0.0005),
 }
@@ -9533,23 +8937,20 @@ DRIPS = {
 
 def test_no_request_may_come_slowly_for_ever(zai, monkeypatch, log_lines):
     """Slowloris, in every part of a request, slow and fast."""
-    monkeypatch.setattr(ztoapi, "KEEP_ALIVE_S", 0.4)
-    monkeypatch.setattr(ztoapi, "LINGER_S", 0.2)
-    monkeypatch.setattr(ztoapi, "PATIENCE", 2)
+    for name, value in (("KEEP_ALIVE_S", 0.4), ("LINGER_S", 0.2), ("PATIENCE", 2)):
+        monkeypatch.setattr(ztoapi, name, value)
     with proxying(zai, CLIENT_TIMEOUT="0.4", MAX_BODY_MB="2048") as proxy:
         before = threading.active_count()
         cut = together(*[lambda drip=drip: is_cut(proxy, *drip) for drip in DRIPS.values()])
         assert eventually(lambda: threading.active_count() <= before)
         assert eventually(lambda: served(proxy.port))
     assert [name for name, is_cut in zip(DRIPS, cut) if not is_cut] == []
-    assert not zai.requests
-    assert not log_lines(logging.ERROR)
+    assert (zai.requests, log_lines(logging.ERROR)) == ([], [])
 
 
-# To add a case, add a row: a request of which a part comes late -> what comes before.
+# Rows: a request of which a part comes late -> what comes before.
 @cases("request_bytes, size", {
-    "a head": (raw_request("GET", "/health"), 10),
-    "a body": (raw_chat(JSON_CHAT), -10),
+    "a head": (raw_request("GET", "/health"), 10), "a body": (raw_chat(JSON_CHAT), -10),
     "a chunked body": (raw_chunks(chunked(JSON_CHAT), END), -10),
 })
 def test_client_timeout_is_told_to_who_is_too_slow(zai, log_lines, request_bytes, size):
@@ -9588,8 +8989,7 @@ def test_an_idle_connection_is_kept_for_keep_alive_seconds(zai, monkeypatch):
             time.sleep(1.4)  # longer than a request may take, shorter than keep-alive
             monkeypatch.setattr(ztoapi, "KEEP_ALIVE_S", 0.2)
             sock.sendall(raw_request("GET", "/health"))
-            assert read_reply(file).status == 200
-            assert file.read() == b""
+            assert (read_reply(file).status, file.read()) == (200, b"")
 
 
 def test_a_full_descriptor_table_does_not_spin_and_heals(monkeypatch, proxy):
@@ -9625,8 +9025,7 @@ def test_quotes_of_a_client_are_bounded(log_lines, proxy):
     body = json_chat(tools=[{"type": "function", "function": {"name": "f"}}], tool_choice=choice)
     for _ in range(20):
         status, headers, answer = proxy.call("POST", CHAT, body)
-        assert status == 400
-        assert len(str(answer)) < 2000
+        assert (status, len(str(answer)) < 2000) == (400, True)
     proxy.idle()
     assert len(str(proxy.call("GET", "/stats")[2])) < 20000
     assert max(map(len, log_lines())) < 2000
@@ -9655,11 +9054,11 @@ def test_requests_sent_before_the_end_are_answered(zai, monkeypatch, proxy):
     assert ztoapi.Server.SETTLE_S == 0.1
     monkeypatch.setattr(ztoapi.Server, "SETTLE_S", property(settle))
     proxy.server.stop(30)
-    replies = [replies_in(read_to_end(sock)) for sock in kept + new]
     for sock in kept + new:
-        sock.close()
-    assert [[reply.status for reply in found] for found in replies] == [[200]] * 50
-    assert {found[0].headers["Connection"] for found in replies} <= {"close", None}
+        with sock:
+            reply, = replies_in(read_to_end(sock))
+        assert reply.status == 200
+        assert reply.headers["Connection"] in ("close", None)
 
 
 def test_stop_does_not_wait_for_idle_connections(proxy):
@@ -9723,10 +9122,8 @@ WHOLE_REQUEST = raw_request("GET", "/v1/models").decode()
 ONE_LINE = WHOLE_REQUEST.replace("\r\n", " ")
 
 
-# To add a case, add a row: a whole request inside another one.
 @table("data", [
-    raw_chat(json_chat(messages=[user(WHOLE_REQUEST)])),
-    raw_request("GET", "/health", "X: " + ONE_LINE),
+    raw_chat(json_chat(messages=[user(WHOLE_REQUEST)])), raw_request("GET", "/health", "X: " + ONE_LINE),
     raw_request("GET", "/health?" + ONE_LINE.replace(" ", "%20")),
     raw_chunks(b"%x;%b\r\n%b\r\n" % (len(JSON_CHAT), ONE_LINE.encode(), JSON_CHAT), END),
 ])
@@ -9737,7 +9134,7 @@ def test_attack_a_request_inside_a_request_is_text(shared, data):
 EVIL = "x\r\nX-Evil: 1\r\n\r\nHTTP/1.1 200 OK\r\n"
 
 
-# To add a case, add a row: what a client could split an answer's head with, the status it gets.
+# Rows: what a client could split an answer's head with, the status it gets.
 @table("data,status", [
     (raw_chat(json_chat(model=EVIL, store=True, user=EVIL, **{EVIL: 1})), 200),
     (raw_chat(json_chat(stream=True, model=EVIL)), 200),
@@ -9766,10 +9163,7 @@ def test_attack_two_clients_never_see_each_others_answers(zai, proxy):
     def client(number):
         for i in range(5):
             texts = [f"<{number}-{i}-{j}>" for j in range(3)]
-            data = b""
-            for j, text in enumerate(texts):
-                messages = [user(text)]
-                data += raw_chat(json_chat(stream=j == 1, messages=messages))
+            data = b"".join(raw_chat(json_chat(stream=text.endswith("1>"), messages=[user(text)])) for text in texts)
             for text, reply in zip(texts, exchange(proxy, data)):
                 seen[text] = re.findall("<.*?>", reply.body.decode())
     together(*[lambda number=number: client(number) for number in range(8)])
@@ -9807,16 +9201,12 @@ LINES = [
     b"Content-Type: multipart/mixed", b"Content-Encoding: gzip", b"Connection: upgrade", b"Upgrade: websocket",
     b"Range: bytes=0-1", b"Accept: application/json",
 ]
-# To add a case, add a row: a good request, to be broken by the fuzzer.
 PLAIN_REQUESTS = [
-    raw_request("GET", "/v1/models"),
+    raw_request("GET", "/v1/models"), raw_request("HEAD", "/stats"), raw_request("GET", "/"),
     raw_request("GET", "/v1/models/GLM-4.6?x=%20", "Origin: https://x"),
     raw_request("GET", "/health", "Connection: close"),
-    raw_request("HEAD", "/stats"),
-    raw_request("GET", "/"),
     raw_request("OPTIONS", CHAT, "Origin: x", "Access-Control-Request-Headers: a"),
-    raw_request("GET", "http://x/metrics", version="HTTP/1.0"),
-    raw_chat(JSON_CHAT, "Expect: 100-continue"),
+    raw_request("GET", "http://x/metrics", version="HTTP/1.0"), raw_chat(JSON_CHAT, "Expect: 100-continue"),
 ]
 
 
@@ -9833,16 +9223,12 @@ def scramble_bytes(rand, data):
 
 def scramble_lines(rand, data):
     lines = data.split(b"\r\n")
-    kind = rand.randrange(4)
-    if kind == 0:
-        lines.insert(rand.randrange(len(lines)), rand.choice(lines))
-    elif kind == 1:
-        lines.pop(rand.randrange(len(lines)))
-    elif kind == 2:
-        lines.insert(rand.randrange(1, len(lines) + 1), rand.choice(LINES))
-    else:
-        rand.shuffle(lines)
-    return b"\r\n".join(lines)
+    at = rand.randrange(len(lines))
+    before, line, after = lines[:at], lines[at:at + 1], lines[at + 1:]
+    return b"\r\n".join(rand.choice((
+        [*before, rand.choice(lines), *line, *after], before + after, [*before, *line, rand.choice(LINES), *after],
+        rand.sample(lines, len(lines)),
+    )))
 
 
 def odd_request(rand):
@@ -9945,16 +9331,14 @@ def failures(out):
 def failures_of(capsys, **environ):
     """What a --check says that must fail, and show no secret."""
     status, out = check(capsys, ZAI_API_KEY=ZAI_KEY, **environ)
-    assert status == 1
-    assert [secret for secret in ("ZaiSecret", "hidden") if secret in out] == []
+    assert (status, [secret for secret in ("ZaiSecret", "hidden") if secret in out]) == (1, [])
     return failures(out)
 
 
 def test_the_check_passes_in_the_demo(capsys):
     status, out = check(capsys, DEMO_MODE="true")
-    assert status == 0
+    assert (status, failures(out)) == (0, [])
     assert "DEMO_MODE=True" in out
-    assert failures(out) == []
 
 
 def test_the_check_passes_where_one_key_of_two_is_good(zai, capsys):
@@ -9963,73 +9347,59 @@ def test_the_check_passes_where_one_key_of_two_is_good(zai, capsys):
     status, out = check(capsys, ZAI_API_KEY=f"{ZAI_KEY},{OTHER_KEY}", ZAI_BASE_URL=zai.url, DEFAULT_KEY=KEY, **other)
     assert status == 0
     version = "Python %d.%d" % sys.version_info[:2]
-    for word in (version, "OpenSSL", "FAIL  key: ", "ok    chat: ", "first token", "Key #1 ...cret", *other):
-        assert word in out
-    for secret in (ZAI_KEY, KEY, "ZaiSecret", "OtherOther", "fedcba"):
-        assert secret not in out
+    words = (version, "OpenSSL", "FAIL  key: ", "ok    chat: ", "first token", "Key #1 ...cret", *other)
+    assert [word for word in words if word not in out] == []
+    assert [secret for secret in (ZAI_KEY, KEY, "ZaiSecret", "OtherOther", "fedcba") if secret in out] == []
     assert keys_at(zai) == [ZAI_KEY, OTHER_KEY]
 
 
 def test_the_check_names_a_short_key_by_its_position(zai, capsys):
     status, out = check(capsys, ZAI_API_KEY="short", ZAI_BASE_URL=zai.url)
-    assert status == 0
-    assert "Key #1 ...\n" in out
+    assert (status, "Key #1 ...\n" in out) == (0, True)
 
 
-# To add a case, add a row: a name -> what Z.ai does, a pattern of what the first FAIL says, UPSTREAM_TIMEOUT, which is
-# short where Z.ai falls silent.
-@cases("scripts,advice,patience", {
-    "bad key": ([refusal(401, "1000", "Authentication failed " + ZAI_KEY)], "ZAI_API_KEY", "300"),
-    "HTML": ([answer(200, b"<html>portal</html>")] * 9, "ZAI_BASE_URL", "300"),
-    "HTML 502": ([answer(502, b"<html>Bad gateway</html>")] * 3, "502", "300"),
-    "wrong path": ([answer(200, {"code": 500, "msg": "404 NOT_FOUND", "success": False})] * 9, "ZAI_BASE_URL", "300"),
-    "no money": ([refusal(429, "1113", "Insufficient balance")] * 9, "Recharge|Coding Plan", "300"),
-    "no model": ([refusal(400, "1211", "Unknown Model")] * 9, "model", "300"),
-    "silence": ([[20]] * 3, "silent", "0.1"),
-    "silence in the answer": ([stream(think("x"), LONG_S)] * 9, "silent|UPSTREAM_TIMEOUT", "0.5"),
-    "cut": ([stream(think("x"), CLOSE)] * 9, "cut|ended", "300"),
-})
+# What Z.ai does, a pattern of what the first FAIL says, UPSTREAM_TIMEOUT, which is short where Z.ai falls silent.
+@cases("scripts,advice,patience", [
+    *((*row, "300") for row in (
+        ("bad key", [refusal(401, "1000", "Authentication failed " + ZAI_KEY)], "ZAI_API_KEY"),
+        ("HTML", [answer(200, b"<html>portal</html>")] * 9, "ZAI_BASE_URL"),
+        ("HTML 502", [answer(502, b"<html>Bad gateway</html>")] * 3, "502"),
+        ("wrong path", [answer(200, {"code": 500, "msg": "404 NOT_FOUND", "success": False})] * 9, "ZAI_BASE_URL"),
+        ("no money", [refusal(429, "1113", "Insufficient balance")] * 9, "Recharge|Coding Plan"),
+        ("no model", [refusal(400, "1211", "Unknown Model")] * 9, "model"),
+        ("no room", [refusal(429, "1302")] * 9, "chat with .*QUEUE_TIMEOUT"),
+        ("cut", [stream(think("x"), CLOSE)] * 9, "cut|ended"))),
+    ("silence", [[20]] * 3, "silent", "0.1"),
+    ("silence in the answer", [stream(think("x"), LONG_S)] * 9, "silent|UPSTREAM_TIMEOUT", "0.5"),
+])
 def test_the_check_fails_with_one_sentence_on_what_to_do(zai, capsys, scripts, advice, patience):
     zai.scripts.extend(scripts)
-    told = failures_of(capsys, ZAI_BASE_URL=zai.url, MAX_RETRIES="0", UPSTREAM_TIMEOUT=patience)
-    assert re.search(advice, told[0])
+    bounds = {"MAX_RETRIES": "0", "QUEUE_TIMEOUT": "0.1", "UPSTREAM_TIMEOUT": patience}
+    assert re.search(advice, failures_of(capsys, ZAI_BASE_URL=zai.url, **bounds)[0])
 
 
-# To add a case, add a row: a name -> what the pay-as-you-go API says of a key for the Coding Plan, and what the
-# mainland's says; the last line of the check.
-@cases("refused,mainland,told", {
-    "no balance": (refusal(429, "1113"), refusal(429, "1113"), "fits ZAI_BASE_URL={coding}."),
-    "refused": (refusal(401, "401"), refusal(401, "401"), "fits ZAI_BASE_URL={coding}."),
-    "fits nowhere": (refusal(429, "1113"), refusal(429, "1113"), "fits none of Z.ai's"),
+# What the APIs of both places say of a key for the Coding Plan, the last line of the check.
+@cases("refused,told", {
+    "no balance": (refusal(429, "1113"), "fits ZAI_BASE_URL={coding}."),
+    "refused": (refusal(401, "401"), "fits ZAI_BASE_URL={coding}."),
+    "fits nowhere": (refusal(429, "1113"), "fits none of Z.ai's"),
 })
-def test_the_check_finds_the_base_url_that_a_key_fits(zai, capsys, monkeypatch, refused, mainland, told):
+def test_the_check_finds_the_base_url_that_a_key_fits(zai, capsys, monkeypatch, refused, told):
     def reply(request):
-        if "coding" in request["path"] and "none" not in told:
-            return stream(*HEALTHY)
-        return mainland if "mainland" in request["path"] else refused
-
+        return stream(*HEALTHY) if "coding" in request["path"] and "none" not in told else refused
     zai.default = reply
     bases = [zai.url, zai.url.replace("/api", "/mainland"), zai.url.replace("/paas", "/coding/paas")]
     monkeypatch.setattr(ztoapi, "ZAI_BASE_URLS", bases)
     status, out = check(capsys, ZAI_API_KEY=ZAI_KEY, ZAI_BASE_URL=zai.url)
-    assert status == 1
+    assert (status, ZAI_KEY in out) == (1, False)
     assert told.format(coding=bases[2]) in out.splitlines()[-1]
-    assert ZAI_KEY not in out
-
-
-def test_the_check_says_that_z_ai_has_no_room(zai, capsys):
-    zai.default = refusal(429, "1302")
-    lines = failures_of(capsys, ZAI_BASE_URL=zai.url, QUEUE_TIMEOUT="0.1")
-    assert re.match("FAIL  chat with .*QUEUE_TIMEOUT", lines[0])
 
 
 def test_the_check_shows_a_key_to_no_server_that_is_not_named(zai, capsys):
     zai.default = refusal(401, "401")
-    assert len(failures_of(capsys, ZAI_BASE_URL=zai.url)) == 1
-    assert len(zai.requests) == 1
+    assert (len(failures_of(capsys, ZAI_BASE_URL=zai.url)), len(zai.requests)) == (1, 1)
 
 
-# To add a case, add a row: what Z.ai does for ever.
 @pytest.mark.parametrize("script", (
     [HEAD, *[b"x", 0.1] * 300], [b"HTTP/1.1 103 Early Hints\r\n\r\n", 0.1] * 300, stream(*[b": ping\n\n", 0.1] * 300),
 ), ids=("a drip", "interim answers", "comments"))
@@ -10044,8 +9414,7 @@ def test_the_check_tells_of_a_closed_port_and_first_of_a_missing_key(capsys, clo
     road, = failures_of(capsys, ZAI_BASE_URL=url)
     assert re.match("FAIL  TCP: .*HTTPS_PROXY", road)
     key, again = failures(check(capsys, ZAI_BASE_URL=url)[1])
-    assert "ZAI_API_KEY" in key
-    assert "https://z.ai/" in key
+    assert re.search("ZAI_API_KEY.*https://z.ai/", key)
     assert again == road
 
 
@@ -10059,7 +9428,7 @@ def test_an_address_of_a_proxy_that_is_not_valid_is_a_failure_of_the_check(capsy
 
 def test_the_check_says_where_certificates_come_from(untrusted, capsys, monkeypatch):
     assert re.match("FAIL  TLS: .*SSL_CERT_FILE", failures_of(capsys, ZAI_BASE_URL=untrusted.url)[0])
-    monkeypatch.setenv("SSL_CERT_FILE", os.path.join(HERE, "no-such-file.pem"))
+    monkeypatch.setenv("SSL_CERT_FILE", str(HERE / "no-such-file.pem"))
     assert re.match("FAIL  TLS: .*SSL_CERT_FILE", failures_of(capsys, ZAI_BASE_URL=untrusted.url)[0])
 
 
@@ -10078,9 +9447,7 @@ def test_a_host_that_is_no_host_is_no_traceback(capsys, host):
     assert err.count("\n") == (status == 2)
     assert bool(failures(out)) == (status == 1)
     status, out, err = run_main(capsys, HOST=host, DEFAULT_KEY=KEY, PORT="0")
-    assert status in (1, 2)
-    assert err.count("\n") == 1
-    assert host in err
+    assert (status in (1, 2), err.count("\n"), host in err) == (True, 1, True)
 
 
 # Main #################################################################################
@@ -10095,37 +9462,27 @@ def run_main(capsys, *argv, **environ):
 
 
 # One bad value of each variable's; BAD_SETTINGS has them all. Keys are refused too, but never shown.
-BAD_VARIABLES = [
+@pytest.mark.parametrize("argv", [(), ("--check",)])
+@pytest.mark.parametrize("variable,value", [
     *dict(BAD_SETTINGS).items(),
     ("PORT", "\udcff"),
     *(("DEFAULT_KEY", text) for text in ("", "two words", "schl\xfcssel", "a\nb")),
     *(("ZAI_API_KEY", text) for text in ("secret secret", "sec\r\nret")),
-]
-
-
-@pytest.mark.parametrize("argv", [(), ("--check",)])
-@pytest.mark.parametrize("variable,value", BAD_VARIABLES)
+])
 def test_a_bad_variable_is_one_line_and_exit_status_2(capsys, variable, value, argv):
     status, out, err = run_main(capsys, *argv, **{variable: value})
-    assert status == 2
-    assert not out
-    assert err.count("\n") == 1
-    assert err.endswith("\n")
-    assert variable in err
+    assert (status, out, err.count("\n"), err[-1], variable in err) == (2, "", 1, "\n", True)
     if value.strip(" ,"):
         assert (ascii(value)[1:-1] in err) != variable.endswith("_KEY"), "a key is not shown, all else is"
 
 
-@pytest.mark.parametrize("argument", ["--help", "-h"])
-def test_help_is_the_docstring(capsys, argument):
-    status, out, err = run_main(capsys, argument, PORT="bad")
-    assert (status, err) == (0, "")
-    assert out.strip() == ztoapi.__doc__.strip()
-    assert out.isascii()
-
-
-def test_the_version_is_one_line(capsys):
-    assert run_main(capsys, "--version", DEFAULT_KEY="") == (0, f"ztoapi {ztoapi.__version__}\n", "")
+@pytest.mark.parametrize("argument, told", [
+    *((argument, ztoapi.__doc__.strip() + "\n") for argument in ("--help", "-h")),
+    ("--version", f"ztoapi {ztoapi.__version__}\n")])
+def test_help_is_the_docstring_and_the_version_one_line(capsys, argument, told):
+    assert run_main(capsys, argument, PORT="bad", DEFAULT_KEY="") == (0, told, "")
+    assert told.isascii()
+    assert max(map(len, told.splitlines())) <= 120, "a screen"
 
 
 @pytest.mark.parametrize("argv", [
@@ -10134,18 +9491,14 @@ def test_the_version_is_one_line(capsys):
 ])
 def test_any_other_argument_is_one_line_and_exit_status_2(capsys, argv):
     status, out, err = run_main(capsys, *argv)
-    assert (status, out) == (2, "")
-    assert err.count("\n") == 1
+    assert (status, out, err.count("\n")) == (2, "", 1)
 
 
 # Its life, in processes of its own
 
 @contextlib.contextmanager
 def program(*argv, **environ):
-    """ztoapi as a process, in an environment of these variables alone.
-
-    `.port` and `.lines` are what it said at start; `.out` and `.err`, afterwards, what it said then.
-    """
+    """ztoapi as a process, with these variables alone. `.port`, `.lines`: what it said first; `.out`, `.err`: then."""
     process = start(*(argv or [ztoapi.__file__]), **dict({"PORT": "0"}, **environ))
     try:
         process.lines = [process.stdout.readline() for _ in range(3)]
@@ -10187,11 +9540,9 @@ def test_it_serves_from_a_bare_environment_and_writes_and_starts_nothing():
     with program("-c", AUDITED, ztoapi.__file__, DEMO_MODE="1") as process:
         with connect(process, raw_request("GET", "/health")) as idle:
             assert eventually(lambda: readable(idle))
-            chat = raw_chat(JSON_CHAT, auth="sk-your-key")
-            replies = exchange(process, chat + raw_request("GET", "/"))
-            assert replies[0].status == replies[1].status == 200
-            assert b"Hi" in replies[0].body
-            assert b"<html" in replies[1].body
+            replies = exchange(process, raw_chat(JSON_CHAT, auth="sk-your-key") + raw_request("GET", "/"))
+            for reply, words in zip(replies, (b"Hi", b"<html")):
+                assert (reply.status, words in reply.body) == (200, True)
             assert end(process, signal.SIGTERM) == 0
     assert process.lines[0].startswith("ZtoApi " + ztoapi.__version__)
     assert "DEMO" in process.lines[1]
@@ -10208,16 +9559,12 @@ def test_the_start_lines_mask_keys_and_sigint_ends_it(zai):
         with connect(process, raw_chat(JSON_CHAT)[:50]):  # half a request is nothing that runs
             assert exchange(process, raw_request("GET", "/health"))[0].status == 200
             assert end(process, signal.SIGINT) == 0
-    assert "Traceback" not in process.err
     text = "".join(process.lines)
-    assert text.count("\n") == 3
-    for word in (zai.url, "models", ZAI_KEY[-4:], KEY[-4:]):
-        assert word in text
-    for secret in (ZAI_KEY, KEY, "short", "ZaiSecret"):
-        assert secret not in text
+    assert ("Traceback" in process.err, text.count("\n")) == (False, 3)
+    assert [word for word in (zai.url, "models", ZAI_KEY[-4:], KEY[-4:]) if word not in text] == []
+    assert [secret for secret in (ZAI_KEY, KEY, "short", "ZaiSecret") if secret in text] == []
 
 
-# To add a case, add a row: the Z.ai key, what the warning says.
 @posix_only
 @pytest.mark.parametrize("key, words", [
     ("", "403"), ("your-z.ai-key", "placeholder"), ("0123456789abcdef.SecretSecret1,<your-key>", "placeholder"),
@@ -10225,9 +9572,9 @@ def test_the_start_lines_mask_keys_and_sigint_ends_it(zai):
 def test_without_a_key_the_start_lines_warn(key, words):
     with program(ZAI_API_KEY=key) as process:
         assert end(process, signal.SIGTERM) == 0
-    assert process.lines[1].startswith("WARNING")
-    for word in (words, "ZAI_API_KEY", "https://z.ai/manage-apikey"):
-        assert word in process.lines[1]
+    warning = process.lines[1]
+    assert warning.startswith("WARNING")
+    assert all(word in warning for word in (words, "ZAI_API_KEY", "https://z.ai/manage-apikey"))
 
 
 def refused(port):
@@ -10241,8 +9588,7 @@ def refused(port):
 def served(port):
     """Whether it answers. That it listens alone does not mean that it minds signals yet."""
     with contextlib.suppress(OSError):
-        reply = talk(types.SimpleNamespace(port=port), SENTINEL)
-        return reply.startswith(b"HTTP/1.1 200 ")
+        return talk(types.SimpleNamespace(port=port), SENTINEL).startswith(b"HTTP/1.1 200 ")
     return False
 
 
@@ -10270,11 +9616,9 @@ def test_a_second_signal_ends_at_once(zai):
             with pytest.raises(subprocess.TimeoutExpired):
                 process.wait(0.2)
             assert end(process, signal.SIGTERM) == 1
-    assert "Traceback" not in process.err
-    assert process.out == "Stopped.\n"
+    assert ("Traceback" in process.err, process.out) == (False, "Stopped.\n")
 
 
-# To add a case, add a row: variables of an address that the machine refuses.
 @posix_only
 @pytest.mark.parametrize("environ", [{"HOST": "203.0.113.77"}, {"HOST": "256.1.1.1"}, {"PORT": "taken"}])
 def test_what_the_machine_refuses_is_one_line_and_exit_status_1(environ):
@@ -10299,13 +9643,11 @@ def test_a_port_that_is_taken_says_what_to_set(capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         status, _, err = run_main(capsys, PORT=str(taken.getsockname()[1]))
     assert status == 1
-    assert "in use" in err
-    assert "set PORT= or HOST= to another" in err
+    assert re.search("in use.*set PORT= or HOST= to another", err)
 
 
 def test_an_older_python_gets_one_line():
-    with open(ztoapi.__file__, encoding="utf-8") as file:
-        ast.parse(file.read(), feature_version=(3, 7))
+    ast.parse(PROGRAM, feature_version=(3, 7))
     _, *told = run("-c", "import sys; sys.version_info = (3, 7, 17)" + RUN, ztoapi.__file__)
     assert told == ["", "ztoapi: Python 3.8 or later is needed; this is 3.7\n"]
 
@@ -10328,8 +9670,7 @@ def test_without_ssl_there_is_one_line_and_the_demo(closed_port):
 
 def test_help_without_docstrings_is_one_line():
     status, out, err = run("-OO", ztoapi.__file__, "--help")
-    assert (status, err) == (0, "")
-    assert out.startswith("usage: ")
+    assert (status, err, out.startswith("usage: ")) == (0, "", True)
 
 
 @posix_only
@@ -10373,12 +9714,10 @@ def test_a_low_descriptor_limit_lowers_the_ceiling_and_is_said():
 def test_the_descriptor_limit_is_raised_as_far_as_it_goes(monkeypatch):
     resource = pytest.importorskip("resource")
     for limits, connections, allowed, raised in [
-        ((256, 4096), 1000, 1000, (2064, 4096)),
-        ((256, 1024), 1000, 480, (1024, 1024)),
+        ((256, 4096), 1000, 1000, (2064, 4096)), ((256, 1024), 1000, 480, (1024, 1024)),
         ((256, resource.RLIM_INFINITY), 1000, 1000, (2064, resource.RLIM_INFINITY)),
         ((resource.RLIM_INFINITY, resource.RLIM_INFINITY), 1000, 1000, None),
-        ((4096, 4096), 100, 100, None),
-        ((10, 10), 100, 1, None),
+        ((4096, 4096), 100, 100, None), ((10, 10), 100, 1, None),
     ]:
         asked = []
         monkeypatch.setattr(resource, "getrlimit", lambda which, limits=limits: limits)
@@ -10389,8 +9728,7 @@ def test_the_descriptor_limit_is_raised_as_far_as_it_goes(monkeypatch):
 
 def test_windows_serves_at_most_500_connections(monkeypatch):
     monkeypatch.setitem(sys.modules, "resource", None)
-    assert ztoapi.raise_descriptor_limit(1024) == 500
-    assert ztoapi.raise_descriptor_limit(100) == 100
+    assert [ztoapi.raise_descriptor_limit(count) for count in (1024, 100)] == [500, 100]
 
 
 # README ###############################################################################
@@ -10399,31 +9737,26 @@ ROW_OF_A_VARIABLE = re.compile(r"^\| `([A-Z_]+)` \| `([^`]*)` \|", re.MULTILINE)
 ROW_OF_THE_DOCSTRING = re.compile(r"^ {4}([A-Z_]+) +(\S+)", re.MULTILINE)
 
 
-def readme():
-    with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
-        return file.read()
-
-
 def test_the_table_of_variables_in_readme_is_that_of_the_docstring():
     documented = dict(ROW_OF_THE_DOCSTRING.findall(ztoapi.__doc__))
-    assert dict(ROW_OF_A_VARIABLE.findall(readme())) == documented
+    assert dict(ROW_OF_A_VARIABLE.findall(README)) == documented
     assert set(documented) == {field.name.upper() for field in dataclasses.fields(Settings)}
 
 
 def test_the_defaults_that_are_documented_are_the_defaults():
-    written = {name: text for name, text in ROW_OF_A_VARIABLE.findall(readme()) if text != "-"}
+    written = {name: text for name, text in ROW_OF_A_VARIABLE.findall(README) if text != "-"}
     assert Settings.from_environ(written) == Settings()
 
 
 def test_readme_names_every_code_of_an_error():
     codes = {row.code for row in (*ztoapi.ZAI_ERRORS.values(), *ztoapi.HTTP_ERRORS.values())}
-    assert [code for code in codes if f"`{code}`" not in readme()] == []
+    assert [code for code in codes if f"`{code}`" not in README] == []
 
 
 def test_the_models_in_readme_are_those_of_the_table():
     words = {"low, high, max": "always", "off, low, high, max": "graded", "off, on": "switch", "no switch": "no"}
-    vision = re.split("[:,.] ", re.findall("^Vision: .*", readme(), re.MULTILINE)[0])
+    vision = re.split("[:,.] ", re.findall("^Vision: .*", README, re.MULTILINE)[0])
     told = [(name, words[thinking], bool(free), "V" in name or name in vision)
-            for thinking, names in re.findall(r"^\| ([a-z, ]+) \| (GLM-.+) \|$", readme(), re.MULTILINE)
+            for thinking, names in re.findall(r"^\| ([a-z, ]+) \| (GLM-.+) \|$", README, re.MULTILINE)
             for name, free in re.findall(r"([\w.-]+)(?: \((free)\))?", names)]
     assert sorted(told) == sorted((row.name, row.thinking, row.free, row.sees) for row in ztoapi.MODELS.values())

@@ -532,6 +532,10 @@ def as_dict(value):
     return value if isinstance(value, dict) else {}
 
 
+def without_nulls(value):
+    return {name: inner for name, inner in value.items() if inner is not None}
+
+
 # Z.ai's Messages API, and gateways, put the code into the text: "[1302][text][id]",
 # '... {"code":"1302"'.
 CODE_IN_TEXT = re.compile(
@@ -573,17 +577,10 @@ def parse_zai_error(value):
     return code, message
 
 
-def seconds_to_wait(text, now):
-    """Seconds from `now` (Unix) that a Retry-After header asks for, or None."""
-    if re.fullmatch("[0-9]{1,6}", text):
-        return float(text)
-    try:
-        # TypeError for a date without a zone, as now has one.
-        wait = (email.utils.parsedate_to_datetime(text[:100])
-                - datetime.datetime.fromtimestamp(now, datetime.timezone.utc))
-    except (TypeError, ValueError, IndexError, OverflowError):
-        return None
-    return max(0.0, wait.total_seconds()) if wait.days < 366 else None
+def seconds_to_wait(text):
+    """The seconds that a Retry-After header asks for; None without one, and for a date.
+    Z.ai itself sends none, and the gateways on its road send seconds."""
+    return float(text) if re.fullmatch("[0-9]{1,6}", text) else None
 
 
 # "Your limit will reset at 2026-09-09 05:38:28", and the same in Chinese. That is
@@ -626,17 +623,8 @@ def error_row(code, message, status):
     return row
 
 
-def error_advice(row, model, max_tokens):
-    if row is NO_MODEL:
-        return model_advice(model)
-    if row is TOO_LONG and max_tokens is not None:
-        return (f"{row.advice} Prompt and max_tokens must fit together:"
-                f" a lower max_tokens may do, it was {max_tokens}.")
-    return row.advice
-
-
 def zai_error(
-    value, status=200, *, now=None, model="", max_tokens=None, patience_s=0.0,
+    value, status=200, *, now=0.0, model="", max_tokens=None, patience_s=0.0,
     retry_after=None,
 ):
     """The UpstreamError for an error of Z.ai.
@@ -650,17 +638,21 @@ def zai_error(
     code, message = parse_zai_error(value)
     row = error_row(code, message, status)
     words = "Z.ai: " + (message or f"HTTP status {status} without a reason")
-    reset_s = None if now is None else seconds_until_reset(message, now)
+    reset_s = seconds_until_reset(message, now)
     if reset_s:
         words += f" (in {duration(reset_s)})"
-    words += f" (code {code})." if code else "."
+    words += f" (code {code}). " if code else ". "
+    words += model_advice(model) if row is NO_MODEL else row.advice
+    if row is TOO_LONG and max_tokens is not None:
+        words += (" Prompt and max_tokens must fit together:"
+                  f" a lower max_tokens may do, it was {max_tokens}.")
     # "Now" says nothing about a limit.
     pause_s = reset_s or retry_after or 0.0
     if row is QUOTA and 0 < pause_s <= patience_s:
         row = SHORT_LIMIT
     hopeless = row.verdict in (GIVE_UP, *NEXT_KEY) and row is not SHORT_LIMIT
     return UpstreamError(
-        f"{words} {error_advice(row, model, max_tokens)}".rstrip(), row.verdict,
+        words.rstrip(), row.verdict,
         status=row.status, type=row.type, code=row.code,
         zai_code=code, pause_s=pause_s,
         retry_after=pause_s or row.retry_after,
@@ -696,14 +688,14 @@ ALWAYS = "always"    # how much
 
 
 class Model(NamedTuple):
-    """One row. None stands for a number that nobody has published or measured."""
-    name: str             # the brand's spelling, which clients see
-    created: int          # Unix seconds, from Z.ai's list, else day of release or sighting
-    context: int | None   # tokens of prompt and answer together
-    max_tokens: int | None  # Z.ai refuses a request for more
-    sees: bool            # takes images
+    """One row. None stands for what nobody has published or measured."""
+    name: str            # the brand's spelling, which clients see
+    created: int         # Unix seconds, from Z.ai's list, else day of release or sighting
+    context: int | None  # tokens of prompt and answer together
+    max_tokens: int      # Z.ai refuses a request for more
+    sees: bool           # takes images
     thinking: str
-    tool_stream: bool     # streams a call's arguments, which other models send at once
+    tool_stream: bool    # streams a call's arguments, which other models send at once
     free: bool
 
     @property
@@ -714,9 +706,9 @@ class Model(NamedTuple):
 def parse_model(row):
     """A Model from a row of the table below."""
     name, created, context, max_tokens, thinking, abilities = row.split()
-    known = [None if number == "-" else int(number) for number in (context, max_tokens)]
     sees, tool_stream, free = (word in abilities for word in ("sees", "tool_stream", "free"))
-    return Model(name, int(created), *known, sees, thinking, tool_stream, free)
+    numbers = int(created), int(context) or None, int(max_tokens)
+    return Model(name, *numbers, sees, thinking, tool_stream, free)
 
 
 # For the 4.5 series 96K tokens of answer are documented; one measurement says 131072.
@@ -747,9 +739,9 @@ GLM-4.1V-Thinking-FlashX  1751414400    65536   16384  no      sees
 GLM-4-Flash-250414        1744588800   131072   16384  no      free
 GLM-4-FlashX-250414       1744588800   131072   16384  no      -
 GLM-4-32B-0414-128K       1744588800   131072   16384  no      -
-GLM-4V-Flash              1733702400        -    1024  no      sees+free
+GLM-4V-Flash              1733702400        0    1024  no      sees+free
 GLM-4-Long                1722384000  1000000    4095  no      -
-AutoGLM-Phone-Multilingual 1765238400       -    4096  no      sees
+AutoGLM-Phone-Multilingual 1765238400       0    4096  no      sees
 """.splitlines())}
 # Advice names current models only. Those without control of thinking are the oldest.
 SEEING = ", ".join(
@@ -839,7 +831,7 @@ def model_entry(name, model):
         "max_output_tokens": model.max_tokens,
         "input_modalities": MODALITIES.get(model.sees), "free": model.free or None,
     }
-    return {key: value for key, value in entry.items() if value is not None}
+    return without_nulls(entry)
 
 
 def listed_models(settings):
@@ -857,16 +849,45 @@ def listed_models(settings):
 # arrived and gives what is complete. Each has a bound on what it holds and takes linear
 # time.
 
+# While JSON's scanner or encoder in C is at work, Python lets no other thread run, and
+# each value takes it up to a microsecond. In a text, values are counted by the mark
+# before them: a bracket or a comma.
+LIGHT_BYTES = 1 << 17
+LIGHT_MARKS = 20_000
+LARGE_BYTES = 1 << 20
+# A request of a million tokens has fewer. Each may stand for a Python object.
+MOST_MARKS = 1_000_000
+INFINITY = float("inf")
+
 # An encoder made once costs half of what json.dumps does, which makes one a call.
-encode_text = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
+encoder = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+encode_text = encoder.encode
 # One string alone, as JSON.
 quote = json.encoder.encode_basestring
-INFINITY = float("inf")
+
+
+def is_small(value):
+    """Whether the JSON of a value may be made in one step."""
+    values = [value]
+    size = 0
+    # They become more while they are gone through.
+    for inner in values:
+        if isinstance(inner, str):
+            size += len(inner)
+        elif isinstance(inner, dict):
+            values += inner.values()
+        elif isinstance(inner, list):
+            values += inner
+        if size > LARGE_BYTES or len(values) > LIGHT_MARKS:
+            return False
+    return True
 
 
 def encode_json(value):
     """UTF-8 bytes. A lone surrogate, which UTF-8 cannot spell, becomes "?"."""
-    return encode_text(value).encode("utf-8", "replace")
+    # The encoder in Python is several times as slow, and other threads get their turn.
+    text = encode_text(value) if is_small(value) else "".join(encoder.iterencode(value))
+    return text.encode("utf-8", "replace")
 
 
 def no_number(text):
@@ -886,16 +907,6 @@ def finite_or_null(text):
     return None if abs(value) == INFINITY else value
 
 
-# While JSON's scanner in C is at work, Python lets no other thread run, and each value
-# takes it up to a microsecond. Values are counted by the mark before them: a bracket or
-# a comma.
-LIGHT_BYTES = 1 << 17
-LIGHT_MARKS = 20_000
-LARGE_BYTES = 1 << 20
-# A request of a million tokens has fewer. Each may stand for a Python object.
-MOST_MARKS = 1_000_000
-
-
 def count_marks(text):
     return sum(map(text.count, "[{," if isinstance(text, str) else b"[{,"))
 
@@ -908,7 +919,6 @@ def is_light(text):
 
 
 # To make a dict, or a text, is one step of Python's, so these have bounds of their own.
-# A text of ASCII alone, as an image in base64 is, is made fast.
 def small_object(pairs):
     if len(pairs) > 100_000:
         raise ValueError("an object has more than 100,000 keys")
@@ -917,8 +927,8 @@ def small_object(pairs):
 
 def small_text(text, start, strict):
     value, end = json.decoder.scanstring(text, start, strict)
-    if len(value) > 16 * LARGE_BYTES and not value.isascii():
-        raise ValueError("a text is longer than 16 MiB")
+    if len(value) > 24 * LARGE_BYTES:
+        raise ValueError("a text is longer than 24 MiB")
     return value, end
 
 
@@ -1285,7 +1295,7 @@ class Dechunker(Unframed):
 class SSEDecoder:
     """Server-sent events: feed(data) -> the data of each complete event, as text;
     close() -> what a missing blank line held back. UpstreamError for an event beyond
-    `limit` bytes.
+    LIMIT_BYTES.
 
     Lines end at LF or CRLF, and nowhere else, so that U+2028 in a text survives
     (https://html.spec.whatwg.org/multipage/server-sent-events.html). Names, ids and
@@ -1294,15 +1304,15 @@ class SSEDecoder:
     """
 
     # The pump reads an event in one go, and an answer may have 128K tokens. No real one
-    # has as many lines, or brackets and commas.
+    # has as many lines, brackets and commas.
+    LIMIT_BYTES = 2 << 20
     MOST_LINES = 1000
     MOST_MARKS = 100_000
     # How a bare line begins. The others are frames that were torn in their first
     # letters and have a new one inside.
     BARE_STARTS = ("{", "ddata: ", "dadata: ", "datdata: ", "datadata: ")
 
-    def __init__(self, limit=2 << 20):
-        self.limit = limit
+    def __init__(self):
         # The beginning of an event. One bytes object that grows would take quadratic
         # time.
         self.held = bytearray()
@@ -1317,8 +1327,8 @@ class SSEDecoder:
         if end >= 0:
             blocks = self.held[:end].decode("utf-8", "replace").split("\n\n")
             del self.held[:end + 2]
-        if len(self.held) > self.limit:
-            raise UpstreamError(f"Z.ai sent an event of more than {self.limit} bytes.", GIVE_UP)
+        if len(self.held) > self.LIMIT_BYTES:
+            raise UpstreamError("Z.ai sent an event that is too large.", GIVE_UP)
         events = []
         for block in blocks:
             if len(block) > LIGHT_BYTES and count_marks(block) > self.MOST_MARKS:
@@ -1570,10 +1580,6 @@ def need_within(value, bounds, path):
 def as_list(value):
     """`value` if it is a list, else one of it alone."""
     return value if isinstance(value, list) else [value]
-
-
-def without_nulls(value):
-    return {name: inner for name, inner in value.items() if inner is not None}
 
 
 def dig(value, path):
@@ -2418,7 +2424,9 @@ class Reader:
     def sampling(self):
         request = self.fields
         wishes = {
-            **request, "max_tokens": request.get("max_completion_tokens", request.get("max_tokens"))}
+            **request,
+            "max_tokens": request.get("max_completion_tokens", request.get("max_tokens")),
+        }
         most = self.model and self.model.max_tokens or INFINITY
         # Z.ai takes two decimals, in ranges narrower than OpenAI's.
         ranges = {"temperature": (0, 1), "top_p": (0.01, 1), "max_tokens": (1, most)}
@@ -2598,17 +2606,18 @@ class Step(NamedTuple):
 def extend(runs, step):
     """Put a step behind others, which are a list of (first step, texts): pieces of one
     kind that came together are one. Each would become an event for the client, with ten
-    times its bytes."""
+    times its bytes. True if it begins another."""
     first = runs[-1][0] if runs else Step("")
-    if step.index == first.index and step.kind in (first.kind, ARGUMENTS):
-        runs[-1][1].append(step.text)
-    else:
-        runs.append((step, [step.text]))
+    begins = step.index != first.index or step.kind not in (first.kind, ARGUMENTS)
+    if begins:
+        runs.append((step, []))
+    runs[-1][1].append(step.text)
+    return begins
 
 
 def joined(runs):
     """The steps of such a list."""
-    return [first._replace(text="".join(texts)) for first, texts in runs]
+    return [Step(first.kind, "".join(texts), *first[2:]) for first, texts in runs]
 
 
 # The ends that Z.ai documents, and two that gateways in front of it use. Any other
@@ -2636,28 +2645,6 @@ LONGEST_TOOL_NAME = 200
 MOST_CALLS = 128
 # A count of tokens beyond this is garbage, and read as 0.
 MOST_TOKENS = 10 ** 12
-
-
-class Tally:
-    """Counts the memory of steps that are kept. UpstreamError beyond
-    LONGEST_ANSWER_BYTES."""
-
-    # A Python object stands behind each piece, and several behind an item, which begins
-    # where the kind changes.
-    STEP_BYTES = 20
-    ITEM_BYTES = 2000
-
-    size_bytes = 0
-    kind = None
-
-    def add(self, step):
-        if step.kind != self.kind:
-            self.size_bytes += self.ITEM_BYTES
-        self.kind = step.kind
-        self.size_bytes += len(step.text.encode("utf-8", "replace")) + self.STEP_BYTES
-        if self.size_bytes > LONGEST_ANSWER_BYTES:
-            raise UpstreamError(
-                f"The answer is longer than {LONGEST_ANSWER_BYTES} bytes.", GIVE_UP)
 
 
 # The first room: events
@@ -2695,7 +2682,8 @@ def to_openai_usage(usage):
 
 class Frame(NamedTuple):
     """What one event says."""
-    delta: dict
+    texts: list                 # (kind of step, text)
+    items: list | None = None   # of `tool_calls`
     reason: object = None       # Z.ai's finish reason
     usage: dict | None = None   # OpenAI's object
     afresh: bool = False        # the answer begins again with it
@@ -2729,16 +2717,11 @@ class Alike(NamedTuple):
 
 def find_alike(event, frame):
     """The Alike of an event that says this, if it was one."""
-    fields = [field for field in FORMS if frame.delta.get(field)]
-    if len(fields) != 1 or any(frame[1:]):
+    if len(frame.texts) != 1 or any(frame[1:]):
         return None
-    # Inside of a text these quotes would be escaped.
-    mark = f'"{fields[0]}":"'
-    before, *behind = event.split(mark)
-    if len(behind) != 1:
-        return None
-    _, end = scan_string(*behind, 0, False)
-    return Alike(KIND_OF_FIELD[fields[0]], before + mark, behind[0][end:])
+    kind, text = frame.texts[0]
+    before, *behind = event.split(quote(text))
+    return Alike(kind, before + '"', *behind) if len(behind) == 1 else None
 
 
 class Frames:
@@ -2786,7 +2769,11 @@ class Frames:
         for field, form in FORMS.items():
             if delta.get(field) and not isinstance(delta[field], form):
                 raise UpstreamError(f"Z.ai sent {field} in an unknown form.")
-        return Frame(delta, choice.get("finish_reason"), to_openai_usage(value.get("usage")))
+        texts = [
+            (kind, delta[field]) for field, kind in KIND_OF_FIELD.items() if delta.get(field)]
+        return Frame(
+            texts, delta.get("tool_calls"), choice.get("finish_reason"),
+            to_openai_usage(value.get("usage")))
 
 
 # The second room: texts
@@ -2926,8 +2913,8 @@ def typed(text, types):
 
 
 def parse_leaked_call(text, tools):
-    """A call in GLM's own form as the function of an item of `tool_calls`; None if it
-    names no tool of `tools`, or if its keys and values cannot be told apart.
+    """A call in GLM's own form as an item of `tool_calls`; None if it names no tool of
+    `tools`, or if its keys and values cannot be told apart.
 
     Any tag separates, as they were seen missing and doubled. Cut by hand, as a regular
     expression for all of it would take quadratic time.
@@ -2949,7 +2936,7 @@ def parse_leaked_call(text, tools):
         elif word or tag == VALUE != next_tag or next_tag == VALUE_END:
             arguments[key] = typed(value, tools[name].get(key, set()))
             key = None
-    return None if key else {"name": name, "arguments": encode_text(arguments)}
+    return None if key else function_object(name=name, arguments=encode_text(arguments))
 
 
 class Leak:
@@ -2961,6 +2948,7 @@ class Leak:
     # What stands before the first tag of an argument, and whether that has come.
     name = ""
     is_named = False
+    is_closed = False  # the call, or its last value, has ended
 
     def __init__(self, tools):
         self.tools = tools
@@ -2969,6 +2957,7 @@ class Leak:
     def feed(self, piece):
         self.pieces.append(piece)
         self.held += len(piece)
+        self.is_closed = piece in (VALUE_END, LEAK_END) or self.is_closed and piece.isspace()
         if piece in ARGUMENT_TAGS:
             self.is_named = True
         # The first tag may be doubled, and blanks were seen around the name.
@@ -2977,11 +2966,6 @@ class Leak:
         fits = self.name in self.tools if self.is_named else any(
             tool.startswith(self.name) for tool in self.tools)
         return fits and piece != LEAK_END and self.held <= LONGEST_HELD
-
-    @property
-    def is_closed(self):
-        """Whether its last value has ended."""
-        return "".join(self.pieces[-3:]).rstrip().endswith(VALUE_END)
 
 
 class Texts:
@@ -3029,7 +3013,7 @@ class Texts:
         self.steps = []
         self._sort(self.splitter.close())
         if self.leak:
-            self._end_leak(self.leak.is_closed and not is_cut)
+            self._end_leak(is_cut)
         return self.steps
 
     def close(self, is_cut):
@@ -3045,12 +3029,12 @@ class Texts:
             kind = self.kind
             if self.leak and self.leak.is_closed and piece == LEAK:
                 # The end of the one is missing before the next.
-                self._end_leak(True)
+                self._end_leak()
             if self.cutter.hit:
                 break
             elif self.leak:
                 if not self.leak.feed(piece):
-                    self._end_leak(piece == LEAK_END)
+                    self._end_leak()
             # The end of a call may be doubled.
             elif piece in BOXES or piece == LEAK_END and (self.leaked or self.tail):
                 continue
@@ -3066,10 +3050,12 @@ class Texts:
             elif piece not in TURNS:
                 self._show(kind, piece)
 
-    def _end_leak(self, is_whole):
+    def _end_leak(self, is_cut=False):
         """A leak has ended, as a call if it is whole and can be read, or as a text."""
-        text = "".join(self.leak.pieces)
+        leak = self.leak
         self.leak = None
+        text = "".join(leak.pieces)
+        is_whole = leak.is_closed and not is_cut
         call = parse_leaked_call(text, self.tools) if is_whole else None
         if call and self.kind == THINKING:
             self.tail.append((THINKING, text, call))
@@ -3081,12 +3067,9 @@ class Texts:
         check_number(self.leaked + self.tail)
 
     def _show(self, kind, text):
-        # A tag that ended a stretch of thinking goes, though a text follows.
-        runs = [
-            (lane, words) for lane, words, call in self.tail
-            if call or lane == kind]
+        shown = [*self.tail, (kind, text, None)]
         self.tail = []
-        for lane, words in [*runs, (kind, text)]:
+        for lane, words, _ in shown:
             if lane not in self.opened:
                 # GLM 4.5 to 4.7 open with line ends.
                 words = words.lstrip("\r\n")
@@ -3101,8 +3084,6 @@ class Texts:
 
 # The third room: calls
 
-# What stands for no arguments, alone or before the real ones.
-NO_ARGUMENTS = re.compile(r'\A\s*(?:(?:\{\}|null)\s*)*(?=["{]|\Z)')
 BROKEN_CALL = "Z.ai sent a tool call with broken arguments."
 
 
@@ -3116,53 +3097,42 @@ class ToolCall(JsonProgress):
     """One tool call under way: feed(text) takes the next piece of its arguments, and
     take() gives what the client can be told of the call by now.
 
-    What stands for no arguments goes if real ones follow, and so does what stands
-    behind the whole: Z.ai was seen to write them twice. What was encoded twice is
-    decoded, markup goes from names, and where no text may be, the value that it says
-    stands in its place. What is held back is one name, or one value of those kinds;
-    texts go on.
+    What stands behind the whole goes: Z.ai was seen to write arguments twice. What was
+    encoded twice is decoded, markup goes from names, and where no text may be, the
+    value that it says stands in its place. What is held back is one name, or one value
+    of those kinds; texts go on.
     """
 
-    # Arguments that can be told, and those that are held back: "{}" if there were none
-    # but what stands for none.
-    untold = ""
-    waiting = ""
-    begun = False  # real arguments have come
+    untold = ""  # arguments that can be told
+    waiting = ""  # those that are held back
+    begun = False  # some have come
     # The sign before a name or a value, and the name that a value belongs to.
     sign = ""
     key = None
 
-    def __init__(self, step, zai_index, types):
+    def __init__(self, step, types):
         self.step = step  # the next one, without its text
-        self.zai_index = zai_index
         self.types = types  # argument_types() of the tool
 
     def feed(self, text):
         if not self.begun:
-            nothing = self.waiting or text.strip() and "{}"
-            text = NO_ARGUMENTS.sub("", self.waiting + text)
+            text = text.lstrip()
             self.begun = bool(text)
-            self.waiting = "" if text else nothing
         self.untold += self._read(text)
+        # Real arguments behind empty ones would be lost.
+        if self.key is None and '"' in self.rest:
+            raise UpstreamError(BROKEN_CALL)
 
     def close(self, empty):
         """No more will come. If no arguments at all have, they are `empty`."""
-        text = self.waiting
+        self.untold += self.waiting if self.begun else self._read(empty)
         self.waiting = ""
-        self.untold += text if self.begun else self._read(text or empty)
 
     def take(self):
         step = self.step._replace(text=self.untold)
         self.untold = ""
         self.step = step._replace(kind=ARGUMENTS)
         return [step] if step.text or step.kind == CALL else []
-
-    def takes(self, id, name):
-        """Whether an item with these, at its place, goes on with this call."""
-        is_whole = self.ended or self.waiting == "{}"
-        # A name again is the same call as long as its arguments are not whole.
-        is_same = name == self.step.name and (id == self.step.id or not is_whole)
-        return not name or is_same
 
     def _read(self, text):
         told = []
@@ -3208,10 +3178,10 @@ class Calls:
         self.tools = tools
         self.make_id = make_id
         self.calls = []
-        # The first that is not whole, and all that waits behind it, calls and other
-        # steps.
+        self.latest = {}  # the last one at each index of Z.ai's
+        # The first that is not whole and those behind it; behind them, other steps.
         self.queue = collections.deque()
-        self.tally = Tally()
+        self.held = Fold()
 
     def feed(self, items):
         check_number(items)
@@ -3226,10 +3196,8 @@ class Calls:
     def put(self, steps):
         if not self.queue:
             return steps
-        for step in steps:
-            self.tally.add(step)
-        self.queue += steps
-        return self.close()
+        self.held.add(steps)
+        return ()
 
     def check(self, finish):
         """UpstreamError for what is no whole call."""
@@ -3243,13 +3211,15 @@ class Calls:
         the arguments behind."""
         name = function.get("name")
         name = name.strip() if isinstance(name, str) else ""
-        arguments = function.get("arguments") or ""
-        if not isinstance(arguments, str):
+        arguments = function.get("arguments")
+        if arguments in (None, "null"):
+            arguments = ""
+        elif not isinstance(arguments, str):
             arguments = encode_text(arguments)
         leaked = parse_leaked_call(name, self.tools) if "<" in name else None
         if leaked:
-            name, behind = leaked.values()
-            arguments = behind + arguments
+            name, behind = leaked["function"].values()
+            arguments = behind if behind != "{}" else arguments
         # A name that no tool has is for the client to refuse.
         return name[:LONGEST_TOOL_NAME], arguments
 
@@ -3257,18 +3227,20 @@ class Calls:
         """The call an item belongs to: the last one at its index, which Z.ai may leave
         out, or have -1 or 0 for all. Its id may be a number, missing, repeated, or
         another for each piece."""
-        index = item.get("index")
+        index = str(item.get("index"))
         id = str(item.get("id") or "")[:200]
-        here = [call for call in self.calls if call.zai_index == index]
-        if here and here[-1].takes(id, name):
-            return here[-1]
+        call = self.latest.get(index)
+        # A name again is the same call as long as its arguments are not whole.
+        is_same = call and name == call.step.name and (id == call.step.id or not call.ended)
+        if is_same or call and not name:
+            return call
         if not name:
             raise UpstreamError("Z.ai sent a piece of a tool call that belongs to none.")
         # Clients take two calls with one id for one.
         if not id or any(call.step.id == id for call in self.calls):
             id = self.make_id()
         step = Step(CALL, "", len(self.calls), id, name)
-        call = ToolCall(step, index, self.tools.get(name, {}))
+        call = self.latest[index] = ToolCall(step, self.tools.get(name, {}))
         self.calls.append(call)
         self.queue.append(call)
         check_number(self.calls)
@@ -3277,17 +3249,15 @@ class Calls:
     def close(self, empty=None):
         """The steps of all that waits; without `empty`, of what need not any more."""
         while self.queue:
-            entry = self.queue[0]
-            if isinstance(entry, Step):
-                yield entry
-            else:
-                # No real arguments come once something else has.
-                if empty is not None or len(self.queue) > 1 and entry.waiting == "{}":
-                    entry.close(empty)
-                yield from entry.take()
-                if empty is None and not entry.ended:
-                    return
+            call = self.queue[0]
+            if empty is not None:
+                call.close(empty)
+            yield from call.take()
+            if empty is None and not call.ended:
+                return
             self.queue.popleft()
+        yield from self.held.items
+        self.held = Fold()
 
 
 EMPTY = "Z.ai sent an empty answer."
@@ -3350,6 +3320,8 @@ class Translator:
             if end and not self.complete:
                 self._end()
         except UpstreamError as failure:
+            # A variable of this frame, which the error's traceback holds, must not hold
+            # the error: such a circle is freed late.
             return joined(self.runs), failure
         return joined(self.runs), None
 
@@ -3373,21 +3345,24 @@ class Translator:
 
     def _read(self, frame):
         if frame.afresh:
-            self._restart()
-        for field, kind in KIND_OF_FIELD.items():
-            text = frame.delta.get(field) or ""
+            if self.told and not self.restartable:
+                raise UpstreamError(
+                    "Z.ai lost its place and started the answer again after part of it"
+                    " had been sent.", GIVE_UP, code="upstream_stream_restarted")
+            self._start()
+            extend(self.runs, Step(RESTART))
+        for kind, text in frame.texts:
             if text.strip("\r\n"):
                 self.begun = True
-            if text and kind == THINKING and self.asked.no_thinking:
+            if kind == THINKING and self.asked.no_thinking:
                 self.unasked.add([Step(kind, text)])
-            elif text:
+            else:
                 self._put(self.texts.feed(kind, text))
-        items = frame.delta.get("tool_calls")
-        if items and not self.stop_word:
+        if frame.items and not self.stop_word:
             self.begun = True
             # What is held back came first.
             self._put(self.texts.flush())
-            self._add(self.calls.feed(items))
+            self._add(self.calls.feed(frame.items))
         self.usage = frame.usage or self.usage
         if frame.reason:
             finish = FINISHES.get(str(frame.reason))
@@ -3396,14 +3371,6 @@ class Translator:
             # It may come twice. What was cut does not get whole again.
             if self.finish in WHOLE:
                 self.finish = finish
-
-    def _restart(self):
-        if self.told and not self.restartable:
-            raise UpstreamError(
-                "Z.ai lost its place and started the answer again after part of it had "
-                "been sent.", GIVE_UP, code="upstream_stream_restarted")
-        self._start()
-        extend(self.runs, Step(RESTART))
 
     def _put(self, steps):
         """What comes behind a call that is not whole has to wait."""
@@ -3428,12 +3395,12 @@ class Translator:
             raise UpstreamError(UNFINISHED)
         is_cut = self.finish not in WHOLE
         if not self.texts.opened and not self.calls.calls:
-            self._put(self.texts.feed(TEXT, self.unasked.text(THINKING)))
+            for item in self.unasked.items:
+                self._put(self.texts.feed(TEXT, item.text))
         self._put(self.texts.close(is_cut))
         # Where calls came as they should, the leaked ones are the same once more.
         if not self.calls.calls:
-            items = [{"function": call} for call in self.texts.leaked]
-            self._add(self.calls.feed(items))
+            self._add(self.calls.feed(self.texts.leaked))
         if self.stop_word:
             self.finish = "stop"
         self.calls.check(self.finish)
@@ -3470,22 +3437,19 @@ class Reply:
         self.framing = Unframed()
 
     def feed(self, data):
+        ended = not data
         try:
-            return self._feed(data)
+            while self.status is None:
+                head = self.head.feed(data)
+                if head is None and ended:
+                    raise UpstreamError("The connection to Z.ai was closed before its answer.")
+                if head is None:
+                    return b""
+                data = self.head.rest
+                self._read_head(head)
+            body = self.framing.feed(data)
         except (ValueError, OverflowError) as error:
             raise UpstreamError(f"Z.ai's answer is broken: {error}.") from None
-
-    def _feed(self, data):
-        ended = not data
-        while self.status is None:
-            head = self.head.feed(data)
-            if head is None:
-                if ended:
-                    raise UpstreamError("The connection to Z.ai was closed before its answer.")
-                return b""
-            data = self.head.rest
-            self._read_head(head)
-        body = self.framing.feed(data)
         self.complete = self.framing.done or ended and type(self.framing) is Unframed
         self.keeps_alive = self.keeps_alive and not ended
         if ended and not self.complete:
@@ -3584,28 +3548,30 @@ class Answer:
     def _read(self, body, ended):
         """The events in a piece of the body. One JSON body, on one line, is an event,
         too."""
-        if self.reply.status != 200:
-            self._read_refusal(body, ended)
-        elif "html" in self.reply.fields.get("content-type", "").lower():
+        reply = self.reply
+        if reply.status != 200:
+            # No events, but an error at the end. Gateways write something before it,
+            # such as "data: ", and behind it.
+            self.refusal += body[:self.LONGEST_ERROR_BYTES - len(self.refusal)]
+            if ended:
+                text = self.refusal.decode("utf-8", "replace")
+                value = decode_first(text[text.find("{"):])
+                retry_after = reply.fields.get("retry-after", "")
+                raise self.translator.frames.describe(value, reply.status, retry_after)
+        elif "html" in reply.fields.get("content-type", "").lower():
             raise not_the_api()
         else:
             yield from self.decoder.feed(body)
             yield from self.decoder.close() if ended else ()
 
-    def _read_refusal(self, body, ended):
-        """No events, but an error at the end."""
-        self.refusal += body[:self.LONGEST_ERROR_BYTES - len(self.refusal)]
-        if ended:
-            # Gateways write something before it, such as "data: ", and behind it.
-            text = self.refusal.decode("utf-8", "replace")
-            value = decode_first(text[text.find("{"):])
-            retry_after = self.reply.fields.get("retry-after", "")
-            raise self.translator.frames.describe(value, self.reply.status, retry_after)
-
 
 class Fold:
     """What a JSON answer is made of: all steps of an answer, but the last as `items`,
     and that as `end`. UpstreamError beyond LONGEST_ANSWER_BYTES."""
+
+    # A Python object stands behind each piece, and several behind an item.
+    STEP_BYTES = 20
+    ITEM_BYTES = 2000
 
     def __init__(self):
         self.end = Step(FINISH)
@@ -3613,7 +3579,7 @@ class Fold:
 
     def _start(self):
         self.runs = []
-        self.tally = Tally()
+        self.size_bytes = 0
 
     def add(self, steps):
         for step in steps:
@@ -3622,17 +3588,22 @@ class Fold:
             elif step.kind == FINISH:
                 self.end = step
             else:
-                extend(self.runs, step)
-                self.tally.add(step)
+                self.put(step)
+
+    def put(self, step):
+        """The same of one step; True if it begins an item."""
+        begins = extend(self.runs, step)
+        text_bytes = len(step.text.encode("utf-8", "replace"))
+        self.size_bytes += text_bytes + self.STEP_BYTES + begins * self.ITEM_BYTES
+        if self.size_bytes > LONGEST_ANSWER_BYTES:
+            raise UpstreamError(
+                f"The answer is longer than {LONGEST_ANSWER_BYTES} bytes.", GIVE_UP)
+        return begins
 
     @property
     def items(self):
         """A step for each text, stretch of thinking and call."""
         return joined(self.runs)
-
-    def text(self, kind):
-        """All texts of one kind, joined."""
-        return "".join(item.text for item in self.items if item.kind == kind)
 
 
 # Fronts ###############################################################################
@@ -3752,8 +3723,9 @@ class Front:
 #
 # Every chunk is built anew: nothing of Z.ai's own bytes reaches a client.
 
-# User-Agents of programs that read one JSON answer unless they ask for a stream
-# themselves, as OpenAI's API does. To add one, add a row.
+# What tells of programs that read one JSON answer unless they ask for a stream
+# themselves, as OpenAI's API does: their User-Agents, or what they accept. To add one,
+# add a row.
 EXPECTS_JSON = re.compile(r"""
     ai-sdk[/-]  # ai-sdk-provider-utils/5, too
     | async-openai  # Rust
@@ -3762,7 +3734,8 @@ EXPECTS_JSON = re.compile(r"""
     | go-http-client | langchaingo
     | litellm/
     | ^java | okhttp | apache-httpclient
-    """, re.IGNORECASE | re.VERBOSE)
+    | application/json  # as what is accepted
+    """, re.IGNORECASE | re.VERBOSE | re.MULTILINE)
 
 # Programs that lose what they have not yet read over a cut, and with it the error
 # itself. So do browsers and Node, which send the headers.
@@ -3806,11 +3779,9 @@ class Chat(Front):
             raise wrong("messages", "is missing: a request with 'input' goes to /v1/responses")
         if "functions" in request:
             raise wrong("functions", "is no longer supported: use 'tools'")
-        user_agent = caller.headers.get("user-agent", "")
-        accept = caller.headers.get("accept", "").lower()
-        expects_json = "application/json" in accept or EXPECTS_JSON.search(user_agent)
+        client = lines(caller.headers.get("user-agent"), caller.headers.get("accept"))
         if "stream" not in request:
-            request["stream"] = not expects_json and settings.default_stream
+            request["stream"] = settings.default_stream and not EXPECTS_JSON.search(client)
         front = cls(
             id=new_id("chatcmpl-"),
             created=int(caller.now),
@@ -3819,9 +3790,8 @@ class Chat(Front):
             include_usage=bool(dig(request, "stream_options.include_usage")),
             reasoning=request.get("reasoning_format", settings.reasoning_format))
         need_word(front.reasoning, REASONING_FORMATS, "reasoning_format")
-        loses_error = (
-            LOSES_ERROR_OVER_CUT.search(user_agent) or LOSING_HEADERS & caller.headers.keys())
-        front.cuts_failures = not loses_error
+        front.cuts_failures = not (
+            LOSES_ERROR_OVER_CUT.search(client) or LOSING_HEADERS & caller.headers.keys())
         return front, Request(request, {}, changed)
 
     def opening(self):
@@ -3833,47 +3803,35 @@ class Chat(Front):
         return self._chunk("{}")
 
     def _tell(self, step):
-        if step.kind == THINKING:
-            return self._think(step.text)
-        text = self._end_think()
-        if step.kind == TEXT:
-            text += self._content(step.text)
-        elif step.kind == CALL:
-            call = self._whole_call(step)
-            text += self._call({"index": step.index, **call})
-        elif step.kind == ARGUMENTS:
-            piece = {"index": step.index, "function": {"arguments": step.text}}
-            text += self._call(piece)
-        elif step.kind == FINISH:
-            text += self._finish(step)
-        return text
+        # A string alone is quoted much faster than an object is encoded.
+        text = "".join([
+            self._chunk(f'{{"{field}":{quote(words)}}}') for field, words in self._words(step)])
+        # Of a call, or of its arguments.
+        if step.index is not None:
+            call = {"function": {"arguments": step.text}}
+            if step.kind == CALL:
+                call = self._whole_call(step)
+            call = encode_text({"index": step.index, **call})
+            text += self._chunk('{"tool_calls":[' + call + "]}")
+        return text + self._finish(step) if step.kind == FINISH else text
+
+    def _words(self, step):
+        """(field, text) of what a step says in words."""
+        words = []
+        is_thinking = step.kind == THINKING
+        # NextChat knows thinking by chunks that begin and end with the tags.
+        if self.reasoning == "raw" and is_thinking != self.in_think:
+            self.in_think = is_thinking
+            words.append(("content", THINK if is_thinking else THINK_END))
+        if step.kind == TEXT or is_thinking and self.reasoning == "raw":
+            words.append(("content", step.text))
+        elif is_thinking and self.reasoning == "parsed":
+            words.append(("reasoning_content", step.text))
+        return words
 
     def _chunk(self, delta, finish_reason="null"):
         choice = f'{{"index":0,"delta":{delta},"logprobs":null,"finish_reason":{finish_reason}}}'
         return self.head + choice + self.tail
-
-    def _content(self, text):
-        # A string alone is quoted much faster than an object is encoded.
-        return self._chunk('{"content":' + quote(text) + "}")
-
-    def _think(self, text):
-        if self.reasoning == "parsed":
-            return self._chunk('{"reasoning_content":' + quote(text) + "}")
-        if self.reasoning == "hidden":
-            return ""
-        # NextChat knows thinking by chunks that begin and end with the tags.
-        opening = "" if self.in_think else self._content(THINK)
-        self.in_think = True
-        return opening + self._content(text)
-
-    def _end_think(self):
-        if not self.in_think:
-            return ""
-        self.in_think = False
-        return self._content(THINK_END)
-
-    def _call(self, call):
-        return self._chunk('{"tool_calls":[' + encode_text(call) + "]}")
 
     def _finish(self, step):
         reason = CHAT_FINISHES.get(step.text, step.text)
@@ -3883,6 +3841,16 @@ class Chat(Front):
         return text + "data: [DONE]\n\n"
 
     def whole(self, fold):
+        words = [pair for item in [*fold.items, fold.end] for pair in self._words(item)]
+        content, thinking = [
+            "".join([text for field, text in words if field == name])
+            for name in ("content", "reasoning_content")]
+        calls = [self._whole_call(item) for item in fold.items if item.kind == CALL]
+        message = {"role": "assistant", "content": content, "refusal": None}
+        if thinking:
+            message["reasoning_content"] = thinking
+        if calls:
+            message.update(content=content or None, tool_calls=calls)
         answer = {
             "id": self.id,
             "object": "chat.completion",
@@ -3890,7 +3858,7 @@ class Chat(Front):
             "model": self.model,
             "choices": [{
                 "index": 0,
-                "message": self._message(fold),
+                "message": message,
                 "logprobs": None,
                 "finish_reason": CHAT_FINISHES.get(fold.end.text, fold.end.text),
             }],
@@ -3898,23 +3866,6 @@ class Chat(Front):
         if fold.end.usage:
             answer["usage"] = fold.end.usage
         return answer
-
-    def _message(self, fold):
-        kinds = (TEXT, THINKING) if self.reasoning == "raw" else (TEXT,)
-        texts = [self._item_text(item) for item in fold.items if item.kind in kinds]
-        calls = [self._whole_call(item) for item in fold.items if item.kind == CALL]
-        content = "".join(texts) if texts or not calls else None
-        message = {"role": "assistant", "content": content, "refusal": None}
-        thinking = fold.text(THINKING)
-        if thinking and self.reasoning == "parsed":
-            message["reasoning_content"] = thinking
-        if calls:
-            message["tool_calls"] = calls
-        return message
-
-    @staticmethod
-    def _item_text(item):
-        return THINK + item.text + THINK_END if item.kind == THINKING else item.text
 
     def _whole_call(self, item):
         """The object of a tool call, from a Step."""
@@ -3944,25 +3895,21 @@ def chat_fields(body, names, others):
     """(fields, changed) of a Request. `others`: fields that are read one by one, and
     those that ask for nothing. What is not known is dropped by name: there are new ones
     each month."""
-    # These APIs take an absent "stream" for false, whatever DEFAULT_STREAM says.
-    fields = {"stream": False}
-    for name, path in names.items():
-        value = dig(body, path)
-        if value is not None:
-            fields[name] = value
-    heads = [path.partition(".")[0] for path in names.values()]
-    known = {*others, *heads}
+    fields = without_nulls({name: dig(body, path) for name, path in names.items()})
+    known = {*others, *[path.partition(".")[0] for path in names.values()]}
     changed = [
         name_of(name) for name, value in body.items()
         if name not in known and asks(name, value)]
-    return fields, changed
+    # These APIs take an absent "stream" for false, whatever DEFAULT_STREAM says.
+    return {"stream": False, **fields}, changed
 
 
 class Itemized(Front):
     """A front that tells an answer as a row of items, one of them open at any time.
 
-    A class has `id_prefix`, with which an answer's id begins; _begin(item),
-    _piece(item, text) and _end(item), which give the SSE text of an item's stages;
+    A class has `id_prefix`, with which an answer's id begins; `kept_statuses`, those of
+    errors that go out as they are, though they cannot heal; _begin(item),
+    _piece(text) and _end(item), which give the SSE text of an item's stages;
     and _finish(step), which sets `answer`, the JSON answer. _end() puts the item into
     `items`.
     """
@@ -3971,9 +3918,7 @@ class Itemized(Front):
         super().__init__(fields.get("model", ""), fields["stream"])
         self.id = new_id(self.id_prefix)
         self.hidden = hidden  # thinking is not told
-        self.tally = Tally()
-        self.open = None  # the step that began it
-        self.pieces = []  # its text so far
+        self.open = Fold()  # the item that is open, if one is
         self.items = []  # the finished ones, in the client's terms
         self.finish = None
         self.answer = None
@@ -3987,28 +3932,30 @@ class Itemized(Front):
             self.finish = step.text
             return self._close() + self._finish(step)
         text = ""
-        # Arguments belong to the call that is open, and another call never does.
-        goes_on = kind != CALL and self.open and self.open.kind == kind
-        if kind != ARGUMENTS and not goes_on:
-            text = self._close()
-            self.open = step
-            self.pieces = []
-            text += self._begin(self.open)
-        if step.text:
-            self.tally.add(step)
-            self.pieces.append(step.text)
-            text += self._piece(self.open, step.text)
-        return text
+        if self.open.put(step):
+            began = self.open.runs.pop()
+            text = self._close() + self._begin(step)
+            self.open.runs.append(began)
+        return text + self._piece(step.text) if step.text else text
 
     def _close(self):
-        item = self.open
-        self.open = None
-        return self._end(item._replace(text="".join(self.pieces))) if item else ""
+        ended = self.open.items
+        self.open.runs.clear()
+        return "".join(map(self._end, ended))
 
     def whole(self, fold):
         """The answer that the same steps give as a stream."""
         self.tell([*fold.items, fold.end])
         return self.answer
+
+    @classmethod
+    def status(cls, error):
+        """What cannot heal is a 400 where nothing else is meant: agents show that at
+        once, with our words alone, and repeat a 5xx up to 30 times."""
+        if error.status in cls.kept_statuses and error.code != NO_MODEL.code:
+            return error.status
+        hopeless = error.retryable is False or error.status < 500
+        return INVALID.status if hopeless else error.status
 
 
 # For an answer without usage.
@@ -4051,9 +3998,6 @@ ANTHROPIC_ERRORS = {
     503: "overloaded_error",
     504: "timeout_error",
 }
-# What cannot heal has a status that Claude Code shows at once, with our words alone: it
-# repeats a 5xx, and puts "Please run /login" in front of a 403.
-HOPELESS_STATUSES = {403: 400, 500: 400, 502: 400}
 NO_THREADS = "thread_unsupported_request"
 
 
@@ -4061,6 +4005,9 @@ class Messages(Itemized):
     """Anthropic's Messages API: POST /v1/messages."""
 
     id_prefix = "msg_"
+    # In front of a 403 Claude Code puts "Please run /login". At a 404 for a model it
+    # tells of its own settings, and our words are lost.
+    kept_statuses = (401, 402, 404, 405, 408, 413, 426, 429, 503)
 
     @classmethod
     def read(cls, body, caller, settings):
@@ -4087,8 +4034,8 @@ class Messages(Itemized):
             fields, names, changed, agents=True, claude=True, prompt=prompt)
 
     def opening(self):
-        return typed_event("message_start", message=self._message(
-            {**NO_USAGE, "prompt_tokens": self.asked.tokens}, [], None))
+        usage = {**NO_USAGE, "prompt_tokens": self.asked.tokens}
+        return typed_event("message_start", message=self._message(usage))
 
     def heartbeat(self):
         return typed_event("ping")
@@ -4097,15 +4044,15 @@ class Messages(Itemized):
         return typed_event(**self.error(error))
 
     def _begin(self, item):
-        self.block = dict(BLOCKS[item.kind][0])
+        block, self.delta_type, self.field = BLOCKS[item.kind]
+        self.block = dict(block)
         if item.kind == CALL:
             self.block["id"] = item.id
             self.block["name"] = self.find_tool(item.name)["name"]
         return self._event("start", content_block=self.block)
 
-    def _piece(self, item, text):
-        _, delta_type, field = BLOCKS[item.kind]
-        return self._event("delta", delta={"type": delta_type, field: text})
+    def _piece(self, text):
+        return self._event("delta", delta={"type": self.delta_type, self.field: text})
 
     def _end(self, item):
         text = self._event("stop")
@@ -4122,18 +4069,16 @@ class Messages(Itemized):
         return text
 
     def _finish(self, step):
-        stop_reason = "stop_sequence" if step.name else STOP_REASONS[step.text]
-        answer = self._message(step.usage, self.items, stop_reason, step.name)
-        self.answer = answer
-        delta = {name: answer[name] for name in ("stop_reason", "stop_sequence")}
-        end = typed_event("message_delta", delta=delta, usage=answer["usage"])
+        reason = "stop_sequence" if step.name else STOP_REASONS[step.text]
+        delta = {"stop_reason": reason, "stop_sequence": step.name}
+        self.answer = self._message(step.usage or NO_USAGE, content=self.items, **delta)
+        end = typed_event("message_delta", delta=delta, usage=self.answer["usage"])
         return end + typed_event("message_stop")
 
     def _event(self, name, **fields):
         return typed_event(f"content_block_{name}", index=len(self.items), **fields)
 
-    def _message(self, usage, content, stop_reason, stop_word=None):
-        usage = usage or NO_USAGE
+    def _message(self, usage, **end):
         cached = usage["prompt_tokens_details"]["cached_tokens"]
         # Anthropic counts the cached tokens apart.
         counts = {
@@ -4147,10 +4092,11 @@ class Messages(Itemized):
             "type": "message",
             "role": "assistant",
             "model": self.model,
-            "content": content,
-            "stop_reason": stop_reason,
-            "stop_sequence": stop_word,
+            "content": [],
+            "stop_reason": None,
+            "stop_sequence": None,
             "usage": counts,
+            **end,
         }
 
     @staticmethod
@@ -4164,15 +4110,9 @@ class Messages(Itemized):
             told["details"] = {"error_code": error.code}
         return {"type": "error", "error": told, "request_id": request_id or None}
 
-    @staticmethod
-    def status(error):
-        if error.type == QUOTA.type:
-            return QUOTA.status
-        # At a 404 Claude Code tells of its own settings, and our words are lost.
-        if error.code == NO_MODEL.code:
-            return INVALID.status
-        hopeless = HOPELESS_STATUSES if error.retryable is False else {}
-        return hopeless.get(error.status, error.status)
+    @classmethod
+    def status(cls, error):
+        return QUOTA.status if error.type == QUOTA.type else super().status(error)
 
 
 # Responses ############################################################################
@@ -4236,23 +4176,17 @@ INCOMPLETE = {
 }
 # The codes of a failure that mean something to Codex.
 FAILURES = ("insufficient_quota", "context_length_exceeded", "rate_limit_exceeded")
-# Statuses that go out as they are: a 401 makes clients ask for a key, and the others
-# Codex takes as they are meant. A 503 with this code it waits out.
-KEPT_STATUSES = (401, 404, 405, 408, 426, 429, 503)
+# A 503 with this code Codex waits out.
 OVERLOAD_CODE = "server_is_overloaded"
-
-
-# The fields whose text is told as a whole, in the end.
-HELD_FIELDS = ("input", "encrypted_content")
 
 
 class Shape(NamedTuple):
     """How an item of one kind is told."""
-    id: str      # what its id begins with
-    item: dict   # its beginning
-    field: str   # the one of its fields where its text is in the end
-    events: str  # what the events are called that bring the text, if any do
-    place: dict  # what these events have beside
+    id: str           # what its id begins with
+    item: dict        # its beginning
+    field: str        # the one of its fields where its text is in the end
+    place: dict       # what the events that bring it have beside
+    events: str = ""  # what they are called, if there are any
     # The part that stands around some texts, and its events.
     part: dict | None = None
     part_events: str = ""
@@ -4263,8 +4197,8 @@ SHAPES = {
         "rs_",
         {"type": "reasoning", "summary": []},
         "summary",
-        "reasoning_summary_text",
         {"summary_index": 0},
+        "reasoning_summary_text",
         {"type": "summary_text"},
         "reasoning_summary_part",
     ),
@@ -4272,8 +4206,8 @@ SHAPES = {
         "msg_",
         {"type": "message", "role": "assistant", "content": []},
         "content",
-        "output_text",
         {"content_index": 0, "logprobs": []},
+        "output_text",
         {"type": "output_text", "annotations": [], "logprobs": []},
         "content_part",
     ),
@@ -4281,17 +4215,17 @@ SHAPES = {
         "fc_",
         {"type": "function_call", "arguments": ""},
         "arguments",
-        "function_call_arguments",
         {},
+        "function_call_arguments",
     ),
     "custom": Shape(
         "ctc_",
         {"type": "custom_tool_call", "input": ""},
         "input",
-        "custom_tool_call_input",
         {},
+        "custom_tool_call_input",
     ),
-    "compaction": Shape("cmp_", {"type": "compaction"}, "encrypted_content", "", {}),
+    "compaction": Shape("cmp_", {"type": "compaction"}, "encrypted_content", {}),
 }
 
 
@@ -4301,34 +4235,29 @@ PATCH_LINE = re.compile(
     re.MULTILINE)
 
 
-def bare_patch(value):
-    """The patch for Codex's apply_patch in what a model has written, which may be a
-    command, with a fence or a script around it; None if there is none."""
-    inner = [value]
+def unwrap_input(arguments, name):
+    """The text for the custom tool of that name. Models give its field other names, or
+    leave out the JSON. Codex's apply_patch takes a bare patch, and they write it into a
+    command, or a fence or a script around it."""
+    value = decode_or_none(arguments)
+    inner = [arguments if value is None else value]
     # They become more while they are gone through.
     for part in inner:
         if isinstance(part, dict):
             inner += part.values()
         elif isinstance(part, list):
             inner += part
-        elif isinstance(part, str) and "*** Begin Patch" in part:
-            begin = part.index("*** Begin Patch")
-            end = part.rfind("*** End Patch")
-            if end > begin:
-                return PATCH_LINE.sub(r"\1", part[begin:end] + "*** End Patch")
-    return None
-
-
-def unwrap_input(arguments, name):
-    """The text for the custom tool of that name. Models give its field other names, or
-    leave out the JSON."""
-    value = decode_or_none(arguments)
-    patch = bare_patch(value or arguments) if name == "apply_patch" else None
-    if isinstance(value, dict):
-        texts = [text for text in value.values() if isinstance(text, str)]
-        only = texts[0] if len(texts) == 1 else None
-        value = value.get("input", only)
-    return patch or (value if isinstance(value, str) else arguments)
+    texts = [part for part in inner if isinstance(part, str)]
+    if name == "apply_patch":
+        for text in texts:
+            _, begin, rest = text.partition("*** Begin Patch")
+            patch, end, _ = rest.rpartition("*** End Patch")
+            if end:
+                return PATCH_LINE.sub(r"\1", begin + patch + end)
+    text = dig(value, "input")
+    if isinstance(text, str):
+        return text
+    return texts[0] if len(texts) == 1 else arguments
 
 
 def to_responses_usage(usage):
@@ -4381,11 +4310,13 @@ class Responses(Itemized):
     """OpenAI's Responses API: POST /v1/responses."""
 
     id_prefix = "resp_"
+    # A 401 makes clients ask for a key, and the others Codex takes as they are meant.
+    kept_statuses = (401, 404, 405, 408, 426, 429, 503)
 
     def __init__(self, body, fields, hidden, caller):
         super().__init__(fields, hidden)
         # opening() has the numbers 0 and 1; it may be made behind the first steps.
-        self.number = 2
+        self.numbers = itertools.count(2)
         self.caller = caller
         self.compacts = False
         include = expect(body.get("include", []), list, "include")
@@ -4417,7 +4348,11 @@ class Responses(Itemized):
         if front.base["store"]:
             caller.keep(front.id, {"previous": previous, "turns": turns})
         if turns[-1:] == [COMPACTION_TRIGGER]:
-            front.compact(fields)
+            # GLM sums the conversation up, in one item.
+            front.compacts = front.hidden = True
+            turns = [*turns[:-1], {"role": "user", "content": COMPACT}]
+            fields.update(messages=turns, tool_choice="none", thinking={"type": "disabled"})
+            fields.pop("response_format", None)
         reasoning = front.base["reasoning"]
         # That is how Codex asks for thinking if it does not know the model.
         asks = reasoning["summary"] and not reasoning["effort"]
@@ -4429,13 +4364,6 @@ class Responses(Itemized):
             fields, RESPONSES_NAMES, changed, agents=True, prompt=fields.pop("prompt", None),
             earlier=earlier, recall=caller.recall)
 
-    def compact(self, fields):
-        """Have GLM sum the conversation up, in one item."""
-        self.compacts = self.hidden = True
-        turns = [*fields["messages"][:-1], {"role": "user", "content": COMPACT}]
-        fields.update(messages=turns, tool_choice="none", thinking={"type": "disabled"})
-        fields.pop("response_format", None)
-
     def opening(self):
         response = self._response("in_progress", output=[])
         return "".join(
@@ -4445,9 +4373,7 @@ class Responses(Itemized):
     def heartbeat(self):
         """Behind the first item some clients take response.in_progress for a new
         start."""
-        if self.open and self.shape.events:
-            return self._delta("")
-        return self._response_event("in_progress")
+        return self.open.runs and self._delta("") or self._response_event("in_progress")
 
     def failure(self, error):
         """Two events: some clients overlook the one, some the other."""
@@ -4467,9 +4393,8 @@ class Responses(Itemized):
         return text + self._response_event("failed", error=failure)
 
     def _begin(self, item):
-        tool = {}
-        if item.kind == CALL:
-            tool = {**self.find_tool(item.name), "call_id": item.id}
+        is_call = item.kind == CALL
+        tool = {**self.find_tool(item.name), "call_id": item.id} if is_call else {}
         # Custom tools alone have a shape by their type.
         kind = "compaction" if self.compacts else tool.get("type")
         self.shape = SHAPES.get(kind, SHAPES[item.kind])
@@ -4484,26 +4409,20 @@ class Responses(Itemized):
             "item_id": self.item["id"], "output_index": len(self.items), **self.shape.place}
         return self._item_event("added") + self._part_event("added", "")
 
-    def _piece(self, item, text):
-        return "" if self.shape.field in HELD_FIELDS else self._delta(text)
+    def _piece(self, text):
+        # A custom tool gets what stands inside the JSON, in the end.
+        return "" if self.shape.field == "input" else self._delta(text)
 
     def _end(self, item):
         text = item.text
         events = ""
         shape = self.shape
         if shape.field == "input":
-            # A custom tool gets what stands inside the JSON.
             text = unwrap_input(text, self.item["name"])
             events = self._delta(text)
-        told = {"text": text}
-        if shape.part:
-            self.item[shape.field] = [{**shape.part, **told}]
-        else:
-            self.item[shape.field] = text
-            told = {shape.field: text, "name": self.item.get("name")}
-        if shape.events:
-            events += self._inner_event(f"{shape.events}.done", **told)
-        events += self._part_event("done", text)
+        self.item[shape.field] = [{**shape.part, "text": text}] if shape.part else text
+        told = {"text": text} if shape.part else {shape.field: text, "name": self.item.get("name")}
+        events += self._text_event("done", **told) + self._part_event("done", text)
         if item.kind == THINKING and self.keeps_thinking:
             self.item["encrypted_content"] = MARK + text
         self.item["status"] = self._end_status()
@@ -4534,26 +4453,27 @@ class Responses(Itemized):
         return {**self.base, "status": status, "output": self.items, **fields}
 
     def _event(self, event_type, **fields):
-        number = self.number
-        self.number += 1
-        return typed_event(event_type, sequence_number=number, **fields)
+        return typed_event(event_type, sequence_number=next(self.numbers), **fields)
 
     def _item_event(self, stage):
         return self._event(
             f"response.output_item.{stage}", output_index=len(self.items), item=self.item)
 
     def _part_event(self, stage, text):
-        shape = self.shape
-        if not shape.part:
-            return ""
-        return self._inner_event(
-            f"{shape.part_events}.{stage}", part={**shape.part, "text": text})
+        part = self.shape.part
+        events = self.shape.part_events
+        return self._inner_event(events, stage, part=part and {**part, "text": text})
+
+    def _text_event(self, stage, **fields):
+        return self._inner_event(self.shape.events, stage, **fields)
 
     def _delta(self, text):
-        return self._inner_event(f"{self.shape.events}.delta", delta=text)
+        return self._text_event("delta", delta=text)
 
-    def _inner_event(self, event_type, **fields):
-        return self._event(f"response.{event_type}", **self.place, **fields)
+    def _inner_event(self, events, stage, **fields):
+        if not events:
+            return ""
+        return self._event(f"response.{events}.{stage}", **self.place, **fields)
 
     @staticmethod
     def get_error():
@@ -4569,15 +4489,6 @@ class Responses(Itemized):
             value["error"]["code"] = OVERLOAD_CODE
         return value
 
-    @staticmethod
-    def status(error):
-        """Codex sends everything 30 times at a 5xx and six times at most others; a 400
-        it shows at once."""
-        if error.status in KEPT_STATUSES and error.code != NO_MODEL.code:
-            return error.status
-        hopeless = error.retryable is False or error.status < 500
-        return 400 if hopeless else error.status
-
 
 class Compaction(Responses):
     """POST /v1/responses/compact: the same as COMPACTION_TRIGGER, as a JSON answer."""
@@ -4591,10 +4502,8 @@ class Compaction(Responses):
     def whole(self, fold):
         answer = super().whole(fold)
         return {
-            "id": self.id,
+            **{name: answer[name] for name in ("id", "created_at", "output")},
             "object": "response.compaction",
-            "created_at": answer["created_at"],
-            "output": answer["output"],
             "usage": answer["usage"] or to_responses_usage(NO_USAGE),
         }
 
@@ -5744,7 +5653,7 @@ class Upstream:
                 value, status, now=now, model=job.model,
                 max_tokens=job.asked.body.get("max_tokens"),
                 patience_s=self.settings.queue_timeout,
-                retry_after=seconds_to_wait(retry_after, now))
+                retry_after=seconds_to_wait(retry_after))
 
         return Answer(Translator(job.asked, restartable=not job.streamed, describe=describe))
 
@@ -6022,20 +5931,6 @@ class Histogram:
         yield f"_count {total}"
 
 
-def gate_counts(gates, queued):
-    """What Gates.state() gives, by labels: ({model: how many queue}, {key, model:
-    ceiling}). Models that the table does not know share a label: their queues are added
-    up, and the lowest of their ceilings is told."""
-    waiting = collections.Counter({("other",): 0})
-    for model, count in queued.items():
-        waiting[(model_label(model),)] += count
-    ceilings = {}
-    for key, model, ceiling in gates:
-        place = (key, model_label(model))
-        ceilings[place] = min(ceiling, ceilings.get(place, ceiling))
-    return waiting, ceilings
-
-
 class Metrics:
     """All that /metrics and /stats tell. The threads of all requests report here."""
 
@@ -6115,8 +6010,9 @@ class Metrics:
 
     def families(self, gates, queued):
         """(name, type, help, samples) of each metric. To add a metric, add a row."""
-        waiting, ceilings = gate_counts(gates, queued)
         counts = self.counts
+        ceilings = {
+            (key, model): ceiling for key, model, ceiling in gates if model in MODELS}
         return (
             ("requests_total", "counter", "Requests, by status; 499: the client left.",
              samples(("model", "status", "key"), self.requests)),
@@ -6127,8 +6023,8 @@ class Metrics:
             ("request_duration_seconds", "histogram", "Until an answer's end.",
              self.duration.samples()),
             ("requests_queued", "gauge", "Requests waiting for a slot.",
-             samples(("model",), waiting)),
-            ("concurrency_ceiling", "gauge", "Slots, set or learned.",
+             [f" {sum(queued.values())}"]),
+            ("concurrency_ceiling", "gauge", "Slots of known models, set or learned.",
              samples(("key", "model"), ceilings)),
             ("unauthorized_total", "counter", "Requests without a valid key.",
              [f" {counts['unauthorized']}"]),
@@ -6138,8 +6034,6 @@ class Metrics:
              [f" {counts['retries']}"]),
             ("repaired_frames_total", "counter", "Z.ai's events skipped or mended.",
              [f" {counts['repaired']}"]),
-            ("cancelled_total", "counter", "Requests whose client left.",
-             [f" {counts['cancelled']}"]),
             ("process_start_time_seconds", "gauge", "Start, Unix time.",
              [f" {self.began:.3f}"]),
         )
@@ -6913,7 +6807,7 @@ def demo_call(tools, text):
     for tool in tools:
         function = tool.get("function", {})
         if f"call {function.get('name')}" in text:
-            required = function.get("parameters", {}).get("required", ())
+            required = dig(function, "parameters.required") or ()
             arguments = encode_text(dict.fromkeys(required, "demo"))
             called = {"name": function["name"], "arguments": arguments}
             return {"tool_calls": [{"id": new_id("call_"), "index": 0, "function": called}]}
@@ -6927,7 +6821,7 @@ def demo_deltas(request):
     text = last.get("content") or ""
     if isinstance(text, list):
         text = " ".join(part.get("text", "") for part in text)
-    if request.get("thinking", {}).get("type") != "disabled":
+    if dig(request, "thinking.type") != "disabled":
         for word in DEMO_THOUGHT.split():
             yield {"reasoning_content": f"{word} "}
     # The result of a tool asks for no further call.
@@ -6937,7 +6831,7 @@ def demo_deltas(request):
         return
     echo = text[-DEMO_ECHO:]
     answer = f"Demo of ZtoApi. The {last['role']} said: {echo}"
-    if request.get("response_format", {}).get("type") == "json_object":
+    if dig(request, "response_format.type") == "json_object":
         answer = encode_text({"demo": True, "echo": echo})
     for word in re.findall(r"\S+\s*", answer):
         yield {"content": word}
