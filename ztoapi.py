@@ -1717,7 +1717,10 @@ class Piece(dict):
     __slots__ = ("kind", "path", "role", "turn")
 
     def __init__(self, value, path, kind=None, role="", turn=0):
-        dict.__init__(self, expect(value, dict, path))
+        # Most need no check, nor the path for it.
+        if not isinstance(value, dict):
+            expect(value, dict, path)
+        dict.__init__(self, value)
         self.path = path
         self.role = role
         self.turn = turn
@@ -1726,6 +1729,8 @@ class Piece(dict):
     def need(self, key, type, default=None):
         """self[key], or else the default, if it is of that type."""
         value = self.get(key)
+        if isinstance(value, type):
+            return value
         return expect(default if value is None else value, type, (self.path, key))
 
     def tools(self):
