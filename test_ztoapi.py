@@ -2147,7 +2147,7 @@ S, U, A, DOT = system("S"), user("U"), assistant("A"), user(".")
 
 # To add a request that is refused, add a row: the fields that are wrong, the param of the 400.
 BAD_REQUESTS = [
-    *(({"model": value}, "model") for value in (None, "", "  ", 5, ["glm-4.6"], {}, True, "[1m]", "x" * 257)),
+    *(({"model": value}, "model") for value in (None, "", 5, ["glm-4.6"], {}, True, "x" * 257)),
     *(({"messages": value}, "messages") for value in (None, [], "Hi", {}, 5)),
     *(({"messages": [value]}, "messages[0]") for value in (None, "Hi", 5, [])),
     *(({"messages": [{"role": value, "content": "x"}]}, "messages[0].role")
@@ -2195,7 +2195,6 @@ BAD_REQUESTS = [
     *(({"reasoning_format": value}, "reasoning_format") for value in ("", "think", 5)),
     *(({"response_format": {"type": value}}, "response_format.type") for value in ("xml", 5, None)),
     ({"response_format": {}}, "response_format.type"),
-    ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
     (schema("x"), "response_format.json_schema"),
     (schema({"name": "a", "schema": []}), "response_format.json_schema.schema"),
     *(({"tools": value}, "tools") for value in ("x", {}, 5, [TOOL] * 129)),
@@ -2719,7 +2718,7 @@ def test_a_choice_of_a_tool_that_was_left_out_fails_nothing(choice, left):
 def test_a_json_schema_becomes_json_object_with_the_schema_in_a_system_line():
     wanted = {"type": "object", "properties": {"größe": {"type": "number"}}, "required": ["größe"]}
     body, changed = to_zai(chat_body(**schema({"name": "a", "strict": True, "schema": wanted})))
-    line, *rest = body["messages"]
+    *rest, line = body["messages"]
     assert (body["response_format"], changed) == ({"type": "json_object"}, {"response_format"})
     assert (line["role"], rest) == ("system", [user("Hi")])
     assert json.loads(line["content"][line["content"].index("{"):]) == wanted
@@ -5513,7 +5512,7 @@ def test_a_tool_and_its_choice_in_any_form(door, tool):
         body = {"model": "glm-4.6", FIELD_OF_TURNS[door]: [U], "tools": [TOOL2, tool], "tool_choice": choice}
         front, result = by_door(door, body)
         assert result.body["tools"] == function(name="f", description="d", parameters={"type": "object"})["tools"]
-        assert "calling the tool f" in result.body["messages"][0]["content"]
+        assert "calling the tool f" in result.body["messages"][-1]["content"]
         assert front.find_tool("f")["name"] == "f"
     # An item may bring tools, too.
     turns = [{"type": "additional_tools", "tools": [tool]}, U]

@@ -1399,37 +1399,31 @@ MOST_TOOLS = 128
 LONGEST_STOP_WORD = 256
 
 
+def by_word(kinds):
+    """{word: kind} for {kind: "word word"}."""
+    return {word: kind for kind, words in kinds.items() for word in words.split()}
+
+
 # What the proxy reads itself. Fields of chat that are in no table go to Z.ai as they
 # are.
-FIELDS = {
-    "model": str,
-    "messages": list,
-    "stream": bool,
-    "stream_options": dict,
-    "n": int,
-    "temperature": NUMBER,
-    "top_p": NUMBER,
-    "max_tokens": int,
-    "max_completion_tokens": int,
-    "stop": (str, list),
-    "user": str,
-    "response_format": dict,
-    "tools": list,
-    "tool_choice": (str, dict),
-    "parallel_tool_calls": bool,
-    "reasoning_effort": str,
-    "reasoning_format": str,
-}
+FIELDS = by_word({
+    str: "model user reasoning_effort reasoning_format",
+    bool: "stream parallel_tool_calls",
+    int: "n max_tokens max_completion_tokens",
+    NUMBER: "temperature top_p",
+    list: "messages tools",
+    dict: "stream_options response_format",
+    (str, list): "stop",
+    (str, dict): "tool_choice",
+})
 # Bounds of a number, or of the length of a string or an array.
-RANGES = {
-    "model": (0, LONGEST_NAME),
-    "messages": (1, INFINITY),
-    "n": (1, 1),
-    "temperature": (0, 2),
-    "top_p": (0, 1),
-    "max_tokens": (1, INFINITY),
-    "max_completion_tokens": (1, INFINITY),
-}
+RANGES = by_word({
+    (1, LONGEST_NAME): "model",
+    (1, INFINITY): "messages max_tokens max_completion_tokens",
+    (1, 1): "n",
+    (0, 2): "temperature",
+    (0, 1): "top_p",
+})
 UNITS = {str: " characters long", list: " items long"}
 # Fields of OpenAI's and of others that Z.ai has no use for. What the last line wishes
 # for thinking is kept.
@@ -1462,13 +1456,7 @@ WISHES = """
 READ_FIELDS = DROPPED.union(FIELDS, ("thinking", "enable_thinking"))
 # The words for on, off, no wish and the efforts.
 WISH_WORDS = {
-    "enabled": True,
-    "adaptive": True,
-    "true": True,
-    "disabled": False,
-    "false": False,
-    "auto": None,
-    "default": None,
+    **by_word({True: "enabled adaptive true", False: "disabled false", None: "auto default"}),
     **dict(zip(EFFORTS, EFFORTS)),
     "ultra": "max",
 }
@@ -1493,7 +1481,7 @@ FAMILIES = {
     GRADED: (SWITCHED, GRADES),
     ALWAYS: (NEVER_OFF, GRADES),
     # A model that the table does not know gets the words that were sent.
-    None: (SWITCHED, dict(zip(EFFORTS, EFFORTS))),
+    None: (SWITCHED, WISH_WORDS),
 }
 
 
@@ -1531,8 +1519,6 @@ def read_json_object(data):
         value = decode_strictly(data.decode("utf-8-sig"))
     except RecursionError:
         raise RequestError("The body is nested too deeply.") from None
-    except UnicodeDecodeError:
-        raise RequestError("The body is not UTF-8 text.") from None
     except ValueError as error:
         raise RequestError(f"The body is not valid JSON: {error}.") from None
     if not isinstance(value, dict):
@@ -1567,18 +1553,14 @@ def wrong(path, words, **facts):
     return RequestError(f"'{param}' {words}.", param, **facts)
 
 
-def missing(path):
-    param = spelled(path)
-    return RequestError(
-        f"Missing required parameter: '{param}'.", param, code="missing_required_parameter")
-
-
 def expect(value, type, path):
     """`value`, if it is of that type, one of TYPES."""
     # In Python, true and false are numbers too.
-    if not isinstance(value, type) or isinstance(value, bool) and type is not bool:
-        raise wrong(path, f"must be {TYPES[type]}", code="invalid_type")
-    return value
+    if isinstance(value, type) and (type is bool or not isinstance(value, bool)):
+        return value
+    if value is None:
+        raise wrong(path, "is missing", code="missing_required_parameter")
+    raise wrong(path, f"must be {TYPES[type]}", code="invalid_type")
 
 
 def need_word(value, words, path):
@@ -1593,6 +1575,11 @@ def need_within(value, bounds, path):
     if not low <= size <= high:
         bound = f"at least {low}" if size < low else f"at most {high}"
         raise wrong(path, f"must be {bound}{unit}")
+
+
+def as_list(value):
+    """`value` if it is a list, else one of it alone."""
+    return value if isinstance(value, list) else [value]
 
 
 def dig(value, path):
@@ -1649,35 +1636,28 @@ def estimate_tokens(text, pictures=()):
 # or blocks of a message, and calls. Each is a dict with a type, or with a role.
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-def by_type(**kinds):
-    return {type: kind for kind, types in kinds.items() for type in types.split()}
-
-
 # The media that Z.ai takes, as the text in their place calls them.
-MEDIA = by_type(
-    image="image_url input_image image",
-    video="video_url video",
-    file="file_url input_file file document",
-)
+MEDIA = by_word({
+    "image": "image_url input_image image",
+    "video": "video_url video",
+    "file": "file_url input_file file document",
+})
 # Who reads a piece, by its type: a method of the Reader. To teach it a type, add it
 # here. A part shows something, in a message or in the output of a tool.
-PARTS = {
-    **dict.fromkeys(MEDIA, "media"),
-    **by_type(
-        text="text input_text output_text refusal compaction",
-        words="input_audio audio search_result tool_reference resource resource_link"),
-}
+PARTS = by_word({
+    "read_text": "text input_text output_text refusal compaction",
+    "read_media": " ".join(MEDIA),
+    "read_words": "input_audio audio search_result tool_reference resource resource_link",
+})
 # An item stands among the turns, or inside a message.
-ITEMS = by_type(
-    message="message",
-    thinking="thinking reasoning",
-    call="function function_call custom custom_tool_call tool_use tool_call",
-    output="function_call_output custom_tool_call_output tool_result",
-    reference="item_reference",
-    tools="additional_tools",
-)
-# The types of tools that take a text, which is one of their arguments at Z.ai.
-CUSTOM_TYPES = ("custom", "custom_tool_call")
+ITEMS = by_word({
+    "read_message": "message",
+    "read_thinking": "thinking reasoning",
+    "read_call": "function function_call custom custom_tool_call tool_use tool_call",
+    "read_output": "function_call_output custom_tool_call_output tool_result",
+    "read_reference": "item_reference",
+    "read_tools": "additional_tools",
+})
 # Names of one meaning: the first that holds something counts.
 THOUGHT_FIELDS = ("thinking", "reasoning", "content", "summary")
 CHAT_THOUGHT_FIELDS = ("reasoning_content", "reasoning")
@@ -1701,7 +1681,7 @@ MARK = "ztoapi:"
 BILLING = re.compile("^x-anthropic-billing-header:.*\n?", re.MULTILINE)
 
 # The models that take OpenAI's own "file" part. One with a URL goes to all that see.
-FILE_MODELS = ("glm-5.3-flash", "glm-5.3-flashx")
+FILE_MODELS = ("GLM-5.3-Flash", "GLM-5.3-FlashX")
 # Z.ai refuses empty messages. The first stands for a user who says nothing, the other
 # for a tool that has brought nothing.
 NO_WORDS = "."
@@ -1737,16 +1717,14 @@ class Piece(dict):
     __slots__ = ("kind", "path", "role", "turn")
 
     def __init__(self, value, path, kind=None, role="", turn=0):
+        # Most need no check, nor the path for it.
         if not isinstance(value, dict):
             expect(value, dict, path)
         dict.__init__(self, value)
         self.path = path
         self.role = role
         self.turn = turn
-        self.kind = self.get("type") or kind
-        # The usual case needs no path.
-        if not isinstance(self.kind, str):
-            expect(self.kind, str, (path, "type"))
+        self.kind = expect(self.get("type") or kind, str, (path, "type"))
 
     def need(self, key, type, default=None):
         """self[key], or else the default, if it is of that type."""
@@ -1755,12 +1733,10 @@ class Piece(dict):
             return value
         return expect(default if value is None else value, type, (self.path, key))
 
-    def pieces(self, key, kind):
-        """The Pieces in a list, which may be absent."""
-        path = (self.path, key)
-        return [
-            Piece(value, (path, i), kind, self.role, self.turn)
-            for i, value in enumerate(self.need(key, list, []))]
+    def tools(self):
+        """The Pieces in the list of tools, which may be absent."""
+        tools = enumerate(self.need("tools", list, []))
+        return [Piece(tool, ((self.path, "tools"), i), "function") for i, tool in tools]
 
     def unfold(self):
         """Make chat's nesting, {"type": X, X: {...}}, as flat as the others have it."""
@@ -1769,10 +1745,6 @@ class Piece(dict):
             self.path = (self.path, self.kind)
             self.update(expect(inner, dict, self.path))
         return self
-
-
-def text_part(text):
-    return {"type": "text", "text": text}
 
 
 def json_text(value):
@@ -1800,22 +1772,19 @@ def words_in(value, depth=0):
     # The data of another type is a picture's, say, and no words.
     if kind == "text":
         texts.append(value.get("data"))
-    address = first(value, (kind, *ADDRESS_FIELDS))
-    return lines(*heads, lines(*texts) or words_in(address, depth))
+    text = lines(*texts) or words_in(first(value, (kind, *ADDRESS_FIELDS)), depth)
+    return lines(*heads, text)
 
 
 def media_part(value, noun):
     """A picture, a video or a file in Z.ai's form; None if there is nothing of it."""
-    form = noun + "_url"
-    given = as_dict(value.get(form))
-    value = {**value, **as_dict(value.get("source")), **given}
-    url = first(value, URL_FIELDS)
-    data = first(value, DATA_FIELDS)
-    # The type is that of the source, if there is one.
-    if value["type"] == "text":
+    source = as_dict(value.get("source")) or value
+    url = first(source, URL_FIELDS)
+    data = first(source, DATA_FIELDS)
+    if source.get("type") == "text":
         return None
     if data:
-        url = f"data:{first(value, FORMAT_FIELDS)};base64,{data}"
+        url = f"data:{first(source, FORMAT_FIELDS)};base64,{data}"
     if noun == "file":
         file = value.get("file")
         data = value.get("file_data") or data and url
@@ -1823,7 +1792,9 @@ def media_part(value, noun):
             file = {"filename": value.get("filename") or "file", "file_data": data}
         if isinstance(file, dict):
             return {"type": noun, noun: file}
-    return {"type": form, form: given or {"url": url}} if isinstance(url, str) else None
+    form = noun + "_url"
+    url = url if isinstance(url, dict) else {"url": url}
+    return {"type": form, form: url} if isinstance(url.get("url"), str) else None
 
 
 UNIONS = ("anyOf", "oneOf", "allOf")
@@ -1839,8 +1810,7 @@ TYPE_NAMES = {
 def schema_at(reference, root):
     """The schema at "#/$defs/Panel"; an empty one if there is none."""
     for key in str(reference).split("/")[1:]:
-        key = urllib.parse.unquote(key).replace("~1", "/").replace("~0", "~")
-        root = as_dict(root).get(key)
+        root = as_dict(root).get(key.replace("~1", "/").replace("~0", "~"))
     return as_dict(root)
 
 
@@ -1868,14 +1838,10 @@ def allowed_types(schema, root):
     """The JSON types that a schema allows, empty if it does not say."""
     allowed = set()
     for branch in branches(schema, root):
-        types = branch.get("type")
-        values = branch.get("enum")
-        if isinstance(types, str):
-            allowed.add(types)
-        elif isinstance(types, list):
-            allowed.update(map(str, types))
-        elif isinstance(values, list):
-            allowed.update(TYPE_NAMES[type(value)] for value in values)
+        if "type" in branch:
+            allowed.update(map(str, as_list(branch["type"])))
+        elif "enum" in branch:
+            allowed.update(TYPE_NAMES[type(value)] for value in as_list(branch["enum"]))
         else:
             return set()
     return allowed
@@ -1895,21 +1861,16 @@ def mend_arguments(arguments):
     What is whole stays as it is; what was encoded twice is decoded once; any other text
     becomes the one value of an object.
     """
-    if not isinstance(arguments, str):
-        text = json_text(arguments)
-        if isinstance(arguments, dict):
-            return text
-        arguments = text
-    if arguments.strip() in ("", "null"):
+    given = arguments if isinstance(arguments, str) else json_text(arguments)
+    if isinstance(arguments, dict):
+        return given
+    if given.strip() in ("", "null"):
         return "{}"
-    text = arguments
-    value = decode_or_none(text, decode_strictly)
-    if isinstance(value, str):
-        text = value
-        value = decode_or_none(text, decode_strictly)
-    if isinstance(value, dict):
-        return text
-    return json_text({"arguments": arguments})
+    value = decode_or_none(given, decode_strictly)
+    inner = decode_or_none(value, decode_strictly) if isinstance(value, str) else value
+    if not isinstance(inner, dict):
+        return json_text({"arguments": given})
+    return given if inner is value else value
 
 
 def call_id(id):
@@ -1923,13 +1884,14 @@ def meaning_of(call):
 
 
 def read_wish(value, path):
-    """True or False for whether to think, an effort for how much; None for no wish."""
+    """True or False for whether to think, an effort for how much; all else is no
+    wish."""
     if isinstance(value, str):
         need_word(value, WISH_WORDS, path)
         return WISH_WORDS[value]
     if type(value) is int and value >= 0:
         return next(effort for most, effort in BUDGETS.items() if value <= most)
-    return value if isinstance(value, bool) else None
+    return value
 
 
 class Unseen(Exception):
@@ -1955,8 +1917,8 @@ class History:
         self.turn = Turn([], [], [])
         # Images of tool results, which come behind the last of these.
         self.images = []
-        # The tool messages whose output may come yet, by the ids of their calls, and
-        # the ids of those of the last turn's calls that had none of their own.
+        # The tool messages whose output may come yet: by the ids of their calls, and
+        # those of the last turn's calls that had no id of their own.
         self.waiting = {}
         self.nameless = iter(())
 
@@ -1965,17 +1927,15 @@ class History:
         if not any(turn):
             return
         self.turn = Turn([], [], [])
-        content = "\n\n".join(filter(None, texts))
-        thinking = "\n\n".join(filter(None, thoughts))
+        content = "\n\n".join(texts)
         if calls or content.strip():
-            self.place_images()
-            message = {"role": "assistant", "content": content}
-            if thinking:
-                message["reasoning_content"] = thinking
-            self.messages.append(message)
+            self.add("assistant", content)
+            message = self.messages[-1]
+            if thoughts:
+                message["reasoning_content"] = "\n\n".join(thoughts)
             if calls:
                 message["tool_calls"] = self.add_calls(calls)
-        elif thinking:
+        elif thoughts:
             # Z.ai takes no thinking alone.
             self.changed.append("reasoning_content")
 
@@ -1995,20 +1955,21 @@ class History:
             # calls of one id are compared.
             if twin and meaning_of(twin) == meaning_of(call):
                 continue
+            output = {"role": "tool", "content": NO_OUTPUT}
             if twin or not call["id"]:
                 call["id"] = f"call_{place}_{i}"
-                nameless.append(call["id"])
+                nameless.append(output)
                 self.changed.append("tool_call_id")
-            id = call["id"]
-            kept[id] = call
-            output = {"role": "tool", "content": NO_OUTPUT, "tool_call_id": id}
-            self.waiting[id] = output
+            else:
+                self.waiting[call["id"]] = output
+            kept[call["id"]] = call
+            output["tool_call_id"] = call["id"]
             self.messages.append(output)
         self.nameless = iter(nameless)
         return list(kept.values())
 
     def add(self, role, content):
-        """A message that is not the assistant's."""
+        """A message behind all that was said."""
         self.end_turn()
         self.place_images()
         self.messages.append({"role": role, "content": content})
@@ -2017,8 +1978,7 @@ class History:
         """Give a tool's output to its call, however late it comes. Without a call it
         can only be told as a user's words."""
         self.end_turn()
-        found = (
-            self.waiting.pop(id, None) or self.waiting.pop(next(self.nameless, None), None))
+        found = self.waiting.pop(id, None) or next(self.nameless, None)
         if found:
             found["content"] = text
         else:
@@ -2032,7 +1992,7 @@ class History:
         images = self.images
         if images:
             self.images = []
-            self.add("user", [text_part("From the tool results:"), *images])
+            self.add("user", [{"type": "text", "text": "From the tool results:"}, *images])
 
     def close(self):
         self.end_turn()
@@ -2051,19 +2011,20 @@ class Reader:
     left out.
     """
 
-    def __init__(self, request, settings, id, vision=""):
-        """`vision`: the id of the model that answers where this one sees nothing."""
+    def __init__(self, request, settings, model):
+        """`model`: Z.ai's id of the one that answers, "" for the one that is asked."""
         self.request = request
         self.fields = request.fields
+        self.check_fields()
         self.settings = settings
-        self.id = id
-        self.vision = vision
+        self.id = model or zai_model_id(
+            self.fields["model"], settings.model_aliases, request.claude)
+        # Whether another model may answer where this one sees nothing.
+        self.may_change = settings.vision_model and not model
         # None for an id that the table does not know.
-        self.model = find_model(id)
+        self.model = find_model(self.id)
         # Short names of what was altered or dropped.
         self.changed = list(request.changed)
-        # What Z.ai has no field for, as system lines.
-        self.instructions = []
         self.history = History(self.changed)
         self.tools = []  # in Z.ai's form
         self.some_left_out = False
@@ -2082,39 +2043,51 @@ class Reader:
         """What the client calls a field of chat."""
         return self.request.names.get(name, name)
 
+    def check_fields(self):
+        fields = {"model": None, "messages": None, **self.fields}
+        for name, type in FIELDS.items():
+            if name in fields:
+                path = self.path(name)
+                value = expect(fields[name], type, path)
+                if name in RANGES:
+                    need_within(value, RANGES[name], path)
+
     def result(self):
         fields = self.fields
         body = {name: value for name, value in fields.items() if name not in READ_FIELDS}
+        stop = self.stop_words()
+        if stop and not self.request.agents:
+            # Messages tells which word it was, so there Z.ai must not take it off.
+            body["stop"] = [stop[0]]
         # First, as calls in the history are named after the tools.
         self.read_tools(Piece(fields, "", "request"))
-        messages = self.conversation()
+        self.read_conversation()
+        # What Z.ai has no field for becomes system lines. They stand last, so that what
+        # Z.ai caches stays cached.
         body.update(
-            model=self.id, stream=True, messages=messages, **self.sampling(),
-            **self.choose(), **self.thinking(), **self.format())
-        self.insert_instructions(messages)
+            model=self.id, stream=True, **self.sampling(), **self.choose(),
+            **self.thinking(), **self.format(), messages=self.history.close())
         functions = [tool["function"] for tool in self.tools if "function" in tool]
-        streams_calls = self.model and self.model.tool_stream
-        if functions and fields.get("stream") and streams_calls:
+        if functions and fields.get("stream") and self.model and self.model.tool_stream:
             body.setdefault("tool_stream", True)
         data = encode_request(body)
-        one_call = dig(fields, "tool_choice.disable_parallel_tool_use")
         return Asked(
             body,
             data,
             changed=some_of(self.changed),
             tools={tool["name"]: argument_types(tool["parameters"]) for tool in functions},
             owners=self.owners,
-            one_call=bool(one_call) or fields.get("parallel_tool_calls") is False,
+            one_call=fields.get("parallel_tool_calls") is False
+            or dig(fields, "tool_choice.disable_parallel_tool_use") is True,
             json="response_format" in body,
             no_thinking=dig(body, "thinking.type") == "disabled",
-            stop=self.stop,
+            stop=stop,
             tokens=estimate_tokens(data, self.pictures),
         )
 
     # Turns
 
-    def conversation(self):
-        """Z.ai's messages."""
+    def read_conversation(self):
         request = self.request
         messages = self.fields["messages"]
         last = len(messages) - 1
@@ -2125,13 +2098,11 @@ class Reader:
         path = self.path("messages")
         for i, turn in enumerate([*request.earlier, *messages], -len(request.earlier)):
             around.turn = i
-            place = (path, i) if i >= 0 else "previous_response_id"
-            part = self.read(turn, place, around, "message")
+            part = self.read(turn, (path, i), around, "message")
             # What stands in no message is the user's.
             if part:
                 self.show("user", [part])
         self.refuse(last)
-        return self.history.close()
 
     def refuse(self, last):
         """Raise what is wrong with the last turn or with the prompt, and with what this
@@ -2140,8 +2111,8 @@ class Reader:
         In chat it is the user's last message that may be refused, though one of the
         system stands behind it. Agents would send it again for ever.
         """
-        fresh = [turn for turn in self.unseen if turn == self.heard or turn > self.spoke]
-        if fresh and self.vision:
+        if self.may_change and any(
+                turn == self.heard or turn > self.spoke for turn in self.unseen):
             raise Unseen
         refusable = [last]
         if self.heard > max(self.spoke, self.brought) and not self.request.agents:
@@ -2159,8 +2130,8 @@ class Reader:
             method = PARTS.get(piece.kind)
             # An output has parts alone, so that nothing nests for ever.
             if not method and role != "tool":
-                method = ITEMS.get(piece.kind) or "role" in piece and "message"
-            return getattr(self, f"read_{method or 'words'}")(piece)
+                method = ITEMS.get(piece.kind) or "role" in piece and "read_message"
+            return getattr(self, method or "read_words")(piece)
         except RequestError as error:
             if error.status != 400:
                 raise
@@ -2183,25 +2154,28 @@ class Reader:
 
     def read_message(self, piece):
         role = piece.get("role")
-        if self.request.recall and "id" in piece and piece.keys() <= {"id", "type"}:
+        if "id" in piece and piece.keys() <= {"id", "type"}:
             return self.read_reference(piece)
         need_word(role, ROLES, (piece.path, "role"))
         if piece.role:
             return self.read_words(piece)
         if role == "tool":
             return self.read_output(piece)
-        piece.role = role = "system" if role == "developer" else role
+        piece.role = role
         if role == "assistant":
             thought = words_in(first(piece, CHAT_THOUGHT_FIELDS))
-            self.turn(piece).thoughts.append(thought)
+            if thought:
+                self.turn(piece).thoughts.append(thought)
             for field in ("content", "refusal", "tool_calls"):
                 if piece.get(field):
                     # The entries of tool_calls may have no type.
                     text = lines(*self.content(piece, field, "function"))
-                    self.turn(piece).texts.append(text)
+                    if text:
+                        self.turn(piece).texts.append(text)
             return None
         if piece.get("content") is None:
-            raise missing((piece.path, "content"))
+            # Refused as any field is that is absent.
+            expect(None, str, (piece.path, "content"))
         parts = self.content(piece, "content")
         # Of outputs alone, which were told by themselves, nothing is left.
         if parts or not piece["content"]:
@@ -2213,7 +2187,8 @@ class Reader:
     def show(self, role, parts):
         """Parts of the user or the system."""
         text = lines(*parts)
-        if role == "system":
+        if role != "user":
+            role = "system"
             text = BILLING.sub("", text)
             if not text.strip():
                 return
@@ -2221,9 +2196,10 @@ class Reader:
             # "cannot be empty": Z.ai wants a text beside an image, too.
             text = NO_WORDS
             parts = [*parts, text]
-        if not all(isinstance(part, str) for part in parts):
+        if dict in map(type, parts):
             text = [
-                text_part(part) if isinstance(part, str) else part for part in parts if part]
+                {"type": "text", "text": part} if isinstance(part, str) else part
+                for part in parts if part]
         self.history.add(role, text)
 
     def turn(self, piece):
@@ -2234,26 +2210,25 @@ class Reader:
     # Items
 
     def read_thinking(self, piece):
-        text = words_in(first(piece, THOUGHT_FIELDS))
-        kept = str(piece.get("encrypted_content"))
-        if kept.startswith(MARK):
-            text = kept[len(MARK):]
-        self.turn(piece).thoughts.append(text)
+        kept = str(piece.get("encrypted_content")).partition(MARK)[2]
+        thought = kept or words_in(first(piece, THOUGHT_FIELDS))
+        if thought:
+            self.turn(piece).thoughts.append(thought)
 
     def read_call(self, piece):
         """A call of an earlier answer, sent back."""
         # An item has an id of its own beside that of its call.
-        id = piece.get("id" if piece.get("call_id") is None else "call_id")
+        id = first(piece, ("call_id", "id"))
         call = piece.unfold()
         name = self.name_at_zai(call)
         arguments = first(call, ARGUMENT_FIELDS)
-        if call.kind in CUSTOM_TYPES:
+        if call.kind.startswith("custom"):
             arguments = {"input": call.get("input")}
         mended = mend_arguments(arguments)
         if mended != arguments and not isinstance(arguments, dict):
             self.changed.append("arguments")
-        function = function_object(name=name, arguments=mended)
-        self.turn(piece).calls.append({"id": call_id(id), **function})
+        self.turn(piece).calls.append(
+            {"id": call_id(id), **function_object(name=name, arguments=mended)})
 
     def read_output(self, piece):
         """What a tool has brought: a text, parts, or another value, told as JSON."""
@@ -2261,14 +2236,14 @@ class Reader:
         self.brought = piece.turn
         field = "content" if piece.get("output") is None else "output"
         content = piece.get(field)
-        pieces = content if isinstance(content, list) else [content]
-        is_text = content in NO_CONTENT or isinstance(content, str)
-        if is_text or any(str(dig(inner, "type")) in PARTS for inner in pieces):
-            parts = self.content(piece, field)
-        else:
-            parts = [json_text(content)]
-        text = lines(*parts)
-        media = [part for part in parts if not isinstance(part, str)]
+        text = "" if content in NO_CONTENT else content
+        media = []
+        if not isinstance(text, str):
+            kinds = [str(dig(inner, "type")) for inner in as_list(content)]
+            has_parts = PARTS.keys() & kinds
+            parts = self.content(piece, field) if has_parts else [json_text(content)]
+            text = lines(*parts)
+            media = [part for part in parts if isinstance(part, dict)]
         # A field of Messages.
         if piece.get("is_error") and "error" not in text.lower():
             text = lines("Error:", text)
@@ -2321,7 +2296,6 @@ class Reader:
         if not part:
             return self.read_words(piece)
         model = self.model
-        takes_files = model is None or model.id in FILE_MODELS or dig(part, "file.file_url")
         if piece.role not in ("user", "tool"):
             reason = f"a message of the {piece.role} takes text only"
             advice = ""
@@ -2329,10 +2303,10 @@ class Reader:
             self.unseen.append(piece.turn)
             reason = f"{model.name} takes text only"
             advice = f"; models that see: {SEEING}; VISION_MODEL may be one to answer here"
-        elif noun in part and not takes_files:
-            names = ", ".join(MODELS[id].name for id in FILE_MODELS)
+        elif (model and "file" in part and "file_url" not in part["file"]
+              and model.name not in FILE_MODELS):
             reason = f"{model.name} takes no such file"
-            advice = f"; models that do: {names}"
+            advice = f"; models that do: {', '.join(FILE_MODELS)}"
         else:
             self.pictures.append(len(lines(*part[part["type"]].values())))
             return part
@@ -2343,18 +2317,10 @@ class Reader:
         # What stands behind a tool's output was brought by the tool, though the user
         # sends it. Agents' pictures would come again with each turn.
         if piece.role == "user" and self.spoke >= self.brought and not self.request.agents:
-            error = RequestError(f"{reason}{advice}.", spelled(piece.path))
-            self.errors.append((piece.turn, error))
+            self.errors.append(
+                (piece.turn, RequestError(f"{reason}{advice}.", spelled(piece.path))))
         self.changed.append(noun)
-        if piece.role in ("", "assistant"):
-            return None
-        return f"[{noun} left out: {reason}]"
-
-    def insert_instructions(self, messages):
-        """Put our lines behind the client's own: what Z.ai caches stays cached."""
-        place = [message["role"] == "system" for message in messages].index(False)
-        messages[place:place] = [
-            {"role": "system", "content": text} for text in self.instructions]
+        return None if piece.role in ("", "assistant") else f"[{noun} left out: {reason}]"
 
     # Tools
 
@@ -2370,9 +2336,9 @@ class Reader:
         if space != NO_NAMESPACE:
             owner["namespace"] = space
             full = f"{space}__{name}"
-        letters = re.sub("[^a-zA-Z0-9_-]", "_", full[:55])
         short = full
         while short in self.owners or not re.fullmatch("[a-zA-Z0-9_-]{1,64}", short):
+            letters = re.sub("[^a-zA-Z0-9_-]", "_", full[:55])
             short = f"{letters}_{digest(full)[:8]}"
             # If that is taken, too.
             full += "'"
@@ -2381,7 +2347,7 @@ class Reader:
         return short
 
     def read_tools(self, holder, namespace=None):
-        for tool in holder.pieces("tools", "function"):
+        for tool in holder.tools():
             # Anthropic's have no type, or "custom", which elsewhere is another thing.
             if tool.get("input_schema") is not None:
                 tool.kind = "function"
@@ -2392,8 +2358,8 @@ class Reader:
                 self.read_tools(tool, tool.need("name", str))
             elif tool.kind in CHOICES:
                 self.read_function(tool.unfold())
-            elif tool.kind in ZAI_TOOLS and isinstance(tool.get(tool.kind), dict):
-                self.tools.append(dict(tool))
+            elif tool.kind in ZAI_TOOLS and tool.get(tool.kind):
+                self.tools.append(tool)
             else:
                 # For one unknown tool Z.ai refuses the whole request.
                 self.changed.append(name_of(tool.kind))
@@ -2440,23 +2406,19 @@ class Reader:
         if choice.kind in CHOICES:
             wanted = {self.chosen(choice)}
         elif choice.kind in ("allowed_tools", "none"):
-            wanted = set(map(self.chosen, choice.pieces("tools", "function")))
-        unknown = wanted.difference(names, [None])
-        if unknown and not self.some_left_out:
-            name = self.owners[min(unknown)]["name"][:200]
-            raise wrong(
-                self.path("tool_choice"), f"names the tool {name!a}, which is not in 'tools'")
+            wanted = set(map(self.chosen, choice.tools()))
         functions = wanted.intersection(names) - {None}
-        # What was left out, and Z.ai's own tools, cannot be demanded.
         if must and not functions:
+            # What was left out, and Z.ai's own tools, cannot be demanded.
+            if choice.kind in CHOICES and not self.some_left_out:
+                raise wrong(self.path("tool_choice"), "names a tool that is not in 'tools'")
             return
         self.tools = [tool for name, tool in zip(names, self.tools) if name in wanted]
         if must:
-            wish = "one or more of the tools"
-            if len(functions) == 1:
-                wish = "the tool " + min(functions)
-            self.instructions.append(
-                f"You must answer by calling {wish}. Do not answer in text.")
+            name = min(functions)
+            wish = "the tool " + name if functions == {name} else "one or more of the tools"
+            self.history.add(
+                "system", f"You must answer by calling {wish}. Do not answer in text.")
 
     def chosen(self, tool):
         """The name at Z.ai of a tool that is chosen, None for one of Z.ai's own."""
@@ -2466,8 +2428,10 @@ class Reader:
 
     def sampling(self):
         request = self.fields
-        limit = request.get("max_completion_tokens", request.get("max_tokens"))
-        wishes = {**request, "max_tokens": limit}
+        wishes = {
+            **request,
+            "max_tokens": request.get("max_completion_tokens", request.get("max_tokens")),
+        }
         most = self.model and self.model.max_tokens or INFINITY
         # Z.ai takes two decimals, in ranges narrower than OpenAI's.
         ranges = {"temperature": (0, 1), "top_p": (0.01, 1), "max_tokens": (1, most)}
@@ -2481,7 +2445,6 @@ class Reader:
         # Z.ai refused a top_p of 1 for years. It means the same as no top_p.
         if fields.get("top_p") == 1:
             del fields["top_p"]
-        fields.update(self.stop_words())
         user = request.get("user")
         if user:
             # Z.ai's name of it, and Z.ai's bounds. Claude Code's has 150 characters.
@@ -2491,20 +2454,15 @@ class Reader:
 
     def stop_words(self):
         """The proxy itself looks for all of them, as Z.ai takes one."""
-        stop = self.fields.get("stop", [])
-        words = [stop] if isinstance(stop, str) else stop
+        words = as_list(self.fields.get("stop", []))
         for i, word in enumerate(words):
             path = (self.path("stop"), i)
             need_within(expect(word, str, path), (0, LONGEST_STOP_WORD), path)
-        self.stop = tuple(filter(None, words))
-        # Messages tells which word it was, so Z.ai must not take it off.
-        is_left_to_zai = self.stop and not self.request.agents
-        return {"stop": [self.stop[0]]} if is_left_to_zai else {}
+        return tuple(filter(None, words))
 
     def thinking(self):
         """thinking and reasoning_effort as the model's family takes them."""
-        wishes = [read_wish(dig(self.fields, path), path) for path in WISHES
-                  if path.partition(".")[0] in self.fields]
+        wishes = [read_wish(dig(self.fields, path), path) for path in WISHES]
         on = next((wish for wish in wishes if isinstance(wish, bool)), None)
         effort = next((wish for wish in wishes if isinstance(wish, str)), None)
         if on is None and effort:
@@ -2515,47 +2473,33 @@ class Reader:
         is_on = types.get(on) == "enabled"
         # What cannot stop thinks as little as it can.
         grade = grades.get(effort if on else "low")
-        if on is not None and on != is_on:
+        if on not in (None, is_on):
             self.changed.append("thinking")
         if effort and effort != grade:
             self.changed.append("reasoning_effort")
-        clear = dig(self.fields, "thinking.clear_thinking")
-        thinking = without_nulls({"type": types.get(on), "clear_thinking": clear})
-        if not types or not thinking:
-            return {}
-        return without_nulls({"thinking": thinking, "reasoning_effort": grade if is_on else None})
+        thinking = without_nulls({
+            "type": types.get(on),
+            "clear_thinking": dig(self.fields, "thinking.clear_thinking"),
+        })
+        return without_nulls({
+            "thinking": types and thinking or None,
+            "reasoning_effort": grade if is_on else None,
+        })
 
     def format(self):
         """Z.ai ignores a json_schema, so the schema goes into a system line."""
         path = self.path("response_format")
         form = Piece(self.fields.get("response_format", {"type": "text"}), path)
         need_word(form.kind, ("text", "json_object", "json_schema"), (path, "type"))
-        if form.kind == "text":
-            return {}
         if form.kind == "json_schema":
-            form = form.unfold()
             # OpenAI's chat takes one without.
-            if form.get("schema") is None and form.path is path:
-                raise missing((path, "schema" if self.request.agents else form.kind))
-            text = json_text(form.need("schema", dict, {}))
+            default = None if self.request.agents else {}
+            text = json_text(form.unfold().need("schema", dict, default))
             self.changed.append("response_format")
-            self.instructions.append(
-                "Answer with one JSON value that matches this JSON Schema,"
+            self.history.add(
+                "system", "Answer with one JSON value that matches this JSON Schema,"
                 f" and nothing else:\n{text}")
-        return {"response_format": {"type": "json_object"}}
-
-
-def check_fields(fields, names):
-    """`names`: what the client calls them, where that is not chat's name."""
-    for name in ("model", "messages"):
-        if name not in fields:
-            raise missing(names.get(name, name))
-    for name, type in FIELDS.items():
-        if name in fields:
-            path = names.get(name, name)
-            expect(fields[name], type, path)
-            if name in RANGES:
-                need_within(fields[name], RANGES[name], path)
+        return {} if form.kind == "text" else {"response_format": {"type": "json_object"}}
 
 
 def to_zai_request(request, settings, model=""):
@@ -2566,18 +2510,10 @@ def to_zai_request(request, settings, model=""):
     in the last message to a model that sees none. Sources: Z.ai's OpenAPI file, and
     what its servers were seen to take and to refuse.
     """
-    fields = request.fields
-    check_fields(fields, request.names)
-    aliases = settings.model_aliases
-    id = model or zai_model_id(fields["model"], aliases, request.claude)
-    if not id:
-        raise wrong("model", "must not be empty")
-    vision = settings.vision_model
-    if vision:
-        vision = "" if model else zai_model_id(vision, aliases)
     try:
-        return Reader(request, settings, id, vision).result()
+        return Reader(request, settings, model).result()
     except Unseen:
+        vision = zai_model_id(settings.vision_model, settings.model_aliases)
         return Reader(request, settings, vision).result()
 
 
