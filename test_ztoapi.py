@@ -2120,9 +2120,33 @@ def output(id, content="20"):
 S, U, A, DOT = system("S"), user("U"), assistant("A"), user(".")
 
 
-# To add a request that is refused, add a row: the fields that are wrong, the param of the 400.
-BAD_REQUESTS = [
+# To add a request that is refused, add a row: the fields that are wrong, the param of the 400. First what is refused at
+# each door.
+BAD_ANYWHERE = [
     *(({"model": value}, "model") for value in (None, "", "  ", 5, ["glm-4.6"], {}, True, "[1m]", "x" * 257)),
+    *(({name: value}, name) for name, values in (
+        ("stream", ("true", 1, 0, [], {})), ("temperature", ("1", True, [], {}, -0.1, 2.01)),
+        ("top_p", ("1", True, [], {}, -0.01, 1.01))) for value in values),
+    *(({"tools": value}, f"tools{place}") for value, place in (
+        ("x", ""), ({}, ""), (5, ""), ([{"type": "function", "name": f"f{i}"} for i in range(129)], ""),
+        *(([value], "[0]") for value in ("x", None, 5)), *(([value], "[0].name") for value in (
+            {}, {"type": "custom"}, {"name": 5})), ([{"type": 5}], "[0].type"),
+        ([TOOL, {"type": "function"}], "[1].name"), *(([{"name": "f", name: value}], "[0]." + name) for name, value in (
+            ("parameters", 5), ("input_schema", 5), ("description", 5), ("description", []))),
+        *((function(name=value)["tools"], "[0].function.name") for value in (None, 5)),
+        (function(name="f", description=5)["tools"], "[0].function.description"),
+        (function(name="f", parameters="x")["tools"], "[0].function.parameters"),
+        ([{"type": "namespace", "name": "n", "tools": 5}], "[0].tools"),
+        ([{"type": "namespace", "name": "n", "tools": [TOOL, {"name": []}]}], "[0].tools[1].name"))),
+    *(({"tools": [TOOL], "tool_choice": value}, f"tool_choice{place}") for value, place in (
+        *((value, "") for value in ("sometimes", "get_weather", 5, True, [])),
+        *((named(name), "") for name in ("other", "x" * 10**6)), (named(5), ".function.name"), ({"type": 5}, ".type"),
+        *(({"type": kind}, ".name") for kind in ("function", "tool")),
+        *(({"type": kind, "name": "g"}, "") for kind in ("function", "tool")),
+        ({"type": "allowed_tools", "tools": 5}, ".tools"),
+        ({"type": "allowed_tools", "tools": [{"type": "function"}]}, ".tools[0].name"))),
+]
+BAD_REQUESTS = [
     *(({"messages": value}, "messages") for value in (None, [], "Hi", {}, 5)),
     *(({"messages": [value]}, "messages[0]") for value in (None, "Hi", 5, [])),
     *(({"messages": [{"role": value, "content": "x"}]}, "messages[0].role")
@@ -2136,15 +2160,13 @@ BAD_REQUESTS = [
     (said_last_by("assistant", content=["x"]), "messages[0].content[0]"),
     *((asking([part]), "messages[0].content[0]") for part in (None, "x", 5, [])),
     *((asking([TEXT, part]), "messages[0].content[1].type") for part in ({}, {"type": None}, {"type": 5})),
-    *((asking([TEXT, part]), "messages[0].content[1]") for part in (AUDIO, {"type": "x"})),
+    *((asking([TEXT, part]), "messages[0].content[1]") for part in (AUDIO, {"type": "x"}, PICTURE, FILE)),
     *((asking([{"type": "text", "text": value}]), "messages[0].content[0].text") for value in (None, 5, [])),
     (asking([{"type": "text"}]), "messages[0].content[0].text"),
     *(({"model": "glm-4.5v", **asking([TEXT, {"type": "image_url", "image_url": value}])}, "messages[0].content[1]")
       for value in (None, 5, [], {}, {"url": 5})),
-    (asking([TEXT, PICTURE]), "messages[0].content[1]"),
     ({**asking([PICTURE]), "model": "glm-5.2"}, "messages[0].content[0]"),
     ({"messages": [user([PICTURE]), {"role": "system", "content": "S"}]}, "messages[0].content[0]"),
-    (asking([TEXT, FILE]), "messages[0].content[1]"),
     ({"model": "glm-4.5v", **asking([FILE])}, "messages[0].content[0]"),
     (said_last_by("assistant", tool_calls=5), "messages[0].tool_calls"),
     (said_last_by("assistant", tool_calls=["x"]), "messages[0].tool_calls[0]"),
@@ -2152,43 +2174,25 @@ BAD_REQUESTS = [
       for value, field in ((None, "name"), ("f", "function"))),
     (said_last_by("assistant", tool_calls=[{**CALL, "function": {"arguments": "{}"}}]),
      "messages[0].tool_calls[0].function.name"),
-    *(({name: value}, name) for name in ("stream", "parallel_tool_calls") for value in ("true", 1, 0, [], {})),
-    *(({name: value}, name) for name in ("temperature", "top_p") for value in ("1", True, [], {})),
-    *(({name: value}, name) for name in ("n", "max_tokens", "max_completion_tokens")
-      for value in ("1", True, 1.5, [], {})),
-    *(({"user": value}, "user") for value in (5, True, [], {})),
-    *(({name: value}, name) for name in ("stream_options", "response_format") for value in ("x", 5, True, [])),
     *(({name: value}, name) for name, values in (
-        ("n", (0, 2, 128)), ("temperature", (-0.1, 2.01)), ("top_p", (-0.01, 1.01)), ("max_tokens", (0, -5)),
-        ("max_completion_tokens", (0,))) for value in values),
-    *(({"stop": value}, "stop") for value in (5, {})),
-    *(({"stop": ["a", value]}, "stop[1]") for value in (5, None)),
-    *(({"reasoning_effort": value}, "reasoning_effort") for value in ("", "very", 5, True, "High")),
+        ("parallel_tool_calls", ("true", 1, 0, [], {})), ("user", (5, True, [], {})), ("n", (0, 2, 128)),
+        ("stream_options", ("x", 5, True, [])), ("response_format", ("x", 5, True, [])), ("stop", (5, {})),
+        ("max_tokens", (0, -5)), ("max_completion_tokens", (0,)), ("reasoning_format", ("", "think", 5)),
+        ("reasoning_effort", ("", "very", 5, True, "High")),
+        *((name, ("1", True, 1.5, [], {})) for name in ("n", "max_tokens", "max_completion_tokens")))
+      for value in values),
     *(({head: {field: "much"}}, f"{head}.{field}") for head, field in (
         ("reasoning", "effort"), ("thinking", "type"), ("output_config", "effort"))),
-    ({"think": "hard"}, "think"),
-    *(({"reasoning_format": value}, "reasoning_format") for value in ("", "think", 5)),
+    *(({"stop": ["a", value]}, "stop[1]") for value in (5, None)), ({"think": "hard"}, "think"),
     *(({"response_format": {"type": value}}, "response_format.type") for value in ("xml", 5, None)),
     ({"response_format": {}}, "response_format.type"),
     ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
     (schema("x"), "response_format.json_schema"),
-    (schema({"name": "a", "schema": []}), "response_format.json_schema.schema"),
-    *(({"tools": value}, "tools") for value in ("x", {}, 5, [TOOL] * 129)),
-    *(({"tools": [value]}, "tools[0]") for value in ("x", None, 5)),
-    *(({"tools": [tool]}, f"tools[0].{field}") for tool, field in (({}, "name"), ({"type": 5}, "type"))),
-    ({"tools": [TOOL, {"type": "function"}]}, "tools[1].name"),
-    *((function(name=value), "tools[0].function.name") for value in (None, 5)),
-    (function(name="f", description=5), "tools[0].function.description"),
-    (function(name="f", parameters="x"), "tools[0].function.parameters"),
-    *(({"tools": [TOOL], "tool_choice": value}, "tool_choice") for value in ("sometimes", "get_weather", 5, True, [])),
-    *(({"tools": [TOOL], "tool_choice": named(name)}, "tool_choice") for name in ("other", "x" * 10**6)),
-    ({"tools": [TOOL], "tool_choice": {"type": "function"}}, "tool_choice.name"),
-    ({"tools": [TOOL], "tool_choice": named(5)}, "tool_choice.function.name"),
+    (schema({"name": "a", "schema": []}), "response_format.json_schema.schema"), ({"tools": [TOOL] * 129}, "tools"),
     ({"extra_body": {"temperature": 5}}, "temperature"),
 ]
 
 
-# The same in the other APIs' words. To add a request that is refused, add a row.
 BAD_RESPONSES = [
     *(({"input": value}, "input") for value in (None, 5, {}, [])),
     *(({"input": [U, item]}, f"input[1]{place}") for item, place in (
@@ -2201,28 +2205,16 @@ BAD_RESPONSES = [
         ({"type": "item_reference"}, ".id"), ({"type": "compaction"}, ".encrypted_content"),
         ({"type": "additional_tools", "tools": 5}, ".tools"),
         ({"type": "additional_tools", "tools": [{"name": 5}]}, ".tools[0].name"))),
-    *(({"tools": value}, f"tools{place}") for value, place in (
-        (5, ""), ([5], "[0]"), ([{}], "[0].name"), ([{"type": 5}], "[0].type"), ([{"type": "custom"}], "[0].name"),
-        ([{"name": "f", "parameters": 5}], "[0].parameters"), ([{"name": "f", "description": 5}], "[0].description"),
-        ([{"type": "namespace", "name": "n", "tools": 5}], "[0].tools"),
-        ([{"type": "namespace", "name": "n", "tools": [TOOL, {"name": []}]}], "[0].tools[1].name"),
-        ([{"type": "function", "name": f"f{i}"} for i in range(129)], ""))),
-    *(({"tools": [{"name": "f"}], "tool_choice": value}, f"tool_choice{place}") for value, place in (
-        (5, ""), ("maybe", ""), ({"type": "function"}, ".name"), ({"type": "function", "name": "g"}, ""),
-        ({"type": "allowed_tools", "tools": 5}, ".tools"),
-        ({"type": "allowed_tools", "tools": [{"type": "function"}]}, ".tools[0].name"))),
     *(({"text": value}, f"text{place}") for value, place in (
         (5, ""), ({"format": 5}, ".format"), ({"format": {}}, ".format.type"),
         ({"format": {"type": "x"}}, ".format.type"), ({"format": {"type": "json_schema"}}, ".format.schema"),
         ({"format": {"type": "json_schema", "schema": 5}}, ".format.schema"))),
-    *(({"reasoning": value}, f"reasoning{place}") for value, place in ((5, ""), ({"effort": "much"}, ".effort"))),
     *(({name: value}, name) for name, value in (
-        ("conversation", "conv_1"), ("prompt", {"id": "p"}), ("background", True), ("include", 5), ("stream", "yes"),
-        ("model", None), ("model", 5), ("max_output_tokens", 0), ("max_output_tokens", "x"), ("temperature", 3),
-        ("top_p", -1), ("metadata", 7), ("truncation", 5), ("store", "no"), ("user", 5), ("instructions", 5),
-        ("previous_response_id", 5), ("previous_response_id", "resp_1"), ("max_tool_calls", "x"),
-        ("parallel_tool_calls", 1))),
-    ({"instructions": [5]}, "instructions[0]"),
+        ("conversation", "conv_1"), ("prompt", {"id": "p"}), ("background", True), ("include", 5), ("reasoning", 5),
+        ("max_output_tokens", 0), ("max_output_tokens", "x"), ("metadata", 7), ("truncation", 5), ("store", "no"),
+        ("user", 5), ("instructions", 5), ("previous_response_id", 5), ("previous_response_id", "resp_1"),
+        ("max_tool_calls", "x"), ("parallel_tool_calls", 1))),
+    ({"instructions": [5]}, "instructions[0]"), ({"reasoning": {"effort": "much"}}, "reasoning.effort"),
 ]
 BAD_MESSAGES = [
     *(({"messages": value}, "messages") for value in (None, 5, [])),
@@ -2233,33 +2225,25 @@ BAD_MESSAGES = [
         (user([{"type": "image", "source": {"type": "file", "file_id": "f"}}]), ".content[0]"),
         (assistant([{"type": "tool_use", "id": "1", "name": 5}]), ".content[0].name"),
         (assistant([{"type": "text"}]), ".content[0].text"))),
-    *(({"tools": value}, f"tools{place}") for value, place in (
-        (5, ""), ([5], "[0]"), ([{"name": 5}], "[0].name"), ([{}], "[0].name"),
-        ([{"name": "f", "input_schema": 5}], "[0].input_schema"),
-        ([{"name": "f", "description": []}], "[0].description"))),
-    *(({"tools": [{"name": "f"}], "tool_choice": value}, f"tool_choice{place}") for value, place in (
-        (5, ""), ({"type": 5}, ".type"), ({"type": "tool"}, ".name"), ({"type": "tool", "name": "g"}, ""))),
-    *(({"thinking": {"type": value}}, "thinking.type") for value in ("perhaps", "", "High")),
     *(({"output_config": value}, f"output_config{place}") for value, place in (
         ({"effort": "much"}, ".effort"), ({"format": 5}, ".format"), ({"format": {"type": "x"}}, ".format.type"),
         ({"format": {"type": "json_schema"}}, ".format.schema"),
         ({"format": {"type": "json_schema", "schema": 5}}, ".format.schema"))),
+    *(({"thinking": {"type": value}}, "thinking.type") for value in ("perhaps", "", "High")),
     ({"output_format": {"type": "json_schema"}}, "output_format.schema"),
     *(({"system": value}, f"system{place}") for value, place in (
         (5, ""), ([5], "[0]"), ([TEXT, {"type": "text"}], "[1].text"))),
     *(({"stop_sequences": value}, f"stop_sequences{place}") for value, place in (
         (5, ""), (["a", 5], "[1]"), (["a", "x" * 257], "[1]"))),
-    *(({name: value}, name) for name, value in (
-        ("stream", "yes"), ("model", None), ("model", 5), ("model", ""), ("max_tokens", 0), ("max_tokens", "5"),
-        ("temperature", "1"), ("thread", {"type": "create"}))),
+    *(({"max_tokens": value}, "max_tokens") for value in (0, "5")), ({"thread": {"type": "create"}}, "thread"),
     ({"metadata": {"user_id": 5}}, "metadata.user_id"),
 ]
 
 
 @pytest.mark.parametrize("door, body, param", [
-    *(("chat", chat_body(**fields), param) for fields, param in BAD_REQUESTS),
-    *(("responses", {"model": "glm-4.6", "input": "Hi", **fields}, param) for fields, param in BAD_RESPONSES),
-    *(("messages", {"model": "glm-4.6", "messages": [U], **fields}, param) for fields, param in BAD_MESSAGES)])
+    *(("chat", chat_body(**fields), param) for fields, param in BAD_ANYWHERE + BAD_REQUESTS),
+    *(("responses", {**APIS["responses"][1], **fields}, param) for fields, param in BAD_ANYWHERE + BAD_RESPONSES),
+    *(("messages", {**MESSAGES_BODY, **fields}, param) for fields, param in BAD_ANYWHERE + BAD_MESSAGES)])
 def test_a_bad_request_is_a_400_that_names_the_field_in_the_clients_words(door, body, param):
     with pytest.raises(ztoapi.RequestError) as caught:
         by_door(door, body)
