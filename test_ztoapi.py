@@ -2276,7 +2276,6 @@ def test_what_is_refused_in_the_last_message_is_told_if_it_stands_before_it(mode
     ("GLM-4.6", PICTURE, r"GLM-4\.6 takes text only.*GLM-4\.6V.*VISION_MODEL"),
     ("GLM-4.6", FILE, r"GLM-4\.6 takes text only.*GLM-4\.6V.*VISION_MODEL"),
     ("glm-4.5v", FILE, r"GLM-4\.5V takes no .*file.*GLM-5\.3-Flash"),
-    ("glm-5v-turbo", FILE_URL, r"GLM-5V-Turbo takes no .*file.*GLM-5\.3-Flash"),
     ("glm-4.5v", AUDIO, r"takes no input_audio"),
 ])
 def test_media_that_a_model_does_not_take_are_refused_with_the_names_of_models_that_do(model, part, words):
@@ -2512,7 +2511,7 @@ def test_what_stands_in_the_past_is_never_refused(model, part, before):
 
 @pytest.mark.parametrize("model, part", [
     *((model, part) for model in ("glm-5.3-flash", "GLM-5.3-FlashX", "glm-9") for part in (FILE, FILE_URL)),
-    *((model, FILE_URL) for model in ("glm-4.6v", "glm-4.5v")),
+    *((model, FILE_URL) for model in ("glm-4.6v", "glm-4.5v", "glm-5v-turbo")),
 ])
 def test_a_file_goes_to_models_that_take_files(model, part):
     assert messages_to_zai(model=model, **asking([TEXT, part]))[0] == [user([TEXT, part])]
@@ -3162,8 +3161,7 @@ MINIMAL = {"id": "", "object": "", "created": 0, "model": "", "system_fingerprin
     ("arguments missing", calls_in(item("get_time", id="c")) + TOOLS_END, asks(TIME)),
     *((f"arguments {first!r}, then real ones",
        call("get_weather", first) + calls_in(item(None, '{"city":', index=0))
-       + calls_in(item(None, '"Paris"}', index=0)) + TOOLS_END, asks(RAIN)) for first in ("{}", "null", " ")),
-    ("arguments '{}' and real ones in one", call("get_weather", "{} " + PARIS) + TOOLS_END, asks(RAIN)),
+       + calls_in(item(None, '"Paris"}', index=0)) + TOOLS_END, asks(RAIN)) for first in ("null", " ")),
     *((f"arguments '{{}}', then {behind!r}",
        call("get_time", "{}") + calls_in(item(None, behind, index=0)) + TOOLS_END,
        asks(TIME)) for behind in ("}", "</tool_call>", "{}")),
@@ -3307,7 +3305,7 @@ MINIMAL = {"id": "", "object": "", "created": 0, "model": "", "system_fingerprin
     *((f"tags around {text!r}", say(f"<|assistant|>{first}{text}<|user|>{last}<|endoftext|>\n") + ENDED, says(text))
       for first, text, last in (("", "a", ""), ("\n", "a <|user|> b", "\n"), ("</think>\n", "a", "<|observation|>"))),
     ("tags of the template in thinking", think("<|assistant|>a<|user|>") + think(" b<|user|>") + say("c") + ENDED,
-     says("c", "a<|user|> b")),
+     says("c", "a<|user|> b<|user|>")),
     ("a tag of the template that is cut", say("a<|use") + ENDED, says("a<|use")),
     ("nothing but tags of the template", say("<|user|>") + ENDED, says()),
     # One call at a time
@@ -4194,11 +4192,11 @@ def test_leaked_calls_and_the_names_of_calls_have_a_bound():
 
 # An event, what it says (an error's code, or None).
 @pytest.mark.parametrize("text, said", [
-    ('{"choices":[{"delta":{"content":"a"},"finish_reason":"stop"}]}', ztoapi.Frame({"content": "a"}, "stop")),
-    (' {"choices":[{"message":{"content":"a"}}]} ', ztoapi.Frame({"content": "a"})),
-    ('{"choices":[]}', ztoapi.Frame({})),
-    ('{"iddata: {"choices":[{"delta":{"content":"a"}}]}', ztoapi.Frame({"content": "a"}, afresh=True)),
-    ('{"usage":{}}', ztoapi.Frame({}, usage=counts(0, 0, 0))),
+    ('{"choices":[{"delta":{"content":"a"},"finish_reason":"stop"}]}', ztoapi.Frame([("text", "a")], None, "stop")),
+    (' {"choices":[{"message":{"content":"a"}}]} ', ztoapi.Frame([("text", "a")])),
+    ('{"choices":[]}', ztoapi.Frame([])),
+    ('{"iddata: {"choices":[{"delta":{"content":"a"}}]}', ztoapi.Frame([("text", "a")], afresh=True)),
+    ('{"usage":{}}', ztoapi.Frame([], usage=counts(0, 0, 0))),
     ("[DONE]", None), ("junk", None), ("5", None), ("", None), ('{"id', "upstream_error"),
     ('{"a":1}{"a":1}', "upstream_error"), ('{"error":{"code":"1305"}}', "overloaded"),
 ])
@@ -4242,7 +4240,8 @@ def test_calls_come_one_after_the_other_whatever_order_their_pieces_have():
         steps += room.close("{}")
         calls = joined([step for step in steps if step.kind != "text"])
         assert [(call.index, call.id, call.text) for call in calls] == [(i, f"c{i}", texts[i]) for i in range(3)]
-        assert sum(step.kind == "text" for step in steps) == sum(-(-len(text) // 3) for text in texts)
+        held = "".join(step.text for step in steps if step.kind == "text")
+        assert len(held) == sum(-(-len(text) // 3) for text in texts)
 
 
 # Any event that is odd
@@ -4908,7 +4907,7 @@ INPUT_IMAGE = {"type": "input_image", "image_url": PNG_URL, "detail": "high"}
         ([function_call("1", namespace="functions"), gave("1", "one")], [ONE_CALL, output("1", "one")]),
         *(([message("assistant", *parts), U], [assistant(words), U]) for parts, words in (
             ([{"type": "refusal", "refusal": "No."}], "No."),
-            ([text("b"), INPUT_IMAGE, {"type": "refusal", "refusal": "No."}], "b\n\nNo."))))),
+            ([text("b"), INPUT_IMAGE, {"type": "refusal", "refusal": "No."}], "b\nNo."))))),
 ])
 def test_the_input_of_responses_becomes_zais_conversation(items, expected):
     assert read_responses(input=items)[1].body["messages"] == expected
@@ -5568,7 +5567,7 @@ ANY = {"description": "Any JSON value."}
     ({"a": {"$ref": "#/$defs/Panel", "description": "mine"}},
      {"a": {"type": "object", "description": "mine", "properties": {"title": {"type": "string"}}}}),
     ({"a": {"allOf": [{"$ref": "#/$defs/a~1b"}, {"description": "d"}]}}, {"a": {"type": "number"}}),
-    ({"a": {"$ref": "#/nowhere"}, "b": {"$ref": "http://a/b.json"}, "c": {"anyOf": 5}}, {"a": ANY, "b": ANY, "c": {}}),
+    ({"a": {"$ref": "#/nowhere"}, "b": {"$ref": "http://a/b.json"}, "c": {"anyOf": 5}}, {"a": ANY, "b": ANY, "c": ANY}),
 ])
 def test_hard_schemas_become_plain(properties, plainer):
     defs = {"a/b": {"type": "number"}, "Panel": {"type": "object", "properties": {"title": {"type": "string"}}}}

@@ -1549,7 +1549,8 @@ def encode_request(value):
 
 
 # The checks. A `path` is a value's place in the client's request: a text, or the path
-# to what is around it and the key or the number in there. Errors alone spell it out.
+# to what is around it and the key or the number in there, "" if it is all of that.
+# Errors alone spell it out.
 
 def spelled(path):
     """A path as text: "messages[0].content"."""
@@ -1557,7 +1558,7 @@ def spelled(path):
         return path
     outer, key = path
     inner = f"[{key}]" if isinstance(key, int) else f".{key}"
-    return (spelled(outer) + inner).lstrip(".")
+    return (spelled(outer) + inner).strip(".")
 
 
 def wrong(path, words, **facts):
@@ -1648,33 +1649,23 @@ def estimate_tokens(text, pictures=()):
 # or blocks of a message, and calls. Each is a dict with a type, or with a role.
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-# The media that Z.ai takes, as the text in their place calls them.
-MEDIA = {
-    "image_url": "image",
-    "input_image": "image",
-    "image": "image",
-    "video_url": "video",
-    "video": "video",
-    "file_url": "file",
-    "input_file": "file",
-    "file": "file",
-    "document": "file",
-}
-
-
 def by_type(**kinds):
-    """The names of the Reader's methods, by the types of what they read."""
-    return {
-        type: f"read_{kind}" for kind, types in kinds.items() for type in types.split()}
+    return {type: kind for kind, types in kinds.items() for type in types.split()}
 
 
-# Who reads a piece, by its type. To teach the Reader a type, add it here. A part shows
-# something, in a message or in the output of a tool.
+# The media that Z.ai takes, as the text in their place calls them.
+MEDIA = by_type(
+    image="image_url input_image image",
+    video="video_url video",
+    file="file_url input_file file document",
+)
+# Who reads a piece, by its type: a method of the Reader. To teach it a type, add it
+# here. A part shows something, in a message or in the output of a tool.
 PARTS = {
-    **dict.fromkeys(MEDIA, "read_shown"),
+    **dict.fromkeys(MEDIA, "media"),
     **by_type(
-        text="text input_text output_text refusal",
-        shown="input_audio audio search_result tool_reference resource resource_link"),
+        text="text input_text output_text refusal compaction",
+        words="input_audio audio search_result tool_reference resource resource_link"),
 }
 # An item stands among the turns, or inside a message.
 ITEMS = by_type(
@@ -1684,7 +1675,6 @@ ITEMS = by_type(
     output="function_call_output custom_tool_call_output tool_result",
     reference="item_reference",
     tools="additional_tools",
-    compaction="compaction",
 )
 # The types of tools that take a text, which is one of their arguments at Z.ai.
 CUSTOM_TYPES = ("custom", "custom_tool_call")
@@ -1693,9 +1683,11 @@ THOUGHT_FIELDS = ("thinking", "reasoning", "content", "summary")
 CHAT_THOUGHT_FIELDS = ("reasoning_content", "reasoning")
 ARGUMENT_FIELDS = ("arguments", "input", "args")
 OUTPUT_IDS = ("call_id", "tool_use_id", "tool_call_id")
+TEXT_FIELDS = {"refusal": "refusal", "compaction": "encrypted_content"}
 WORD_FIELDS = ("text", "refusal", "content")
 HEAD_FIELDS = ("title", "name", "tool_name", "context")
 URL_FIELDS = ("url", "uri", "image_url", "video_url", "file_url")
+ADDRESS_FIELDS = (*URL_FIELDS, "source")
 DATA_FIELDS = ("data", "base64")
 FORMAT_FIELDS = ("media_type", "mimeType", "mime_type")
 NO_CONTENT = (None, "", [])
@@ -1708,10 +1700,8 @@ MARK = "ztoapi:"
 # cache.
 BILLING = re.compile("^x-anthropic-billing-header:.*\n?", re.MULTILINE)
 
-# The models that take OpenAI's own "file" part, and those that take one with a URL.
+# The models that take OpenAI's own "file" part. One with a URL goes to all that see.
 FILE_MODELS = ("glm-5.3-flash", "glm-5.3-flashx")
-FILE_URL_MODELS = (
-    *FILE_MODELS, "glm-4.6v", "glm-4.6v-flash", "glm-4.6v-flashx", "glm-4.5v")
 # Z.ai refuses empty messages. The first stands for a user who says nothing, the other
 # for a tool that has brought nothing.
 NO_WORDS = "."
@@ -1723,8 +1713,9 @@ CUSTOM_SCHEMA = {
     "properties": {"input": {"type": "string"}},
     "required": ["input"],
 }
-# The types of choices of one tool. Z.ai's own tools cannot be demanded.
+# The types of choices of one tool, and of those that demand a call.
 CHOICES = ("function", "custom", "tool")
+DEMANDS = (*CHOICES, "required", "any")
 # Where Codex's own tools may be said to be, or not.
 NO_NAMESPACE = "functions"
 
@@ -1784,8 +1775,8 @@ def text_part(text):
     return {"type": "text", "text": text}
 
 
-def json_part(value):
-    return text_part(encode_request(value).decode())
+def json_text(value):
+    return encode_request(value).decode()
 
 
 def function_object(**fields):
@@ -1800,17 +1791,17 @@ def words_in(value, depth=0):
         return value
     if depth > DEEPEST_WORDS or not isinstance(value, (list, dict)):
         return ""
+    depth += 1
     if isinstance(value, list):
-        return lines(*[words_in(inner, depth + 1) for inner in value])
-    source = as_dict(value.get("source"))
-    inner = as_dict(value.get(str(value.get("type"))))
-    value = {**source, **value, **inner}
+        return lines(*[words_in(inner, depth) for inner in value])
+    kind = str(value.get("type"))
     heads = [value.get(field) for field in HEAD_FIELDS]
-    texts = [words_in(value.get(field), depth + 1) for field in WORD_FIELDS]
+    texts = [words_in(value.get(field), depth) for field in WORD_FIELDS]
     # The data of another type is a picture's, say, and no words.
-    if source.get("type") == "text":
-        texts.append(source.get("data"))
-    return lines(*heads, lines(*texts) or first(value, URL_FIELDS))
+    if kind == "text":
+        texts.append(value.get("data"))
+    address = first(value, (kind, *ADDRESS_FIELDS))
+    return lines(*heads, lines(*texts) or words_in(address, depth))
 
 
 def media_part(value, noun):
@@ -1836,6 +1827,8 @@ def media_part(value, noun):
 
 
 UNIONS = ("anyOf", "oneOf", "allOf")
+# What branches() leaves out of a schema.
+STRUCTURE = (*UNIONS, "$ref", "$defs", "definitions")
 # JSON's words for the types of Python.
 TYPE_NAMES = {
     str: "string", bool: "boolean", int: "integer", float: "number", list: "array",
@@ -1851,29 +1844,40 @@ def schema_at(reference, root):
     return as_dict(root)
 
 
-def allowed_types(schema, root):
-    """The JSON types that a schema allows, empty if it does not say; `root` is the
-    whole schema."""
-    allowed = set()
-    branches = [schema]
+def branches(schema, root):
+    """The schemas that a value may follow, without unions and references at their top;
+    `root` is the whole schema. What stands beside a union holds for its members."""
+    found = [as_dict(schema)]
+    plain = []
     # They become more while they are gone through. References may go in a circle.
-    for branch in itertools.islice(branches, 1000):
-        branch = as_dict(branch)
-        values = [branch["const"]] if "const" in branch else branch.get("enum")
+    for branch in itertools.islice(found, 1000):
+        bare = {word: inner for word, inner in branch.items() if word not in STRUCTURE}
+        if "const" in bare:
+            bare["enum"] = [bare.pop("const")]
+        members = first(branch, UNIONS)
+        if "$ref" in branch:
+            members = [schema_at(branch["$ref"], root)]
+        if isinstance(members, list):
+            found += [{**as_dict(member), **bare} for member in members]
+        else:
+            plain.append(bare)
+    return plain or [{}]
+
+
+def allowed_types(schema, root):
+    """The JSON types that a schema allows, empty if it does not say."""
+    allowed = set()
+    for branch in branches(schema, root):
         types = branch.get("type")
+        values = branch.get("enum")
         if isinstance(types, str):
             allowed.add(types)
         elif isinstance(types, list):
             allowed.update(map(str, types))
         elif isinstance(values, list):
             allowed.update(TYPE_NAMES[type(value)] for value in values)
-        elif "$ref" in branch:
-            branches.append(schema_at(branch["$ref"], root))
         else:
-            inner = first(branch, UNIONS)
-            if not isinstance(inner, list):
-                return set()
-            branches += inner
+            return set()
     return allowed
 
 
@@ -1892,7 +1896,7 @@ def mend_arguments(arguments):
     becomes the one value of an object.
     """
     if not isinstance(arguments, str):
-        text = encode_request(arguments).decode()
+        text = json_text(arguments)
         if isinstance(arguments, dict):
             return text
         arguments = text
@@ -1905,7 +1909,7 @@ def mend_arguments(arguments):
         value = decode_or_none(text, decode_strictly)
     if isinstance(value, dict):
         return text
-    return encode_request({"arguments": arguments}).decode()
+    return json_text({"arguments": arguments})
 
 
 def call_id(id):
@@ -1951,8 +1955,8 @@ class History:
         self.turn = Turn([], [], [])
         # Images of tool results, which come behind the last of these.
         self.images = []
-        # The tool messages whose output may come yet: by the ids of their calls, and
-        # those of the last turn's calls that had no id of their own.
+        # The tool messages whose output may come yet, by the ids of their calls, and
+        # the ids of those of the last turn's calls that had none of their own.
         self.waiting = {}
         self.nameless = iter(())
 
@@ -1961,19 +1965,19 @@ class History:
         if not any(turn):
             return
         self.turn = Turn([], [], [])
-        content = "\n\n".join(texts)
-        if not calls and not content.strip():
+        content = "\n\n".join(filter(None, texts))
+        thinking = "\n\n".join(filter(None, thoughts))
+        if calls or content.strip():
+            self.place_images()
+            message = {"role": "assistant", "content": content}
+            if thinking:
+                message["reasoning_content"] = thinking
+            self.messages.append(message)
+            if calls:
+                message["tool_calls"] = self.add_calls(calls)
+        elif thinking:
             # Z.ai takes no thinking alone.
-            if thoughts:
-                self.changed.append("reasoning_content")
-            return
-        self.place_images()
-        message = {"role": "assistant", "content": content}
-        if thoughts:
-            message["reasoning_content"] = "\n\n".join(thoughts)
-        self.messages.append(message)
-        if calls:
-            message["tool_calls"] = self.add_calls(calls)
+            self.changed.append("reasoning_content")
 
     def add_calls(self, calls):
         """The calls of a turn, each of them once. Behind it stands a tool message for
@@ -1983,29 +1987,25 @@ class History:
         is sent again must stay the same, or Z.ai's cache is lost.
         """
         place = len(self.messages)
-        calls_by_id = {}
-        kept = []
+        kept = {}
         nameless = []
         for i, call in enumerate(calls):
-            id = call["id"]
-            twin = calls_by_id.get(id)
+            twin = kept.get(call["id"])
             # LangChain sends each call as a part, too. As parsing takes time, only
-            # neighbours of one id are compared.
+            # calls of one id are compared.
             if twin and meaning_of(twin) == meaning_of(call):
                 continue
-            calls_by_id[id] = id and call
-            output = {"role": "tool", "content": NO_OUTPUT}
-            if id and not twin:
-                self.waiting[id] = output
-            else:
+            if twin or not call["id"]:
                 call["id"] = f"call_{place}_{i}"
-                nameless.append(output)
+                nameless.append(call["id"])
                 self.changed.append("tool_call_id")
-            output["tool_call_id"] = call["id"]
-            kept.append(call)
+            id = call["id"]
+            kept[id] = call
+            output = {"role": "tool", "content": NO_OUTPUT, "tool_call_id": id}
+            self.waiting[id] = output
             self.messages.append(output)
         self.nameless = iter(nameless)
-        return kept
+        return list(kept.values())
 
     def add(self, role, content):
         """A message that is not the assistant's."""
@@ -2017,7 +2017,8 @@ class History:
         """Give a tool's output to its call, however late it comes. Without a call it
         can only be told as a user's words."""
         self.end_turn()
-        found = self.waiting.pop(id, None) or next(self.nameless, None)
+        found = (
+            self.waiting.pop(id, None) or self.waiting.pop(next(self.nameless, None), None))
         if found:
             found["content"] = text
         else:
@@ -2045,8 +2046,9 @@ class History:
 class Reader:
     """One request on its way to one model of Z.ai.
 
-    What reads a Piece gives a part for the message around it, or None: the piece went
-    into the history by itself, or was left out.
+    What reads a Piece gives a part for the message around it: a text, or the dict of a
+    picture, a video or a file. None: the piece went into the history by itself, or was
+    left out.
     """
 
     def __init__(self, request, settings, id, vision=""):
@@ -2117,13 +2119,14 @@ class Reader:
         messages = self.fields["messages"]
         last = len(messages) - 1
         name = self.path("prompt")
-        prompt = Piece({name: request.prompt}, "", "message", "system", last)
-        for part in self.content(prompt, name):
-            self.show("system", [part])
+        around = Piece({name: request.prompt}, "", "request", "system", last)
+        self.show("system", self.content(around, name))
+        around.role = ""
         path = self.path("messages")
         for i, turn in enumerate([*request.earlier, *messages], -len(request.earlier)):
+            around.turn = i
             place = (path, i) if i >= 0 else "previous_response_id"
-            part = self.read(turn, place, "", i, "message")
+            part = self.read(turn, place, around, "message")
             # What stands in no message is the user's.
             if part:
                 self.show("user", [part])
@@ -2147,23 +2150,24 @@ class Reader:
             if turn in refusable:
                 raise error
 
-    def read(self, value, path, role, turn, kind=None):
-        """A piece of any kind. What cannot be read is told as JSON, but not by the
-        assistant."""
+    def read(self, value, path, around, kind=None):
+        """A piece of any kind, inside of another one. What cannot be read is told as
+        JSON, but not by the assistant."""
+        role = around.role
         try:
-            piece = Piece(value, path, kind, role, turn)
+            piece = Piece(value, path, kind, role, around.turn)
             method = PARTS.get(piece.kind)
             # An output has parts alone, so that nothing nests for ever.
             if not method and role != "tool":
-                method = ITEMS.get(piece.kind) or "role" in piece and "read_message"
-            return getattr(self, method or "read_shown")(piece)
+                method = ITEMS.get(piece.kind) or "role" in piece and "message"
+            return getattr(self, f"read_{method or 'words'}")(piece)
         except RequestError as error:
             if error.status != 400:
                 raise
             if role != "tool":
-                self.errors.append((turn, error))
+                self.errors.append((around.turn, error))
         self.changed.append("unreadable")
-        return None if role == "assistant" else json_part(value)
+        return None if role == "assistant" else json_text(value)
 
     def content(self, piece, field, kind=None):
         """The parts that a field shows: a text, a piece, or many."""
@@ -2171,15 +2175,11 @@ class Reader:
         if value is None:
             return []
         if isinstance(value, str):
-            return [text_part(value)]
+            return [value]
         path = (piece.path, field)
-        if isinstance(value, list):
-            parts = [
-                self.read(inner, (path, i), piece.role, piece.turn, kind)
-                for i, inner in enumerate(value)]
-        else:
-            parts = [self.read(value, path, piece.role, piece.turn, kind)]
-        return list(filter(None, parts))
+        values = enumerate(value) if isinstance(value, list) else [("", value)]
+        parts = [self.read(inner, (path, key), piece, kind) for key, inner in values]
+        return [part for part in parts if part is not None]
 
     def read_message(self, piece):
         role = piece.get("role")
@@ -2187,83 +2187,65 @@ class Reader:
             return self.read_reference(piece)
         need_word(role, ROLES, (piece.path, "role"))
         if piece.role:
-            return self.read_shown(piece)
+            return self.read_words(piece)
         if role == "tool":
             return self.read_output(piece)
         piece.role = role = "system" if role == "developer" else role
         if role == "assistant":
-            return self.read_assistant(piece)
-        said = piece.get("content")
-        if said is None:
+            thought = words_in(first(piece, CHAT_THOUGHT_FIELDS))
+            self.turn(piece).thoughts.append(thought)
+            for field in ("content", "refusal", "tool_calls"):
+                if piece.get(field):
+                    # The entries of tool_calls may have no type.
+                    text = lines(*self.content(piece, field, "function"))
+                    self.turn(piece).texts.append(text)
+            return None
+        if piece.get("content") is None:
             raise missing((piece.path, "content"))
-        if not isinstance(said, str):
-            said = self.content(piece, "content")
-            # Of outputs alone, which were told by themselves, nothing is left.
-            if piece["content"] and not said:
-                return None
-        if role == "user":
-            self.heard = piece.turn
-        self.show(role, said)
+        parts = self.content(piece, "content")
+        # Of outputs alone, which were told by themselves, nothing is left.
+        if parts or not piece["content"]:
+            if role == "user":
+                self.heard = piece.turn
+            self.show(role, parts)
         return None
 
-    def show(self, role, said):
-        """A text or parts of the user or the system."""
-        text = said
-        if not isinstance(said, str):
-            texts = [part["text"] for part in said if "text" in part]
-            text = lines(*texts)
-            if len(texts) < len(said):
-                content = [part for part in said if part.get("text") != ""]
-                # "cannot be empty": Z.ai wants a text beside an image.
-                self.history.add(role, content if text else [*content, text_part(NO_WORDS)])
-                return
+    def show(self, role, parts):
+        """Parts of the user or the system."""
+        text = lines(*parts)
         if role == "system":
             text = BILLING.sub("", text)
-        if text.strip():
-            self.history.add(role, text)
-        elif role == "user":
-            self.history.add(role, NO_WORDS)
+            if not text.strip():
+                return
+        elif not text.strip():
+            # "cannot be empty": Z.ai wants a text beside an image, too.
+            text = NO_WORDS
+            parts = [*parts, text]
+        if not all(isinstance(part, str) for part in parts):
+            text = [
+                text_part(part) if isinstance(part, str) else part for part in parts if part]
+        self.history.add(role, text)
 
     def turn(self, piece):
         """The Turn that the assistant's piece belongs to."""
         self.spoke = piece.turn
         return self.history.turn
 
-    def read_assistant(self, piece):
-        self.spoke = piece.turn
-        self.think(piece, words_in(first(piece, CHAT_THOUGHT_FIELDS)))
-        for field in ("content", "refusal", "tool_calls"):
-            if piece.get(field):
-                self.say(piece, field)
-
-    def say(self, piece, field):
-        """What the assistant says in a field, of which the calls are told by then."""
-        # The entries of tool_calls may have no type.
-        texts = [part["text"] for part in self.content(piece, field, "function")]
-        # A message of chat is one text.
-        if not self.request.agents:
-            texts = [lines(*texts)]
-        self.turn(piece).texts.extend(filter(None, texts))
-
     # Items
 
     def read_thinking(self, piece):
-        text = str(piece.get("encrypted_content"))
-        if text.startswith(MARK):
-            self.think(piece, text[len(MARK):])
-        else:
-            self.think(piece, words_in(first(piece, THOUGHT_FIELDS)))
-
-    def think(self, piece, text):
-        if text:
-            self.turn(piece).thoughts.append(text)
+        text = words_in(first(piece, THOUGHT_FIELDS))
+        kept = str(piece.get("encrypted_content"))
+        if kept.startswith(MARK):
+            text = kept[len(MARK):]
+        self.turn(piece).thoughts.append(text)
 
     def read_call(self, piece):
         """A call of an earlier answer, sent back."""
         # An item has an id of its own beside that of its call.
         id = piece.get("id" if piece.get("call_id") is None else "call_id")
         call = piece.unfold()
-        name = self.name_at_zai(call, call.need("name", str))
+        name = self.name_at_zai(call)
         arguments = first(call, ARGUMENT_FIELDS)
         if call.kind in CUSTOM_TYPES:
             arguments = {"input": call.get("input")}
@@ -2279,14 +2261,14 @@ class Reader:
         self.brought = piece.turn
         field = "content" if piece.get("output") is None else "output"
         content = piece.get(field)
-        text = "" if content in NO_CONTENT else content
-        media = []
-        if not isinstance(text, str):
-            pieces = content if isinstance(content, list) else [content]
-            has_parts = any(str(as_dict(inner).get("type")) in PARTS for inner in pieces)
-            parts = self.content(piece, field) if has_parts else [json_part(content)]
-            text = lines(*[part.get("text") for part in parts])
-            media = [part for part in parts if "text" not in part]
+        pieces = content if isinstance(content, list) else [content]
+        is_text = content in NO_CONTENT or isinstance(content, str)
+        if is_text or any(str(dig(inner, "type")) in PARTS for inner in pieces):
+            parts = self.content(piece, field)
+        else:
+            parts = [json_text(content)]
+        text = lines(*parts)
+        media = [part for part in parts if not isinstance(part, str)]
         # A field of Messages.
         if piece.get("is_error") and "error" not in text.lower():
             text = lines("Error:", text)
@@ -2296,7 +2278,7 @@ class Reader:
 
     def read_reference(self, piece):
         if not self.request.recall:
-            return self.read_shown(piece)
+            return self.read_words(piece)
         id = piece.need("id", str)
         if id in self.referred:
             # A short reference to a long item, many times, would fill the memory.
@@ -2305,7 +2287,7 @@ class Reader:
         self.referred.add(id)
         found = self.request.recall(id)
         if found:
-            return self.read(found, piece.path, piece.role, piece.turn)
+            return self.read(found, piece.path, piece)
         # Thinking can be missing; what was said or called cannot.
         if not id.startswith("rs_"):
             raise wrong(
@@ -2314,46 +2296,41 @@ class Reader:
                 status=404, code="not_found")
         return None
 
-    def read_compaction(self, piece):
-        self.show("user", piece.need("encrypted_content", str))
-
     # Parts
 
     def read_text(self, piece):
-        return text_part(piece.need("refusal" if piece.kind == "refusal" else "text", str))
+        return piece.need(TEXT_FIELDS.get(piece.kind, "text"), str)
 
-    def read_shown(self, piece):
-        """A picture, a video or a file; of anything else, the words."""
-        kind = piece.kind
-        noun = MEDIA.get(kind, name_of(kind))
-        part = media_part(piece, noun) if kind in MEDIA else None
-        if part:
-            return self.read_media(piece, noun, part)
-        if kind not in PARTS:
+    def read_words(self, piece):
+        noun = name_of(piece.kind)
+        if piece.kind not in PARTS:
             if piece.role == "tool":
-                return json_part(piece)
+                return json_text(piece)
             self.changed.append(noun)
         # The words of a search, say, would be put into the assistant's mouth.
         text = "" if piece.role in ("", "assistant") else words_in(piece)
         if text:
-            return text_part(text)
-        if kind in MEDIA:
+            return text
+        if piece.kind in MEDIA:
             raise wrong(piece.path, "has neither an address nor data: no files are kept here")
         return self.leave_out(piece, noun, f"Z.ai takes no {noun}")
 
-    def read_media(self, piece, noun, part):
-        """The part, if the model takes it."""
+    def read_media(self, piece):
+        noun = MEDIA[piece.kind]
+        part = media_part(piece, noun)
+        if not part:
+            return self.read_words(piece)
         model = self.model
-        takers = FILE_URL_MODELS if dig(part, "file.file_url") else FILE_MODELS
-        advice = ""
+        takes_files = model is None or model.id in FILE_MODELS or dig(part, "file.file_url")
         if piece.role not in ("user", "tool"):
             reason = f"a message of the {piece.role} takes text only"
+            advice = ""
         elif model and not model.sees:
             self.unseen.append(piece.turn)
             reason = f"{model.name} takes text only"
             advice = f"; models that see: {SEEING}; VISION_MODEL may be one to answer here"
-        elif "file" in part and model and model.id not in takers:
-            names = ", ".join(MODELS[id].name for id in takers)
+        elif noun in part and not takes_files:
+            names = ", ".join(MODELS[id].name for id in FILE_MODELS)
             reason = f"{model.name} takes no such file"
             advice = f"; models that do: {names}"
         else:
@@ -2371,7 +2348,7 @@ class Reader:
         self.changed.append(noun)
         if piece.role in ("", "assistant"):
             return None
-        return text_part(f"[{noun} left out: {reason}]")
+        return f"[{noun} left out: {reason}]"
 
     def insert_instructions(self, messages):
         """Put our lines behind the client's own: what Z.ai caches stays cached."""
@@ -2381,9 +2358,10 @@ class Reader:
 
     # Tools
 
-    def name_at_zai(self, tool, name):
-        """Z.ai's name for the client's tool of this name: 1 to 64 letters, digits, _
-        and -. No two tools get the same."""
+    def name_at_zai(self, tool):
+        """Z.ai's name for a tool of the client's: 1 to 64 letters, digits, _ and -. No
+        two tools get the same."""
+        name = tool.need("name", str)
         space = tool.need("namespace", str, NO_NAMESPACE)
         if (space, name) in self.names:
             return self.names[space, name]
@@ -2423,7 +2401,7 @@ class Reader:
 
     def read_function(self, tool):
         """A tool with the fields that Z.ai requires."""
-        name = self.name_at_zai(tool, tool.need("name", str))
+        name = self.name_at_zai(tool)
         self.owners[name]["type"] = tool.kind
         text = tool.need("description", str, "")
         field = "parameters" if tool.get("input_schema") is None else "input_schema"
@@ -2455,21 +2433,20 @@ class Reader:
         return {"tools": self.tools, "tool_choice": "auto"} if self.tools else {}
 
     def keep_tools(self, choice):
+        must = choice.kind in DEMANDS or choice.get("mode") == "required"
         # Z.ai's own tools have no name.
-        names = [tool.get("function", {}).get("name", "") for tool in self.tools]
-        must = choice.kind in ("required", "any") or choice.get("mode") == "required"
-        wanted = {*names, ""} if choice.kind != "none" else set()
+        names = [tool.get("function", {}).get("name") for tool in self.tools]
+        wanted = set(names)
         if choice.kind in CHOICES:
             wanted = {self.chosen(choice)}
-            must = True
-        elif choice.kind == "allowed_tools":
+        elif choice.kind in ("allowed_tools", "none"):
             wanted = set(map(self.chosen, choice.pieces("tools", "function")))
-        unknown = wanted.difference(names, [""])
+        unknown = wanted.difference(names, [None])
         if unknown and not self.some_left_out:
+            name = self.owners[min(unknown)]["name"][:200]
             raise wrong(
-                self.path("tool_choice"),
-                f"names the tool {min(unknown)[:200]!a}, which is not in 'tools'")
-        functions = wanted.intersection(names) - {""}
+                self.path("tool_choice"), f"names the tool {name!a}, which is not in 'tools'")
+        functions = wanted.intersection(names) - {None}
         # What was left out, and Z.ai's own tools, cannot be demanded.
         if must and not functions:
             return
@@ -2482,11 +2459,8 @@ class Reader:
                 f"You must answer by calling {wish}. Do not answer in text.")
 
     def chosen(self, tool):
-        """The name at Z.ai of a tool that is chosen, "" for one of Z.ai's own."""
-        if tool.kind not in CHOICES:
-            return ""
-        name = tool.unfold().need("name", str)
-        return self.names.get((tool.need("namespace", str, NO_NAMESPACE), name), name)
+        """The name at Z.ai of a tool that is chosen, None for one of Z.ai's own."""
+        return self.name_at_zai(tool.unfold()) if tool.kind in CHOICES else None
 
     # Everything else
 
@@ -2563,7 +2537,7 @@ class Reader:
             # OpenAI's chat takes one without.
             if form.get("schema") is None and form.path is path:
                 raise missing((path, "schema" if self.request.agents else form.kind))
-            text = encode_request(form.need("schema", dict, {})).decode()
+            text = json_text(form.need("schema", dict, {}))
             self.changed.append("response_format")
             self.instructions.append(
                 "Answer with one JSON value that matches this JSON Schema,"
@@ -2612,7 +2586,6 @@ def to_zai_request(request, settings, model=""):
 # Z.ai takes most JSON Schemas of tools, and refuses whole requests for a few. So they
 # go as they are, and simpler_schemas() is for a further try.
 
-DEFINITIONS = ("$defs", "definitions")
 # Types, from the one that says least. One that is not named may be any.
 WIDTHS = ("null", None, "boolean", "integer", "number", "string", "array", "object")
 ANY_VALUE = {"description": "Any JSON value."}
@@ -2626,51 +2599,32 @@ def width_of(schema):
     return WIDTHS.index(kind) if kind in WIDTHS else 0, len(encode_text(schema))
 
 
-class Simplifier:
-    """Says a JSON Schema in plain words. `root` is where its references point to."""
-
-    def __init__(self, root):
-        self.root = root
-        self.left = MOST_SCHEMAS
-
-    def plain(self, schema, depth=0):
-        self.left -= 1
-        is_within = self.left > 0 and depth <= DEEPEST_SCHEMA
-        if not schema or not isinstance(schema, dict) or not is_within:
-            return ANY_VALUE
-        depth += 1
-        schema = {word: inner for word, inner in schema.items() if word not in DEFINITIONS}
-        if "$ref" in schema:
-            target = schema_at(schema.pop("$ref"), self.root)
-            return self.plain({**target, **schema}, depth)
-        for word in UNIONS:
-            members = schema.pop(word, None)
-            if members and isinstance(members, list):
-                schema = {**self.widest(members, depth), **schema}
-        if "const" in schema:
-            schema["enum"] = [schema.pop("const")]
-        if isinstance(schema.get("properties"), dict):
-            schema["properties"] = {
-                name: self.plain(inner, depth) for name, inner in schema["properties"].items()}
-        for word in ("items", "additionalProperties"):
-            if isinstance(schema.get(word), dict):
-                schema[word] = self.plain(schema[word], depth)
-        return schema
-
-    def widest(self, members, depth):
-        """The member of a union that allows most; of values, all."""
-        members = [self.plain(member, depth) for member in members]
-        choices = [member.get("enum") for member in members]
-        if all(isinstance(choice, list) for choice in choices):
-            return {**members[0], "enum": list(itertools.chain(*choices))}
-        return max(members, key=width_of)
+def plain_schema(schema, root, left, depth=0):
+    """A JSON Schema in plain words. Of a union the member that allows most stands for
+    all; of values, all stay. `left` bounds how many schemas are read."""
+    if depth > DEEPEST_SCHEMA or next(left, None) is None:
+        return ANY_VALUE
+    members = branches(schema, root)
+    schema = max(members, key=width_of)
+    choices = [member.get("enum") for member in members]
+    if all(isinstance(choice, list) for choice in choices):
+        schema = {**members[0], "enum": list(itertools.chain(*choices))}
+    depth += 1
+    if isinstance(schema.get("properties"), dict):
+        schema["properties"] = {
+            name: plain_schema(inner, root, left, depth)
+            for name, inner in schema["properties"].items()}
+    for word in ("items", "additionalProperties"):
+        if isinstance(schema.get(word), dict):
+            schema[word] = plain_schema(schema[word], root, left, depth)
+    return schema or ANY_VALUE
 
 
 def simpler_tool(tool):
     if "function" not in tool:
         return tool
     schema = tool["function"]["parameters"]
-    plain = Simplifier(schema).plain(schema)
+    plain = plain_schema(schema, schema, iter(range(MOST_SCHEMAS)))
     return function_object(**{**tool["function"], "parameters": plain})
 
 
@@ -2721,17 +2675,18 @@ class Step(NamedTuple):
 def extend(runs, step):
     """Put a step behind others, which are a list of (first step, texts): pieces of one
     kind that came together are one. Each would become an event for the client, with ten
-    times its bytes."""
+    times its bytes. True if it begins another."""
     first = runs[-1][0] if runs else Step("")
-    if step.index == first.index and step.kind in (first.kind, ARGUMENTS):
-        runs[-1][1].append(step.text)
-    else:
-        runs.append((step, [step.text]))
+    begins = step.index != first.index or step.kind not in (first.kind, ARGUMENTS)
+    if begins:
+        runs.append((step, []))
+    runs[-1][1].append(step.text)
+    return begins
 
 
 def joined(runs):
     """The steps of such a list."""
-    return [first._replace(text="".join(texts)) for first, texts in runs]
+    return [Step(first.kind, "".join(texts), *first[2:]) for first, texts in runs]
 
 
 # The ends that Z.ai documents, and two that gateways in front of it use. Any other
@@ -2759,28 +2714,6 @@ LONGEST_TOOL_NAME = 200
 MOST_CALLS = 128
 # A count of tokens beyond this is garbage, and read as 0.
 MOST_TOKENS = 10 ** 12
-
-
-class Tally:
-    """Counts the memory of steps that are kept. UpstreamError beyond
-    LONGEST_ANSWER_BYTES."""
-
-    # A Python object stands behind each piece, and several behind an item, which begins
-    # where the kind changes.
-    STEP_BYTES = 20
-    ITEM_BYTES = 2000
-
-    size_bytes = 0
-    kind = None
-
-    def add(self, step):
-        if step.kind != self.kind:
-            self.size_bytes += self.ITEM_BYTES
-        self.kind = step.kind
-        self.size_bytes += len(step.text.encode("utf-8", "replace")) + self.STEP_BYTES
-        if self.size_bytes > LONGEST_ANSWER_BYTES:
-            raise UpstreamError(
-                f"The answer is longer than {LONGEST_ANSWER_BYTES} bytes.", GIVE_UP)
 
 
 # The first room: events
@@ -2818,7 +2751,8 @@ def to_openai_usage(usage):
 
 class Frame(NamedTuple):
     """What one event says."""
-    delta: dict
+    texts: list                 # (kind of step, text)
+    items: list | None = None   # of `tool_calls`
     reason: object = None       # Z.ai's finish reason
     usage: dict | None = None   # OpenAI's object
     afresh: bool = False        # the answer begins again with it
@@ -2852,16 +2786,11 @@ class Alike(NamedTuple):
 
 def find_alike(event, frame):
     """The Alike of an event that says this, if it was one."""
-    fields = [field for field in FORMS if frame.delta.get(field)]
-    if len(fields) != 1 or any(frame[1:]):
+    if len(frame.texts) != 1 or any(frame[1:]):
         return None
-    # Inside of a text these quotes would be escaped.
-    mark = f'"{fields[0]}":"'
-    before, *behind = event.split(mark)
-    if len(behind) != 1:
-        return None
-    _, end = scan_string(*behind, 0, False)
-    return Alike(KIND_OF_FIELD[fields[0]], before + mark, behind[0][end:])
+    kind, text = frame.texts[0]
+    before, *behind = event.split(quote(text))
+    return Alike(kind, before + '"', *behind) if len(behind) == 1 else None
 
 
 class Frames:
@@ -2909,7 +2838,11 @@ class Frames:
         for field, form in FORMS.items():
             if delta.get(field) and not isinstance(delta[field], form):
                 raise UpstreamError(f"Z.ai sent {field} in an unknown form.")
-        return Frame(delta, choice.get("finish_reason"), to_openai_usage(value.get("usage")))
+        texts = [
+            (kind, delta[field]) for field, kind in KIND_OF_FIELD.items() if delta.get(field)]
+        return Frame(
+            texts, delta.get("tool_calls"), choice.get("finish_reason"),
+            to_openai_usage(value.get("usage")))
 
 
 # The second room: texts
@@ -3049,8 +2982,8 @@ def typed(text, types):
 
 
 def parse_leaked_call(text, tools):
-    """A call in GLM's own form as the function of an item of `tool_calls`; None if it
-    names no tool of `tools`, or if its keys and values cannot be told apart.
+    """A call in GLM's own form as an item of `tool_calls`; None if it names no tool of
+    `tools`, or if its keys and values cannot be told apart.
 
     Any tag separates, as they were seen missing and doubled. Cut by hand, as a regular
     expression for all of it would take quadratic time.
@@ -3072,7 +3005,7 @@ def parse_leaked_call(text, tools):
         elif word or tag == VALUE != next_tag or next_tag == VALUE_END:
             arguments[key] = typed(value, tools[name].get(key, set()))
             key = None
-    return None if key else {"name": name, "arguments": encode_text(arguments)}
+    return None if key else function_object(name=name, arguments=encode_text(arguments))
 
 
 class Leak:
@@ -3084,6 +3017,7 @@ class Leak:
     # What stands before the first tag of an argument, and whether that has come.
     name = ""
     is_named = False
+    is_closed = False  # the call, or its last value, has ended
 
     def __init__(self, tools):
         self.tools = tools
@@ -3092,6 +3026,7 @@ class Leak:
     def feed(self, piece):
         self.pieces.append(piece)
         self.held += len(piece)
+        self.is_closed = piece in (VALUE_END, LEAK_END) or self.is_closed and piece.isspace()
         if piece in ARGUMENT_TAGS:
             self.is_named = True
         # The first tag may be doubled, and blanks were seen around the name.
@@ -3100,11 +3035,6 @@ class Leak:
         fits = self.name in self.tools if self.is_named else any(
             tool.startswith(self.name) for tool in self.tools)
         return fits and piece != LEAK_END and self.held <= LONGEST_HELD
-
-    @property
-    def is_closed(self):
-        """Whether its last value has ended."""
-        return "".join(self.pieces[-3:]).rstrip().endswith(VALUE_END)
 
 
 class Texts:
@@ -3152,7 +3082,7 @@ class Texts:
         self.steps = []
         self._sort(self.splitter.close())
         if self.leak:
-            self._end_leak(self.leak.is_closed and not is_cut)
+            self._end_leak(is_cut)
         return self.steps
 
     def close(self, is_cut):
@@ -3168,12 +3098,12 @@ class Texts:
             kind = self.kind
             if self.leak and self.leak.is_closed and piece == LEAK:
                 # The end of the one is missing before the next.
-                self._end_leak(True)
+                self._end_leak()
             if self.cutter.hit:
                 break
             elif self.leak:
                 if not self.leak.feed(piece):
-                    self._end_leak(piece == LEAK_END)
+                    self._end_leak()
             # The end of a call may be doubled.
             elif piece in BOXES or piece == LEAK_END and (self.leaked or self.tail):
                 continue
@@ -3189,10 +3119,12 @@ class Texts:
             elif piece not in TURNS:
                 self._show(kind, piece)
 
-    def _end_leak(self, is_whole):
+    def _end_leak(self, is_cut=False):
         """A leak has ended, as a call if it is whole and can be read, or as a text."""
-        text = "".join(self.leak.pieces)
+        leak = self.leak
         self.leak = None
+        text = "".join(leak.pieces)
+        is_whole = leak.is_closed and not is_cut
         call = parse_leaked_call(text, self.tools) if is_whole else None
         if call and self.kind == THINKING:
             self.tail.append((THINKING, text, call))
@@ -3204,12 +3136,9 @@ class Texts:
         check_number(self.leaked + self.tail)
 
     def _show(self, kind, text):
-        # A tag that ended a stretch of thinking goes, though a text follows.
-        runs = [
-            (lane, words) for lane, words, call in self.tail
-            if call or lane == kind]
+        shown = [*self.tail, (kind, text, None)]
         self.tail = []
-        for lane, words in [*runs, (kind, text)]:
+        for lane, words, _ in shown:
             if lane not in self.opened:
                 # GLM 4.5 to 4.7 open with line ends.
                 words = words.lstrip("\r\n")
@@ -3224,8 +3153,6 @@ class Texts:
 
 # The third room: calls
 
-# What stands for no arguments, alone or before the real ones.
-NO_ARGUMENTS = re.compile(r'\A\s*(?:(?:\{\}|null)\s*)*(?=["{]|\Z)')
 BROKEN_CALL = "Z.ai sent a tool call with broken arguments."
 
 
@@ -3239,53 +3166,42 @@ class ToolCall(JsonProgress):
     """One tool call under way: feed(text) takes the next piece of its arguments, and
     take() gives what the client can be told of the call by now.
 
-    What stands for no arguments goes if real ones follow, and so does what stands
-    behind the whole: Z.ai was seen to write them twice. What was encoded twice is
-    decoded, markup goes from names, and where no text may be, the value that it says
-    stands in its place. What is held back is one name, or one value of those kinds;
-    texts go on.
+    What stands behind the whole goes: Z.ai was seen to write arguments twice. What was
+    encoded twice is decoded, markup goes from names, and where no text may be, the
+    value that it says stands in its place. What is held back is one name, or one value
+    of those kinds; texts go on.
     """
 
-    # Arguments that can be told, and those that are held back: "{}" if there were none
-    # but what stands for none.
-    untold = ""
-    waiting = ""
-    begun = False  # real arguments have come
+    untold = ""  # arguments that can be told
+    waiting = ""  # those that are held back
+    begun = False  # some have come
     # The sign before a name or a value, and the name that a value belongs to.
     sign = ""
     key = None
 
-    def __init__(self, step, zai_index, types):
+    def __init__(self, step, types):
         self.step = step  # the next one, without its text
-        self.zai_index = zai_index
         self.types = types  # argument_types() of the tool
 
     def feed(self, text):
         if not self.begun:
-            nothing = self.waiting or text.strip() and "{}"
-            text = NO_ARGUMENTS.sub("", self.waiting + text)
+            text = text.lstrip()
             self.begun = bool(text)
-            self.waiting = "" if text else nothing
         self.untold += self._read(text)
+        # Real arguments behind empty ones would be lost.
+        if self.key is None and '"' in self.rest:
+            raise UpstreamError(BROKEN_CALL)
 
     def close(self, empty):
         """No more will come. If no arguments at all have, they are `empty`."""
-        text = self.waiting
+        self.untold += self.waiting if self.begun else self._read(empty)
         self.waiting = ""
-        self.untold += text if self.begun else self._read(text or empty)
 
     def take(self):
         step = self.step._replace(text=self.untold)
         self.untold = ""
         self.step = step._replace(kind=ARGUMENTS)
         return [step] if step.text or step.kind == CALL else []
-
-    def takes(self, id, name):
-        """Whether an item with these, at its place, goes on with this call."""
-        is_whole = self.ended or self.waiting == "{}"
-        # A name again is the same call as long as its arguments are not whole.
-        is_same = name == self.step.name and (id == self.step.id or not is_whole)
-        return not name or is_same
 
     def _read(self, text):
         told = []
@@ -3331,10 +3247,10 @@ class Calls:
         self.tools = tools
         self.make_id = make_id
         self.calls = []
-        # The first that is not whole, and all that waits behind it, calls and other
-        # steps.
+        self.latest = {}  # the last one at each index of Z.ai's
+        # The first that is not whole and those behind it; behind them, other steps.
         self.queue = collections.deque()
-        self.tally = Tally()
+        self.held = Fold()
 
     def feed(self, items):
         check_number(items)
@@ -3349,10 +3265,8 @@ class Calls:
     def put(self, steps):
         if not self.queue:
             return steps
-        for step in steps:
-            self.tally.add(step)
-        self.queue += steps
-        return self.close()
+        self.held.add(steps)
+        return ()
 
     def check(self, finish):
         """UpstreamError for what is no whole call."""
@@ -3366,13 +3280,15 @@ class Calls:
         the arguments behind."""
         name = function.get("name")
         name = name.strip() if isinstance(name, str) else ""
-        arguments = function.get("arguments") or ""
-        if not isinstance(arguments, str):
+        arguments = function.get("arguments")
+        if arguments in (None, "null"):
+            arguments = ""
+        elif not isinstance(arguments, str):
             arguments = encode_text(arguments)
         leaked = parse_leaked_call(name, self.tools) if "<" in name else None
         if leaked:
-            name, behind = leaked.values()
-            arguments = behind + arguments
+            name, behind = leaked["function"].values()
+            arguments = behind if behind != "{}" else arguments
         # A name that no tool has is for the client to refuse.
         return name[:LONGEST_TOOL_NAME], arguments
 
@@ -3380,18 +3296,20 @@ class Calls:
         """The call an item belongs to: the last one at its index, which Z.ai may leave
         out, or have -1 or 0 for all. Its id may be a number, missing, repeated, or
         another for each piece."""
-        index = item.get("index")
+        index = str(item.get("index"))
         id = str(item.get("id") or "")[:200]
-        here = [call for call in self.calls if call.zai_index == index]
-        if here and here[-1].takes(id, name):
-            return here[-1]
+        call = self.latest.get(index)
+        # A name again is the same call as long as its arguments are not whole.
+        is_same = call and name == call.step.name and (id == call.step.id or not call.ended)
+        if is_same or call and not name:
+            return call
         if not name:
             raise UpstreamError("Z.ai sent a piece of a tool call that belongs to none.")
         # Clients take two calls with one id for one.
         if not id or any(call.step.id == id for call in self.calls):
             id = self.make_id()
         step = Step(CALL, "", len(self.calls), id, name)
-        call = ToolCall(step, index, self.tools.get(name, {}))
+        call = self.latest[index] = ToolCall(step, self.tools.get(name, {}))
         self.calls.append(call)
         self.queue.append(call)
         check_number(self.calls)
@@ -3400,17 +3318,15 @@ class Calls:
     def close(self, empty=None):
         """The steps of all that waits; without `empty`, of what need not any more."""
         while self.queue:
-            entry = self.queue[0]
-            if isinstance(entry, Step):
-                yield entry
-            else:
-                # No real arguments come once something else has.
-                if empty is not None or len(self.queue) > 1 and entry.waiting == "{}":
-                    entry.close(empty)
-                yield from entry.take()
-                if empty is None and not entry.ended:
-                    return
+            call = self.queue[0]
+            if empty is not None:
+                call.close(empty)
+            yield from call.take()
+            if empty is None and not call.ended:
+                return
             self.queue.popleft()
+        yield from self.held.items
+        self.held = Fold()
 
 
 EMPTY = "Z.ai sent an empty answer."
@@ -3466,15 +3382,16 @@ class Translator:
         # All methods below put their steps there, so that nothing is lost when one of
         # them raises.
         self.runs = []
+        failure = None
         try:
             for event in events:
                 if not self.complete:
                     self._feed(event)
             if end and not self.complete:
                 self._end()
-        except UpstreamError as failure:
-            return joined(self.runs), failure
-        return joined(self.runs), None
+        except UpstreamError as error:
+            failure = error
+        return joined(self.runs), failure
 
     def _feed(self, event):
         text = self.alike and self.alike.read(event)
@@ -3496,21 +3413,24 @@ class Translator:
 
     def _read(self, frame):
         if frame.afresh:
-            self._restart()
-        for field, kind in KIND_OF_FIELD.items():
-            text = frame.delta.get(field) or ""
+            if self.told and not self.restartable:
+                raise UpstreamError(
+                    "Z.ai lost its place and started the answer again after part of it"
+                    " had been sent.", GIVE_UP, code="upstream_stream_restarted")
+            self._start()
+            extend(self.runs, Step(RESTART))
+        for kind, text in frame.texts:
             if text.strip("\r\n"):
                 self.begun = True
-            if text and kind == THINKING and self.asked.no_thinking:
+            if kind == THINKING and self.asked.no_thinking:
                 self.unasked.add([Step(kind, text)])
-            elif text:
+            else:
                 self._put(self.texts.feed(kind, text))
-        items = frame.delta.get("tool_calls")
-        if items and not self.stop_word:
+        if frame.items and not self.stop_word:
             self.begun = True
             # What is held back came first.
             self._put(self.texts.flush())
-            self._add(self.calls.feed(items))
+            self._add(self.calls.feed(frame.items))
         self.usage = frame.usage or self.usage
         if frame.reason:
             finish = FINISHES.get(str(frame.reason))
@@ -3519,14 +3439,6 @@ class Translator:
             # It may come twice. What was cut does not get whole again.
             if self.finish in WHOLE:
                 self.finish = finish
-
-    def _restart(self):
-        if self.told and not self.restartable:
-            raise UpstreamError(
-                "Z.ai lost its place and started the answer again after part of it had "
-                "been sent.", GIVE_UP, code="upstream_stream_restarted")
-        self._start()
-        extend(self.runs, Step(RESTART))
 
     def _put(self, steps):
         """What comes behind a call that is not whole has to wait."""
@@ -3551,12 +3463,12 @@ class Translator:
             raise UpstreamError(UNFINISHED)
         is_cut = self.finish not in WHOLE
         if not self.texts.opened and not self.calls.calls:
-            self._put(self.texts.feed(TEXT, self.unasked.text(THINKING)))
+            for item in self.unasked.items:
+                self._put(self.texts.feed(TEXT, item.text))
         self._put(self.texts.close(is_cut))
         # Where calls came as they should, the leaked ones are the same once more.
         if not self.calls.calls:
-            items = [{"function": call} for call in self.texts.leaked]
-            self._add(self.calls.feed(items))
+            self._add(self.calls.feed(self.texts.leaked))
         if self.stop_word:
             self.finish = "stop"
         self.calls.check(self.finish)
@@ -3593,22 +3505,19 @@ class Reply:
         self.framing = Unframed()
 
     def feed(self, data):
+        ended = not data
         try:
-            return self._feed(data)
+            while self.status is None:
+                head = self.head.feed(data)
+                if head is None and ended:
+                    raise UpstreamError("The connection to Z.ai was closed before its answer.")
+                if head is None:
+                    return b""
+                data = self.head.rest
+                self._read_head(head)
+            body = self.framing.feed(data)
         except (ValueError, OverflowError) as error:
             raise UpstreamError(f"Z.ai's answer is broken: {error}.") from None
-
-    def _feed(self, data):
-        ended = not data
-        while self.status is None:
-            head = self.head.feed(data)
-            if head is None:
-                if ended:
-                    raise UpstreamError("The connection to Z.ai was closed before its answer.")
-                return b""
-            data = self.head.rest
-            self._read_head(head)
-        body = self.framing.feed(data)
         self.complete = self.framing.done or ended and type(self.framing) is Unframed
         self.keeps_alive = self.keeps_alive and not ended
         if ended and not self.complete:
@@ -3707,28 +3616,30 @@ class Answer:
     def _read(self, body, ended):
         """The events in a piece of the body. One JSON body, on one line, is an event,
         too."""
-        if self.reply.status != 200:
-            self._read_refusal(body, ended)
-        elif "html" in self.reply.fields.get("content-type", "").lower():
+        reply = self.reply
+        if reply.status != 200:
+            # No events, but an error at the end. Gateways write something before it,
+            # such as "data: ", and behind it.
+            self.refusal += body[:self.LONGEST_ERROR_BYTES - len(self.refusal)]
+            if ended:
+                text = self.refusal.decode("utf-8", "replace")
+                value = decode_first(text[text.find("{"):])
+                retry_after = reply.fields.get("retry-after", "")
+                raise self.translator.frames.describe(value, reply.status, retry_after)
+        elif "html" in reply.fields.get("content-type", "").lower():
             raise not_the_api()
         else:
             yield from self.decoder.feed(body)
             yield from self.decoder.close() if ended else ()
 
-    def _read_refusal(self, body, ended):
-        """No events, but an error at the end."""
-        self.refusal += body[:self.LONGEST_ERROR_BYTES - len(self.refusal)]
-        if ended:
-            # Gateways write something before it, such as "data: ", and behind it.
-            text = self.refusal.decode("utf-8", "replace")
-            value = decode_first(text[text.find("{"):])
-            retry_after = self.reply.fields.get("retry-after", "")
-            raise self.translator.frames.describe(value, self.reply.status, retry_after)
-
 
 class Fold:
     """What a JSON answer is made of: all steps of an answer, but the last as `items`,
     and that as `end`. UpstreamError beyond LONGEST_ANSWER_BYTES."""
+
+    # A Python object stands behind each piece, and several behind an item.
+    STEP_BYTES = 20
+    ITEM_BYTES = 2000
 
     def __init__(self):
         self.end = Step(FINISH)
@@ -3736,7 +3647,7 @@ class Fold:
 
     def _start(self):
         self.runs = []
-        self.tally = Tally()
+        self.size_bytes = 0
 
     def add(self, steps):
         for step in steps:
@@ -3745,17 +3656,22 @@ class Fold:
             elif step.kind == FINISH:
                 self.end = step
             else:
-                extend(self.runs, step)
-                self.tally.add(step)
+                self.put(step)
+
+    def put(self, step):
+        """The same of one step; True if it begins an item."""
+        begins = extend(self.runs, step)
+        text_bytes = len(step.text.encode("utf-8", "replace"))
+        self.size_bytes += text_bytes + self.STEP_BYTES + begins * self.ITEM_BYTES
+        if self.size_bytes > LONGEST_ANSWER_BYTES:
+            raise UpstreamError(
+                f"The answer is longer than {LONGEST_ANSWER_BYTES} bytes.", GIVE_UP)
+        return begins
 
     @property
     def items(self):
         """A step for each text, stretch of thinking and call."""
         return joined(self.runs)
-
-    def text(self, kind):
-        """All texts of one kind, joined."""
-        return "".join(item.text for item in self.items if item.kind == kind)
 
 
 # Fronts ###############################################################################
@@ -3875,8 +3791,9 @@ class Front:
 #
 # Every chunk is built anew: nothing of Z.ai's own bytes reaches a client.
 
-# User-Agents of programs that read one JSON answer unless they ask for a stream
-# themselves, as OpenAI's API does. To add one, add a row.
+# What tells of programs that read one JSON answer unless they ask for a stream
+# themselves, as OpenAI's API does: their User-Agents, or what they accept. To add one,
+# add a row.
 EXPECTS_JSON = re.compile(r"""
     ai-sdk[/-]  # ai-sdk-provider-utils/5, too
     | async-openai  # Rust
@@ -3885,7 +3802,8 @@ EXPECTS_JSON = re.compile(r"""
     | go-http-client | langchaingo
     | litellm/
     | ^java | okhttp | apache-httpclient
-    """, re.IGNORECASE | re.VERBOSE)
+    | application/json  # as what is accepted
+    """, re.IGNORECASE | re.VERBOSE | re.MULTILINE)
 
 # Programs that lose what they have not yet read over a cut, and with it the error
 # itself. So do browsers and Node, which send the headers.
@@ -3929,11 +3847,9 @@ class Chat(Front):
             raise wrong("messages", "is missing: a request with 'input' goes to /v1/responses")
         if "functions" in request:
             raise wrong("functions", "is no longer supported: use 'tools'")
-        user_agent = caller.headers.get("user-agent", "")
-        accept = caller.headers.get("accept", "").lower()
-        expects_json = "application/json" in accept or EXPECTS_JSON.search(user_agent)
+        client = lines(caller.headers.get("user-agent"), caller.headers.get("accept"))
         if "stream" not in request:
-            request["stream"] = not expects_json and settings.default_stream
+            request["stream"] = settings.default_stream and not EXPECTS_JSON.search(client)
         front = cls(
             id=new_id("chatcmpl-"),
             created=int(caller.now),
@@ -3942,9 +3858,8 @@ class Chat(Front):
             include_usage=bool(dig(request, "stream_options.include_usage")),
             reasoning=request.get("reasoning_format", settings.reasoning_format))
         need_word(front.reasoning, REASONING_FORMATS, "reasoning_format")
-        loses_error = (
-            LOSES_ERROR_OVER_CUT.search(user_agent) or LOSING_HEADERS & caller.headers.keys())
-        front.cuts_failures = not loses_error
+        front.cuts_failures = not (
+            LOSES_ERROR_OVER_CUT.search(client) or LOSING_HEADERS & caller.headers.keys())
         return front, Request(request, {}, changed)
 
     def opening(self):
@@ -3956,47 +3871,35 @@ class Chat(Front):
         return self._chunk("{}")
 
     def _tell(self, step):
-        if step.kind == THINKING:
-            return self._think(step.text)
-        text = self._end_think()
-        if step.kind == TEXT:
-            text += self._content(step.text)
-        elif step.kind == CALL:
-            call = self._whole_call(step)
-            text += self._call({"index": step.index, **call})
-        elif step.kind == ARGUMENTS:
-            piece = {"index": step.index, "function": {"arguments": step.text}}
-            text += self._call(piece)
-        elif step.kind == FINISH:
-            text += self._finish(step)
-        return text
+        # A string alone is quoted much faster than an object is encoded.
+        text = "".join([
+            self._chunk(f'{{"{field}":{quote(words)}}}') for field, words in self._words(step)])
+        # Of a call, or of its arguments.
+        if step.index is not None:
+            call = {"function": {"arguments": step.text}}
+            if step.kind == CALL:
+                call = self._whole_call(step)
+            call = encode_text({"index": step.index, **call})
+            text += self._chunk('{"tool_calls":[' + call + "]}")
+        return text + self._finish(step) if step.kind == FINISH else text
+
+    def _words(self, step):
+        """(field, text) of what a step says in words."""
+        words = []
+        is_thinking = step.kind == THINKING
+        # NextChat knows thinking by chunks that begin and end with the tags.
+        if self.reasoning == "raw" and is_thinking != self.in_think:
+            self.in_think = is_thinking
+            words.append(("content", THINK if is_thinking else THINK_END))
+        if step.kind == TEXT or is_thinking and self.reasoning == "raw":
+            words.append(("content", step.text))
+        elif is_thinking and self.reasoning == "parsed":
+            words.append(("reasoning_content", step.text))
+        return words
 
     def _chunk(self, delta, finish_reason="null"):
         choice = f'{{"index":0,"delta":{delta},"logprobs":null,"finish_reason":{finish_reason}}}'
         return self.head + choice + self.tail
-
-    def _content(self, text):
-        # A string alone is quoted much faster than an object is encoded.
-        return self._chunk('{"content":' + quote(text) + "}")
-
-    def _think(self, text):
-        if self.reasoning == "parsed":
-            return self._chunk('{"reasoning_content":' + quote(text) + "}")
-        if self.reasoning == "hidden":
-            return ""
-        # NextChat knows thinking by chunks that begin and end with the tags.
-        opening = "" if self.in_think else self._content(THINK)
-        self.in_think = True
-        return opening + self._content(text)
-
-    def _end_think(self):
-        if not self.in_think:
-            return ""
-        self.in_think = False
-        return self._content(THINK_END)
-
-    def _call(self, call):
-        return self._chunk('{"tool_calls":[' + encode_text(call) + "]}")
 
     def _finish(self, step):
         reason = CHAT_FINISHES.get(step.text, step.text)
@@ -4006,6 +3909,16 @@ class Chat(Front):
         return text + "data: [DONE]\n\n"
 
     def whole(self, fold):
+        words = [pair for item in [*fold.items, fold.end] for pair in self._words(item)]
+        content, thinking = [
+            "".join([text for field, text in words if field == name])
+            for name in ("content", "reasoning_content")]
+        calls = [self._whole_call(item) for item in fold.items if item.kind == CALL]
+        message = {"role": "assistant", "content": content, "refusal": None}
+        if thinking:
+            message["reasoning_content"] = thinking
+        if calls:
+            message.update(content=content or None, tool_calls=calls)
         answer = {
             "id": self.id,
             "object": "chat.completion",
@@ -4013,7 +3926,7 @@ class Chat(Front):
             "model": self.model,
             "choices": [{
                 "index": 0,
-                "message": self._message(fold),
+                "message": message,
                 "logprobs": None,
                 "finish_reason": CHAT_FINISHES.get(fold.end.text, fold.end.text),
             }],
@@ -4021,23 +3934,6 @@ class Chat(Front):
         if fold.end.usage:
             answer["usage"] = fold.end.usage
         return answer
-
-    def _message(self, fold):
-        kinds = (TEXT, THINKING) if self.reasoning == "raw" else (TEXT,)
-        texts = [self._item_text(item) for item in fold.items if item.kind in kinds]
-        calls = [self._whole_call(item) for item in fold.items if item.kind == CALL]
-        content = "".join(texts) if texts or not calls else None
-        message = {"role": "assistant", "content": content, "refusal": None}
-        thinking = fold.text(THINKING)
-        if thinking and self.reasoning == "parsed":
-            message["reasoning_content"] = thinking
-        if calls:
-            message["tool_calls"] = calls
-        return message
-
-    @staticmethod
-    def _item_text(item):
-        return THINK + item.text + THINK_END if item.kind == THINKING else item.text
 
     def _whole_call(self, item):
         """The object of a tool call, from a Step."""
@@ -4067,25 +3963,21 @@ def chat_fields(body, names, others):
     """(fields, changed) of a Request. `others`: fields that are read one by one, and
     those that ask for nothing. What is not known is dropped by name: there are new ones
     each month."""
-    # These APIs take an absent "stream" for false, whatever DEFAULT_STREAM says.
-    fields = {"stream": False}
-    for name, path in names.items():
-        value = dig(body, path)
-        if value is not None:
-            fields[name] = value
-    heads = [path.partition(".")[0] for path in names.values()]
-    known = {*others, *heads}
+    fields = without_nulls({name: dig(body, path) for name, path in names.items()})
+    known = {*others, *[path.partition(".")[0] for path in names.values()]}
     changed = [
         name_of(name) for name, value in body.items()
         if name not in known and asks(name, value)]
-    return fields, changed
+    # These APIs take an absent "stream" for false, whatever DEFAULT_STREAM says.
+    return {"stream": False, **fields}, changed
 
 
 class Itemized(Front):
     """A front that tells an answer as a row of items, one of them open at any time.
 
-    A class has `id_prefix`, with which an answer's id begins; _begin(item),
-    _piece(item, text) and _end(item), which give the SSE text of an item's stages;
+    A class has `id_prefix`, with which an answer's id begins; `kept_statuses`, those of
+    errors that go out as they are, though they cannot heal; _begin(item),
+    _piece(text) and _end(item), which give the SSE text of an item's stages;
     and _finish(step), which sets `answer`, the JSON answer. _end() puts the item into
     `items`.
     """
@@ -4094,9 +3986,7 @@ class Itemized(Front):
         super().__init__(fields.get("model", ""), fields["stream"])
         self.id = new_id(self.id_prefix)
         self.hidden = hidden  # thinking is not told
-        self.tally = Tally()
-        self.open = None  # the step that began it
-        self.pieces = []  # its text so far
+        self.open = Fold()  # the item that is open, if one is
         self.items = []  # the finished ones, in the client's terms
         self.finish = None
         self.answer = None
@@ -4110,28 +4000,30 @@ class Itemized(Front):
             self.finish = step.text
             return self._close() + self._finish(step)
         text = ""
-        # Arguments belong to the call that is open, and another call never does.
-        goes_on = kind != CALL and self.open and self.open.kind == kind
-        if kind != ARGUMENTS and not goes_on:
-            text = self._close()
-            self.open = step
-            self.pieces = []
-            text += self._begin(self.open)
-        if step.text:
-            self.tally.add(step)
-            self.pieces.append(step.text)
-            text += self._piece(self.open, step.text)
-        return text
+        if self.open.put(step):
+            began = self.open.runs.pop()
+            text = self._close() + self._begin(step)
+            self.open.runs.append(began)
+        return text + self._piece(step.text) if step.text else text
 
     def _close(self):
-        item = self.open
-        self.open = None
-        return self._end(item._replace(text="".join(self.pieces))) if item else ""
+        ended = self.open.items
+        self.open.runs.clear()
+        return "".join(map(self._end, ended))
 
     def whole(self, fold):
         """The answer that the same steps give as a stream."""
         self.tell([*fold.items, fold.end])
         return self.answer
+
+    @classmethod
+    def status(cls, error):
+        """What cannot heal is a 400 where nothing else is meant: agents show that at
+        once, with our words alone, and repeat a 5xx up to 30 times."""
+        if error.status in cls.kept_statuses and error.code != NO_MODEL.code:
+            return error.status
+        hopeless = error.retryable is False or error.status < 500
+        return INVALID.status if hopeless else error.status
 
 
 # For an answer without usage.
@@ -4174,9 +4066,6 @@ ANTHROPIC_ERRORS = {
     503: "overloaded_error",
     504: "timeout_error",
 }
-# What cannot heal has a status that Claude Code shows at once, with our words alone: it
-# repeats a 5xx, and puts "Please run /login" in front of a 403.
-HOPELESS_STATUSES = {403: 400, 500: 400, 502: 400}
 NO_THREADS = "thread_unsupported_request"
 
 
@@ -4184,6 +4073,9 @@ class Messages(Itemized):
     """Anthropic's Messages API: POST /v1/messages."""
 
     id_prefix = "msg_"
+    # In front of a 403 Claude Code puts "Please run /login". At a 404 for a model it
+    # tells of its own settings, and our words are lost.
+    kept_statuses = (401, 402, 404, 405, 408, 413, 426, 429, 503)
 
     @classmethod
     def read(cls, body, caller, settings):
@@ -4210,8 +4102,8 @@ class Messages(Itemized):
             fields, names, changed, agents=True, claude=True, prompt=prompt)
 
     def opening(self):
-        return typed_event("message_start", message=self._message(
-            {**NO_USAGE, "prompt_tokens": self.asked.tokens}, [], None))
+        usage = {**NO_USAGE, "prompt_tokens": self.asked.tokens}
+        return typed_event("message_start", message=self._message(usage))
 
     def heartbeat(self):
         return typed_event("ping")
@@ -4220,15 +4112,15 @@ class Messages(Itemized):
         return typed_event(**self.error(error))
 
     def _begin(self, item):
-        self.block = dict(BLOCKS[item.kind][0])
+        block, self.delta_type, self.field = BLOCKS[item.kind]
+        self.block = dict(block)
         if item.kind == CALL:
             self.block["id"] = item.id
             self.block["name"] = self.find_tool(item.name)["name"]
         return self._event("start", content_block=self.block)
 
-    def _piece(self, item, text):
-        _, delta_type, field = BLOCKS[item.kind]
-        return self._event("delta", delta={"type": delta_type, field: text})
+    def _piece(self, text):
+        return self._event("delta", delta={"type": self.delta_type, self.field: text})
 
     def _end(self, item):
         text = self._event("stop")
@@ -4245,18 +4137,16 @@ class Messages(Itemized):
         return text
 
     def _finish(self, step):
-        stop_reason = "stop_sequence" if step.name else STOP_REASONS[step.text]
-        answer = self._message(step.usage, self.items, stop_reason, step.name)
-        self.answer = answer
-        delta = {name: answer[name] for name in ("stop_reason", "stop_sequence")}
-        end = typed_event("message_delta", delta=delta, usage=answer["usage"])
+        reason = "stop_sequence" if step.name else STOP_REASONS[step.text]
+        delta = {"stop_reason": reason, "stop_sequence": step.name}
+        self.answer = self._message(step.usage or NO_USAGE, content=self.items, **delta)
+        end = typed_event("message_delta", delta=delta, usage=self.answer["usage"])
         return end + typed_event("message_stop")
 
     def _event(self, name, **fields):
         return typed_event(f"content_block_{name}", index=len(self.items), **fields)
 
-    def _message(self, usage, content, stop_reason, stop_word=None):
-        usage = usage or NO_USAGE
+    def _message(self, usage, **end):
         cached = usage["prompt_tokens_details"]["cached_tokens"]
         # Anthropic counts the cached tokens apart.
         counts = {
@@ -4270,10 +4160,11 @@ class Messages(Itemized):
             "type": "message",
             "role": "assistant",
             "model": self.model,
-            "content": content,
-            "stop_reason": stop_reason,
-            "stop_sequence": stop_word,
+            "content": [],
+            "stop_reason": None,
+            "stop_sequence": None,
             "usage": counts,
+            **end,
         }
 
     @staticmethod
@@ -4287,15 +4178,9 @@ class Messages(Itemized):
             told["details"] = {"error_code": error.code}
         return {"type": "error", "error": told, "request_id": request_id or None}
 
-    @staticmethod
-    def status(error):
-        if error.type == QUOTA.type:
-            return QUOTA.status
-        # At a 404 Claude Code tells of its own settings, and our words are lost.
-        if error.code == NO_MODEL.code:
-            return INVALID.status
-        hopeless = HOPELESS_STATUSES if error.retryable is False else {}
-        return hopeless.get(error.status, error.status)
+    @classmethod
+    def status(cls, error):
+        return QUOTA.status if error.type == QUOTA.type else super().status(error)
 
 
 # Responses ############################################################################
@@ -4359,23 +4244,17 @@ INCOMPLETE = {
 }
 # The codes of a failure that mean something to Codex.
 FAILURES = ("insufficient_quota", "context_length_exceeded", "rate_limit_exceeded")
-# Statuses that go out as they are: a 401 makes clients ask for a key, and the others
-# Codex takes as they are meant. A 503 with this code it waits out.
-KEPT_STATUSES = (401, 404, 405, 408, 426, 429, 503)
+# A 503 with this code Codex waits out.
 OVERLOAD_CODE = "server_is_overloaded"
-
-
-# The fields whose text is told as a whole, in the end.
-HELD_FIELDS = ("input", "encrypted_content")
 
 
 class Shape(NamedTuple):
     """How an item of one kind is told."""
-    id: str      # what its id begins with
-    item: dict   # its beginning
-    field: str   # the one of its fields where its text is in the end
-    events: str  # what the events are called that bring the text, if any do
-    place: dict  # what these events have beside
+    id: str           # what its id begins with
+    item: dict        # its beginning
+    field: str        # the one of its fields where its text is in the end
+    place: dict       # what the events that bring it have beside
+    events: str = ""  # what they are called, if there are any
     # The part that stands around some texts, and its events.
     part: dict | None = None
     part_events: str = ""
@@ -4386,8 +4265,8 @@ SHAPES = {
         "rs_",
         {"type": "reasoning", "summary": []},
         "summary",
-        "reasoning_summary_text",
         {"summary_index": 0},
+        "reasoning_summary_text",
         {"type": "summary_text"},
         "reasoning_summary_part",
     ),
@@ -4395,8 +4274,8 @@ SHAPES = {
         "msg_",
         {"type": "message", "role": "assistant", "content": []},
         "content",
-        "output_text",
         {"content_index": 0, "logprobs": []},
+        "output_text",
         {"type": "output_text", "annotations": [], "logprobs": []},
         "content_part",
     ),
@@ -4404,17 +4283,17 @@ SHAPES = {
         "fc_",
         {"type": "function_call", "arguments": ""},
         "arguments",
-        "function_call_arguments",
         {},
+        "function_call_arguments",
     ),
     "custom": Shape(
         "ctc_",
         {"type": "custom_tool_call", "input": ""},
         "input",
-        "custom_tool_call_input",
         {},
+        "custom_tool_call_input",
     ),
-    "compaction": Shape("cmp_", {"type": "compaction"}, "encrypted_content", "", {}),
+    "compaction": Shape("cmp_", {"type": "compaction"}, "encrypted_content", {}),
 }
 
 
@@ -4424,34 +4303,29 @@ PATCH_LINE = re.compile(
     re.MULTILINE)
 
 
-def bare_patch(value):
-    """The patch for Codex's apply_patch in what a model has written, which may be a
-    command, with a fence or a script around it; None if there is none."""
-    inner = [value]
+def unwrap_input(arguments, name):
+    """The text for the custom tool of that name. Models give its field other names, or
+    leave out the JSON. Codex's apply_patch takes a bare patch, and they write it into a
+    command, or a fence or a script around it."""
+    value = decode_or_none(arguments)
+    inner = [arguments if value is None else value]
     # They become more while they are gone through.
     for part in inner:
         if isinstance(part, dict):
             inner += part.values()
         elif isinstance(part, list):
             inner += part
-        elif isinstance(part, str) and "*** Begin Patch" in part:
-            begin = part.index("*** Begin Patch")
-            end = part.rfind("*** End Patch")
-            if end > begin:
-                return PATCH_LINE.sub(r"\1", part[begin:end] + "*** End Patch")
-    return None
-
-
-def unwrap_input(arguments, name):
-    """The text for the custom tool of that name. Models give its field other names, or
-    leave out the JSON."""
-    value = decode_or_none(arguments)
-    patch = bare_patch(value or arguments) if name == "apply_patch" else None
-    if isinstance(value, dict):
-        texts = [text for text in value.values() if isinstance(text, str)]
-        only = texts[0] if len(texts) == 1 else None
-        value = value.get("input", only)
-    return patch or (value if isinstance(value, str) else arguments)
+    texts = [part for part in inner if isinstance(part, str)]
+    if name == "apply_patch":
+        for text in texts:
+            _, begin, rest = text.partition("*** Begin Patch")
+            patch, end, _ = rest.rpartition("*** End Patch")
+            if end:
+                return PATCH_LINE.sub(r"\1", begin + patch + end)
+    text = dig(value, "input")
+    if isinstance(text, str):
+        return text
+    return texts[0] if len(texts) == 1 else arguments
 
 
 def to_responses_usage(usage):
@@ -4504,11 +4378,13 @@ class Responses(Itemized):
     """OpenAI's Responses API: POST /v1/responses."""
 
     id_prefix = "resp_"
+    # A 401 makes clients ask for a key, and the others Codex takes as they are meant.
+    kept_statuses = (401, 404, 405, 408, 426, 429, 503)
 
     def __init__(self, body, fields, hidden, caller):
         super().__init__(fields, hidden)
         # opening() has the numbers 0 and 1; it may be made behind the first steps.
-        self.number = 2
+        self.numbers = itertools.count(2)
         self.caller = caller
         self.compacts = False
         include = expect(body.get("include", []), list, "include")
@@ -4540,7 +4416,11 @@ class Responses(Itemized):
         if front.base["store"]:
             caller.keep(front.id, {"previous": previous, "turns": turns})
         if turns[-1:] == [COMPACTION_TRIGGER]:
-            front.compact(fields)
+            # GLM sums the conversation up, in one item.
+            front.compacts = front.hidden = True
+            turns = [*turns[:-1], {"role": "user", "content": COMPACT}]
+            fields.update(messages=turns, tool_choice="none", thinking={"type": "disabled"})
+            fields.pop("response_format", None)
         reasoning = front.base["reasoning"]
         # That is how Codex asks for thinking if it does not know the model.
         asks = reasoning["summary"] and not reasoning["effort"]
@@ -4552,13 +4432,6 @@ class Responses(Itemized):
             fields, RESPONSES_NAMES, changed, agents=True, prompt=fields.pop("prompt", None),
             earlier=earlier, recall=caller.recall)
 
-    def compact(self, fields):
-        """Have GLM sum the conversation up, in one item."""
-        self.compacts = self.hidden = True
-        turns = [*fields["messages"][:-1], {"role": "user", "content": COMPACT}]
-        fields.update(messages=turns, tool_choice="none", thinking={"type": "disabled"})
-        fields.pop("response_format", None)
-
     def opening(self):
         response = self._response("in_progress", output=[])
         return "".join(
@@ -4568,9 +4441,7 @@ class Responses(Itemized):
     def heartbeat(self):
         """Behind the first item some clients take response.in_progress for a new
         start."""
-        if self.open and self.shape.events:
-            return self._delta("")
-        return self._response_event("in_progress")
+        return self.open.runs and self._delta("") or self._response_event("in_progress")
 
     def failure(self, error):
         """Two events: some clients overlook the one, some the other."""
@@ -4590,9 +4461,8 @@ class Responses(Itemized):
         return text + self._response_event("failed", error=failure)
 
     def _begin(self, item):
-        tool = {}
-        if item.kind == CALL:
-            tool = {**self.find_tool(item.name), "call_id": item.id}
+        is_call = item.kind == CALL
+        tool = {**self.find_tool(item.name), "call_id": item.id} if is_call else {}
         # Custom tools alone have a shape by their type.
         kind = "compaction" if self.compacts else tool.get("type")
         self.shape = SHAPES.get(kind, SHAPES[item.kind])
@@ -4607,26 +4477,20 @@ class Responses(Itemized):
             "item_id": self.item["id"], "output_index": len(self.items), **self.shape.place}
         return self._item_event("added") + self._part_event("added", "")
 
-    def _piece(self, item, text):
-        return "" if self.shape.field in HELD_FIELDS else self._delta(text)
+    def _piece(self, text):
+        # A custom tool gets what stands inside the JSON, in the end.
+        return "" if self.shape.field == "input" else self._delta(text)
 
     def _end(self, item):
         text = item.text
         events = ""
         shape = self.shape
         if shape.field == "input":
-            # A custom tool gets what stands inside the JSON.
             text = unwrap_input(text, self.item["name"])
             events = self._delta(text)
-        told = {"text": text}
-        if shape.part:
-            self.item[shape.field] = [{**shape.part, **told}]
-        else:
-            self.item[shape.field] = text
-            told = {shape.field: text, "name": self.item.get("name")}
-        if shape.events:
-            events += self._inner_event(f"{shape.events}.done", **told)
-        events += self._part_event("done", text)
+        self.item[shape.field] = [{**shape.part, "text": text}] if shape.part else text
+        told = {"text": text} if shape.part else {shape.field: text, "name": self.item.get("name")}
+        events += self._text_event("done", **told) + self._part_event("done", text)
         if item.kind == THINKING and self.keeps_thinking:
             self.item["encrypted_content"] = MARK + text
         self.item["status"] = self._end_status()
@@ -4657,26 +4521,27 @@ class Responses(Itemized):
         return {**self.base, "status": status, "output": self.items, **fields}
 
     def _event(self, event_type, **fields):
-        number = self.number
-        self.number += 1
-        return typed_event(event_type, sequence_number=number, **fields)
+        return typed_event(event_type, sequence_number=next(self.numbers), **fields)
 
     def _item_event(self, stage):
         return self._event(
             f"response.output_item.{stage}", output_index=len(self.items), item=self.item)
 
     def _part_event(self, stage, text):
-        shape = self.shape
-        if not shape.part:
-            return ""
-        return self._inner_event(
-            f"{shape.part_events}.{stage}", part={**shape.part, "text": text})
+        part = self.shape.part
+        events = self.shape.part_events
+        return self._inner_event(events, stage, part=part and {**part, "text": text})
+
+    def _text_event(self, stage, **fields):
+        return self._inner_event(self.shape.events, stage, **fields)
 
     def _delta(self, text):
-        return self._inner_event(f"{self.shape.events}.delta", delta=text)
+        return self._text_event("delta", delta=text)
 
-    def _inner_event(self, event_type, **fields):
-        return self._event(f"response.{event_type}", **self.place, **fields)
+    def _inner_event(self, events, stage, **fields):
+        if not events:
+            return ""
+        return self._event(f"response.{events}.{stage}", **self.place, **fields)
 
     @staticmethod
     def get_error():
@@ -4692,15 +4557,6 @@ class Responses(Itemized):
             value["error"]["code"] = OVERLOAD_CODE
         return value
 
-    @staticmethod
-    def status(error):
-        """Codex sends everything 30 times at a 5xx and six times at most others; a 400
-        it shows at once."""
-        if error.status in KEPT_STATUSES and error.code != NO_MODEL.code:
-            return error.status
-        hopeless = error.retryable is False or error.status < 500
-        return 400 if hopeless else error.status
-
 
 class Compaction(Responses):
     """POST /v1/responses/compact: the same as COMPACTION_TRIGGER, as a JSON answer."""
@@ -4714,10 +4570,8 @@ class Compaction(Responses):
     def whole(self, fold):
         answer = super().whole(fold)
         return {
-            "id": self.id,
+            **{name: answer[name] for name in ("id", "created_at", "output")},
             "object": "response.compaction",
-            "created_at": answer["created_at"],
-            "output": answer["output"],
             "usage": answer["usage"] or to_responses_usage(NO_USAGE),
         }
 
