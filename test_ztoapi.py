@@ -624,9 +624,10 @@ def together(*calls):
 MESSAGES_BODY = {"model": "GLM-4.6", "max_tokens": 100, "messages": [user("Hi")]}
 # To add an API, add a row: its name -> its path, a request.
 APIS = {
-    "messages": ("/v1/messages", MESSAGES_BODY), "responses": ("/v1/responses", {"model": "GLM-4.6", "input": "Hi"}),
+    "chat": (CHAT, chat_body()), "messages": ("/v1/messages", MESSAGES_BODY),
+    "responses": ("/v1/responses", {"model": "GLM-4.6", "input": "Hi"}),
 }
-each_api = pytest.mark.parametrize("api", APIS)
+each_api = pytest.mark.parametrize("api", ("messages", "responses"))
 
 
 def api_request(api, streamed, *lines, auth=True, **fields):
@@ -2275,8 +2276,7 @@ def test_what_is_refused_in_the_last_message_is_told_if_it_stands_before_it(mode
 @pytest.mark.parametrize("model, part, words", [
     ("GLM-4.6", PICTURE, r"GLM-4\.6 takes text only.*GLM-4\.6V.*VISION_MODEL"),
     ("GLM-4.6", FILE, r"GLM-4\.6 takes text only.*GLM-4\.6V.*VISION_MODEL"),
-    ("glm-4.5v", FILE, r"GLM-4\.5V takes no .*file.*GLM-5\.3-Flash"),
-    ("glm-4.5v", AUDIO, r"takes no input_audio"),
+    ("glm-4.5v", FILE, r"GLM-4\.5V takes no .*file.*GLM-5\.3-Flash"), ("glm-4.5v", AUDIO, r"takes no input_audio"),
 ])
 def test_media_that_a_model_does_not_take_are_refused_with_the_names_of_models_that_do(model, part, words):
     with pytest.raises(ztoapi.RequestError, match=words):
@@ -4781,15 +4781,12 @@ def test_messages_has_errors_of_anthropics_shape(status, code, retryable, told_s
     assert events_of(front.failure(error)) == [dict(body, request_id=None)]
 
 
-def test_messages_says_in_anthropics_words_that_the_prompt_is_too_long():
-    error = zai_error({"error": {"code": "1261", "message": "Prompt too long"}}, 400)
+def test_messages_says_in_anthropics_words_what_its_clients_look_for():
+    error = zai_error(complaint("1261", "Prompt too long"), 400)
     assert ztoapi.Messages.status(error) == 400
     assert ztoapi.Messages.error(error)["error"]["message"].startswith("prompt is too long: ")
-
-
-def test_messages_refuses_threads_so_that_the_sdk_sends_everything():
     with pytest.raises(RequestError) as caught:
-        read_messages(thread={"type": "create"})
+        read_messages(thread={"type": "create"})  # the SDK then sends everything
     assert ztoapi.Messages.error(caught.value)["error"]["details"] == {"error_code": "thread_unsupported_request"}
 
 
@@ -5117,9 +5114,6 @@ def test_a_json_answer_of_responses():
                 {"type": "output_text", "text": "Hello", "annotations": [], "logprobs": []}]}],
         "usage": {"input_tokens": 50, "input_tokens_details": {"cached_tokens": 20, "cache_write_tokens": 0},
                   "output_tokens": 4, "output_tokens_details": {"reasoning_tokens": 2}, "total_tokens": 54}}
-
-
-def test_usage_is_null_where_there_is_none():
     assert folded(read_responses, ANSWERS["no usage"])["usage"] is None
 
 
@@ -5839,6 +5833,10 @@ def make_timed(zai):
     with contextlib.ExitStack() as closing:
         yield lambda *args, **more: closing.enter_context(contextlib.closing(Timed(zai, *args, **more)))
 
+@pytest.fixture
+def timed(make_timed):
+    return make_timed()
+
 
 def error_of(code, **more):
     return zai_error(complaint(code), 429, **more)
@@ -5885,8 +5883,7 @@ def test_max_concurrency_is_a_fixed_ceiling(make_timed, limit):
     ("1303", 1, None, 0.5), ("1305", 1, 1, 60), ("1305", 2, 2, 60), ("1305", 0, None, 1), ("1312", 1, None, 1),
     ("1312", 0, None, 1),
 ])
-def test_what_a_refusal_teaches(make_timed, code, others, ceiling, seconds):
-    timed = make_timed()
+def test_what_a_refusal_teaches(timed, code, others, ceiling, seconds):
     for _ in range(others):
         timed.enter()
     refused = timed.enter()
@@ -5916,8 +5913,7 @@ def test_a_ceiling_is_lowered_at_once_and_raised_by_the_minute(make_timed, limit
         assert (timed.ceilings(), len(tickets)) == ([ceiling], ceiling)
 
 
-def test_a_ceiling_is_halved_again_until_something_is_served(make_timed):
-    timed = make_timed()
+def test_a_ceiling_is_halved_again_until_something_is_served(timed):
     tickets = [timed.enter() for _ in range(30)]
     for ceiling in (15, 7, 3, 1, 1):
         for ticket in tickets:
@@ -5926,9 +5922,8 @@ def test_a_ceiling_is_halved_again_until_something_is_served(make_timed):
         tickets = [timed.enter(ticket) for ticket in tickets[:ceiling]]
 
 
-def test_looking_for_room_changes_nothing(make_timed):
+def test_looking_for_room_changes_nothing(timed):
     """The metrics, the queue and other models may look as often as they like."""
-    timed = make_timed()
     gate = timed.enter().gate
     timed.gates.leave(timed.enter(), REFUSED)
     timed.clock.now += 1000
@@ -5939,8 +5934,7 @@ def test_looking_for_room_changes_nothing(make_timed):
 
 
 @pytest.mark.parametrize("slot_frees_after,goes_after", ((0.25, 0.5), (0.5, 0.5), (5, 5)))
-def test_a_refused_request_goes_when_a_slot_frees_but_not_before_its_backoff(make_timed, slot_frees_after, goes_after):
-    timed = make_timed()
+def test_a_refused_request_goes_when_a_slot_frees_but_not_before_its_backoff(timed, slot_frees_after, goes_after):
     other = timed.enter()
     refused = timed.enter()
     timed.gates.leave(refused, REFUSED)
@@ -5958,8 +5952,7 @@ def test_a_refused_request_goes_back_to_the_head_of_the_queue(make_timed):
     assert timed.serve_all(refused) == behind
 
 
-def test_the_next_in_the_queue_goes_on_when_the_head_leaves_it(make_timed):
-    timed = make_timed()
+def test_the_next_in_the_queue_goes_on_when_the_head_leaves_it(timed):
     timed.gates.leave(timed.enter(), error_of("1302", retry_after=30.0))
     head = timed.queue()
     behind = timed.queue()
@@ -5979,8 +5972,7 @@ def test_one_who_has_left_keeps_no_slot(make_timed):
     assert timed.seconds_to_enter() == 0
 
 
-def test_gates_of_models_that_taught_nothing_are_forgotten(make_timed):
-    timed = make_timed()
+def test_gates_of_models_that_taught_nothing_are_forgotten(timed):
     for i in range(100):
         timed.gates.leave(timed.enter(model=f"model-{i}"), served=True)
     assert (timed.gates.state(), timed.gates.queue) == (([], {}), [])
@@ -6194,8 +6186,7 @@ def test_a_refused_key_rests_and_the_next_one_serves(zai, make_timed, code, stat
 
 
 @pytest.mark.parametrize("code", ("401", "1113", "1304", "1311"))
-def test_a_lone_key_is_asked_again_all_the_same(make_timed, code):
-    timed = make_timed()
+def test_a_lone_key_is_asked_again_all_the_same(timed, code):
     timed.answers.append(refusal(429, code))
     assert timed.ask()[1].zai_code == code
     assert timed.ask()[0] == "Hello"
@@ -6569,9 +6560,7 @@ def test_who_takes_a_client_back_from_the_pump_finds_no_heartbeat_under_way(monk
 class FakeSocket:
     """A client's socket that takes so many bytes at a time."""
 
-    def __init__(self, room=0):
-        self.room = room
-        self.taken = b""
+    room, taken = 0, b""
 
     def send(self, data):
         if not self.room:
@@ -7109,8 +7098,7 @@ def test_backoff_between_retries_doubles_with_full_jitter(make_timed, rand, gaps
     ("1234", "7", 7), ("1234", "0", 0), ("1302", "7", 7), ("1302", "20", 20), ("1305", "7", 7),
     ("1305", "0", 1),  # our own backoff is the least
 ])
-def test_retry_after_of_zai_is_honoured(make_timed, code, header, seconds):
-    timed = make_timed()
+def test_retry_after_of_zai_is_honoured(timed, code, header, seconds):
     timed.answers.append(refusal(429, code, "no", f"Retry-After: {header}"))
     text, error, _ = timed.ask()
     assert (text, error) == ("Hello", None)
@@ -7126,8 +7114,7 @@ def test_a_retry_after_beyond_queue_timeout_is_told_at_once_with_the_true_time(m
     assert (len(timed.times), timed.clock.now) == (1, 1024)
 
 
-def test_an_absurd_retry_after_closes_the_gate_for_a_minute_at_most(make_timed):
-    timed = make_timed()
+def test_an_absurd_retry_after_closes_the_gate_for_a_minute_at_most(timed):
     timed.answers.append(answer(429, LIMITED, "Retry-After: 86400"))
     _, error, _ = timed.ask()
     assert (error.status, error.headers()["Retry-After"], timed.clock.now) == (429, "86400", 1024)
@@ -8063,19 +8050,6 @@ def test_without_a_key_for_zai_models_are_served_and_chat_says_what_to_do(zai):
     assert re.search("ZAI_API_KEY.*https://z.ai/", body["error"]["message"])
 
 
-# Rows: what Z.ai refuses for good, the status that makes agents show it rather than try again and say nothing, the
-# code.
-@table("script,status,code", [
-    (refusal(429, "1113"), 402, "insufficient_quota"), (refusal(429, "1309"), 402, "insufficient_quota"),
-    (refusal(401, "1000"), 403, "upstream_auth_error"), (refusal(429, "1311"), 403, "permission_denied"),
-])
-def test_what_cannot_heal_is_no_429_and_no_502(zai, proxy, script, status, code):
-    zai.default = script
-    for got, headers, body in (proxy.chat(), proxy.stream()[:3]):
-        error = body[0]["error"] if isinstance(body, list) else body["error"]
-        assert (got, error["code"], headers["x-should-retry"]) == (status, code, "false")
-
-
 # Secure by default
 
 # Rows: what Host says, by whether it names this computer.
@@ -8259,7 +8233,7 @@ def test_a_response_goes_on_from_an_earlier_one(proxy, zai):
 @each_door
 def test_the_model_that_answers_is_told(zai, door):
     turn = user([{"type": "text", "text": "a"}, PICTURE])
-    path, body = {"chat": (CHAT, chat_body()), **APIS}[door]
+    path, body = APIS[door]
     body = {**body, "input" if door == "responses" else "messages": [turn], "model": "GLM-4.6", "stream": False}
     with proxying(zai, VISION_MODEL="glm-5.3-flash") as proxy:
         status, headers, answer = proxy.call("POST", path, body)
@@ -8288,7 +8262,7 @@ def refusing(**codes):
 @each_door
 def test_another_model_answers_for_one_that_cannot(zai, log_lines, door, refusals, model):
     zai.default = refusing(**refusals)
-    path, body = {"chat": (CHAT, chat_body()), **APIS}[door]
+    path, body = APIS[door]
     fallbacks = "GLM-5.3=5.2,5.2=glm-4.7,glm-4.7=glm-5.3"
     with proxying(zai, MODEL_FALLBACKS=fallbacks, MODEL_ALIASES="5.2=GLM-5.2", MAX_RETRIES="0") as proxy:
         status, headers, answer = proxy.call("POST", path, {**body, "model": "glm-5.3", "stream": False})
@@ -8348,22 +8322,22 @@ def test_each_api_streams_and_answers_in_json(proxy, api):
     assert (text_of(api, answer), answer["usage"]["output_tokens"]) == ("Hello", USAGE["completion_tokens"])
 
 
-# Rows: HTTP status and code of Z.ai, the status and the type of Messages, the code of Responses, whose status is 400.
-@pytest.mark.parametrize("refused,status,kind,code", [
-    ((429, "1113"), 402, "billing_error", "insufficient_quota"),
-    ((429, "1310"), 402, "billing_error", "insufficient_quota"),
-    ((429, "1311"), 402, "billing_error", "permission_denied"),
-    ((429, "1313"), 400, "invalid_request_error", "permission_denied"),
-    ((401, "401"), 400, "invalid_request_error", "upstream_auth_error"),
-    ((400, "1211"), 400, "invalid_request_error", "model_not_found"),
+# With a status that makes agents show it rather than try again and say nothing. Rows: HTTP status and code of Z.ai, our
+# code, the status of chat, the status and the type of Messages; that of Responses is 400.
+@pytest.mark.parametrize("refused,code,chat,status,kind", [
+    *(((429, zai_code), "insufficient_quota", 402, 402, "billing_error") for zai_code in ("1113", "1309", "1310")),
+    ((429, "1311"), "permission_denied", 403, 402, "billing_error"),
+    ((429, "1313"), "permission_denied", 403, 400, "invalid_request_error"),
+    *(((401, zai_code), "upstream_auth_error", 403, 400, "invalid_request_error") for zai_code in ("401", "1000")),
+    ((400, "1211"), "model_not_found", 404, 400, "invalid_request_error"),
 ])
-@each_api
+@each_door
 @both
-def test_an_error_that_does_not_heal_is_shown_at_once(zai, proxy, api, refused, status, kind, code, streamed):
+def test_an_error_that_does_not_heal_is_shown_at_once(zai, proxy, door, refused, code, chat, status, kind, streamed):
     zai.default = refusal(*refused)
-    reply, value = ask_api(proxy, api, streamed)
-    told = (reply.status, value["error"]["type" if api == "messages" else "code"])
-    assert told == ((status, kind) if api == "messages" else (400, code))
+    reply, value = ask_api(proxy, door, streamed)
+    told = (reply.status, value["error"]["type" if door == "messages" else "code"])
+    assert told == {"chat": (chat, code), "messages": (status, kind), "responses": (400, code)}[door]
     assert (reply.headers["x-should-retry"], len(zai.requests)) == ("false", 1)
 
 
@@ -9557,6 +9531,7 @@ def test_what_the_machine_refuses_is_one_line_and_exit_status_1(environ):
         status, out, err = run(ztoapi.__file__, **dict(environ, PORT=port, DEFAULT_KEY=KEY))
     assert (status, out, err.count("\n")) == (1, "", 1)
     assert environ.get("HOST", port) in err
+    assert "PORT" not in environ or re.search("in use.*set PORT= or HOST= to another", err)
 
 
 @posix_only
@@ -9567,13 +9542,6 @@ def test_ctrl_c_ends_the_check_without_a_traceback():
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=LONG_S)
     assert (process.returncode, err) == (1, "")
-
-
-def test_a_port_that_is_taken_says_what_to_set(capsys):
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        status, _, err = run_main(capsys, PORT=str(taken.getsockname()[1]))
-    assert status == 1
-    assert re.search("in use.*set PORT= or HOST= to another", err)
 
 
 def test_an_older_python_gets_one_line():
