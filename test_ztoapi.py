@@ -9536,6 +9536,7 @@ def test_what_the_machine_refuses_is_one_line_and_exit_status_1(environ):
 
 @posix_only
 def test_ctrl_c_ends_the_check_without_a_traceback():
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # in a shell's background it would be ignored
     with MuteListener() as mute:
         process = start(ztoapi.__file__, "--check", ZAI_API_KEY=ZAI_KEY, ZAI_BASE_URL=f"http://127.0.0.1:{mute.port}")
         assert mute.heard.wait(LONG_S)
