@@ -3637,7 +3637,7 @@ def test_a_response_is_understood_however_it_arrives(data):
     for pieces in pieces_of(data, 150):
         steps, failure = receive(pieces)
         assert failure is None, pieces[:3]
-        assert "".join(step.text for step in steps if step.kind == ztoapi.TEXT) == "Hello"
+        assert text_in(steps) == "Hello"
         assert steps[-1].kind == ztoapi.FINISH
 
 
@@ -4240,7 +4240,7 @@ def test_calls_come_one_after_the_other_whatever_order_their_pieces_have():
         steps += room.close("{}")
         calls = joined([step for step in steps if step.kind != "text"])
         assert [(call.index, call.id, call.text) for call in calls] == [(i, f"c{i}", texts[i]) for i in range(3)]
-        held = "".join(step.text for step in steps if step.kind == "text")
+        held = text_in(steps)
         assert len(held) == sum(-(-len(text) // 3) for text in texts)
 
 
@@ -5720,6 +5720,10 @@ class FakeClient(ztoapi.Client):
             raise ztoapi.ClientGone
 
 
+def text_in(steps):
+    return "".join(step.text for step in steps if step.kind == ztoapi.TEXT)
+
+
 class Timed:
     """An Upstream on that clock, tickets for its gates, and requests over it to a fake Z.ai on a real socket, which
     gives `answers`, then `script` for ever. `times`: when each request arrived there."""
@@ -5816,7 +5820,7 @@ class Timed:
             self.upstream.answer(self.job(model), FakeClient(self.clock), record, fold.add)
         except ApiError as failure:
             error = failure
-        return "".join(item.text for item in fold.items if item.kind == ztoapi.TEXT), error, record
+        return text_in(fold.items), error, record
 
     def gaps(self):
         return [after - before for before, after in zip(self.times, self.times[1:])]
@@ -7033,7 +7037,7 @@ def test_upstream_timeout_is_of_silence_and_never_of_the_whole():
         connection.receive = lambda buffer: piece
         assert not relay.step(i * 300, None)
         assert not relay.look(i * 300 + 300, 300)
-    assert words_in(fold.items) == [("text", "aaaaaa")]
+    assert text_in(fold.items) == "aaaaaa"
     with pytest.raises(UpstreamError, match="UPSTREAM_TIMEOUT"):
         relay.look(i * 300 + 301, 300)
 

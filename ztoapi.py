@@ -3382,16 +3382,17 @@ class Translator:
         # All methods below put their steps there, so that nothing is lost when one of
         # them raises.
         self.runs = []
-        failure = None
         try:
             for event in events:
                 if not self.complete:
                     self._feed(event)
             if end and not self.complete:
                 self._end()
-        except UpstreamError as error:
-            failure = error
-        return joined(self.runs), failure
+        except UpstreamError as failure:
+            # A variable of this frame, which the error's traceback holds, must not hold
+            # the error: such a circle is freed late.
+            return joined(self.runs), failure
+        return joined(self.runs), None
 
     def _feed(self, event):
         text = self.alike and self.alike.read(event)
