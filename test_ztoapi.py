@@ -3528,6 +3528,7 @@ BARE_LINE = '{"error":{"code":"500","message":"内部错误"}}'.encode()
         ("arguments before the name", calls_in(item(None, '{"city":', index=0))
          + calls_in(item("get_weather", '"Paris"}', index=0)) + TOOLS_END),
         ("a call without a name beside a good one", call() + calls_in(item(None, PARIS, id="a", index=1)) + TOOLS_END),
+        ("arguments behind empty ones", call(*TIME) + calls_in(item(None, PARIS, index=0)) + TOOLS_END),
         ("a fragment without a home", call() + calls_in(item(None, "x", index=7)) + TOOLS_END),
         ("an error in mid-stream", say("a") + error_event("1234") + ENDED),
         *((f"{field} {str(value):.20}", sse({"choices": [{"delta": {field: value}}]}) + ENDED) for field, value in (
@@ -4237,7 +4238,7 @@ def test_calls_come_one_after_the_other_whatever_order_their_pieces_have():
             i = rng.choice([i for i in pieces if pieces[i]])
             steps += room.feed([item(None, pieces[i].pop(0), index=i, id=rng.choice(("", "odd", f"c{i}")))])
             steps += room.put([Step("text", "x")])
-        steps += room.close("{}")
+        steps += room.close(is_cut=False)
         calls = joined([step for step in steps if step.kind != "text"])
         assert [(call.index, call.id, call.text) for call in calls] == [(i, f"c{i}", texts[i]) for i in range(3)]
         held = text_in(steps)

@@ -2794,11 +2794,10 @@ def find_alike(event, frame):
 
 
 class Frames:
-    """Texts of events in, what they say out: feed(event, finished) -> a Frame, or None
-    if it says nothing. An event is that of a stream, or a whole JSON answer; with
-    `finished`, a reason to finish came before it. UpstreamError for an error of Z.ai's,
-    for what has an unknown form, and for a frame that is lost. describe(value) makes
-    the error of an event."""
+    """Texts of events in, what they say out: feed(event) -> a Frame, or None if it says
+    nothing. An event is that of a stream, or a whole JSON answer. UpstreamError for an
+    error of Z.ai's, for what has an unknown form, and for a frame that is lost.
+    describe(value) makes the error of an event."""
 
     # How many events were skipped or mended.
     repaired = 0
@@ -2806,7 +2805,7 @@ class Frames:
     def __init__(self, describe):
         self.describe = describe
 
-    def feed(self, event, finished=False):
+    def feed(self, event):
         event = event.strip()
         try:
             value, end = scan_json(event, 0)
@@ -2822,8 +2821,8 @@ class Frames:
             # Z.ai's gateway loses its backend in the middle of a frame, and begins
             # again with another one, in the same stream.
             return self._read(value)._replace(afresh=True)
-        # What it said is lost. Behind the finish that is the usage at most.
-        if event.startswith("{") and not finished:
+        # What it said is lost.
+        if event.startswith("{"):
             raise UpstreamError(TORN)
         return None
 
@@ -2832,8 +2831,7 @@ class Frames:
         # Errors come in a response of status 200 as well.
         if value.get("error") or choices is None and ERROR_FIELDS & value.keys():
             raise self.describe(value)
-        has_choice = isinstance(choices, list) and choices
-        choice = as_dict(choices[0]) if has_choice else {}
+        choice = as_dict(choices[0] if choices and isinstance(choices, list) else None)
         delta = as_dict(choice.get("delta") or choice.get("message"))
         for field, form in FORMS.items():
             if delta.get(field) and not isinstance(delta[field], form):
@@ -3124,8 +3122,7 @@ class Texts:
         leak = self.leak
         self.leak = None
         text = "".join(leak.pieces)
-        is_whole = leak.is_closed and not is_cut
-        call = parse_leaked_call(text, self.tools) if is_whole else None
+        call = parse_leaked_call(text, self.tools) if leak.is_closed and not is_cut else None
         if call and self.kind == THINKING:
             self.tail.append((THINKING, text, call))
         elif call:
@@ -3157,7 +3154,7 @@ BROKEN_CALL = "Z.ai sent a tool call with broken arguments."
 
 
 def check_number(calls):
-    """The bound of calls: each piece of one is compared with all of them."""
+    """The bound of calls, and of their pieces in one event."""
     if len(calls) > MOST_CALLS:
         raise UpstreamError(f"Z.ai made more than {MOST_CALLS} tool calls.", GIVE_UP)
 
@@ -3192,9 +3189,11 @@ class ToolCall(JsonProgress):
         if self.key is None and '"' in self.rest:
             raise UpstreamError(BROKEN_CALL)
 
-    def close(self, empty):
-        """No more will come. If no arguments at all have, they are `empty`."""
-        self.untold += self.waiting if self.begun else self._read(empty)
+    def close(self, is_cut):
+        """No more will come."""
+        if not is_cut and (self.depth > 0 or self.in_string):
+            raise UpstreamError(BROKEN_CALL)
+        self.untold += self.waiting if self.begun or is_cut else "{}"
         self.waiting = ""
 
     def take(self):
@@ -3236,7 +3235,8 @@ class ToolCall(JsonProgress):
 
 class Calls:
     """Items of `tool_calls` in, whole calls or pieces of them, and steps of calls out:
-    feed(items), and close(empty) for the rest, where no arguments at all are `empty`.
+    feed(items), and close(is_cut) for the rest. If no arguments at all have come, that
+    was meant, unless the answer was cut.
 
     Clients join the pieces of calls by their order, so one call comes after the other:
     while the arguments of one are not whole, what comes behind it waits. put(steps)
@@ -3246,7 +3246,7 @@ class Calls:
     def __init__(self, tools, make_id):
         self.tools = tools
         self.make_id = make_id
-        self.calls = []
+        self.calls = {}  # by their ids
         self.latest = {}  # the last one at each index of Z.ai's
         # The first that is not whole and those behind it; behind them, other steps.
         self.queue = collections.deque()
@@ -3267,13 +3267,6 @@ class Calls:
             return steps
         self.held.add(steps)
         return ()
-
-    def check(self, finish):
-        """UpstreamError for what is no whole call."""
-        if finish in WHOLE and any(call.depth > 0 or call.in_string for call in self.calls):
-            raise UpstreamError(BROKEN_CALL)
-        if finish == "tool_calls" and not self.calls:
-            raise UpstreamError("Z.ai announced a tool call and sent none.")
 
     def _read_function(self, function):
         """(name, arguments) as texts. Names were seen with markup in them, and with all
@@ -3306,23 +3299,23 @@ class Calls:
         if not name:
             raise UpstreamError("Z.ai sent a piece of a tool call that belongs to none.")
         # Clients take two calls with one id for one.
-        if not id or any(call.step.id == id for call in self.calls):
+        if not id or id in self.calls:
             id = self.make_id()
         step = Step(CALL, "", len(self.calls), id, name)
-        call = self.latest[index] = ToolCall(step, self.tools.get(name, {}))
-        self.calls.append(call)
+        call = ToolCall(step, self.tools.get(name, {}))
+        self.calls[id] = self.latest[index] = call
         self.queue.append(call)
         check_number(self.calls)
         return call
 
-    def close(self, empty=None):
-        """The steps of all that waits; without `empty`, of what need not any more."""
+    def close(self, is_cut=None):
+        """The steps of all that waits; without `is_cut`, of what need not any more."""
         while self.queue:
             call = self.queue[0]
-            if empty is not None:
-                call.close(empty)
+            if is_cut is not None:
+                call.close(is_cut)
             yield from call.take()
-            if empty is None and not call.ended:
+            if is_cut is None and not call.ended:
                 return
             self.queue.popleft()
         yield from self.held.items
@@ -3400,7 +3393,7 @@ class Translator:
             extend(self.runs, Step(self.alike.kind, text))
             return
         self.alike = None
-        frame = self.frames.feed(event, bool(self.finish))
+        frame = self.frames.feed(event)
         if frame:
             self._read(frame)
             alike = find_alike(event, frame)
@@ -3424,7 +3417,7 @@ class Translator:
             if text.strip("\r\n"):
                 self.begun = True
             if kind == THINKING and self.asked.no_thinking:
-                self.unasked.add([Step(kind, text)])
+                self.unasked.put(Step(kind, text))
             else:
                 self._put(self.texts.feed(kind, text))
         if frame.items and not self.stop_word:
@@ -3457,23 +3450,23 @@ class Translator:
     def _end(self):
         # A finish alone makes no answer: Z.ai at its limits was seen to send one with
         # nothing before it.
-        is_empty = not self.begun and not (self.usage and self.usage["completion_tokens"])
-        if is_empty and self.finish in (None, "stop"):
+        has_tokens = self.begun or dig(self.usage, "completion_tokens")
+        if not has_tokens and self.finish in (None, "stop"):
             raise UpstreamError(EMPTY)
         if not self.finish and not self.stop_word:
             raise UpstreamError(UNFINISHED)
         is_cut = self.finish not in WHOLE
-        if not self.texts.opened and not self.calls.calls:
+        calls = self.calls.calls
+        if not self.texts.opened and not calls:
             for item in self.unasked.items:
                 self._put(self.texts.feed(TEXT, item.text))
         self._put(self.texts.close(is_cut))
         # Where calls came as they should, the leaked ones are the same once more.
-        if not self.calls.calls:
+        if not calls:
             self._add(self.calls.feed(self.texts.leaked))
-        if self.stop_word:
-            self.finish = "stop"
-        self.calls.check(self.finish)
-        self._add(self.calls.close("" if is_cut else "{}"))
+        if self.finish == "tool_calls" and not calls and not self.stop_word:
+            raise UpstreamError("Z.ai announced a tool call and sent none.")
+        self._add(self.calls.close(is_cut))
         if self.stop_word and not self.usage:
             # Z.ai's counts come at its own end. Programs that send stop words, such as
             # smolagents, read the usage unasked.
@@ -3482,7 +3475,7 @@ class Translator:
         reason = self.finish
         # Clients look at the finish to learn whether there are calls to make.
         if reason in WHOLE:
-            reason = "tool_calls" if self.calls.calls else "stop"
+            reason = "tool_calls" if calls else "stop"
         self.complete = True
         stop_word = self.stop_word if reason == "stop" else None
         extend(self.runs, Step(FINISH, reason, name=stop_word, usage=self.usage))
@@ -3510,9 +3503,10 @@ class Reply:
         try:
             while self.status is None:
                 head = self.head.feed(data)
-                if head is None and ended:
-                    raise UpstreamError("The connection to Z.ai was closed before its answer.")
                 if head is None:
+                    if ended:
+                        raise UpstreamError(
+                            "The connection to Z.ai was closed before its answer.")
                     return b""
                 data = self.head.rest
                 self._read_head(head)
@@ -3590,10 +3584,7 @@ class Answer:
         # Nothing of the next event has come.
         is_between = not (framing.left or framing.rest or self.decoder.held)
         event = is_between and self.reply.status == 200 and only_event(data)
-        if event:
-            steps, failure = self.translator.feed([event])
-        else:
-            steps, failure = self._feed(data)
+        steps, failure = self.translator.feed([event]) if event else self._feed(data)
         self.complete = self.translator.complete or failure is not None
         return steps, failure
 
@@ -3607,7 +3598,7 @@ class Answer:
             body = self.reply.framing.take()
         if self.reply.status is None:
             return [], cut
-        ended = self.reply.complete or cut is not None
+        ended = self.reply.complete or cut
         steps, failure = self.translator.feed(self._read(body, ended), ended)
         # A cut explains a missing end better; behind the finish it does no harm.
         if cut and failure and failure.message in (EMPTY, UNFINISHED, TORN):
@@ -3746,14 +3737,15 @@ class Front:
     whole(fold): the JSON answer, a dict.
     """
 
+    # Whether a stream that fails ends without the last chunk of its coding, so that a
+    # client that overlooks the error takes no half of an answer for the whole.
+    cuts_failures = False
+    # What became of the request, without its body.
+    asked = Asked({}, b"", (), {}, {})
+
     def __init__(self, model, stream):
         self.model = model  # as the client named it
         self.stream = stream
-        # Whether a stream that fails ends without the last chunk of its coding, so that
-        # a client that overlooks the error takes no half of an answer for the whole.
-        self.cuts_failures = False
-        # What became of the request, without its body.
-        self.asked = Asked({}, b"", (), {}, {})
 
     def find_tool(self, name):
         """The client's terms for what the model called. It may leave out a
@@ -3775,12 +3767,8 @@ class Front:
     @staticmethod
     def error(error, request_id=""):
         """The JSON of an error, a dict: OpenAI's shape."""
-        return {"error": {
-            "message": error.message,
-            "type": error.type,
-            "param": error.param,
-            "code": error.code,
-        }}
+        names = ("message", "type", "param", "code")
+        return {"error": {name: getattr(error, name) for name in names}}
 
     @staticmethod
     def status(error):
@@ -3823,6 +3811,9 @@ class Chat(Front):
     the text), or hidden.
     """
 
+    # A <think> of ours is open.
+    in_think = False
+
     def __init__(
         self, id, created, model, stream=True, include_usage=False, reasoning="parsed",
     ):
@@ -3831,8 +3822,6 @@ class Chat(Front):
         self.created = created
         self.include_usage = include_usage
         self.reasoning = reasoning
-        # A <think> of ours is open.
-        self.in_think = False
         # Encoding the constant part anew would double the cost of a chunk.
         self.head = (f'data: {{"id":{encode_text(id)},"object":"chat.completion.chunk",'
                      f'"created":{created},"model":{encode_text(model)},"choices":[')
@@ -3956,8 +3945,9 @@ def typed_event(type, **fields):
 def parse_names(text):
     """The client's paths to fields by chat's names of them: a word is "name=path", or
     one for both."""
-    pairs = [word.partition("=") for word in text.split()]
-    return {name: path or name for name, _, path in pairs}
+    return {
+        name: path or name
+        for name, _, path in [word.partition("=") for word in text.split()]}
 
 
 def chat_fields(body, names, others):
@@ -3965,7 +3955,8 @@ def chat_fields(body, names, others):
     those that ask for nothing. What is not known is dropped by name: there are new ones
     each month."""
     fields = without_nulls({name: dig(body, path) for name, path in names.items()})
-    known = {*others, *[path.partition(".")[0] for path in names.values()]}
+    heads = [path.partition(".")[0] for path in names.values()]
+    known = {*others, *heads}
     changed = [
         name_of(name) for name, value in body.items()
         if name not in known and asks(name, value)]
@@ -3977,11 +3968,14 @@ class Itemized(Front):
     """A front that tells an answer as a row of items, one of them open at any time.
 
     A class has `id_prefix`, with which an answer's id begins; `kept_statuses`, those of
-    errors that go out as they are, though they cannot heal; _begin(item),
-    _piece(text) and _end(item), which give the SSE text of an item's stages;
-    and _finish(step), which sets `answer`, the JSON answer. _end() puts the item into
-    `items`.
+    errors that go out as they are, though they cannot heal; _begin(item), _piece(text)
+    and _end(item), which give the SSE text of an item's stages; and _finish(step),
+    which sets `answer`, the JSON answer. _end() puts the item into `items`.
     """
+
+    # Why the answer ended, and its JSON.
+    finish = None
+    answer = None
 
     def __init__(self, fields, hidden):
         super().__init__(fields.get("model", ""), fields["stream"])
@@ -3989,8 +3983,6 @@ class Itemized(Front):
         self.hidden = hidden  # thinking is not told
         self.open = Fold()  # the item that is open, if one is
         self.items = []  # the finished ones, in the client's terms
-        self.finish = None
-        self.answer = None
 
     def _tell(self, step):
         kind = step.kind
@@ -4098,9 +4090,8 @@ class Messages(Itemized):
         fields, changed = chat_fields({**body, "thinking": thinking}, names, others)
         # A client that did not ask for thinking reads content[0] as the text.
         hidden = thinking["type"] == "disabled" or settings.reasoning_format == "hidden"
-        prompt = fields.pop("prompt", None)
         return cls(fields, hidden), Request(
-            fields, names, changed, agents=True, claude=True, prompt=prompt)
+            fields, names, changed, agents=True, claude=True, prompt=fields.pop("prompt", None))
 
     def opening(self):
         usage = {**NO_USAGE, "prompt_tokens": self.asked.tokens}
@@ -4116,8 +4107,7 @@ class Messages(Itemized):
         block, self.delta_type, self.field = BLOCKS[item.kind]
         self.block = dict(block)
         if item.kind == CALL:
-            self.block["id"] = item.id
-            self.block["name"] = self.find_tool(item.name)["name"]
+            self.block.update(id=item.id, name=self.find_tool(item.name)["name"])
         return self._event("start", content_block=self.block)
 
     def _piece(self, text):
@@ -4181,6 +4171,7 @@ class Messages(Itemized):
 
     @classmethod
     def status(cls, error):
+        """What money or a plan would heal is told as such."""
         return QUOTA.status if error.type == QUOTA.type else super().status(error)
 
 
@@ -4194,9 +4185,9 @@ RESPONSES_NAMES = parse_names("""
     enable_thinking reasoning tools tool_choice messages=input prompt=instructions
     max_completion_tokens=max_output_tokens response_format=text.format
 """)
-RESPONSES_OTHERS = frozenset("""
+RESPONSES_OTHERS = """
     include store stream_options client_metadata background previous_response_id
-""".split())
+""".split()
 # What would need more than a memory.
 STATEFUL = ("prompt", "conversation", "background")
 # What a response repeats of its request: the type, the value if it was left out, names.
@@ -4220,15 +4211,10 @@ SUMMARIES = ("auto", "concise", "detailed")
 RESPONSE = {
     "object": "response",
     "background": False,
-    "completed_at": None,
-    "error": None,
-    "incomplete_details": None,
-    "instructions": None,
-    "output": [],
     "service_tier": "default",
     "tools": [],
     "top_logprobs": 0,
-    "usage": None,
+    **dict.fromkeys(("completed_at", "error", "incomplete_details", "instructions", "usage")),
 }
 # What Codex sends last to have a conversation summed up that has become too long, and
 # what the model is told then.
@@ -4330,10 +4316,9 @@ def unwrap_input(arguments, name):
 
 
 def to_responses_usage(usage):
-    cached = usage["prompt_tokens_details"]["cached_tokens"]
     return {
         "input_tokens": usage["prompt_tokens"],
-        "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
+        "input_tokens_details": {**usage["prompt_tokens_details"], "cache_write_tokens": 0},
         "output_tokens": usage["completion_tokens"],
         "output_tokens_details": usage["completion_tokens_details"],
         "total_tokens": usage["total_tokens"],
@@ -4381,13 +4366,14 @@ class Responses(Itemized):
     id_prefix = "resp_"
     # A 401 makes clients ask for a key, and the others Codex takes as they are meant.
     kept_statuses = (401, 404, 405, 408, 426, 429, 503)
+    # The conversation is summed up.
+    compacts = False
 
     def __init__(self, body, fields, hidden, caller):
         super().__init__(fields, hidden)
         # opening() has the numbers 0 and 1; it may be made behind the first steps.
         self.numbers = itertools.count(2)
         self.caller = caller
-        self.compacts = False
         include = expect(body.get("include", []), list, "include")
         self.keeps_thinking = "reasoning.encrypted_content" in include
         self.base = {
@@ -4399,9 +4385,6 @@ class Responses(Itemized):
                 if len(encode_request(value)) > LONGEST_ECHO_BYTES:
                     value = default
                 self.base[name] = {**default, **value} if type is dict else value
-        reasoning = self.base["reasoning"]
-        if reasoning["summary"] not in SUMMARIES:
-            reasoning["summary"] = None
 
     @classmethod
     def read(cls, body, caller, settings):
@@ -4423,9 +4406,10 @@ class Responses(Itemized):
             fields.update(messages=turns, tool_choice="none", thinking={"type": "disabled"})
             fields.pop("response_format", None)
         reasoning = front.base["reasoning"]
-        # That is how Codex asks for thinking if it does not know the model.
-        asks = reasoning["summary"] and not reasoning["effort"]
-        if asks and settings.enable_thinking is None:
+        if reasoning["summary"] not in SUMMARIES:
+            reasoning["summary"] = None
+        elif not reasoning["effort"] and settings.enable_thinking is None:
+            # That is how Codex asks for thinking if it does not know the model.
             fields.setdefault("enable_thinking", True)
         if dig(body, "text.verbosity"):
             changed.append("verbosity")
@@ -4435,9 +4419,9 @@ class Responses(Itemized):
 
     def opening(self):
         response = self._response("in_progress", output=[])
-        return "".join(
-            typed_event(f"response.{name}", sequence_number=number, response=response)
-            for number, name in enumerate(("created", "in_progress")))
+        return (
+            typed_event("response.created", sequence_number=0, response=response)
+            + typed_event("response.in_progress", sequence_number=1, response=response))
 
     def heartbeat(self):
         """Behind the first item some clients take response.in_progress for a new
@@ -4462,20 +4446,21 @@ class Responses(Itemized):
         return text + self._response_event("failed", error=failure)
 
     def _begin(self, item):
-        is_call = item.kind == CALL
-        tool = {**self.find_tool(item.name), "call_id": item.id} if is_call else {}
+        tool = {}
+        if item.kind == CALL:
+            tool = {**self.find_tool(item.name), "call_id": item.id}
         # Custom tools alone have a shape by their type.
         kind = "compaction" if self.compacts else tool.get("type")
-        self.shape = SHAPES.get(kind, SHAPES[item.kind])
+        shape = self.shape = SHAPES.get(kind, SHAPES[item.kind])
         self.item = {
             **tool,
-            **self.shape.item,
-            "id": new_id(self.shape.id),
+            **shape.item,
+            "id": new_id(shape.id),
             "status": "in_progress",
         }
         # What each event of this item has.
         self.place = {
-            "item_id": self.item["id"], "output_index": len(self.items), **self.shape.place}
+            "item_id": self.item["id"], "output_index": len(self.items), **shape.place}
         return self._item_event("added") + self._part_event("added", "")
 
     def _piece(self, text):
@@ -4489,9 +4474,14 @@ class Responses(Itemized):
         if shape.field == "input":
             text = unwrap_input(text, self.item["name"])
             events = self._delta(text)
-        self.item[shape.field] = [{**shape.part, "text": text}] if shape.part else text
-        told = {"text": text} if shape.part else {shape.field: text, "name": self.item.get("name")}
-        events += self._text_event("done", **told) + self._part_event("done", text)
+        if shape.part:
+            told = {"text": text}
+            self.item[shape.field] = [{**shape.part, **told}]
+        else:
+            told = {shape.field: text, "name": self.item.get("name")}
+            self.item[shape.field] = text
+        events += self._inner_event(shape.events, "done", **told)
+        events += self._part_event("done", text)
         if item.kind == THINKING and self.keeps_thinking:
             self.item["encrypted_content"] = MARK + text
         self.item["status"] = self._end_status()
@@ -4529,20 +4519,15 @@ class Responses(Itemized):
             f"response.output_item.{stage}", output_index=len(self.items), item=self.item)
 
     def _part_event(self, stage, text):
-        part = self.shape.part
-        events = self.shape.part_events
-        return self._inner_event(events, stage, part=part and {**part, "text": text})
-
-    def _text_event(self, stage, **fields):
-        return self._inner_event(self.shape.events, stage, **fields)
+        shape = self.shape
+        part = shape.part and {**shape.part, "text": text}
+        return self._inner_event(shape.part_events, stage, part=part)
 
     def _delta(self, text):
-        return self._text_event("delta", delta=text)
+        return self._inner_event(self.shape.events, "delta", delta=text)
 
     def _inner_event(self, events, stage, **fields):
-        if not events:
-            return ""
-        return self._event(f"response.{events}.{stage}", **self.place, **fields)
+        return events and self._event(f"response.{events}.{stage}", **self.place, **fields)
 
     @staticmethod
     def get_error():
