@@ -172,8 +172,8 @@ def shut_down(sock):
     with contextlib.suppress(OSError):
         sock.shutdown(socket.SHUT_RDWR)
 
-def readable(sock):
-    return bool(select.select([sock], [], [], 0)[0])
+def readable(sock, within_s=0):
+    return bool(select.select([sock], [], [], within_s)[0])
 
 
 class Listener:
@@ -240,20 +240,17 @@ class FakeZai(Listener):
             return False
         method, path, _ = line.decode().split()
         request = {"method": method, "path": path, "headers": headers, "body": json.loads(body) if body else None}
-        script = self.script_for(request)
+        with self.lock:
+            self.requests.append(request)
+            self.in_flight += 1
+            script = self.scripts.popleft() if self.scripts else self.default
+            if self.limit is not None and self.in_flight > self.limit:
+                script = answer(429, LIMITED)
         try:
             return self.play(sock, script(request) if callable(script) else script, request)
         finally:
             with self.lock:
                 self.in_flight -= 1
-
-    def script_for(self, request):
-        with self.lock:
-            self.requests.append(request)
-            self.in_flight += 1
-            if self.limit is not None and self.in_flight > self.limit:
-                return refusal(429, "1302", "Rate limit reached for requests")
-            return self.scripts.popleft() if self.scripts else self.default
 
     def play(self, sock, script, request):
         for step in script:
@@ -272,21 +269,10 @@ class FakeZai(Listener):
                 except OSError:
                     self.cut_by_client += 1
                     raise
-            elif self.wait_for_cut(sock, step):
-                self.cut_by_client += 1
+            elif readable(sock, step):
+                self.cut_by_client += 1  # as no request comes before its answer
                 return False
         return True
-
-    @staticmethod
-    def wait_for_cut(sock, seconds):
-        """Sleep; True as soon as the other side has closed."""
-        sock.settimeout(seconds)
-        try:
-            return sock.recv(1) == b""
-        except (socket.timeout, OSError) as error:
-            return not isinstance(error, socket.timeout)
-        finally:
-            sock.settimeout(None)
 
     def close(self):
         super().close()
@@ -511,11 +497,9 @@ def read_reply(file, to_head=False):
         return Reply(status, headers, b"")
     if headers.get("Transfer-Encoding") == "chunked":
         return Reply(status, headers, *read_chunked(file))
-    if "Content-Length" not in headers:
-        return Reply(status, headers, file.read())
-    size = int(headers["Content-Length"])
+    size = int(headers.get("Content-Length", -1))
     body = file.read(size)
-    return Reply(status, headers, body, len(body) == size)
+    return Reply(status, headers, body, size in (-1, len(body)))
 
 
 def read_chunked(file):
@@ -641,9 +625,10 @@ def together(*calls):
 MESSAGES_BODY = {"model": "GLM-4.6", "max_tokens": 100, "messages": [user("Hi")]}
 # To add an API, add a row: its name -> its path, a request.
 APIS = {
-    "messages": ("/v1/messages", MESSAGES_BODY), "responses": ("/v1/responses", {"model": "GLM-4.6", "input": "Hi"}),
+    "chat": (CHAT, chat_body()), "messages": ("/v1/messages", MESSAGES_BODY),
+    "responses": ("/v1/responses", {"model": "GLM-4.6", "input": "Hi"}),
 }
-each_api = pytest.mark.parametrize("api", APIS)
+each_api = pytest.mark.parametrize("api", ("messages", "responses"))
 
 
 def api_request(api, streamed, *lines, auth=True, **fields):
@@ -779,13 +764,11 @@ def proxy(zai):
     with strict_proxy(zai) as proxy:
         yield proxy
 
-
 @pytest.fixture
 def brisk(monkeypatch):
     """The pump looks often, for tests of the times it keeps."""
     assert ztoapi.TICK_S <= 0.25
     monkeypatch.setattr(ztoapi, "TICK_S", 0.02)
-
 
 @pytest.fixture
 def soon_again(monkeypatch):
@@ -1463,12 +1446,9 @@ def nested(depth):
     return value
 
 
-def test_a_deeply_nested_error_is_an_error_all_the_same():
+def test_an_error_however_deep_or_long_is_quoted_with_a_bound():
     assert zai_error(nested(5000), 500).code == "upstream_error"
     assert zai_error({"error": {"code": nested(5000), "message": nested(5000)}}, 429).code == "rate_limit_exceeded"
-
-
-def test_what_zai_says_is_quoted_with_a_bound():
     error = zai_error({"error": {"code": "9" * 10**6, "message": "x" * 10**7}}, 400)
     assert len(error.message) < 3000
     assert len(error.zai_code) <= 200
@@ -1633,10 +1613,6 @@ ALIASES = {"gpt-4o": "zai/glm-4.6v-flash", "mine": "glm-9", "*": "glm-4.6"}
 LISTED = ztoapi.listed_models(Settings(model_aliases=ALIASES))
 
 
-def test_aliases_are_listed_and_the_catch_all_is_not():
-    assert set(LISTED) == {model.name for model in ztoapi.MODELS.values()} | {"gpt-4o", "mine"}
-
-
 @pytest.mark.parametrize("name, created, day, more", [
     ("GLM-4.6", 1759276800, "2025-10-01", {
         "context_length": 204800, "max_model_len": 204800, "max_output_tokens": 131072, "input_modalities": ["text"]}),
@@ -1723,7 +1699,7 @@ def test_large_json_is_the_same_as_any_other_or_refused(text, value):
 
 @pytest.mark.parametrize("work,value", [
     (ztoapi.decode_strictly, "[" + '{"a":1},' * 60000 + "1]"), (ztoapi.decode_or_none, "[" + '{"a":1},' * 60000 + "1]"),
-    (ztoapi.encode_json, {"a": [{"b": 1.5}] * 60000}), (ztoapi.encode_json, ["\n\"x" * (1 << 17)] * 60),
+    (ztoapi.encode_json, {"a": [{"b": 1.5}] * 60000}), (ztoapi.encode_json, ["\n\"x" * (1 << 18)] * 60),
 ])
 def test_while_large_json_is_read_or_written_others_get_their_turn(work, value):
     """JSON's usual decoder and encoder are one step of the interpreter."""
@@ -1735,7 +1711,7 @@ def test_while_large_json_is_read_or_written_others_get_their_turn(work, value):
     assert len(turns) >= 5
 
 
-@pytest.mark.parametrize("value", ([1.5, None] * 30000, {"a": [{"b": "\u597d"}] * 30000}, ["\n\"x" * (1 << 19)] * 2))
+@pytest.mark.parametrize("value", ([1.5, None] * 30000, {"a": [{"b": "\u597d"}] * 60000}, ["\n\"x" * (1 << 20)] * 3))
 def test_large_json_is_written_as_any_other(value):
     assert ztoapi.encode_json(value) == ztoapi.encode_text(value).encode()
 
@@ -2145,9 +2121,33 @@ def output(id, content="20"):
 S, U, A, DOT = system("S"), user("U"), assistant("A"), user(".")
 
 
-# To add a request that is refused, add a row: the fields that are wrong, the param of the 400.
+# To add a request that is refused, add a row: the fields that are wrong, the param of the 400. First what is refused at
+# each door.
+BAD_ANYWHERE = [
+    *(({"model": value}, "model") for value in (None, "", "  ", 5, ["glm-4.6"], {}, True, "[1m]", "x" * 257)),
+    *(({name: value}, name) for name, values in (
+        ("stream", ("true", 1, 0, [], {})), ("temperature", ("1", True, [], {}, -0.1, 2.01)),
+        ("top_p", ("1", True, [], {}, -0.01, 1.01))) for value in values),
+    *(({"tools": value}, f"tools{place}") for value, place in (
+        ("x", ""), ({}, ""), (5, ""), ([{"type": "function", "name": f"f{i}"} for i in range(129)], ""),
+        *(([value], "[0]") for value in ("x", None, 5)), *(([value], "[0].name") for value in (
+            {}, {"type": "custom"}, {"name": 5})), ([{"type": 5}], "[0].type"),
+        ([TOOL, {"type": "function"}], "[1].name"), *(([{"name": "f", name: value}], "[0]." + name) for name, value in (
+            ("parameters", 5), ("input_schema", 5), ("description", 5), ("description", []))),
+        *((function(name=value)["tools"], "[0].function.name") for value in (None, 5)),
+        (function(name="f", description=5)["tools"], "[0].function.description"),
+        (function(name="f", parameters="x")["tools"], "[0].function.parameters"),
+        ([{"type": "namespace", "name": "n", "tools": 5}], "[0].tools"),
+        ([{"type": "namespace", "name": "n", "tools": [TOOL, {"name": []}]}], "[0].tools[1].name"))),
+    *(({"tools": [TOOL], "tool_choice": value}, f"tool_choice{place}") for value, place in (
+        *((value, "") for value in ("sometimes", "get_weather", 5, True, [])),
+        *((named(name), "") for name in ("other", "x" * 10**6)), (named(5), ".function.name"), ({"type": 5}, ".type"),
+        *(({"type": kind}, ".name") for kind in ("function", "tool")),
+        *(({"type": kind, "name": "g"}, "") for kind in ("function", "tool")),
+        ({"type": "allowed_tools", "tools": 5}, ".tools"),
+        ({"type": "allowed_tools", "tools": [{"type": "function"}]}, ".tools[0].name"))),
+]
 BAD_REQUESTS = [
-    *(({"model": value}, "model") for value in (None, "", 5, ["glm-4.6"], {}, True, "x" * 257)),
     *(({"messages": value}, "messages") for value in (None, [], "Hi", {}, 5)),
     *(({"messages": [value]}, "messages[0]") for value in (None, "Hi", 5, [])),
     *(({"messages": [{"role": value, "content": "x"}]}, "messages[0].role")
@@ -2161,15 +2161,13 @@ BAD_REQUESTS = [
     (said_last_by("assistant", content=["x"]), "messages[0].content[0]"),
     *((asking([part]), "messages[0].content[0]") for part in (None, "x", 5, [])),
     *((asking([TEXT, part]), "messages[0].content[1].type") for part in ({}, {"type": None}, {"type": 5})),
-    *((asking([TEXT, part]), "messages[0].content[1]") for part in (AUDIO, {"type": "x"})),
+    *((asking([TEXT, part]), "messages[0].content[1]") for part in (AUDIO, {"type": "x"}, PICTURE, FILE)),
     *((asking([{"type": "text", "text": value}]), "messages[0].content[0].text") for value in (None, 5, [])),
     (asking([{"type": "text"}]), "messages[0].content[0].text"),
     *(({"model": "glm-4.5v", **asking([TEXT, {"type": "image_url", "image_url": value}])}, "messages[0].content[1]")
       for value in (None, 5, [], {}, {"url": 5})),
-    (asking([TEXT, PICTURE]), "messages[0].content[1]"),
     ({**asking([PICTURE]), "model": "glm-5.2"}, "messages[0].content[0]"),
     ({"messages": [user([PICTURE]), {"role": "system", "content": "S"}]}, "messages[0].content[0]"),
-    (asking([TEXT, FILE]), "messages[0].content[1]"),
     ({"model": "glm-4.5v", **asking([FILE])}, "messages[0].content[0]"),
     (said_last_by("assistant", tool_calls=5), "messages[0].tool_calls"),
     (said_last_by("assistant", tool_calls=["x"]), "messages[0].tool_calls[0]"),
@@ -2177,42 +2175,25 @@ BAD_REQUESTS = [
       for value, field in ((None, "name"), ("f", "function"))),
     (said_last_by("assistant", tool_calls=[{**CALL, "function": {"arguments": "{}"}}]),
      "messages[0].tool_calls[0].function.name"),
-    *(({name: value}, name) for name in ("stream", "parallel_tool_calls") for value in ("true", 1, 0, [], {})),
-    *(({name: value}, name) for name in ("temperature", "top_p") for value in ("1", True, [], {})),
-    *(({name: value}, name) for name in ("n", "max_tokens", "max_completion_tokens")
-      for value in ("1", True, 1.5, [], {})),
-    *(({"user": value}, "user") for value in (5, True, [], {})),
-    *(({name: value}, name) for name in ("stream_options", "response_format") for value in ("x", 5, True, [])),
     *(({name: value}, name) for name, values in (
-        ("n", (0, 2, 128)), ("temperature", (-0.1, 2.01)), ("top_p", (-0.01, 1.01)), ("max_tokens", (0, -5)),
-        ("max_completion_tokens", (0,))) for value in values),
-    *(({"stop": value}, "stop") for value in (5, {})),
-    *(({"stop": ["a", value]}, "stop[1]") for value in (5, None)),
-    *(({"reasoning_effort": value}, "reasoning_effort") for value in ("", "very", 5, True, "High")),
+        ("parallel_tool_calls", ("true", 1, 0, [], {})), ("user", (5, True, [], {})), ("n", (0, 2, 128)),
+        ("stream_options", ("x", 5, True, [])), ("response_format", ("x", 5, True, [])), ("stop", (5, {})),
+        ("max_tokens", (0, -5)), ("max_completion_tokens", (0,)), ("reasoning_format", ("", "think", 5)),
+        ("reasoning_effort", ("", "very", 5, True, "High")),
+        *((name, ("1", True, 1.5, [], {})) for name in ("n", "max_tokens", "max_completion_tokens")))
+      for value in values),
     *(({head: {field: "much"}}, f"{head}.{field}") for head, field in (
         ("reasoning", "effort"), ("thinking", "type"), ("output_config", "effort"))),
-    ({"think": "hard"}, "think"),
-    *(({"reasoning_format": value}, "reasoning_format") for value in ("", "think", 5)),
+    *(({"stop": ["a", value]}, "stop[1]") for value in (5, None)), ({"think": "hard"}, "think"),
     *(({"response_format": {"type": value}}, "response_format.type") for value in ("xml", 5, None)),
     ({"response_format": {}}, "response_format.type"),
+    ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
     (schema("x"), "response_format.json_schema"),
-    (schema({"name": "a", "schema": []}), "response_format.json_schema.schema"),
-    *(({"tools": value}, "tools") for value in ("x", {}, 5, [TOOL] * 129)),
-    *(({"tools": [value]}, "tools[0]") for value in ("x", None, 5)),
-    *(({"tools": [tool]}, f"tools[0].{field}") for tool, field in (({}, "name"), ({"type": 5}, "type"))),
-    ({"tools": [TOOL, {"type": "function"}]}, "tools[1].name"),
-    *((function(name=value), "tools[0].function.name") for value in (None, 5)),
-    (function(name="f", description=5), "tools[0].function.description"),
-    (function(name="f", parameters="x"), "tools[0].function.parameters"),
-    *(({"tools": [TOOL], "tool_choice": value}, "tool_choice") for value in ("sometimes", "get_weather", 5, True, [])),
-    *(({"tools": [TOOL], "tool_choice": named(name)}, "tool_choice") for name in ("other", "x" * 10**6)),
-    ({"tools": [TOOL], "tool_choice": {"type": "function"}}, "tool_choice.name"),
-    ({"tools": [TOOL], "tool_choice": named(5)}, "tool_choice.function.name"),
+    (schema({"name": "a", "schema": []}), "response_format.json_schema.schema"), ({"tools": [TOOL] * 129}, "tools"),
     ({"extra_body": {"temperature": 5}}, "temperature"),
 ]
 
 
-# The same in the other APIs' words. To add a request that is refused, add a row.
 BAD_RESPONSES = [
     *(({"input": value}, "input") for value in (None, 5, {}, [])),
     *(({"input": [U, item]}, f"input[1]{place}") for item, place in (
@@ -2225,28 +2206,16 @@ BAD_RESPONSES = [
         ({"type": "item_reference"}, ".id"), ({"type": "compaction"}, ".encrypted_content"),
         ({"type": "additional_tools", "tools": 5}, ".tools"),
         ({"type": "additional_tools", "tools": [{"name": 5}]}, ".tools[0].name"))),
-    *(({"tools": value}, f"tools{place}") for value, place in (
-        (5, ""), ([5], "[0]"), ([{}], "[0].name"), ([{"type": 5}], "[0].type"), ([{"type": "custom"}], "[0].name"),
-        ([{"name": "f", "parameters": 5}], "[0].parameters"), ([{"name": "f", "description": 5}], "[0].description"),
-        ([{"type": "namespace", "name": "n", "tools": 5}], "[0].tools"),
-        ([{"type": "namespace", "name": "n", "tools": [TOOL, {"name": []}]}], "[0].tools[1].name"),
-        ([{"type": "function", "name": f"f{i}"} for i in range(129)], ""))),
-    *(({"tools": [{"name": "f"}], "tool_choice": value}, f"tool_choice{place}") for value, place in (
-        (5, ""), ("maybe", ""), ({"type": "function"}, ".name"), ({"type": "function", "name": "g"}, ""),
-        ({"type": "allowed_tools", "tools": 5}, ".tools"),
-        ({"type": "allowed_tools", "tools": [{"type": "function"}]}, ".tools[0].name"))),
     *(({"text": value}, f"text{place}") for value, place in (
         (5, ""), ({"format": 5}, ".format"), ({"format": {}}, ".format.type"),
         ({"format": {"type": "x"}}, ".format.type"), ({"format": {"type": "json_schema"}}, ".format.schema"),
         ({"format": {"type": "json_schema", "schema": 5}}, ".format.schema"))),
-    *(({"reasoning": value}, f"reasoning{place}") for value, place in ((5, ""), ({"effort": "much"}, ".effort"))),
     *(({name: value}, name) for name, value in (
-        ("conversation", "conv_1"), ("prompt", {"id": "p"}), ("background", True), ("include", 5), ("stream", "yes"),
-        ("model", None), ("model", 5), ("max_output_tokens", 0), ("max_output_tokens", "x"), ("temperature", 3),
-        ("top_p", -1), ("metadata", 7), ("truncation", 5), ("store", "no"), ("user", 5), ("instructions", 5),
-        ("previous_response_id", 5), ("previous_response_id", "resp_1"), ("max_tool_calls", "x"),
-        ("parallel_tool_calls", 1))),
-    ({"instructions": [5]}, "instructions[0]"),
+        ("conversation", "conv_1"), ("prompt", {"id": "p"}), ("background", True), ("include", 5), ("reasoning", 5),
+        ("max_output_tokens", 0), ("max_output_tokens", "x"), ("metadata", 7), ("truncation", 5), ("store", "no"),
+        ("user", 5), ("instructions", 5), ("previous_response_id", 5), ("previous_response_id", "resp_1"),
+        ("max_tool_calls", "x"), ("parallel_tool_calls", 1))),
+    ({"instructions": [5]}, "instructions[0]"), ({"reasoning": {"effort": "much"}}, "reasoning.effort"),
 ]
 BAD_MESSAGES = [
     *(({"messages": value}, "messages") for value in (None, 5, [])),
@@ -2257,33 +2226,25 @@ BAD_MESSAGES = [
         (user([{"type": "image", "source": {"type": "file", "file_id": "f"}}]), ".content[0]"),
         (assistant([{"type": "tool_use", "id": "1", "name": 5}]), ".content[0].name"),
         (assistant([{"type": "text"}]), ".content[0].text"))),
-    *(({"tools": value}, f"tools{place}") for value, place in (
-        (5, ""), ([5], "[0]"), ([{"name": 5}], "[0].name"), ([{}], "[0].name"),
-        ([{"name": "f", "input_schema": 5}], "[0].input_schema"),
-        ([{"name": "f", "description": []}], "[0].description"))),
-    *(({"tools": [{"name": "f"}], "tool_choice": value}, f"tool_choice{place}") for value, place in (
-        (5, ""), ({"type": 5}, ".type"), ({"type": "tool"}, ".name"), ({"type": "tool", "name": "g"}, ""))),
-    *(({"thinking": {"type": value}}, "thinking.type") for value in ("perhaps", "", "High")),
     *(({"output_config": value}, f"output_config{place}") for value, place in (
         ({"effort": "much"}, ".effort"), ({"format": 5}, ".format"), ({"format": {"type": "x"}}, ".format.type"),
         ({"format": {"type": "json_schema"}}, ".format.schema"),
         ({"format": {"type": "json_schema", "schema": 5}}, ".format.schema"))),
+    *(({"thinking": {"type": value}}, "thinking.type") for value in ("perhaps", "", "High")),
     ({"output_format": {"type": "json_schema"}}, "output_format.schema"),
     *(({"system": value}, f"system{place}") for value, place in (
         (5, ""), ([5], "[0]"), ([TEXT, {"type": "text"}], "[1].text"))),
     *(({"stop_sequences": value}, f"stop_sequences{place}") for value, place in (
         (5, ""), (["a", 5], "[1]"), (["a", "x" * 257], "[1]"))),
-    *(({name: value}, name) for name, value in (
-        ("stream", "yes"), ("model", None), ("model", 5), ("model", ""), ("max_tokens", 0), ("max_tokens", "5"),
-        ("temperature", "1"), ("thread", {"type": "create"}))),
+    *(({"max_tokens": value}, "max_tokens") for value in (0, "5")), ({"thread": {"type": "create"}}, "thread"),
     ({"metadata": {"user_id": 5}}, "metadata.user_id"),
 ]
 
 
 @pytest.mark.parametrize("door, body, param", [
-    *(("chat", chat_body(**fields), param) for fields, param in BAD_REQUESTS),
-    *(("responses", {"model": "glm-4.6", "input": "Hi", **fields}, param) for fields, param in BAD_RESPONSES),
-    *(("messages", {"model": "glm-4.6", "messages": [U], **fields}, param) for fields, param in BAD_MESSAGES)])
+    *(("chat", chat_body(**fields), param) for fields, param in BAD_ANYWHERE + BAD_REQUESTS),
+    *(("responses", {**APIS["responses"][1], **fields}, param) for fields, param in BAD_ANYWHERE + BAD_RESPONSES),
+    *(("messages", {**MESSAGES_BODY, **fields}, param) for fields, param in BAD_ANYWHERE + BAD_MESSAGES)])
 def test_a_bad_request_is_a_400_that_names_the_field_in_the_clients_words(door, body, param):
     with pytest.raises(ztoapi.RequestError) as caught:
         by_door(door, body)
@@ -2315,8 +2276,7 @@ def test_what_is_refused_in_the_last_message_is_told_if_it_stands_before_it(mode
 @pytest.mark.parametrize("model, part, words", [
     ("GLM-4.6", PICTURE, r"GLM-4\.6 takes text only.*GLM-4\.6V.*VISION_MODEL"),
     ("GLM-4.6", FILE, r"GLM-4\.6 takes text only.*GLM-4\.6V.*VISION_MODEL"),
-    ("glm-4.5v", FILE, r"GLM-4\.5V takes no .*file.*GLM-5\.3-Flash"),
-    ("glm-4.5v", AUDIO, r"takes no input_audio"),
+    ("glm-4.5v", FILE, r"GLM-4\.5V takes no .*file.*GLM-5\.3-Flash"), ("glm-4.5v", AUDIO, r"takes no input_audio"),
 ])
 def test_media_that_a_model_does_not_take_are_refused_with_the_names_of_models_that_do(model, part, words):
     with pytest.raises(ztoapi.RequestError, match=words):
@@ -2385,7 +2345,6 @@ PARTS = [{"type": "text", "text": "a"}, NO_TEXT, {"type": "text", "text": "b"}]
 
 def calling(arguments='{"city":"Paris"}'):
     return assistant("", [("c1", "get_weather", arguments)])
-
 
 def calls_of(*ids, **fields):
     return {"role": "assistant", "content": "", "tool_calls": [
@@ -2718,7 +2677,7 @@ def test_a_choice_of_a_tool_that_was_left_out_fails_nothing(choice, left):
 def test_a_json_schema_becomes_json_object_with_the_schema_in_a_system_line():
     wanted = {"type": "object", "properties": {"größe": {"type": "number"}}, "required": ["größe"]}
     body, changed = to_zai(chat_body(**schema({"name": "a", "strict": True, "schema": wanted})))
-    *rest, line = body["messages"]
+    line, *rest = body["messages"]
     assert (body["response_format"], changed) == ({"type": "json_object"}, {"response_format"})
     assert (line["role"], rest) == ("system", [user("Hi")])
     assert json.loads(line["content"][line["content"].index("{"):]) == wanted
@@ -3347,9 +3306,9 @@ MINIMAL = {"id": "", "object": "", "created": 0, "model": "", "system_fingerprin
     *((f"tags around {text!r}", say(f"<|assistant|>{first}{text}<|user|>{last}<|endoftext|>\n") + ENDED, says(text))
       for first, text, last in (("", "a", ""), ("\n", "a <|user|> b", "\n"), ("</think>\n", "a", "<|observation|>"))),
     ("tags of the template in thinking", think("<|assistant|>a<|user|>") + think(" b<|user|>") + say("c") + ENDED,
-     says("c", "a<|user|> b<|user|>")),
+     says("c", "a<|user|> b")),
     ("a tag of the template that is cut", say("a<|use") + ENDED, says("a<|use")),
-    ("usage that is torn", say("a") + finished("stop", None) + b'data: {"usage":{"pro\n\n' + DONE, says("a", usage=None)),
+    ("usage that is torn", say("a") + finished("stop", None) + b'data: {"us\n\n' + DONE, says("a", usage=None)),
     ("nothing but tags of the template", say("<|user|>") + ENDED, says()),
     # One call at a time
     ("calls that interleave, and a text between them",
@@ -3807,21 +3766,16 @@ def test_nobody_waits_for_the_end_mark():
     assert this.reply.reusable
 
 
-def test_after_a_finish_without_usage_silence_may_end_the_answer():
-    this = new_answer()
+def test_after_a_finish_without_usage_silence_ends_the_answer_or_what_was_none():
+    this, that = new_answer(), new_answer()
     assert not this.is_ending
     feed_answer(this, [HEAD, chunked(say("a <")), chunked(event(finish="stop")), chunked(b": hi\n\n")])
-    assert (this.is_ending, this.complete) == (True, False)
+    feed_answer(that, [HEAD, chunked(event(finish="stop"))])
+    assert (this.is_ending, that.is_ending, this.complete) == (True, True, False)
     steps, failure = this.feed(b"")
     assert (failure, words_in(steps)) == (None, [("text", "<"), ("finish", "stop")])
     assert (this.complete, this.reply.reusable) == (True, False)
-
-
-def test_silence_after_a_finish_that_is_none_is_a_failure():
-    this = new_answer()
-    feed_answer(this, [HEAD, chunked(event(finish="stop"))])
-    assert this.is_ending
-    steps, failure = this.feed(b"")
+    steps, failure = that.feed(b"")
     assert (steps, failure.verdict) == ([], TRY_AGAIN)
 
 
@@ -4024,12 +3978,16 @@ def test_the_text_ends_before_the_first_stop_word_wherever_it_is_cut(words, text
         assert (steps[-1].name in words) is met
 
 
-def test_a_stop_word_ends_the_answer_before_zai_does():
+def test_a_stop_word_ends_the_answer_before_zai_does_and_what_only_begins_one_waits():
     this = new_answer(stop=("b",))
     steps, failure = feed_answer(this, [HEAD, chunked(say("abc"))])
     assert words_in(steps) == [("text", "a"), ("finish", "stop")]
     # Z.ai goes on talking: the connection is closed.
     assert (this.complete, this.translator.stop_word, this.reply.reusable) == (True, "b", False)
+    this = new_answer(stop=("stop",))
+    this.feed(HEAD)
+    assert [step.text for step in this.feed(chunked(say("a st")))[0]] == ["a "]
+    assert [step.text for step in this.feed(chunked(say("ill")))[0]] == ["still"]
 
 
 # Behind a stop word Z.ai's counts are not waited for, so that they are estimated.
@@ -4067,13 +4025,6 @@ def test_a_stop_word(data, expected, options):
 def test_half_a_call_before_a_stop_word_is_a_failure(name):
     data = calls_in(item(name, '{"ci', id="c", index=0)) + say("a stop") + ENDED
     assert broken(wire(data), stop=("stop",))[0].verdict == TRY_AGAIN
-
-
-def test_what_only_begins_a_stop_word_waits_and_comes():
-    this = new_answer(stop=("stop",))
-    this.feed(HEAD)
-    assert [step.text for step in this.feed(chunked(say("a st")))[0]] == ["a "]
-    assert [step.text for step in this.feed(chunked(say("ill")))[0]] == ["still"]
 
 
 def test_what_is_held_back_is_not_overtaken():
@@ -4119,20 +4070,14 @@ def test_an_event_of_more_than_16_mib_is_an_error_whatever_came_before(body):
         assert len(steps) == bool(before)
 
 
-def test_a_json_body_has_the_bound_of_an_event():
+def test_a_json_body_has_the_bound_of_an_event_and_that_of_an_error_ends_where_its_status_counts():
     this = new_answer()
     this.feed(with_kind(b"application/json") + chunked(b"{"))
     piece = chunked(b" " * (1 << 20))
-    _, failure = feed_answer(this, [piece] * 70)
-    assert failure.verdict == GIVE_UP
-
-
-def test_an_error_body_has_a_bound_and_its_status_counts():
+    assert feed_answer(this, [piece] * 70)[1].verdict == GIVE_UP
     this = new_answer()
     this.feed(b"HTTP/1.1 401 X\r\nTransfer-Encoding: chunked\r\n\r\n")
-    piece = chunked(b" " * (1 << 18))
-    for _ in range(100):
-        this.feed(piece)
+    feed_answer(this, [piece] * 25)
     assert len(this.refusal) < 2 << 20
     assert this.feed(END)[1].code == "upstream_auth_error"
 
@@ -4235,14 +4180,11 @@ def test_a_leak_that_is_never_closed_is_held_within_a_bound():
         assert count * 65536 - told < 2 << 20
 
 
-def test_leaked_calls_have_a_bound():
-    steps, failure = receive([wire(say(leak("get_time") * 200) + ENDED)], tools=WEATHER)
+def test_leaked_calls_and_the_names_of_calls_have_a_bound():
+    _, failure = receive([wire(say(leak("get_time") * 200) + ENDED)], tools=WEATHER)
     assert failure.verdict == GIVE_UP
     _, failure = new_answer(tools=WEATHER).feed(HEAD + chunked(say(leak("get_time") * 200)))
     assert failure.verdict == GIVE_UP, "before the answer ends"
-
-
-def test_the_name_of_a_call_has_a_bound():
     for name in ("x" * 10**6, "<" * 10**6):
         steps, _ = receive([wire(call(name, "{}") + TOOLS_END)], tools=WEATHER)
         assert len(steps[0].name) <= 256
@@ -4841,15 +4783,12 @@ def test_messages_has_errors_of_anthropics_shape(status, code, retryable, told_s
     assert events_of(front.failure(error)) == [dict(body, request_id=None)]
 
 
-def test_messages_says_in_anthropics_words_that_the_prompt_is_too_long():
-    error = zai_error({"error": {"code": "1261", "message": "Prompt too long"}}, 400)
+def test_messages_says_in_anthropics_words_what_its_clients_look_for():
+    error = zai_error(complaint("1261", "Prompt too long"), 400)
     assert ztoapi.Messages.status(error) == 400
     assert ztoapi.Messages.error(error)["error"]["message"].startswith("prompt is too long: ")
-
-
-def test_messages_refuses_threads_so_that_the_sdk_sends_everything():
     with pytest.raises(RequestError) as caught:
-        read_messages(thread={"type": "create"})
+        read_messages(thread={"type": "create"})  # the SDK then sends everything
     assert ztoapi.Messages.error(caught.value)["error"]["details"] == {"error_code": "thread_unsupported_request"}
 
 
@@ -4967,7 +4906,7 @@ INPUT_IMAGE = {"type": "input_image", "image_url": PNG_URL, "detail": "high"}
         ([function_call("1", namespace="functions"), gave("1", "one")], [ONE_CALL, output("1", "one")]),
         *(([message("assistant", *parts), U], [assistant(words), U]) for parts, words in (
             ([{"type": "refusal", "refusal": "No."}], "No."),
-            ([text("b"), INPUT_IMAGE, {"type": "refusal", "refusal": "No."}], "b\nNo."))))),
+            ([text("b"), INPUT_IMAGE, {"type": "refusal", "refusal": "No."}], "b\n\nNo."))))),
 ])
 def test_the_input_of_responses_becomes_zais_conversation(items, expected):
     assert read_responses(input=items)[1].body["messages"] == expected
@@ -5177,9 +5116,6 @@ def test_a_json_answer_of_responses():
                 {"type": "output_text", "text": "Hello", "annotations": [], "logprobs": []}]}],
         "usage": {"input_tokens": 50, "input_tokens_details": {"cached_tokens": 20, "cache_write_tokens": 0},
                   "output_tokens": 4, "output_tokens_details": {"reasoning_tokens": 2}, "total_tokens": 54}}
-
-
-def test_usage_is_null_where_there_is_none():
     assert folded(read_responses, ANSWERS["no usage"])["usage"] is None
 
 
@@ -5512,7 +5448,7 @@ def test_a_tool_and_its_choice_in_any_form(door, tool):
         body = {"model": "glm-4.6", FIELD_OF_TURNS[door]: [U], "tools": [TOOL2, tool], "tool_choice": choice}
         front, result = by_door(door, body)
         assert result.body["tools"] == function(name="f", description="d", parameters={"type": "object"})["tools"]
-        assert "calling the tool f" in result.body["messages"][-1]["content"]
+        assert "calling the tool f" in result.body["messages"][0]["content"]
         assert front.find_tool("f")["name"] == "f"
     # An item may bring tools, too.
     turns = [{"type": "additional_tools", "tools": [tool]}, U]
@@ -5905,6 +5841,10 @@ def make_timed(zai):
     with contextlib.ExitStack() as closing:
         yield lambda *args, **more: closing.enter_context(contextlib.closing(Timed(zai, *args, **more)))
 
+@pytest.fixture
+def timed(make_timed):
+    return make_timed()
+
 
 def error_of(code, **more):
     return zai_error(complaint(code), 429, **more)
@@ -5951,8 +5891,7 @@ def test_max_concurrency_is_a_fixed_ceiling(make_timed, limit):
     ("1303", 1, None, 0.5), ("1305", 1, 1, 60), ("1305", 2, 2, 60), ("1305", 0, None, 1), ("1312", 1, None, 1),
     ("1312", 0, None, 1),
 ])
-def test_what_a_refusal_teaches(make_timed, code, others, ceiling, seconds):
-    timed = make_timed()
+def test_what_a_refusal_teaches(timed, code, others, ceiling, seconds):
     for _ in range(others):
         timed.enter()
     refused = timed.enter()
@@ -5982,8 +5921,7 @@ def test_a_ceiling_is_lowered_at_once_and_raised_by_the_minute(make_timed, limit
         assert (timed.ceilings(), len(tickets)) == ([ceiling], ceiling)
 
 
-def test_a_ceiling_is_halved_again_until_something_is_served(make_timed):
-    timed = make_timed()
+def test_a_ceiling_is_halved_again_until_something_is_served(timed):
     tickets = [timed.enter() for _ in range(30)]
     for ceiling in (15, 7, 3, 1, 1):
         for ticket in tickets:
@@ -5992,9 +5930,8 @@ def test_a_ceiling_is_halved_again_until_something_is_served(make_timed):
         tickets = [timed.enter(ticket) for ticket in tickets[:ceiling]]
 
 
-def test_looking_for_room_changes_nothing(make_timed):
+def test_looking_for_room_changes_nothing(timed):
     """The metrics, the queue and other models may look as often as they like."""
-    timed = make_timed()
     gate = timed.enter().gate
     timed.gates.leave(timed.enter(), REFUSED)
     timed.clock.now += 1000
@@ -6005,8 +5942,7 @@ def test_looking_for_room_changes_nothing(make_timed):
 
 
 @pytest.mark.parametrize("slot_frees_after,goes_after", ((0.25, 0.5), (0.5, 0.5), (5, 5)))
-def test_a_refused_request_goes_when_a_slot_frees_but_not_before_its_backoff(make_timed, slot_frees_after, goes_after):
-    timed = make_timed()
+def test_a_refused_request_goes_when_a_slot_frees_but_not_before_its_backoff(timed, slot_frees_after, goes_after):
     other = timed.enter()
     refused = timed.enter()
     timed.gates.leave(refused, REFUSED)
@@ -6024,8 +5960,7 @@ def test_a_refused_request_goes_back_to_the_head_of_the_queue(make_timed):
     assert timed.serve_all(refused) == behind
 
 
-def test_the_next_in_the_queue_goes_on_when_the_head_leaves_it(make_timed):
-    timed = make_timed()
+def test_the_next_in_the_queue_goes_on_when_the_head_leaves_it(timed):
     timed.gates.leave(timed.enter(), error_of("1302", retry_after=30.0))
     head = timed.queue()
     behind = timed.queue()
@@ -6045,8 +5980,7 @@ def test_one_who_has_left_keeps_no_slot(make_timed):
     assert timed.seconds_to_enter() == 0
 
 
-def test_gates_of_models_that_taught_nothing_are_forgotten(make_timed):
-    timed = make_timed()
+def test_gates_of_models_that_taught_nothing_are_forgotten(timed):
     for i in range(100):
         timed.gates.leave(timed.enter(model=f"model-{i}"), served=True)
     assert (timed.gates.state(), timed.gates.queue) == (([], {}), [])
@@ -6244,8 +6178,7 @@ def test_a_refused_key_rests_and_the_next_one_serves(zai, make_timed, code, stat
 
 
 @pytest.mark.parametrize("code", ("401", "1113", "1304", "1311"))
-def test_a_lone_key_is_asked_again_all_the_same(make_timed, code):
-    timed = make_timed()
+def test_a_lone_key_is_asked_again_all_the_same(timed, code):
     timed.answers.append(refusal(429, code))
     assert timed.ask()[1].zai_code == code
     assert timed.ask()[0] == "Hello"
@@ -6619,9 +6552,7 @@ def test_who_takes_a_client_back_from_the_pump_finds_no_heartbeat_under_way(monk
 class FakeSocket:
     """A client's socket that takes so many bytes at a time."""
 
-    def __init__(self, room=0):
-        self.room = room
-        self.taken = b""
+    room, taken = 0, b""
 
     def send(self, data):
         if not self.room:
@@ -7159,8 +7090,7 @@ def test_backoff_between_retries_doubles_with_full_jitter(make_timed, rand, gaps
     ("1234", "7", 7), ("1234", "0", 0), ("1302", "7", 7), ("1302", "20", 20), ("1305", "7", 7),
     ("1305", "0", 1),  # our own backoff is the least
 ])
-def test_retry_after_of_zai_is_honoured(make_timed, code, header, seconds):
-    timed = make_timed()
+def test_retry_after_of_zai_is_honoured(timed, code, header, seconds):
     timed.answers.append(refusal(429, code, "no", f"Retry-After: {header}"))
     text, error, _ = timed.ask()
     assert (text, error) == ("Hello", None)
@@ -7176,8 +7106,7 @@ def test_a_retry_after_beyond_queue_timeout_is_told_at_once_with_the_true_time(m
     assert (len(timed.times), timed.clock.now) == (1, 1024)
 
 
-def test_an_absurd_retry_after_closes_the_gate_for_a_minute_at_most(make_timed):
-    timed = make_timed()
+def test_an_absurd_retry_after_closes_the_gate_for_a_minute_at_most(timed):
     timed.answers.append(answer(429, LIMITED, "Retry-After: 86400"))
     _, error, _ = timed.ask()
     assert (error.status, error.headers()["Retry-After"], timed.clock.now) == (429, "86400", 1024)
@@ -8030,8 +7959,7 @@ def test_models_are_listed_as_openai_lists_them(zai):
         _, _, listing = proxy.call("GET", "/v1/models")
         assert listing["object"] == "list"
         entries = {model["id"]: model for model in listing["data"]}
-        assert {"GLM-4.6", "GLM-4.5", "GLM-4.5-Air", "GLM-4.5V", "GLM-5.3", "gpt-4o"} <= set(entries)
-        assert "*" not in entries
+        assert set(entries) == {"gpt-4o", *(model.name for model in ztoapi.MODELS.values())}, "not the catch-all"
         for id, model in entries.items():
             assert (model["object"], model["owned_by"], type(model["created"])) == ("model", "z.ai", int)
             assert proxy.call("GET", "/v1/models/" + id)[2] == model
@@ -8113,19 +8041,6 @@ def test_without_a_key_for_zai_models_are_served_and_chat_says_what_to_do(zai):
         status, headers, body = proxy.chat()
     assert (status, body["error"]["code"], headers["x-should-retry"]) == (403, "upstream_auth_error", "false")
     assert re.search("ZAI_API_KEY.*https://z.ai/", body["error"]["message"])
-
-
-# Rows: what Z.ai refuses for good, the status that makes agents show it rather than try again and say nothing, the
-# code.
-@table("script,status,code", [
-    (refusal(429, "1113"), 402, "insufficient_quota"), (refusal(429, "1309"), 402, "insufficient_quota"),
-    (refusal(401, "1000"), 403, "upstream_auth_error"), (refusal(429, "1311"), 403, "permission_denied"),
-])
-def test_what_cannot_heal_is_no_429_and_no_502(zai, proxy, script, status, code):
-    zai.default = script
-    for got, headers, body in (proxy.chat(), proxy.stream()[:3]):
-        error = body[0]["error"] if isinstance(body, list) else body["error"]
-        assert (got, error["code"], headers["x-should-retry"]) == (status, code, "false")
 
 
 # Secure by default
@@ -8311,7 +8226,7 @@ def test_a_response_goes_on_from_an_earlier_one(proxy, zai):
 @each_door
 def test_the_model_that_answers_is_told(zai, door):
     turn = user([{"type": "text", "text": "a"}, PICTURE])
-    path, body = {"chat": (CHAT, chat_body()), **APIS}[door]
+    path, body = APIS[door]
     body = {**body, "input" if door == "responses" else "messages": [turn], "model": "GLM-4.6", "stream": False}
     with proxying(zai, VISION_MODEL="glm-5.3-flash") as proxy:
         status, headers, answer = proxy.call("POST", path, body)
@@ -8340,7 +8255,7 @@ def refusing(**codes):
 @each_door
 def test_another_model_answers_for_one_that_cannot(zai, log_lines, door, refusals, model):
     zai.default = refusing(**refusals)
-    path, body = {"chat": (CHAT, chat_body()), **APIS}[door]
+    path, body = APIS[door]
     fallbacks = "GLM-5.3=5.2,5.2=glm-4.7,glm-4.7=glm-5.3"
     with proxying(zai, MODEL_FALLBACKS=fallbacks, MODEL_ALIASES="5.2=GLM-5.2", MAX_RETRIES="0") as proxy:
         status, headers, answer = proxy.call("POST", path, {**body, "model": "glm-5.3", "stream": False})
@@ -8400,22 +8315,22 @@ def test_each_api_streams_and_answers_in_json(proxy, api):
     assert (text_of(api, answer), answer["usage"]["output_tokens"]) == ("Hello", USAGE["completion_tokens"])
 
 
-# Rows: HTTP status and code of Z.ai, the status and the type of Messages, the code of Responses, whose status is 400.
-@pytest.mark.parametrize("refused,status,kind,code", [
-    ((429, "1113"), 402, "billing_error", "insufficient_quota"),
-    ((429, "1310"), 402, "billing_error", "insufficient_quota"),
-    ((429, "1311"), 402, "billing_error", "permission_denied"),
-    ((429, "1313"), 400, "invalid_request_error", "permission_denied"),
-    ((401, "401"), 400, "invalid_request_error", "upstream_auth_error"),
-    ((400, "1211"), 400, "invalid_request_error", "model_not_found"),
+# With a status that makes agents show it rather than try again and say nothing. Rows: HTTP status and code of Z.ai, our
+# code, the status of chat, the status and the type of Messages; that of Responses is 400.
+@pytest.mark.parametrize("refused,code,chat,status,kind", [
+    *(((429, zai_code), "insufficient_quota", 402, 402, "billing_error") for zai_code in ("1113", "1309", "1310")),
+    ((429, "1311"), "permission_denied", 403, 402, "billing_error"),
+    ((429, "1313"), "permission_denied", 403, 400, "invalid_request_error"),
+    *(((401, zai_code), "upstream_auth_error", 403, 400, "invalid_request_error") for zai_code in ("401", "1000")),
+    ((400, "1211"), "model_not_found", 404, 400, "invalid_request_error"),
 ])
-@each_api
+@each_door
 @both
-def test_an_error_that_does_not_heal_is_shown_at_once(zai, proxy, api, refused, status, kind, code, streamed):
+def test_an_error_that_does_not_heal_is_shown_at_once(zai, proxy, door, refused, code, chat, status, kind, streamed):
     zai.default = refusal(*refused)
-    reply, value = ask_api(proxy, api, streamed)
-    told = (reply.status, value["error"]["type" if api == "messages" else "code"])
-    assert told == ((status, kind) if api == "messages" else (400, code))
+    reply, value = ask_api(proxy, door, streamed)
+    told = (reply.status, value["error"]["type" if door == "messages" else "code"])
+    assert told == {"chat": (chat, code), "messages": (status, kind), "responses": (400, code)}[door]
     assert (reply.headers["x-should-retry"], len(zai.requests)) == ("false", 1)
 
 
@@ -9264,28 +9179,21 @@ DEMO_TOOLS = [{"type": "function", "function": {"name": name, "parameters": {"ty
               for name in ("run_command", "get_weather")]
 
 
-def test_the_demo_thinks_and_repeats():
+def test_the_demo_thinks_and_repeats_or_answers_in_json():
     _, thinking, text = demo("Hi there")
     assert "nothing to think" in thinking
     assert text.endswith("said: Hi there")
-
-
-def test_the_demo_calls_only_the_tool_it_is_told_to_call():
-    asked = demo("Please call get_weather", tools=DEMO_TOOLS)[0][-1]
-    assert asked["tool_calls"][0]["function"] == {"name": "get_weather", "arguments": '{"city":"demo"}'}
-    assert not any("tool_calls" in delta for delta in demo("rm -rf /", tools=DEMO_TOOLS)[0])
-
-
-def test_the_demo_ends_a_loop_of_tools():
-    messages = [user("call get_weather"), {"role": "tool", "content": "call get_weather: sunny"}]
-    deltas, _, text = demo(messages=messages, tools=DEMO_TOOLS)
-    assert not any("tool_calls" in delta for delta in deltas)
-    assert "sunny" in text
-
-
-def test_the_demo_answers_in_json():
     _, thinking, text = demo("Hi\nthere", response_format={"type": "json_object"}, thinking={"type": "disabled"})
     assert (thinking, json.loads(text)) == ("", {"demo": True, "echo": "Hi\nthere"})
+
+
+def test_the_demo_calls_only_the_tool_it_is_told_to_call_and_ends_a_loop():
+    asked = demo("Please call get_weather", tools=DEMO_TOOLS)[0][-1]
+    assert asked["tool_calls"][0]["function"] == {"name": "get_weather", "arguments": '{"city":"demo"}'}
+    messages = [user("call get_weather"), {"role": "tool", "content": "call get_weather: sunny"}]
+    deltas, _, text = demo(messages=messages, tools=DEMO_TOOLS)
+    assert "sunny" in text
+    assert not any("tool_calls" in delta for delta in demo("rm -rf /", tools=DEMO_TOOLS)[0] + deltas)
 
 
 def test_the_demo_is_a_whole_answer_to_a_client():
@@ -9616,23 +9524,18 @@ def test_what_the_machine_refuses_is_one_line_and_exit_status_1(environ):
         status, out, err = run(ztoapi.__file__, **dict(environ, PORT=port, DEFAULT_KEY=KEY))
     assert (status, out, err.count("\n")) == (1, "", 1)
     assert environ.get("HOST", port) in err
+    assert "PORT" not in environ or re.search("in use.*set PORT= or HOST= to another", err)
 
 
 @posix_only
 def test_ctrl_c_ends_the_check_without_a_traceback():
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # in a shell's background it would be ignored
     with MuteListener() as mute:
         process = start(ztoapi.__file__, "--check", ZAI_API_KEY=ZAI_KEY, ZAI_BASE_URL=f"http://127.0.0.1:{mute.port}")
         assert mute.heard.wait(LONG_S)
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=LONG_S)
     assert (process.returncode, err) == (1, "")
-
-
-def test_a_port_that_is_taken_says_what_to_set(capsys):
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        status, _, err = run_main(capsys, PORT=str(taken.getsockname()[1]))
-    assert status == 1
-    assert re.search("in use.*set PORT= or HOST= to another", err)
 
 
 def test_an_older_python_gets_one_line():

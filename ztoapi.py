@@ -878,7 +878,7 @@ def is_small(value):
             values += inner.values()
         elif isinstance(inner, list):
             values += inner
-        if size > LARGE_BYTES or len(values) > LIGHT_MARKS:
+        if size > 8 * LARGE_BYTES or len(values) > MOST_MARKS // 10:
             return False
     return True
 
@@ -1559,7 +1559,9 @@ def expect(value, type, path):
     if isinstance(value, type) and (type is bool or not isinstance(value, bool)):
         return value
     if value is None:
-        raise wrong(path, "is missing", code="missing_required_parameter")
+        param = spelled(path)
+        raise RequestError(
+            f"Missing required parameter: '{param}'.", param, code="missing_required_parameter")
     raise wrong(path, f"must be {TYPES[type]}", code="invalid_type")
 
 
@@ -2019,12 +2021,16 @@ class Reader:
         self.settings = settings
         self.id = model or zai_model_id(
             self.fields["model"], settings.model_aliases, request.claude)
+        if not self.id:
+            raise wrong("model", "must not be empty")
         # Whether another model may answer where this one sees nothing.
         self.may_change = settings.vision_model and not model
         # None for an id that the table does not know.
         self.model = find_model(self.id)
         # Short names of what was altered or dropped.
         self.changed = list(request.changed)
+        # What Z.ai has no field for, as system lines.
+        self.instructions = []
         self.history = History(self.changed)
         self.tools = []  # in Z.ai's form
         self.some_left_out = False
@@ -2061,12 +2067,14 @@ class Reader:
             body["stop"] = [stop[0]]
         # First, as calls in the history are named after the tools.
         self.read_tools(Piece(fields, "", "request"))
-        self.read_conversation()
-        # What Z.ai has no field for becomes system lines. They stand last, so that what
-        # Z.ai caches stays cached.
+        messages = self.read_conversation()
         body.update(
-            model=self.id, stream=True, **self.sampling(), **self.choose(),
-            **self.thinking(), **self.format(), messages=self.history.close())
+            model=self.id, stream=True, messages=messages, **self.sampling(),
+            **self.choose(), **self.thinking(), **self.format())
+        # They stand behind the client's own: what Z.ai caches stays cached.
+        place = [message["role"] == "system" for message in messages].index(False)
+        messages[place:place] = [
+            {"role": "system", "content": text} for text in self.instructions]
         functions = [tool["function"] for tool in self.tools if "function" in tool]
         if functions and fields.get("stream") and self.model and self.model.tool_stream:
             body.setdefault("tool_stream", True)
@@ -2088,12 +2096,14 @@ class Reader:
     # Turns
 
     def read_conversation(self):
+        """Z.ai's messages."""
         request = self.request
         messages = self.fields["messages"]
         last = len(messages) - 1
         name = self.path("prompt")
         around = Piece({name: request.prompt}, "", "request", "system", last)
-        self.show("system", self.content(around, name))
+        for part in self.content(around, name):
+            self.show("system", [part])
         around.role = ""
         path = self.path("messages")
         for i, turn in enumerate([*request.earlier, *messages], -len(request.earlier)):
@@ -2103,6 +2113,7 @@ class Reader:
             if part:
                 self.show("user", [part])
         self.refuse(last)
+        return self.history.close()
 
     def refuse(self, last):
         """Raise what is wrong with the last turn or with the prompt, and with what this
@@ -2154,7 +2165,7 @@ class Reader:
 
     def read_message(self, piece):
         role = piece.get("role")
-        if "id" in piece and piece.keys() <= {"id", "type"}:
+        if self.request.recall and "id" in piece and piece.keys() <= {"id", "type"}:
             return self.read_reference(piece)
         need_word(role, ROLES, (piece.path, "role"))
         if piece.role:
@@ -2169,9 +2180,11 @@ class Reader:
             for field in ("content", "refusal", "tool_calls"):
                 if piece.get(field):
                     # The entries of tool_calls may have no type.
-                    text = lines(*self.content(piece, field, "function"))
-                    if text:
-                        self.turn(piece).texts.append(text)
+                    texts = self.content(piece, field, "function")
+                    # A message of chat is one text.
+                    if not self.request.agents:
+                        texts = [lines(*texts)]
+                    self.turn(piece).texts.extend(filter(None, texts))
             return None
         if piece.get("content") is None:
             # Refused as any field is that is absent.
@@ -2417,8 +2430,8 @@ class Reader:
         if must:
             name = min(functions)
             wish = "the tool " + name if functions == {name} else "one or more of the tools"
-            self.history.add(
-                "system", f"You must answer by calling {wish}. Do not answer in text.")
+            self.instructions.append(
+                f"You must answer by calling {wish}. Do not answer in text.")
 
     def chosen(self, tool):
         """The name at Z.ai of a tool that is chosen, None for one of Z.ai's own."""
@@ -2492,12 +2505,14 @@ class Reader:
         form = Piece(self.fields.get("response_format", {"type": "text"}), path)
         need_word(form.kind, ("text", "json_object", "json_schema"), (path, "type"))
         if form.kind == "json_schema":
+            form = form.unfold()
             # OpenAI's chat takes one without.
-            default = None if self.request.agents else {}
-            text = json_text(form.unfold().need("schema", dict, default))
+            if form.get("schema") is None and form.path is path:
+                expect(None, dict, (path, "schema" if self.request.agents else form.kind))
+            text = json_text(form.need("schema", dict, {}))
             self.changed.append("response_format")
-            self.history.add(
-                "system", "Answer with one JSON value that matches this JSON Schema,"
+            self.instructions.append(
+                "Answer with one JSON value that matches this JSON Schema,"
                 f" and nothing else:\n{text}")
         return {} if form.kind == "text" else {"response_format": {"type": "json_object"}}
 
@@ -3070,9 +3085,10 @@ class Texts:
         check_number(self.leaked + self.tail)
 
     def _show(self, kind, text):
-        shown = [*self.tail, (kind, text, None)]
+        # A tag that ended a stretch of thinking goes, though a text follows.
+        runs = [(lane, words) for lane, words, call in self.tail if call or lane == kind]
         self.tail = []
-        for lane, words, _ in shown:
+        for lane, words in [*runs, (kind, text)]:
             if lane not in self.opened:
                 # GLM 4.5 to 4.7 open with line ends.
                 words = words.lstrip("\r\n")
