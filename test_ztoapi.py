@@ -3634,6 +3634,7 @@ JSON_ANSWER = json.dumps({"choices": [{"message": {"content": "Hello"}, "finish_
     ("a broken chunk behind the finish", HEAD + UNFINISHED + b"zz\r\n"),
     ("a chunk cut behind the finish", HEAD + UNFINISHED + b"f\r\ndata: "),
     ("garbage behind the end", HEAD + BODY + b"\0\xff" * 20),
+    ("too many lines behind the finish", HEAD + chunked(HELLO + b"x\n" * 1500) + END),
 ])
 def test_a_response_is_understood_however_it_arrives(data):
     for pieces in pieces_of(data, 150):
@@ -5602,7 +5603,8 @@ def test_schemas_that_zai_may_have_refused_are_said_in_plain_words_once(zai, ans
     with proxying(zai, MAX_RETRIES="1") as proxy:
         hard = {"a": {"anyOf": [{"type": "string"}, {"type": "null"}]}}
         found, headers, _ = proxy.chat(**function(name="f", parameters={"type": "object", "properties": hard}))
-    assert found == status
+        retries, _, _ = figures(proxy)
+    assert (found, retries) == (status, len(plain) - 1)
     assert ["anyOf" not in json.dumps(request["body"]) for request in zai.requests] == plain
     assert headers.get("x-ztoapi-changed") == ("schemas" if plain[-1] else None)
 
@@ -5614,6 +5616,13 @@ def test_a_schema_that_refers_to_itself_has_an_end():
     with linear_time():
         assert len(json.dumps(ztoapi.simpler_schemas(body))) < 10**6
     assert ztoapi.simpler_schemas({"messages": []}) is None
+
+
+def test_unions_of_unions_take_no_time_of_their_own():
+    wide = {"anyOf": [{"type": "string"}] * 10000}
+    schema = {"properties": {"a": {"anyOf": [{"$ref": "#/$defs/wide"}] * 400}}, "$defs": {"wide": wide}}
+    with linear_time():
+        assert ztoapi.argument_types(schema) == {"a": {"string"}}
 
 
 # Both, bounds
@@ -6586,6 +6595,17 @@ def test_a_heartbeat_comes_behind_nothing_that_waits_and_not_behind_the_end(fake
     outbox.put("the end", last=True)
     assert beats(1 << 16, 11) == 3
     assert fake_stream.connection.taken.endswith(b"the end\r\n" + END)
+
+
+def test_a_client_to_whom_no_heartbeat_can_be_sent_has_left():
+    ours, theirs = socket.socketpair()
+    theirs.close()
+    pump = ztoapi.Pump(Settings())
+    with ours:
+        client = FakeClient(connection=ours, outbox=ztoapi.Outbox(ours, bytes, ztoapi.Chat("chatcmpl-1", 1, "glm-4.6")))
+        pump._look(client, ztoapi.INFINITY)
+    pump.close()
+    assert client.gone == "the client left"
 
 
 # Slow readers and large answers

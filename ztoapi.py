@@ -1802,6 +1802,7 @@ def media_part(value, noun):
 UNIONS = ("anyOf", "oneOf", "allOf")
 # What branches() leaves out of a schema.
 STRUCTURE = (*UNIONS, "$ref", "$defs", "definitions")
+MOST_BRANCHES = 1000
 # JSON's words for the types of Python.
 TYPE_NAMES = {
     str: "string", bool: "boolean", int: "integer", float: "number", list: "array",
@@ -1822,7 +1823,7 @@ def branches(schema, root):
     found = [as_dict(schema)]
     plain = []
     # They become more while they are gone through. References may go in a circle.
-    for branch in itertools.islice(found, 1000):
+    for branch in found:
         bare = {word: inner for word, inner in branch.items() if word not in STRUCTURE}
         if "const" in bare:
             bare["enum"] = [bare.pop("const")]
@@ -1830,7 +1831,8 @@ def branches(schema, root):
         if "$ref" in branch:
             members = [schema_at(branch["$ref"], root)]
         if isinstance(members, list):
-            found += [{**as_dict(member), **bare} for member in members]
+            room = MOST_BRANCHES - len(found)
+            found += [{**as_dict(member), **bare} for member in members[:room]]
         else:
             plain.append(bare)
     return plain or [{}]
@@ -3289,8 +3291,9 @@ class Translator:
 
     An event is a text for Frames; with `end`, no more will come. `failure` is the
     UpstreamError that ended the answer, or None. An answer fails if Z.ai sends an
-    error, or what cannot be told in steps, or ends without a finish. What came before
-    the failure is told all the same. `asked`: what Z.ai was asked;
+    error, or what cannot be told in steps, or ends without a finish; behind the last
+    step nothing fails. What came before the failure is told all the same. `asked`: what
+    Z.ai was asked;
     `restartable`: the client sees nothing before the end, so that a new start does no
     harm; describe(value, status, retry_after) makes the error of an error event, which
     has a `value` alone, or of a body, whose value is None if it cannot be read;
@@ -3342,7 +3345,7 @@ class Translator:
         except UpstreamError as failure:
             # A variable of this frame, which the error's traceback holds, must not hold
             # the error: such a circle is freed late.
-            return joined(self.runs), failure
+            return joined(self.runs), None if self.complete else failure
         return joined(self.runs), None
 
     def _feed(self, event):
@@ -5031,9 +5034,9 @@ class Client:
         if self.gone:
             raise ClientGone(self.gone)
 
-    def leave(self, how="the client left"):
+    def leave(self, how=""):
         """Whatever is done for it ends now."""
-        self.gone = how
+        self.gone = how or "the client left"
         self.wake()
         # Read once, as the handler's thread sets it to None.
         sock = self.blocked_on
@@ -5626,6 +5629,7 @@ class Upstream:
                         others.append(job.model)
                     first = first or error
                     job = self._other_job(job, others, client, record, error)
+                    record.retries += bool(job)
             raise first
         finally:
             # The error's traceback holds this frame: such a circle is freed late.
