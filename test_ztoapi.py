@@ -2833,7 +2833,7 @@ def asking_for(tools=(), **fields):
 
 
 def new_translator(restartable=False, make_id=lambda: "call_new", **fields):
-    return ztoapi.Translator(asking_for(**fields), restartable, describe, make_id)
+    return ztoapi.Translator(asking_for(**fields), describe, restartable, make_id)
 
 
 def new_answer(**options):
@@ -3478,7 +3478,7 @@ def test_tool_ids_are_zais_own_where_they_are_usable():
     odd = calls_in(item(*RAIN, id=-73911021), item(*TIME, id=""), item(*TIME, id=None), item(*TIME, id=7)) + TOOLS_END
     calls = check_answer(odd, asks(RAIN, TIME, TIME, TIME))
     assert [call["id"] for call in calls] == ["-73911021", "call_new1", "call_new2", "7"]
-    ids = [ztoapi.Translator(asking_for()).make_id() for _ in range(2)]
+    ids = [ztoapi.Translator(asking_for(), describe).make_id() for _ in range(2)]
     assert ids[0] != ids[1]
 
 
@@ -4762,7 +4762,7 @@ FRONT_ERRORS = [
     (404, "not_found", False, 404, "not_found_error", 404, "invalid_prompt"),
     (405, "method_not_allowed", False, 405, "invalid_request_error", 405, "invalid_prompt"),
     (413, "request_too_large", False, 413, "request_too_large", 400, "invalid_prompt"),
-    (426, "upgrade_not_supported", False, 426, "invalid_request_error", 426, "invalid_prompt"),
+    (426, "upgrade_not_supported", False, 400, "invalid_request_error", 426, "invalid_prompt"),
     (429, "rate_limit_exceeded", None, 429, "rate_limit_error", 429, "rate_limit_exceeded"),
     (429, "rate_limit_exceeded", False, 429, "rate_limit_error", 429, "rate_limit_exceeded"),
     (500, "internal_error", None, 500, "api_error", 500, "server_error"),
@@ -4770,7 +4770,6 @@ FRONT_ERRORS = [
     (502, "upstream_error", False, 400, "invalid_request_error", 400, "invalid_prompt"),
     (503, "overloaded", None, 503, "overloaded_error", 503, "server_error"),
     (503, "overloaded", False, 503, "overloaded_error", 503, "server_error"),
-    (504, "timeout", None, 504, "timeout_error", 504, "server_error"),
 ]
 
 
@@ -7350,7 +7349,7 @@ def test_a_dead_address_does_not_use_up_the_time_of_the_next(zai, monkeypatch):
 def pooled(count):
     """(pool, its clock, `count` sockets in it, their other ends)."""
     clock = FakeClock()
-    pool = ztoapi.Pool(clock)
+    pool = ztoapi.Pool(ztoapi.KEEP_IDLE_S, clock)
     ours, theirs = zip(*[socket.socketpair() for _ in range(count)])
     for sock in ours:
         sock.setblocking(False)

@@ -2420,6 +2420,7 @@ class Reader:
         wanted = set(names)
         if choice.kind in CHOICES:
             wanted = {self.chosen(choice)}
+        # "none" names no tools.
         elif choice.kind in ("allowed_tools", "none"):
             wanted = set(map(self.chosen, choice.tools()))
         functions = wanted.intersection(names) - {None}
@@ -3293,11 +3294,10 @@ class Translator:
     UpstreamError that ended the answer, or None. An answer fails if Z.ai sends an
     error, or what cannot be told in steps, or ends without a finish; behind the last
     step nothing fails. What came before the failure is told all the same. `asked`: what
-    Z.ai was asked;
-    `restartable`: the client sees nothing before the end, so that a new start does no
-    harm; describe(value, status, retry_after) makes the error of an error event, which
-    has a `value` alone, or of a body, whose value is None if it cannot be read;
-    make_id() names calls without an id.
+    Z.ai was asked; describe(value, status, retry_after) makes the error of an error
+    event, which has a `value` alone, or of a body, whose value is None if it cannot be
+    read; `restartable`: the client sees nothing before the end, so that a new start
+    does no harm; make_id() names calls without an id.
     """
 
     # The Alike that the next event may be.
@@ -3307,7 +3307,7 @@ class Translator:
     # The last step has been given.
     complete = False
 
-    def __init__(self, asked, restartable=False, describe=zai_error, make_id=new_call_id):
+    def __init__(self, asked, describe, restartable=False, make_id=new_call_id):
         self.asked = asked
         self.restartable = restartable
         self.make_id = make_id
@@ -4018,7 +4018,6 @@ ANTHROPIC_ERRORS = {
     500: "api_error",
     502: "api_error",
     503: "overloaded_error",
-    504: "timeout_error",
 }
 NO_THREADS = "thread_unsupported_request"
 
@@ -4029,7 +4028,7 @@ class Messages(Itemized):
     id_prefix = "msg_"
     # In front of a 403 Claude Code puts "Please run /login". At a 404 for a model it
     # tells of its own settings, and our words are lost.
-    kept_statuses = (401, 402, 404, 405, 408, 413, 426, 429, 503)
+    kept_statuses = (401, 402, 404, 405, 408, 413, 429, 503)
 
     @classmethod
     def read(cls, body, caller, settings):
@@ -4167,7 +4166,7 @@ ECHO = (
 LONGEST_ECHO_BYTES = 1 << 14
 # The words for a summary that OpenAI has. VS Code says "off".
 SUMMARIES = ("auto", "concise", "detailed")
-# What a response has beside that, at its beginning. The request's tools are not
+# What a response has beside ECHO, at its beginning. The request's tools are not
 # repeated: those of Codex have 40 KB, and nobody misses them.
 RESPONSE = {
     "object": "response",
@@ -4615,8 +4614,9 @@ class Ticket:
 
     numbers = itertools.count(1)
 
-    # The gate through which it may go, once it may; and not before then.
+    # The gate through which it may go, once it may.
     gate = None
+    # It waits until then at least, before a further attempt.
     goes_at = 0.0
     # Its key rests, and an answer would end the rest.
     probes_rest = False
@@ -4723,7 +4723,8 @@ class Gates:
         return may_enter
 
     def tick(self, now):
-        """Let those go whose gate opens though nobody leaves it. The pump calls it."""
+        """Let those go whose gate opens, or whose time has come, though nobody leaves.
+        The pump calls it."""
         with self.lock:
             for model in self._queued():
                 self._admit(model, now)
@@ -5331,7 +5332,7 @@ class Pool:
     dropped, which closes it. An Upstream's holds the idle connections to Z.ai: their
     last answer was read to its end, and none of them blocks."""
 
-    def __init__(self, clock=time.monotonic, keep_s=KEEP_IDLE_S, most=None):
+    def __init__(self, keep_s, clock=time.monotonic, most=None):
         self.clock = clock
         self.keep_s = keep_s
         # It guards `idle`: (socket, since when), the oldest first.
@@ -5576,7 +5577,7 @@ class Upstream:
         self.pump = pump
         self.clock = pump.clock
         self.now = now
-        self.pool = Pool(self.clock, KEEP_IDLE_S)
+        self.pool = Pool(KEEP_IDLE_S, self.clock)
         keys = ("demo",) if settings.demo_mode else settings.zai_api_key
         self.gates = Gates(keys, settings.max_concurrency, settings.queue_timeout,
                            settings.max_retries, self.clock, rand)
@@ -5668,7 +5669,7 @@ class Upstream:
                 patience_s=self.settings.queue_timeout,
                 retry_after=seconds_to_wait(retry_after))
 
-        return Answer(Translator(job.asked, restartable=not job.streamed, describe=describe))
+        return Answer(Translator(job.asked, describe, restartable=not job.streamed))
 
     def _attempt(self, job, ticket, record, take):
         """One attempt, with a slot of its own. True if there is to be another."""
@@ -5685,7 +5686,7 @@ class Upstream:
         except UpstreamError as error:
             error.message = self.settings.redact(error.message)
             log.debug("%s attempt with key %s failed: %s", record.id, key.name, error.message)
-            # Its cause and its traceback hold frames of the pump that hold the error:
+            # Its context and its traceback hold frames of the pump that hold the error:
             # such a circle is freed late.
             error.__context__ = error.__traceback__ = None
             if not self.gates.leave(ticket, error, answer.begun):
@@ -6242,7 +6243,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         row = next(row for row in ROUTES if re.fullmatch(row.pattern, path))
         self.front = row.front
         methods = {"GET": row.get, "HEAD": row.get, "POST": row.post}
-        allowed = [method for method, name in methods.items() if name]
+        allowed = [verb for verb, name in methods.items() if name]
         # So programs look for servers of other kinds.
         if method == "GET" and not allowed:
             self.log_level = logging.DEBUG
@@ -6534,9 +6535,9 @@ class Server(http.server.ThreadingHTTPServer):
     """The proxy: Server(settings).serve_forever(), and stop() from another thread. It
     owns all its parts.
 
-    get_request(), process_request(), shutdown_request() and handle_error() are hooks of
+    get_request(), process_request(), handle_error() and shutdown_request() are hooks of
     the base class: they are called in this order for each connection, the first two in
-    the thread of serve_forever().
+    the thread of serve_forever(), the third if there is an error.
     """
 
     # The base class's 5 refuses bursts.
@@ -6565,7 +6566,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.lock = threading.Lock()
         self.connections = {}
         # Connections that were too many and are being told so.
-        self.refused = Pool(keep_s=LINGER_S, most=128)
+        self.refused = Pool(LINGER_S, most=128)
         host = settings.host.strip("[]")
         found = socket.getaddrinfo(
             host, settings.port, 0, socket.SOCK_STREAM, 0, socket.AI_PASSIVE)
