@@ -5617,14 +5617,30 @@ def test_a_schema_that_refers_to_itself_has_an_end():
     assert ztoapi.simpler_schemas({"messages": []}) is None
 
 
-def test_unions_of_unions_take_no_time_of_their_own():
-    wide = {"anyOf": [{"type": "string"}] * 10000}
-    schema = {"properties": {"a": {"anyOf": [{"$ref": "#/$defs/wide"}] * 400}}, "$defs": {"wide": wide}}
+# What a tool's argument may be.
+@cases("schema", [
+    ("unions of unions", {"anyOf": [{"$ref": "#/$defs/wide"}] * 400}),
+    ("words beside a union", {**{f"x-{i}": i for i in range(20000)}, "anyOf": [{"type": "string"}] * 1000}),
+    ("long members", {"anyOf": [{"$ref": "#/$defs/long"}] * 400}),
+    ("members inside of members", {"$ref": "#/$defs/0"}),
+])
+def test_no_schema_takes_more_than_linear_time(schema):
+    defs = {str(i): {"$ref": f"#/$defs/{i + 1}", **{f"x-{i}-{k}": k for k in range(90)}} for i in range(999)}
+    defs["wide"] = {"anyOf": [{"type": "string"}] * 10000}
+    defs["long"] = {"type": "string", **{f"x-{i}": i for i in range(20000)}}
     with linear_time():
-        assert ztoapi.argument_types(schema) == {"a": {"string"}}
+        types = ztoapi.argument_types({"properties": {"a": schema}, "$defs": defs})
+        assert types.get("a", {"string"}) == {"string"}
 
 
 # Both, bounds
+
+def nested_words(inner):
+    """A piece whose words stand deep, in a field that its type names."""
+    for _ in range(8):
+        inner = {"type": "content", "content": inner}
+    return inner
+
 
 # What a client may send: the fields of a Responses request.
 @cases("fields", [
@@ -5641,6 +5657,7 @@ def test_unions_of_unions_take_no_time_of_their_own():
     ("thinking", {"input": [{"type": "reasoning", "summary": [{"type": "summary_text", "text": "x" * 1000}]}] * 8000}),
     ("fields", {f"field{i}": i for i in range(100000)}),
     ("kinds of items", {"input": [{"type": f"kind{i}"} for i in range(10000)]}),
+    ("nested words", {"input": [{"role": "user", "content": [nested_words([""] * 50000)]}]}),
     ("a tool's name", {"tools": [{"type": "function", "name": "x" * 10**7}]}),
     ("namespaces", {"tools": [{"type": "namespace", "name": "n", "tools": []}] * 20000}),
     ("deep namespaces", {"tools": nested_tools(5000, {"type": "namespace", "name": "n"})}),

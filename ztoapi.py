@@ -1769,8 +1769,10 @@ def words_in(value, depth=0):
     if isinstance(value, list):
         return lines(*[words_in(inner, depth) for inner in value])
     kind = str(value.get("type"))
+    # Nothing is searched twice: in what is nested, that would multiply.
+    value = dict(value)
     heads = [value.get(field) for field in HEAD_FIELDS]
-    texts = [words_in(value.get(field), depth) for field in WORD_FIELDS]
+    texts = [words_in(value.pop(field, None), depth) for field in WORD_FIELDS]
     # The data of another type is a picture's, say, and no words.
     if kind == "text":
         texts.append(value.get("data"))
@@ -1817,13 +1819,20 @@ def schema_at(reference, root):
     return as_dict(root)
 
 
+def as_schema(value):
+    """`value` if it can be a schema, of which none has so many words, else an empty
+    one."""
+    return value if isinstance(value, dict) and len(value) < 100 else {}
+
+
 def branches(schema, root):
     """The schemas that a value may follow, without unions and references at their top;
     `root` is the whole schema. What stands beside a union holds for its members."""
-    found = [as_dict(schema)]
+    found = [(schema, {})]
     plain = []
     # They become more while they are gone through. References may go in a circle.
-    for branch in found:
+    for inner, beside in found:
+        branch = as_schema({**as_schema(inner), **beside})
         bare = {word: inner for word, inner in branch.items() if word not in STRUCTURE}
         if "const" in bare:
             bare["enum"] = [bare.pop("const")]
@@ -1832,7 +1841,7 @@ def branches(schema, root):
             members = [schema_at(branch["$ref"], root)]
         if isinstance(members, list):
             room = MOST_BRANCHES - len(found)
-            found += [{**as_dict(member), **bare} for member in members[:room]]
+            found += [(member, bare) for member in members[:room]]
         else:
             plain.append(bare)
     return plain or [{}]
