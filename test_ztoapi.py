@@ -5650,6 +5650,9 @@ def nested_words(inner):
      {"input": [item for i in range(5000) for item in (function_call(str(i)), gave(str(i), "x"))]}),
     ("calls without ids", {"input": [function_call(None)] * 8000 + [gave(None, "x")] * 8000}),
     ("calls of one id", {"input": [function_call("1")] * 8000 + [gave("1", "x")] * 8000}),
+    ("a long call, and others of its id",
+     {"input": [{**function_call("1"), "arguments": json.dumps(["x" * 10**6])}]
+      + [{**function_call("1"), "arguments": str(i)} for i in range(1000)]}),
     ("outputs of nothing", {"input": [function_call("1")] * 5000 + [gave(str(i), "x") for i in range(10000)]}),
     ("what cannot be read", {"input": [[]] * 6000}),
     ("calls before their outputs",

@@ -1960,26 +1960,29 @@ class History:
         is sent again must stay the same, or Z.ai's cache is lost.
         """
         place = len(self.messages)
-        kept = {}
+        kept = []
+        latest = {}  # by the ids that the client has given
         nameless = []
         for i, call in enumerate(calls):
-            twin = kept.get(call["id"])
+            id = call["id"]
+            twin = latest.get(id)
             # LangChain sends each call as a part, too. As parsing takes time, only
-            # calls of one id are compared.
+            # neighbours of one id are compared.
             if twin and meaning_of(twin) == meaning_of(call):
                 continue
             output = {"role": "tool", "content": NO_OUTPUT}
-            if twin or not call["id"]:
+            if twin or not id:
                 call["id"] = f"call_{place}_{i}"
                 nameless.append(output)
                 self.changed.append("tool_call_id")
             else:
-                self.waiting[call["id"]] = output
-            kept[call["id"]] = call
+                self.waiting[id] = output
+            latest[id] = id and call
+            kept.append(call)
             output["tool_call_id"] = call["id"]
             self.messages.append(output)
         self.nameless = iter(nameless)
-        return list(kept.values())
+        return kept
 
     def add(self, role, content):
         """A message behind all that was said."""
