@@ -5685,6 +5685,8 @@ def test_what_responses_echoes_has_a_bound():
         deep = [deep]
     with pytest.raises(RequestError):
         ztoapi.Responses.read({"input": "a", "metadata": {"a": deep}}, caller(), Settings())
+    with pytest.raises(RequestError):  # what is kept
+        ztoapi.Responses.read({"input": [{"a": deep}]}, caller(), Settings())
 
 
 # Answers that are kept for their end.

@@ -3662,7 +3662,7 @@ class Memory:
 
     def put(self, key, id, value):
         """`id` is a new one."""
-        data = encode_json(value)
+        data = encode_request(value)
         with self.lock:
             self.values.setdefault(key, collections.OrderedDict())[id] = data
             self.sizes[key] += len(data) + self.ENTRY_BYTES
@@ -4328,8 +4328,8 @@ def turns_after(earlier, turns):
     that led to them."""
     if not earlier or not any(dig(turn, "type") in OUTPUT_TYPES for turn in turns):
         return turns
-    said = set(map(encode_json, earlier))
-    return [turn for turn in turns if encode_json(turn) not in said]
+    said = set(map(encode_request, earlier))
+    return [turn for turn in turns if encode_request(turn) not in said]
 
 
 class Responses(Itemized):
