@@ -2562,7 +2562,8 @@ MOST_SCHEMAS = 2000
 
 def width_of(schema):
     kind = schema.get("type")
-    return WIDTHS.index(kind) if kind in WIDTHS else 0, len(encode_text(schema))
+    width = WIDTHS.index(kind) if kind in WIDTHS else 0
+    return width, len(as_dict(schema.get("properties")))
 
 
 def plain_schema(schema, root, left, depth=0):
@@ -2570,7 +2571,8 @@ def plain_schema(schema, root, left, depth=0):
     all; of values, all stay. `left` bounds how many schemas are read."""
     if depth > DEEPEST_SCHEMA or next(left, None) is None:
         return ANY_VALUE
-    members = branches(schema, root)
+    member, *others = branches(schema, root)
+    members = [member, *(other for other, _ in zip(others, left))]
     schema = max(members, key=width_of)
     choices = [member.get("enum") for member in members]
     if all(isinstance(choice, list) for choice in choices):
