@@ -5595,6 +5595,8 @@ def test_hard_schemas_become_plain(properties, plainer):
     ("another fault", [refusal(400, "1261")], [False], 400), ("heals", [refusal(400, "1234")], [False, False], 200),
     ("words", [refusal(400, "1210", "Prompt exceeds max length")], [False], 400),
     ("later", [refusal(400, "1210"), refusal(429, "1302")], [False, True, True], 200),
+    ("no money", [refusal(400, "1210"), refusal(429, "1113")], [False, True], 402),
+    ("breaks", [refusal(400, "1210"), stream(say("a"), error_event("1234"))], [False, True], 502),
     ("too late", [stream(say("a"), error_event("1210"))], [False], 400),
 ])
 def test_schemas_that_zai_may_have_refused_are_said_in_plain_words_once(zai, answers, plain, status):

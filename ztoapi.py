@@ -1804,7 +1804,7 @@ def media_part(value, noun):
 UNIONS = ("anyOf", "oneOf", "allOf")
 # What branches() leaves out of a schema.
 STRUCTURE = (*UNIONS, "$ref", "$defs", "definitions")
-MOST_BRANCHES = 1000
+MOST_BRANCHES = 300
 # JSON's words for the types of Python.
 TYPE_NAMES = {
     str: "string", bool: "boolean", int: "integer", float: "number", list: "array",
@@ -2556,7 +2556,7 @@ def to_zai_request(request, settings, model=""):
 WIDTHS = ("null", None, "boolean", "integer", "number", "string", "array", "object")
 ANY_VALUE = {"description": "Any JSON value."}
 # A schema that refers to itself has no end.
-DEEPEST_SCHEMA = 24
+DEEPEST_SCHEMA = 12
 MOST_SCHEMAS = 2000
 
 
@@ -5642,8 +5642,11 @@ class Upstream:
                     # An overload passes: if no other model answers, it is waited out.
                     if not first and error.code == OVERLOADED.code and others:
                         others.append(job.model)
-                    first = first or error
-                    job = self._other_job(job, others, client, record, error)
+                    other = self._other_job(job, others, client, record, error)
+                    # A try with plain schemas is for the same job: its error says more.
+                    if other is not job:
+                        first = first or error
+                    job = other
                     record.retries += bool(job)
             raise first
         finally:
