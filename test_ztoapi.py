@@ -1259,7 +1259,8 @@ ODD_KEYS = ("abcdefgh", "abcdefghijklmnop", "abc\\def'ghi\\jkl")
      "[redacted][redacted] [redacted] [redacted]"),
     *(((), ODD_KEYS, text, clean) for text, clean in (
         ("abcdefghijklmnop abcdefgh", "[redacted] [redacted]"), (ODD_KEYS[2], "[redacted]"),
-        (ascii(ODD_KEYS[2]), '"[redacted]"'), ("nothing to hide", "nothing to hide"))),
+        (ascii(ODD_KEYS[2]), '"[redacted]"'), (json.dumps(ODD_KEYS[2]), '"[redacted]"'),
+        (ztoapi.name_of(ODD_KEYS[2]), "[redacted]"), ("nothing to hide", "nothing to hide"))),
 ])
 def test_no_key_survives_redaction(zai_keys, client_keys, text, clean):
     assert Settings(zai_api_key=zai_keys, default_key=client_keys).redact(text) == clean
@@ -1711,7 +1712,8 @@ def test_while_large_json_is_read_or_written_others_get_their_turn(work, value):
     assert len(turns) >= 5
 
 
-@pytest.mark.parametrize("value", ([1.5, None] * 30000, {"a": [{"b": "\u597d"}] * 60000}, ["\n\"x" * (1 << 20)] * 3))
+@pytest.mark.parametrize("value", ([1.5, None] * 30000, {"a": [{"b": "\u597d"}] * 60000}, ["\n\"x" * (1 << 20)] * 3,
+                                   {"x" * (9 << 20): 1}))
 def test_large_json_is_written_as_any_other(value):
     assert ztoapi.encode_json(value) == ztoapi.encode_text(value).encode()
 
@@ -5595,6 +5597,7 @@ def test_hard_schemas_become_plain(properties, plainer):
     ("another fault", [refusal(400, "1261")], [False], 400), ("heals", [refusal(400, "1234")], [False, False], 200),
     ("words", [refusal(400, "1210", "Prompt exceeds max length")], [False], 400),
     ("later", [refusal(400, "1210"), refusal(429, "1302")], [False, True, True], 200),
+    ("no tries anew", [refusal(400, "1234")] * 3, [False, False, True], 502),
     ("no money", [refusal(400, "1210"), refusal(429, "1113")], [False, True], 402),
     ("breaks", [refusal(400, "1210"), stream(say("a"), error_event("1234"))], [False, True], 502),
     ("too late", [stream(say("a"), error_event("1210"))], [False], 400),
@@ -6266,6 +6269,25 @@ def test_the_head_of_the_queue_goes_when_a_key_comes_back(make_timed):
     ticket = timed.ticket(clock=timed.clock)
     assert timed.seconds_to_enter(ticket) == 10
     assert ticket.gate.key is not busy.gate.key
+
+
+@pytest.mark.parametrize("code", ("1302", "1303", "1305"))
+def test_who_is_to_wait_with_one_key_goes_with_the_other(zai, make_timed, code):
+    timed = make_timed(keys=2)
+    timed.answers.append(refusal(429, code, "no", "Retry-After: 10"))
+    assert (timed.ask()[0], timed.gaps()[0] < 1, keys_at(zai)) == ("Hello", True, list(ZAI_KEYS[:2]))
+
+
+def test_who_may_use_a_full_key_only_holds_nobody_up(make_timed):
+    timed = make_timed(keys=2, limit=1)
+    first, second = timed.enter(), timed.enter()
+    picky = timed.ticket()
+    picky.refused_by.add(second.gate.key)
+    timed.gates.queue.append(picky)
+    timed.gates.leave(second, served=True)
+    assert timed.enter().gate.key is not first.gate.key
+    timed.gates.leave(first, served=True)
+    assert picky.gate.key is timed.gates.keys[0]
 
 
 @both

@@ -292,8 +292,9 @@ class Settings:
         # A Z.ai key is "id.secret", and Z.ai may quote either half alone.
         keys += [half for key in keys for half in key.split(".") if len(half) >= 8]
         # Error messages show values through ascii(), which may spell a key differently,
-        # and names of models are told in lower case.
-        keys += [spelt(key) for key in keys for spelt in (escaped, str.lower)]
+        # and so does JSON. Names of models are told in lower case, others by name_of().
+        spellings = (escaped, str.lower, name_of, lambda key: quote(key)[1:-1])
+        keys += [spelt(key) for key in keys for spelt in spellings]
         secrets = collections.defaultdict(list)
         for key in sorted(keys, key=len, reverse=True):
             secrets[key[:8]].append(key[8:])
@@ -875,7 +876,7 @@ def is_small(value):
         if isinstance(inner, str):
             size += len(inner)
         elif isinstance(inner, dict):
-            values += inner.values()
+            values += [*inner, *inner.values()]
         elif isinstance(inner, list):
             values += inner
         if size > 8 * LARGE_BYTES or len(values) > MOST_MARKS // 10:
@@ -4689,7 +4690,8 @@ class Gates:
                 now = self.clock()
                 self._check(ticket, now, deadline)
                 # An overload wakes nobody, so that it is looked for.
-                ticket.client.wait(min(deadline - now, 1.0))
+                look_s = 1.0 if ticket.is_replaceable else INFINITY
+                ticket.client.wait(min(deadline - now, look_s))
             if ticket.client.gone:
                 raise ClientGone
         except BaseException:
@@ -4771,6 +4773,7 @@ class Gates:
                 gate.key.resting_until = gate.resting_until = 0.0
         if served or not error:
             return False
+        # For QUEUE_AGAIN the gate is closed as long. That of another key may be open.
         pause_s = error.pause_s
         if error.verdict in NEXT_KEY:
             rest_s = min(error.retry_after or self.REST_S, self.LONGEST_REST_S)
@@ -4791,7 +4794,8 @@ class Gates:
             # Full jitter, so that all who failed together do not come again together.
             pause_s = max(pause_s, backoff_s(ticket.failures) * self.rand())
             ticket.failures += 1
-        ticket.goes_at = now + pause_s
+            if may_enter:
+                ticket.goes_at = now + pause_s
         return may_enter and pause_s <= self.queue_timeout_s - ticket.waited_s
 
     def _refuse(self, gate, ticket, error, now):
@@ -4817,10 +4821,13 @@ class Gates:
         gate.refusal = (error.verdict, error.message)
 
     def _admit(self, model, now):
-        """Let the first in the model's queue go, as long as there is room."""
+        """Let the first in the model's queue go, as long as there is room. Who finds
+        none, as not all keys serve it, does not hold up the others."""
+        full = []  # the keys that refused, of tickets without room
         while True:
-            queue = [ticket for ticket in self.queue
-                     if ticket.model == model and ticket.goes_at <= now]
+            queue = [
+                ticket for ticket in self.queue if ticket.model == model
+                and ticket.goes_at <= now and ticket.refused_by not in full]
             if not queue:
                 return
             ticket = min(queue, key=lambda waiting: (
@@ -4830,7 +4837,8 @@ class Gates:
                 gate.probe(now)
             gate = max(gates, key=lambda gate: (gate.room(now), -gate.in_flight))
             if gate.room(now) <= 0:
-                return
+                full.append(ticket.refused_by)
+                continue
             self.queue.remove(ticket)
             self.turns[ticket.client.key] = next(Ticket.numbers)
             ticket.gate = gate
@@ -5642,39 +5650,39 @@ class Upstream:
                     # An overload passes: if no other model answers, it is waited out.
                     if not first and error.code == OVERLOADED.code and others:
                         others.append(job.model)
-                    other = self._other_job(job, others, client, record, error)
-                    # A try with plain schemas is for the same job: its error says more.
-                    if other is not job:
-                        first = first or error
-                    job = other
+                    first = first or error
+                    job = self._other_job(job, others, client, error)
                     record.retries += bool(job)
             raise first
         finally:
             # The error's traceback holds this frame: such a circle is freed late.
             first = None
 
-    def _other_job(self, job, others, client, record, error):
-        """The Job for a further try, after an error that it may not have; or None. It
-        is for the next of the models, or has plain words in the schemas of its tools,
-        once."""
-        if not job.data:
-            return None
-        if error.type == QUOTA.type or error.code in (NO_MODEL.code, OVERLOADED.code):
-            while others:
-                # One that sees no pictures is no other for a request with one.
-                with self.turn(client, job.data), contextlib.suppress(RequestError):
-                    other = job.write(others.pop(0))
-                    other.write = job.write
-                    return other
-        is_schemas = error.zai_code in SCHEMA_CODES or error.message == EMPTY
-        if is_schemas and error.code != TOO_LONG.code and "schemas" not in record.changed:
-            with self.turn(client, job.data):
-                body = simpler_schemas(decode_or_none(job.data.decode()))
-                if body:
-                    job.data = encode_json(body)
-                    record.changed = (*record.changed, "schemas")
-                    return job
+    def _other_job(self, job, others, client, error):
+        """The Job for the next of the models, after an error that it may not have, or
+        None."""
+        is_models = error.type == QUOTA.type or error.code in (NO_MODEL.code, OVERLOADED.code)
+        while is_models and job.data and others:
+            # One that sees no pictures is no other for a request with one.
+            with self.turn(client, job.data), contextlib.suppress(RequestError):
+                other = job.write(others.pop(0))
+                other.write = job.write
+                return other
         return None
+
+    def _simplify(self, job, client, record, error):
+        """Whether a further try makes sense, with plain words in the schemas of the
+        job's tools. There is one, after an error that may be theirs."""
+        is_theirs = error.zai_code in SCHEMA_CODES or error.message == EMPTY
+        was_tried = "schemas" in record.changed
+        if not is_theirs or error.code == TOO_LONG.code or not job.data or was_tried:
+            return False
+        with self.turn(client, job.data):
+            body = simpler_schemas(decode_or_none(job.data.decode()))
+            if body:
+                job.data = self.bodies.held[client] = encode_json(body)
+                record.changed = (*record.changed, "schemas")
+        return body is not None
 
     def _make_answer(self, job):
         """A fresh Answer, for one attempt."""
@@ -5695,20 +5703,22 @@ class Upstream:
         finally:
             record.queued_s = ticket.waited_s
         key = ticket.gate.key
+        client = ticket.client
         stale = True
         try:
             while stale:
                 answer = self._make_answer(job)
-                stale = self._relay(job, key, ticket.client, record, answer, take)
+                stale = self._relay(job, key, client, record, answer, take)
         except UpstreamError as error:
             error.message = self.settings.redact(error.message)
             log.debug("%s attempt with key %s failed: %s", record.id, key.name, error.message)
             # Its context and its traceback hold frames of the pump that hold the error:
             # such a circle is freed late.
             error.__context__ = error.__traceback__ = None
-            if not self.gates.leave(ticket, error, answer.begun):
-                raise error from None
-            return True
+            may_enter = self.gates.leave(ticket, error, answer.begun)
+            if may_enter or self._simplify(job, client, record, error):
+                return True
+            raise error from None
         finally:
             self._note(record, answer)
             record.repaired += answer.translator.frames.repaired
@@ -6637,10 +6647,9 @@ class Server(http.server.ThreadingHTTPServer):
                 time.sleep(0.05)
             raise
         with self.lock:
-            if len(self.connections) >= self.settings.max_connections:
-                self.shut_idle()
+            is_full = len(self.connections) >= self.settings.max_connections
+            too_many = is_full and not self.shut_idle()
             self.connections[request] = time.monotonic()
-            too_many = len(self.connections) > self.settings.max_connections
         if too_many:
             self.refuse(request)
             raise ConnectionError
@@ -6701,12 +6710,15 @@ class Server(http.server.ThreadingHTTPServer):
         self.refused.put(request)
 
     def shut_idle(self):
-        """Shut the connection that has idled longest; called with the lock held."""
+        """Shut the connection that has idled longest, if one has; called with the lock
+        held."""
         # A handler may put its connection back at any time, hence the list.
         sock = min(list(self.connections), key=self.connections.get)
-        if self.connections[sock] != BUSY:
+        is_idle = self.connections[sock] != BUSY
+        if is_idle:
             del self.connections[sock]
             shut(sock)
+        return is_idle
 
     # The end
 
