@@ -8786,7 +8786,7 @@ def no_descriptor_left():
 @cases("steps", {
     "it never serves": ["stop"], "it is stopped before it serves": ["stop", "serve", "join"],
     "it is stopped while it begins": ["serve", "stop", "join"], "twice": ["serve", "stop", "stop", "join"],
-    "and a moment later": ["serve", 0.001, "stop", "join"],
+    "and a moment later": ["serve", 0.001, "stop", "join"], "by two at once": ["serve", "both", "join"],
 })
 def test_a_server_can_be_stopped_at_any_time(steps, monkeypatch):
     failures = []
@@ -8796,7 +8796,8 @@ def test_a_server_can_be_stopped_at_any_time(steps, monkeypatch):
             server = ztoapi.Server(ztoapi.Settings(port=0))
             server.SETTLE_S = 0
             thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-            verbs = {"stop": lambda: server.stop(1), "serve": thread.start, "join": lambda: thread.join(LONG_S)}
+            verbs = {"stop": lambda: server.stop(1), "serve": thread.start, "join": lambda: thread.join(LONG_S),
+                     "both": lambda: together(*[lambda: server.stop(1)] * 2)}
             for step in steps:
                 verbs[step]() if step in verbs else time.sleep(step)
             assert not thread.is_alive()

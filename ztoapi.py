@@ -6592,6 +6592,8 @@ class Server(http.server.ThreadingHTTPServer):
         # idled, or BUSY. Each handler moves its own, for which dicts need no lock.
         self.lock = threading.Lock()
         self.connections = {}
+        # stop() may be called by several threads.
+        self.stopping = threading.Lock()
         # Connections that were too many and are being told so.
         self.refused = Pool(LINGER_S, most=128)
         host = settings.host.strip("[]")
@@ -6727,17 +6729,20 @@ class Server(http.server.ThreadingHTTPServer):
         was cut."""
         with self.lock:
             self.stopped = True
+        with self.stopping:
+            return self._stop(grace_s)
+
+    def _stop(self, grace_s):
         # shutdown() would wait for ever for a loop that never begins.
-        if self.pump.thread.ident:
+        if self.pump.thread.ident and not self.draining:
             self.shutdown()
-        if not self.draining:
             # Accept what has connected: each call takes one, or finds none at once.
             self.timeout = 0
             for _ in range(self.request_queue_size):
                 self.handle_request()
-            # At once, as closing resets all that have connected since.
-            self.socket.close()
-            time.sleep(self.SETTLE_S)
+        # At once, as closing resets all that have connected since.
+        self.socket.close()
+        time.sleep(self.SETTLE_S)
         self.draining = True
         deadline = time.monotonic() + grace_s
         while True:
