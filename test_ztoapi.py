@@ -8655,7 +8655,7 @@ def test_the_page_tells_its_key_and_model_and_runs_nothing_but_its_own(environ, 
     (ztoapi, "to_zai_request", "POST", CHAT, chat_body()), (ztoapi.Answer, "feed", "POST", CHAT, chat_body()),
 ])
 # An OSError of our own must not pass for that of a client that left.
-@pytest.mark.parametrize("bug", [boom, functools.partial(boom, error=OSError)])
+@pytest.mark.parametrize("bug", [boom, lambda *args, **kwargs: boom(error=OSError)])
 def test_a_bug_is_one_500_and_one_traceback(proxy, monkeypatch, caplog, bug, place, name, method, path, body):
     with monkeypatch.context() as patch:
         patch.setattr(place, name, bug)
