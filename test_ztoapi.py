@@ -1692,6 +1692,8 @@ def test_while_large_json_is_read_or_written_others_get_their_turn(work, value):
                                    {"x" * (9 << 20): 1}))
 def test_large_json_is_written_as_any_other(value):
     assert ztoapi.encode_json(value) == ztoapi.encode_text(value).encode()
+    with pytest.raises(RequestError, match="24 MiB"):
+        ztoapi.encode_json([value, {"a": "x" * (25 << 20)}])
 
 
 def test_what_we_write_is_utf_8_and_an_event_is_one_line():
@@ -4190,7 +4192,7 @@ def test_frames_tell_what_an_event_says(text, said):
 
 def test_texts_say_the_same_wherever_they_are_cut():
     rng = random.Random(3)
-    words = [*ztoapi.TAGS, WISH, leak("get_time"), "a", " ", "\n", "<", '{"a":"', '"}', "stop", "\U0001f600"]
+    words = [*ztoapi.TAGS, "<|begin_of_box|>", leak("get_time"), WISH, *"a \n<", '{"a":"', '"}', "stop", "\U0001f600"]
     for _ in range(200):
         options = {"stop": rng.choice(((), ("stop",))), "json": rng.random() < 0.3, "tools": WEATHER}
         lanes = [(kind, "".join(rng.choices(words, k=rng.randrange(1, 8)))) for kind in ("text", "thinking", "text")]
@@ -5584,15 +5586,12 @@ def test_schemas_that_zai_may_have_refused_are_said_in_plain_words_once(zai, ans
     assert headers.get("x-ztoapi-changed") == ("schemas" if plain[-1] else None)
 
 
-WIDE = {"anyOf": [{"type": "string"}] * 1000}
-
-
 @cases("schema", [
     ("one that refers to itself", {"$ref": "#/$defs/0", "$defs": {
         str(i): {"anyOf": [{"$ref": f"#/$defs/{j}"} for j in range(20)]} for i in range(20)}}),
-    ("many wide unions", {
-        "properties": {f"p{i}": {"$ref": "#/$defs/wide"} for i in range(1000)}, "$defs": {"wide": WIDE}}),
-    ("a long word beside a wide union", {"description": "x" * 10**6, **WIDE}),
+    ("many wide unions", {"$defs": {"wide": {"anyOf": [ANY] * 1000}}, "properties": {
+        f"p{i}": {"$ref": "#/$defs/wide"} for i in range(1000)}}),
+    ("a long word beside a wide union", {"description": "x" * 10**6, "anyOf": [ANY] * 1000}),
 ])
 def test_plain_words_have_an_end(schema):
     body = {"tools": [{"type": "function", "function": {"name": "f", "parameters": schema}}]}

@@ -856,6 +856,8 @@ def listed_models(settings):
 LIGHT_BYTES = 1 << 17
 LIGHT_MARKS = 20_000
 LARGE_BYTES = 1 << 20
+# To make a text is one step as well.
+LONGEST_TEXT = 24 * LARGE_BYTES
 # A request of a million tokens has fewer. Each may stand for a Python object.
 MOST_MARKS = 1_000_000
 INFINITY = float("inf")
@@ -868,20 +870,22 @@ quote = json.encoder.encode_basestring
 
 
 def is_small(value):
-    """Whether the JSON of a value may be made in one step."""
+    """Whether the JSON of a value may be made in one step. RequestError if a text in it
+    is longer than LONGEST_TEXT, as several that were joined may be."""
     values = [value]
     size = 0
     # They become more while they are gone through.
     for inner in values:
         if isinstance(inner, str):
             size += len(inner)
+            if len(inner) > LONGEST_TEXT:
+                raise RequestError(
+                    "A text is longer than 24 MiB.", status=413, code="request_too_large")
         elif isinstance(inner, dict):
             values += [*inner, *inner.values()]
         elif isinstance(inner, list):
             values += inner
-        if size > 8 * LARGE_BYTES or len(values) > MOST_MARKS // 10:
-            return False
-    return True
+    return size <= 8 * LARGE_BYTES and len(values) <= MOST_MARKS // 10
 
 
 def encode_json(value):
@@ -928,7 +932,7 @@ def small_object(pairs):
 
 def small_text(text, start, strict):
     value, end = json.decoder.scanstring(text, start, strict)
-    if len(value) > 24 * LARGE_BYTES:
+    if len(value) > LONGEST_TEXT:
         raise ValueError("a text is longer than 24 MiB")
     return value, end
 
@@ -2818,20 +2822,20 @@ class Frames:
 # Marks of GLM's own template that were seen in texts: thinking in the content of 4.1V,
 # boxes around the answers of 4.5V, and tool calls in texts and thinking of 4.5 to 4.7.
 THINK, THINK_END = "<think>", "</think>"
-BOXES = ("<|begin_of_box|>", "<|end_of_box|>")
+BOXES = re.compile(r"<\|(?:begin|end)_of_box\|>")
 LEAK, LEAK_END = "<tool_call>", "</tool_call>"
 KEY, KEY_END, VALUE, VALUE_END = "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"
 # Who speaks next, seen at the ends of texts of 4.6V.
 TURNS = ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
 ARGUMENT_TAGS = (KEY, KEY_END, VALUE, VALUE_END)
-TAGS = (THINK, THINK_END, *BOXES, LEAK, LEAK_END, *ARGUMENT_TAGS, *TURNS)
+TAGS = (THINK, THINK_END, LEAK, LEAK_END, *ARGUMENT_TAGS, *TURNS)
 LONGEST_TAG = 16
 
 
 class TagSplitter:
     """Cuts a text that comes in pieces at TAGS: feed(text) -> tags, and texts between
-    them. What may become a tag is held back, and so is half a letter: JSON spells some
-    in two (surrogates), and Z.ai was seen to cut there."""
+    them, without BOXES. What may become a tag is held back, and so is half a letter:
+    JSON spells some in two (surrogates), and Z.ai was seen to cut there."""
 
     PATTERN = re.compile(f"({'|'.join(map(re.escape, TAGS))})")
     # What is held back at the end of a text.
@@ -2844,7 +2848,7 @@ class TagSplitter:
             text = self.held + text
             # Two halves become one letter.
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
-        *pieces, last = self.PATTERN.split(text)
+        *pieces, last = self.PATTERN.split(BOXES.sub("", text))
         self.held = self.BEGINNING.search(last[-LONGEST_TAG:]).group()
         pieces.append(last[:len(last) - len(self.held)])
         return list(filter(None, pieces))
@@ -3073,7 +3077,7 @@ class Texts:
                 if not self.leak.feed(piece):
                     self._end_leak()
             # The end of a call may be doubled.
-            elif piece in BOXES or piece == LEAK_END and (self.leaked or self.tail):
+            elif piece == LEAK_END and (self.leaked or self.tail):
                 continue
             # Later in a text, somebody writes about <think>.
             elif piece in (THINK, THINK_END) and (
