@@ -1809,6 +1809,7 @@ def media_part(value, noun):
 UNIONS = ("anyOf", "oneOf", "allOf")
 # What branches() leaves out of a schema.
 STRUCTURE = (*UNIONS, "$ref", "$defs", "definitions")
+# So many members of unions are read. They may be spelt by references, many to one.
 MOST_BRANCHES = 300
 # JSON's words for the types of Python.
 TYPE_NAMES = {
@@ -1836,8 +1837,8 @@ def branches(schema, root):
     found = [(schema, {})]
     plain = []
     # They become more while they are gone through. References may go in a circle.
-    for inner, beside in found:
-        branch = as_schema({**as_schema(inner), **beside})
+    for given, beside in found:
+        branch = as_schema({**as_schema(given), **beside})
         bare = {word: inner for word, inner in branch.items() if word not in STRUCTURE}
         if "const" in bare:
             bare["enum"] = [bare.pop("const")]
